@@ -1,0 +1,1 @@
+"""Routers, experts and the layer that joins them, in plain torch."""

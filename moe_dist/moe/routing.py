@@ -1,0 +1,271 @@
+"""What routers read and what they return, and how both pass through an unforked forward.
+
+A layer inside someone else's ``forward`` is handed only hidden states. What a router needs
+beside them (token ids, mask, task) travels in one `RoutingContext` for each forward call of a
+Transformer stack; what the routers decided is collected by a caller who asks for it with
+`record_routing`. Both live in context variables, so threads and models do not see each other's.
+
+Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.errors import MissingInputError
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decision for T tokens.
+
+    Args:
+        expert_ids: (T, K) int64, the experts of each token, best first.
+        expert_weights: (T, K), the compute dtype; differentiable where the router learns.
+        logits: (T, E) float32, or None where the router has none (hash).
+        unit_weights: True only if each token has one expert, its weight is the constant 1 and
+            carries no gradient; a dispatcher may then skip the multiplication.
+    """
+
+    expert_ids: Tensor
+    expert_weights: Tensor
+    logits: Tensor | None = None
+    unit_weights: bool = False
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What routers may read about the tokens of one forward call.
+
+    Args:
+        token_ids: (B, S) ids, or None where the stack was given embeddings.
+        mask: (B, S) bool, True for real tokens; None if all are real.
+        task_ids: (B,) ids of the task of each sample, or None.
+    """
+
+    token_ids: Tensor | None = None
+    mask: Tensor | None = None
+    task_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One MoE layer's routing in one forward call.
+
+    Args:
+        name: the layer's name.
+        num_experts: how many experts it has.
+        routing: what its router returned.
+        mask_T: (T,) bool, True for real tokens; None if all are real.
+    """
+
+    name: str
+    num_experts: int
+    routing: Routing
+    mask_T: Tensor | None
+
+    def tokens_per_expert(self) -> Tensor:
+        """Count the real tokens that each expert received.
+
+        Returns:
+            (E,) int64; a token with K experts counts K times.
+        """
+        expert_ids = self.routing.expert_ids
+        if self.mask_T is not None:
+            expert_ids = expert_ids[self.mask_T]
+        return torch.bincount(expert_ids.reshape(-1), minlength=self.num_experts)
+
+
+@dataclass
+class RoutingRecord:
+    """What was routed while `record_routing` was active: one entry per layer and forward."""
+
+    entries: list[LayerRouting] = field(default_factory=list)
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Chooses experts. Implementations are modules, so that tables and gates are saved."""
+
+    num_experts: int
+    top_k: int
+
+    def __call__(self, hidden_TD: Tensor, context: RoutingContext | None) -> Routing:
+        """Route T tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """One open forward call; `owner` tells a stack's hook its own frame from another's."""
+
+    context: RoutingContext
+    owner: nn.Module | None
+    outer: _Frame | None
+
+
+_FRAME: ContextVar[_Frame | None] = ContextVar("moe_dist_routing_frame", default=None)
+_RECORD: ContextVar[RoutingRecord | None] = ContextVar(
+    "moe_dist_routing_record", default=None
+)
+
+
+def current_context() -> RoutingContext | None:
+    """Return the context of the innermost open forward call of this thread, if any.
+
+    Returns:
+        The context, or None outside any.
+    """
+    frame = _FRAME.get()
+    return None if frame is None else frame.context
+
+
+@contextmanager
+def use_context(context: RoutingContext) -> Iterator[RoutingContext]:
+    """Make `context` the current one inside the `with` block, in this thread only.
+
+    Args:
+        context: what the routers inside the block read.
+
+    Yields:
+        The same context.
+    """
+    outer = _FRAME.get()
+    _FRAME.set(_Frame(context, None, outer))
+    try:
+        yield context
+    finally:
+        _FRAME.set(outer)
+
+
+@contextmanager
+def record_routing() -> Iterator[RoutingRecord]:
+    """Collect the routing of every MoE layer that runs inside the `with` block.
+
+    Blocks nest: the innermost one collects. Layers recomputed for gradient checkpointing do not
+    appear twice if the checkpoint was given `checkpoint_context_fn`.
+
+    Yields:
+        The record, filled as the layers run; its logits keep their graph.
+    """
+    outer = _RECORD.get()
+    record = RoutingRecord()
+    _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.set(outer)
+
+
+def append_routing(name: str, num_experts: int, routing: Routing) -> None:
+    """Add one layer's routing to the active record; do nothing where none is active.
+
+    Args:
+        name: the layer's name.
+        num_experts: how many experts it has.
+        routing: what its router returned.
+
+    Raises:
+        MissingInputError: if the context's mask does not cover the layer's tokens.
+    """
+    record = _RECORD.get()
+    if record is None:
+        return
+    context = current_context()
+    mask_T = None
+    if context is not None and context.mask is not None:
+        mask_T = context.mask.reshape(-1)
+        num_tokens = routing.expert_ids.shape[0]
+        if mask_T.numel() != num_tokens:
+            raise MissingInputError(
+                f"MoE layer {name!r} sees {num_tokens} tokens, but the mask of this forward call "
+                f"has {mask_T.numel()}, so padding cannot be told from tokens",
+                remedy="set chunk_size_feed_forward=0 and pass a mask of the input's own shape",
+            )
+    record.entries.append(LayerRouting(name, num_experts, routing, mask_T))
+
+
+def checkpoint_context_fn() -> tuple[
+    AbstractContextManager[Any], AbstractContextManager[Any]
+]:
+    """Carry the routing context into a gradient-checkpointed block's recomputation.
+
+    Pass it as ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=...)``;
+    without it the backward pass, which may run in another thread, finds no context.
+
+    Returns:
+        Context managers around the forward and around the recomputation.
+    """
+    return nullcontext(), _recomputation(_FRAME.get())
+
+
+def install_routing_hooks(stack: nn.Module) -> None:
+    """Open a `RoutingContext` around each forward call of a Transformer stack.
+
+    The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by the names in the stack's
+    own forward signature, positional arguments included. They are module-level functions, so
+    the stack can still be copied and pickled. Installing twice changes nothing.
+
+    Args:
+        stack: the module whose forward takes the token ids, e.g. a ``BertModel``.
+    """
+    if _open_context in stack._forward_pre_hooks.values():
+        return
+    stack.register_forward_pre_hook(_open_context, with_kwargs=True)
+    stack.register_forward_hook(_close_context, always_call=True)
+
+
+@contextmanager
+def _recomputation(frame: _Frame | None) -> Iterator[None]:
+    outer_frame, outer_record = _FRAME.get(), _RECORD.get()
+    _FRAME.set(frame)
+    _RECORD.set(None)
+    try:
+        yield
+    finally:
+        _FRAME.set(outer_frame)
+        _RECORD.set(outer_record)
+
+
+def _open_context(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    given = dict(zip(_parameter_names(stack.forward), args, strict=False)) | kwargs
+    outer = _FRAME.get()
+    task_ids = given.get("task_ids")
+    if task_ids is None and outer is not None:
+        # Task heads pass only what the stack's forward accepts; the caller's context has the task.
+        task_ids = outer.context.task_ids
+    token_ids = given.get("input_ids")
+    context = RoutingContext(token_ids, _padding_mask(given, token_ids), task_ids)
+    _FRAME.set(_Frame(context, stack, outer))
+
+
+def _close_context(stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    # Torch calls this also where an earlier hook failed and ours never opened a frame.
+    frame = _FRAME.get()
+    if frame is not None and frame.owner is stack:
+        _FRAME.set(frame.outer)
+
+
+def _padding_mask(given: dict[str, Any], token_ids: Tensor | None) -> Tensor | None:
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    inputs = token_ids if token_ids is not None else given.get("inputs_embeds")
+    if isinstance(inputs, Tensor) and inputs.dim() >= 2:
+        # With a key-value cache the mask also covers the past; the input is its last part.
+        mask = mask[:, -inputs.shape[1] :]
+    return mask.bool()
+
+
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)
