@@ -1,0 +1,57 @@
+"""Losses on what a router decided.
+
+Shapes: T tokens, E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def load_balancing_loss(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """Penalise routing that gives some experts more than their share.
+
+    ``E · Σ_i P_i · f_i``, with P_i the mean probability of expert i and f_i the share of
+    (token, expert) choices that fell on it; 1 when both are even.
+
+    Args:
+        logits_TE: router scores before softmax, padding removed.
+        expert_ids_TK: the chosen experts of the same tokens.
+
+    Returns:
+        Scalar, unweighted; its gradient flows through P only.
+
+    Raises:
+        ValueError: if there are no tokens.
+
+    Source: Switch Transformer, arXiv:2101.03961.
+    """
+    if logits_TE.shape[0] == 0:
+        raise ValueError("load balancing needs at least one token that is not padding")
+    num_experts = logits_TE.shape[-1]
+    probability_E = torch.softmax(logits_TE.float(), dim=-1).mean(dim=0)
+    chosen = expert_ids_TK.reshape(-1)
+    share_E = torch.zeros_like(probability_E).scatter_add_(
+        0, chosen, torch.full_like(chosen, 1, dtype=probability_E.dtype)
+    )
+    return num_experts * (probability_E * (share_E / chosen.numel())).sum()
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """Penalise large router logits, so that the softmax stays stable.
+
+    Args:
+        logits_TE: router scores before softmax, padding removed.
+
+    Returns:
+        Scalar, unweighted: the mean over tokens of ``logsumexp²``.
+
+    Raises:
+        ValueError: if there are no tokens.
+
+    Source: ST-MoE, arXiv:2202.08906.
+    """
+    if logits_TE.shape[0] == 0:
+        raise ValueError("the z-loss needs at least one token that is not padding")
+    return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()

@@ -1,0 +1,90 @@
+"""Joining named loss terms into the one number that is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["constant", "warmup", "decay"]
+CountKind = Literal["samples", "tokens"]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One loss of one micro-batch on one rank, before division.
+
+    Args:
+        sum: scalar float32, summed over what `count_kind` names, with its graph.
+        count_kind: what to divide by, counted over all ranks and micro-batches of the step.
+    """
+
+    sum: Tensor
+    count_kind: CountKind
+
+
+@dataclass(frozen=True)
+class LossWeight:
+    """The coefficient of a loss term as a function of the step.
+
+    Args:
+        weight: the full coefficient.
+        schedule: ``constant``; ``warmup``, linear from 0 to the weight; or ``decay``, linear from
+            the weight to 0.
+        num_steps: how long the warm-up or the decay takes; 0 means no time at all.
+    """
+
+    weight: float
+    schedule: Schedule = "constant"
+    num_steps: int = 0
+
+    def at(self, step: int) -> float:
+        """Return the coefficient.
+
+        Args:
+            step: how many optimizer steps have been taken.
+
+        Returns:
+            The coefficient at this step.
+        """
+        progress = min(1.0, step / self.num_steps) if self.num_steps > 0 else 1.0
+        if self.schedule == "warmup":
+            return self.weight * progress
+        if self.schedule == "decay":
+            return self.weight * (1.0 - progress)
+        return self.weight
+
+
+def weighted_total(
+    terms: Mapping[str, LossTerm],
+    weights: Mapping[str, float],
+    counts: Mapping[CountKind, int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Divide each term by its count, weigh it and add all.
+
+    Args:
+        terms: the terms of one micro-batch on one rank.
+        weights: a coefficient for each term; a term at 0 stays out of the graph.
+        counts: of the whole optimizer step, over ranks and micro-batches.
+
+    Returns:
+        The weighted sum with its graph, and each term divided but unweighted, detached, with
+        ``total`` among them. Both are this micro-batch's part: the parts of a step add up to it.
+
+    Raises:
+        ValueError: if a term has no weight, or no term has one that counts.
+    """
+    missing = sorted(set(terms) - set(weights))
+    if missing:
+        raise ValueError(f"loss terms without a weight: {', '.join(missing)}")
+    divided = {name: term.sum / max(1, counts[term.count_kind]) for name, term in terms.items()}
+    parts = [weights[name] * value for name, value in divided.items() if weights[name] != 0.0]
+    if not parts:
+        raise ValueError(f"all of the loss terms {', '.join(sorted(terms))} have weight 0")
+    total = torch.stack(parts).sum()
+    return total, {name: value.detach() for name, value in divided.items()} | {
+        "total": total.detach()
+    }

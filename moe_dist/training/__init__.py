@@ -1,0 +1,1 @@
+"""The training loop, what it is made of, and the jobs that run it on each worker."""

@@ -1,0 +1,113 @@
+"""What a job is told: plain values and paths, so that it can be sent to any worker.
+
+The keys mirror the recipe's sections; a driver may hand over those sections as they are, since a
+job reads the keys named here and leaves others alone. Every path must be one that all workers see.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+
+class TrainSection(TypedDict, total=False):
+    """How to train; see `LoopSettings` and `build_engine` for meanings and defaults.
+
+    ``precision`` may be ``auto``: bf16 where every worker's hardware is fast at it. The keys with
+    ``_every`` count optimizer steps; None means only at the end.
+    """
+
+    learning_rate: float
+    num_epochs: float
+    max_steps: int | None
+    batch_size: int
+    accumulation: int
+    weight_decay: float
+    warmup_fraction: float
+    lr_schedule: Literal["linear", "constant"]
+    max_grad_norm: float
+    precision: Literal["auto", "fp32", "bf16"]
+    eval_every: int | None
+    eval_batch_size: int
+    checkpoint_every: int | None
+    log_every: int
+    expert_learning_rate_scale: float
+    gradient_checkpointing: bool
+
+
+class DistillSection(TypedDict, total=False):
+    """The weight of each loss term, and what else `distill_terms` takes.
+
+    ``warmup_fraction`` is the share of all steps over which the distillation weights (hidden and
+    KL) grow from zero; 0 means that they are whole from the first step.
+    """
+
+    task_weight: float
+    hidden_weight: float
+    kl_weight: float
+    load_balancing_weight: float
+    z_loss_weight: float
+    temperature: float
+    warmup_fraction: float
+
+
+class ParallelSection(TypedDict, total=False):
+    """How workers share the model. The number of workers is the process group's own."""
+
+    ep_size: int
+    zero_stage: int
+    use_gpu: bool | Literal["auto"]
+
+
+class DataJob(TypedDict, total=False):
+    """What all jobs share.
+
+    Args:
+        data: keyword arguments of `moe_dist.data.sources.load_splits`.
+        max_length: tokens per sample; longer ones are cut.
+        cache_dir: where tokenised data is cached; None for the default.
+        stage_dir: where rank 0 writes results, checkpoints and the metric log.
+        seed: of data order, dropout and everything else that is drawn.
+        use_gpu: ``auto``, or whether to run on a GPU.
+    """
+
+    data: dict[str, Any]
+    max_length: int
+    cache_dir: str | None
+    stage_dir: str
+    seed: int
+    use_gpu: bool | Literal["auto"]
+
+
+class FinetunePayload(DataJob, total=False):
+    """`finetune_job`: ``model`` is a directory or hub id of a pre-trained encoder."""
+
+    model: str
+    train: TrainSection
+    parallel: ParallelSection
+
+
+class ImportancePayload(DataJob, total=False):
+    """`importance_job`: ``model`` is the fine-tuned teacher's directory."""
+
+    model: str
+    num_samples: int
+    batch_size: int
+
+
+class DistillPayload(DataJob, total=False):
+    """`distill_job`: ``student`` and ``teacher`` are model directories."""
+
+    student: str
+    teacher: str
+    train: TrainSection
+    distill: DistillSection
+    parallel: ParallelSection
+
+
+class PredictPayload(DataJob, total=False):
+    """`predict_job`: scores ``model`` (a directory) on one split."""
+
+    model: str
+    split: Literal["train", "dev"]
+    batch_size: int
+    output_name: str
