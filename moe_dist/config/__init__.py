@@ -1,0 +1,31 @@
+"""Recipes: YAML and dotted overrides become one frozen, checked RunConfig."""
+
+from __future__ import annotations
+
+from moe_dist.config.loading import build_config, load_config
+from moe_dist.config.run_config import RunConfig, dense_overrides
+from moe_dist.config.sections import (
+    DataConfig,
+    DistillConfig,
+    FinetuneConfig,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "DistillConfig",
+    "FinetuneConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "build_config",
+    "dense_overrides",
+    "load_config",
+]

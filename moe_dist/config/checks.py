@@ -1,0 +1,275 @@
+"""Rules that join several keys, each a small function that yields its faults.
+
+They see settings that are plain and well typed, even where another key was wrong: a rule is
+skipped only when one of the keys it reads is itself at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from moe_dist.config.run_config import RunConfig
+
+Rule = Callable[[RunConfig], Iterator[str]]
+_TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+
+def find_cross_faults(config: RunConfig, faulty: frozenset[str] = frozenset()) -> list[str]:
+    """Check the rules that join several keys.
+
+    Args:
+        config: settings, with stand-ins for keys that are themselves at fault.
+        faulty: dotted keys or sections that are at fault; rules that read them are skipped.
+
+    Returns:
+        One line for each fault: dotted path, what is wrong, remedy.
+    """
+    return [
+        fault
+        for rule, keys in _RULES
+        if not any(_overlaps(key, bad) for key in keys for bad in faulty)
+        for fault in rule(config)
+    ]
+
+
+def _overlaps(key: str, bad: str) -> bool:
+    return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
+
+
+def _experts_over_ranks(config: RunConfig) -> Iterator[str]:
+    experts, ranks = config.moe.num_experts, config.parallel.ep_size
+    if experts % ranks:
+        below = experts - experts % ranks
+        more = _or([n for n in (below, below + ranks) if n > 0])
+        yield (
+            f"moe.num_experts={experts} is not divisible by parallel.ep_size={ranks}; "
+            f"use {more} experts, or ep_size {_or(_divisors(experts))}."
+        )
+
+
+def _ranks_over_workers(config: RunConfig) -> Iterator[str]:
+    workers, ranks = config.parallel.num_workers, config.parallel.ep_size
+    if workers % ranks:
+        more = ranks * -(-workers // ranks)
+        yield (
+            f"parallel.num_workers={workers} is not divisible by parallel.ep_size={ranks}; "
+            f"use {more} workers, or ep_size {_or(_divisors(workers))}."
+        )
+
+
+def _experts_for_top_k(config: RunConfig) -> Iterator[str]:
+    experts, top_k = config.moe.num_experts, config.moe.top_k
+    if top_k > experts:
+        yield (
+            f"moe.top_k={top_k} is more than moe.num_experts={experts}; "
+            f"use top_k {experts} or less, or at least {top_k} experts."
+        )
+
+
+def _shared_in_expert(config: RunConfig) -> Iterator[str]:
+    shared, size = config.moe.num_shared_neurons, config.moe.expert_size
+    if shared > size:
+        yield (
+            f"moe.num_shared_neurons={shared} is more than moe.expert_size={size}, which counts "
+            f"the shared neurons too; use at most {size} shared neurons, or experts of at least "
+            f"{shared}."
+        )
+
+
+def _tied_needs_shared(config: RunConfig) -> Iterator[str]:
+    if config.moe.tie_shared and config.moe.num_shared_neurons == 0:
+        yield (
+            "moe.tie_shared=true has nothing to tie, since moe.num_shared_neurons=0; "
+            "share some neurons, or set moe.tie_shared=false."
+        )
+
+
+def _tied_needs_experts(config: RunConfig) -> Iterator[str]:
+    if config.moe.tie_shared and config.moe.num_experts == 1:
+        yield (
+            "moe.tie_shared=true needs several experts, and moe.num_experts=1 is the plain pruned "
+            "dense student; set moe.tie_shared=false, or use 2 experts or more."
+        )
+
+
+def _copies_are_whole(config: RunConfig) -> Iterator[str]:
+    if config.moe.partition == "full_copy" and config.moe.tie_shared:
+        yield (
+            "moe.partition=full_copy gives every expert all neurons, and moe.tie_shared=true would "
+            "leave them no own ones; set moe.tie_shared=false, or choose another partition."
+        )
+
+
+def _layers_once(config: RunConfig) -> Iterator[str]:
+    layers = config.moe.layers or ()
+    negative = sorted({layer for layer in layers if layer < 0})
+    if negative:
+        yield f"moe.layers has {_or(negative)}; layers are numbered from 0."
+    if len(set(layers)) < len(layers):
+        yield f"moe.layers={list(layers)} names a layer twice; name each one once."
+
+
+def _gate_losses_need_a_gate(config: RunConfig) -> Iterator[str]:
+    if config.moe.num_experts == 1 or not config.moe.router.startswith("hash"):
+        return
+    for key in ("load_balancing_weight", "z_loss_weight"):
+        weight = getattr(config.distill, key)
+        if weight > 0:
+            yield (
+                f"distill.{key}={weight:g} has no gate to train with "
+                f"moe.router={config.moe.router}; set it to 0, or use router token_gate."
+            )
+
+
+def _some_loss(config: RunConfig) -> Iterator[str]:
+    distill = config.distill
+    if distill.task_weight == distill.hidden_weight == distill.kl_weight == 0:
+        yield (
+            "distill.task_weight, distill.hidden_weight and distill.kl_weight are all 0, so the "
+            "student learns nothing; give one of them a weight above 0."
+        )
+
+
+def _samples_for_workers(config: RunConfig) -> Iterator[str]:
+    yield from _batch_fault(
+        "train", config.train.batch_size, config.train.accumulation, config.parallel.num_workers
+    )
+
+
+def _teacher_samples_for_workers(config: RunConfig) -> Iterator[str]:
+    if config.finetune.batch_size is None and config.finetune.accumulation is None:
+        return
+    teacher = config.teacher_train
+    yield from _batch_fault(
+        "finetune", teacher.batch_size, teacher.accumulation, config.parallel.num_workers
+    )
+
+
+def _batch_fault(section: str, batch_size: int, accumulation: int, workers: int) -> Iterator[str]:
+    least = workers * accumulation
+    if batch_size < least:
+        accumulations = f", accumulation {batch_size // workers}" if batch_size >= workers else ""
+        yield (
+            f"{section}.batch_size={batch_size} leaves micro-batches empty, with "
+            f"parallel.num_workers={workers} and {section}.accumulation={accumulation}; use "
+            f"batch_size {least} or more{accumulations}, or fewer workers."
+        )
+
+
+def _data_is_named(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source == "files" and data.train is None:
+        yield "data.train is missing, which data.source=files needs; give the training file's path."
+    if data.source != "files" and data.name is None:
+        example = "nyu-mll/glue" if data.source == "hub" else "vader-movie-reviews"
+        yield (
+            f"data.name is missing, which data.source={data.source} needs; "
+            f"name the data set, for example {example}."
+        )
+
+
+def _dev_rows_exist(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.dev is None and data.dev_size is None:
+        kind = "file" if data.source == "files" else "split"
+        yield (
+            "data.dev and data.dev_size are both missing; "
+            f"give the dev {kind}, or how many training rows to hold out (data.dev_size=0.1)."
+        )
+    if data.dev is not None and data.dev_size is not None:
+        yield (
+            "data.dev_size holds rows out of the training rows, and data.dev gives dev rows "
+            "already; keep one of them."
+        )
+
+
+def _hub_keys(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    for key in ("subset", "revision"):
+        if data.source != "hub" and getattr(data, key) is not None:
+            yield f"data.{key} belongs to data.source=hub, not {data.source}; remove it."
+    if data.source != "files" and data.column_names is not None:
+        yield f"data.column_names belongs to data.source=files, not {data.source}; remove it."
+
+
+def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
+    if config.data.kind == "regression" and config.data.label_names is not None:
+        yield (
+            "data.label_names names classes, and data.kind=regression has none; "
+            "remove label_names, or use kind classification."
+        )
+
+
+def _names_once(config: RunConfig) -> Iterator[str]:
+    for key in ("label_names", "column_names", "text_columns", "metrics"):
+        names = getattr(config.data, key) or ()
+        if len(set(names)) < len(names):
+            yield f"data.{key}={list(names)} holds a name twice; give each one once."
+
+
+def _local_is_one_process(config: RunConfig) -> Iterator[str]:
+    if config.parallel.launcher == "local" and config.parallel.num_workers > 1:
+        yield (
+            f"parallel.launcher=local is one process, not parallel.num_workers="
+            f"{config.parallel.num_workers}; use 1 worker, or launcher ray."
+        )
+
+
+def _tracking_uri_is_served(config: RunConfig) -> Iterator[str]:
+    uri = config.tracking.uri
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if uri and scheme not in _TRACKING_SCHEMES:
+        yield (
+            f"tracking.uri={uri!r} is no store that MLflow keeps; use sqlite:///PATH/mlflow.db, "
+            "a database URI, or the http(s) address of a tracking server."
+        )
+
+
+# Each rule with the keys it reads, so that it runs whenever those are sound.
+_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (_data_is_named, ("data.source", "data.train", "data.name")),
+    (_dev_rows_exist, ("data.source", "data.dev", "data.dev_size")),
+    (_hub_keys, ("data.source", "data.subset", "data.revision", "data.column_names")),
+    (_regression_has_no_classes, ("data.kind", "data.label_names")),
+    (_names_once, ("data.label_names", "data.column_names", "data.text_columns", "data.metrics")),
+    (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
+    (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
+    (_shared_in_expert, ("moe.num_shared_neurons", "moe.expert_size")),
+    (_tied_needs_shared, ("moe.tie_shared", "moe.num_shared_neurons")),
+    (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
+    (_copies_are_whole, ("moe.partition", "moe.tie_shared")),
+    (_layers_once, ("moe.layers",)),
+    (
+        _gate_losses_need_a_gate,
+        (
+            "moe.router",
+            "moe.num_experts",
+            "distill.load_balancing_weight",
+            "distill.z_loss_weight",
+        ),
+    ),
+    (_some_loss, ("distill.task_weight", "distill.hidden_weight", "distill.kl_weight")),
+    (_ranks_over_workers, ("parallel.num_workers", "parallel.ep_size")),
+    (_samples_for_workers, ("train.batch_size", "train.accumulation", "parallel.num_workers")),
+    (
+        _teacher_samples_for_workers,
+        (
+            "train.batch_size",
+            "train.accumulation",
+            "finetune.batch_size",
+            "finetune.accumulation",
+            "parallel.num_workers",
+        ),
+    ),
+    (_local_is_one_process, ("parallel.launcher", "parallel.num_workers")),
+    (_tracking_uri_is_served, ("tracking.uri",)),
+)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _or(numbers: list[int]) -> str:
+    words = [str(number) for number in numbers]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

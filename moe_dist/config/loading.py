@@ -1,0 +1,143 @@
+"""From a recipe file to a RunConfig, or to the list of everything that is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_dist.config.checks import find_cross_faults
+from moe_dist.config.faults import check_keys
+from moe_dist.config.overrides import apply_overrides, parse_overrides
+from moe_dist.config.run_config import (
+    BUILT_IN_COMPARISONS,
+    COMPARABLE_SECTIONS,
+    RunConfig,
+    merge_comparison,
+)
+from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
+from moe_dist.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe, apply overrides, and check everything before anything starts.
+
+    Args:
+        path: the YAML recipe.
+        overrides: texts such as `moe.top_k=2`; the values are YAML.
+
+    Returns:
+        The checked settings, with absolute paths.
+
+    Raises:
+        ConfigError: with every fault of the recipe and the overrides, each with its remedy.
+    """
+    recipe = Path(path)
+    raw = _read_recipe(recipe)
+    for section, value in list(raw.items()):
+        if value is None:  # `finetune:` with nothing below it
+            del raw[section]
+    apply_overrides(raw, parse_overrides(overrides))
+    return build_config(raw, source=str(path))
+
+
+def build_config(raw: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Check settings that are already in memory.
+
+    Args:
+        raw: nested plain values.
+        source: what to call them in an error.
+
+    Returns:
+        The checked settings, with absolute paths.
+
+    Raises:
+        ConfigError: with every fault, each with its remedy.
+    """
+    config, faults, faulty = check_keys(raw)
+    faults += find_cross_faults(config, faulty)
+    faults += _comparison_faults(config, known=frozenset(faults))
+    if faults:
+        raise ConfigError(faults, source=source)
+    return _resolve(config)
+
+
+def _read_recipe(recipe: Path) -> dict[str, Any]:
+    source = str(recipe)
+    try:
+        raw = parse_yaml(recipe.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(["the recipe does not exist; check the path."], source=source) from None
+    except UnicodeDecodeError as error:
+        fault = f"byte {error.start} is not UTF-8; save the recipe as UTF-8."
+        raise ConfigError([fault], source=source) from None
+    except OSError as error:
+        fault = f"the recipe cannot be read ({error.strerror}); give a YAML file."
+        raise ConfigError([fault], source=source) from None
+    except yaml.YAMLError as error:
+        fault = f"not valid YAML, {describe_yaml_error(error)}; correct that line."
+        raise ConfigError([fault], source=source) from None
+    if raw is None:
+        raise ConfigError(
+            ["the recipe is empty; start from one in pipelines/recipes."], source=source
+        )
+    if not isinstance(raw, dict):
+        raise ConfigError(["the recipe is not a mapping; write `key: value` lines."], source=source)
+    return {str(key): value for key, value in raw.items()}
+
+
+def _comparison_faults(config: RunConfig, known: frozenset[str]) -> list[str]:
+    faults = []
+    for label, changes in config.compare.items():
+        path = f"compare.{label}"
+        if not changes and label not in BUILT_IN_COMPARISONS:
+            faults.append(
+                f"{path} changes nothing and is not built in; give it overrides, such as "
+                f"{{{label}: {{moe.router: token_gate}}}}, or use {', '.join(BUILT_IN_COMPARISONS)}."
+            )
+        outside = [key for key in changes if str(key).split(".")[0] not in COMPARABLE_SECTIONS]
+        faults += [
+            f"{path}.{key} cannot differ, since all students share the teacher and its data; "
+            f"change only {', '.join(COMPARABLE_SECTIONS)} in a comparison."
+            for key in outside
+        ]
+        if not outside:
+            other, own_faults, faulty = check_keys(merge_comparison(config, label))
+            # The teacher belongs to the main run.
+            own_faults += find_cross_faults(other, faulty | {"finetune"})
+            # What is wrong with the main run has been said.
+            faults += [f"{path}: {fault}" for fault in own_faults if fault not in known]
+    return faults
+
+
+def _resolve(config: RunConfig) -> RunConfig:
+    """Make paths absolute, since a Ray worker has another working directory."""
+    data, model = config.data, config.model
+    if data.source == "files":
+        files = {key: _absolute(getattr(data, key)) for key in ("train", "dev")}
+        data = data.model_copy(update=files)
+    if Path(model.teacher).expanduser().is_dir():
+        model = model.model_copy(update={"teacher": _absolute(model.teacher)})
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return config.model_copy(
+        update={
+            "output_dir": Path(os.path.abspath(config.output_dir.expanduser())),
+            "data": data,
+            "model": model,
+            "tracking": config.tracking.model_copy(update={"uri": _absolute_sqlite(uri)}),
+        }
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_sqlite(uri: str) -> str:
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri == prefix + ":memory:":
+        return uri
+    return prefix + os.path.abspath(uri.removeprefix(prefix))

@@ -1,0 +1,192 @@
+"""RunConfig: a whole recipe, its comparisons and its plain forms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from moe_dist.config.overrides import apply_overrides
+from moe_dist.config.sections import (
+    DataConfig,
+    DistillConfig,
+    FinetuneConfig,
+    Integer,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    Section,
+    TrackingConfig,
+    TrainConfig,
+)
+from moe_dist.errors import ConfigError
+
+BUILT_IN_COMPARISONS = ("dense",)
+# The teacher, the data and the scores are the same for all students of one chain.
+COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
+
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def _names_to_mapping(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return {str(label): {} for label in value}
+    if isinstance(value, Mapping):
+        return {label: {} if entry is None else entry for label, entry in value.items()}
+    return value
+
+
+Comparisons = Annotated[dict[str, dict[str, Any]], BeforeValidator(_names_to_mapping)]
+
+
+class RunConfig(Section):
+    """A whole recipe, checked, with every path absolute."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="Name of the run and of its directory under `output_dir`: letters, digits, "
+        "dots, dashes and underscores.",
+    )
+    seed: Integer = Field(
+        default=0, ge=0, description="Seed of splits, batches, dropout, routers and new weights."
+    )
+    output_dir: Path = Field(
+        default=Path("outputs"),
+        description="Directory for all results; relative to the working directory. On a cluster "
+        "it must be storage that outlives the job.",
+    )
+    compare: Comparisons = Field(
+        default_factory=dict,
+        description="Other students to train from the same teacher and to report beside the main "
+        "one: a list of built-in names (`[dense]`), or a mapping from a name to its overrides, "
+        "such as `{gate: {moe.router: token_gate}}`. `dense` is one expert of the same active "
+        "size, without routing.",
+    )
+    model: ModelConfig = Field(description="The dense model to start from.")
+    data: DataConfig = Field(description="The sentences to train and measure on.")
+    finetune: FinetuneConfig = Field(
+        default_factory=FinetuneConfig, description="What differs from `train` for the teacher."
+    )
+    moe: MoeConfig = Field(
+        default_factory=MoeConfig, description="How feed-forward neurons become experts."
+    )
+    distill: DistillConfig = Field(
+        default_factory=DistillConfig, description="The loss that the student is trained on."
+    )
+    train: TrainConfig = Field(
+        default_factory=TrainConfig, description="How the student is trained."
+    )
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="Workers and how they share the work."
+    )
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="Where runs are recorded."
+    )
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of this run: `output_dir/name`."""
+        return self.output_dir / self.name
+
+    @property
+    def teacher_train(self) -> TrainConfig:
+        """Training settings of the teacher: `train` with what `finetune` changes."""
+        changes = {key: value for key, value in self.finetune if value is not None}
+        return self.train.model_copy(update=changes)
+
+    def resolve_comparison(self, label: str) -> RunConfig:
+        """Give the settings of one student of `compare`.
+
+        The teacher's settings stay those of the main run, whatever the comparison changes in
+        `train`, so that all students share one teacher.
+
+        Args:
+            label: a key of `compare`.
+
+        Returns:
+            The recipe with the comparison's overrides applied and no further comparisons.
+
+        Raises:
+            ConfigError: if there is no such comparison.
+        """
+        if label not in self.compare:
+            known = ", ".join(self.compare) or "none"
+            raise ConfigError([f"compare.{label} is not in the recipe; it has: {known}."])
+        return RunConfig.model_validate(merge_comparison(self, label))
+
+    def flatten(self) -> dict[str, str | int | float | bool]:
+        """Give every setting under its dotted key, without secrets, as MLflow wants parameters.
+
+        Returns:
+            Plain values; lists and mappings as JSON, null as "null".
+        """
+        flat: dict[str, str | int | float | bool] = {}
+        for key, value in self._plain().items():
+            entries = value if isinstance(value, dict) and key != "compare" else {"": value}
+            for name, entry in entries.items():
+                dotted = f"{key}.{name}" if name else key
+                plain = isinstance(entry, str | int | float | bool)
+                flat[dotted] = entry if plain else json.dumps(entry, sort_keys=True)
+        return flat
+
+    def to_yaml(self) -> str:
+        """Write the resolved recipe as YAML, without secrets."""
+        return yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True)
+
+    def _plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain["tracking"]["uri"] = _USER_INFO.sub("***", plain["tracking"]["uri"])
+        return plain
+
+
+def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
+    """Give the raw settings of one comparison, not yet checked.
+
+    Args:
+        config: the main run.
+        label: a key of `config.compare`.
+
+    Returns:
+        Nested plain values, with the built-in overrides of the label first and its own on top.
+    """
+    teacher = config.teacher_train
+    pinned = {key: getattr(teacher, key) for key in FinetuneConfig.model_fields}
+    raw = config.model_dump()
+    raw["compare"] = {}
+    raw["finetune"] = pinned
+    if label == "dense":
+        apply_overrides(raw, dense_overrides(config.moe))
+    apply_overrides(raw, config.compare[label])
+    return raw
+
+
+def dense_overrides(moe: MoeConfig) -> dict[str, Any]:
+    """Give what turns a recipe into its pruned dense baseline of the same active size.
+
+    Args:
+        moe: settings of the student to compare with.
+
+    Returns:
+        Dotted overrides.
+    """
+    return {
+        "moe.num_experts": 1,
+        "moe.expert_size": moe.active_neurons,
+        "moe.num_shared_neurons": 0,
+        "moe.tie_shared": False,
+        "moe.top_k": 1,
+        # The strongest dense student there is: the most important neurons, whatever the MoE does.
+        "moe.partition": "importance",
+        "distill.load_balancing_weight": 0.0,
+        "distill.z_loss_weight": 0.0,
+        "train.expert_learning_rate_scale": 1.0,
+        "parallel.ep_size": 1,
+    }

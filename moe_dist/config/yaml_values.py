@@ -1,0 +1,85 @@
+"""YAML as people mean it: `1e-5` is a number, `no` is a word, a key given twice is an error.
+
+PyYAML follows YAML 1.1, where `1e-5` is a string, `no` is false, `1:30` is 90 and `010` is 8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+_NUMBER_STARTS = list("-+.0123456789")
+_INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader with YAML 1.2 scalars that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping, and refuse a key that was given before."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """Read an integer in base ten, leading zeros or not."""
+        return int(node.value)
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, _NUMBER_STARTS)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _NUMBER_STARTS)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"])
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: the document, or the value of a command line override.
+
+    Returns:
+        Plain Python values: dict, list, str, int, float, bool or None.
+
+    Raises:
+        yaml.YAMLError: if the text is not YAML, or gives a key twice.
+    """
+    # Bandit-style readers: _Loader is a SafeLoader, so no object is ever built from a tag.
+    return yaml.load(text, Loader=_Loader)  # noqa: S506
+
+
+def describe_yaml_error(error: yaml.YAMLError) -> str:
+    """Say where YAML stopped making sense, and why.
+
+    Args:
+        error: what the parser raised.
+
+    Returns:
+        One line, with the line and column where the parser knows them.
+    """
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    return " ".join(str(error).split())
