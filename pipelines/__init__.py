@@ -1,0 +1,1 @@
+"""The runnable stages and chains of moe-dist, and its command line."""

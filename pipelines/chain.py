@@ -1,0 +1,201 @@
+"""The whole chain: stages in order, for the main student and for each comparison."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_dist.errors import MoeDistError
+from moe_dist.metric_log import MetricLog
+from moe_dist.tracking import build_tracker
+
+from . import report
+from .stage import StageInputs, StageResult, stage_key, write_json
+from .stages import adapt, distill, evaluate, finetune_teacher, score_importance
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+    from .console import Console
+
+RunStage = Callable[["RunConfig", StageInputs, "TrackedRun"], StageResult]
+
+STAGES: dict[str, RunStage] = {
+    finetune_teacher.NAME: finetune_teacher.run,
+    score_importance.NAME: score_importance.run,
+    adapt.NAME: adapt.run,
+    distill.NAME: distill.run,
+    evaluate.NAME: evaluate.run,
+}
+METRICS_NAME = "metrics.jsonl"
+RECIPE_NAME = "recipe.yaml"
+PER_STUDENT = (adapt.NAME, distill.NAME)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage to run, for one student.
+
+    Attributes:
+        stage: the stage's name.
+        label: the comparison; empty for the main student.
+    """
+
+    stage: str
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name in reports and mappings."""
+        return stage_key(self.stage, self.label)
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """What a chain produced.
+
+    Attributes:
+        results: the result of each stage, by key.
+        report_path: `report.json`; None where the chain stopped before evaluating.
+        open_hint: the line that opens the tracking UI; empty without tracking.
+    """
+
+    results: dict[str, StageResult]
+    report_path: Path | None
+    open_hint: str
+
+
+def plan_steps(config: RunConfig, until: str = evaluate.NAME) -> list[Step]:
+    """List the stages that lead to one of them, in order.
+
+    Args:
+        config: the run's configuration.
+        until: the last stage.
+
+    Returns:
+        The steps; comparisons are among them only where all students are measured together.
+    """
+    names = list(STAGES)
+    wanted = names[: names.index(until) + 1]
+    steps = [Step(name) for name in wanted if name != evaluate.NAME]
+    if until == evaluate.NAME:
+        steps += [Step(name, label) for label in config.compare for name in PER_STUDENT]
+        steps.append(Step(evaluate.NAME))
+    return steps
+
+
+def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME) -> ChainResult:
+    """Run the chain up to a stage; finished stages are skipped.
+
+    Args:
+        config: the run's configuration.
+        console: where progress is shown.
+        until: the last stage.
+
+    Returns:
+        Results, and the report where everything was measured.
+
+    Raises:
+        MoeDistError: if the run cannot start, or a stage fails.
+    """
+    workspace = Workspace(config, console)
+    with _disk_errors(workspace.root):
+        workspace.prepare()
+        tracking = config.tracking
+        tracker = build_tracker(
+            tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+        )
+        with _only_one(workspace.root):
+            write_resolved_recipe(config, workspace.root)
+            with tracker.chain(
+                config.name, workspace.root, params=config.flatten(), tags=_tags()
+            ) as chain:
+                chain.log_artifact(workspace.root / RECIPE_NAME)
+                results = _run_steps(config, workspace, chain, plan_steps(config, until))
+                report_path = None
+                if evaluate.NAME in results:
+                    report_path = _report(config, workspace, chain, results)
+                return ChainResult(results, report_path, chain.open_hint())
+
+
+def write_resolved_recipe(config: RunConfig, root: Path) -> None:
+    """Write the recipe with every default filled in.
+
+    Args:
+        config: the run's configuration.
+        root: the run's directory.
+    """
+    beside = root / (RECIPE_NAME + ".partial")
+    beside.write_text(config.to_yaml(), encoding="utf-8")
+    beside.replace(root / RECIPE_NAME)
+
+
+def _run_steps(
+    config: RunConfig, workspace: Workspace, chain: TrackedRun, steps: list[Step]
+) -> dict[str, StageResult]:
+    results: dict[str, StageResult] = {}
+    for step in steps:
+        own = config.resolve_comparison(step.label) if step.label else config
+        inputs = StageInputs(workspace, results, step.label)
+        results[step.key] = STAGES[step.stage](own, inputs, chain)
+    return results
+
+
+def _report(
+    config: RunConfig, workspace: Workspace, chain: TrackedRun, results: dict[str, StageResult]
+) -> Path:
+    content = report.build_report(config, results, run_id=chain.run_id)
+    path = workspace.root / report.JSON_NAME
+    write_json(path, content)
+    text = workspace.root / report.MARKDOWN_NAME
+    text.write_text(report.to_markdown(content), encoding="utf-8")
+    # The same chain may report again; its points stay single.
+    MetricLog(workspace.root / METRICS_NAME).truncate_after(-1)
+    chain.log_metrics(0, report.headline_metrics(content))
+    for artifact in (path, text):
+        chain.log_artifact(artifact)
+    return path
+
+
+def _tags() -> dict[str, str]:
+    from moe_dist import __version__
+
+    return {"moe_dist.version": __version__}
+
+
+@contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Keep a second process from writing the same run at the same time."""
+    with (root / ".lock").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                # Some shared file systems know no locks; they are no reason not to run.
+                yield
+                return
+            raise MoeDistError(
+                f"another moe-dist process is working in {root}.",
+                remedy="wait until it ends, or give this run another `name`.",
+            ) from None
+        yield
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MoeDistError(
+            f"the disk is full: {error.filename or root} could not be written whole.",
+            remedy="free some space and start the same command again; finished stages are kept.",
+        ) from error

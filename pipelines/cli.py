@@ -1,0 +1,240 @@
+"""The command line: `moe-dist COMMAND` and `python -m pipelines COMMAND`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_dist.errors import ConfigError, DataError, MissingInputError, MoeDistError
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+    from .console import Console
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="moe-dist",
+    help="Turn a dense Transformer into a distilled mixture of experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+benchmark_app = typer.Typer(
+    help="Measure parts of the program on this machine.", no_args_is_help=True
+)
+app.add_typer(benchmark_app, name="benchmark")
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from moe_dist import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Turn a dense Transformer into a distilled mixture of experts."""
+
+
+@app.command()
+def compress(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole chain: teacher, scores, experts, distillation, report."""
+    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@app.command("finetune-teacher")
+def finetune_teacher(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune the dense teacher on the task."""
+    _run_until("finetune-teacher", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@app.command("score-importance")
+def score_importance(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score the teacher's feed-forward neurons, after the stages before it."""
+    _run_until("score-importance", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@app.command()
+def adapt(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Split the teacher into experts, after the stages before it."""
+    _run_until("adapt", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@app.command()
+def distill(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Distil the teacher into the student, after the stages before it."""
+    _run_until("distill", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@app.command()
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure teacher and students and write the report, after the stages before it."""
+    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+
+
+@benchmark_app.command("layer")
+def benchmark_layer(debug: Debug = False) -> None:
+    """Time the MoE layer against a dense layer of the same active FLOPs."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.layer import main as run
+
+        run()
+
+
+@benchmark_app.command("importance")
+def benchmark_importance(debug: Debug = False) -> None:
+    """Time importance scoring against the loop over single samples."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.importance import main as run
+
+        run()
+
+
+def main() -> None:
+    """Run the program; the entry point of `moe-dist`."""
+    app()
+
+
+def _run_until(
+    stage: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    with _clean_errors(debug=debug):
+        from moe_dist.config import load_config
+
+        from .console import Console
+
+        config = load_config(recipe, overrides or ())
+        console = Console(quiet=quiet)
+        if dry_run:
+            from .sizes import show_sizes
+
+            show_sizes(config, console)
+            return
+        _send_warnings_to(console)
+        _run(stage, config, console)
+
+
+def _run(stage: str, config: RunConfig, console: Console) -> None:
+    import json
+
+    from .chain import run_chain
+
+    result = run_chain(config, console, until=stage)
+    if result.report_path is not None:
+        from .report import difference_lines, to_tables
+
+        report = json.loads(result.report_path.read_text(encoding="utf-8"))
+        for table in to_tables(report):
+            console.result(table)
+        for line in difference_lines(report):
+            console.result(line)
+        console.result(f"\nreport: {result.report_path}")
+    else:
+        last = list(result.results.values())[-1]
+        for name, path in last.outputs.items():
+            console.result(f"{name}: {path}")
+    if result.open_hint:
+        console.result(f"MLflow: {result.open_hint}")
+
+
+def _send_warnings_to(console: Console) -> None:
+    """Show the library's warnings between the progress lines and not across them."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.warn(record.getMessage())
+
+    logger = logging.getLogger("moe_dist")
+    logger.addHandler(Handler(level=logging.WARNING))
+    logger.propagate = False
+
+
+@contextmanager
+def _clean_errors(*, debug: bool) -> Iterator[None]:
+    """Print a user's error as one message; leave the traceback to --debug."""
+    try:
+        yield
+    except MoeDistError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        user_made = isinstance(error, ConfigError | DataError | MissingInputError)
+        raise typer.Exit(EXIT_USER_ERROR if user_made else EXIT_FAILURE) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None

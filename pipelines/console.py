@@ -1,0 +1,176 @@
+"""What the user sees while a chain runs: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+PLAIN_LINE_EVERY_S = 10.0
+"""Between two plain progress lines at least this long, so that log files stay short."""
+
+
+class Console:
+    """Shows stages and their progress.
+
+    Progress goes to standard error and results to standard output, so that results can be piped.
+
+    Args:
+        quiet: show errors, warnings and results only.
+        live: draw a progress bar; None looks whether standard error is a terminal.
+    """
+
+    def __init__(self, *, quiet: bool = False, live: bool | None = None) -> None:
+        self.quiet = quiet
+        self._err = RichConsole(stderr=True, highlight=False)
+        self._out = RichConsole(highlight=False)
+        self._live = (sys.stderr.isatty() if live is None else live) and not quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._started_s = 0.0
+        self._first: tuple[float, int] | None = None
+        self._last_line_s = float("-inf")
+        self._last_step = -1
+
+    def note(self, message: str) -> None:
+        """Print one line, unless quiet.
+
+        Args:
+            message: the line.
+        """
+        if not self.quiet:
+            self._print(escape(message))
+
+    def warn(self, message: str) -> None:
+        """Print a warning.
+
+        Args:
+            message: what the user should know.
+        """
+        self._print(f"[yellow]warning:[/] {escape(message)}")
+
+    def result(self, renderable: Any) -> None:
+        """Print a result to standard output.
+
+        Args:
+            renderable: text or anything that rich can draw.
+        """
+        self._out.print(renderable)
+
+    def stage_skipped(self, stage: str, seconds: float) -> None:
+        """Say that a stage was already finished.
+
+        Args:
+            stage: its name.
+            seconds: what it took when it ran.
+        """
+        self.note(f"{stage}: already finished ({duration(seconds)}), nothing changed; skipped")
+
+    def stage_started(self, stage: str, *, resumed: bool) -> None:
+        """Open the progress of a stage.
+
+        Args:
+            stage: its name.
+            resumed: whether it continues an earlier attempt.
+        """
+        self._stage = stage
+        self._started_s = time.monotonic()
+        self._first = None
+        self._last_step = -1
+        self._last_line_s = float("-inf")
+        if not self._live:
+            self.note(f"{stage}: {'continuing' if resumed else 'started'}")
+            return
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            console=self._err,
+            transient=True,
+        )
+        figures = "continuing" if resumed else "starting"
+        self._task = self._progress.add_task(stage, total=None, figures=figures)
+        self._progress.start()
+
+    def progress(
+        self, step: int, total: int | None, figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Show how far the current stage is.
+
+        Args:
+            step: steps done.
+            total: steps in all, where known.
+            figures: values worth showing, such as the loss.
+        """
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, step)
+        text = self._figures(now, step, total, figures or {})
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, total=total, figures=text)
+        elif step != self._last_step and now - self._last_line_s >= PLAIN_LINE_EVERY_S:
+            self._last_line_s = now
+            self.note(f"{self._stage}: {text}")
+        self._last_step = step
+
+    def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Close the progress of a stage that finished.
+
+        Args:
+            stage: its name.
+            seconds: what it took.
+            metrics: its figures.
+        """
+        self.close()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        self.note(f"{stage}: done in {duration(seconds)}" + (f"  ({shown})" if shown else ""))
+
+    def close(self) -> None:
+        """Remove the progress bar, if one is drawn."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._task = None
+
+    def _print(self, markup: str) -> None:
+        target = self._progress.console if self._progress is not None else self._err
+        target.print(markup, soft_wrap=True)
+
+    def _figures(
+        self, now: float, step: int, total: int | None, figures: Mapping[str, float]
+    ) -> str:
+        parts = [f"step {step}/{total}" if total else f"step {step}"]
+        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+        assert self._first is not None
+        first_s, first_step = self._first
+        if total and step > first_step:
+            left_s = (now - first_s) / (step - first_step) * (total - step)
+            parts.append(f"ETA {duration(left_s)}")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people write it.
+
+    Args:
+        seconds: how long.
+
+    Returns:
+        For example `8.4 s`, `3 min 05 s` or `2 h 10 min`.
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

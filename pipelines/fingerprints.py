@@ -1,0 +1,95 @@
+"""Digests of what a stage reads, so that an unchanged stage is recognised and skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAGE_FORMAT = 1
+"""Raised when a stage writes something else for the same settings."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def path_digest(path: Path) -> str:
+    """Return one digest for a file, a saved model or any other directory.
+
+    A model directory is identified by the hashes in its manifest, which `load_model` verifies
+    against the files; other directories by their files' names and contents.
+
+    Args:
+        path: a file or directory that exists.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: if the path, or a file that a manifest lists, is not there whole.
+    """
+    if path.is_file():
+        return file_digest(path)
+    manifest = path / "manifest.json"
+    if manifest.is_file():
+        files = json.loads(manifest.read_text(encoding="utf-8")).get("files", {})
+        for name, entry in files.items():
+            listed = path / name
+            if not listed.is_file() or listed.stat().st_size != entry.get("bytes"):
+                raise FileNotFoundError(f"{listed} is missing or cut short")
+        return value_digest({name: entry["sha256"] for name, entry in files.items()})
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not there")
+    files = sorted(child for child in path.rglob("*") if child.is_file())
+    return value_digest({str(child.relative_to(path)): file_digest(child) for child in files})
+
+
+def value_digest(value: Any) -> str:
+    """Return the SHA-256 of a plain value, whatever the order of its mappings.
+
+    Args:
+        value: anything that JSON can hold.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_fingerprint(stage: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return what identifies a stage's result.
+
+    Args:
+        stage: the stage's name.
+        settings: the part of the configuration that the stage reads.
+        inputs: the digest of each input.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return value_digest(
+        {
+            "format": STAGE_FORMAT,
+            "stage": stage,
+            "settings": dict(settings),
+            "inputs": dict(inputs),
+        }
+    )

@@ -1,0 +1,87 @@
+"""From recipe sections to what worker jobs and fingerprints are made of: plain values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig, TrainConfig
+
+# They change when things are written down, not what is learned.
+_OBSERVATION_KEYS = frozenset({"eval_every", "checkpoint_every", "log_every"})
+# They change where the work is done; a checkpoint fits any of them.
+_PLACEMENT_KEYS = frozenset({"gradient_checkpointing"})
+
+
+def data_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the keyword arguments of `load_splits`.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        Plain values.
+    """
+    return {**config.data.model_dump(mode="json"), "seed": config.seed}
+
+
+def data_job(config: RunConfig, directory: Path) -> dict[str, Any]:
+    """Return the part that the payloads of all jobs share.
+
+    Args:
+        config: the run's configuration.
+        directory: where rank 0 writes.
+
+    Returns:
+        Plain values, as `moe_dist.training.payloads.DataJob` names them.
+    """
+    return {
+        "data": data_arguments(config),
+        "max_length": config.model.max_length,
+        "cache_dir": None,
+        "stage_dir": str(directory),
+        "seed": config.seed,
+        "use_gpu": config.parallel.use_gpu,
+    }
+
+
+def training_job(config: RunConfig, train: TrainConfig, directory: Path) -> dict[str, Any]:
+    """Return what fine-tuning and distillation payloads share.
+
+    Args:
+        config: the run's configuration.
+        train: the training settings of this stage.
+        directory: where rank 0 writes.
+
+    Returns:
+        Plain values.
+    """
+    return {
+        **data_job(config, directory),
+        "train": train.model_dump(mode="json"),
+        "parallel": config.parallel.model_dump(mode="json"),
+    }
+
+
+def training_settings(config: RunConfig, train: TrainConfig) -> dict[str, Any]:
+    """Return the training settings that a stage's fingerprint covers.
+
+    Worker counts, ZeRO stage and the like are left out: a checkpoint loads at any of them, so a
+    run that continues on other hardware is the same run.
+
+    Args:
+        config: the run's configuration.
+        train: the training settings of the stage.
+
+    Returns:
+        Plain values.
+    """
+    skipped = _OBSERVATION_KEYS | _PLACEMENT_KEYS
+    return {
+        "seed": config.seed,
+        "max_length": config.model.max_length,
+        "train": {
+            key: value for key, value in train.model_dump(mode="json").items() if key not in skipped
+        },
+    }

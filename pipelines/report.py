@@ -1,0 +1,250 @@
+"""The chain's report: report.json for programs, report.md for people, a table for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from .console import duration
+from .stage import StageResult
+from .stages import evaluate
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+SCHEMA_VERSION = 1
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+
+RESERVED_LABELS = frozenset(
+    {
+        "schema_version",
+        "name",
+        "created_at",
+        "main_metric",
+        "data",
+        "retention",
+        "seconds",
+        "mlflow",
+        "seq_len",
+        "comparisons",
+        "differences",
+        evaluate.TEACHER,
+        evaluate.STUDENT,
+    }
+)
+"""A comparison cannot be called so: each has its entry beside these keys."""
+
+
+def build_report(
+    config: RunConfig, results: Mapping[str, StageResult], *, run_id: str | None
+) -> dict[str, Any]:
+    """Join what the stages found into one document.
+
+    Args:
+        config: the run's configuration.
+        results: the result of each stage, by key.
+        run_id: the chain's MLflow run; None without tracking.
+
+    Returns:
+        Plain values; see `docs/architecture.md` for the keys.
+    """
+    measured = results[evaluate.NAME].details
+    models = {name: dict(entry) for name, entry in measured["models"].items()}
+    metric = measured["main_metric"]
+    teacher = models[evaluate.TEACHER]
+    for name, entry in models.items():
+        if name != evaluate.TEACHER:
+            entry["retention"] = _ratio(entry["metrics"][metric], teacher["metrics"][metric])
+            entry["ffn_flops_ratio"] = _ratio(
+                entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
+            )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": config.name,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "main_metric": metric,
+        "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
+        "seq_len": measured["seq_len"],
+        "retention": models[evaluate.STUDENT]["retention"],
+        "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
+        "mlflow": {"run_id": run_id, "experiment": config.tracking.experiment},
+        **models,
+        "comparisons": [name for name in config.compare if name in models],
+        "differences": measured["differences"],
+    }
+
+
+def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the figures that the chain's own run shows.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Values by metric name.
+    """
+    chosen: dict[str, float] = {}
+    if report["retention"] is not None:
+        chosen["retention"] = report["retention"]
+    for name in model_names(report):
+        entry = report[name]
+        for metric, value in entry["metrics"].items():
+            chosen[f"{name}/{metric}"] = value
+        chosen[f"{name}/parameters_active"] = entry["parameters"]["active"]
+        chosen[f"{name}/flops_per_token"] = entry["flops_per_token"]
+        for size, value in entry["latency_ms"].items():
+            chosen[f"{name}/latency_ms_batch_{size}"] = value
+    return chosen
+
+
+def model_names(report: Mapping[str, Any]) -> list[str]:
+    """List the models of a report, teacher and student first.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Their names.
+    """
+    return [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """Write a report for people.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        A Markdown document.
+    """
+    data = report["data"]
+    lines = [
+        f"# {report['name']}",
+        "",
+        f"Data: {data['source']}, {data['num_dev_samples']} dev samples. Made {report['created_at']}.",
+        "",
+        _markdown_row(_headings(report)),
+        _markdown_row(["---"] * len(_headings(report))),
+        *(_markdown_row(_row(report, name)) for name in model_names(report)),
+        "",
+        f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
+        "a whole batch of such sequences, all models timed in turn in one process.",
+        "",
+        *_difference_lines(report),
+        "",
+        "| stage | time |",
+        "| --- | --- |",
+        *(_markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
+        "",
+    ]
+    if report["mlflow"]["run_id"]:
+        lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
+    return "\n".join(lines)
+
+
+def to_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Draw a report for the console.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        The models' table and the stages' table.
+    """
+    models = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, heading in enumerate(_headings(report)):
+        models.add_column(heading, justify="left" if position == 0 else "right")
+    for name in model_names(report):
+        models.add_row(*_row(report, name), style="bold" if name == evaluate.STUDENT else "")
+    stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    stages.add_column("stage")
+    stages.add_column("time", justify="right")
+    for key, seconds in report["seconds"].items():
+        stages.add_row(key, duration(seconds))
+    stages.add_row("all", duration(sum(report["seconds"].values())), style="bold")
+    return [models, stages]
+
+
+def difference_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say how the student differs from each other model.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        One sentence for each.
+    """
+    return [
+        f"student − {name}: {entry['metric']} {entry['difference']:+.4f}, "
+        f"{round(100 * entry.get('confidence', 0.95))} % interval "
+        f"[{entry['low']:+.4f}, {entry['high']:+.4f}] (paired bootstrap)"
+        for name, entry in report["differences"].items()
+    ]
+
+
+def _headings(report: Mapping[str, Any]) -> list[str]:
+    return [
+        "model",
+        f"dev {report['main_metric']}",
+        "before distillation",
+        "retention",
+        "parameters",
+        "active",
+        "FLOPs/token",
+        "FFN FLOPs",
+        *(f"ms, batch {size}" for size in report[evaluate.TEACHER]["latency_ms"]),
+    ]
+
+
+def _row(report: Mapping[str, Any], name: str) -> list[str]:
+    entry = report[name]
+    metric = report["main_metric"]
+    before = entry.get(f"metrics_{evaluate.BEFORE}", {}).get(metric)
+    return [
+        name,
+        f"{entry['metrics'][metric]:.4f}",
+        "" if before is None else f"{before:.4f}",
+        _optional(entry.get("retention")),
+        quantity(entry["parameters"]["total"]),
+        quantity(entry["parameters"]["active"]),
+        quantity(entry["flops_per_token"]),
+        f"× {entry.get('ffn_flops_ratio') or 1.0:.3f}",
+        *(f"{value:.2f}" for value in entry["latency_ms"].values()),
+    ]
+
+
+def quantity(count: float) -> str:
+    """Write a count with a unit prefix.
+
+    Args:
+        count: any number.
+
+    Returns:
+        For example `22.7 M`.
+    """
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {prefix}"
+    return f"{count:.0f}"
+
+
+def _difference_lines(report: Mapping[str, Any]) -> list[str]:
+    return [f"- {line}" for line in difference_lines(report)]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _ratio(value: float, whole: float) -> float | None:
+    return value / whole if whole else None

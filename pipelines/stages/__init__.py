@@ -1,0 +1,1 @@
+"""The stages of the chain, each `run(config, inputs, tracker) -> StageResult`."""

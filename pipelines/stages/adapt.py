@@ -1,0 +1,82 @@
+"""adapt: split the teacher's feed-forward layers into experts, guided by the scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from . import finetune_teacher, score_importance
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+NAME = "adapt"
+NEEDS = (finetune_teacher.NAME, score_importance.NAME)
+
+
+def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
+    """Convert the teacher into a student that has not been trained yet.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+        inputs: must hold the teacher and the scores.
+        tracker: the chain's run.
+
+    Returns:
+        `model` (the student's directory) and `plan` (which neurons went where).
+    """
+    teacher = inputs.result(finetune_teacher.NAME)
+    scores = inputs.result(score_importance.NAME)
+
+    def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.conversion import dense_to_moe, plan_partition
+        from moe_dist.inference import load_model, load_tokenizer, save_model
+
+        moe = config.moe
+        model = load_model(teacher.outputs["model"])
+        plan = plan_partition(
+            read_scores(scores.outputs["scores"]),
+            num_experts=moe.num_experts,
+            expert_size=moe.expert_size,
+            num_shared_neurons=moe.num_shared_neurons,
+            method=moe.partition,
+            tie_shared=moe.tie_shared,
+            layers=moe.layers,
+            seed=config.seed,
+        )
+        student = dense_to_moe(
+            model,
+            plan,
+            router=moe.router,
+            top_k=moe.top_k,
+            seed=config.seed,
+            gate_scale=moe.gate_scale,
+        )
+        plan.save(stage.directory / "plan.json")
+        save_model(
+            student,
+            stage.directory / "model",
+            tokenizer=load_tokenizer(teacher.outputs["model"]),
+        )
+        return StageOutcome(
+            outputs={
+                "model": stage.directory / "model",
+                "plan": stage.directory / "plan.json",
+            },
+        )
+
+    return execute(
+        NAME,
+        settings={
+            "seed": config.seed,
+            "moe": config.moe.model_dump(mode="json", exclude={"importance_samples"}),
+        },
+        input_digests={
+            "teacher": teacher.digests["model"],
+            "scores": scores.digests["scores"],
+        },
+        inputs=inputs,
+        tracker=tracker,
+        work=work,
+    )

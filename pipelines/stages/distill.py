@@ -1,0 +1,61 @@
+"""distill: train the student to do what the teacher does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..jobs import run_job
+from ..payloads import training_job, training_settings
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
+from . import adapt, finetune_teacher
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+NAME = "distill"
+NEEDS = (finetune_teacher.NAME, adapt.NAME)
+
+
+def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
+    """Distil the teacher into the student.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+        inputs: must hold the teacher and the adapted student.
+        tracker: the chain's run.
+
+    Returns:
+        `model`: the trained student's directory.
+    """
+    teacher = inputs.result(finetune_teacher.NAME)
+    student = inputs.result(adapt.NAME)
+
+    def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.training.jobs import distill_job
+
+        payload = {
+            **training_job(config, config.train, stage.directory),
+            "student": str(student.outputs["model"]),
+            "teacher": str(teacher.outputs["model"]),
+            "distill": config.distill.model_dump(mode="json"),
+        }
+        key = stage_key(NAME, inputs.label)
+        result = run_job(distill_job, payload, config=config, work=stage, stage=key)
+        return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
+
+    return execute(
+        NAME,
+        settings={
+            **training_settings(config, config.train),
+            "distill": config.distill.model_dump(mode="json"),
+        },
+        input_digests={
+            "data": inputs.workspace.splits.digest,
+            "teacher": teacher.digests["model"],
+            "student": student.digests["model"],
+        },
+        inputs=inputs,
+        tracker=tracker,
+        work=work,
+    )

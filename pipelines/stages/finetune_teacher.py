@@ -1,0 +1,51 @@
+"""finetune-teacher: train the dense model on the task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..jobs import run_job
+from ..payloads import training_job, training_settings
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+NAME = "finetune-teacher"
+NEEDS: tuple[str, ...] = ()
+
+
+def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
+    """Fine-tune the teacher.
+
+    Args:
+        config: the run's configuration.
+        inputs: the workspace; no earlier stage is needed.
+        tracker: the chain's run.
+
+    Returns:
+        `model`: the teacher's directory.
+    """
+    workspace = inputs.workspace
+    train = config.teacher_train
+
+    def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.training.jobs import finetune_job
+
+        payload = training_job(config, train, stage.directory)
+        payload["model"] = workspace.start_model
+        result = run_job(finetune_job, payload, config=config, work=stage, stage=NAME)
+        return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
+
+    return execute(
+        NAME,
+        settings=training_settings(config, train),
+        input_digests={
+            "data": workspace.splits.digest,
+            "start_model": workspace.start_model_digest,
+        },
+        inputs=inputs,
+        tracker=tracker,
+        work=work,
+    )

@@ -1,0 +1,60 @@
+"""score-importance: how much each feed-forward neuron of the teacher matters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..jobs import run_job
+from ..payloads import data_job
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from . import finetune_teacher
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+NAME = "score-importance"
+NEEDS = (finetune_teacher.NAME,)
+BATCH_SIZE = 32
+
+
+def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
+    """Score the teacher's neurons on the training split.
+
+    Args:
+        config: the run's configuration.
+        inputs: must hold the teacher.
+        tracker: the chain's run.
+
+    Returns:
+        `scores`: one float32 vector for each feed-forward layer, in a safetensors file.
+    """
+    teacher = inputs.result(finetune_teacher.NAME)
+
+    def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.training.jobs import importance_job
+
+        payload = {
+            **data_job(config, stage.directory),
+            "model": str(teacher.outputs["model"]),
+            "num_samples": config.moe.importance_samples,
+            "batch_size": BATCH_SIZE,
+        }
+        run_job(importance_job, payload, config=config, work=stage, stage=NAME)
+        return StageOutcome(outputs={"scores": stage.directory / "scores.safetensors"})
+
+    return execute(
+        NAME,
+        settings={
+            "seed": config.seed,
+            "max_length": config.model.max_length,
+            "num_samples": config.moe.importance_samples,
+        },
+        input_digests={
+            "data": inputs.workspace.splits.digest,
+            "teacher": teacher.digests["model"],
+        },
+        inputs=inputs,
+        tracker=tracker,
+        work=work,
+    )
