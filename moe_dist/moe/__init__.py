@@ -1,1 +1,39 @@
 """Routers, experts and the layer that joins them, in plain torch."""
+
+from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers import ROUTERS, HashRouter, TokenGate, build_router
+from moe_dist.moe.routing import (
+    LayerRouting,
+    Router,
+    Routing,
+    RoutingContext,
+    RoutingRecord,
+    checkpoint_context_fn,
+    current_context,
+    install_routing_hooks,
+    record_routing,
+    use_context,
+)
+
+__all__ = [
+    "ROUTERS",
+    "Dispatcher",
+    "Experts",
+    "HashRouter",
+    "LayerRouting",
+    "LocalDispatcher",
+    "MoELayer",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "RoutingRecord",
+    "TokenGate",
+    "build_router",
+    "checkpoint_context_fn",
+    "current_context",
+    "install_routing_hooks",
+    "record_routing",
+    "use_context",
+]

@@ -1,0 +1,170 @@
+"""Bring each token to its experts and the results back, without dropping any.
+
+Shapes: T tokens, D model, E experts, K active experts; a slot is one of the T*K pairs of a token
+and one of its experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.moe.experts import Experts, compute_dtype
+from moe_dist.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class SlotOrder:
+    """Slots sorted by expert, and the way back.
+
+    Args:
+        slots: (T*K,) the slot at each sorted position; slot // K is its token.
+        positions_TK: (T, K) the sorted position of each slot.
+        tokens_per_expert_E: (E,) slots of each expert.
+    """
+
+    slots: Tensor
+    positions_TK: Tensor
+    tokens_per_expert_E: Tensor
+
+
+class Dispatcher(Protocol):
+    """Applies the chosen experts to every token, wherever the experts live."""
+
+    def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """Return the weighted sum of each token's experts, (T, D)."""
+        ...
+
+
+class LocalDispatcher:
+    """Sort tokens by expert, compute each group, put the results back; dropless."""
+
+    def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """Apply the chosen experts to every token.
+
+        Args:
+            hidden_TD: tokens.
+            routing: which experts, with which weights.
+            experts: all experts of the layer.
+
+        Returns:
+            (T, D) weighted sums, in `compute_dtype` of the input.
+        """
+        order = sort_slots(routing.expert_ids, experts.num_experts)
+        sorted_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)
+        return unpermute(experts(sorted_SD, order.tokens_per_expert_E), routing, order)
+
+
+def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SlotOrder:
+    """Sort slots by expert; equal experts keep the order of their tokens.
+
+    Args:
+        expert_ids_TK: experts of each token.
+        num_experts: E.
+
+    Returns:
+        The order.
+    """
+    expert_ids = expert_ids_TK.reshape(-1)
+    slots = expert_ids.argsort(stable=True)
+    positions = torch.empty_like(slots)
+    positions[slots] = torch.arange(slots.numel(), device=slots.device)
+    tokens_per_expert_E = torch.bincount(expert_ids, minlength=num_experts)
+    return SlotOrder(slots, positions.view(expert_ids_TK.shape), tokens_per_expert_E)
+
+
+def permute(hidden_TD: Tensor, order: SlotOrder) -> Tensor:
+    """Copy each token to the sorted positions of its slots.
+
+    Args:
+        hidden_TD: tokens.
+        order: from `sort_slots`.
+
+    Returns:
+        (T*K, D) rows grouped by expert.
+    """
+    return cast(Tensor, _Permute.apply(hidden_TD, order))
+
+
+def unpermute(sorted_SD: Tensor, routing: Routing, order: SlotOrder) -> Tensor:
+    """Bring each token's results back and add them, weighted.
+
+    Args:
+        sorted_SD: (T*K, D) results in the order of `permute`.
+        routing: gives the weights.
+        order: the same order as before.
+
+    Returns:
+        (T, D).
+    """
+    weights_TK = (
+        None if routing.unit_weights else routing.expert_weights.to(sorted_SD.dtype)
+    )
+    return cast(Tensor, _Unpermute.apply(sorted_SD, weights_TK, order))
+
+
+# Autograd would turn each gather into a scatter-add; a permutation's gradient is a gather too.
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, order: SlotOrder) -> Tensor:
+        ctx.order = order
+        return hidden_TD.index_select(0, _tokens(order))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
+        return _gather_weighted(grad_SD, ctx.order.positions_TK, None), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sorted_SD: Tensor, weights_TK: Tensor | None, order: SlotOrder
+    ) -> Tensor:
+        ctx.order = order
+        learns_weights = weights_TK is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(sorted_SD if learns_weights else None, weights_TK)
+        return _gather_weighted(sorted_SD, order.positions_TK, weights_TK)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, grad_TD: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        sorted_SD, weights_TK = ctx.saved_tensors
+        order: SlotOrder = ctx.order
+        grad_sorted_SD, grad_weights_TK = None, None
+        grad_SD = grad_TD.index_select(0, _tokens(order))
+        if sorted_SD is not None:
+            products_S = torch.linalg.vecdot(grad_SD, sorted_SD)
+            grad_weights_TK = products_S[order.positions_TK]
+        if ctx.needs_input_grad[0]:
+            grad_sorted_SD = grad_SD
+            if weights_TK is not None:
+                grad_sorted_SD.mul_(weights_TK.reshape(-1)[order.slots].unsqueeze(1))
+        return grad_sorted_SD, grad_weights_TK, None
+
+
+def _tokens(order: SlotOrder) -> Tensor:
+    top_k = order.positions_TK.shape[1]
+    return order.slots if top_k == 1 else order.slots // top_k
+
+
+def _gather_weighted(
+    rows_SD: Tensor, positions_TK: Tensor, weights_TK: Tensor | None
+) -> Tensor:
+    """Sum the K rows of each token, times their weights; never more than (T, D) at a time."""
+    total_TD = rows_SD.index_select(0, positions_TK[:, 0])
+    if weights_TK is not None:
+        total_TD.mul_(weights_TK[:, :1])
+    for k in range(1, positions_TK.shape[1]):
+        row_TD = rows_SD.index_select(0, positions_TK[:, k])
+        if weights_TK is None:
+            total_TD.add_(row_TD)
+        else:
+            total_TD.addcmul_(row_TD, weights_TK[:, k : k + 1])
+    return total_TD

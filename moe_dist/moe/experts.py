@@ -1,0 +1,177 @@
+"""The experts of one layer: small FFNs whose weights are stacked.
+
+Shapes: T tokens, D model, F neurons of one expert, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Tell the dtype that a linear layer would compute in here.
+
+    Autocast does not reach grouped products, so the layer casts by itself.
+
+    Args:
+        hidden: the layer's input.
+
+    Returns:
+        Autocast's dtype where it is on for the input's device, else the input's own.
+    """
+    device_type = hidden.device.type
+    if hidden.dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+class Experts(nn.Module):
+    """E feed-forward networks with stacked weights, over tokens grouped by expert.
+
+    Parameter names and shapes are what checkpoints hold: w_in (E, F, D), b_in (E, F),
+    w_gate (E, F, D) and b_gate (E, F) if gated, w_out (E, D, F), b_out (E, D). With expert_size 0
+    only b_out is left.
+
+    Args:
+        num_experts: E.
+        d_model: D.
+        expert_size: F, neurons of one expert; may be 0.
+        activation: a name in `ACTIVATIONS`, or any function on tensors.
+        gated: multiply the activated gate projection with w_in's, as in gated T5.
+        bias_in: whether w_in (and w_gate) have biases.
+        bias_out: whether w_out has a bias.
+        dropout: probability, after the activation.
+
+    Raises:
+        ValueError: if the activation's name is unknown.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        expert_size: int,
+        *,
+        activation: Callable[[Tensor], Tensor] | str,
+        gated: bool = False,
+        bias_in: bool = True,
+        bias_out: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}; "
+                "pass the function itself"
+            )
+        self.num_experts = num_experts
+        self.d_model = d_model
+        self.expert_size = expert_size
+        self.gated = gated
+        self.dropout = dropout
+        self.activation = (
+            ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        )
+        has_neurons = expert_size > 0
+        into, out_of = (
+            (num_experts, expert_size, d_model),
+            (num_experts, d_model, expert_size),
+        )
+        self.w_in = _parameter(into, has_neurons)
+        self.b_in = _parameter(into[:2], has_neurons and bias_in)
+        self.w_gate = _parameter(into, has_neurons and gated)
+        self.b_gate = _parameter(into[:2], has_neurons and gated and bias_in)
+        self.w_out = _parameter(out_of, has_neurons)
+        self.b_out = _parameter(out_of[:2], bias_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start every expert on its own, as `nn.Linear` would."""
+        for name, parameter in self.named_parameters(recurse=False):
+            fan_in = self.expert_size if name.endswith("_out") else self.d_model
+            bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(
+        self, sorted_TD: Tensor, tokens_per_expert_E: Tensor | None = None
+    ) -> Tensor:
+        """Apply each expert to its own tokens.
+
+        Args:
+            sorted_TD: tokens grouped by expert, expert 0 first.
+            tokens_per_expert_E: tokens of each expert, summing to T; not needed for one expert.
+
+        Returns:
+            (T, D) outputs in the same order, in `compute_dtype` of the input.
+
+        Raises:
+            ValueError: if the counts are missing.
+        """
+        if tokens_per_expert_E is None:
+            if self.num_experts > 1:
+                raise ValueError(f"{self.num_experts} experts need tokens_per_expert_E")
+            tokens_per_expert_E = torch.tensor([sorted_TD.shape[0]])
+        dtype = compute_dtype(sorted_TD)
+        rows_TD = sorted_TD.to(dtype)
+        b_out = _cast(self.b_out, dtype)
+        if self.w_in is None or self.w_out is None:
+            return _bias_only(rows_TD, b_out, tokens_per_expert_E)
+        w_in = self.w_in.to(dtype)
+        on_device = self.num_experts > 1 and can_use_grouped_mm(rows_TD, w_in)
+        groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
+        hidden_TF = grouped_linear(rows_TD, w_in, _cast(self.b_in, dtype), groups)
+        if self.w_gate is None:
+            hidden_TF = self.activation(hidden_TF)
+        else:
+            w_gate, b_gate = self.w_gate.to(dtype), _cast(self.b_gate, dtype)
+            gate_TF = grouped_linear(rows_TD, w_gate, b_gate, groups)
+            hidden_TF = self.activation(gate_TF) * hidden_TF
+        if self.dropout:
+            hidden_TF = F.dropout(hidden_TF, self.dropout, self.training)
+        return grouped_linear(hidden_TF, self.w_out.to(dtype), b_out, groups)
+
+    def extra_repr(self) -> str:
+        """Describe the sizes.
+
+        Returns:
+            What `print(module)` shows.
+        """
+        return (
+            f"num_experts={self.num_experts}, d_model={self.d_model}, "
+            f"expert_size={self.expert_size}, gated={self.gated}, dropout={self.dropout}"
+        )
+
+
+def _parameter(shape: tuple[int, ...], present: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if present else None
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _bias_only(
+    rows_TD: Tensor, b_out_ED: Tensor | None, tokens_per_expert_E: Tensor
+) -> Tensor:
+    if b_out_ED is None:
+        return torch.zeros_like(rows_TD)
+    counts_E = tokens_per_expert_E.to(rows_TD.device)
+    experts_E = torch.arange(b_out_ED.shape[0], device=rows_TD.device)
+    expert_of_row_T = torch.repeat_interleave(
+        experts_E, counts_E, output_size=rows_TD.shape[0]
+    )
+    return F.embedding(expert_of_row_T, b_out_ED)

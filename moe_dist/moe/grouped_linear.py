@@ -1,0 +1,219 @@
+"""One linear layer with stacked weights over tokens that are already grouped by expert.
+
+Indexing a stacked parameter in a Python loop allocates a gradient of the whole stack for each
+expert. Here forward and backward write each group's result straight into one output.
+Shapes: T tokens, E experts, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where each expert's rows lie: expert e owns the rows between ends[e-1] and ends[e].
+
+    Args:
+        sizes: rows of each expert, on the host; None if only the device knows them.
+        ends_E: (E,) int32 cumulative rows, on the device of the rows.
+        expert_of_row_T: (T,) int64, only where `sizes` is None.
+    """
+
+    sizes: list[int] | None
+    ends_E: Tensor
+    expert_of_row_T: Tensor | None = None
+
+    def rows(self) -> list[tuple[int, slice]]:
+        """List the experts that have rows, with their rows.
+
+        Returns:
+            Pairs of expert and slice; empty experts are left out.
+        """
+        assert self.sizes is not None
+        found = []
+        start = 0
+        for expert, size in enumerate(self.sizes):
+            if size:
+                found.append((expert, slice(start, start + size)))
+            start += size
+        return found
+
+
+def group_rows(
+    tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool
+) -> Groups:
+    """Turn counts into group boundaries.
+
+    Args:
+        tokens_per_expert_E: rows of each expert, summing to T.
+        rows_TI: the grouped rows.
+        on_device: keep the counts on an accelerator, so that the host need not wait for them.
+
+    Returns:
+        The groups.
+    """
+    counts_E = tokens_per_expert_E.to(rows_TI.device)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    if not on_device:
+        sizes = tokens_per_expert_E.tolist()
+        assert sum(sizes) == rows_TI.shape[0], (
+            "tokens_per_expert does not sum to the rows"
+        )
+        return Groups(sizes, ends_E)
+    experts_E = torch.arange(counts_E.shape[0], device=counts_E.device)
+    expert_of_row_T = torch.repeat_interleave(
+        experts_E, counts_E, output_size=rows_TI.shape[0]
+    )
+    return Groups(None, ends_E, expert_of_row_T)
+
+
+def can_use_grouped_mm(rows_TI: Tensor, weight_EOI: Tensor) -> bool:
+    """Tell whether torch's grouped matrix product takes these operands and is worth it.
+
+    On CPU the loop is as fast and fuses the bias, so grouped_mm serves accelerators only; there it
+    also spares the host from waiting for the counts.
+
+    Args:
+        rows_TI: grouped rows.
+        weight_EOI: stacked weights.
+
+    Returns:
+        True if `grouped_linear` may get groups whose sizes only the device knows.
+    """
+    aligned = all(
+        width * rows_TI.element_size() % 16 == 0 for width in weight_EOI.shape[1:]
+    )
+    return rows_TI.is_cuda and rows_TI.dtype is torch.bfloat16 and aligned
+
+
+def grouped_linear(
+    rows_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, groups: Groups
+) -> Tensor:
+    """Apply each expert's linear layer to its own rows.
+
+    Args:
+        rows_TI: rows grouped by expert; same dtype as the weights.
+        weight_EOI: stacked weights.
+        bias_EO: stacked biases, or None.
+        groups: where each expert's rows lie.
+
+    Returns:
+        (T, O) rows in the same order.
+    """
+    if weight_EOI.shape[0] == 1:
+        return F.linear(rows_TI, weight_EOI[0], None if bias_EO is None else bias_EO[0])
+    return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups))
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_TI: Tensor,
+        weight_EOI: Tensor,
+        bias_EO: Tensor | None,
+        groups: Groups,
+    ) -> Tensor:
+        ctx.save_for_backward(rows_TI, weight_EOI)
+        ctx.groups = groups
+        if groups.sizes is None:
+            return _forward_on_device(rows_TI, weight_EOI, bias_EO, groups)
+        out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
+        for expert, rows in groups.rows():
+            weight_IO = weight_EOI[expert].t()
+            if bias_EO is None:
+                torch.mm(rows_TI[rows], weight_IO, out=out_TO[rows])
+            else:
+                torch.addmm(bias_EO[expert], rows_TI[rows], weight_IO, out=out_TO[rows])
+        return out_TO
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, grad_TO: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows_TI, weight_EOI = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        # The gradient of a sum is expanded, which matrix products of groups do not take.
+        grad_TO = grad_TO.contiguous()
+        with torch.autocast(grad_TO.device.type, enabled=False):
+            if ctx.groups.sizes is None:
+                grads = _backward_on_device(
+                    grad_TO, rows_TI, weight_EOI, ctx.groups, needs
+                )
+            else:
+                grads = _backward_by_group(
+                    grad_TO, rows_TI, weight_EOI, ctx.groups, needs
+                )
+        return *grads, None
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _backward_by_group(
+    grad_TO: Tensor,
+    rows_TI: Tensor,
+    weight_EOI: Tensor,
+    groups: Groups,
+    needs: tuple[bool, ...],
+) -> Grads:
+    assert groups.sizes is not None
+    grad_rows_TI = torch.empty_like(rows_TI) if needs[0] else None
+    grad_weight_EOI = torch.empty_like(weight_EOI) if needs[1] else None
+    grad_bias_EO = grad_TO.new_zeros(weight_EOI.shape[:2]) if needs[2] else None
+    for expert, rows in groups.rows():
+        if grad_rows_TI is not None:
+            torch.mm(grad_TO[rows], weight_EOI[expert], out=grad_rows_TI[rows])
+        if grad_weight_EOI is not None:
+            torch.mm(grad_TO[rows].t(), rows_TI[rows], out=grad_weight_EOI[expert])
+        if grad_bias_EO is not None:
+            torch.sum(grad_TO[rows], dim=0, out=grad_bias_EO[expert])
+    if grad_weight_EOI is not None:
+        for expert, size in enumerate(groups.sizes):
+            if size == 0:
+                grad_weight_EOI[expert].zero_()
+    return grad_rows_TI, grad_weight_EOI, grad_bias_EO
+
+
+def _forward_on_device(
+    rows_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, groups: Groups
+) -> Tensor:
+    out_TO = F.grouped_mm(rows_TI, weight_EOI.transpose(-2, -1), offs=groups.ends_E)
+    if bias_EO is not None:
+        assert groups.expert_of_row_T is not None
+        out_TO += bias_EO.index_select(0, groups.expert_of_row_T)
+    return out_TO
+
+
+def _backward_on_device(
+    grad_TO: Tensor,
+    rows_TI: Tensor,
+    weight_EOI: Tensor,
+    groups: Groups,
+    needs: tuple[bool, ...],
+) -> Grads:
+    grad_rows_TI = (
+        F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
+    )
+    grad_weight_EOI = (
+        F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E)
+        if needs[1]
+        else None
+    )
+    grad_bias_EO = None
+    if needs[2]:
+        assert groups.expert_of_row_T is not None
+        # A product with one-hot rows instead of index_add_: no atomics, so it is deterministic.
+        one_hot_TE = F.one_hot(groups.expert_of_row_T, weight_EOI.shape[0]).to(
+            grad_TO.dtype
+        )
+        grad_bias_EO = one_hot_TE.t() @ grad_TO
+    return grad_rows_TI, grad_weight_EOI, grad_bias_EO

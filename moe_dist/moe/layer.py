@@ -1,0 +1,102 @@
+"""The MoE layer: a router, experts, and a dispatcher between them.
+
+Shapes: B batch, S sequence, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.routing import Routing, append_routing, current_context
+
+
+class MoELayer(nn.Module):
+    """A feed-forward network of which each token uses a part.
+
+    With one expert there is no router and no dispatch: the pruned dense network. `shared` holds
+    neurons that every token uses; they are computed once and added unscaled.
+
+    Args:
+        experts: the routed experts.
+        router: chooses among them; None if and only if there is one expert.
+        shared: one more expert (without output bias) for every token, or None.
+        dispatcher: how tokens reach their experts; in this process unless given.
+        name: the layer's name in routing records.
+
+    Raises:
+        ValueError: if router, experts and shared do not fit together.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        router: nn.Module | None,
+        *,
+        shared: Experts | None = None,
+        dispatcher: Dispatcher | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        if (router is None) != (experts.num_experts == 1):
+            raise ValueError(
+                f"{experts.num_experts} experts with router {router!r}: give a router for two or "
+                "more experts, and none for one"
+            )
+        if router is not None and router.num_experts != experts.num_experts:
+            raise ValueError(
+                f"the router knows {router.num_experts} experts, but there are "
+                f"{experts.num_experts}; build both with the same num_experts"
+            )
+        if shared is not None and (shared.num_experts != 1 or shared.b_out is not None):
+            raise ValueError(
+                "shared must be one expert without b_out, which the experts carry"
+            )
+        self.experts = experts
+        self.router = router
+        self.shared = shared
+        self.dispatcher: Dispatcher = (
+            LocalDispatcher() if dispatcher is None else dispatcher
+        )
+        self.name = name
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the whole layer, over all processes."""
+        return 1 if self.router is None else cast(int, self.router.num_experts)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that each token uses."""
+        return 1 if self.router is None else cast(int, self.router.top_k)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply shared neurons and the chosen experts to every token.
+
+        Args:
+            hidden: (B, S, D) or (T, D).
+
+        Returns:
+            The same shape. Padding is computed like any token.
+        """
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        if self.router is None:
+            out_TD = self.experts(hidden_TD)
+        else:
+            routing: Routing = self.router(hidden_TD, current_context())
+            append_routing(self.name, self.num_experts, routing)
+            out_TD = self.dispatcher(hidden_TD, routing, self.experts)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(hidden_TD)
+        return cast(Tensor, out_TD.view(hidden.shape))
+
+    def extra_repr(self) -> str:
+        """Describe the layer.
+
+        Returns:
+            What `print(module)` shows.
+        """
+        return f"name={self.name!r}, num_experts={self.num_experts}, top_k={self.top_k}"
