@@ -1,0 +1,262 @@
+"""What runs on every worker: each job builds its model and data from paths, and runs.
+
+Jobs are plain functions of one payload (`moe_dist.training.payloads`), so a driver can send them
+anywhere. They are collective: every rank of the process group runs the same job. Rank 0 writes
+into the stage's directory; results come back as plain values, equal on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.conversion import score_importance
+from moe_dist.data.loaders import Encoded, encode, eval_batches
+from moe_dist.data.metrics import compute_metrics
+from moe_dist.data.sources import Splits, load_splits
+from moe_dist.distributed.launch import set_thread_count
+from moe_dist.inference.pretrained import load_pretrained
+from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.losses.total import LossWeight
+from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
+from moe_dist.training.evaluation import expert_load, predict
+from moe_dist.training.fit import fit
+from moe_dist.training.hardware import pick_device
+from moe_dist.training.loop import StepWeights
+from moe_dist.training.payloads import (
+    DataJob,
+    DistillPayload,
+    DistillSection,
+    FinetunePayload,
+    ImportancePayload,
+    PredictPayload,
+)
+from moe_dist.training.results import SCORES, save_predictions, save_scores
+from moe_dist.training.step import distill_terms, finetune_terms, freeze
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The data that a payload names, tokenised on first use.
+
+    Args:
+        splits: rows and task.
+        tokenizer: the model's own.
+        payload: what the job was told.
+    """
+
+    splits: Splits
+    tokenizer: Any
+    payload: DataJob
+
+    @cached_property
+    def train(self) -> Encoded:
+        """The training split."""
+        return self._encode(self.splits.train, "train")
+
+    @cached_property
+    def dev(self) -> Encoded:
+        """The split that is measured on."""
+        return self._encode(self.splits.dev, "dev")
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up shorter samples."""
+        return int(self.tokenizer.pad_token_id)
+
+    def metrics(self, logits: torch.Tensor, encoded: Encoded) -> dict[str, float]:
+        """Compute the task's metrics.
+
+        Args:
+            logits: (N, C) of all samples.
+            encoded: the samples.
+
+        Returns:
+            Values by name, the task's main metric first.
+        """
+        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
+
+    def _encode(self, rows: Any, split: str) -> Encoded:
+        cache = self.payload.get("cache_dir")
+        return encode(
+            rows,
+            self.tokenizer,
+            max_length=self.payload["max_length"],
+            cache_dir=Path(cache) if cache else None,
+            digest=f"{self.splits.digest}-{split}",
+        )
+
+
+def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
+    """Fine-tune a pre-trained encoder on the task: the teacher.
+
+    Args:
+        payload: see `FinetunePayload`.
+
+    Returns:
+        See `fit`.
+    """
+    set_thread_count()
+    splits = load_splits(**payload["data"])
+    task = splits.task
+    model, tokenizer = load_pretrained(
+        payload["model"],
+        num_labels=task.num_labels,
+        label_names=task.label_names,
+        revision=payload.get("revision"),
+        seed=payload["seed"],
+    )
+    data = JobData(splits, tokenizer, payload)
+    return fit(
+        model,
+        data,
+        finetune_terms,
+        lambda num_steps: {"task": LossWeight(1.0)},
+        payload,
+    )
+
+
+def distill_job(payload: DistillPayload) -> dict[str, Any]:
+    """Train a student to do what the teacher does.
+
+    The teacher stays outside the student: frozen, in eval mode, never saved with it.
+
+    Args:
+        payload: see `DistillPayload`.
+
+    Returns:
+        See `fit`.
+    """
+    set_thread_count()
+    splits = load_splits(**payload["data"])
+    device = pick_device(payload.get("use_gpu", "auto"))
+    teacher = freeze(load_model(Path(payload["teacher"]))).to(device)
+    student = load_model(Path(payload["student"]))
+    section = payload["distill"]
+    data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
+    terms = partial(
+        _distill,
+        teacher=teacher,
+        temperature=section.get("temperature", 1.0),
+        kl=section.get("kl_weight", 1.0) > 0,
+        hidden=section.get("hidden_weight", 1.0) > 0,
+        load_balancing=section.get("load_balancing_weight", 0.0) > 0,
+        z_loss=section.get("z_loss_weight", 0.0) > 0,
+    )
+    weights = partial(distill_weights, section)
+    return fit(student, data, terms, weights, payload, whole_model=payload["student"])
+
+
+def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
+    """Turn the recipe's weights into one schedule for each term.
+
+    Args:
+        section: the recipe's ``distill``.
+        num_steps: of the whole run.
+
+    Returns:
+        Weights by term.
+    """
+    warmup_steps = round(section.get("warmup_fraction", 0.0) * num_steps)
+    kl = LossWeight(section.get("kl_weight", 1.0), "warmup", warmup_steps)
+    return {
+        "task": LossWeight(section.get("task_weight", 1.0)),
+        "prediction_kl": kl,
+        "prediction_mse": kl,
+        "hidden_mse": LossWeight(section.get("hidden_weight", 1.0), "warmup", warmup_steps),
+        "load_balancing": LossWeight(section.get("load_balancing_weight", 0.0)),
+        "z_loss": LossWeight(section.get("z_loss_weight", 0.0)),
+    }
+
+
+def importance_job(payload: ImportancePayload) -> dict[str, Any]:
+    """Score the teacher's feed-forward neurons on training samples, summed over workers.
+
+    Args:
+        payload: see `ImportancePayload`.
+
+    Returns:
+        ``scores``: the file that rank 0 wrote; ``num_samples``: how many were scored.
+    """
+    set_thread_count()
+    splits = load_splits(**payload["data"])
+    device = pick_device(payload.get("use_gpu", "auto"))
+    model = load_model(Path(payload["model"])).to(device)
+    data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
+    encoded = data.train
+    wanted = payload.get("num_samples")
+    if wanted is not None and wanted < len(encoded):
+        generator = torch.Generator().manual_seed(payload["seed"])
+        chosen = torch.randperm(len(encoded), generator=generator)[:wanted].sort().values
+        encoded = encoded.take(chosen.numpy())
+    # Fewer samples than workers: every worker scores all of them instead of some scoring none.
+    shared = len(encoded) >= num_ranks()
+    batches = eval_batches(
+        encoded,
+        batch_size=payload.get("batch_size", 32),
+        pad_token_id=data.pad_token_id,
+        rank=own_rank() if shared else 0,
+        world_size=num_ranks() if shared else 1,
+    )
+    scores = score_importance(model, batches)
+    if shared:
+        scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
+    path = Path(payload["stage_dir"]) / SCORES
+    if own_rank() == 0:
+        save_scores(scores, path)
+    wait_for_ranks()
+    return {"scores": str(path), "num_samples": len(encoded)}
+
+
+def predict_job(payload: PredictPayload) -> dict[str, Any]:
+    """Run a saved model over a split.
+
+    Args:
+        payload: see `PredictPayload`.
+
+    Returns:
+        ``predictions`` (the logits, (N, C) float32) and ``labels`` (N,) as arrays, ``metrics``
+        by name, ``expert_load`` by layer, and where rank 0 wrote them (``path``).
+    """
+    set_thread_count()
+    splits = load_splits(**payload["data"])
+    device = pick_device(payload.get("use_gpu", "auto"))
+    model = load_model(Path(payload["model"])).to(device)
+    data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
+    encoded = data.train if payload.get("split", "dev") == "train" else data.dev
+    answers = predict(
+        model,
+        encoded,
+        batch_size=payload.get("batch_size", 64),
+        pad_token_id=data.pad_token_id,
+        device=device,
+    )
+    path = Path(payload["stage_dir"]) / f"{payload.get('output_name', 'predictions')}.npz"
+    if own_rank() == 0:
+        save_predictions(
+            path,
+            logits=answers.logits,
+            predictions=answers.values(is_regression=splits.task.kind == "regression"),
+            labels=encoded.labels,
+            sample_ids=encoded.sample_ids,
+        )
+    wait_for_ranks()
+    return {
+        "predictions": answers.logits.numpy(),
+        "labels": encoded.labels,
+        "metrics": data.metrics(answers.logits, encoded),
+        "expert_load": expert_load(answers.tokens_per_expert),
+        "path": str(path),
+    }
+
+
+def _distill(
+    student: nn.Module, batch: Mapping[str, torch.Tensor], *, teacher: nn.Module, **options: Any
+) -> Any:
+    return distill_terms(student, teacher, batch, **options)

@@ -1,0 +1,340 @@
+"""The training loop. It knows no Ray: an engine that stands, batches, and where to write."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_dist.distributed.engine import TrainEngine
+from moe_dist.errors import NonFiniteLossError, TrainingError
+from moe_dist.losses.total import CountKind, LossWeight, weighted_total
+from moe_dist.training.collectives import gather_values
+from moe_dist.training.step import StepTerms
+from moe_dist.training.transfer import on_device
+from moe_dist.training.window import LogWindow
+
+
+class Batch(Protocol):
+    """One optimizer step's data on one rank (`moe_dist.data.loaders.StepBatch`)."""
+
+    micro_batches: list[dict[str, Tensor]]
+    num_samples: int
+    num_tokens: int
+    sample_ids: list[int]
+
+
+class Batches(Protocol):
+    """A training set cut into steps (`moe_dist.data.loaders.TrainBatches`)."""
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterable[Batch]:
+        """Yield the steps of an epoch from one of them on."""
+        ...
+
+
+class Log(Protocol):
+    """Where rank 0 writes metrics (`moe_dist.metric_log.MetricLog`)."""
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line."""
+        ...
+
+    def truncate_after(self, step: int) -> None:
+        """Forget later lines."""
+        ...
+
+
+ComputeTerms = Callable[[nn.Module, Mapping[str, Tensor]], StepTerms]
+StepWeights = Mapping[str, LossWeight]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When the loop stops, logs, evaluates and saves; all counted in optimizer steps.
+
+    Args:
+        num_steps: of the whole run, resumed parts included.
+        seed: dropout and router noise are drawn anew at each step from seed, step and rank, so
+            that a resumed run equals an unbroken one.
+        log_every: steps from one line of the metric log to the next.
+        eval_every: steps from one evaluation to the next; None evaluates at the end only.
+        checkpoint_every: steps from one checkpoint to the next; None saves at the end only.
+    """
+
+    num_steps: int
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+
+
+@dataclass
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        num_steps: steps taken, those of an earlier part included.
+        resumed_from: the step of the checkpoint that was continued, or None.
+        evaluation: the last evaluation's metrics.
+        train: the last line of training metrics.
+        seconds: of this part, evaluation and checkpoints included.
+    """
+
+    num_steps: int
+    resumed_from: int | None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    train: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def planned_steps(
+    steps_per_epoch: int, *, num_epochs: float | None, max_steps: int | None
+) -> int:
+    """Turn epochs and a limit into a number of steps.
+
+    Args:
+        steps_per_epoch: optimizer steps in an epoch.
+        num_epochs: may be a fraction; None leaves it to `max_steps`.
+        max_steps: an upper limit, or None.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        TrainingError: if neither is given or the data do not fill one step.
+    """
+    if steps_per_epoch < 1:
+        raise TrainingError(
+            "the training set does not fill a single step",
+            remedy="lower train.batch_size, train.accumulation or parallel.num_workers, "
+            "or bring more samples",
+        )
+    if num_epochs is None and max_steps is None:
+        raise TrainingError(
+            "nothing says how long to train", remedy="set train.num_epochs or train.max_steps"
+        )
+    limits = [] if num_epochs is None else [math.ceil(num_epochs * steps_per_epoch - 1e-9)]
+    limits += [] if max_steps is None else [max_steps]
+    return max(1, min(limits))
+
+
+def train(
+    engine: TrainEngine,
+    batches: Batches,
+    compute_terms: ComputeTerms,
+    weights: Mapping[str, LossWeight],
+    *,
+    settings: LoopSettings,
+    checkpoint_dir: Path | None = None,
+    metric_log: Log | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train until `settings.num_steps`, from the newest checkpoint if there is one; collective.
+
+    Args:
+        engine: holds the model, its optimizer and the process group's part.
+        batches: the same global batches on every rank.
+        compute_terms: the loss terms of one micro-batch.
+        weights: a coefficient for every term, by name.
+        settings: when to stop, log, evaluate and save.
+        checkpoint_dir: where checkpoints lie; None saves none and resumes nothing.
+        metric_log: rank 0's log; None elsewhere, or to log nothing.
+        evaluate: run on every rank, returns the same metrics on each.
+        report: called after each log line and evaluation on every rank.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        TrainingError: if all weights are 0.
+        NonFiniteLossError: if a loss or its gradient is NaN or infinite.
+    """
+    if not any(weight.weight for weight in weights.values()):
+        raise TrainingError(
+            "every loss weight is 0, so nothing would be learned",
+            remedy="give at least one distill.*_weight a value above 0",
+        )
+    started = time.perf_counter()
+    window = LogWindow(engine.device)
+    result = _resume(engine, window, checkpoint_dir)
+    if engine.rank == 0 and metric_log is not None:
+        metric_log.truncate_after(-1 if result.resumed_from is None else result.resumed_from)
+
+    def publish(step: int, metrics: dict[str, float]) -> None:
+        if engine.rank == 0 and metric_log is not None:
+            metric_log.append(step, metrics)
+        if report is not None:
+            report(step, metrics)
+
+    engine.module.train()
+    # Steps are numbered from 1 once they are done: checkpoint 10 has taken ten of them.
+    for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
+        learning_rate = engine.learning_rate
+        _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
+        result.num_steps = done = step + 1
+        is_last = done == settings.num_steps
+        if is_last or done % settings.log_every == 0:
+            result.train = window.metrics() | {
+                "train/learning_rate": learning_rate,
+                "train/epoch": done / batches.steps_per_epoch,
+                "train/num_steps": settings.num_steps,
+            }
+            window.clear()
+            publish(done, result.train)
+        if evaluate is not None and (is_last or _is_due(done, settings.eval_every)):
+            result.evaluation = evaluate()
+            engine.module.train()
+            publish(done, result.evaluation)
+        if checkpoint_dir is not None and (is_last or _is_due(done, settings.checkpoint_every)):
+            state = {
+                "seed": settings.seed,
+                "epoch": done // batches.steps_per_epoch,
+                "step_in_epoch": done % batches.steps_per_epoch,
+                "window": window.state(),
+                "evaluation": result.evaluation,
+                "train": result.train,
+            }
+            save_checkpoint(checkpoint_dir, engine, step=done, state=state)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _resume(engine: TrainEngine, window: LogWindow, checkpoint_dir: Path | None) -> TrainResult:
+    state = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir, engine)
+    if state is None:
+        return TrainResult(num_steps=0, resumed_from=None)
+    window.restore(state["window"], keeps_sums=engine.rank == 0)
+    step = int(state["step"])
+    return TrainResult(
+        num_steps=step,
+        resumed_from=step,
+        evaluation=dict(state["evaluation"]),
+        train=dict(state["train"]),
+    )
+
+
+def _steps(
+    batches: Batches, start: int, stop: int, device: torch.device
+) -> Iterator[tuple[int, Batch]]:
+    """Yield each step's number and data, across epochs, from any position."""
+    step = start
+    while step < stop:
+        epoch, offset = divmod(step, batches.steps_per_epoch)
+        for batch in on_device(batches.epoch(epoch, offset), device):
+            yield step, batch
+            step += 1
+            if step == stop:
+                return
+
+
+def _take_step(
+    engine: TrainEngine,
+    batch: Batch,
+    compute_terms: ComputeTerms,
+    weights: Mapping[str, LossWeight],
+    window: LogWindow,
+    *,
+    step: int,
+    seed: int,
+) -> None:
+    started = time.perf_counter()
+    torch.manual_seed(step_seed(seed, step, engine.rank))
+    coefficients = {name: weight.at(step) for name, weight in weights.items()}
+    counts: dict[CountKind, int] = {"samples": batch.num_samples, "tokens": batch.num_tokens}
+    last = len(batch.micro_batches) - 1
+    losses: list[dict[str, Tensor]] = []
+    for position, micro_batch in enumerate(batch.micro_batches):
+        with engine.autocast():
+            computed = compute_terms(engine.module, micro_batch)
+            total, values = weighted_total(computed.terms, coefficients, counts)
+        engine.backward(
+            _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
+        )
+        losses.append(values)
+        window.add_micro_batch(values, computed.tokens_per_expert)
+    try:
+        grad_norm = engine.step()
+    except TrainingError as error:
+        # The engine refused the update on every rank, since all see the same norm.
+        raise _non_finite(engine, batch, losses, step=step) from error
+    window.add_step(
+        grad_norm=grad_norm,
+        num_tokens=batch.num_tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix a run's seed with the step and the rank.
+
+    Args:
+        seed: the run's.
+        step: number of the step.
+        rank: of this process.
+
+    Returns:
+        A seed below 2**63, far from those of neighbouring steps and ranks.
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % (
+        1 << 64
+    )
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % (1 << 64)
+    return (mixed ^ (mixed >> 31)) >> 1
+
+
+def _poisoned(loss: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Make gradients NaN where a loss term is, on every rank, without a sync or a collective.
+
+    The gradient norm, which all ranks share and read anyway, then tells of it.
+    """
+    # 0 * NaN and 0 * inf are NaN; 0 * finite is 0 and leaves the loss as it was. A term at
+    # weight 0 is not trained on, but `total` has every one that is.
+    return loss * (1.0 + 0.0 * values["total"])
+
+
+def _non_finite(
+    engine: TrainEngine, batch: Batch, losses: list[dict[str, Tensor]], *, step: int
+) -> NonFiniteLossError:
+    """Find out where it happened; collective."""
+    faults: list[str] = []
+    first = 0
+    for micro_batch, values in zip(batch.micro_batches, losses, strict=True):
+        size = len(micro_batch["labels"])
+        ids = batch.sample_ids[first : first + size]
+        first += size
+        terms = {name: float(value) for name, value in values.items()}
+        if not all(math.isfinite(value) for value in terms.values()):
+            faults.append(f"rank {engine.rank}, samples {ids}: {_named_terms([values])}")
+    found = [fault for of_rank in gather_values(faults) for fault in of_rank]
+    if found:
+        message = f"step {step + 1}: a loss is not finite; " + "; ".join(found)
+    else:
+        message = (
+            f"step {step + 1}: the losses are finite but their gradient is not; "
+            f"samples of rank {engine.rank}: {batch.sample_ids}; {_named_terms(losses)}"
+        )
+    return NonFiniteLossError(
+        message,
+        remedy="lower train.learning_rate, lengthen train.warmup_fraction or use "
+        "train.precision=fp32, and look at the named samples; the last checkpoint is untouched",
+    )
+
+
+def _named_terms(losses: list[dict[str, Tensor]]) -> str:
+    sums = {name: sum(float(values[name]) for values in losses) for name in sorted(losses[0])}
+    return ", ".join(f"{name}={value:.4g}" for name, value in sums.items())
+
+
+def _is_due(done: int, every: int | None) -> bool:
+    return bool(every) and done % int(every or 1) == 0

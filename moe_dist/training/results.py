@@ -1,0 +1,142 @@
+"""What jobs leave in a stage's directory, and how stages read it back. No pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_dist.errors import CheckpointError
+
+MODEL_DIR = "model"
+CHECKPOINT_DIR = "checkpoints"
+METRIC_LOG = "metrics.jsonl"
+RESULT = "result.json"
+SCORES = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedPredictions:
+    """A model's answers on one split.
+
+    Args:
+        logits: (N, C) float32.
+        predictions: (N,) class ids, or floats in regression.
+        labels: (N,) of the same kind.
+        sample_ids: (N,) ids of the samples.
+    """
+
+    logits: np.ndarray
+    predictions: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: the file; its directory is made.
+        value: plain values.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
+
+
+def save_scores(scores: Sequence[Tensor], path: Path) -> None:
+    """Write importance scores, whole or not at all.
+
+    Args:
+        scores: (F,) for each feed-forward network, in the model's order.
+        path: the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.partial")
+    named = {f"{index:04d}": score.contiguous().cpu() for index, score in enumerate(scores)}
+    save_file(named, str(beside))
+    beside.replace(path)
+
+
+def load_scores(path: Path) -> list[Tensor]:
+    """Read what `save_scores` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        (F,) float32 for each feed-forward network, in the model's order.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    try:
+        named = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"importance scores {path} cannot be read: {error}",
+            remedy="delete the stage's directory and run score-importance again",
+        ) from error
+    return [named[name].to(torch.float32) for name in sorted(named)]
+
+
+def save_predictions(
+    path: Path, *, logits: Tensor, predictions: Tensor, labels: Any, sample_ids: Any
+) -> None:
+    """Write predictions, whole or not at all.
+
+    Args:
+        path: the ``.npz`` file.
+        logits: (N, C).
+        predictions: (N,).
+        labels: (N,).
+        sample_ids: (N,).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.partial")
+    with beside.open("wb") as stream:
+        np.savez(
+            stream,
+            logits=logits.numpy(),
+            predictions=predictions.numpy(),
+            labels=np.asarray(labels),
+            sample_ids=np.asarray(sample_ids),
+        )
+    beside.replace(path)
+
+
+def load_predictions(path: Path) -> SavedPredictions:
+    """Read what `save_predictions` wrote.
+
+    Args:
+        path: the ``.npz`` file.
+
+    Returns:
+        The arrays.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return SavedPredictions(
+                arrays["logits"], arrays["predictions"], arrays["labels"], arrays["sample_ids"]
+            )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"predictions {path} cannot be read: {error}",
+            remedy="delete the stage's directory and run evaluate again",
+        ) from error

@@ -1,0 +1,190 @@
+"""From a micro-batch to named loss terms: where losses meet what routers recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.losses.distillation import hidden_mse, prediction_kl, prediction_mse
+from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.losses.task import classification_loss, regression_loss
+from moe_dist.losses.total import LossTerm
+from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
+
+# Columns of a batch that tell about samples and are no argument of a model.
+NOT_INPUTS = frozenset({"labels", "index"})
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """What one micro-batch gives.
+
+    Args:
+        terms: loss terms by name, undivided and unweighted.
+        tokens_per_expert: (E,) float32 counts of real tokens by layer, on the model's device.
+    """
+
+    terms: dict[str, LossTerm]
+    tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the columns that models do not take.
+
+    Args:
+        batch: a micro-batch with labels.
+
+    Returns:
+        The keyword arguments of a model's forward.
+    """
+    return {name: column for name, column in batch.items() if name not in NOT_INPUTS}
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make a model a teacher: no dropout, no gradients.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The same model.
+    """
+    model.eval()
+    return model.requires_grad_(False)
+
+
+def finetune_terms(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    load_balancing: bool = False,
+    z_loss: bool = False,
+) -> StepTerms:
+    """Compute the task loss, and where asked for the router's own losses.
+
+    Args:
+        model: a classifier or regressor of Hugging Face's form.
+        batch: input_ids, attention_mask, labels (float for regression) and so on.
+        load_balancing: add the load-balancing loss.
+        z_loss: add the router z-loss.
+
+    Returns:
+        Terms ``task`` and, where asked for, ``load_balancing`` and ``z_loss``.
+    """
+    with record_routing() as record:
+        output = model(**model_inputs(batch))
+    terms = {"task": _task_term(output.logits, batch["labels"])}
+    terms |= _router_terms(record, batch, load_balancing=load_balancing, z_loss=z_loss)
+    return StepTerms(terms, expert_counts(record))
+
+
+def distill_terms(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    kl: bool = True,
+    hidden: bool = True,
+    load_balancing: bool = False,
+    z_loss: bool = False,
+) -> StepTerms:
+    """Compute the task loss and what pulls the student to the teacher.
+
+    Hidden states are the embeddings and all layers, one to one; they are asked for only where
+    their term is. In regression the squared error of the predictions stands for the divergence.
+
+    Args:
+        student: the model that learns.
+        teacher: a frozen model (see `freeze`) of equal depth and width.
+        batch: input_ids, attention_mask, labels (float for regression) and so on.
+        temperature: of `prediction_kl`.
+        kl: add the term on predictions.
+        hidden: add the term on hidden states.
+        load_balancing: add the load-balancing loss.
+        z_loss: add the router z-loss.
+
+    Returns:
+        Terms ``task`` and, where asked for, ``prediction_kl`` (``prediction_mse`` in regression),
+        ``hidden_mse``, ``load_balancing`` and ``z_loss``.
+    """
+    inputs = model_inputs(batch)
+    labels = batch["labels"]
+    with record_routing() as record:
+        output = student(**inputs, output_hidden_states=hidden)
+    terms = {"task": _task_term(output.logits, labels)}
+    if kl or hidden:
+        with torch.no_grad():
+            target = teacher(**inputs, output_hidden_states=hidden)
+        if kl and labels.is_floating_point():
+            gap = prediction_mse(output.logits, target.logits)
+            terms["prediction_mse"] = LossTerm(gap, "samples")
+        elif kl:
+            divergence = prediction_kl(output.logits, target.logits, temperature)
+            terms["prediction_kl"] = LossTerm(divergence, "samples")
+        if hidden:
+            distance = hidden_mse(
+                output.hidden_states, target.hidden_states, batch.get("attention_mask")
+            )
+            terms["hidden_mse"] = LossTerm(distance, "tokens")
+    terms |= _router_terms(record, batch, load_balancing=load_balancing, z_loss=z_loss)
+    return StepTerms(terms, expert_counts(record))
+
+
+def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
+    """Count the real tokens that each expert of each layer received, without a device sync.
+
+    Args:
+        record: what `record_routing` collected.
+
+    Returns:
+        (E,) float32 by layer name.
+    """
+    counts: dict[str, Tensor] = {}
+    for position, entry in enumerate(record.entries):
+        ids = entry.routing.expert_ids
+        ones = torch.ones_like(ids, dtype=torch.float32)
+        if entry.mask_T is not None:
+            ones = ones * entry.mask_T.reshape(-1, 1)
+        count_E = torch.zeros(entry.num_experts, dtype=torch.float32, device=ids.device)
+        count_E.scatter_add_(0, ids.reshape(-1), ones.reshape(-1))
+        name = entry.name or f"layer{position}"
+        counts[name] = counts[name] + count_E if name in counts else count_E
+    return counts
+
+
+def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:
+    loss = regression_loss if labels.is_floating_point() else classification_loss
+    return LossTerm(loss(logits, labels), "samples")
+
+
+def _router_terms(
+    record: RoutingRecord, batch: Mapping[str, Any], *, load_balancing: bool, z_loss: bool
+) -> dict[str, LossTerm]:
+    """Router losses: mean over layers, weighed by tokens so that micro-batches count by size."""
+    terms: dict[str, LossTerm] = {}
+    learned = [entry for entry in record.entries if entry.routing.logits is not None]
+    if not learned or not (load_balancing or z_loss):
+        return terms
+    num_tokens = batch["attention_mask"].sum()
+    real = [_real_tokens(entry) for entry in learned]
+    if load_balancing:
+        losses = [load_balancing_loss(logits_TE, ids_TK) for logits_TE, ids_TK in real]
+        terms["load_balancing"] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
+    if z_loss:
+        losses = [router_z_loss(logits_TE) for logits_TE, _ in real]
+        terms["z_loss"] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
+    return terms
+
+
+def _real_tokens(entry: LayerRouting) -> tuple[Tensor, Tensor]:
+    logits_TE, ids_TK = entry.routing.logits, entry.routing.expert_ids
+    assert logits_TE is not None
+    if entry.mask_T is None:
+        return logits_TE, ids_TK
+    mask_T = entry.mask_T.bool()
+    return logits_TE[mask_T], ids_TK[mask_T]

@@ -1,0 +1,146 @@
+"""Sums between two lines of the metric log, kept on the device so that steps need no sync."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.training.collectives import sum_over_ranks
+
+
+class LogWindow:
+    """Accumulates loss terms and expert loads over steps and micro-batches of one rank.
+
+    Args:
+        device: where the sums are kept, and where ranks communicate.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.seconds = 0.0
+        self.grad_norm = 0.0
+        self._losses: dict[str, Tensor] = {}
+        self._loads: dict[str, Tensor] = {}
+
+    def add_micro_batch(
+        self, losses: Mapping[str, Tensor], tokens_per_expert: Mapping[str, Tensor]
+    ) -> None:
+        """Add one micro-batch's part of the step.
+
+        Args:
+            losses: detached scalars, already divided by the counts of the whole step.
+            tokens_per_expert: (E,) counts by layer.
+        """
+        _add(self._losses, losses, self._device)
+        _add(self._loads, tokens_per_expert, self._device)
+
+    def add_step(self, *, grad_norm: float, num_tokens: int, seconds: float) -> None:
+        """Close a step.
+
+        Args:
+            grad_norm: before clipping, the same on every rank.
+            num_tokens: real tokens of all ranks.
+            seconds: what the step took.
+        """
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        self.seconds += seconds
+        self.grad_norm += grad_norm
+
+    def metrics(self) -> dict[str, float]:
+        """Reduce over ranks and name the values; collective.
+
+        Returns:
+            Means over the window's steps; empty if it has none.
+        """
+        if self.num_steps == 0:
+            return {}
+        values = {
+            f"train/loss/{name}": float(total) / self.num_steps
+            for name, total in self._reduced(self._losses).items()
+        }
+        values["train/grad_norm"] = self.grad_norm / self.num_steps
+        if self.seconds > 0:
+            values["perf/tokens_per_s"] = self.num_tokens / self.seconds
+            values["perf/step_s"] = self.seconds / self.num_steps
+        for layer, count_E in self._reduced(self._loads).items():
+            values[f"moe/load_imbalance/{layer}"] = load_imbalance(count_E)
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """Give what a resumed run needs to log the same values; collective.
+
+        Returns:
+            Plain values, summed over ranks.
+        """
+        losses, loads = self._reduced(self._losses), self._reduced(self._loads)
+        return {
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "grad_norm": self.grad_norm,
+            "losses": {name: float(value) for name, value in losses.items()},
+            "loads": {name: count_E.tolist() for name, count_E in loads.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any], *, keeps_sums: bool) -> None:
+        """Continue a window that a checkpoint interrupted.
+
+        Args:
+            state: what `state` gave.
+            keeps_sums: True on one rank only, since the sums are already over ranks.
+        """
+        self.clear()
+        self.num_steps = int(state["num_steps"])
+        self.num_tokens = int(state["num_tokens"])
+        self.seconds = float(state["seconds"])
+        self.grad_norm = float(state["grad_norm"])
+        share = 1.0 if keeps_sums else 0.0
+        self._losses = {
+            name: torch.tensor(value * share, dtype=torch.float64, device=self._device)
+            for name, value in state["losses"].items()
+        }
+        self._loads = {
+            name: torch.tensor(counts, dtype=torch.float64, device=self._device) * share
+            for name, counts in state["loads"].items()
+        }
+
+    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum over ranks in one collective, the window itself left as it is."""
+        if not sums:
+            return {}
+        sizes = [total.numel() for total in sums.values()]
+        flat = torch.cat([total.reshape(-1) for total in sums.values()])
+        parts = sum_over_ranks(flat).cpu().split(sizes)
+        return {
+            name: part.reshape(total.shape)
+            for (name, total), part in zip(sums.items(), parts, strict=True)
+        }
+
+
+def load_imbalance(count_E: Tensor) -> float:
+    """Measure how unevenly experts are used.
+
+    Args:
+        count_E: tokens of each expert.
+
+    Returns:
+        The largest count over the mean: 1 is even, E is all on one.
+    """
+    mean = float(count_E.double().mean())
+    return float(count_E.max()) / mean if mean > 0 else 1.0
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], device: torch.device) -> None:
+    for name, value in values.items():
+        part = value.detach().to(device=device, dtype=torch.float64)
+        sums[name] = sums[name] + part if name in sums else part
