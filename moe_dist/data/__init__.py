@@ -1,0 +1,1 @@
+"""Data sets, their splits, tokenised batches and metrics."""

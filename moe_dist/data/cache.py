@@ -1,0 +1,126 @@
+"""A cache that two processes may fill at once and that never holds half a result."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_dist.errors import DataError
+
+_LOCK_TIMEOUT_S = 900.0
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def default_cache_dir() -> Path:
+    """The cache's folder: `MOE_DIST_CACHE`, else `moe-dist` in the XDG cache.
+
+    Returns:
+        An absolute path, which need not exist yet.
+    """
+    given = os.environ.get("MOE_DIST_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache").absolute() / "moe-dist"
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The digest in hexadecimal.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def build_once(
+    final: Path, build: Callable[[Path], None], *, is_good: Callable[[Path], bool]
+) -> Path:
+    """Return a cached folder, and build it first where it is missing or damaged.
+
+    The folder is built beside its place and renamed, under a lock, so that a reader sees all of
+    it or nothing, and of two processes one builds while the other waits.
+
+    Args:
+        final: where the folder belongs.
+        build: fills the empty folder that it is given.
+        is_good: tells whether an existing folder is whole.
+
+    Returns:
+        `final`.
+
+    Raises:
+        DataError: if the cache cannot be written, its disk is full, or another process holds
+            the lock for a quarter of an hour.
+    """
+    from filelock import FileLock, Timeout
+
+    if final.is_dir() and is_good(final):
+        return final
+    with _clear_disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.parent / f".{final.name}.lock", timeout=_LOCK_TIMEOUT_S)
+        try:
+            with lock:
+                if not (final.is_dir() and is_good(final)):
+                    _build_beside(final, build)
+        except Timeout as error:
+            raise DataError(
+                f"another process has been preparing {final} for more than "
+                f"{_LOCK_TIMEOUT_S / 60:.0f} minutes",
+                remedy="wait for it or stop it, then run the same command again",
+            ) from error
+    return final
+
+
+def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        built = scratch / "built"
+        built.mkdir()
+        build(built)
+        if final.exists():
+            final.rename(scratch / "damaged")
+        built.rename(final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _clear_disk_errors(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            raise full_disk_error(final.parent) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise DataError(
+                f"the cache folder {final.parent} cannot be written: {error.strerror}",
+                remedy="set MOE_DIST_CACHE to a folder that you may write to",
+            ) from error
+        raise
+
+
+def full_disk_error(folder: Path) -> DataError:
+    """The error for a disk that is full.
+
+    Args:
+        folder: the cache folder that could not be written.
+
+    Returns:
+        An error that names the folder and the remedy.
+    """
+    return DataError(
+        f"no space left on the disk of {folder}; nothing was kept of what did not fit",
+        remedy="free some space, or set MOE_DIST_CACHE to a folder on a disk that has more",
+    )

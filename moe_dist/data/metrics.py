@@ -1,0 +1,228 @@
+"""Task metrics, and the paired bootstrap that compares two models on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_dist.errors import DataError
+
+Array = NDArray[np.float64] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The difference of two models on one metric, a minus b.
+
+    Attributes:
+        difference: on the examples as they are.
+        low: lower end of the bootstrap interval.
+        high: upper end of the bootstrap interval.
+        p_value: two-sided, for "no difference".
+        confidence: the interval's coverage, 0.95 unless told.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    confidence: float = 0.95
+
+
+def accuracy(labels: Array, predictions: Array) -> float:
+    """Share of predictions that are right.
+
+    Args:
+        labels: class ids (N,).
+        predictions: class ids (N,).
+
+    Returns:
+        A value in [0, 1].
+    """
+    return float(np.mean(labels == predictions))
+
+
+def f1(labels: Array, predictions: Array) -> float:
+    """F1 of class 1 where the classes are 0 and 1, else the mean F1 over the classes.
+
+    Args:
+        labels: class ids (N,).
+        predictions: class ids (N,).
+
+    Returns:
+        A value in [0, 1]; 0 for a class that neither occurs nor is predicted.
+    """
+    counts = _confusion(labels, predictions)
+    hits = np.diag(counts)
+    occurrences = counts.sum(0) + counts.sum(1)
+    if len(counts) <= 2:
+        return float(2 * hits[1] / occurrences[1]) if occurrences[1] else 0.0
+    present = occurrences > 0
+    return float(np.mean(2 * hits[present] / occurrences[present]))
+
+
+def matthews(labels: Array, predictions: Array) -> float:
+    """Matthews correlation, for any number of classes.
+
+    Args:
+        labels: class ids (N,).
+        predictions: class ids (N,).
+
+    Returns:
+        A value in [-1, 1]; 0 where it is undefined.
+    """
+    counts = _confusion(labels, predictions).astype(np.float64)
+    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
+    covariance = np.trace(counts) * total - true @ predicted
+    spread = np.sqrt(total**2 - true @ true) * np.sqrt(total**2 - predicted @ predicted)
+    return float(covariance / spread) if spread > 0 else 0.0
+
+
+def pearson(labels: Array, predictions: Array) -> float:
+    """Pearson correlation.
+
+    Args:
+        labels: values (N,).
+        predictions: values (N,).
+
+    Returns:
+        A value in [-1, 1]; 0 where one side is constant.
+    """
+    a = np.asarray(labels, np.float64) - np.mean(labels)
+    b = np.asarray(predictions, np.float64) - np.mean(predictions)
+    spread = float(np.sqrt((a @ a) * (b @ b)))
+    return float(np.clip((a @ b) / spread, -1.0, 1.0)) if spread > 0 else 0.0
+
+
+def spearman(labels: Array, predictions: Array) -> float:
+    """Spearman rank correlation; ties share their mean rank.
+
+    Args:
+        labels: values (N,).
+        predictions: values (N,).
+
+    Returns:
+        A value in [-1, 1]; 0 where one side is constant.
+    """
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(labels), rankdata(predictions))
+
+
+METRICS: dict[str, Callable[[Array, Array], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+_ON_CLASSES = ("accuracy", "f1", "matthews")
+
+
+def compute_metrics(
+    names: Sequence[str], predictions: ArrayLike, labels: ArrayLike
+) -> dict[str, float]:
+    """Compute metrics of a model's predictions.
+
+    Args:
+        names: names out of METRICS.
+        predictions: class ids or values (N,), or the head's logits (N, C), of which the class
+            metrics take the argmax and the correlations the only column.
+        labels: class ids or values (N,).
+
+    Returns:
+        Metric name to value, in the order of `names`.
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+    """
+    return {name: METRICS[name](*_checked(name, predictions, labels)) for name in _known(names)}
+
+
+def paired_bootstrap(
+    metric: str,
+    labels: ArrayLike,
+    predictions_a: ArrayLike,
+    predictions_b: ArrayLike,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of metric(a) - metric(b), examples resampled in pairs.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        predictions_a: as in `compute_metrics`.
+        predictions_b: as in `compute_metrics`, of the same examples in the same order.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, interval and two-sided p-value.
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+    """
+    _known([metric])
+    score = METRICS[metric]
+    true, first = _checked(metric, predictions_a, labels)
+    _, second = _checked(metric, predictions_b, labels)
+    rng = np.random.default_rng(seed)
+    differences = np.empty(num_resamples)
+    for i in range(num_resamples):
+        chosen = rng.integers(0, len(true), len(true))
+        truth = true[chosen]
+        differences[i] = score(truth, first[chosen]) - score(truth, second[chosen])
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(differences, [tail, 1.0 - tail])
+    # One is added to both counts, so that a finite number of samples never claims p = 0.
+    below = (np.sum(differences <= 0) + 1) / (num_resamples + 1)
+    above = (np.sum(differences >= 0) + 1) / (num_resamples + 1)
+    return Interval(
+        difference=score(true, first) - score(true, second),
+        low=float(low),
+        high=float(high),
+        p_value=float(min(1.0, 2 * min(below, above))),
+        confidence=confidence,
+    )
+
+
+def _known(names: Sequence[str]) -> Sequence[str]:
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise DataError(
+            f"unknown metric: {', '.join(unknown)}", remedy=f"choose from {', '.join(METRICS)}"
+        )
+    return names
+
+
+def _checked(name: str, predictions: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    true, guess = np.asarray(labels), np.asarray(predictions)
+    if guess.ndim == 2:
+        guess = guess.argmax(1) if name in _ON_CLASSES else guess[:, 0]
+    if len(true) != len(guess) or true.ndim != 1 or guess.ndim != 1:
+        raise DataError(
+            f"{name}: predictions {guess.shape} and labels {true.shape} do not belong together",
+            remedy="pass one prediction for each label",
+        )
+    if not len(true):
+        raise DataError(f"{name}: there are no examples", remedy="give a dev set with rows")
+    if not (np.isfinite(true).all() and np.isfinite(guess).all()):
+        raise DataError(
+            f"{name}: predictions or labels hold NaN or infinity",
+            remedy="look at the model that made them; its training may have diverged",
+        )
+    return true, guess
+
+
+def _confusion(labels: Array, predictions: Array) -> NDArray[np.int64]:
+    size = max(2, int(labels.max()) + 1, int(predictions.max()) + 1)
+    flat = labels.astype(np.int64) * size + predictions.astype(np.int64)
+    return np.bincount(flat, minlength=size * size).reshape(size, size)

