@@ -1,0 +1,134 @@
+"""Spread the experts of a model's MoE layers over ranks, in a form that DeepSpeed's engine knows.
+
+Importing this file imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import nn
+
+from moe_dist.distributed.all_to_all import AllToAllDispatcher
+from moe_dist.distributed.parameter_groups import moe_layers
+from moe_dist.errors import ConfigError
+from moe_dist.moe import Experts, MoELayer
+
+
+class ExpertParallelMoE(MoELayer, MoE):
+    """An `MoELayer` whose experts are this rank's slice of all experts.
+
+    DeepSpeed's engine recognises expert layers by their class and reduces the gradients of their
+    experts within its expert groups; nothing else of its layer is used, since it routes by hidden
+    state alone and pads to a capacity.
+
+    Args:
+        layer: a whole layer; its modules are taken over and its experts are cut to the slice.
+        ep_size: ranks that share one set of experts.
+    """
+
+    def __init__(self, layer: MoELayer, ep_size: int) -> None:
+        nn.Module.__init__(self)
+        # Everything the layer is, hooks included, stays; only its experts and dispatch change.
+        self.__dict__.update(layer.__dict__)
+        self._modules = dict(layer._modules)
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_local_experts = layer.num_experts // ep_size
+        _keep_slice(self.experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create the expert groups if need be and dispatch through them; DeepSpeed calls this.
+
+        Args:
+            use_data_before_expert_parallel_: DeepSpeed's other rank order, which is not used.
+        """
+        assert not use_data_before_expert_parallel_, "expert slices follow consecutive ranks"
+        self.dispatcher = AllToAllDispatcher(expert_group(self.ep_size))
+
+
+def expert_group(ep_size: int) -> dist.ProcessGroup:
+    """Return the group of ranks that together hold all experts, and create it the first time.
+
+    Args:
+        ep_size: ranks in the group; they are consecutive.
+
+    Returns:
+        This rank's group. Every rank must call this for a new ep_size.
+    """
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return cast(dist.ProcessGroup, groups._get_expert_parallel_group(name))
+
+
+def parallelize_experts(model: nn.Module, ep_size: int) -> None:
+    """Cut every MoE layer's experts to this rank's slice, in place.
+
+    Parameter names stay as they are. With ep_size 1 nothing changes: every rank keeps all experts
+    and they are trained like any other parameter. Layers with one expert stay whole.
+
+    Args:
+        model: a model whose experts are all present.
+        ep_size: ranks that share one set of experts; rank r holds slice r % ep_size.
+
+    Raises:
+        ConfigError: if ep_size does not divide the ranks or the experts of a layer.
+    """
+    check_ep_size(model, ep_size, dist.get_world_size())
+    if ep_size == 1:
+        return
+    for name, layer in list(moe_layers(model)):
+        if layer.num_experts == 1 or isinstance(layer, ExpertParallelMoE):
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, attribute, ExpertParallelMoE(layer, ep_size))
+
+
+def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:
+    """Check that the experts can be spread.
+
+    Args:
+        model: a whole model.
+        ep_size: ranks that are to share one set of experts.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: listing every fault.
+    """
+    faults = []
+    if ep_size < 1 or world_size % ep_size:
+        faults.append(
+            f"parallel.ep_size={ep_size} does not divide {world_size} workers; "
+            f"use one of {_divisors(world_size)}."
+        )
+    for name, layer in moe_layers(model):
+        if ep_size > 1 and layer.num_experts > 1 and layer.num_experts % ep_size:
+            faults.append(
+                f"{name}: {layer.num_experts} experts are not divisible by "
+                f"parallel.ep_size={ep_size}; use ep_size {_divisors(layer.num_experts)}."
+            )
+    if faults:
+        raise ConfigError(faults, source="parallel")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _keep_slice(experts: Experts, slice_index: int, num_slices: int, group_name: str) -> None:
+    num_local = experts.num_experts // num_slices
+    start = slice_index * num_local
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        local = nn.Parameter(
+            parameter.detach()[start : start + num_local].clone(),
+            requires_grad=parameter.requires_grad,
+        )
+        local.allreduce = False  # type: ignore[attr-defined]
+        local.group_name = group_name  # type: ignore[attr-defined]
+        setattr(experts, name, local)
+    experts.num_experts = num_local

@@ -1,0 +1,80 @@
+"""A model's whole state from ranks that each hold some of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.parameter_groups import is_expert_slice
+
+
+def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint of a module holds: parameters and persistent buffers.
+
+    Args:
+        module: the model.
+
+    Yields:
+        (name, tensor); a tensor with several names comes once, under its first.
+    """
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def gather_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return the whole model's state with all experts; all ranks call it together.
+
+    Args:
+        engine: of any kind.
+
+    Returns:
+        Names to CPU tensors, experts in global order, on every rank.
+    """
+    return {
+        name: gather_experts(engine, tensor, is_expert=is_expert_slice(tensor))
+        for name, tensor in named_state(engine.module)
+    }
+
+
+def gather_experts(engine: TrainEngine, tensor: Tensor, *, is_expert: bool) -> Tensor:
+    """Return a tensor with all experts, on the CPU.
+
+    Args:
+        engine: whose ranks share the experts.
+        tensor: (E / ep_size, ...) if it holds experts.
+        is_expert: whether it does; any other tensor is copied as it is.
+
+    Returns:
+        (E, ...), or the copy.
+    """
+    tensor = tensor.detach()
+    if not is_expert or engine.ep_size == 1:
+        return tensor.to("cpu", copy=True).contiguous()
+    # Here, since it brings DeepSpeed in, which an engine with ep_size > 1 has done before.
+    from moe_dist.distributed.expert_parallel import expert_group
+
+    parts = [torch.empty_like(tensor) for _ in range(engine.ep_size)]
+    dist.all_gather(parts, tensor.contiguous(), group=expert_group(engine.ep_size))
+    return torch.cat(parts).cpu()
+
+
+def expert_slice(engine: TrainEngine, tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that holds all experts.
+
+    Args:
+        engine: whose ranks share the experts.
+        tensor: (E, ...).
+
+    Returns:
+        (E / ep_size, ...).
+    """
+    num_local = tensor.shape[0] // engine.ep_size
+    start = (engine.rank % engine.ep_size) * num_local
+    return tensor[start : start + num_local]

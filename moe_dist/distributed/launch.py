@@ -1,0 +1,107 @@
+"""Where a process runs: its device, back end, threads and process group."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Saving a checkpoint or evaluating on one rank may keep the others waiting this long.
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+def set_thread_count(num_threads: int | None = None) -> int:
+    """Set how many CPU threads torch uses in this process.
+
+    Args:
+        num_threads: the count; None takes `OMP_NUM_THREADS`, which Ray and torchrun set from a
+            worker's CPUs, or else leaves torch's own choice.
+
+    Returns:
+        The number of threads now in use.
+
+    Raises:
+        ValueError: if the count is not positive.
+    """
+    if num_threads is None:
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        num_threads = int(given) if given.isdigit() and int(given) > 0 else None
+    if num_threads is not None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads={num_threads} is not positive")
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def training_device() -> torch.device:
+    """Return the device that this process trains on.
+
+    Returns:
+        The GPU of this process where one is visible and the process group (if any) can use it,
+        otherwise the CPU.
+    """
+    if dist.is_available() and dist.is_initialized():
+        use_gpu = "nccl" in dist.get_backend() and torch.cuda.is_available()
+    else:
+        use_gpu = torch.cuda.is_available()
+    if not use_gpu:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    index = local_rank if local_rank < torch.cuda.device_count() else 0
+    return torch.device("cuda", index)
+
+
+def ensure_process_group() -> None:
+    """Make sure that a process group stands.
+
+    Ray's and torchrun's processes already have one or the variables for one; a process on its own
+    becomes a group of one.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def spawn_gloo(fn: Callable[..., Any], world_size: int, *args: Any) -> None:
+    """Run a function in several CPU processes that form a gloo group.
+
+    The processes meet through a file, so that parallel runs cannot race for a port.
+
+    Args:
+        fn: a function of a module, called as `fn(rank, world_size, *args)`.
+        world_size: how many processes.
+        *args: picklable arguments of the function.
+    """
+    with tempfile.TemporaryDirectory(prefix="moe-dist-") as directory:
+        store_path = str(Path(directory) / "store")
+        mp.spawn(_run_in_group, args=(fn, world_size, store_path, args), nprocs=world_size)
+
+
+def _run_in_group(
+    rank: int, fn: Callable[..., Any], world_size: int, store_path: str, args: tuple[Any, ...]
+) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    set_thread_count()
+    store = dist.FileStore(store_path, world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5)
+    )
+    try:
+        fn(rank, world_size, *args)
+    finally:
+        dist.destroy_process_group()

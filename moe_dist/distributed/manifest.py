@@ -1,0 +1,164 @@
+"""Digests of a directory's files, so that damage is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_REMEDY = "use another checkpoint, or delete this one and train again from the one before"
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Hexadecimal digest.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expert_digests(
+    state: Mapping[str, Tensor], layers: Mapping[str, Iterable[str]]
+) -> dict[str, str]:
+    """Return a SHA-256 for each expert.
+
+    Args:
+        state: whole tensors by name, experts in global order.
+        layers: each MoE layer's name to the names of its stacked expert tensors.
+
+    Returns:
+        `<layer>.<global expert>` to digest, over the bytes of its tensors in order of name.
+    """
+    digests: dict[str, str] = {}
+    for layer, names in layers.items():
+        tensors = [state[name] for name in sorted(names)]
+        for expert in range(tensors[0].shape[0] if tensors else 0):
+            hasher = hashlib.sha256()
+            for tensor in tensors:
+                row = tensor[expert].detach().cpu().contiguous()
+                hasher.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digests[f"{layer}.{expert}"] = hasher.hexdigest()
+    return digests
+
+
+def write_manifest(directory: Path, experts: Mapping[str, str]) -> None:
+    """Write the manifest over all files of a directory, and flush it to disk.
+
+    Args:
+        directory: whose other files are complete.
+        experts: as `expert_digests` returns them.
+    """
+    files = {
+        path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"format_version": FORMAT_VERSION, "files": files, "experts": dict(experts)}
+    write_json(directory / MANIFEST, manifest)
+
+
+def check_manifest(directory: Path) -> None:
+    """Check every file of a directory against its manifest.
+
+    Args:
+        directory: a checkpoint.
+
+    Raises:
+        CheckpointError: naming the first missing, damaged or unsafe file.
+    """
+    manifest = read_json(directory / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("format_version") != FORMAT_VERSION or not isinstance(files, dict):
+        raise CheckpointError(
+            f"{directory / MANIFEST} has format_version {manifest.get('format_version')!r}, "
+            f"not {FORMAT_VERSION}",
+            remedy="load it with the release of moe-dist that wrote it",
+        )
+    for path in sorted(directory.iterdir()):
+        if path.suffix in PICKLE_SUFFIXES:
+            raise CheckpointError(
+                f"{path} may be a pickle, which could run code when loaded",
+                remedy="remove the file; checkpoints of moe-dist are safetensors and JSON only",
+            )
+        if path.name != MANIFEST and path.name not in files:
+            raise CheckpointError(
+                f"{path} is not in the manifest", remedy="remove the file if it is not needed"
+            )
+    for name, expected in files.items():
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path} is missing", remedy=_REMEDY)
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes instead of {expected['bytes']}", remedy=_REMEDY
+            )
+        if file_digest(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", remedy=_REMEDY
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: if the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", remedy=_REMEDY) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", remedy=_REMEDY) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: not a JSON object", remedy=_REMEDY)
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON and flush it to disk.
+
+    Args:
+        path: the file.
+        value: plain values.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to write a file or a directory's entries to the disk.
+
+    Args:
+        path: the file or directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""What the spawned processes of the distributed tests run; results go to a directory."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tests.distributed.tiny_moe import NUM_STEPS, Case, all_logits, make_engine, train_steps
+from torch import Tensor
+
+from moe_dist.distributed import (
+    TrainEngine,
+    gather_state_dict,
+    load_checkpoint,
+    save_checkpoint,
+)
+from moe_dist.distributed.checkpoint import _gather_moments
+from moe_dist.errors import CheckpointError
+
+HALF = NUM_STEPS // 2
+
+
+def snapshot(engine: TrainEngine) -> dict[str, Tensor]:
+    """Whole weights and moments; the moments are on rank 0 only."""
+    return {**gather_state_dict(engine), **_gather_moments(engine)}
+
+
+def run_case(case: Case, out: Path, *, checkpoint: bool) -> None:
+    """Train all steps from scratch; keep first and last state, logits and norms."""
+    engine = make_engine(case)
+    result = {"logits.start": all_logits(engine, case)}
+    norms = train_steps(engine, case, 0, 1)
+    result.update({f"first.{k}": v for k, v in snapshot(engine).items()})
+    norms += train_steps(engine, case, 1, HALF)
+    if checkpoint:
+        save_checkpoint(out / "checkpoints" / case.name, engine, step=HALF, state={"epoch": 3})
+    norms += train_steps(engine, case, HALF, NUM_STEPS)
+    result.update({f"last.{k}": v for k, v in snapshot(engine).items()})
+    result["logits.end"] = all_logits(engine, case)
+    result["norms"] = torch.tensor(norms, dtype=torch.float64)
+    write_result(engine, result, out / f"{case.name}.safetensors")
+
+
+def resume_case(case: Case, source: str, out: Path) -> None:
+    """Load another size's checkpoint of the middle into a fresh engine and finish the run."""
+    engine = make_engine(case)
+    for parameter in engine.module.parameters():
+        parameter.data.zero_()
+    state = load_checkpoint(out / "checkpoints" / source, engine)
+    assert state == {"epoch": 3, "step": HALF}, state
+    result = {f"loaded.{k}": v for k, v in snapshot(engine).items()}
+    norms = train_steps(engine, case, HALF, NUM_STEPS)
+    result.update({f"last.{k}": v for k, v in snapshot(engine).items()})
+    result["norms"] = torch.tensor(norms, dtype=torch.float64)
+    write_result(engine, result, out / f"{source}--{case.name}.safetensors")
+
+
+def write_result(engine: TrainEngine, result: dict[str, Tensor], path: Path) -> None:
+    if engine.rank == 0:
+        save_file({key: value.contiguous() for key, value in result.items()}, path)
+
+
+def run_world(
+    rank: int,
+    world: int,
+    cases: list[Case],
+    saved: list[str],
+    resumes: list[tuple[str, Case]],
+    out: Path,
+) -> None:
+    """Run all cases of one world size in one group of processes."""
+    warnings.filterwarnings("ignore")
+    for case in cases:
+        run_case(case, out, checkpoint=case.name in saved)
+    for source, case in resumes:
+        resume_case(case, source, out)
+
+
+def run_faults(rank: int, world: int, out: Path) -> None:
+    """Damage and a full disk must be seen alike on every rank."""
+    warnings.filterwarnings("ignore")
+    case = Case(world, world, 1)
+    directory = out / "faults"
+    engine = make_engine(case)
+    train_steps(engine, case, 0, 1)
+    save_checkpoint(directory, engine, step=1, state={})
+    train_steps(engine, case, 1, 2)
+    place = save_checkpoint(directory, engine, step=2, state={})
+    if rank == 0:
+        damage(place / "optimizer.safetensors")
+    torch.distributed.barrier()
+    state = load_checkpoint(directory, engine)
+    found = {"fallback_step": None if state is None else state["step"]}
+    try:
+        load_checkpoint(place, engine)
+    except CheckpointError as error:
+        found["named"] = str(error)
+    blocker = out / "blocker"
+    blocker.write_text("a file where a directory is needed")
+    try:
+        save_checkpoint(blocker / "run", engine, step=3, state={})
+    except CheckpointError as error:
+        found["unwritable"] = str(error)
+    (out / f"faults-{rank}.json").write_text(json.dumps(found))
+
+
+def damage(path: Path) -> None:
+    """Flip one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
