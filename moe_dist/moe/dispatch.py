@@ -115,7 +115,7 @@ class _Permute(torch.autograd.Function):
         return hidden_TD.index_select(0, _tokens(order))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
         return _gather_weighted(grad_SD, ctx.order.positions_TK, None), None
 
@@ -131,7 +131,7 @@ class _Unpermute(torch.autograd.Function):
         return _gather_weighted(sorted_SD, order.positions_TK, weights_TK)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_TD: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:

@@ -135,7 +135,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_TO: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

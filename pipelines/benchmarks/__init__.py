@@ -1,0 +1,1 @@
+"""Measurements of parts of the program, each against its slow or dense counterpart."""
