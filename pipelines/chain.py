@@ -15,6 +15,7 @@ from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker
 
 from . import report
+from .preflight import check_before_start
 from .stage import StageInputs, StageResult, stage_key, write_json
 from .stages import adapt, distill, evaluate, finetune_teacher, score_importance
 from .workspace import Workspace
@@ -108,6 +109,11 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
     workspace = Workspace(config, console)
     with _disk_errors(workspace.root):
         workspace.prepare()
+        try:
+            check_before_start(config, workspace)
+        except BaseException:
+            workspace.remove_if_empty()
+            raise
         tracking = config.tracking
         tracker = build_tracker(
             tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled

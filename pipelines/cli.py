@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,9 +231,9 @@ def _clean_errors(*, debug: bool) -> Iterator[None]:
     except MoeDistError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        typer.echo(f"error: {error}", err=True)
         user_made = isinstance(error, ConfigError | DataError | MissingInputError)
         raise typer.Exit(EXIT_USER_ERROR if user_made else EXIT_FAILURE) from None
     except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
+        typer.echo("stopped; the same command continues from here", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -127,7 +127,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['name']}",
         "",
-        f"Data: {data['source']}, {data['num_dev_samples']} dev samples. Made {report['created_at']}.",
+        f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
+        f"Made {report['created_at']}.",
         "",
         _markdown_row(_headings(report)),
         _markdown_row(["---"] * len(_headings(report))),

@@ -62,6 +62,14 @@ class Workspace:
         """The arguments of `load_splits`, also handed to workers."""
         return data_arguments(self.config)
 
+    @property
+    def data_name(self) -> str:
+        """What the data are called, without a path of this machine."""
+        data = self.config.data
+        if data.name:
+            return f"{data.name}/{data.subset}" if data.subset else data.name
+        return Path(data.train).name if data.train else data.source
+
     @cached_property
     def dataset_inputs(self) -> list[DatasetInput]:
         """The data as the tracking server names it."""
@@ -71,9 +79,9 @@ class Workspace:
         parts = (("train", "training", splits.train), ("dev", "evaluation", splits.dev))
         return [
             DatasetInput(
-                f"{splits.task.name} ({part})",
+                f"{self.data_name} ({part})",
                 digest=splits.digest,
-                source=splits.source,
+                source=self.config.data.source,
                 context=context,
                 num_rows=len(rows),
             )
@@ -91,7 +99,9 @@ class Workspace:
     def start_model_digest(self) -> str:
         """What identifies the start model: its files' hashes, or the hub name."""
         path = Path(self.start_model)
-        return path_digest(path) if path.exists() else f"hub:{self.start_model}"
+        if path.exists():
+            return path_digest(path)
+        return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
     def prepare(self) -> None:
         """Make the output directory, and check that it takes files, before anything starts.
@@ -118,3 +128,11 @@ class Workspace:
                 f"at least {MINIMUM_FREE_MIB} MiB for models and checkpoints.",
                 remedy="free some space, or " + remedy,
             )
+
+    def remove_if_empty(self) -> None:
+        """Take the run's directory away again where nothing was written into it."""
+        for directory in (self.root, self.root.parent):
+            try:
+                directory.rmdir()
+            except OSError:
+                return

@@ -31,12 +31,14 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.conversion import dense_to_moe, plan_partition
-        from moe_dist.inference import load_model, load_tokenizer, save_model
+        from moe_dist.inference import load_model, save_model
+        from moe_dist.inference.saving import load_tokenizer
+        from moe_dist.training.results import load_scores
 
         moe = config.moe
         model = load_model(teacher.outputs["model"])
         plan = plan_partition(
-            read_scores(scores.outputs["scores"]),
+            load_scores(scores.outputs["scores"]),
             num_experts=moe.num_experts,
             expert_size=moe.expert_size,
             num_shared_neurons=moe.num_shared_neurons,

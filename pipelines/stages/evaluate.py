@@ -21,6 +21,7 @@ NAME = "evaluate"
 NEEDS = (finetune_teacher.NAME, adapt.NAME, distill.NAME)
 TEACHER = "teacher"
 STUDENT = "student"
+PREDICTIONS = "predictions"
 BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
 LATENCY_BATCH_SIZES = (1, 32)
@@ -45,30 +46,29 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
 
     def work(stage: StageWork) -> StageOutcome:
-        import numpy as np
-
         splits = inputs.workspace.splits
         predictions = predict_all(config, models, stage)
         labels = predictions.pop("labels")
-        np.savez(stage.directory / "predictions.npz", labels=labels, **predictions)
         entries = measure_quality(predictions, labels, splits.task.metrics)
         for name, cost in measure_cost(final_models(models), seq_len, stage).items():
             entries[name] |= cost
         differences = compare_students(predictions, labels, splits.task.main_metric, config.seed)
+        metrics = {
+            f"{name}/{metric}": value
+            for name, entry in entries.items()
+            for metric, value in entry["metrics"].items()
+        }
+        stage.run.log_metrics(0, metrics)
         return StageOutcome(
-            outputs={"predictions": stage.directory / "predictions.npz"},
-            metrics={
-                f"{name}/{metric}": value
-                for name, entry in entries.items()
-                for metric, value in entry["metrics"].items()
-            },
+            outputs={"predictions": stage.directory / PREDICTIONS},
+            metrics=metrics,
             details={
                 "main_metric": splits.task.main_metric,
                 "num_dev_samples": len(labels),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": differences,
-                "data": {"source": splits.source, "digest": splits.digest},
+                "data": {"name": inputs.workspace.data_name, "digest": splits.digest},
             },
         )
 
@@ -139,7 +139,7 @@ def predict_all(
     for done, (name, (path, _)) in enumerate(models.items()):
         stage.console.progress(done, len(models))
         payload = {
-            **data_job(config, stage.directory),
+            **data_job(config, stage.directory / PREDICTIONS),
             "model": str(path),
             "split": "dev",
             "batch_size": PREDICT_BATCH_SIZE,

@@ -34,7 +34,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         from moe_dist.training.jobs import finetune_job
 
         payload = training_job(config, train, stage.directory)
-        payload["model"] = workspace.start_model
+        payload |= {"model": workspace.start_model, "revision": config.model.revision}
         result = run_job(finetune_job, payload, config=config, work=stage, stage=NAME)
         return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
 

@@ -1,0 +1,150 @@
+"""Write docs/configuration.md from the pydantic models.
+
+Run it with `make docs` or `python -m pipelines.configuration_docs`.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from moe_dist.config import RunConfig
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+_HEAD = """\
+# Configuration
+
+<!-- Written by `make docs` from moe_dist/config/sections.py; a test keeps the two in step. -->
+
+A recipe is a YAML file with the sections below; `pipelines/recipes/` holds examples. Any key can be
+changed on the command line by its dotted name, and the value is YAML:
+
+```
+moe-dist compress pipelines/recipes/demo.yaml --set moe.router=hash_random --set 'moe.layers=[0, 2]'
+```
+
+`--dry-run` checks a recipe and stops. Unknown keys are refused, and everything that is wrong is
+listed at once. Relative paths are relative to the working directory.
+
+Keys without a default must be given; `null` means "not given".
+"""
+
+_RULES = """\
+## Rules across keys
+
+- `parallel.ep_size` divides `moe.num_experts` and `parallel.num_workers`.
+- `moe.num_shared_neurons` is at most `moe.expert_size`, which counts the shared neurons too.
+- `moe.top_k` is at most `moe.num_experts`.
+- `moe.tie_shared` needs shared neurons, several experts, and another partition than `full_copy`.
+- A batch gives every micro-batch of every worker a sample: `train.batch_size` is at least
+  `parallel.num_workers` × `train.accumulation`.
+- `distill.load_balancing_weight` and `distill.z_loss_weight` need a router with a gate.
+- `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
+  `data.name`.
+- A comparison may change `moe`, `distill`, `train` and `parallel`; the teacher and the data are the
+  same for all students of a run.
+
+## Comparisons
+
+`compare: [dense]` trains the plain pruned student beside the main one: one expert with as many
+neurons as a token uses in the main student, chosen by importance, without routing, at `ep_size` 1.
+Others are named sets of overrides:
+
+```yaml
+compare:
+  dense:
+  random: {moe.partition: random}
+  gate: {moe.router: token_gate, moe.tie_shared: true}
+```
+"""
+
+
+def render_configuration() -> str:
+    """Describe every key of a recipe.
+
+    Returns:
+        The text of docs/configuration.md.
+    """
+    tops = [(name, field) for name, field in RunConfig.model_fields.items() if not _section(field)]
+    parts = [_HEAD, "## Top level\n\n" + _table("", tops)]
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            heading = f"## {name}\n\n{field.description}\n\n"
+            parts.append(heading + _table(f"{name}.", list(section.model_fields.items())))
+    return "\n".join([*parts, _RULES])
+
+
+def main() -> None:
+    """Write the document."""
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(render_configuration(), encoding="utf-8")
+
+
+def _table(prefix: str, fields: list[tuple[str, FieldInfo]]) -> str:
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields:
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    assert value is not PydanticUndefined
+    if isinstance(value, Path):
+        value = str(value)
+    return f"`{_yaml(value)}`" if value != "" else "empty"
+
+
+def _values(field: FieldInfo) -> str:
+    bounds = [_bound(rule) for rule in field.metadata]
+    return ", ".join([_kind(field.annotation), *filter(None, bounds)])
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return _kind(next(part for part in arguments if part is not type(None)))
+    if origin is typing.Literal:
+        return ", ".join(f"`{_yaml(value)}`" for value in arguments)
+    if origin is tuple:
+        plurals = {"text": "names", "whole number": "whole numbers"}
+        entry = _kind(arguments[0])
+        return "list of " + plurals.get(entry, entry)
+    names = {bool: "`true`, `false`", int: "whole number", float: "number", Path: "path"}
+    return names.get(annotation, "mapping" if origin is dict else "text")
+
+
+def _bound(rule: Any) -> str:
+    for sign, words in (("gt", "above"), ("ge", "at least"), ("lt", "below")):
+        bound = getattr(rule, sign, None)
+        if bound is not None:
+            return f"{words} {bound:g}"
+    return ""
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()

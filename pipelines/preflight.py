@@ -1,0 +1,54 @@
+"""What can be found wrong before anything starts, so that no hour of training is lost to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_dist.errors import ConfigError, ConversionError
+
+from .report import RESERVED_LABELS
+from .sizes import plan_skeleton, start_skeleton
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+    from .workspace import Workspace
+
+
+def check_before_start(config: RunConfig, workspace: Workspace) -> None:
+    """Read the data, find the start model, and see that they fit the recipe.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model.
+
+    Raises:
+        ConfigError: if a comparison's name is taken, or the experts do not fit the model.
+        DataError: if the data cannot be used.
+        ConversionError: if the model cannot be read or has no feed-forward layers that we know.
+    """
+    taken = sorted(RESERVED_LABELS.intersection(config.compare))
+    if taken:
+        raise ConfigError(
+            [
+                f"compare.{label}: this name has another meaning in report.json; choose another."
+                for label in taken
+            ]
+        )
+    console = workspace.console
+    console.note(f"{config.name}: results in {workspace.root}")
+    splits = workspace.splits
+    left_out = f", {splits.num_near_copies} near copies left out" if splits.num_near_copies else ""
+    console.note(
+        f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
+    )
+    model = start_skeleton(workspace, splits.task.num_labels)
+    faults = []
+    for label in ("", *config.compare):
+        try:
+            plan_skeleton(model, config.resolve_comparison(label) if label else config)
+        except ConversionError as error:
+            prefix = f"compare.{label}: " if label else ""
+            faults.append(f"{prefix}{error.message}; {error.remedy}.")
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")

@@ -1,0 +1,289 @@
+"""What a recipe amounts to before it runs: parameters, FLOPs, tokens and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from moe_dist.errors import MoeDistError
+
+from .report import quantity
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig, TrainConfig
+
+    from .console import Console
+
+BYTES_FP32 = 4
+GIB = 1 << 30
+MAX_SEQ_LEN = 128
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What one model is and costs.
+
+    Attributes:
+        name: `teacher`, `student` or a comparison's label.
+        total: parameters.
+        active: parameters that one token uses.
+        flops_per_token: multiply and add count as two.
+        ffn_flops_per_token: those of the feed-forward layers.
+        memory_gib: weights, gradients, Adam's moments and a frozen teacher, on each rank.
+    """
+
+    name: str
+    total: int
+    active: int
+    flops_per_token: float
+    ffn_flops_per_token: float
+    memory_gib: float
+
+
+@dataclass
+class Sizes:
+    """Everything `--dry-run` prints.
+
+    Attributes:
+        models: one entry for each model, where the start model's shape is known.
+        facts: further lines, as name and text.
+        unknown: what could not be known, and why.
+    """
+
+    models: list[ModelSize] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
+    """Derive the sizes of a recipe.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model.
+
+    Returns:
+        What could be known; the rest is named under `unknown`.
+
+    Raises:
+        MoeDistError: if the recipe cannot fit the start model, such as experts that are too large.
+    """
+    sizes = Sizes()
+    seq_len = min(MAX_SEQ_LEN, config.model.max_length)
+    num_labels = _add_data(config, workspace, sizes)
+    tokens = config.train.batch_size * config.model.max_length
+    sizes.facts.append(("tokens per step", f"at most {quantity(tokens)} (padding excluded)"))
+    per_rank = math.ceil(
+        config.train.batch_size / (config.parallel.num_workers * config.train.accumulation)
+    )
+    sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
+    sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
+    try:
+        teacher = start_skeleton(workspace, num_labels)
+    except MoeDistError as error:
+        sizes.unknown.append(
+            "parameters, active parameters, FLOPs per token and memory per rank: they need the "
+            f"shape of {config.model.teacher!r}. {error.message}"
+        )
+        return sizes
+    sizes.models.append(_measure("teacher", teacher, seq_len, config, frozen=0))
+    frozen = sizes.models[0].total
+    for label in ("", *config.compare):
+        own = config.resolve_comparison(label) if label else config
+        student = convert_skeleton(teacher, own)
+        sizes.models.append(_measure(label or "student", student, seq_len, own, frozen=frozen))
+    return sizes
+
+
+def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
+    """Build the start model's shape.
+
+    Args:
+        workspace: finds the start model.
+        num_labels: outputs of the head.
+
+    Returns:
+        A dense model on the meta device.
+
+    Raises:
+        ConversionError: if it cannot be read.
+    """
+    from moe_dist.inference.skeleton import build_skeleton
+
+    revision = workspace.config.model.revision
+    return build_skeleton(workspace.start_model, num_labels=num_labels, revision=revision)
+
+
+def plan_skeleton(teacher: Any, config: RunConfig) -> Any:
+    """Plan the split of a model whose scores are not known yet.
+
+    Args:
+        teacher: a dense model, weights not needed.
+        config: the configuration of one student.
+
+    Returns:
+        A plan of the right shape.
+    """
+    import torch
+
+    from moe_dist.conversion import plan_partition
+    from moe_dist.conversion.families import find_slots
+
+    moe = config.moe
+    return plan_partition(
+        [torch.zeros(slot.num_neurons) for slot in find_slots(teacher)],
+        num_experts=moe.num_experts,
+        expert_size=moe.expert_size,
+        num_shared_neurons=moe.num_shared_neurons,
+        method=moe.partition,
+        tie_shared=moe.tie_shared,
+        layers=moe.layers,
+        seed=config.seed,
+    )
+
+
+def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
+    """Convert a model that has shapes only.
+
+    Args:
+        teacher: a dense model on the meta device.
+        config: the configuration of one student.
+
+    Returns:
+        The student, with shapes only.
+    """
+    from moe_dist.conversion import dense_to_moe
+
+    moe = config.moe
+    return dense_to_moe(
+        teacher,
+        plan_skeleton(teacher, config),
+        router=moe.router,
+        top_k=moe.top_k,
+        seed=config.seed,
+        gate_scale=moe.gate_scale,
+    )
+
+
+def show_sizes(config: RunConfig, console: Console) -> None:
+    """Print the sizes of a recipe.
+
+    Args:
+        config: the run's configuration.
+        console: where to print.
+    """
+    sizes = derive_sizes(config, Workspace(config, console))
+    console.result(f"{config.name}: the recipe is valid; nothing was run.")
+    if sizes.models:
+        console.result(_table(sizes))
+    for name, text in sizes.facts:
+        console.result(f"{name}: {text}")
+    for reason in sizes.unknown:
+        console.result(f"not known: {reason}")
+
+
+def num_steps(num_samples: int, train: TrainConfig, *, num_workers: int) -> int:
+    """Return how many optimizer steps a training stage takes.
+
+    Args:
+        num_samples: training rows.
+        train: the stage's settings.
+        num_workers: training processes.
+
+    Returns:
+        Steps over all epochs, within `max_steps`.
+    """
+    whole, rest = divmod(num_samples, train.batch_size)
+    steps = (whole + (rest >= num_workers * train.accumulation)) * train.num_epochs
+    return max(1, min(steps, train.max_steps or steps))
+
+
+def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
+    """Note what the data say; a hub data set is not downloaded only to be counted."""
+    if config.data.source == "hub":
+        names = config.data.label_names
+        sizes.unknown.append(
+            f"training steps: they need the rows of {config.data.name!r}, which is not "
+            "downloaded for a dry run."
+        )
+        return len(names) if names else 2
+    try:
+        splits = workspace.splits
+    except MoeDistError as error:
+        if config.data.source == "files":
+            raise
+        sizes.unknown.append(f"training steps: {error.message}")
+        return 2
+    sizes.facts.append(("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev"))
+    workers = config.parallel.num_workers
+    for name, train in (("teacher", config.teacher_train), ("student", config.train)):
+        steps = num_steps(len(splits.train), train, num_workers=workers)
+        sizes.facts.append((f"steps, {name}", str(steps)))
+    return splits.task.num_labels
+
+
+def _measure(name: str, model: Any, seq_len: int, config: RunConfig, *, frozen: int) -> ModelSize:
+    from moe_dist.inference.profile import count_parameters, flops_per_token
+
+    count = count_parameters(model)
+    flops = flops_per_token(model, seq_len)
+    return ModelSize(
+        name=name,
+        total=count.total,
+        active=count.active,
+        flops_per_token=flops.total,
+        ffn_flops_per_token=flops.ffn,
+        memory_gib=memory_per_rank(model, config, frozen=frozen) / GIB,
+    )
+
+
+def memory_per_rank(model: Any, config: RunConfig, *, frozen: int) -> float:
+    """Estimate what one rank holds while it trains a model, activations not counted.
+
+    Args:
+        model: the model that is trained; weights not needed.
+        config: its configuration.
+        frozen: parameters of the teacher that stands beside it.
+
+    Returns:
+        Bytes: fp32 weights, gradients and two Adam moments, less what ZeRO and expert
+        parallelism spread over the ranks.
+    """
+    parallel = config.parallel
+    experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
+    )
+    others = sum(parameter.numel() for parameter in model.parameters()) - experts
+    total = float(frozen)
+    for count, copies in (
+        (others, parallel.num_workers),
+        (experts / parallel.ep_size, parallel.num_workers // parallel.ep_size),
+    ):
+        moments = 2 / copies if parallel.zero_stage >= 1 else 2.0
+        gradients = 1 / copies if parallel.zero_stage >= 2 else 1.0
+        total += count * (1 + gradients + moments)
+    return BYTES_FP32 * total
+
+
+def _table(sizes: Sizes) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model")
+    headings = ("parameters", "active", "FLOPs/token", "FFN FLOPs", "memory per rank")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    whole = sizes.models[0].ffn_flops_per_token
+    for model in sizes.models:
+        table.add_row(
+            model.name,
+            quantity(model.total),
+            quantity(model.active),
+            quantity(model.flops_per_token),
+            f"× {model.ffn_flops_per_token / whole:.3f}",
+            f"{model.memory_gib:.2f} GiB + activations",
+        )
+    return table

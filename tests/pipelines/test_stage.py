@@ -1,0 +1,136 @@
+"""A stage is skipped, resumed or run anew by its fingerprint alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import MissingInputError, MoeDistError
+from moe_dist.tracking import NullTracker
+from pipelines.console import Console
+from pipelines.stage import (
+    StageInputs,
+    StageOutcome,
+    StageResult,
+    StageWork,
+    execute,
+    read_result,
+)
+
+
+class Bench:
+    """Runs one made-up stage and counts how often its work is done."""
+
+    def __init__(self, root: Path) -> None:
+        self.directory = root / "stage"
+        self.resumed: list[bool] = []
+        self.fail = False
+        workspace: Any = SimpleNamespace(
+            stage_directory=lambda stage, label: self.directory, console=Console(quiet=True)
+        )
+        self.inputs = StageInputs(workspace)
+        self.tracker = NullTracker().chain("test", root, params={})
+
+    def run(self, **settings: Any) -> StageResult:
+        return execute(
+            "made-up",
+            settings=settings,
+            input_digests={"input": "abc"},
+            inputs=self.inputs,
+            tracker=self.tracker,
+            work=self.work,
+        )
+
+    def work(self, stage: StageWork) -> StageOutcome:
+        self.resumed.append(stage.resumed)
+        (stage.directory / "partial.txt").write_text("half")
+        if self.fail:
+            raise RuntimeError("killed")
+        (stage.directory / "out.txt").write_text("whole")
+        return StageOutcome(outputs={"out": stage.directory / "out.txt"}, metrics={"accuracy": 0.5})
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_finished_stage_is_skipped_and_read_back(bench: Bench) -> None:
+    first = bench.run(size=1)
+    second = bench.run(size=1)
+    assert len(bench.resumed) == 1
+    assert second.skipped and not first.skipped
+    assert second.outputs == first.outputs and second.digests == first.digests
+    assert second.metrics == {"accuracy": 0.5}
+
+
+def test_another_setting_runs_the_stage_anew_in_an_empty_directory(bench: Bench) -> None:
+    bench.run(size=1)
+    (bench.directory / "old.txt").write_text("from the first run")
+    bench.run(size=2)
+    assert bench.resumed == [False, False]
+    assert not (bench.directory / "old.txt").exists()
+
+
+def test_an_unfinished_stage_keeps_its_files_and_resumes(bench: Bench) -> None:
+    bench.fail = True
+    with pytest.raises(RuntimeError):
+        bench.run(size=1)
+    assert read_result(bench.directory) is None
+    assert (bench.directory / "partial.txt").exists()
+    bench.fail = False
+    result = bench.run(size=1)
+    assert bench.resumed == [False, True]
+    assert result.seconds > 0
+
+
+def test_an_unfinished_stage_of_other_settings_is_not_resumed(bench: Bench) -> None:
+    bench.fail = True
+    with pytest.raises(RuntimeError):
+        bench.run(size=1)
+    bench.fail = False
+    bench.run(size=2)
+    assert bench.resumed == [False, False]
+
+
+@pytest.mark.parametrize("damage", ["removed", "changed"])
+def test_a_damaged_output_is_made_again(bench: Bench, damage: str) -> None:
+    bench.run(size=1)
+    output = bench.directory / "out.txt"
+    output.unlink() if damage == "removed" else output.write_text("tampered")
+    bench.run(size=1)
+    assert output.read_text() == "whole"
+    assert len(bench.resumed) == 2
+
+
+def test_files_of_others_are_left_alone(bench: Bench) -> None:
+    bench.directory.mkdir()
+    (bench.directory / "thesis.txt").write_text("precious")
+    with pytest.raises(MoeDistError, match="did not write"):
+        bench.run(size=1)
+    assert (bench.directory / "thesis.txt").read_text() == "precious"
+
+
+def test_what_a_stage_was_made_from_is_written_down(bench: Bench) -> None:
+    bench.run(size=1)
+    written = json.loads((bench.directory / "stage.json").read_text())
+    assert written["settings"] == {"size": 1}
+    assert written["inputs"] == {"input": "abc"}
+
+
+def test_a_missing_stage_is_named_with_the_command_that_makes_it(bench: Bench) -> None:
+    with pytest.raises(MissingInputError, match="moe-dist adapt"):
+        bench.inputs.result("adapt")
+
+
+def test_a_comparison_takes_its_own_result_before_the_shared_one(bench: Bench) -> None:
+    teacher, own = bench.run(size=1), bench.run(size=2)
+    inputs = StageInputs(
+        bench.inputs.workspace, {"teacher": teacher, "adapt": teacher, "adapt/dense": own}, "dense"
+    )
+    assert inputs.result("adapt") is own
+    assert inputs.result("teacher") is teacher
