@@ -6,11 +6,16 @@ skipped only when one of the keys it reads is itself at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from moe_dist.config.run_config import RunConfig
+from moe_dist.config.sections import Metric
 
 Rule = Callable[[RunConfig], Iterator[str]]
+_METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -170,26 +175,36 @@ def _data_is_named(config: RunConfig) -> Iterator[str]:
 
 def _dev_rows_exist(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.dev is None and data.dev_size is None:
-        kind = "file" if data.source == "files" else "split"
+    if data.source == "files" and data.dev is None and data.dev_size is None:
         yield (
             "data.dev and data.dev_size are both missing; "
-            f"give the dev {kind}, or how many training rows to hold out (data.dev_size=0.1)."
+            "give the dev file, or how many training rows to hold out (data.dev_size=0.1)."
         )
-    if data.dev is not None and data.dev_size is not None:
+    if data.source != "package" and data.dev is not None and data.dev_size is not None:
         yield (
             "data.dev_size holds rows out of the training rows, and data.dev gives dev rows "
             "already; keep one of them."
         )
 
 
-def _hub_keys(config: RunConfig) -> Iterator[str]:
+# Keys that only some sources read; given elsewhere they would be ignored in silence.
+_KEYS_OF_SOURCES = {
+    "subset": ("hub",),
+    "revision": ("hub",),
+    "column_names": ("files",),
+    "train": ("hub", "files"),
+    "dev": ("hub", "files"),
+}
+
+
+def _keys_fit_source(config: RunConfig) -> Iterator[str]:
     data = config.data
-    for key in ("subset", "revision"):
-        if data.source != "hub" and getattr(data, key) is not None:
-            yield f"data.{key} belongs to data.source=hub, not {data.source}; remove it."
-    if data.source != "files" and data.column_names is not None:
-        yield f"data.column_names belongs to data.source=files, not {data.source}; remove it."
+    for key, sources in _KEYS_OF_SOURCES.items():
+        if data.source not in sources and getattr(data, key) is not None:
+            yield (
+                f"data.{key} belongs to data.source={' or '.join(sources)}, not {data.source}; "
+                "remove it."
+            )
 
 
 def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
@@ -197,6 +212,18 @@ def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
         yield (
             "data.label_names names classes, and data.kind=regression has none; "
             "remove label_names, or use kind classification."
+        )
+
+
+def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.kind is None:
+        return
+    fitting = _METRICS_OF_KINDS[data.kind]
+    wrong = [metric for metric in data.metrics or () if metric not in fitting]
+    if wrong:
+        yield (
+            f"data.metrics={wrong} cannot measure data.kind={data.kind}; use {_or(list(fitting))}."
         )
 
 
@@ -229,8 +256,9 @@ def _tracking_uri_is_served(config: RunConfig) -> Iterator[str]:
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, ("data.source", "data.train", "data.name")),
     (_dev_rows_exist, ("data.source", "data.dev", "data.dev_size")),
-    (_hub_keys, ("data.source", "data.subset", "data.revision", "data.column_names")),
+    (_keys_fit_source, ("data.source", *(f"data.{key}" for key in _KEYS_OF_SOURCES))),
     (_regression_has_no_classes, ("data.kind", "data.label_names")),
+    (_metrics_fit_kind, ("data.kind", "data.metrics")),
     (_names_once, ("data.label_names", "data.column_names", "data.text_columns", "data.metrics")),
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
@@ -270,6 +298,6 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _or(numbers: list[int]) -> str:
-    words = [str(number) for number in numbers]
+def _or(values: Sequence[object]) -> str:
+    words = [str(value) for value in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

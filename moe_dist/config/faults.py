@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -184,11 +183,9 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return tuple(c for part in typing.get_args(annotation) for c in _choices(part))
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
-    return ()
+    return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
 
 
 def _show(value: Any) -> str:

@@ -59,7 +59,7 @@ def build_config(raw: Mapping[str, Any], source: str = "configuration") -> RunCo
     """
     config, faults, faulty = check_keys(raw)
     faults += find_cross_faults(config, faulty)
-    faults += _comparison_faults(config, known=frozenset(faults))
+    faults += _comparison_faults(config, frozenset(faults), faulty)
     if faults:
         raise ConfigError(faults, source=source)
     return _resolve(config)
@@ -89,14 +89,16 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
-def _comparison_faults(config: RunConfig, known: frozenset[str]) -> list[str]:
+def _comparison_faults(
+    config: RunConfig, known: frozenset[str], faulty_in_main: frozenset[str]
+) -> list[str]:
     faults = []
     for label, changes in config.compare.items():
         path = f"compare.{label}"
         if not changes and label not in BUILT_IN_COMPARISONS:
             faults.append(
-                f"{path} changes nothing and is not built in; give it overrides, such as "
-                f"{{{label}: {{moe.router: token_gate}}}}, or use {', '.join(BUILT_IN_COMPARISONS)}."
+                f"{path} changes nothing and is not built in; give it overrides, such as {{{label}:"
+                f" {{moe.router: token_gate}}}}, or use {', '.join(BUILT_IN_COMPARISONS)}."
             )
         outside = [key for key in changes if str(key).split(".")[0] not in COMPARABLE_SECTIONS]
         faults += [
@@ -106,9 +108,8 @@ def _comparison_faults(config: RunConfig, known: frozenset[str]) -> list[str]:
         ]
         if not outside:
             other, own_faults, faulty = check_keys(merge_comparison(config, label))
-            # The teacher belongs to the main run.
-            own_faults += find_cross_faults(other, faulty | {"finetune"})
-            # What is wrong with the main run has been said.
+            # What is wrong with the main run and its teacher has been said.
+            own_faults += find_cross_faults(other, faulty | faulty_in_main | {"finetune"})
             faults += [f"{path}: {fault}" for fault in own_faults if fault not in known]
     return faults
 

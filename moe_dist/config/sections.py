@@ -37,6 +37,8 @@ Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fal
 Integer = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 RowsOrFraction = Annotated[Number, AfterValidator(_rows_or_fraction)]
 
 
@@ -72,7 +74,7 @@ class DataConfig(Section):
     name: str | None = Field(
         default=None,
         description="Data set name: hub name for `hub`, package data set for `package`; for "
-        "`files` an optional label used in reports.",
+        "`files` optionally a GLUE task (`sst2`), whose columns, labels and metrics are then known.",
     )
     subset: str | None = Field(
         default=None, description="Configuration of a hub data set, such as `rte` of GLUE."
@@ -87,14 +89,14 @@ class DataConfig(Section):
     )
     dev: str | None = Field(
         default=None,
-        description="`files`: path of the dev file. `hub`: name of the dev split. When not given, "
-        "`data.dev_size` rows are held out of the training rows.",
+        description="`files`: path of the dev file. `hub`: name of the dev split (that of the task "
+        "when neither it nor `data.dev_size` is given).",
     )
     dev_size: RowsOrFraction | None = Field(
         default=None,
         gt=0,
-        description="Held out of the training rows by the seed when `data.dev` is not given: a "
-        "number of rows, or a fraction below 1.",
+        description="Held out of the training rows by the seed, when there is no `data.dev`: a "
+        "number of rows, or a fraction below 1. A package has its own default.",
     )
     column_names: Names | None = Field(
         default=None, description="Column names of TSV or CSV files that have no header line."
@@ -118,10 +120,9 @@ class DataConfig(Section):
         default=None,
         description="What the label is; classification when neither given nor known from the task.",
     )
-    metrics: Names | None = Field(
+    metrics: Metrics | None = Field(
         default=None,
-        description="Metrics on the dev rows, the main one first: `accuracy`, `f1`, `matthews`, "
-        "`pearson`, `spearman`; those of the task when not given.",
+        description="Metrics on the dev rows, the main one first; those of the task when not given.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
@@ -190,6 +191,9 @@ class TrainConfig(Section):
         default=None,
         ge=1,
         description="Measure the dev rows every so many steps; only at the end when not given.",
+    )
+    eval_batch_size: Integer = Field(
+        default=64, ge=1, description="Samples that one worker takes at a time when measuring."
     )
     checkpoint_every: Integer | None = Field(
         default=None,

@@ -66,7 +66,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: if the text is not YAML, or gives a key twice.
     """
-    # Bandit-style readers: _Loader is a SafeLoader, so no object is ever built from a tag.
+    # _Loader is a SafeLoader: no object is ever built from a tag.
     return yaml.load(text, Loader=_Loader)  # noqa: S506
 
 

@@ -1,0 +1,49 @@
+"""What all tests share: few threads, no network, and honest skips."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# Before torch is imported anywhere: several test processes on few cores are slower with more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+# A store of the user's own must not be written to by tests.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests whose hardware or rights are missing, and say which."""
+    for marker, reason in (("gpu", _no_gpu), ("hosts", _no_hosts)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        why = reason() if marked else None
+        if why is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device on this machine"
+
+
+def _no_hosts() -> str | None:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return None if shutil.which("ip") else "network namespaces need iproute2 (`ip`)"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The public data sets that lie beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return SHARED_DATA
