@@ -1,0 +1,42 @@
+"""Experiment tracking: one run for a chain, one child for each stage, in MLflow.
+
+```python
+tracker = build_tracker("sqlite:///mlflow.db", experiment="moe-dist")     # TrackingError at once
+with tracker.chain("demo", Path("outputs/demo"), params=flatten(config), tags={}) as chain:
+    chain.log_artifact(Path("outputs/demo/recipe.yaml"))
+    with chain.stage("distill", stage_dir, params={...}, fingerprint="ab12") as stage:
+        stage.log_dataset(DatasetInput("sst2/train", digest=..., source="package", num_rows=9000))
+        ...                              # workers append to stage_dir/metrics.jsonl; it is followed
+        stage.log_metrics(0, {"dev/accuracy": 0.84})               # the same file, from the driver
+        stage.log_artifact(stage_dir / "loss.png", folder="plots")
+    print(chain.run_id, chain.open_hint())
+```
+
+A `with` block that ends well leaves the run FINISHED; an exception leaves it FAILED, and Ctrl-C
+KILLED. `Tracker` and `TrackedRun` are the protocols; `NullTracker` keeps the metric files and
+sends nothing. No call here waits for the server, and none fails because it is away: what should
+be there is noted in `<directory>/tracking.json`, and a thread sends what the server lacks. The
+same directory with the same fingerprint (a chain: the same parameters) continues the same run.
+"""
+
+from __future__ import annotations
+
+from moe_dist.tracking.privacy import flatten, redact_uri, scrub
+from moe_dist.tracking.runs import (
+    DatasetInput,
+    NullTracker,
+    TrackedRun,
+    Tracker,
+    build_tracker,
+)
+
+__all__ = [
+    "DatasetInput",
+    "NullTracker",
+    "TrackedRun",
+    "Tracker",
+    "build_tracker",
+    "flatten",
+    "redact_uri",
+    "scrub",
+]

@@ -1,0 +1,118 @@
+"""The journal of one tracked run: what the server should show, and what it has had.
+
+It lies as `tracking.json` in the run's directory, so that a process that starts again, today or
+after an outage, knows what is still to be sent.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_dist.metric_log import MetricLog
+
+JOURNAL_NAME = "tracking.json"
+METRICS_NAME = "metrics.jsonl"
+RUNNING = "RUNNING"
+
+
+@dataclass
+class Wanted:
+    """What the run should look like on the server."""
+
+    name: str
+    fingerprint: str
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    ended_ms: int | None = None
+    status: str = RUNNING
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Folder on the server by file path, relative to the run's directory where it lies in it."""
+
+
+@dataclass
+class Sent:
+    """What the server has confirmed."""
+
+    uri: str = ""
+    run_id: str | None = None
+    creating: bool = False
+    complete: bool = False
+    status: str = RUNNING
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[str] = field(default_factory=list)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Size and time of change by file path, so that a file that changed is sent again."""
+    last_steps: dict[str, int] = field(default_factory=dict)
+
+
+class Journal:
+    """Wanted and sent state of one run; safe for the caller's thread and the sending one.
+
+    Args:
+        directory: the run's directory, which holds its metric log too.
+        wanted: the wanted state.
+        sent: the sent state.
+        parent: the journal of the run that this one is a child of.
+    """
+
+    def __init__(
+        self, directory: Path, wanted: Wanted, sent: Sent, parent: Journal | None = None
+    ) -> None:
+        self.directory = directory
+        self.wanted = wanted
+        self.sent = sent
+        self.parent = parent
+        self.lock = threading.RLock()
+        self.attached = False
+        """Whether this process has looked at what the server has of the run."""
+
+    @property
+    def metric_log(self) -> MetricLog:
+        """The log whose records belong to this run."""
+        return MetricLog(self.directory / METRICS_NAME)
+
+    @contextmanager
+    def changing(self) -> Iterator[Wanted]:
+        """Change the wanted state and write it down."""
+        with self.lock:
+            yield self.wanted
+            self.sent.complete = False
+            self.save()
+
+    def save(self) -> None:
+        """Write the journal beside its file, then move it into place."""
+        with self.lock:
+            text = json.dumps({"wanted": asdict(self.wanted), "sent": asdict(self.sent)}, indent=1)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            beside = self.directory / (JOURNAL_NAME + ".partial")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.directory / JOURNAL_NAME)
+
+
+def load_journal(directory: Path, parent: Journal | None = None) -> Journal | None:
+    """Read a directory's journal.
+
+    Args:
+        directory: the run's directory.
+        parent: the journal of its parent run.
+
+    Returns:
+        The journal; None if there is none, or if it cannot be read (the run is then begun anew).
+    """
+    try:
+        entry = json.loads((directory / JOURNAL_NAME).read_text(encoding="utf-8"))
+        return Journal(directory, Wanted(**entry["wanted"]), Sent(**entry["sent"]), parent)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,374 @@
+"""The MLflow side of tracking: brings a server's run up to what a journal wants.
+
+The only file that imports mlflow, and it does so when a connection is made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from moe_dist.errors import TrackingError
+from moe_dist.metric_log import MetricTail
+from moe_dist.tracking.journal import RUNNING, Journal, Sent
+from moe_dist.tracking.privacy import redact_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+logger = logging.getLogger("moe_dist.tracking")
+
+CHECK_TIMEOUT_S = 4
+REQUEST_TIMEOUT_S = 20
+# MLflow's own limits.
+MAX_PARAMS_PER_BATCH = 100
+MAX_METRICS_PER_BATCH = 1000
+MAX_VALUE_LENGTH = 6000
+MAX_DIGEST_LENGTH = 36
+IDENTITY_TAG = "moe_dist.identity"
+_NAME_FAULTS = re.compile(r"[^\w.\- /:]")
+# The server understood and will never accept it: sending it again would block all that follows.
+_REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
+_Item = TypeVar("_Item")
+
+
+class MlflowStore:
+    """A connection to one experiment of an MLflow server or database.
+
+    Args:
+        uri: `http(s)://...`, `sqlite:///FILE` or another database URI.
+        experiment: the experiment's name; it is made if it is not there.
+
+    Raises:
+        TrackingError: if the server does not answer, or the store cannot be used.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.shown_uri = redact_uri(uri)
+        self._local_root = _prepare_sqlite(uri)
+        if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+            raise TrackingError(
+                f"tracking.uri={self.shown_uri} names a directory; MLflow no longer stores runs so",
+                remedy="Use sqlite:///mlflow.db, or the URL of a tracking server.",
+            )
+        # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        user_timeout = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(CHECK_TIMEOUT_S)
+        try:
+            self._client, self.experiment_id = self._connect(uri, experiment)
+        finally:
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = user_timeout or str(REQUEST_TIMEOUT_S)
+        self._tails: dict[Path, _MetricFeed] = {}
+
+    def _connect(self, uri: str, experiment: str) -> tuple[MlflowClient, str]:
+        from mlflow import MlflowClient
+
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(experiment)
+            if found is not None and found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
+            if found is not None:
+                return client, str(found.experiment_id)
+            return client, str(
+                client.create_experiment(experiment, artifact_location=self._artifact_root())
+            )
+        except Exception as fault:
+            raise TrackingError(
+                f"the tracking store {self.shown_uri} cannot be used: {describe_fault(fault, uri)}",
+                remedy=(
+                    "Start the server, or correct tracking.uri: sqlite:///mlflow.db needs no "
+                    "server, and tracking.enabled=false does without MLflow."
+                ),
+            ) from None
+
+    def _artifact_root(self) -> str | None:
+        # A database alone would put artifacts under the working directory, which on a cluster is
+        # a temporary copy; beside the database they stay.
+        return None if self._local_root is None else (self._local_root / "mlartifacts").as_uri()
+
+    def sync(self, journal: Journal) -> None:
+        """Send what the server lacks of a run; does nothing if it lacks nothing.
+
+        Args:
+            journal: the run; its parent must have been synchronised before it.
+        """
+        sent = journal.sent
+        if sent.uri != self.shown_uri:
+            journal.sent = sent = Sent(uri=self.shown_uri)
+        if sent.run_id is None:
+            self._create(journal)
+        elif not journal.attached:
+            self._reattach(journal)
+        journal.attached = True
+        run_id = journal.sent.run_id
+        assert run_id is not None
+        self._send_params_and_tags(journal, run_id)
+        self._send_datasets(journal, run_id)
+        self._send_metrics(journal, run_id)
+        self._send_artifacts(journal, run_id)
+        self._send_status(journal, run_id)
+
+    def run_location(self, run_id: str | None) -> str:
+        """Say how a run is looked at.
+
+        Args:
+            run_id: the run.
+
+        Returns:
+            Its URL, or the command that serves the database.
+        """
+        if self.shown_uri.startswith("http"):
+            base = self.shown_uri.rstrip("/")
+            return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        return f"mlflow ui --backend-store-uri {self.shown_uri}"
+
+    def count_pending(self, journal: Journal) -> int:
+        """Count the metric points that the server has not had."""
+        return self._feed(journal).count_pending()
+
+    def _create(self, journal: Journal) -> None:
+        wanted, sent = journal.wanted, journal.sent
+        run = self._find(wanted.identity) if sent.creating else None
+        if run is None:
+            sent.creating = True
+            journal.save()
+            tags = {IDENTITY_TAG: wanted.identity}
+            if journal.parent is not None:
+                tags["mlflow.parentRunId"] = str(journal.parent.sent.run_id)
+                self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])
+            run = self._client.create_run(
+                self.experiment_id, wanted.started_ms, tags=tags, run_name=wanted.name
+            )
+        journal.sent = Sent(uri=self.shown_uri, run_id=run.info.run_id)
+        journal.save()
+
+    def _find(self, identity: str) -> Run | None:
+        # An answer that was lost on its way leaves a run that nobody knows of.
+        found = self._client.search_runs(
+            [self.experiment_id], filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'"
+        )
+        return found[0] if found else None
+
+    def _close_abandoned(self, name: str, parent_run_id: str) -> None:
+        quoted = name.replace("'", "")
+        condition = (
+            f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING' "
+            f"and attributes.run_name = '{quoted}'"
+        )
+        for run in self._client.search_runs([self.experiment_id], filter_string=condition):
+            self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _reattach(self, journal: Journal) -> None:
+        from mlflow.exceptions import MlflowException
+
+        sent = journal.sent
+        try:
+            run = self._client.get_run(str(sent.run_id))
+        except MlflowException as fault:
+            if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage == "deleted":
+            journal.sent = Sent(uri=self.shown_uri)
+            self._tails.pop(journal.directory, None)
+            self._create(journal)
+            return
+        sent.status = run.info.status
+        sent.params = dict(run.data.params)
+        for name in {*run.data.metrics, *sent.last_steps}:
+            history = self._client.get_metric_history(run.info.run_id, name)
+            sent.last_steps[name] = max((point.step for point in history), default=-1)
+        self._tails.pop(journal.directory, None)
+
+    def _send_params_and_tags(self, journal: Journal, run_id: str) -> None:
+        from mlflow.entities import Param, RunTag
+
+        wanted, sent = journal.wanted, journal.sent
+        with journal.lock:
+            params = {_name(key): _value(value) for key, value in wanted.params.items()}
+            tags = {_name(key): _value(value) for key, value in wanted.tags.items()}
+        # Parameters cannot change in MLflow; what a resumed run changed is noted as a tag.
+        for key, value in params.items():
+            if sent.params.get(key, value) != value:
+                tags[f"changed.{key}"] = value
+        new_params = [Param(k, v) for k, v in params.items() if k not in sent.params]
+        for batch in _batches(new_params, MAX_PARAMS_PER_BATCH):
+            self._offer(self._client.log_batch, run_id, params=batch)
+            sent.params.update({param.key: param.value for param in batch})
+        new_tags = [RunTag(k, v) for k, v in tags.items() if sent.tags.get(k) != v]
+        for batch in _batches(new_tags, MAX_PARAMS_PER_BATCH):
+            self._offer(self._client.log_batch, run_id, tags=batch)
+            sent.tags.update({tag.key: tag.value for tag in batch})
+        if new_params or new_tags:
+            journal.save()
+
+    def _send_datasets(self, journal: Journal, run_id: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        with journal.lock:
+            datasets = list(journal.wanted.datasets)
+        for entry in datasets:
+            label = f"{entry['context']}:{entry['name']}:{entry['digest']}"
+            if label in journal.sent.datasets:
+                continue
+            dataset = Dataset(
+                name=entry["name"],
+                digest=entry["digest"][:MAX_DIGEST_LENGTH],
+                source_type=entry["source"],
+                source=json.dumps({"source": entry["source"], "sha256": entry["digest"]}),
+                profile=json.dumps({"num_rows": entry["num_rows"]}),
+            )
+            tag = InputTag("mlflow.data.context", entry["context"])
+            given = DatasetInput(dataset, [tag])
+            self._offer(self._client.log_inputs, run_id, [given])
+            journal.sent.datasets.append(label)
+            journal.save()
+
+    def _feed(self, journal: Journal) -> _MetricFeed:
+        if journal.directory not in self._tails:
+            tail = MetricTail(journal.metric_log.path)
+            self._tails[journal.directory] = _MetricFeed(tail, journal.sent.last_steps)
+        return self._tails[journal.directory]
+
+    def _send_metrics(self, journal: Journal, run_id: str) -> None:
+        feed = self._feed(journal)
+        while points := feed.next_points(MAX_METRICS_PER_BATCH):
+            self._offer(self._client.log_batch, run_id, metrics=points)
+            feed.confirm(points)
+            for point in points:
+                last = journal.sent.last_steps.get(point.key, -1)
+                journal.sent.last_steps[point.key] = max(last, point.step)
+            journal.save()
+
+    def _send_artifacts(self, journal: Journal, run_id: str) -> None:
+        with journal.lock:
+            artifacts = dict(journal.wanted.artifacts)
+        for name, folder in artifacts.items():
+            path = journal.directory / name
+            if not path.is_file():
+                continue
+            status = path.stat()
+            version = f"{status.st_size}-{status.st_mtime_ns}"
+            if journal.sent.artifacts.get(name) == version:
+                continue
+            self._offer(self._client.log_artifact, run_id, str(path), folder or None)
+            journal.sent.artifacts[name] = version
+            journal.save()
+
+    def _send_status(self, journal: Journal, run_id: str) -> None:
+        with journal.lock:
+            status, ended_ms = journal.wanted.status, journal.wanted.ended_ms
+        if status != journal.sent.status:
+            if status == RUNNING:
+                self._client.update_run(run_id, status=RUNNING)
+            else:
+                self._client.set_terminated(run_id, status, end_time=ended_ms)
+            journal.sent.status = status
+        if status != RUNNING and not journal.sent.complete:
+            with journal.lock:
+                # The caller may have asked for more while this was under way.
+                journal.sent.complete = journal.wanted.status == status
+                journal.save()
+
+    def _offer(self, send: Callable[..., object], *args: object, **kwargs: object) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send(*args, **kwargs)
+        except MlflowException as fault:
+            if fault.error_code not in _REJECTED:
+                raise
+            logger.warning("MLflow refused an entry, which is left out: %s", describe_fault(fault))
+
+
+class _MetricFeed:
+    """The points of one metric log that the server has not had, each given out once."""
+
+    def __init__(self, tail: MetricTail, last_steps: dict[str, int]) -> None:
+        self._tail = tail
+        self._queued_steps = dict(last_steps)
+        self._pending: list[Metric] = []
+
+    def next_points(self, limit: int) -> list[Metric]:
+        self._read()
+        return self._pending[:limit]
+
+    def confirm(self, points: Sequence[Metric]) -> None:
+        del self._pending[: len(points)]
+
+    def count_pending(self) -> int:
+        self._read()
+        return len(self._pending)
+
+    def _read(self) -> None:
+        from mlflow.entities import Metric
+
+        for record in self._tail.poll():
+            for name, value in record.metrics.items():
+                key = _name(name)
+                # A resumed job logs the steps after its checkpoint a second time.
+                if record.step > self._queued_steps.get(key, -1):
+                    self._queued_steps[key] = record.step
+                    self._pending.append(Metric(key, value, int(record.time * 1000), record.step))
+
+
+def _prepare_sqlite(uri: str) -> Path | None:
+    """Open a sqlite store once, since MLflow would retry a hopeless one for a long time."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=CHECK_TIMEOUT_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            connection.rollback()
+    except (sqlite3.Error, OSError) as fault:
+        raise TrackingError(
+            f"the tracking database {path.name} cannot be opened: {fault}",
+            remedy="Name a file that can be written, for example tracking.uri=sqlite:///mlflow.db.",
+        ) from None
+    return path.parent.resolve()
+
+
+def describe_fault(fault: BaseException, uri: str = "") -> str:
+    """Say in one line why the server could not be used.
+
+    Args:
+        fault: what was raised.
+        uri: the tracking URI, whose credentials the fault may repeat.
+
+    Returns:
+        The line, without credentials.
+    """
+    text = str(fault).strip().splitlines() or [type(fault).__name__]
+    line = text[0].replace(uri, redact_uri(uri)) if uri else text[0]
+    line = re.sub(r"//[^/@\s]+@", "//", line)
+    return line if len(line) <= 300 else line[:300] + " ..."
+
+
+def _name(name: str) -> str:
+    return _NAME_FAULTS.sub("_", name)[:250]
+
+
+def _value(value: str) -> str:
+    return value if len(value) <= MAX_VALUE_LENGTH else value[: MAX_VALUE_LENGTH - 4] + " ..."
+
+
+def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,355 @@
+"""Tracking end to end: a sqlite store, a server that goes away and comes back, what is kept out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import TrackingError
+from moe_dist.metric_log import MetricLog
+from moe_dist.tracking import (
+    DatasetInput,
+    NullTracker,
+    Tracker,
+    build_tracker,
+    flatten,
+    redact_uri,
+    scrub,
+)
+
+mlflow = pytest.importorskip("mlflow")
+
+CONFIG = {
+    "name": "demo",
+    "moe": {"num_experts": 4, "layers": [0, 1]},
+    "tracking": {
+        "uri": "https://ann:pw@mlflow.example/path",
+        "hub_token": "hf_abcdefghijklmnopqrs",
+    },
+    "output_dir": "/home/ann/outputs",
+}
+
+
+@pytest.fixture(scope="module")
+def sqlite_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def tracker(sqlite_uri: str) -> Tracker:
+    return build_tracker(sqlite_uri, experiment="tests")
+
+
+@pytest.fixture
+def client(sqlite_uri: str) -> Any:
+    return mlflow.MlflowClient(tracking_uri=sqlite_uri)
+
+
+def points(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def child_runs(client: Any, run_id: str | None) -> list[Any]:
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(
+        client.search_runs([experiment], filter_string=f"tags.`mlflow.parentRunId` = '{run_id}'")
+    )
+
+
+def test_chain_and_stage_arrive_whole(tracker: Tracker, client: Any, tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    plot = tmp_path / "distill" / "loss.png"
+    with tracker.chain("demo", tmp_path, params=CONFIG, tags={"kind": "chain"}) as chain:
+        assert chain.run_id is not None
+        with chain.stage(
+            "distill", plot.parent, params={"train": {"learning_rate": 5e-5}}
+        ) as stage:
+            log = MetricLog(plot.parent / "metrics.jsonl")
+            for step in range(1, 6):
+                log.append(step, {"train/loss": 1.0 / step, "moe/load_imbalance/0": 1.5})
+            stage.log_metrics(5, {"dev/accuracy": 0.5})
+            stage.log_dataset(DatasetInput("demo (train)", "f" * 64, "package", num_rows=9))
+            plot.write_bytes(b"picture")
+            stage.log_artifact(plot, folder="plots")
+        report.write_text("# Report")
+        chain.log_artifact(report)
+
+    parent = client.get_run(chain.run_id)
+    assert parent.info.status == "FINISHED" and parent.info.run_name == "demo"
+    assert parent.data.params["moe.num_experts"] == "4"
+    assert parent.data.tags["kind"] == "chain"
+    assert [entry.path for entry in client.list_artifacts(chain.run_id)] == ["report.md"]
+    (child,) = child_runs(client, chain.run_id)
+    assert child.info.run_id == stage.run_id and child.info.status == "FINISHED"
+    assert child.data.params == {"train.learning_rate": "5e-05"}
+    assert points(client, stage.run_id, "train/loss") == [(n, 1.0 / n) for n in range(1, 6)]
+    assert points(client, stage.run_id, "dev/accuracy") == [(5, 0.5)]
+    (given,) = child.inputs.dataset_inputs
+    assert given.dataset.name == "demo (train)" and given.tags[0].value == "training"
+    assert [e.path for e in client.list_artifacts(stage.run_id, "plots")] == ["plots/loss.png"]
+
+
+def test_nothing_private_is_sent(tracker: Tracker, client: Any, tmp_path: Path) -> None:
+    with tracker.chain("private", tmp_path, params=CONFIG) as chain:
+        chain.set_tags({"where": "/home/ann/data.tsv"})
+    run = client.get_run(chain.run_id)
+    sent = str(run.data.params) + str(run.data.tags)
+    assert "ann" not in sent and "pw" not in sent and "hf_" not in sent
+    assert run.data.params["tracking.uri"] == "https://mlflow.example/path"
+    assert run.data.params["output_dir"] == "outputs"
+
+
+def test_resumed_run_goes_on_without_double_points(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    directory = tmp_path / "distill"
+    log = MetricLog(directory / "metrics.jsonl")
+    run_ids = []
+    for first in (1, 3):  # the second process resumes from the checkpoint of step 2
+        log.truncate_after(first - 1)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            tracker.chain("x", tmp_path, params={}) as chain,
+            chain.stage("distill", directory, fingerprint="same") as stage,
+        ):
+            for step in range(first, first + 4):
+                log.append(step, {"loss": float(step), "lr": 0.1})
+            raise KeyboardInterrupt
+        run_ids.append((chain.run_id, stage.run_id))
+    assert run_ids[0] == run_ids[1]
+    assert client.get_run(stage.run_id).info.status == "KILLED"
+    assert points(client, stage.run_id, "loss") == [(n, float(n)) for n in range(1, 7)]
+    assert len(child_runs(client, chain.run_id)) == 1
+
+
+def test_lost_journal_of_what_was_sent_doubles_nothing(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    """As after a kill between MLflow's answer and the note of it."""
+    MetricLog(tmp_path / "metrics.jsonl").append(1, {"loss": 1.0})
+    with tracker.chain("x", tmp_path, params={}) as chain:
+        pass
+    journal = tmp_path / "tracking.json"
+    content = json.loads(journal.read_text())
+    content["sent"].update(last_steps={}, params={}, complete=False)
+    journal.write_text(json.dumps(content))
+    MetricLog(tmp_path / "metrics.jsonl").append(2, {"loss": 2.0})
+    with tracker.chain("x", tmp_path, params={}) as again:
+        pass
+    assert again.run_id == chain.run_id
+    assert points(client, chain.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_other_fingerprint_begins_another_run(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    with tracker.chain("x", tmp_path, params={}) as chain:
+        with chain.stage("adapt", tmp_path / "adapt", fingerprint="old") as old:
+            pass
+        with chain.stage("adapt", tmp_path / "adapt", fingerprint="new") as new:
+            pass
+    assert old.run_id != new.run_id
+    assert len(child_runs(client, chain.run_id)) == 2
+
+
+def test_failed_stage_is_marked(tracker: Tracker, client: Any, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError),
+        tracker.chain("x", tmp_path, params={}) as chain,
+        chain.stage("adapt", tmp_path / "adapt") as stage,
+    ):
+        raise ValueError("broken")
+    assert client.get_run(stage.run_id).info.status == "FAILED"
+    assert client.get_run(chain.run_id).info.status == "FAILED"
+
+
+def test_run_that_was_deleted_is_made_again(tracker: Tracker, client: Any, tmp_path: Path) -> None:
+    with tracker.chain("x", tmp_path, params={"a": 1}) as chain:
+        chain.log_metrics(1, {"loss": 1.0})
+    client.delete_run(chain.run_id)
+    with tracker.chain("x", tmp_path, params={"a": 1}) as again:
+        pass
+    assert again.run_id != chain.run_id
+    assert points(client, again.run_id, "loss") == [(1, 1.0)]
+    assert client.get_run(again.run_id).data.params == {"a": "1"}
+
+
+def test_long_and_odd_values_are_cut_to_what_mlflow_takes(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    many = {f"p{index}": index for index in range(230)}
+    with tracker.chain("x", tmp_path, params={**many, "long": "y" * 9000}) as chain:
+        chain.log_metrics(1, {"loss (dev)": 1.0, "nan": float("nan")})
+    run = client.get_run(chain.run_id)
+    assert len(run.data.params) == 231 and len(run.data.params["long"]) == 6000
+    assert run.data.metrics["loss _dev_"] == 1.0 and "nan" in run.data.metrics
+
+
+def test_null_tracker_keeps_the_metric_file(tmp_path: Path) -> None:
+    tracker = build_tracker("http://127.0.0.1:9", enabled=False)
+    assert isinstance(tracker, NullTracker)
+    with (
+        tracker.chain("x", tmp_path, params={}) as chain,
+        chain.stage("s", tmp_path / "s") as stage,
+    ):
+        stage.log_metrics(3, {"a": 1.0})
+    assert MetricLog(tmp_path / "s" / "metrics.jsonl").read()[0].step == 3
+    assert chain.run_id is None and chain.open_hint() == ""
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://ann:pw@127.0.0.1:9",
+        "http://no-such-host.invalid:5000",
+        "file:///tmp/mlruns",
+        "mlruns",
+        "sqlite:////proc/nowhere/mlflow.db",
+    ],
+)
+def test_unusable_store_is_one_error_at_once(uri: str) -> None:
+    import mlflow.tracking  # noqa: F401  (its import is no part of the wait)
+
+    started = time.monotonic()
+    with pytest.raises(TrackingError) as caught:
+        build_tracker(uri)
+    assert time.monotonic() - started < 8
+    assert "Remedy" in str(caught.value) and "pw" not in str(caught.value)
+
+
+def test_silent_server_is_one_error_at_once() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        started = time.monotonic()
+        with pytest.raises(TrackingError):
+            build_tracker(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert time.monotonic() - started < 10
+
+
+def test_damaged_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    with pytest.raises(TrackingError, match=r"mlflow\.db cannot be opened"):
+        build_tracker(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_flatten_and_scrub() -> None:
+    flat = flatten(CONFIG)
+    assert flat["moe.layers"] == "[0, 1]" and flat["tracking.hub_token"] == "(hidden)"
+    assert scrub({"uri": "sqlite:////home/ann/mlflow.db"}) == {"uri": "sqlite:///mlflow.db"}
+    assert scrub("see hf_abcdefghijklmnopqrs") == "see (hidden)"
+    assert scrub({"max_tokens": 5, "token": None}) == {"max_tokens": 5, "token": None}
+    assert redact_uri("postgresql://u:p@db:5432/x?sslkey=a") == "postgresql://db:5432/x"
+    assert redact_uri("http://u:p/a?b@host:80/x") == "http://host:80/x"
+    assert redact_uri("mlflow.db") == "mlflow.db"
+
+
+class Server:
+    """An MLflow server on the loopback interface that can be stopped and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port"]
+        command += [str(self.port), "--workers", "1", "--backend-store-uri"]
+        command += [f"sqlite:///{self._directory}/server.db", "--serve-artifacts"]
+        command += ["--artifacts-destination", str(self._directory / "artifacts")]
+        with (self._directory / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, cwd=self._directory, start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.3)
+        pytest.fail((self._directory / "server.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    directory = tmp_path / "server"
+    directory.mkdir()
+    instance = Server(directory)
+    yield instance
+    instance.stop()
+
+
+@pytest.mark.slow
+def test_server_that_goes_away_loses_and_doubles_nothing(
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moe_dist.tracking.runs.SEND_INTERVAL_S", 0.2)
+    monkeypatch.setattr("moe_dist.tracking.runs.MAX_BACKOFF_S", 0.5)
+    outputs = tmp_path / "outputs"
+    stage_dir = outputs / "distill"
+    log = MetricLog(stage_dir / "metrics.jsonl")
+    caplog.set_level(logging.WARNING, logger="moe_dist.tracking")
+    server.start()
+    client = mlflow.MlflowClient(tracking_uri=server.uri)
+    tracker = build_tracker(server.uri)
+
+    def wait_for(step: int, run_id: str | None) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if run_id and [s for s, _ in points(client, run_id, "loss")] == list(
+                range(1, step + 1)
+            ):
+                return
+            time.sleep(0.2)
+        pytest.fail(f"step {step} did not arrive: {points(client, run_id or '', 'loss')}")
+
+    with tracker.chain("outage", outputs, params={"a": 1}) as chain:  # noqa: SIM117
+        with chain.stage("distill", stage_dir, fingerprint="f") as stage:
+            log.append(1, {"loss": 1.0})
+            while stage.run_id is None:
+                time.sleep(0.1)
+            wait_for(1, stage.run_id)
+            server.stop()
+            for step in (2, 3, 4):
+                log.append(step, {"loss": float(step)})
+                time.sleep(0.4)
+            assert sum("training goes on" in r.message for r in caplog.records) == 1
+            server.start()
+            wait_for(4, stage.run_id)
+            server.stop()
+            log.append(5, {"loss": 5.0})
+            (stage_dir / "plot.png").write_bytes(b"picture")
+            stage.log_artifact(stage_dir / "plot.png")
+    assert "still away: 1 points wait" in caplog.records[-1].getMessage()
+
+    server.start()  # the same command runs again; the stage itself is skipped
+    with build_tracker(server.uri).chain("outage", outputs, params={"a": 1}) as again:
+        pass
+    assert again.run_id == chain.run_id
+    wait_for(5, stage.run_id)
+    assert client.get_run(stage.run_id).info.status == "FINISHED"
+    assert [entry.path for entry in client.list_artifacts(stage.run_id)] == ["plot.png"]
