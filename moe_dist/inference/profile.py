@@ -1,0 +1,176 @@
+"""What a model costs by its shape: parameters and FLOPs, total and for one token.
+
+Nothing runs here, so that models on the meta device can be counted too.
+
+Shapes: S sequence, D model, F FFN, E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_dist.conversion.families import FAMILIES, FamilySpec
+from moe_dist.errors import ConversionError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+
+# Attention modules of the known families, and where each keeps its inner width. Each multiplies
+# queries with keys and weights with values: 2 products of 2 * S * width for one token.
+_ATTENTION_WIDTH = {
+    "BertSelfAttention": "all_head_size",
+    "GPT2Attention": "embed_dim",
+    "T5Attention": "inner_dim",
+    "BartAttention": "embed_dim",
+}
+_LINEAR = ("Linear", "Conv1D")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model.
+
+    Attributes:
+        total: all of them; shared ones count once.
+        active: those a single token passes through: K of E experts in every MoE layer, and all
+            of the rest. Embedding tables count whole in both, as papers count them.
+    """
+
+    total: int
+    active: int
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of a forward pass for one token; a multiply-add counts as 2.
+
+    Attributes:
+        total: matrix products of the whole model, attention and head included. What a model
+            does once for a sequence (pooler, classifier) is spread over its tokens. Norms,
+            activations and softmax are left out.
+        ffn: of it, the feed-forward networks: dense ones, or active experts and shared neurons
+            without the router's gate.
+    """
+
+    total: float
+    ffn: float
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters.
+
+    Args:
+        model: dense or converted, not spread over processes.
+
+    Returns:
+        Total and active parameters.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = sum(
+        (layer.num_experts - layer.top_k) * _size_of_one(layer.experts, bias=True)
+        for layer in model.modules()
+        if isinstance(layer, MoELayer)
+    )
+    return ParameterCount(total, total - idle)
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
+    """Count the FLOPs of a forward pass from the shapes of the model's weights.
+
+    An encoder-decoder is taken to read and write `seq_len` tokens each, and its FLOPs are those
+    for one token read and one written. Causal attention counts whole, as it is computed.
+
+    Args:
+        model: of a known family, dense or converted.
+        seq_len: tokens in a sequence, none of them padding.
+
+    Returns:
+        FLOPs for one token.
+
+    Raises:
+        ConversionError: if the architecture is not known.
+    """
+    spec = _family(model)
+    ffn_names = set(_ffn_names(model, spec))
+    total = ffn = 0.0
+    for name, module in _leaves(model):
+        if isinstance(module, MoELayer):
+            experts = 2 * _active_weights(module)
+            ffn += experts
+            total += experts + _gate_flops(module)
+        elif _is_a(module, _LINEAR):
+            flops = 2.0 * _weight_size(module)
+            if name in ffn_names:
+                ffn += flops
+            total += flops / seq_len if _is_pooled(name, model) else flops
+        for kind, width in _ATTENTION_WIDTH.items():
+            if _is_a(module, (kind,)):
+                total += 4 * seq_len * int(getattr(module, width))
+    return FlopCount(total, ffn)
+
+
+def _family(model: nn.Module) -> FamilySpec:
+    config: Any = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", "")).removeprefix("moe_")
+    if model_type not in FAMILIES:
+        raise ConversionError(
+            f"the FLOPs of {type(model).__name__} cannot be counted",
+            remedy=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[model_type]
+
+
+def _ffn_names(model: nn.Module, spec: FamilySpec) -> Iterator[str]:
+    paths = (spec.linear_in, spec.linear_out, spec.gated_in, spec.gate)
+    for name, module in model.named_modules():
+        if _is_a(module, spec.blocks):
+            yield from (f"{name}.{path}" for path in paths if path is not None)
+
+
+def _leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, without what lies inside an MoE layer."""
+    yield prefix, model
+    if not isinstance(model, MoELayer):
+        for name, child in model.named_children():
+            yield from _leaves(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _active_weights(layer: MoELayer) -> int:
+    shared = 0 if layer.shared is None else _size_of_one(layer.shared, bias=False)
+    return layer.top_k * _size_of_one(layer.experts, bias=False) + shared
+
+
+def _size_of_one(experts: Experts, *, bias: bool) -> int:
+    sizes = (
+        parameter.numel() // experts.num_experts
+        for parameter in experts.parameters(recurse=False)
+        if bias or parameter.dim() == 3
+    )
+    return sum(sizes)
+
+
+def _gate_flops(layer: MoELayer) -> float:
+    if layer.router is None:
+        return 0.0
+    return sum(2.0 * _weight_size(m) for m in layer.router.modules() if _is_a(m, _LINEAR))
+
+
+def _weight_size(module: nn.Module) -> int:
+    weight: Any = module.weight
+    return int(weight.numel())
+
+
+def _is_pooled(name: str, model: nn.Module) -> bool:
+    """Whether a linear layer sees one vector of a sequence instead of its tokens."""
+    parts = name.split(".")
+    if "pooler" in parts or "classification_head" in parts:
+        return True
+    per_sequence = ("ForSequenceClassification", "ForMultipleChoice")
+    return parts[-1] == "classifier" and type(model).__name__.endswith(per_sequence)
+
+
+def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(module).__mro__)
