@@ -109,15 +109,15 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
     workspace = Workspace(config, console)
     with _disk_errors(workspace.root):
         workspace.prepare()
+        tracking = config.tracking
         try:
             check_before_start(config, workspace)
+            tracker = build_tracker(
+                tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+            )
         except BaseException:
             workspace.remove_if_empty()
             raise
-        tracking = config.tracking
-        tracker = build_tracker(
-            tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
-        )
         with _only_one(workspace.root):
             write_resolved_recipe(config, workspace.root)
             with tracker.chain(

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_dist.errors import ConfigError, DataError, MissingInputError, MoeDistError
+from moe_dist.errors import (
+    ConfigError,
+    ConversionError,
+    DataError,
+    MissingInputError,
+    MoeDistError,
+    TrackingError,
+)
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -232,8 +239,13 @@ def _clean_errors(*, debug: bool) -> Iterator[None]:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
-        user_made = isinstance(error, ConfigError | DataError | MissingInputError)
-        raise typer.Exit(EXIT_USER_ERROR if user_made else EXIT_FAILURE) from None
+        raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues from here", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _exit_code(error: MoeDistError) -> int:
+    """Tell what the user can mend in recipe or surroundings from what failed on the way."""
+    mendable = ConfigError | ConversionError | DataError | MissingInputError | TrackingError
+    return EXIT_USER_ERROR if isinstance(error, mendable) else EXIT_FAILURE

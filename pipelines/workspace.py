@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError
 
 from .fingerprints import path_digest
 from .payloads import data_arguments
@@ -107,9 +107,10 @@ class Workspace:
         """Make the output directory, and check that it takes files, before anything starts.
 
         Raises:
-            MoeDistError: if it cannot be written or the disk is almost full.
+            ConfigError: if it cannot be written or the disk is almost full.
         """
         remedy = "choose another place with `--set output_dir=DIRECTORY`."
+        source = self.config.name
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
@@ -118,16 +119,15 @@ class Workspace:
                 os.fsync(probe.fileno())
             free_mib = shutil.disk_usage(self.root).free / (1 << 20)
         except OSError as error:
-            raise MoeDistError(
-                f"output_dir: cannot write in {self.root}: {error.strerror or error}.",
-                remedy=remedy,
-            ) from error
+            fault = f"output_dir: cannot write in {self.root} ({error.strerror or error}); {remedy}"
+            raise ConfigError([fault], source=source) from error
         if free_mib < MINIMUM_FREE_MIB:
-            raise MoeDistError(
-                f"output_dir: only {free_mib:.0f} MiB are free where {self.root} lies; a run needs "
-                f"at least {MINIMUM_FREE_MIB} MiB for models and checkpoints.",
-                remedy="free some space, or " + remedy,
+            self.remove_if_empty()
+            fault = (
+                f"output_dir: only {free_mib:.0f} MiB are free where {self.root} lies, and a run "
+                f"needs at least {MINIMUM_FREE_MIB} MiB; free some space, or {remedy}"
             )
+            raise ConfigError([fault], source=source)
 
     def remove_if_empty(self) -> None:
         """Take the run's directory away again where nothing was written into it."""

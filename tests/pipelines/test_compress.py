@@ -1,0 +1,104 @@
+"""The whole chain on a tiny model, in this process: results, skipping, and what re-runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config import RunConfig, load_config
+from pipelines import chain
+from pipelines.chain import plan_steps, run_chain
+from pipelines.console import Console
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+class Recorder(Console):
+    """A quiet console that remembers which stages ran and which were skipped."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.ran: list[str] = []
+        self.resumed: list[str] = []
+        self.skipped: list[str] = []
+
+    def stage_started(self, stage: str, *, resumed: bool) -> None:
+        self.ran.append(stage)
+        self.resumed += [stage] if resumed else []
+
+    def stage_skipped(self, stage: str, seconds: float) -> None:
+        self.skipped.append(stage)
+
+
+def run(config: RunConfig, until: str = "evaluate") -> Recorder:
+    recorder = Recorder()
+    run_chain(config, recorder, until=until)
+    return recorder
+
+
+def test_steps_of_comparisons_come_before_the_evaluation(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    config = load_config(write_recipe(tiny_settings | {"compare": ["dense"]}))
+    assert [step.key for step in plan_steps(config)] == [
+        "finetune-teacher",
+        "score-importance",
+        "adapt",
+        "distill",
+        "adapt/dense",
+        "distill/dense",
+        "evaluate",
+    ]
+    assert [step.key for step in plan_steps(config, "adapt")] == [
+        "finetune-teacher",
+        "score-importance",
+        "adapt",
+    ]
+
+
+def test_the_chain_reports_and_redoes_only_what_a_change_touches(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tiny_settings | {"compare": ["dense"]})
+    first = run(load_config(recipe))
+    assert len(first.ran) == 7 and not first.skipped
+
+    report = json.loads((tmp_path / "outputs/tiny/report.json").read_text())
+    for name in ("teacher", "student", "dense"):
+        assert 0 <= report[name]["metrics"]["accuracy"] <= 1
+        assert set(report[name]["latency_ms"]) == {"1", "32"}
+    assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.5)
+    assert report["student"]["parameters"]["active"] < report["student"]["parameters"]["total"]
+    assert set(report["seconds"]) == set(first.ran)
+    assert set(report["differences"]) == {"teacher", "dense"}
+    assert (tmp_path / "outputs/tiny/report.md").read_text().startswith("# tiny")
+
+    again = run(load_config(recipe, ["parallel.max_failures=1", "train.log_every=1"]))
+    assert again.ran == [] and again.skipped == first.ran
+
+    changed = run(load_config(recipe, ["moe.router=token_gate"]))
+    assert changed.ran == ["adapt", "distill", "evaluate"]
+
+    distilled = run(load_config(recipe, ["moe.router=token_gate", "distill.kl_weight=0.5"]))
+    assert distilled.ran == ["distill", "distill/dense", "evaluate"]
+
+
+def test_a_chain_that_was_stopped_continues_where_it_was(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tiny_settings)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(chain.STAGES, "distill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(load_config(recipe))
+    continued = run(load_config(recipe), until="distill")
+    assert continued.skipped == ["finetune-teacher", "score-importance", "adapt"]
+    assert continued.ran == ["distill"]

@@ -1,0 +1,92 @@
+"""The report has the keys that others read, and people can read it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipelines.report import build_report, headline_metrics, quantity, to_markdown, to_tables
+from pipelines.stage import StageResult
+
+
+def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str, Any]:
+    """One model's figures as the evaluate stage finds them."""
+    made: dict[str, Any] = {
+        "metrics": {"accuracy": accuracy},
+        "parameters": {"total": 22_700_000, "active": 18_000_000},
+        "flops_per_token": 2.1e7,
+        "ffn_flops_per_token": ffn,
+        "latency_ms": {"1": 4.2, "32": 101.0},
+    }
+    if before is not None:
+        made["metrics_before_distillation"] = {"accuracy": before}
+    return made
+
+
+def result(stage: str, details: dict[str, Any] | None = None) -> StageResult:
+    return StageResult(stage, "", Path("/nowhere"), "f", {}, {}, {}, details or {}, 12.3456)
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    config: Any = SimpleNamespace(
+        name="demo",
+        compare={"dense": {}},
+        tracking=SimpleNamespace(experiment="moe-dist"),
+    )
+    difference = {"metric": "accuracy", "difference": 0.01, "low": -0.02, "high": 0.03}
+    details = {
+        "main_metric": "accuracy",
+        "num_dev_samples": 1500,
+        "seq_len": 64,
+        "models": {
+            "teacher": entry(0.8, 4e6),
+            "student": entry(0.79, 1e6, before=0.7),
+            "dense": entry(0.78, 1e6, before=0.72),
+        },
+        "differences": {"dense": difference},
+        "data": {"name": "movies", "digest": "d"},
+    }
+    results = {"distill": result("distill"), "evaluate": result("evaluate", details)}
+    return build_report(config, results, run_id="abc")
+
+
+def test_the_keys_that_others_rely_on_are_there(report: dict[str, Any]) -> None:
+    assert report["retention"] == pytest.approx(0.79 / 0.8)
+    assert report["seconds"] == {"distill": 12.35, "evaluate": 12.35}
+    assert report["mlflow"]["run_id"] == "abc"
+    for name in ("teacher", "student", "dense"):
+        model = report[name]
+        assert model["metrics"]["accuracy"] > 0.7
+        assert model["parameters"]["total"] > model["parameters"]["active"] > 0
+        assert model["flops_per_token"] > 0
+        assert set(model["latency_ms"]) == {"1", "32"}
+    assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.25)
+    assert report["student"]["metrics_before_distillation"] == {"accuracy": 0.7}
+    assert report["comparisons"] == ["dense"]
+
+
+def test_markdown_names_every_model_and_the_interval(report: dict[str, Any]) -> None:
+    text = to_markdown(report)
+    for piece in ("| teacher |", "| student |", "| dense |", "[-0.0200, +0.0300]", "× 0.250"):
+        assert piece in text
+
+
+def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
+    models, stages = to_tables(report)
+    assert models.row_count == 3
+    assert stages.row_count == len(report["seconds"]) + 1
+
+
+def test_headline_metrics_are_numbers(report: dict[str, Any]) -> None:
+    metrics = headline_metrics(report)
+    assert metrics["student/accuracy"] == 0.79
+    assert metrics["dense/latency_ms_batch_32"] == 101.0
+    assert all(isinstance(value, float | int) for value in metrics.values())
+
+
+def test_quantities_carry_a_prefix() -> None:
+    assert [quantity(n) for n in (12, 1500, 22_713_216, 3.2e9)] == ["12", "1.5 k", "22.7 M", "3.2 G"]
