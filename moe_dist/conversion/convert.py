@@ -1,0 +1,165 @@
+"""A dense model and a plan become a mixture of experts.
+
+Shapes: D model, F FFN, E experts, s shared neurons, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
+from moe_dist.conversion.partition import LayerPartition, PartitionPlan
+from moe_dist.errors import ConversionError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers import build_router
+
+
+def dense_to_moe(
+    model: nn.Module,
+    plan: PartitionPlan,
+    *,
+    router: str = "hash_random",
+    top_k: int = 1,
+    seed: int = 0,
+    token_counts: Tensor | None = None,
+    num_tasks: int | None = None,
+    gate_scale: str = "straight_through",
+) -> Any:
+    """Make the sparse student of a dense model.
+
+    Everything outside the FFNs is the model's own: weights, biases, dropout, mode, frozen
+    parameters. With every neuron in every expert the student computes the same function
+    (`gate_scale` "probability" excepted).
+
+    Args:
+        model: a dense transformers model; it is left as it was.
+        plan: which neurons go where.
+        router: a name in `moe_dist.moe.routers.ROUTERS`; not read with one expert.
+        top_k: experts for each token; their weights are renormalised to sum 1.
+        seed: of hash tables and gates.
+        token_counts: (V,) counts on the training split, for hash_balanced.
+        num_tasks: for routers over tasks.
+        gate_scale: weight of the chosen expert for top_k 1: "straight_through" has the value 1
+            and a gradient, "probability" is the papers' and scales the output.
+
+    Returns:
+        A new model of the registered class, e.g. MoeBertForSequenceClassification.
+
+    Raises:
+        ConversionError: if the model's class is not known, or the plan is not for this model.
+        MissingInputError: if the router needs something that was not given.
+    """
+    slots = find_slots(model)
+    _check_plan(slots, plan)
+    routed = plan.num_experts > 1
+    if routed:
+        # A checkpoint's table may stand in for missing counts, but here there is none.
+        build_router(
+            router,
+            d_model=slots[0].weights().w_in.shape[1],
+            num_experts=plan.num_experts,
+            top_k=top_k,
+            vocab_size=_vocab_size(model),
+            token_counts=token_counts,
+            num_tasks=num_tasks,
+            gate_scale=gate_scale,
+        )
+    moe = {
+        "num_experts": plan.num_experts,
+        "expert_size": plan.expert_size,
+        "num_shared_neurons": plan.num_shared_neurons,
+        "tie_shared": plan.tie_shared,
+        "layers": list(plan.layers),
+        "router": router if routed else "none",
+        "top_k": top_k if routed else 1,
+        "gate_scale": gate_scale,
+        "seed": seed,
+        "num_tasks": num_tasks,
+        "partition": plan.method,
+    }
+    student = _fresh_student(model, moe, token_counts)
+    layers = {layer.name: layer for layer in student.modules() if isinstance(layer, MoELayer)}
+    parts = {part.layer: part for part in plan.partitions}
+    with torch.no_grad():
+        for slot in slots:
+            if slot.index in parts:
+                _fill_layer(layers[slot.name], slot.weights(), parts[slot.index], plan.tie_shared)
+    return student
+
+
+def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None) -> Any:
+    from moe_dist.conversion.configurations import config_class
+    from moe_dist.conversion.modeling import model_class
+
+    kind = model_class(f"Moe{type(model).__name__}")
+    values = copy.deepcopy(model.config.to_dict())
+    model_type = values.pop("model_type")
+    config: Any = config_class(model_type)(**values, moe=moe)
+    config.architectures = [kind.__name__]
+    config._attn_implementation = model.config._attn_implementation
+    with torch.random.fork_rng(devices=[]):  # the start values below are all overwritten
+        student: Any = kind(config, token_counts=token_counts)
+    first = next(model.parameters())
+    student.to(device=first.device, dtype=first.dtype)
+    source = model.state_dict()
+    missing, _ = student.load_state_dict(
+        {name: source[name] for name in student.state_dict() if name in source}, strict=False
+    )
+    layers = [name for name, layer in student.named_modules() if isinstance(layer, MoELayer)]
+    stray = [name for name in missing if not name.startswith(tuple(f"{one}." for one in layers))]
+    assert not stray, f"weights outside the FFNs were not copied: {stray}"
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if getattr(model, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(model.generation_config)
+    return student.train(model.training)
+
+
+def _fill_layer(
+    layer: MoELayer, weights: FFNWeights, part: LayerPartition, tie_shared: bool
+) -> None:
+    num_tied = part.shared_ids.numel() if tie_shared else 0
+    _fill_experts(layer.experts, weights, part.expert_ids[:, num_tied:])
+    if layer.shared is not None:
+        _fill_experts(layer.shared, weights, part.shared_ids[None])
+
+
+def _fill_experts(experts: Experts, weights: FFNWeights, ids_EF: Tensor) -> None:
+    """Copy neurons into the stacked weights; the output bias goes to every expert."""
+    ids_EF = ids_EF.to(weights.w_in.device)
+    for name in ("w_in", "b_in", "w_gate", "b_gate"):
+        target, source = getattr(experts, name), getattr(weights, name)
+        if target is not None:
+            target.copy_(source[ids_EF])
+    if experts.w_out is not None:
+        experts.w_out.copy_(weights.w_out[:, ids_EF].transpose(0, 1))
+    if experts.b_out is not None:
+        assert weights.b_out is not None
+        experts.b_out.copy_(weights.b_out.expand_as(experts.b_out))
+
+
+def _check_plan(slots: Sequence[FFNSlot], plan: PartitionPlan) -> None:
+    if plan.num_layers != len(slots):
+        raise ConversionError(
+            f"the plan is for {plan.num_layers} FFNs, but the model has {len(slots)}",
+            remedy="score this model and plan again",
+        )
+    for part in plan.partitions:
+        num_neurons = slots[part.layer].num_neurons
+        if part.num_neurons != num_neurons:
+            raise ConversionError(
+                f"the plan splits {part.num_neurons} neurons of FFN {part.layer}, but the model's "
+                f"has {num_neurons}",
+                remedy="score this model and plan again",
+            )
+
+
+def _vocab_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)

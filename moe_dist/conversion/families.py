@@ -1,0 +1,343 @@
+"""Where each architecture keeps its feed-forward networks, and under which names.
+
+The one place that knows these names; scoring, conversion and the registered classes read it.
+Module classes are matched by name, so that a family costs no import until a model is there.
+
+Shapes: D model, F FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_dist.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One architecture's FFN, as paths below the module that holds it.
+
+    Args:
+        model_type: the family's name in transformers.
+        config_class: the dense configuration class.
+        blocks: classes of the modules that hold one FFN each.
+        stacks: classes whose forward takes the token ids; routing contexts open around them.
+        linear_in: path of the first linear layer.
+        linear_out: path of the second one.
+        activation: path of the activation.
+        replaced: path where the MoE layer goes.
+        emptied: paths that become identities, since the MoE layer does their work.
+        activation_keys: configuration entries that name the activation.
+        heads: dense model class to the Auto classes that should find its MoE form.
+        gated_in: path of the first linear layer where the FFN is gated.
+        gate: path of the activated linear layer beside it.
+        dropout: path of the dropout between the linear layers (a module or a float), if any.
+        transposed: weights are stored (in, out), as in GPT-2's Conv1D.
+    """
+
+    model_type: str
+    config_class: str
+    blocks: tuple[str, ...]
+    stacks: tuple[str, ...]
+    linear_in: str
+    linear_out: str
+    activation: str
+    replaced: str
+    emptied: tuple[str, ...]
+    activation_keys: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
+    gated_in: str | None = None
+    gate: str | None = None
+    dropout: str | None = None
+    transposed: bool = False
+
+
+FAMILIES: dict[str, FamilySpec] = {
+    "bert": FamilySpec(
+        model_type="bert",
+        config_class="BertConfig",
+        blocks=("BertLayer",),
+        stacks=("BertModel",),
+        linear_in="intermediate.dense",
+        linear_out="output.dense",
+        activation="intermediate.intermediate_act_fn",
+        replaced="intermediate",
+        emptied=("output.dense",),
+        activation_keys=("hidden_act",),
+        heads={
+            "BertModel": ("AutoModel",),
+            "BertForMaskedLM": ("AutoModelForMaskedLM",),
+            "BertForSequenceClassification": ("AutoModelForSequenceClassification",),
+            "BertForTokenClassification": ("AutoModelForTokenClassification",),
+            "BertForQuestionAnswering": ("AutoModelForQuestionAnswering",),
+            "BertForMultipleChoice": ("AutoModelForMultipleChoice",),
+        },
+    ),
+    "gpt2": FamilySpec(
+        model_type="gpt2",
+        config_class="GPT2Config",
+        blocks=("GPT2MLP",),
+        stacks=("GPT2Model",),
+        linear_in="c_fc",
+        linear_out="c_proj",
+        activation="act",
+        replaced="c_fc",
+        emptied=("act", "c_proj"),
+        activation_keys=("activation_function",),
+        heads={
+            "GPT2Model": ("AutoModel",),
+            "GPT2LMHeadModel": ("AutoModelForCausalLM",),
+            "GPT2ForSequenceClassification": ("AutoModelForSequenceClassification",),
+            "GPT2ForTokenClassification": ("AutoModelForTokenClassification",),
+            "GPT2ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
+        },
+        transposed=True,
+    ),
+    "t5": FamilySpec(
+        model_type="t5",
+        config_class="T5Config",
+        blocks=("T5LayerFF",),
+        stacks=("T5Stack",),
+        linear_in="DenseReluDense.wi",
+        linear_out="DenseReluDense.wo",
+        activation="DenseReluDense.act",
+        replaced="DenseReluDense",
+        emptied=(),
+        activation_keys=("feed_forward_proj", "dense_act_fn"),
+        heads={
+            "T5Model": ("AutoModel",),
+            "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM",),
+            "T5ForSequenceClassification": ("AutoModelForSequenceClassification",),
+            "T5ForTokenClassification": ("AutoModelForTokenClassification",),
+            "T5ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
+            "T5EncoderModel": ("AutoModelForTextEncoding",),
+        },
+        gated_in="DenseReluDense.wi_1",
+        gate="DenseReluDense.wi_0",
+        dropout="DenseReluDense.dropout",
+    ),
+    "bart": FamilySpec(
+        model_type="bart",
+        config_class="BartConfig",
+        blocks=("BartEncoderLayer", "BartDecoderLayer"),
+        stacks=("BartEncoder", "BartDecoder"),
+        linear_in="fc1",
+        linear_out="fc2",
+        activation="activation_fn",
+        replaced="fc1",
+        emptied=("activation_fn", "fc2"),
+        activation_keys=("activation_function",),
+        heads={
+            "BartModel": ("AutoModel",),
+            "BartForConditionalGeneration": ("AutoModelForSeq2SeqLM",),
+            "BartForSequenceClassification": ("AutoModelForSequenceClassification",),
+            "BartForQuestionAnswering": ("AutoModelForQuestionAnswering",),
+            "BartForCausalLM": ("AutoModelForCausalLM",),
+        },
+        dropout="activation_dropout",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """One FFN's weights, whatever the layout they are stored in.
+
+    Args:
+        w_in: (F, D), the first projection; in a gated FFN the one without activation.
+        b_in: (F,) or None.
+        w_gate: (F, D), the activated projection of a gated FFN, or None.
+        b_gate: (F,) or None.
+        w_out: (D, F).
+        b_out: (D,) or None.
+    """
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+
+
+@dataclass(frozen=True)
+class FFNSlot:
+    """One FFN of a dense model.
+
+    Args:
+        index: its place among the model's FFNs; encoders come before decoders.
+        name: dotted name of the module that holds it.
+        block: that module.
+        spec: the family it belongs to.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+    spec: FamilySpec
+
+    @property
+    def gated(self) -> bool:
+        """Whether an activated and a linear projection are multiplied."""
+        path = self.spec.gated_in
+        return path is not None and _has_path(self.block, path)
+
+    @property
+    def linear_in(self) -> nn.Module:
+        """The linear layer from the model's width."""
+        path = self.spec.gated_in if self.gated else self.spec.linear_in
+        assert path is not None
+        return self.block.get_submodule(path)
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """The activated linear layer beside it, in a gated FFN."""
+        if not self.gated:
+            return None
+        assert self.spec.gate is not None
+        return self.block.get_submodule(self.spec.gate)
+
+    @property
+    def linear_out(self) -> nn.Module:
+        """The linear layer back to the model's width."""
+        return self.block.get_submodule(self.spec.linear_out)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The activation between them."""
+        return self.block.get_submodule(self.spec.activation)
+
+    @property
+    def num_neurons(self) -> int:
+        """F."""
+        return self.weights().w_in.shape[0]
+
+    @property
+    def dropout(self) -> float:
+        """The dropout probability between activation and second linear layer."""
+        if self.spec.dropout is None:
+            return 0.0
+        parent, leaf = _parent(self.block, self.spec.dropout)
+        value = getattr(parent, leaf)
+        return float(value.p if isinstance(value, nn.Dropout) else value)
+
+    def weights(self) -> FFNWeights:
+        """Read the weights as (F, D) and (D, F).
+
+        Returns:
+            Views of the model's own parameters.
+        """
+        w_in, b_in = self._read(self.linear_in)
+        w_out, b_out = self._read(self.linear_out)
+        w_gate, b_gate = (None, None) if self.gate is None else self._read(self.gate)
+        return FFNWeights(w_in, b_in, w_gate, b_gate, w_out, b_out)
+
+    def replace(self, layer: nn.Module) -> None:
+        """Put `layer` where the FFN was, and identities where it does the work now.
+
+        Args:
+            layer: maps (..., D) to (..., D).
+        """
+        for path in self.spec.emptied:
+            parent, leaf = _parent(self.block, path)
+            setattr(parent, leaf, nn.Identity())
+        parent, leaf = _parent(self.block, self.spec.replaced)
+        setattr(parent, leaf, layer)
+        if self.spec.dropout is not None:
+            parent_path, _, leaf = self.spec.dropout.rpartition(".")
+            if not parent_path:
+                # BART applies it inline, around our layer; the experts apply it inside.
+                setattr(self.block, leaf, 0.0)
+
+    def _read(self, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        return (weight.t() if self.spec.transposed else weight), bias
+
+
+def family_of(model: nn.Module) -> FamilySpec:
+    """Find the family of a model.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        Its family.
+
+    Raises:
+        ConversionError: if the architecture is not known, or the model is converted already.
+    """
+    config: Any = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", ""))
+    if model_type.startswith("moe_") and model_type[4:] in FAMILIES:
+        raise ConversionError(
+            f"{type(model).__name__} is a mixture of experts already",
+            remedy="give the dense model that it was made from",
+        )
+    if model_type not in FAMILIES:
+        raise ConversionError(
+            f"{type(model).__name__} has no feed-forward networks that moe-dist knows",
+            remedy=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[model_type]
+
+
+def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot]:
+    """List a dense model's FFNs, in the order of its modules.
+
+    Args:
+        model: a dense transformers model of a known family.
+        spec: that family; by default what the model's configuration says.
+
+    Returns:
+        At least one slot; scores, plans and `layers` are indexed alike.
+
+    Raises:
+        ConversionError: if the architecture is not known or has no FFN.
+    """
+    spec = spec or family_of(model)
+    blocks = [
+        (name, module) for name, module in model.named_modules() if _is_a(module, spec.blocks)
+    ]
+    if not blocks:
+        raise ConversionError(
+            f"{type(model).__name__} holds none of {', '.join(spec.blocks)}",
+            remedy="give a whole transformers model with at least one layer",
+        )
+    return [FFNSlot(index, name, block, spec) for index, (name, block) in enumerate(blocks)]
+
+
+def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[nn.Module]:
+    """Yield the modules whose forward takes token ids.
+
+    Args:
+        model: a model of the family, dense or converted.
+        spec: the family.
+
+    Yields:
+        Encoder and decoder stacks.
+    """
+    for module in model.modules():
+        if _is_a(module, spec.stacks):
+            yield module
+
+
+def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(module).__mro__)
+
+
+def _has_path(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _parent(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent_path, _, leaf = path.rpartition(".")
+    return module.get_submodule(parent_path), leaf

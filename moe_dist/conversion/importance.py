@@ -1,0 +1,245 @@
+"""How much the task loss would change without each FFN neuron: exact, one backward a batch.
+
+Shapes: B batch, S sequence, D model, F FFN, C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.errors import ConversionError, MissingInputError
+
+PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
+
+
+def score_importance(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    per_sample_loss: PerSampleLoss | None = None,
+) -> list[Tensor]:
+    """Score each FFN neuron: the sum over samples of ``|w1·∂L/∂w1 + w2·∂L/∂w2|``.
+
+    L is one sample's task loss. Both dot products are read from what the backward pass holds
+    anyway: with pre-activation z, its bias b and activation a they are ``Σ_t (z-b)·∂L/∂z`` and
+    ``Σ_t a·∂L/∂a``, so a batch needs one backward and no weight gradient. A gated FFN has one
+    more such term. The model is scored in eval mode and left as it was.
+
+    Args:
+        model: the fine-tuned dense model.
+        batches: dicts of model inputs with "labels" (question answering: start_positions and
+            end_positions); other entries are ignored. Take training data, not the dev split.
+        per_sample_loss: (model, outputs, batch) -> (B,) losses, for heads with a loss of their
+            own; by default the head's usual one.
+
+    Returns:
+        One float32 (F,) tensor on the CPU for each FFN. Sums, so shards of the data add up.
+
+    Raises:
+        ConversionError: for an unknown architecture, no batches, or scores that are not finite.
+
+    Source: MoEBERT, 2022.naacl-main.116, section 3.1.
+    """
+    slots = find_slots(model)
+    loss_of = per_sample_loss or task_losses
+    totals: list[Tensor | None] = [None] * len(slots)
+    num_batches = 0
+    with _frozen_in_eval_mode(model), torch.enable_grad():
+        for batch in batches:
+            captures = [_Capture(slot) for slot in slots]
+            try:
+                for capture in captures:
+                    capture.install()
+                moved = _on_device(model, batch)
+                outputs = model(**_model_inputs(model, moved))
+                losses_B = loss_of(model, outputs, moved)
+                leaves = [leaf for capture in captures for leaf in capture.leaves]
+                losses_B.sum().backward(inputs=leaves)
+            finally:
+                for capture in captures:
+                    capture.remove()
+            for index, capture in enumerate(captures):
+                score_F = capture.scores_BF().abs().sum(dim=0, dtype=torch.float64)
+                total = totals[index]
+                totals[index] = score_F if total is None else total + score_F
+            num_batches += 1
+    if num_batches == 0:
+        raise ConversionError(
+            "there are no batches to score importance on",
+            remedy="pass a few thousand training samples",
+        )
+    scores = [total.to("cpu", torch.float32) for total in totals if total is not None]
+    for slot, score_F in zip(slots, scores, strict=True):
+        if not bool(torch.isfinite(score_F).all()):
+            raise ConversionError(
+                f"importance of FFN {slot.index} ({slot.name}) is not finite",
+                remedy="check the teacher and the training data for NaN and infinity",
+            )
+    return scores
+
+
+def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Compute each sample's task loss as the model's own head would for that sample alone.
+
+    Args:
+        model: the model; its config says which kind of problem it solves.
+        outputs: what it returned.
+        batch: holds the labels.
+
+    Returns:
+        (B,) float32 losses.
+
+    Raises:
+        MissingInputError: if the labels are missing.
+    """
+    if hasattr(outputs, "start_logits"):
+        start = _cross_entropy(outputs.start_logits, _labels(batch, "start_positions"))
+        end = _cross_entropy(outputs.end_logits, _labels(batch, "end_positions"))
+        return (start + end) / 2
+    labels = _labels(batch, "labels")
+    logits = getattr(outputs, "logits", None)
+    if logits is None:
+        raise MissingInputError(
+            f"{type(model).__name__} has no task head, so there is no loss to score with",
+            remedy="score a model with a head, such as one for sequence classification, or "
+            "pass per_sample_loss",
+        )
+    if logits.dim() == 3:
+        return _token_losses(model, logits, labels)
+    config: Any = model.config
+    kind = config.problem_type
+    if kind is None and config.num_labels > 1 and labels.is_floating_point():
+        kind = "multi_label_classification"
+    if kind == "regression" or (kind is None and config.num_labels == 1):
+        targets = labels.float().reshape(logits.shape)
+        return (logits.float() - targets).square().mean(dim=-1)
+    if kind == "multi_label_classification":
+        losses_BC = functional.binary_cross_entropy_with_logits(
+            logits.float(), labels.float(), reduction="none"
+        )
+        return losses_BC.mean(dim=-1)
+    return _cross_entropy(logits, labels)
+
+
+class _Capture:
+    """Reads one FFN's per-sample products while a batch passes through it."""
+
+    def __init__(self, slot: FFNSlot) -> None:
+        self.slot = slot
+        self.leaves: list[Tensor] = []
+        self._products: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Hook the FFN's linear layers."""
+        for linear in (self.slot.linear_in, self.slot.gate):
+            if linear is not None:
+                self._handles.append(linear.register_forward_hook(self._after_linear))
+        self._handles.append(
+            self.slot.linear_out.register_forward_pre_hook(self._before_linear_out)
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def scores_BF(self) -> Tensor:
+        """Signed score of each sample; the absolute value comes after all terms are added.
+
+        Returns:
+            (B, F) float32.
+        """
+        if not self._products:
+            # The loss does not depend on this FFN, so removing a neuron changes nothing.
+            return torch.zeros(1, self.slot.num_neurons)
+        return torch.stack(self._products).sum(dim=0)
+
+    def _after_linear(self, linear: nn.Module, args: tuple[Any, ...], z_BSF: Tensor) -> Tensor:
+        # Where nothing below needs a gradient (the first layer), the graph begins here.
+        if not z_BSF.requires_grad:
+            z_BSF.requires_grad_()
+            self.leaves.append(z_BSF)
+        value, bias = z_BSF.detach(), linear.bias
+        z_BSF.register_hook(lambda grad: self._add(value, bias, grad))
+        return z_BSF
+
+    def _before_linear_out(self, linear: nn.Module, args: tuple[Any, ...]) -> None:
+        a_BSF: Tensor = args[0]
+        value = a_BSF.detach()
+        a_BSF.register_hook(lambda grad: self._add(value, None, grad))
+
+    def _add(self, value_BSF: Tensor, bias: Any, grad_BSF: Tensor) -> None:
+        value_BSF, grad_BSF = value_BSF.float(), grad_BSF.float()
+        product_BF = torch.einsum("bsf,bsf->bf", value_BSF, grad_BSF)
+        if bias is not None:
+            product_BF = product_BF - bias.detach().float() * grad_BSF.sum(dim=1)
+        self._products.append(product_BF)
+
+
+@contextmanager
+def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    names = inspect.signature(model.forward).parameters
+    inputs = {key: value for key, value in batch.items() if key in names}
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        # The model would only compute its own mean loss with them. An encoder-decoder needs
+        # them: it makes its decoder's inputs from them.
+        inputs.pop("labels", None)
+    return inputs
+
+
+def _labels(batch: Mapping[str, Any], name: str) -> Tensor:
+    labels = batch.get(name)
+    if not isinstance(labels, Tensor):
+        raise MissingInputError(
+            f"a batch holds no {name!r}, and importance is measured on the task loss",
+            remedy=f"add a tensor {name!r} to each batch",
+        )
+    return labels
+
+
+def _cross_entropy(logits_BC: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_BC.float(), labels.reshape(-1).long(), reduction="none")
+
+
+def _token_losses(model: nn.Module, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean over the labelled tokens of each sample; a causal head predicts the next one."""
+    if type(model).__name__.endswith(("LMHeadModel", "ForCausalLM")):
+        logits_BSV, labels_BS = logits_BSV[:, :-1], labels_BS[:, 1:]
+    losses_BS = functional.cross_entropy(
+        logits_BSV.float().transpose(1, 2), labels_BS, ignore_index=-100, reduction="none"
+    )
+    counts_B = (labels_BS != -100).sum(dim=1)
+    return losses_BS.sum(dim=1) / counts_B.clamp(min=1)

@@ -1,0 +1,136 @@
+"""The converted models: registered subclasses of each architecture's own classes.
+
+``MoeBertForSequenceClassification`` and its kin are made from `FAMILIES` when first asked for.
+Each builds its dense parent and puts MoE layers where the FFNs were, so forward, generate and
+save_pretrained are the parent's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from moe_dist.conversion.configurations import config_class
+from moe_dist.conversion.families import FAMILIES, FamilySpec
+from moe_dist.conversion.replacement import MoeSettings, replace_ffns
+from moe_dist.errors import ConversionError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.routing import checkpoint_context_fn
+
+
+class MoeModel(PreTrainedModel):
+    """What all converted models add to their dense parent."""
+
+    def __init__(
+        self, config: Any, *inputs: Any, token_counts: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Build the dense architecture and replace its FFNs.
+
+        Args:
+            config: with a `moe` entry.
+            *inputs: the parent's own.
+            token_counts: (V,) for fresh hash_balanced tables; a checkpoint brings its own.
+            **kwargs: the parent's own.
+
+        Raises:
+            ConversionError: if the configuration has no `moe` entry.
+        """
+        if not config.moe:
+            raise ConversionError(
+                f"the configuration of {type(self).__name__} has no 'moe' entry",
+                remedy="make the model with dense_to_moe, or load a directory that it was saved to",
+            )
+        settings = MoeSettings.from_dict(config.moe)
+        super().__init__(config, *inputs, **kwargs)
+        replace_ffns(self, _spec_of(config), settings, token_counts=token_counts)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass, with the routing of the forward pass.
+
+        Args:
+            activation_checkpointing_kwargs: for torch.utils.checkpoint; use_reentrant must not
+                be True, since routers would find no token ids when they run again.
+            **kwargs: the parent's own.
+
+        Raises:
+            ConversionError: if use_reentrant is True.
+        """
+        given = dict(activation_checkpointing_kwargs or {})
+        if given.get("use_reentrant"):
+            raise ConversionError(
+                "reentrant gradient checkpointing loses what the routers read",
+                remedy="pass use_reentrant=False, or leave it out",
+            )
+        given |= {"use_reentrant": False, "context_fn": checkpoint_context_fn}
+        super().activation_checkpointing_enable(given, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Experts):
+            std = getattr(self.config, "initializer_range", None) or 0.02
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.startswith("b_"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif not _is_emptied(module, _spec_of(self.config)):
+            super()._init_weights(module)
+
+
+@functools.cache
+def model_class(name: str) -> type[MoeModel]:
+    """Build a converted model's class.
+
+    Args:
+        name: "Moe" and the dense class's name.
+
+    Returns:
+        The class.
+
+    Raises:
+        ConversionError: if no family has such a class.
+    """
+    for model_type, spec in FAMILIES.items():
+        dense_name = name.removeprefix("Moe")
+        if name == f"Moe{dense_name}" and dense_name in spec.heads:
+            module = importlib.import_module(
+                f"transformers.models.{model_type}.modeling_{model_type}"
+            )
+            dense = getattr(module, dense_name)
+            namespace = {
+                "__doc__": f"{dense_name} with experts in place of its FFNs.",
+                "__module__": __name__,
+                "__qualname__": name,
+                "config_class": config_class(model_type),
+            }
+            return type(name, (MoeModel, dense), namespace)
+    known = [f"Moe{head}" for spec in FAMILIES.values() for head in spec.heads]
+    raise ConversionError(
+        f"there is no converted class {name}", remedy=f"use one of {', '.join(known)}"
+    )
+
+
+def _spec_of(config: Any) -> FamilySpec:
+    return FAMILIES[config.model_type.removeprefix("moe_")]
+
+
+def _is_emptied(module: nn.Module, spec: FamilySpec) -> bool:
+    # GPT-2 initialises its FFN's second linear layer from the module that holds it.
+    return type(module).__name__ in spec.blocks and any(
+        isinstance(module.get_submodule(path), nn.Identity) for path in spec.emptied
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("Moe"):
+        try:
+            return model_class(name)
+        except ConversionError:
+            pass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,148 @@
+"""MoE layers in the places of a model's FFNs, as its configuration's `moe` entry says.
+
+Shapes: D model, E experts, V vocabulary, K active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_dist.conversion.families import FamilySpec, FFNSlot, find_slots, find_stacks
+from moe_dist.errors import ConversionError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers import build_router
+from moe_dist.moe.routing import install_routing_hooks
+
+
+@dataclass(frozen=True)
+class MoeSettings:
+    """All that is needed to rebuild a converted model's layers, kept in config.json.
+
+    Args:
+        num_experts: E; with 1 there is no router.
+        expert_size: neurons that one expert computes for a token, shared ones included.
+        num_shared_neurons: how many of them all experts hold.
+        tie_shared: the shared neurons are one set of weights beside the routed experts.
+        layers: indices of the converted FFNs.
+        router: a name in `moe_dist.moe.routers.ROUTERS`.
+        top_k: experts for each token, K.
+        gate_scale: weight of the chosen expert for K=1: "straight_through" or "probability".
+        seed: of hash tables and gates; each layer derives its own.
+        num_tasks: tasks that a task router tells apart.
+        partition: the method that chose the neurons.
+    """
+
+    num_experts: int
+    expert_size: int
+    num_shared_neurons: int
+    tie_shared: bool
+    layers: tuple[int, ...]
+    router: str
+    top_k: int
+    gate_scale: str
+    seed: int
+    num_tasks: int | None
+    partition: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as plain values.
+
+        Returns:
+            What JSON can hold.
+        """
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoeSettings:
+        """Read the `moe` entry of a configuration.
+
+        Args:
+            values: the entry; what it holds beside the settings is left alone.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ConversionError: if a setting is missing.
+        """
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ConversionError(
+                f"the model's configuration lacks moe.{', moe.'.join(missing)}",
+                remedy="convert the model again with dense_to_moe",
+            )
+        chosen = {name: values[name] for name in names}
+        return cls(**(chosen | {"layers": tuple(values["layers"])}))
+
+
+def replace_ffns(
+    model: nn.Module,
+    spec: FamilySpec,
+    settings: MoeSettings,
+    *,
+    token_counts: Tensor | None = None,
+) -> None:
+    """Put fresh MoE layers where the FFNs of a dense architecture are, and install the hooks.
+
+    Args:
+        model: an instance of a dense architecture; changed in place.
+        spec: its family.
+        settings: sizes and router.
+        token_counts: (V,) for hash_balanced; without it the table is a placeholder that a
+            checkpoint's own replaces.
+    """
+    slots = find_slots(model, spec)
+    vocab_size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    for index in settings.layers:
+        slots[index].replace(_build_layer(slots[index], settings, vocab_size, token_counts))
+    for stack in find_stacks(model, spec):
+        install_routing_hooks(stack)
+
+
+def _build_layer(
+    slot: FFNSlot, settings: MoeSettings, vocab_size: int, token_counts: Tensor | None
+) -> MoELayer:
+    weights = slot.weights()
+    d_model = weights.w_in.shape[1]
+    num_shared = settings.num_shared_neurons if settings.tie_shared else 0
+
+    def experts(num_experts: int, size: int, bias_out: bool) -> Experts:
+        return Experts(
+            num_experts,
+            d_model,
+            size,
+            activation=slot.activation,
+            gated=slot.gated,
+            bias_in=weights.b_in is not None,
+            bias_out=bias_out,
+            dropout=slot.dropout,
+        )
+
+    router = None
+    if settings.num_experts > 1:
+        name = settings.router
+        if name == "hash_balanced" and token_counts is None:
+            name = "hash_random"  # the same buffer, for a checkpoint to fill
+        router = build_router(
+            name,
+            d_model=d_model,
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
+            vocab_size=vocab_size,
+            seed=settings.seed * 1_000_003 + slot.index,
+            token_counts=token_counts,
+            num_tasks=settings.num_tasks,
+            gate_scale=settings.gate_scale,
+        )
+    return MoELayer(
+        experts(settings.num_experts, settings.expert_size - num_shared, weights.b_out is not None),
+        router,
+        shared=experts(1, num_shared, False) if num_shared else None,
+        name=slot.name,
+    )

@@ -1,0 +1,300 @@
+"""A model as a directory: written whole or not at all, and checked when it is read.
+
+Dense and converted models alike. The directory is one that transformers reads, plus
+``manifest.json`` with the SHA-256 of every file and every expert.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from moe_dist.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path:
+    """Write a model, and its tokenizer, so that `load_model` and transformers can read it.
+
+    The files are written beside the directory and moved there when all are complete; what was
+    there before is replaced.
+
+    Args:
+        model: a transformers model, dense or converted, with all of its experts.
+        directory: where; parents are made.
+        tokenizer: a transformers tokenizer to put beside it.
+
+    Returns:
+        The directory, absolute.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    target = Path(directory).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _directory_beside(target) as unfinished:
+            model.save_pretrained(unfinished, max_shard_size="1000GB")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "files": {name: _file_entry(unfinished / name) for name in _file_names(unfinished)},
+                "experts": expert_digests(model),
+            }
+            text = json.dumps(manifest, indent=1, sort_keys=True)
+            (unfinished / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            _put_in_place(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise CheckpointError(
+            f"cannot write the model to {target}: {error}",
+            remedy="free space there, or write elsewhere"
+            if full
+            else "check the path and its permissions",
+        ) from error
+    return target
+
+
+def load_model(directory: Path | str, device: torch.device | str | None = None) -> Any:
+    """Read a model that `save_model` wrote, after checking every file.
+
+    Args:
+        directory: where it is.
+        device: where the weights go; the CPU by default.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: if a file is damaged (the message names it), missing, a pickle, or does
+            not fit the model.
+    """
+    source = Path(directory).absolute()
+    verify_model(source)
+    kind = _class_named_in(source)
+    try:
+        model, info = kind.from_pretrained(
+            source, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} does not hold a {kind.__name__}: {error}",
+            remedy="save the model again with save_model",
+        ) from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[fault]:
+            raise CheckpointError(
+                f"{source / 'model.safetensors'} does not fit config.json: {fault} "
+                f"{sorted(map(str, info[fault]))[:5]}",
+                remedy="save the model again with save_model",
+            )
+    return model.to(device or "cpu").eval()
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """Read the tokenizer that was saved with a model.
+
+    Args:
+        directory: the model's directory.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source = Path(directory).absolute()
+    if not (source / "tokenizer_config.json").is_file():
+        raise CheckpointError(
+            f"{source} holds no tokenizer",
+            remedy="save the model again with save_model(model, directory, tokenizer)",
+        )
+    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+def verify_model(directory: Path | str) -> None:
+    """Check every file of a model directory against its manifest.
+
+    Args:
+        directory: the model's directory.
+
+    Raises:
+        CheckpointError: naming the file that is damaged, missing, or not allowed.
+    """
+    source = Path(directory).absolute()
+    again = "copy the directory again from its source, or save the model again"
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a directory", remedy="give a model directory")
+    entries = _read_manifest(source)
+    for name in _file_names(source):
+        suffix = Path(name).suffix.lower()
+        if suffix in PICKLES:
+            raise CheckpointError(
+                f"{source / name} is a pickle, which can run any code when it is read",
+                remedy="remove it; models are read from safetensors only",
+            )
+        if suffix == ".safetensors" and name not in entries:
+            raise CheckpointError(
+                f"{source / name} is not in the manifest", remedy=f"remove it, or {again}"
+            )
+    for name, entry in entries.items():
+        path = source / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", remedy=again)
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes instead of {entry['bytes']}", remedy=again
+            )
+        if _file_digest(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is another", remedy=again)
+
+
+def expert_digests(model: nn.Module) -> dict[str, str]:
+    """Hash the weights of each expert.
+
+    Args:
+        model: with all of its experts, in global order.
+
+    Returns:
+        SHA-256 in hexadecimal by "<layer>.<global expert>"; empty for a dense model.
+    """
+    from moe_dist.moe.layer import MoELayer
+
+    digests = {}
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for expert in range(module.experts.num_experts):
+                digest = hashlib.sha256()
+                for name, parameter in sorted(module.experts.named_parameters(recurse=False)):
+                    one = parameter[expert].detach()
+                    digest.update(f"{name}{tuple(one.shape)}{one.dtype}".encode())
+                    digest.update(_bytes(one))
+                digests[f"{module.name}.{expert}"] = digest.hexdigest()
+    return digests
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    # numpy has no bfloat16.
+    flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return bytes(flat.numpy().data)
+
+
+def _class_named_in(source: Path) -> Any:
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        name = str(config["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{source / 'config.json'} does not name the model's class: {error!r}",
+            remedy="save the model again with save_model",
+        ) from error
+    if name.startswith("Moe") and str(config.get("model_type", "")).startswith("moe_"):
+        from moe_dist.conversion.modeling import model_class
+
+        return model_class(name)
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise CheckpointError(
+            f"{source / 'config.json'} names the class {name}, which transformers does not have",
+            remedy="install the transformers version that the model was saved with",
+        )
+    return kind
+
+
+def _read_manifest(source: Path) -> dict[str, dict[str, Any]]:
+    path = source / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        entries = {
+            name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged: {error!r}",
+            remedy="give a directory that save_model wrote, or save the model again",
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}, and this moe-dist reads format {FORMAT_VERSION}",
+            remedy="use the moe-dist version that wrote it",
+        )
+    outside = [name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside or "config.json" not in entries or "model.safetensors" not in entries:
+        raise CheckpointError(
+            f"{path} does not list a model's files", remedy="save the model again with save_model"
+        )
+    return entries
+
+
+def _file_names(directory: Path) -> list[str]:
+    return sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"sha256": _file_digest(path), "bytes": path.stat().st_size}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _directory_beside(target: Path) -> Iterator[Path]:
+    """A new directory on the same file system, gone afterwards unless it was moved."""
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _put_in_place(finished: Path, target: Path) -> None:
+    finished.chmod(0o777 & ~_umask())
+    if not target.exists():
+        finished.rename(target)
+        return
+    # A directory cannot be replaced in one step; the old one stays whole until the new one is in.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        finished.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
