@@ -32,9 +32,9 @@ class LossWeight:
 
     Args:
         weight: the full coefficient.
-        schedule: ``constant``; ``warmup``, linear from 0 to the weight; or ``decay``, linear from
-            the weight to 0.
-        num_steps: how long the warm-up or the decay takes; 0 means no time at all.
+        schedule: ``constant``; ``warmup``, linear from ``weight / num_steps`` to the weight; or
+            ``decay``, linear from the weight to 0.
+        num_steps: how long the warm-up or the decay takes.
     """
 
     weight: float
@@ -50,11 +50,11 @@ class LossWeight:
         Returns:
             The coefficient at this step.
         """
-        progress = min(1.0, step / self.num_steps) if self.num_steps > 0 else 1.0
         if self.schedule == "warmup":
-            return self.weight * progress
+            # From the first step on the term counts a little: a step without any loss is none.
+            return self.weight * min(1.0, (step + 1) / max(1, self.num_steps))
         if self.schedule == "decay":
-            return self.weight * (1.0 - progress)
+            return self.weight * max(0.0, 1.0 - step / max(1, self.num_steps))
         return self.weight
 
 
@@ -75,7 +75,7 @@ def weighted_total(
         ``total`` among them. Both are this micro-batch's part: the parts of a step add up to it.
 
     Raises:
-        ValueError: if a term has no weight, or no term has one that counts.
+        ValueError: if a term has no weight.
     """
     missing = sorted(set(terms) - set(weights))
     if missing:
@@ -83,7 +83,8 @@ def weighted_total(
     divided = {name: term.sum / max(1, counts[term.count_kind]) for name, term in terms.items()}
     parts = [weights[name] * value for name, value in divided.items() if weights[name] != 0.0]
     if not parts:
-        raise ValueError(f"all of the loss terms {', '.join(sorted(terms))} have weight 0")
+        # A schedule may switch everything off for a while; the graph must still exist.
+        parts = [0.0 * value for value in divided.values()]
     total = torch.stack(parts).sum()
     return total, {name: value.detach() for name, value in divided.items()} | {
         "total": total.detach()

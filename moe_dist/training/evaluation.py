@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.moe.routing import record_routing
-from moe_dist.training.collectives import max_over_ranks, num_ranks, own_rank, sum_over_ranks
+from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
 from moe_dist.training.step import expert_counts, model_inputs
-from moe_dist.training.transfer import to_device
+from moe_dist.training.transfer import ahead
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def predict(
 ) -> Predictions:
     """Run a model over a data set, each rank its share; collective.
 
-    Every rank runs equally many forwards, since with experts on several ranks a forward is a
-    meeting of all: one that has run out of batches repeats a batch and throws the answer away.
-    The model's mode is restored.
+    `eval_batches` gives every rank equally many batches, since with experts on several ranks a
+    forward is a meeting of all; samples that it repeats for that are averaged. The model's mode is
+    restored.
 
     Args:
         model: a classifier or regressor, on the device.
@@ -69,24 +69,31 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    logits_NC: Tensor | None = None
+    sums_NC: Tensor | None = None
+    seen_N = torch.zeros(len(encoded), 1, device=device)
     loads: dict[str, Tensor] = {}
+    batches = eval_batches(
+        encoded,
+        batch_size=batch_size,
+        pad_token_id=pad_token_id,
+        rank=own_rank(),
+        world_size=num_ranks(),
+    )
     try:
         with torch.no_grad():
-            for batch, counts in _shares(encoded, batch_size, pad_token_id, device):
+            for batch in ahead(batches, device):
                 with autocast(), record_routing() as record:
                     logits_BC = model(**model_inputs(batch)).logits.float()
-                if logits_NC is None:
-                    logits_NC = torch.zeros(len(encoded), logits_BC.shape[-1], device=device)
-                if counts:
-                    logits_NC[batch["index"]] = logits_BC
+                if sums_NC is None:
+                    sums_NC = torch.zeros(len(encoded), logits_BC.shape[-1], device=device)
+                sums_NC.index_add_(0, batch["index"], logits_BC)
+                seen_N.index_add_(0, batch["index"], torch.ones_like(logits_BC[:, :1]))
                 for name, count_E in expert_counts(record).items():
-                    # Also where nothing counts, so that every rank sums the same layers.
-                    loads.setdefault(name, torch.zeros_like(count_E)).add_(count_E * counts)
+                    loads[name] = loads[name] + count_E if name in loads else count_E
     finally:
         model.train(was_training)
-    assert logits_NC is not None, "every rank runs at least one batch"
-    sum_over_ranks(logits_NC)
+    assert sums_NC is not None, "every rank has at least one batch"
+    logits_NC = sum_over_ranks(sums_NC) / sum_over_ranks(seen_N)
     loads = {name: sum_over_ranks(count_E).cpu() for name, count_E in loads.items()}
     return Predictions(logits_NC.cpu(), loads)
 
@@ -104,30 +111,3 @@ def expert_load(tokens_per_expert: Mapping[str, Tensor]) -> dict[str, list[float
         name: (count_E.double() / count_E.double().sum().clamp(min=1.0)).tolist()
         for name, count_E in tokens_per_expert.items()
     }
-
-
-def _shares(
-    encoded: Encoded, batch_size: int, pad_token_id: int, device: torch.device
-) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """Yield this rank's batches and whether they count, equally many on every rank."""
-    rank, world_size = own_rank(), num_ranks()
-
-    def share_of(which: int) -> Iterator[dict[str, Tensor]]:
-        return eval_batches(
-            encoded,
-            batch_size=batch_size,
-            pad_token_id=pad_token_id,
-            rank=which,
-            world_size=world_size,
-        )
-
-    # Counted before the first forward: a rank that asked only after its last one would wait here
-    # for others that wait for it inside theirs.
-    batches = list(share_of(rank))
-    missing = max_over_ranks(len(batches), device) - len(batches)
-    for batch in batches:
-        yield to_device(batch, device), True
-    if missing:
-        spare = to_device(next(share_of(0)), device)
-        for _ in range(missing):
-            yield spare, False

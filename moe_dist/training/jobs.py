@@ -194,15 +194,12 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     if wanted is not None and wanted < len(encoded):
         generator = torch.Generator().manual_seed(payload["seed"])
         chosen = torch.randperm(len(encoded), generator=generator)[:wanted].sort().values
-        encoded = encoded.take(chosen.numpy())
+        encoded = encoded.subset(chosen.numpy())
     # Fewer samples than workers: every worker scores all of them instead of some scoring none.
-    shared = len(encoded) >= num_ranks()
+    shared = len(encoded) >= num_ranks() > 1
+    mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded
     batches = eval_batches(
-        encoded,
-        batch_size=payload.get("batch_size", 32),
-        pad_token_id=data.pad_token_id,
-        rank=own_rank() if shared else 0,
-        world_size=num_ranks() if shared else 1,
+        mine, batch_size=payload.get("batch_size", 32), pad_token_id=data.pad_token_id
     )
     scores = score_importance(model, batches)
     if shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,31 +13,26 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_dist.data.loaders import StepBatch
 from moe_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
 from moe_dist.distributed.engine import TrainEngine
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.step import StepTerms
-from moe_dist.training.transfer import on_device
+from moe_dist.training.transfer import pinned, prepared, to_device
 from moe_dist.training.window import LogWindow
-
-
-class Batch(Protocol):
-    """One optimizer step's data on one rank (`moe_dist.data.loaders.StepBatch`)."""
-
-    micro_batches: list[dict[str, Tensor]]
-    num_samples: int
-    num_tokens: int
-    sample_ids: list[int]
 
 
 class Batches(Protocol):
     """A training set cut into steps (`moe_dist.data.loaders.TrainBatches`)."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterable[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterable[StepBatch]:
         """Yield the steps of an epoch from one of them on."""
         ...
 
@@ -96,9 +92,7 @@ class TrainResult:
     seconds: float = 0.0
 
 
-def planned_steps(
-    steps_per_epoch: int, *, num_epochs: float | None, max_steps: int | None
-) -> int:
+def planned_steps(steps_per_epoch: int, *, num_epochs: float | None, max_steps: int | None) -> int:
     """Turn epochs and a limit into a number of steps.
 
     Args:
@@ -225,21 +219,33 @@ def _resume(engine: TrainEngine, window: LogWindow, checkpoint_dir: Path | None)
 
 def _steps(
     batches: Batches, start: int, stop: int, device: torch.device
-) -> Iterator[tuple[int, Batch]]:
+) -> Iterator[tuple[int, StepBatch]]:
     """Yield each step's number and data, across epochs, from any position."""
     step = start
     while step < stop:
         epoch, offset = divmod(step, batches.steps_per_epoch)
-        for batch in on_device(batches.epoch(epoch, offset), device):
-            yield step, batch
+        for batch in prepared(batches.epoch(epoch, offset), _pinned_step, device):
+            yield step, _moved_step(batch, device)
             step += 1
             if step == stop:
                 return
 
 
+def _pinned_step(batch: StepBatch) -> StepBatch:
+    moved = copy(batch)
+    moved.micro_batches = [pinned(micro_batch) for micro_batch in batch.micro_batches]
+    return moved
+
+
+def _moved_step(batch: StepBatch, device: torch.device) -> StepBatch:
+    moved = copy(batch)
+    moved.micro_batches = [to_device(micro_batch, device) for micro_batch in batch.micro_batches]
+    return moved
+
+
 def _take_step(
     engine: TrainEngine,
-    batch: Batch,
+    batch: StepBatch,
     compute_terms: ComputeTerms,
     weights: Mapping[str, LossWeight],
     window: LogWindow,
@@ -304,7 +310,7 @@ def _poisoned(loss: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _non_finite(
-    engine: TrainEngine, batch: Batch, losses: list[dict[str, Tensor]], *, step: int
+    engine: TrainEngine, batch: StepBatch, losses: list[dict[str, Tensor]], *, step: int
 ) -> NonFiniteLossError:
     """Find out where it happened; collective."""
     faults: list[str] = []

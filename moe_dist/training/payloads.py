@@ -79,18 +79,25 @@ class DataJob(TypedDict, total=False):
 
 
 class FinetunePayload(DataJob, total=False):
-    """`finetune_job`: ``model`` is a directory or hub id of a pre-trained encoder."""
+    """`finetune_job`: ``model`` is a directory or hub id of a pre-trained encoder.
+
+    ``revision`` is a hub commit, tag or branch; the newest when not given.
+    """
 
     model: str
+    revision: str | None
     train: TrainSection
     parallel: ParallelSection
 
 
 class ImportancePayload(DataJob, total=False):
-    """`importance_job`: ``model`` is the fine-tuned teacher's directory."""
+    """`importance_job`: ``model`` is the fine-tuned teacher's directory.
+
+    ``num_samples`` training rows are drawn by the seed; None takes all.
+    """
 
     model: str
-    num_samples: int
+    num_samples: int | None
     batch_size: int
 
 

@@ -2,72 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-BatchT = TypeVar("BatchT")
+ItemT = TypeVar("ItemT")
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a micro-batch.
+    """Move a micro-batch; copies from pinned memory overlap with computation.
 
     Args:
         batch: tensors by name.
-        device: where to; on a GPU the copy overlaps with computation.
+        device: where to.
 
     Returns:
         A new dict.
     """
-    if device.type != "cuda":
-        return {name: column.to(device) for name, column in batch.items()}
+    return {name: column.to(device, non_blocking=True) for name, column in batch.items()}
+
+
+def pinned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a micro-batch into page-locked memory.
+
+    Args:
+        batch: tensors by name, on the CPU.
+
+    Returns:
+        A new dict.
+    """
     return {
-        name: (column if column.is_pinned() else column.pin_memory()).to(device, non_blocking=True)
+        name: column if column.is_pinned() else column.pin_memory()
         for name, column in batch.items()
     }
 
 
-def on_device(batches: Iterable[BatchT], device: torch.device) -> Iterator[BatchT]:
-    """Yield step batches whose micro-batches are on the device.
-
-    On a GPU a thread collates and pins the next step while the current one computes.
+def ahead(
+    batches: Iterable[dict[str, Tensor]], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Yield micro-batches on the device, collated while the one before computes.
 
     Args:
-        batches: objects with a list `micro_batches`.
-        device: where to.
+        batches: on the CPU.
+        device: where to; without a GPU nothing runs ahead, since the cores are busy anyway.
 
     Yields:
-        Copies of them with moved tensors.
+        Moved micro-batches.
+    """
+    for batch in prepared(batches, pinned, device):
+        yield to_device(batch, device)
+
+
+def prepared(
+    items: Iterable[ItemT], prepare: Callable[[ItemT], ItemT], device: torch.device
+) -> Iterator[ItemT]:
+    """Take and prepare the next item in a thread while the caller works with this one.
+
+    Args:
+        items: what to iterate over.
+        prepare: applied to each where there is a GPU.
+        device: on a CPU the items come as they are, without a thread.
+
+    Yields:
+        The items in order.
     """
     if device.type != "cuda":
-        for batch in batches:
-            yield _moved(batch, device)
+        yield from items
         return
-    iterator = iter(batches)
+    iterator = iter(items)
+
+    def following() -> ItemT | None:
+        item = next(iterator, None)
+        return None if item is None else prepare(item)
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-batch") as worker:
-        pending = worker.submit(_next_pinned, iterator)
-        while (batch := pending.result()) is not None:
-            pending = worker.submit(_next_pinned, iterator)
-            yield _moved(batch, device)
-
-
-def _next_pinned(iterator: Iterator[Any]) -> Any | None:
-    batch = next(iterator, None)
-    if batch is None:
-        return None
-    pinned = copy(batch)
-    pinned.micro_batches = [
-        {name: column.pin_memory() for name, column in micro_batch.items()}
-        for micro_batch in batch.micro_batches
-    ]
-    return pinned
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    moved = copy(batch)
-    moved.micro_batches = [to_device(micro_batch, device) for micro_batch in batch.micro_batches]
-    return moved
+        pending = worker.submit(following)
+        while (item := pending.result()) is not None:
+            pending = worker.submit(following)
+            yield item

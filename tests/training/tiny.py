@@ -1,0 +1,55 @@
+"""A BERT, a teacher and a task so small that a step takes milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.data.loaders import Encoded, TrainBatches
+
+VOCAB_SIZE = 40
+PAD = 0
+
+
+def tiny_bert(*, seed: int = 0, dropout: float = 0.1, num_labels: int = 2) -> Any:
+    """A random BERT with two layers; regression where it has one label."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=num_labels,
+    )
+    return BertForSequenceClassification(config)
+
+
+def tiny_data(num_samples: int = 24, *, seed: int = 0, regression: bool = False) -> Encoded:
+    """Random sentences of 3 to 9 tokens whose label says whether token 5 is among them."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(4, VOCAB_SIZE, size=rng.integers(3, 10)) for _ in range(num_samples)]
+    for row in rows[::2]:
+        row[0] = 5
+    offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int64)
+    labels = np.array([5 in row for row in rows])
+    return Encoded(
+        input_ids=np.concatenate(rows).astype(np.int32),
+        token_type_ids=np.zeros(offsets[-1], np.int8),
+        offsets=offsets,
+        labels=labels.astype(np.float32 if regression else np.int64),
+        sample_ids=np.arange(100, 100 + num_samples, dtype=np.int64),
+    )
+
+
+def tiny_batches(encoded: Encoded | None = None, **changes: Any) -> TrainBatches:
+    """Three steps of eight samples an epoch, unless told otherwise."""
+    options: dict[str, Any] = {"batch_size": 8, "pad_token_id": PAD, "seed": 1} | changes
+    return TrainBatches(encoded if encoded is not None else tiny_data(), **options)
