@@ -142,13 +142,13 @@ def _unknown_key(keys: tuple[str, ...]) -> str:
         return f"{dotted}: {_NOT_BUILT[dotted]} is not built yet; remove the section."
     section = RunConfig if len(keys) == 1 else _section_of(_annotation(keys[:-1])) or RunConfig
     known = list(section.model_fields)
-    guess = _did_you_mean(keys[-1], known)
     elsewhere = [
         f"{name}.{keys[-1]}"
         for name, field in RunConfig.model_fields.items()
         if (other := _section_of(field.annotation)) and keys[-1] in other.model_fields
     ]
-    if not guess and elsewhere:
+    guess = _did_you_mean(keys[-1], known)
+    if elsewhere:
         guess = f" Did you mean {' or '.join(elsewhere)}?"
     where = f"keys of {'.'.join(keys[:-1])}" if len(keys) > 1 else "top-level keys"
     return f"{dotted} is an unknown key; {where}: {', '.join(known)}.{guess}"
@@ -189,13 +189,12 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
-    # Text that YAML would read as something else is shown in quotes, so that "2" is not 2.
-    plain = isinstance(value, str) and _is_plain(value)
-    text = value if plain else repr(value)
+    """Write a value as a recipe would; text that YAML reads as something else gets quotes."""
+    if value is None or isinstance(value, bool | float):
+        text = yaml.safe_dump(value).removesuffix("\n...\n")
+    else:
+        plain = isinstance(value, str) and _is_plain(value)
+        text = value if plain else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -5,14 +5,17 @@ The descriptions become docs/configuration.md, so they are written for the user.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 
-def _refuse_bool(value: Any) -> Any:
+def _refuse_odd_numbers(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("is not a number; give a number.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("is not a finite number; give a finite one.")
     return value
 
 
@@ -33,7 +36,7 @@ def _rows_or_fraction(value: float) -> float:
 
 
 # pydantic reads True as 1; in a recipe that is always a slip.
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_refuse_odd_numbers), Field(allow_inf_nan=False)]
 Integer = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
@@ -74,7 +77,7 @@ class DataConfig(Section):
     name: str | None = Field(
         default=None,
         description="Data set name: hub name for `hub`, package data set for `package`; for "
-        "`files` optionally a GLUE task (`sst2`), whose columns, labels and metrics are then known.",
+        "`files` optionally a GLUE task (`sst2`), whose columns, labels and metrics it takes over.",
     )
     subset: str | None = Field(
         default=None, description="Configuration of a hub data set, such as `rte` of GLUE."
@@ -122,7 +125,7 @@ class DataConfig(Section):
     )
     metrics: Metrics | None = Field(
         default=None,
-        description="Metrics on the dev rows, the main one first; those of the task when not given.",
+        description="Metrics on the dev rows, the main one first; the task's when not given.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

@@ -1,0 +1,489 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from moe_dist.config import RunConfig, build_config, load_config
+from moe_dist.errors import ConfigError
+
+RECIPE = """\
+name: tiny
+model:
+  teacher: some/encoder
+data:
+  source: hub
+  name: nyu-mll/glue
+  subset: rte
+"""
+
+
+def write(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(write(folder), overrides)
+
+
+def faults(folder: Path, *overrides: str, text: str = RECIPE) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), overrides)
+    return caught.value.faults
+
+
+def only_fault(folder: Path, *overrides: str, text: str = RECIPE) -> str:
+    found = faults(folder, *overrides, text=text)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# Reading
+
+
+def test_defaults_fill_what_a_recipe_leaves_out(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.moe.num_experts, config.moe.expert_size) == (4, 768)
+    assert config.train.learning_rate == 5e-5
+    assert config.compare == {}
+
+
+def test_overrides_are_yaml_and_later_ones_win(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "moe.top_k=3", "moe.top_k=2", "moe.layers=[0, 2]", "moe.tie_shared=true"
+    )
+    assert config.moe.top_k == 2
+    assert config.moe.layers == (0, 2)
+    assert config.moe.tie_shared is True
+
+
+def test_an_override_may_name_a_section_that_the_recipe_leaves_empty(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, RECIPE + "finetune:\n"), ["finetune.max_steps=3"])
+    assert config.teacher_train.max_steps == 3
+
+
+def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    uri = "postgresql://db/mlflow?sslmode=require"
+    assert load(tmp_path, f"tracking.uri={uri}").tracking.uri == uri
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.e-5", "0.00001", "'1e-5'", "10e-6"])
+def test_scientific_notation_is_a_number(tmp_path: Path, text: str) -> None:
+    assert math.isclose(load(tmp_path, f"train.learning_rate={text}").train.learning_rate, 1e-5)
+
+
+def test_yaml_words_and_odd_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
+    config = load(tmp_path, "data.label_names=[no, yes, off]", "seed=010", "name=2024-01-31")
+    assert config.data.label_names == ("no", "yes", "off")
+    assert config.seed == 10
+    assert config.name == "2024-01-31"
+
+
+def test_classes_may_be_named_by_numbers_and_one_column_may_stand_alone(tmp_path: Path) -> None:
+    config = load(tmp_path, "data.label_names=[0, 1]", "data.text_columns=sentence")
+    assert config.data.label_names == ("0", "1")
+    assert config.data.text_columns == ("sentence",)
+
+
+@pytest.mark.parametrize(("text", "size"), [("0.1", 0.1), ("1500", 1500)])
+def test_dev_size_is_a_fraction_or_whole_rows(tmp_path: Path, text: str, size: float) -> None:
+    found = load(tmp_path, f"data.dev_size={text}").data.dev_size
+    assert found == size
+    assert type(found) is type(size)
+
+
+def test_all_sections_are_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.moe.top_k = 2
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.seed = 1
+
+
+def test_paths_become_absolute_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load(
+        tmp_path,
+        "data={source: files, train: a.tsv, dev: sub/b.tsv}",
+        "data.subset=null",
+        "data.name=null",
+        "model.teacher=encoder",
+        "tracking.uri=sqlite:///runs/x.db",
+    )
+    assert config.output_dir == tmp_path / "outputs"
+    assert config.run_dir == tmp_path / "outputs" / "tiny"
+    assert config.data.train == str(tmp_path / "a.tsv")
+    assert config.data.dev == str(tmp_path / "sub" / "b.tsv")
+    assert config.model.teacher == str(tmp_path / "encoder")
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/runs/x.db"
+
+
+def test_hub_names_and_splits_stay_as_they_are(tmp_path: Path) -> None:
+    config = load(tmp_path, "data.dev=validation")
+    assert config.model.teacher == "some/encoder"
+    assert config.data.dev == "validation"
+
+
+def test_tracking_uri_comes_from_recipe_then_environment_then_a_local_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path).tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert load(tmp_path).tracking.uri == "http://server:5000"
+    assert load(tmp_path, "tracking.uri=http://other").tracking.uri == "http://other"
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, moe_dist.config\n"
+        "heavy = {'torch', 'transformers', 'ray', 'mlflow', 'deepspeed', 'datasets', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+# Files that are no recipes
+
+
+def test_a_syntax_error_names_its_line(tmp_path: Path) -> None:
+    fault = only_fault(tmp_path, text="name: x\nmodel: {teacher: y\ndata: [\n")
+    assert "line 3" in fault
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    fault = only_fault(tmp_path, text=RECIPE + "name: again\n")
+    assert "line 8" in fault
+    assert "'name' is given twice" in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"- a\n- b\n", "not a mapping"),
+        (b"name: caf\xe9\n", "byte 9 is not UTF-8"),
+        (b"name: !!python/object/apply:os.system [true]\n", "not valid YAML"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_missing_recipe_and_a_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml.*\n.*does not exist"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["moe.top_k", "=2", "moe..top_k=2", "moe.layers=[0"])
+def test_a_broken_override_is_named(tmp_path: Path, override: str) -> None:
+    assert repr(override) in only_fault(tmp_path, override)
+
+
+# Faults of single keys
+
+
+def test_an_unknown_key_gets_a_guess(tmp_path: Path) -> None:
+    fault = only_fault(tmp_path, "moe.num_expert=4")
+    assert fault.startswith("moe.num_expert is an unknown key; keys of moe: num_experts,")
+    assert fault.endswith("Did you mean num_experts?")
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+    assert only_fault(tmp_path, "moe.ep_size=2").endswith("Did you mean parallel.ep_size?")
+    assert only_fault(tmp_path, "zero_stage=1").endswith("Did you mean parallel.zero_stage?")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=a/b", "name=a/b cannot name a directory"),
+        ("name=..", "name=.. cannot name a directory"),
+        ("name=7", "name=7 is not text"),
+        ("seed=true", "seed=true is not a whole number"),
+        ("seed=-1", "seed=-1 is not at least 0"),
+        ("moe.top_k='2'", "moe.top_k='2' is not a whole number"),
+        ("moe.top_k=1.5", "moe.top_k=1.5 is not a whole number"),
+        ("moe.tie_shared=1", "moe.tie_shared=1 is not true or false"),
+        ("moe.layers=[]", "moe.layers=[] is empty"),
+        ("moe.layers=3", "moe.layers=3 is not a list"),
+        ("moe.partition=importence", "Did you mean importance?"),
+        ("train.learning_rate=fast", "train.learning_rate=fast is not a number"),
+        ("train.learning_rate=.nan", "train.learning_rate=.nan is not a finite number"),
+        ("train.learning_rate=true", "train.learning_rate=true is not a number"),
+        ("train.learning_rate=0", "train.learning_rate=0 is not greater than 0"),
+        ("train.warmup_fraction=1", "train.warmup_fraction=1 is not less than 1"),
+        ("data.text_columns=[a, b, c]", "at most 2"),
+        ("data.dev_size=10.5", "neither a fraction nor a number of rows"),
+        ("data.metrics=[acuracy]", "Did you mean accuracy?"),
+        ("data.label_names=[yes, true]", "is not text"),
+        ("parallel.zero_stage=3", "parallel.zero_stage=3 cannot spread experts"),
+        ("parallel.use_gpu=maybe", "use one of auto, true, false"),
+        ("distill=5", "distill=5 is not a section with keys"),
+        ("model.teacher=null", "model.teacher=null is not text"),
+        ("compare=5", "compare=5 is not a mapping"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(tmp_path: Path, override: str, words: str) -> None:
+    assert words in only_fault(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "now"),
+    [
+        ("moe.router=sentence_gate", "hash_random, token_gate"),
+        ("moe.router=task_gate", "hash_random, token_gate"),
+        ("moe.router=merged_token", "hash_random, token_gate"),
+        ("moe.combine=merge", "dispatch"),
+        ("moe.partition=kmeans", "importance, random, inverse, full_copy"),
+        ("moe.partition=coactivation", "importance, random, inverse, full_copy"),
+        ("moe.partition=clustered_importance", "importance, random, inverse, full_copy"),
+    ],
+)
+def test_what_is_not_built_says_what_is(tmp_path: Path, override: str, now: str) -> None:
+    fault = only_fault(tmp_path, override)
+    assert fault.endswith(f"is not built yet; what exists now: {now}.")
+
+
+@pytest.mark.parametrize("section", ["search", "export"])
+def test_sections_that_are_not_built_are_refused(tmp_path: Path, section: str) -> None:
+    assert "not built yet; remove the section" in only_fault(tmp_path, f"{section}={{}}")
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    found = faults(tmp_path, text="seed: 1\nmodel: {}\n")
+    assert [fault.split(" ")[0] for fault in found] == ["name", "model.teacher", "data"]
+    assert all("is missing" in fault for fault in found)
+
+
+# Rules across keys
+
+
+def test_experts_over_ranks_in_the_words_of_the_design(tmp_path: Path) -> None:
+    fault = only_fault(
+        tmp_path, "moe.num_experts=6", "parallel.ep_size=4", "parallel.num_workers=4"
+    )
+    assert fault == (
+        "moe.num_experts=6 is not divisible by parallel.ep_size=4; "
+        "use 4 or 8 experts, or ep_size 1, 2, 3 or 6."
+    )
+
+
+FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"moe": {"num_experts": 2}, "parallel": {"num_workers": 4, "ep_size": 4}},
+            "use 4 experts, or ep_size 1 or 2.",
+        ),
+        (
+            {"parallel": {"num_workers": 3, "ep_size": 2}},
+            "parallel.num_workers=3 is not divisible by parallel.ep_size=2; use 4 workers, or "
+            "ep_size 1 or 3.",
+        ),
+        ({"moe": {"top_k": 5}}, "moe.top_k=5 is more than moe.num_experts=4"),
+        ({"moe": {"num_shared_neurons": 800}}, "more than moe.expert_size=768"),
+        ({"moe": {"tie_shared": True, "num_shared_neurons": 0}}, "has nothing to tie"),
+        ({"moe": {"tie_shared": True, "num_experts": 1}}, "needs several experts"),
+        ({"moe": {"tie_shared": True, "partition": "full_copy"}}, "gives every expert all"),
+        ({"moe": {"layers": [1, 1]}}, "names a layer twice"),
+        ({"moe": {"layers": [-1]}}, "numbered from 0"),
+        ({"distill": {"load_balancing_weight": 0.1}}, "no gate to train"),
+        ({"distill": {"z_loss_weight": 0.1}}, "no gate to train"),
+        (
+            {"distill": {"task_weight": 0, "hidden_weight": 0, "kl_weight": 0}},
+            "learns nothing",
+        ),
+        (
+            {"train": {"batch_size": 6, "accumulation": 4}, "parallel": {"num_workers": 2}},
+            "use batch_size 8 or more, accumulation 3, or fewer workers.",
+        ),
+        (
+            {"finetune": {"batch_size": 1}, "parallel": {"num_workers": 2}},
+            "finetune.batch_size=1 leaves micro-batches empty",
+        ),
+        (
+            {"parallel": {"launcher": "local", "num_workers": 2}},
+            "parallel.launcher=local is one process",
+        ),
+        ({"tracking": {"uri": "./mlruns"}}, "is no store that MLflow keeps"),
+        ({"data": {"source": "hub"}}, "data.name is missing"),
+        ({"data": {"source": "files", "dev_size": 0.1}}, "data.train is missing"),
+        ({"data": FILES}, "data.dev and data.dev_size are both missing"),
+        ({"data": {**FILES, "dev": "b.tsv", "dev_size": 5}}, "keep one of them"),
+        ({"data": {**FILES, "dev": "b.tsv", "subset": "x"}}, "data.subset belongs to"),
+        ({"data": {"source": "package", "name": "x", "train": "t"}}, "data.train belongs to"),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "regression", "label_names": ["a"]}},
+            "data.label_names names classes",
+        ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "regression", "metrics": "accuracy"}},
+            "use pearson or spearman",
+        ),
+        ({"data": {**FILES, "dev_size": 5, "text_columns": ["a", "a"]}}, "holds a name twice"),
+    ],
+)
+def test_a_broken_rule_is_the_only_fault(changes: dict[str, Any], words: str) -> None:
+    raw = {**yaml.safe_load(RECIPE), **changes}
+    with pytest.raises(ConfigError) as caught:
+        build_config(raw)
+    assert len(caught.value.faults) == 1, caught.value.faults
+    assert words in caught.value.faults[0]
+
+
+def test_all_faults_come_at_once_and_rules_run_beside_faulty_keys(tmp_path: Path) -> None:
+    found = faults(
+        tmp_path,
+        "modle.teacher=x",
+        "moe.num_experts=6",
+        "moe.top_k=many",
+        "moe.num_shared_neurons=800",
+        "parallel.ep_size=4",
+        "parallel.num_workers=4",
+        "train.learning_rate=fast",
+        "train.batch_size=2",
+    )
+    starts = [
+        "modle",
+        "moe.top_k=many",
+        "train.learning_rate=fast",
+        "moe.num_experts=6",
+        "moe.num_shared_neurons=800",
+        "train.batch_size=2",
+    ]
+    for start in starts:
+        assert sum(fault.startswith(start) for fault in found) == 1, (start, found)
+    assert len(found) == len(starts), found
+
+
+def test_a_rule_is_silent_where_its_own_key_is_at_fault(tmp_path: Path) -> None:
+    found = faults(tmp_path, "moe.num_experts=six", "parallel.ep_size=4", "parallel.num_workers=4")
+    assert len(found) == 1
+
+
+# Comparisons
+
+
+def test_dense_is_one_expert_of_the_same_active_size(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "compare=[dense]",
+        "moe={expert_size: 384, num_shared_neurons: 256, tie_shared: true, top_k: 2}",
+        "moe.router=token_gate",
+        "moe.partition=random",
+        "distill.load_balancing_weight=0.1",
+        "train.expert_learning_rate_scale=2",
+        "parallel={num_workers: 2, ep_size: 2}",
+    )
+    dense = config.resolve_comparison("dense")
+    assert config.moe.active_neurons == 256 + 2 * 128
+    assert dense.moe.active_neurons == dense.moe.expert_size == 512
+    assert (dense.moe.num_experts, dense.moe.top_k, dense.moe.num_shared_neurons) == (1, 1, 0)
+    assert dense.moe.tie_shared is False
+    assert dense.moe.partition == "importance"
+    assert (dense.parallel.num_workers, dense.parallel.ep_size) == (2, 1)
+    assert dense.distill.load_balancing_weight == 0
+    assert dense.train.expert_learning_rate_scale == 1
+    assert dense.compare == {}
+    assert (dense.name, dense.run_dir, dense.data) == (config.name, config.run_dir, config.data)
+
+
+def test_untied_active_size_counts_every_chosen_expert(tmp_path: Path) -> None:
+    config = load(tmp_path, "compare=dense", "moe.top_k=2")
+    assert config.resolve_comparison("dense").moe.expert_size == 2 * 768
+
+
+def test_comparisons_take_nested_and_dotted_overrides_and_more_from_the_command_line(
+    tmp_path: Path,
+) -> None:
+    text = RECIPE + (
+        "compare:\n  dense:\n  gate: {moe.router: token_gate, train: {num_epochs: 7}}\n"
+    )
+    config = load_config(write(tmp_path, text), ["compare.gate.moe.top_k=2"])
+    gate = config.resolve_comparison("gate")
+    assert (gate.moe.router, gate.moe.top_k, gate.train.num_epochs) == ("token_gate", 2, 7)
+    assert config.moe.top_k == 1
+    assert list(config.compare) == ["dense", "gate"]
+
+
+def test_a_comparison_keeps_the_teacher_of_the_main_run(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "train.learning_rate=1e-5", "compare={fast: {train.learning_rate: 1e-3}}"
+    )
+    fast = config.resolve_comparison("fast")
+    assert fast.train.learning_rate == 1e-3
+    assert fast.teacher_train.learning_rate == config.teacher_train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("compare", "words"),
+    [
+        ("[dens]", "compare.dens changes nothing and is not built in"),
+        ("{x: {data.name: other}}", "compare.x.data.name cannot differ"),
+        ("{x: {finetune: {num_epochs: 1}}}", "compare.x.finetune cannot differ"),
+        ("{x: {moe.top_k: 9}}", "compare.x: moe.top_k=9 is more than moe.num_experts=4"),
+        ("{x: {moe.topk: 2}}", "compare.x: moe.topk is an unknown key"),
+        ("{x: 3}", "compare.x=3 is not a mapping"),
+    ],
+)
+def test_a_wrong_comparison_is_named(tmp_path: Path, compare: str, words: str) -> None:
+    assert words in only_fault(tmp_path, f"compare={compare}")
+
+
+def test_an_unknown_comparison_cannot_be_resolved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compare\.gate is not in the recipe; it has: dense"):
+        load(tmp_path, "compare=[dense]").resolve_comparison("gate")
+
+
+# Plain forms
+
+
+def test_the_resolved_recipe_loads_to_the_same_settings(tmp_path: Path) -> None:
+    config = load(tmp_path, "compare=[dense]", "moe.layers=[0, 2]", "data.dev_size=0.25")
+    again = load_config(write(tmp_path, config.to_yaml()))
+    assert again == config
+
+
+def test_flatten_gives_plain_values_under_dotted_keys(tmp_path: Path) -> None:
+    flat = load(tmp_path, "compare=[dense]", "moe.layers=[0, 2]").flatten()
+    assert flat["moe.top_k"] == 1
+    assert flat["moe.layers"] == "[0, 2]"
+    assert flat["train.max_steps"] == "null"
+    assert flat["compare"] == '{"dense": {}}'
+    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+
+
+def test_secrets_of_the_tracking_uri_are_not_written(tmp_path: Path) -> None:
+    config = load(tmp_path, "tracking.uri=https://me:hunter2@server/api")
+    assert "hunter2" in config.tracking.uri
+    assert "hunter2" not in config.to_yaml()
+    assert config.flatten()["tracking.uri"] == "https://***@server/api"
