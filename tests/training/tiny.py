@@ -53,3 +53,29 @@ def tiny_batches(encoded: Encoded | None = None, **changes: Any) -> TrainBatches
     """Three steps of eight samples an epoch, unless told otherwise."""
     options: dict[str, Any] = {"batch_size": 8, "pad_token_id": PAD, "seed": 1} | changes
     return TrainBatches(encoded if encoded is not None else tiny_data(), **options)
+
+
+def tiny_student(teacher: Any, *, router: str = "token_gate", num_experts: int = 4) -> Any:
+    """The teacher's neurons split over experts of 12, of which 8 are tied."""
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    scores = [torch.arange(32.0) for _ in range(2)]
+    plan = plan_partition(
+        scores, num_experts=num_experts, expert_size=12, num_shared_neurons=8, tie_shared=True
+    )
+    return dense_to_moe(teacher, plan, router=router)
+
+
+def tiny_batch(encoded: Encoded | None = None) -> dict[str, torch.Tensor]:
+    """The first micro-batch of the first step."""
+    return next(iter(tiny_batches(encoded).epoch(0))).micro_batches[0]
+
+
+def padded(batch: dict[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+    """The same samples with more padding."""
+    wide = {
+        name: torch.nn.functional.pad(column, (0, columns), value=PAD)
+        for name, column in batch.items()
+        if column.dim() == 2
+    }
+    return batch | wide

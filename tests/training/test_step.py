@@ -1,0 +1,153 @@
+"""Loss terms of a micro-batch: what is in them and what is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
+
+from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.moe.routing import record_routing
+from moe_dist.training.step import (
+    StepTerms,
+    distill_terms,
+    expert_counts,
+    finetune_terms,
+    freeze,
+    model_inputs,
+)
+
+EVERYTHING: dict[str, Any] = {"load_balancing": True, "z_loss": True}
+
+
+def pair(**options: Any) -> tuple[Any, Any]:
+    teacher = tiny_bert(dropout=0.0)
+    student = tiny_student(teacher, **options)
+    return student, freeze(teacher)
+
+
+def values(computed: StepTerms) -> dict[str, float]:
+    return {name: term.sum.item() for name, term in computed.terms.items()}
+
+
+def test_finetune_is_the_models_own_loss() -> None:
+    model = tiny_bert(dropout=0.0)
+    batch = tiny_batch()
+    own = model(**batch).loss.item()
+    term = finetune_terms(model, batch).terms["task"]
+    assert term.count_kind == "samples"
+    assert term.sum.item() / len(batch["labels"]) == pytest.approx(own, rel=1e-6)
+
+
+def test_float_labels_mean_regression() -> None:
+    model = tiny_bert(dropout=0.0, num_labels=1)
+    batch = tiny_batch(tiny_data(regression=True))
+    gaps = model(**model_inputs(batch)).logits[:, 0] - batch["labels"]
+    assert values(finetune_terms(model, batch))["task"] == pytest.approx(
+        gaps.square().sum().item(), rel=1e-6
+    )
+    terms = distill_terms(model, freeze(tiny_bert(seed=1, num_labels=1)), batch).terms
+    assert set(terms) == {"task", "prediction_mse", "hidden_mse"}
+
+
+def test_distillation_compares_embeddings_and_all_layers() -> None:
+    student, teacher = pair()
+    batch = tiny_batch()
+    hidden_s = student(**model_inputs(batch), output_hidden_states=True).hidden_states
+    hidden_t = teacher(**model_inputs(batch), output_hidden_states=True).hidden_states
+    assert len(hidden_s) == 3
+    mask = batch["attention_mask"].bool()
+    expected = sum(
+        (s[mask] - t[mask]).square().mean(dim=-1).sum().item()
+        for s, t in zip(hidden_s, hidden_t, strict=True)
+    )
+    terms = distill_terms(student, teacher, batch).terms
+    assert terms["hidden_mse"].sum.item() == pytest.approx(expected, rel=1e-5)
+    assert terms["hidden_mse"].count_kind == "tokens"
+
+
+def test_a_teachers_copy_is_at_distance_zero() -> None:
+    teacher = freeze(tiny_bert(dropout=0.0))
+    student = copy.deepcopy(teacher).train()
+    found = values(distill_terms(student, teacher, tiny_batch()))
+    assert found["prediction_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert found["hidden_mse"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("router", ["token_gate", "hash_random"])
+def test_padding_changes_no_term_and_no_count(router: str) -> None:
+    student, teacher = pair(router=router)
+    batch = tiny_batch()
+    narrow = distill_terms(student, teacher, batch, **EVERYTHING)
+    wide = distill_terms(student, teacher, padded(batch, 5), **EVERYTHING)
+    assert values(wide) == pytest.approx(values(narrow), rel=1e-4)
+    for name, counts in narrow.tokens_per_expert.items():
+        assert torch.equal(counts, wide.tokens_per_expert[name])
+        assert counts.sum().item() == batch["attention_mask"].sum().item()
+    assert len(narrow.tokens_per_expert) == 2
+
+
+def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
+    student, teacher = pair()
+    batch = tiny_batch()
+    with record_routing() as record:
+        student(**model_inputs(batch))
+    mask = batch["attention_mask"].reshape(-1).bool()
+    num_tokens = int(mask.sum())
+    logits = [entry.routing.logits[mask] for entry in record.entries]  # type: ignore[index]
+    ids = [entry.routing.expert_ids[mask] for entry in record.entries]
+    found = values(distill_terms(student, teacher, batch, **EVERYTHING))
+    balance = sum(load_balancing_loss(x, i).item() for x, i in zip(logits, ids, strict=True)) / 2
+    z_loss = sum(router_z_loss(x).item() for x in logits) / 2
+    assert found["load_balancing"] == pytest.approx(balance * num_tokens, rel=1e-5)
+    assert found["z_loss"] == pytest.approx(z_loss * num_tokens, rel=1e-5)
+
+
+def test_hash_routing_has_no_router_terms() -> None:
+    student, teacher = pair(router="hash_random")
+    terms = distill_terms(student, teacher, tiny_batch(), **EVERYTHING).terms
+    assert set(terms) == {"task", "prediction_kl", "hidden_mse"}
+
+
+def test_hidden_states_are_asked_for_only_where_they_count() -> None:
+    student, teacher = pair()
+    asked: list[bool] = []
+    for model in (student, teacher):
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: asked.append(kwargs["output_hidden_states"]),
+            with_kwargs=True,
+        )
+    assert set(distill_terms(student, teacher, tiny_batch(), hidden=False).terms) == {
+        "task",
+        "prediction_kl",
+    }
+    assert asked == [False, False]
+    distill_terms(student, teacher, tiny_batch(), hidden=False, kl=False)
+    assert asked == [False, False, False], "a teacher that nothing needs is not run"
+
+
+def test_the_teacher_is_left_as_it_is() -> None:
+    student, teacher = pair()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student.train()
+    sum(term.sum for term in distill_terms(student, teacher, tiny_batch()).terms.values()).backward()
+    assert not teacher.training
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert any(p.grad is not None for p in student.parameters())
+    owned = {id(p) for p in student.parameters()}
+    assert owned.isdisjoint(id(p) for p in teacher.parameters())
+
+
+def test_expert_counts_add_up_over_forwards() -> None:
+    student, _ = pair()
+    batch = tiny_batch()
+    with record_routing() as record:
+        student(**model_inputs(batch))
+        student(**model_inputs(batch))
+    for count_E in expert_counts(record).values():
+        assert count_E.shape == (4,)
+        assert count_E.sum().item() == 2 * batch["attention_mask"].sum().item()
