@@ -105,9 +105,9 @@ def test_dev_size_is_a_fraction_or_whole_rows(tmp_path: Path, text: str, size: f
 def test_all_sections_are_frozen(tmp_path: Path) -> None:
     config = load(tmp_path)
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        config.moe.top_k = 2
+        config.moe.top_k = 2  # type: ignore[misc]
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        config.seed = 1
+        config.seed = 1  # type: ignore[misc]
 
 
 def test_paths_become_absolute_in_the_working_directory(
