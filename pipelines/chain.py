@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moe_dist.errors import MoeDistError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker
+from moe_dist.training.driver import ray_session
 
 from . import report
 from .preflight import check_before_start
@@ -107,28 +108,33 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
         MoeDistError: if the run cannot start, or a stage fails.
     """
     workspace = Workspace(config, console)
-    with _disk_errors(workspace.root):
-        workspace.prepare()
-        tracking = config.tracking
-        try:
-            check_before_start(config, workspace)
-            tracker = build_tracker(
-                tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
-            )
-        except BaseException:
-            workspace.remove_if_empty()
-            raise
-        with _only_one(workspace.root):
-            write_resolved_recipe(config, workspace.root)
-            with tracker.chain(
-                config.name, workspace.root, params=config.flatten(), tags=_tags()
-            ) as chain:
-                chain.log_artifact(workspace.root / RECIPE_NAME)
-                results = _run_steps(config, workspace, chain, plan_steps(config, until))
-                report_path = None
-                if evaluate.NAME in results:
-                    report_path = _report(config, workspace, chain, results)
-                return ChainResult(results, report_path, chain.open_hint())
+    with _disk_errors(workspace.root), ray_session():
+        return _run_in(workspace, until)
+
+
+def _run_in(workspace: Workspace, until: str) -> ChainResult:
+    config = workspace.config
+    workspace.prepare()
+    tracking = config.tracking
+    try:
+        check_before_start(config, workspace)
+        tracker = build_tracker(
+            tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+        )
+    except BaseException:
+        workspace.remove_if_empty()
+        raise
+    with _only_one(workspace.root):
+        write_resolved_recipe(config, workspace.root)
+        with tracker.chain(
+            config.name, workspace.root, params=config.flatten(), tags=_tags()
+        ) as chain:
+            chain.log_artifact(workspace.root / RECIPE_NAME)
+            results = _run_steps(config, workspace, chain, plan_steps(config, until))
+            report_path = None
+            if evaluate.NAME in results:
+                report_path = _report(config, workspace, chain, results)
+            return ChainResult(results, report_path, chain.open_hint())
 
 
 def write_resolved_recipe(config: RunConfig, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,7 @@ def _run_until(
     debug: bool,
 ) -> None:
     with _clean_errors(debug=debug):
+        _quieten_libraries()
         from moe_dist.config import load_config
 
         from .console import Console
@@ -216,6 +218,16 @@ def _run(stage: str, config: RunConfig, console: Console) -> None:
             console.result(f"{name}: {path}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' bars and hints out of the progress display; workers inherit it."""
+    for variable, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(variable, value)
 
 
 def _send_warnings_to(console: Console) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+PIPED_WIDTH = 160
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""
 
@@ -28,7 +29,9 @@ class Console:
     def __init__(self, *, quiet: bool = False, live: bool | None = None) -> None:
         self.quiet = quiet
         self._err = RichConsole(stderr=True, highlight=False)
-        self._out = RichConsole(highlight=False)
+        # A file or a pipe has no width of its own; a table must not be folded to 80 columns there.
+        width = None if sys.stdout.isatty() else PIPED_WIDTH
+        self._out = RichConsole(highlight=False, width=width)
         self._live = (sys.stderr.isatty() if live is None else live) and not quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -61,7 +64,7 @@ class Console:
         Args:
             renderable: text or anything that rich can draw.
         """
-        self._out.print(renderable)
+        self._out.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
         """Say that a stage was already finished.

@@ -10,23 +10,31 @@ from moe_dist.metric_log import MetricRecord
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
+    from .console import Console
     from .stage import StageWork
 
-Job = Callable[[dict[str, Any]], Any]
+Job = Callable[[Any], Any]
 LOSS = "train/loss/total"
+METRIC_LOG = "metrics.jsonl"
+RAY_DIRECTORY = "ray"
 
 
 def run_job(
-    job: Job, payload: Mapping[str, Any], *, config: RunConfig, work: StageWork, stage: str
+    job: Job,
+    payload: Mapping[str, Any],
+    *,
+    config: RunConfig,
+    work: StageWork,
+    num_steps: int | None = None,
 ) -> Any:
-    """Run a training job on the recipe's workers and show its progress.
+    """Run a job on the recipe's workers and show its progress.
 
     Args:
         job: a function of `moe_dist.training.jobs`.
         payload: what it is told.
         config: the run's configuration; its `parallel` section says where the job runs.
         work: the stage that asks.
-        stage: its name with the comparison, which names the Ray run.
+        num_steps: steps that the job takes, where it takes steps.
 
     Returns:
         What rank 0's job returned.
@@ -42,10 +50,10 @@ def run_job(
         use_gpu=parallel.use_gpu,
         launcher=parallel.launcher,
         max_failures=parallel.max_failures,
-        storage_path=work.directory / "ray",
-        name=stage.replace("/", "-"),
-        metric_log=work.directory / "metrics.jsonl",
-        on_poll=progress_callback(work),
+        storage_path=work.directory,
+        name=RAY_DIRECTORY,
+        metric_log=work.directory / METRIC_LOG,
+        on_poll=show_progress(work.console, num_steps),
     )
 
 
@@ -62,20 +70,20 @@ def run_here(job: Job, payload: Mapping[str, Any]) -> Any:
     return job(dict(payload))
 
 
-def progress_callback(work: StageWork) -> Callable[[list[MetricRecord]], None]:
-    """Return a function that shows and forwards the records a job wrote since the last poll.
+def show_progress(console: Console, num_steps: int | None) -> Callable[[list[MetricRecord]], None]:
+    """Return a function that shows what a job wrote to its metric log.
 
     Args:
-        work: the stage whose progress it is.
+        console: where to show it.
+        num_steps: steps in all, where known.
 
     Returns:
-        A function of new metric records.
+        A function of the records that are new.
     """
 
     def on_poll(records: list[MetricRecord]) -> None:
         for record in records:
-            total = record.metrics.get("train/num_steps")
-            figures = {"loss": record.metrics[LOSS]} if LOSS in record.metrics else {}
-            work.console.progress(record.step, int(total) if total else None, figures)
+            if LOSS in record.metrics:
+                console.progress(record.step, num_steps, {"loss": record.metrics[LOSS]})
 
     return on_poll

@@ -15,7 +15,7 @@ from .report import quantity
 from .workspace import Workspace
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig, TrainConfig
+    from moe_dist.config import RunConfig
 
     from .console import Console
 
@@ -181,26 +181,11 @@ def show_sizes(config: RunConfig, console: Console) -> None:
     console.result(f"{config.name}: the recipe is valid; nothing was run.")
     if sizes.models:
         console.result(_table(sizes))
+        console.result("¹ weights, gradients, optimizer and teacher; activations come on top")
     for name, text in sizes.facts:
         console.result(f"{name}: {text}")
     for reason in sizes.unknown:
         console.result(f"not known: {reason}")
-
-
-def num_steps(num_samples: int, train: TrainConfig, *, num_workers: int) -> int:
-    """Return how many optimizer steps a training stage takes.
-
-    Args:
-        num_samples: training rows.
-        train: the stage's settings.
-        num_workers: training processes.
-
-    Returns:
-        Steps over all epochs, within `max_steps`.
-    """
-    whole, rest = divmod(num_samples, train.batch_size)
-    steps = (whole + (rest >= num_workers * train.accumulation)) * train.num_epochs
-    return max(1, min(steps, train.max_steps or steps))
 
 
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
@@ -222,7 +207,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     sizes.facts.append(("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev"))
     workers = config.parallel.num_workers
     for name, train in (("teacher", config.teacher_train), ("student", config.train)):
-        steps = num_steps(len(splits.train), train, num_workers=workers)
+        steps = workspace.num_steps(train, workers)
         sizes.facts.append((f"steps, {name}", str(steps)))
     return splits.task.num_labels
 
@@ -273,7 +258,7 @@ def memory_per_rank(model: Any, config: RunConfig, *, frozen: int) -> float:
 def _table(sizes: Sizes) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
-    headings = ("parameters", "active", "FLOPs/token", "FFN FLOPs", "memory per rank")
+    headings = ("parameters", "active", "FLOPs/token", "FFN FLOPs", "memory per rank¹")
     for heading in headings:
         table.add_column(heading, justify="right")
     whole = sizes.models[0].ffn_flops_per_token
@@ -284,6 +269,6 @@ def _table(sizes: Sizes) -> Table:
             quantity(model.active),
             quantity(model.flops_per_token),
             f"× {model.ffn_flops_per_token / whole:.3f}",
-            f"{model.memory_gib:.2f} GiB + activations",
+            f"{model.memory_gib:.2f} GiB",
         )
     return table

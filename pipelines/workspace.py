@@ -15,7 +15,7 @@ from .fingerprints import path_digest
 from .payloads import data_arguments
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig
+    from moe_dist.config import RunConfig, TrainConfig
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
 
@@ -102,6 +102,20 @@ class Workspace:
         if path.exists():
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
+
+    def num_steps(self, train: TrainConfig, num_workers: int) -> int:
+        """Return how many optimizer steps a training stage takes.
+
+        Args:
+            train: the stage's settings.
+            num_workers: training processes.
+
+        Returns:
+            Steps over all epochs, within `max_steps`.
+        """
+        whole, rest = divmod(len(self.splits.train), train.batch_size)
+        steps = (whole + (rest >= num_workers * train.accumulation)) * train.num_epochs
+        return max(1, min(steps, train.max_steps or steps))
 
     def prepare(self) -> None:
         """Make the output directory, and check that it takes files, before anything starts.

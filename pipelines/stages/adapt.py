@@ -72,7 +72,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings={
             "seed": config.seed,
-            "moe": config.moe.model_dump(mode="json", exclude={"importance_samples"}),
+            "moe": config.moe.model_dump(mode="json", exclude=_unread_keys(config)),
         },
         input_digests={
             "teacher": teacher.digests["model"],
@@ -82,3 +82,12 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         tracker=tracker,
         work=work,
     )
+
+
+def _unread_keys(config: RunConfig) -> set[str]:
+    """Name the settings that do not touch the student, so that changing them re-runs nothing."""
+    unread = {"importance_samples"}
+    if config.moe.num_experts == 1:
+        # Nobody routes or shares in the pruned dense student.
+        unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
+    return unread

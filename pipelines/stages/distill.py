@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..jobs import run_job
 from ..payloads import training_job, training_settings
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import adapt, finetune_teacher
 
 if TYPE_CHECKING:
@@ -40,8 +40,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "teacher": str(teacher.outputs["model"]),
             "distill": config.distill.model_dump(mode="json"),
         }
-        key = stage_key(NAME, inputs.label)
-        result = run_job(distill_job, payload, config=config, work=stage, stage=key)
+        result = run_job(
+            distill_job,
+            payload,
+            config=config,
+            work=stage,
+            num_steps=inputs.workspace.num_steps(config.train, config.parallel.num_workers),
+        )
         return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
 
     return execute(

@@ -35,7 +35,15 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
         payload = training_job(config, train, stage.directory)
         payload |= {"model": workspace.start_model, "revision": config.model.revision}
-        result = run_job(finetune_job, payload, config=config, work=stage, stage=NAME)
+        # A dense model has no experts to spread.
+        payload["parallel"] |= {"ep_size": 1}
+        result = run_job(
+            finetune_job,
+            payload,
+            config=config,
+            work=stage,
+            num_steps=workspace.num_steps(train, config.parallel.num_workers),
+        )
         return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
 
     return execute(

@@ -43,7 +43,8 @@ def test_all_faults_of_a_recipe_come_at_once_without_a_traceback(
     tiny_settings["moe"] |= {"num_expert": 4, "top_k": 9}
     result = run("compress", write_recipe(tiny_settings))
     assert result.exit_code == 2
-    assert "moe.num_expert" in result.output and "moe.top_k=9" in result.output
+    assert "moe.num_expert" in result.output
+    assert "moe.top_k=9" in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "outputs").exists()
 

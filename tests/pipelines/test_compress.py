@@ -65,7 +65,8 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
 ) -> None:
     recipe = write_recipe(tiny_settings | {"compare": ["dense"]})
     first = run(load_config(recipe))
-    assert len(first.ran) == 7 and not first.skipped
+    assert len(first.ran) == 7
+    assert not first.skipped
 
     report = json.loads((tmp_path / "outputs/tiny/report.json").read_text())
     for name in ("teacher", "student", "dense"):
@@ -78,7 +79,8 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     assert (tmp_path / "outputs/tiny/report.md").read_text().startswith("# tiny")
 
     again = run(load_config(recipe, ["parallel.max_failures=1", "train.log_every=1"]))
-    assert again.ran == [] and again.skipped == first.ran
+    assert again.ran == []
+    assert again.skipped == first.ran
 
     changed = run(load_config(recipe, ["moe.router=token_gate"]))
     assert changed.ran == ["adapt", "distill", "evaluate"]

@@ -89,4 +89,9 @@ def test_headline_metrics_are_numbers(report: dict[str, Any]) -> None:
 
 
 def test_quantities_carry_a_prefix() -> None:
-    assert [quantity(n) for n in (12, 1500, 22_713_216, 3.2e9)] == ["12", "1.5 k", "22.7 M", "3.2 G"]
+    assert [quantity(n) for n in (12, 1500, 22_713_216, 3.2e9)] == [
+        "12",
+        "1.5 k",
+        "22.7 M",
+        "3.2 G",
+    ]

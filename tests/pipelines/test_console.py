@@ -1,0 +1,56 @@
+"""Progress for people, on a terminal and in a log file."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import console as console_module
+from pipelines.console import Console, duration
+
+
+def test_a_log_file_gets_plain_lines_with_step_loss_and_eta(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 100.0, 120.0, 121.0, 140.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    console = Console(live=False)
+    console.stage_started("distill", resumed=False)
+    console.progress(10, 100, {"loss": 0.5})
+    console.progress(20, 100, {"loss": 0.25})
+    console.progress(21, 100, {"loss": 0.2})
+    console.progress(40, 100, {"loss": 0.125})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "distill: started",
+        "distill: step 10/100  loss 0.5",
+        "distill: step 20/100  loss 0.25  ETA 2 min 40 s",
+        "distill: step 40/100  loss 0.125  ETA 1 min 20 s",
+    ]
+
+
+def test_quiet_keeps_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=True)
+    console.note("chatter")
+    console.stage_started("adapt", resumed=False)
+    console.progress(1, 2)
+    console.warn("MLflow is away [retrying]")
+    console.result("report: x")
+    captured = capsys.readouterr()
+    assert captured.err == "warning: MLflow is away [retrying]\n"
+    assert captured.out == "report: x\n"
+
+
+def test_a_live_bar_ends_with_its_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(live=True)
+    console.stage_started("distill", resumed=True)
+    console.progress(1, 2, {"loss": 1.0})
+    console.warn("slow")
+    console.stage_finished("distill", 61.0, {"accuracy": 0.9})
+    assert "distill: done in 1 min 01 s  (accuracy 0.9)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.44, "8.4 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
