@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from moe_dist.errors import DataError
 
 _LOCK_TIMEOUT_S = 900.0
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_ABANDONED_AFTER_S = 24 * 3600.0
 
 
 def default_cache_dir() -> Path:
@@ -84,7 +87,12 @@ def build_once(
 
 
 def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
-    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    prefix = f".{final.name}.building-"
+    for abandoned in final.parent.glob(f"{prefix}*"):
+        # Left by a process that was killed; the age keeps us safe where locks do not work.
+        if time.time() - abandoned.stat().st_mtime > _ABANDONED_AFTER_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     try:
         built = scratch / "built"
         built.mkdir()
@@ -103,7 +111,7 @@ def _clear_disk_errors(final: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise full_disk_error(final.parent) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        if error.errno in _NOT_WRITABLE:
             raise DataError(
                 f"the cache folder {final.parent} cannot be written: {error.strerror}",
                 remedy="set MOE_DIST_CACHE to a folder that you may write to",

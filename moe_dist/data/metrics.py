@@ -204,17 +204,18 @@ def _known(names: Sequence[str]) -> Sequence[str]:
 
 
 def _checked(name: str, predictions: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    true, guess = np.asarray(labels), np.asarray(predictions)
-    if guess.ndim == 2:
-        guess = guess.argmax(1) if name in _ON_CLASSES else guess[:, 0]
-    if len(true) != len(guess) or true.ndim != 1 or guess.ndim != 1:
+    true, raw = np.asarray(labels), np.asarray(predictions)
+    guess = raw
+    if raw.ndim == 2 and raw.size:
+        guess = raw.argmax(1) if name in _ON_CLASSES else raw[:, 0]
+    if true.ndim != 1 or true.shape != guess.shape:
         raise DataError(
-            f"{name}: predictions {guess.shape} and labels {true.shape} do not belong together",
+            f"{name}: predictions {raw.shape} and labels {true.shape} do not belong together",
             remedy="pass one prediction for each label",
         )
-    if not len(true):
+    if not true.size:
         raise DataError(f"{name}: there are no examples", remedy="give a dev set with rows")
-    if not (np.isfinite(true).all() and np.isfinite(guess).all()):
+    if not (np.isfinite(true).all() and np.isfinite(raw).all()):
         raise DataError(
             f"{name}: predictions or labels hold NaN or infinity",
             remedy="look at the model that made them; its training may have diverged",

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from moe_dist.data import encoding
+from moe_dist.data.loaders import Encoded, TrainBatches, encode, eval_batches
+from moe_dist.errors import DataError
+
+WORDS = [f"w{i}" for i in range(20)]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def dataset(num: int = 23, *, pair: bool = False, regression: bool = False) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "text_a": [" ".join(WORDS[: 1 + i % 7]) for i in range(num)],
+            "text_b": ["w1 w2" if pair else None for _ in range(num)],
+            "label": [i / 2 if regression else i % 2 for i in range(num)],
+            "sample_id": [100 + i for i in range(num)],
+        }
+    )
+
+
+def synthetic(num: int, seed: int = 0) -> Encoded:
+    lengths = np.random.default_rng(seed).integers(1, 30, num)
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    return Encoded(
+        input_ids=np.arange(1, offsets[-1] + 1, dtype=np.int32),
+        token_type_ids=None,
+        offsets=offsets,
+        labels=np.arange(num, dtype=np.int64),
+        sample_ids=np.arange(num, dtype=np.int64),
+    )
+
+
+def test_encoding_equals_the_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+    rows = dataset(pair=True)
+    encoded = encode(rows, tokenizer, max_length=8, cache_dir=tmp_path)
+    expected = tokenizer(rows["text_a"][:], rows["text_b"][:], truncation=True, max_length=8)
+    for i, (start, end) in enumerate(zip(encoded.offsets, encoded.offsets[1:], strict=False)):
+        assert encoded.input_ids[start:end].tolist() == expected["input_ids"][i]
+        assert encoded.token_type_ids is not None
+        assert encoded.token_type_ids[start:end].tolist() == expected["token_type_ids"][i]
+    assert encoded.lengths.max() == 8
+    assert encoded.sample_ids.tolist() == rows["sample_id"][:]
+    assert encoded.labels.tolist() == rows["label"][:]
+    assert encoded.labels.dtype == np.int64
+
+
+def test_second_call_reads_the_cache(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encode(dataset(), tokenizer, max_length=8, cache_dir=tmp_path)
+    monkeypatch.setattr(encoding, "_tokenise", None)
+    # A call of the tokenizer leaves padding and truncation set in it; the cache must not care.
+    tokenizer(["w1", "w2 w3"], padding=True, truncation=True, max_length=3)
+    again = encode(dataset(), tokenizer, max_length=8, cache_dir=tmp_path)
+    assert np.array_equal(first.input_ids, again.input_ids)
+
+
+@pytest.mark.parametrize("change", ["max_length", "rows", "tokenizer", "digest"])
+def test_cache_follows_what_goes_in(tokenizer: Any, tmp_path: Path, change: str) -> None:
+    encode(dataset(), tokenizer, max_length=8, cache_dir=tmp_path)
+    if change == "tokenizer":
+        tokenizer.add_tokens(["w1 w2"])
+    encode(
+        dataset(22 if change == "rows" else 23),
+        tokenizer,
+        max_length=7 if change == "max_length" else 8,
+        cache_dir=tmp_path,
+        digest="x" if change == "digest" else "",
+    )
+    entries = [path for path in (tmp_path / "encoded").iterdir() if path.is_dir()]
+    assert len(entries) == 2
+
+
+def test_damaged_cache_is_made_again(tokenizer: Any, tmp_path: Path) -> None:
+    first = encode(dataset(), tokenizer, max_length=8, cache_dir=tmp_path)
+    expected = first.input_ids.copy()
+    del first
+    file = next((tmp_path / "encoded").glob("*/input_ids.npy"))
+    file.write_bytes(file.read_bytes()[:-4])
+    again = encode(dataset(), tokenizer, max_length=8, cache_dir=tmp_path)
+    assert np.array_equal(again.input_ids, expected)
+
+
+def test_regression_labels_are_floats(tokenizer: Any, tmp_path: Path) -> None:
+    encoded = encode(dataset(regression=True), tokenizer, max_length=8, cache_dir=tmp_path)
+    batch = next(iter(eval_batches(encoded, batch_size=4)))
+    assert batch["labels"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("max_length", "pair"), [(2, False), (4, True)])
+def test_no_room_for_text(tokenizer: Any, tmp_path: Path, max_length: int, pair: bool) -> None:
+    with pytest.raises(DataError, match="leaves no room"):
+        encode(dataset(pair=pair), tokenizer, max_length=max_length, cache_dir=tmp_path)
+
+
+def test_no_rows(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        encode(dataset(0), tokenizer, max_length=8, cache_dir=tmp_path)
+
+
+def test_padding_and_mask(tokenizer: Any, tmp_path: Path) -> None:
+    encoded = encode(dataset(), tokenizer, max_length=16, cache_dir=tmp_path)
+    for batch in eval_batches(encoded, batch_size=5, pad_token_id=0):
+        mask = batch["attention_mask"].bool()
+        if not torch.cuda.is_available():
+            assert mask.sum(1).max() == mask.shape[1]
+        assert (batch["input_ids"][~mask] == 0).all()
+        for row, index in enumerate(batch["index"].tolist()):
+            start, end = encoded.offsets[index], encoded.offsets[index + 1]
+            assert batch["input_ids"][row][mask[row]].tolist() == (
+                encoded.input_ids[start:end].tolist()
+            )
+
+
+def test_subset_takes_whole_samples() -> None:
+    encoded = synthetic(10)
+    part = encoded.subset([7, 2])
+    assert part.sample_ids.tolist() == [7, 2]
+    assert part.lengths.tolist() == encoded.lengths[[7, 2]].tolist()
+    assert part.input_ids[: part.offsets[1]].tolist() == (
+        encoded.input_ids[encoded.offsets[7] : encoded.offsets[8]].tolist()
+    )
+
+
+def test_token_counts() -> None:
+    encoded = synthetic(3)
+    assert encoded.token_counts(1000).sum() == encoded.num_tokens
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+@pytest.mark.parametrize(("num", "batch_size"), [(100, 8), (103, 8), (8, 8), (5, 8), (15, 8)])
+def test_global_batches_do_not_depend_on_the_world(num: int, batch_size: int, bucket: bool) -> None:
+    encoded = synthetic(num)
+    steps: dict[int, list[list[int]]] = {}
+    for world_size, accumulation in ((1, 1), (2, 1), (2, 2), (4, 1)):
+        ranks = [
+            list(
+                TrainBatches(
+                    encoded,
+                    batch_size=batch_size,
+                    world_size=world_size,
+                    rank=rank,
+                    accumulation=accumulation,
+                    seed=5,
+                    bucket=bucket,
+                ).epoch(1)
+            )
+            for rank in range(world_size)
+        ]
+        found = []
+        for parts in zip(*ranks, strict=True):
+            ids = sorted(i for part in parts for i in part.sample_ids)
+            found.append(ids)
+            assert all(len(part.micro_batches) == accumulation for part in parts)
+            batches = [batch for part in parts for batch in part.micro_batches]
+            assert all(len(batch["labels"]) for batch in batches)
+            for part in parts:
+                assert part.num_samples == len(ids)
+                assert part.num_tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+                labels = [i for batch in part.micro_batches for i in batch["labels"].tolist()]
+                assert labels == part.sample_ids
+        steps[world_size * 10 + accumulation] = found
+    assert all(found == steps[11] for found in steps.values())
+    assert sorted(i for ids in steps[11] for i in ids) == list(range(num))
+    assert min(map(len, steps[11])) >= min(num, batch_size)
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    def order(seed: int, epoch: int, start: int = 0) -> list[list[int]]:
+        batches = TrainBatches(synthetic(64), batch_size=8, seed=seed)
+        return [step.sample_ids for step in batches.epoch(epoch, start)]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 3, start=5) == order(0, 3)[5:]
+    assert len(order(0, 0)) == 8
+
+
+def test_buckets_save_padding() -> None:
+    def padding(bucket: bool) -> int:
+        batches = TrainBatches(synthetic(512), batch_size=16, bucket=bucket)
+        masks = [b["attention_mask"] for step in batches.epoch(0) for b in step.micro_batches]
+        return sum(int((mask == 0).sum()) for mask in masks)
+
+    assert padding(True) < padding(False) / 4
+
+
+def test_steps_that_ranks_cannot_share() -> None:
+    with pytest.raises(DataError, match="a step of 4 samples cannot be shared by 4 workers"):
+        TrainBatches(synthetic(100), batch_size=4, world_size=4, accumulation=2)
+    with pytest.raises(DataError, match="a step of 3 samples"):
+        TrainBatches(synthetic(3), batch_size=32, world_size=4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num", [1, 7, 12])
+def test_ranks_evaluate_equally_many_batches_of_equal_size(num: int, world_size: int) -> None:
+    encoded = synthetic(num)
+    shapes, seen = [], []
+    for rank in range(world_size):
+        batches = list(eval_batches(encoded, batch_size=2, rank=rank, world_size=world_size))
+        shapes.append([len(batch["index"]) for batch in batches])
+        seen += [i for batch in batches for i in batch["index"].tolist()]
+        for batch in batches:
+            assert batch["labels"].tolist() == batch["index"].tolist()
+    assert all(shape == shapes[0] for shape in shapes)
+    assert set(seen) == set(range(num))
+    assert len(seen) - num < world_size
