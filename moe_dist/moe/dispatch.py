@@ -101,9 +101,7 @@ def unpermute(sorted_SD: Tensor, routing: Routing, order: SlotOrder) -> Tensor:
     Returns:
         (T, D).
     """
-    weights_TK = (
-        None if routing.unit_weights else routing.expert_weights.to(sorted_SD.dtype)
-    )
+    weights_TK = None if routing.unit_weights else routing.expert_weights.to(sorted_SD.dtype)
     return cast(Tensor, _Unpermute.apply(sorted_SD, weights_TK, order))
 
 
@@ -122,9 +120,7 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, sorted_SD: Tensor, weights_TK: Tensor | None, order: SlotOrder
-    ) -> Tensor:
+    def forward(ctx: Any, sorted_SD: Tensor, weights_TK: Tensor | None, order: SlotOrder) -> Tensor:
         ctx.order = order
         learns_weights = weights_TK is not None and ctx.needs_input_grad[1]
         ctx.save_for_backward(sorted_SD if learns_weights else None, weights_TK)
@@ -132,9 +128,7 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_TD: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         sorted_SD, weights_TK = ctx.saved_tensors
         order: SlotOrder = ctx.order
         grad_sorted_SD, grad_weights_TK = None, None
@@ -154,9 +148,7 @@ def _tokens(order: SlotOrder) -> Tensor:
     return order.slots if top_k == 1 else order.slots // top_k
 
 
-def _gather_weighted(
-    rows_SD: Tensor, positions_TK: Tensor, weights_TK: Tensor | None
-) -> Tensor:
+def _gather_weighted(rows_SD: Tensor, positions_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Sum the K rows of each token, times their weights; never more than (T, D) at a time."""
     total_TD = rows_SD.index_select(0, positions_TK[:, 0])
     if weights_TK is not None:

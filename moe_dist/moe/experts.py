@@ -83,9 +83,7 @@ class Experts(nn.Module):
         self.expert_size = expert_size
         self.gated = gated
         self.dropout = dropout
-        self.activation = (
-            ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        )
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         has_neurons = expert_size > 0
         into, out_of = (
             (num_experts, expert_size, d_model),
@@ -106,9 +104,7 @@ class Experts(nn.Module):
             bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(
-        self, sorted_TD: Tensor, tokens_per_expert_E: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, sorted_TD: Tensor, tokens_per_expert_E: Tensor | None = None) -> Tensor:
         """Apply each expert to its own tokens.
 
         Args:
@@ -164,14 +160,10 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _bias_only(
-    rows_TD: Tensor, b_out_ED: Tensor | None, tokens_per_expert_E: Tensor
-) -> Tensor:
+def _bias_only(rows_TD: Tensor, b_out_ED: Tensor | None, tokens_per_expert_E: Tensor) -> Tensor:
     if b_out_ED is None:
         return torch.zeros_like(rows_TD)
     counts_E = tokens_per_expert_E.to(rows_TD.device)
     experts_E = torch.arange(b_out_ED.shape[0], device=rows_TD.device)
-    expert_of_row_T = torch.repeat_interleave(
-        experts_E, counts_E, output_size=rows_TD.shape[0]
-    )
+    expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TD.shape[0])
     return F.embedding(expert_of_row_T, b_out_ED)

@@ -46,9 +46,7 @@ class Groups:
         return found
 
 
-def group_rows(
-    tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool
-) -> Groups:
+def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool) -> Groups:
     """Turn counts into group boundaries.
 
     Args:
@@ -63,14 +61,10 @@ def group_rows(
     ends_E = counts_E.cumsum(0).to(torch.int32)
     if not on_device:
         sizes = tokens_per_expert_E.tolist()
-        assert sum(sizes) == rows_TI.shape[0], (
-            "tokens_per_expert does not sum to the rows"
-        )
+        assert sum(sizes) == rows_TI.shape[0], "tokens_per_expert does not sum to the rows"
         return Groups(sizes, ends_E)
     experts_E = torch.arange(counts_E.shape[0], device=counts_E.device)
-    expert_of_row_T = torch.repeat_interleave(
-        experts_E, counts_E, output_size=rows_TI.shape[0]
-    )
+    expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TI.shape[0])
     return Groups(None, ends_E, expert_of_row_T)
 
 
@@ -87,9 +81,7 @@ def can_use_grouped_mm(rows_TI: Tensor, weight_EOI: Tensor) -> bool:
     Returns:
         True if `grouped_linear` may get groups whose sizes only the device knows.
     """
-    aligned = all(
-        width * rows_TI.element_size() % 16 == 0 for width in weight_EOI.shape[1:]
-    )
+    aligned = all(width * rows_TI.element_size() % 16 == 0 for width in weight_EOI.shape[1:])
     return rows_TI.is_cuda and rows_TI.dtype is torch.bfloat16 and aligned
 
 
@@ -145,13 +137,9 @@ class _GroupedLinear(torch.autograd.Function):
         grad_TO = grad_TO.contiguous()
         with torch.autocast(grad_TO.device.type, enabled=False):
             if ctx.groups.sizes is None:
-                grads = _backward_on_device(
-                    grad_TO, rows_TI, weight_EOI, ctx.groups, needs
-                )
+                grads = _backward_on_device(grad_TO, rows_TI, weight_EOI, ctx.groups, needs)
             else:
-                grads = _backward_by_group(
-                    grad_TO, rows_TI, weight_EOI, ctx.groups, needs
-                )
+                grads = _backward_by_group(grad_TO, rows_TI, weight_EOI, ctx.groups, needs)
         return *grads, None
 
 
@@ -200,20 +188,14 @@ def _backward_on_device(
     groups: Groups,
     needs: tuple[bool, ...],
 ) -> Grads:
-    grad_rows_TI = (
-        F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
-    )
+    grad_rows_TI = F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
     grad_weight_EOI = (
-        F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E)
-        if needs[1]
-        else None
+        F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E) if needs[1] else None
     )
     grad_bias_EO = None
     if needs[2]:
         assert groups.expert_of_row_T is not None
         # A product with one-hot rows instead of index_add_: no atomics, so it is deterministic.
-        one_hot_TE = F.one_hot(groups.expert_of_row_T, weight_EOI.shape[0]).to(
-            grad_TO.dtype
-        )
+        one_hot_TE = F.one_hot(groups.expert_of_row_T, weight_EOI.shape[0]).to(grad_TO.dtype)
         grad_bias_EO = one_hot_TE.t() @ grad_TO
     return grad_rows_TI, grad_weight_EOI, grad_bias_EO

@@ -13,9 +13,7 @@ from torch import Tensor
 from moe_dist.errors import MissingInputError
 
 
-def random_table(
-    vocab_size: int, num_experts: int, *, seed: int, top_k: int = 1
-) -> Tensor:
+def random_table(vocab_size: int, num_experts: int, *, seed: int, top_k: int = 1) -> Tensor:
     """Give every token id fixed random experts.
 
     Args:
@@ -35,16 +33,12 @@ def random_table(
     _check_top_k(top_k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     if top_k == 1:
-        return torch.randint(
-            num_experts, (vocab_size,), generator=generator, device="cpu"
-        )
+        return torch.randint(num_experts, (vocab_size,), generator=generator, device="cpu")
     keys = torch.rand(vocab_size, num_experts, generator=generator, device="cpu")
     return keys.argsort(dim=1)[:, :top_k].contiguous()
 
 
-def balanced_table(
-    token_counts: Tensor, num_experts: int, *, seed: int, top_k: int = 1
-) -> Tensor:
+def balanced_table(token_counts: Tensor, num_experts: int, *, seed: int, top_k: int = 1) -> Tensor:
     """Spread token ids so that each expert sees about as many training tokens as the others.
 
     Heaviest ids go first, each into the lightest experts; ids that never occur go to random
@@ -73,9 +67,7 @@ def balanced_table(
             remedy="pass token_counts=torch.bincount(all training ids, minlength=vocab_size)",
         )
     vocab_size = counts.numel()
-    table = random_table(vocab_size, num_experts, seed=seed, top_k=top_k).view(
-        vocab_size, top_k
-    )
+    table = random_table(vocab_size, num_experts, seed=seed, top_k=top_k).view(vocab_size, top_k)
     # Equal counts in random order, else each expert would get a run of neighbouring ids.
     shuffled = torch.randperm(
         vocab_size, generator=torch.Generator().manual_seed(seed), device="cpu"
@@ -96,6 +88,4 @@ def balanced_table(
 
 def _check_top_k(top_k: int, num_experts: int) -> None:
     if not 1 <= top_k <= num_experts:
-        raise ValueError(
-            f"top_k={top_k} must be between 1 and num_experts={num_experts}"
-        )
+        raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")

@@ -52,15 +52,11 @@ class MoELayer(nn.Module):
                 f"{experts.num_experts}; build both with the same num_experts"
             )
         if shared is not None and (shared.num_experts != 1 or shared.b_out is not None):
-            raise ValueError(
-                "shared must be one expert without b_out, which the experts carry"
-            )
+            raise ValueError("shared must be one expert without b_out, which the experts carry")
         self.experts = experts
         self.router = router
         self.shared = shared
-        self.dispatcher: Dispatcher = (
-            LocalDispatcher() if dispatcher is None else dispatcher
-        )
+        self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.name = name
 
     @property

@@ -56,8 +56,7 @@ class HashRouter(nn.Module):
         super().__init__()
         # A model built on the meta device to be filled from a checkpoint has no values to check.
         if table.numel() == 0 or (
-            not table.is_meta
-            and not 0 <= int(table.min()) <= int(table.max()) < num_experts
+            not table.is_meta and not 0 <= int(table.min()) <= int(table.max()) < num_experts
         ):
             raise ConversionError(
                 f"a hash table of shape {tuple(table.shape)} does not name experts 0 to "
@@ -151,13 +150,9 @@ class TokenGate(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            raise ValueError(
-                f"top_k={top_k} must be between 1 and num_experts={num_experts}"
-            )
+            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         if gate_scale not in GATE_SCALES:
-            raise ValueError(
-                f"gate_scale={gate_scale!r} must be one of {', '.join(GATE_SCALES)}"
-            )
+            raise ValueError(f"gate_scale={gate_scale!r} must be one of {', '.join(GATE_SCALES)}")
         self.num_experts = num_experts
         self.top_k = top_k
         self.gate_scale = gate_scale
@@ -169,9 +164,7 @@ class TokenGate(nn.Module):
             with torch.no_grad():
                 self.gate.weight.copy_(start)
 
-    def forward(
-        self, hidden_TD: Tensor, context: RoutingContext | None = None
-    ) -> Routing:
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Choose the experts with the largest logits.
 
         Args:
@@ -191,18 +184,12 @@ class TokenGate(nn.Module):
             unit_weights = False
         else:
             expert_ids, weights = self._choose_one(logits_TE)
-            unit_weights = (
-                self.gate_scale == "straight_through" and not weights.requires_grad
-            )
-        return Routing(
-            expert_ids, weights.to(compute_dtype(hidden_TD)), logits_TE, unit_weights
-        )
+            unit_weights = self.gate_scale == "straight_through" and not weights.requires_grad
+        return Routing(expert_ids, weights.to(compute_dtype(hidden_TD)), logits_TE, unit_weights)
 
     def _choose_one(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         if self.gate_scale == "straight_through" and not logits_TE.requires_grad:
-            return logits_TE.argmax(dim=-1, keepdim=True), torch.ones_like(
-                logits_TE[:, :1]
-            )
+            return logits_TE.argmax(dim=-1, keepdim=True), torch.ones_like(logits_TE[:, :1])
         probability, expert_ids = logits_TE.softmax(dim=-1).max(dim=-1, keepdim=True)
         if self.gate_scale == "straight_through":
             return expert_ids, probability / probability.detach()

@@ -113,9 +113,7 @@ class _Frame:
 
 
 _FRAME: ContextVar[_Frame | None] = ContextVar("moe_dist_routing_frame", default=None)
-_RECORD: ContextVar[RoutingRecord | None] = ContextVar(
-    "moe_dist_routing_record", default=None
-)
+_RECORD: ContextVar[RoutingRecord | None] = ContextVar("moe_dist_routing_record", default=None)
 
 
 def current_context() -> RoutingContext | None:
@@ -193,9 +191,7 @@ def append_routing(name: str, num_experts: int, routing: Routing) -> None:
     record.entries.append(LayerRouting(name, num_experts, routing, mask_T))
 
 
-def checkpoint_context_fn() -> tuple[
-    AbstractContextManager[Any], AbstractContextManager[Any]
-]:
+def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Carry the routing context into a gradient-checkpointed block's recomputation.
 
     Pass it as ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=...)``;
@@ -235,9 +231,7 @@ def _recomputation(frame: _Frame | None) -> Iterator[None]:
         _RECORD.set(outer_record)
 
 
-def _open_context(
-    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _open_context(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = dict(zip(_parameter_names(stack.forward), args, strict=False)) | kwargs
     outer = _FRAME.get()
     task_ids = given.get("task_ids")

@@ -19,7 +19,7 @@ def build(name: str, **options: object) -> torch.nn.Module:
         "token_counts": torch.arange(VOCAB_SIZE),
         "seed": 5,
     }
-    return build_router(name, **{**given, **options})  # type: ignore[arg-type]
+    return build_router(name, **{**given, **options})
 
 
 def build_gate(**options: object) -> TokenGate:
