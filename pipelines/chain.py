@@ -107,9 +107,10 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
     Raises:
         MoeDistError: if the run cannot start, or a stage fails.
     """
-    workspace = Workspace(config, console)
-    with _disk_errors(workspace.root), ray_session():
-        return _run_in(workspace, until)
+    with ray_session() as session:
+        workspace = Workspace(config, console, session)
+        with _disk_errors(workspace.root):
+            return _run_in(workspace, until)
 
 
 def _run_in(workspace: Workspace, until: str) -> ChainResult:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.metric_log import MetricRecord
+from moe_dist.metric_log import MetricTail
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
     from .console import Console
     from .stage import StageWork
+    from .workspace import Workspace
 
 Job = Callable[[Any], Any]
 LOSS = "train/loss/total"
@@ -25,6 +27,7 @@ def run_job(
     *,
     config: RunConfig,
     work: StageWork,
+    workspace: Workspace,
     num_steps: int | None = None,
 ) -> Any:
     """Run a job on the recipe's workers and show its progress.
@@ -34,6 +37,7 @@ def run_job(
         payload: what it is told.
         config: the run's configuration; its `parallel` section says where the job runs.
         work: the stage that asks.
+        workspace: holds the chain's connection to Ray.
         num_steps: steps that the job takes, where it takes steps.
 
     Returns:
@@ -42,19 +46,22 @@ def run_job(
     from moe_dist.training.driver import run_on_workers
 
     parallel = config.parallel
-    return run_on_workers(
+    result = run_on_workers(
         job,
         dict(payload),
         num_workers=parallel.num_workers,
         cpus_per_worker=parallel.cpus_per_worker,
-        use_gpu=parallel.use_gpu,
+        use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
         launcher=parallel.launcher,
         max_failures=parallel.max_failures,
         storage_path=work.directory,
         name=RAY_DIRECTORY,
-        metric_log=work.directory / METRIC_LOG,
-        on_poll=show_progress(work.console, num_steps),
+        on_poll=show_progress(work.directory / METRIC_LOG, work.console, num_steps),
+        session=workspace.session,
     )
+    if result.num_attempts > 1:
+        work.console.warn(f"workers died and were started again {result.num_attempts - 1} times")
+    return result.value
 
 
 def run_here(job: Job, payload: Mapping[str, Any]) -> Any:
@@ -70,19 +77,21 @@ def run_here(job: Job, payload: Mapping[str, Any]) -> Any:
     return job(dict(payload))
 
 
-def show_progress(console: Console, num_steps: int | None) -> Callable[[list[MetricRecord]], None]:
-    """Return a function that shows what a job wrote to its metric log.
+def show_progress(log: Path, console: Console, num_steps: int | None) -> Callable[[], None]:
+    """Return a function that shows what a job wrote to its metric log since the last call.
 
     Args:
+        log: the job's metric log.
         console: where to show it.
         num_steps: steps in all, where known.
 
     Returns:
-        A function of the records that are new.
+        A function without arguments, to be called now and then.
     """
+    tail = MetricTail(log)
 
-    def on_poll(records: list[MetricRecord]) -> None:
-        for record in records:
+    def on_poll() -> None:
+        for record in tail.poll():
             if LOSS in record.metrics:
                 console.progress(record.step, num_steps, {"loss": record.metrics[LOSS]})
 

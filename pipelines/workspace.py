@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TrainConfig
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
+    from moe_dist.training.driver import RaySession
 
     from .console import Console
 
@@ -31,10 +32,14 @@ class Workspace:
     Args:
         config: the main run's configuration (not a comparison's).
         console: where progress is shown.
+        session: the chain's connection to Ray; without one, each job makes its own.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, console: Console, session: RaySession | None = None
+    ) -> None:
         self.config = config
+        self.session = session
         self.console = console
         self.root = Path(config.output_dir) / config.name
 

@@ -45,6 +45,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             payload,
             config=config,
             work=stage,
+            workspace=inputs.workspace,
             num_steps=inputs.workspace.num_steps(config.train, config.parallel.num_workers),
         )
         return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])

@@ -42,6 +42,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             payload,
             config=config,
             work=stage,
+            workspace=workspace,
             num_steps=workspace.num_steps(train, config.parallel.num_workers),
         )
         return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])

@@ -40,7 +40,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "num_samples": config.moe.importance_samples,
             "batch_size": BATCH_SIZE,
         }
-        run_job(importance_job, payload, config=config, work=stage)
+        run_job(importance_job, payload, config=config, work=stage, workspace=inputs.workspace)
         return StageOutcome(outputs={"scores": stage.directory / "scores.safetensors"})
 
     return execute(
