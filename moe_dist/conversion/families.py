@@ -255,7 +255,8 @@ class FFNSlot:
 
     def _read(self, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         return (weight.t() if self.spec.transposed else weight), bias
 
 

@@ -1,0 +1,272 @@
+"""Conversion keeps the function where it must, and the rest of the model always."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
+from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routing import record_routing
+from tests.conversion.dense_models import (
+    FAMILY_NAMES,
+    NUM_NEURONS,
+    VOCAB_SIZE,
+    logits_of,
+    model_inputs,
+    random_scores,
+    tiny_model,
+    token_batch,
+)
+
+ROUTERS: list[dict[str, Any]] = [
+    {"router": "hash_random"},
+    {"router": "hash_random", "top_k": 2},
+    {"router": "hash_balanced", "token_counts": torch.arange(VOCAB_SIZE)},
+    {"router": "token_gate"},
+    {"router": "token_gate", "top_k": 2},
+]
+SIZES: dict[str, Any] = {"num_experts": 4, "expert_size": 8, "num_shared_neurons": 4}
+
+
+def plan_for(model: Any, **changes: Any) -> Any:
+    return plan_partition(random_scores(model), **(SIZES | changes))
+
+
+def assert_same_function(model: Any, student: Any) -> None:
+    batch = token_batch()
+    expected = logits_of(model, batch)
+    assert float(expected.std()) > 0.1, "a trivial case proves nothing"
+    torch.testing.assert_close(logits_of(student, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ROUTERS, ids=lambda o: f"{o['router']}-{o.get('top_k', 1)}")
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_function_is_kept(family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    everything = {"expert_size": NUM_NEURONS, "num_shared_neurons": NUM_NEURONS}
+    copies = {"expert_size": NUM_NEURONS, "num_shared_neurons": 0, "method": "full_copy"}
+    half_tied = copies | {"num_shared_neurons": 16, "tie_shared": True}
+    for changes in (everything, everything | {"tie_shared": True}, copies, half_tied):
+        student = dense_to_moe(model, plan_for(model, **changes), **options)
+        assert_same_function(model, student)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_one_expert_of_all_neurons_is_the_model(family: str) -> None:
+    model = tiny_model(family)
+    student = dense_to_moe(model, plan_for(model, num_experts=1, expert_size=NUM_NEURONS))
+    assert all(one.router is None for one in student.modules() if isinstance(one, MoELayer))
+    assert_same_function(model, student)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("router", ["hash_random", "token_gate"])
+def test_tied_and_untied_start_alike(family: str, router: str) -> None:
+    model = tiny_model(family)
+    untied = dense_to_moe(model, plan_for(model), router=router)
+    tied = dense_to_moe(model, plan_for(model, tie_shared=True), router=router)
+    batch = token_batch()
+    dense, one, other = (logits_of(each, batch) for each in (model, untied, tied))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(one, dense, atol=1e-2), "most neurons are gone"
+    layer = next(each for each in tied.modules() if isinstance(each, MoELayer))
+    assert layer.shared is not None
+    assert (layer.shared.expert_size, layer.experts.expert_size) == (4, 4)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_an_expert_is_the_dense_model_without_its_other_neurons(family: str) -> None:
+    """One expert's output equals the dense FFN whose other neurons are cut from w_out."""
+    model = tiny_model(family)
+    plan = plan_for(model, num_experts=1, expert_size=8)
+    student = dense_to_moe(model, plan)
+    pruned = copy.deepcopy(model)
+    from moe_dist.conversion.families import find_slots
+
+    for slot, part in zip(find_slots(pruned), plan.partitions, strict=True):
+        gone = torch.ones(NUM_NEURONS, dtype=torch.bool)
+        gone[part.expert_ids[0]] = False
+        with torch.no_grad():
+            slot.weights().w_out[:, gone] = 0.0
+    assert_same_function(pruned, student)
+
+
+def test_probability_scales_the_output() -> None:
+    model = tiny_model("bert")
+    plan = plan_for(model, expert_size=NUM_NEURONS, num_shared_neurons=NUM_NEURONS)
+    student = dense_to_moe(model, plan, router="token_gate", gate_scale="probability")
+    batch = token_batch()
+    assert not torch.allclose(logits_of(student, batch), logits_of(model, batch), atol=1e-2)
+
+
+def test_source_model_is_left_untouched() -> None:
+    model = tiny_model("bert").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = copy.deepcopy(model.config.to_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    student = dense_to_moe(model, plan_for(model))
+    assert torch.equal(torch.rand(1), expected), "conversion must not consume random numbers"
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model.config.to_dict() == config
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.training
+
+
+def test_mode_frozen_weights_and_settings_come_along() -> None:
+    model = tiny_model("bert", hidden_dropout_prob=0.3, num_labels=3)
+    model.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    model.bert.embeddings.requires_grad_(False)
+    student = dense_to_moe(model.train(), plan_for(model))
+    assert student.training
+    assert type(student).__name__ == "MoeBertForSequenceClassification"
+    assert not student.bert.embeddings.word_embeddings.weight.requires_grad
+    assert student.bert.encoder.layer[0].intermediate.experts.w_in.requires_grad
+    assert student.bert.encoder.layer[0].output.dropout.p == 0.3
+    assert student.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert student.config.model_type == "moe_bert"
+    assert student.config.moe["num_experts"] == 4
+    assert student.config.hidden_act == model.config.hidden_act
+
+
+def test_dropout_between_the_linear_layers_moves_into_the_experts() -> None:
+    for family, dropout in (("bart", 0.2), ("t5", 0.1)):
+        student = dense_to_moe(tiny_model(family), plan_for(tiny_model(family)))
+        layers = [one for one in student.modules() if isinstance(one, MoELayer)]
+        assert [one.experts.dropout for one in layers] == [dropout] * 4
+    assert student.config.model_type == "moe_t5"
+    bart = dense_to_moe(tiny_model("bart"), plan_for(tiny_model("bart")))
+    assert bart.model.encoder.layers[0].activation_dropout == 0.0
+
+
+def test_only_chosen_layers_are_converted() -> None:
+    model = tiny_model("bert")
+    student = dense_to_moe(model, plan_for(model, layers=[1]))
+    names = [one.name for one in student.modules() if isinstance(one, MoELayer)]
+    assert names == ["bert.encoder.layer.1"]
+    dense = student.bert.encoder.layer[0].intermediate.dense.weight
+    assert torch.equal(dense, model.bert.encoder.layer[0].intermediate.dense.weight)
+
+
+def test_seed_decides_tables_and_gates() -> None:
+    model = tiny_model("bert")
+    plan = plan_for(model)
+    for router in ("hash_random", "token_gate"):
+        first, again, other = (
+            dense_to_moe(model, plan, router=router, seed=seed).state_dict() for seed in (1, 1, 2)
+        )
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        routers = [name for name in first if ".router." in name]
+        assert len(routers) == 2
+        assert not torch.equal(first[routers[0]], first[routers[1]]), "a fresh one each layer"
+        assert not any(torch.equal(first[name], other[name]) for name in routers)
+
+
+def test_gates_get_a_gradient_at_top_1() -> None:
+    model = tiny_model("bert")
+    student = dense_to_moe(model, plan_for(model), router="token_gate")
+    student(**token_batch(), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    gate = student.bert.encoder.layer[0].intermediate.router.gate.weight
+    assert float(gate.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bart"])
+def test_generation_with_a_cache_equals_generation_without(family: str) -> None:
+    model = tiny_model(family)
+    student = dense_to_moe(model, plan_for(model))
+    batch = token_batch(num_samples=2, length=4)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    with_cache = student.generate(**batch, **options, use_cache=True)
+    without = student.generate(**batch, **options, use_cache=False)
+    assert with_cache.shape[1] > 1
+    assert torch.equal(with_cache, without)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch = token_batch() | {"labels": torch.tensor([0, 1, 1, 0])}
+    for router in ("hash_random", "token_gate"):
+        gradients = []
+        for checkpointing in (False, True):
+            student = dense_to_moe(model, plan_for(model), router=router).train()
+            if checkpointing:
+                student.activation_checkpointing_enable()
+            with record_routing() as record:
+                student(**batch).loss.backward()
+            assert len(record.entries) == 2, "recomputed layers are not recorded again"
+            gradients.append([value.grad for value in student.parameters()])
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    student = dense_to_moe(tiny_model("bert"), plan_for(tiny_model("bert")))
+    with pytest.raises(ConversionError, match="reentrant"):
+        student.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_padding_is_left_out_of_the_record() -> None:
+    model = tiny_model("bert")
+    student = dense_to_moe(model, plan_for(model))
+    batch = token_batch()
+    with record_routing() as record:
+        logits_of(student, batch)
+    counts = record.entries[0].tokens_per_expert()
+    assert int(counts.sum()) == int(batch["attention_mask"].sum())
+
+
+def test_copies_and_half_precision() -> None:
+    model = tiny_model("bert").to(torch.bfloat16)
+    student = copy.deepcopy(dense_to_moe(model, plan_for(model)))
+    assert student.bert.encoder.layer[0].intermediate.experts.w_in.dtype == torch.bfloat16
+    assert torch.isfinite(logits_of(student, token_batch()).float()).all()
+
+
+def test_scored_planned_and_converted_in_one_go() -> None:
+    for family in FAMILY_NAMES:
+        model = tiny_model(family)
+        batch = token_batch()
+        labels = torch.tensor([0, 1, 1, 0]) if family == "bert" else batch["input_ids"]
+        scores = score_importance(model, [model_inputs(model, batch | {"labels": labels})])
+        plan = plan_partition(scores, **SIZES, tie_shared=True, model=model)
+        student = dense_to_moe(model, plan, router="token_gate", top_k=2)
+        assert torch.isfinite(logits_of(student, batch)).all()
+
+
+def test_a_plan_of_another_model() -> None:
+    bert = tiny_model("bert")
+    with pytest.raises(ConversionError, match="plan is for 2 FFNs, but the model has 4"):
+        dense_to_moe(tiny_model("t5"), plan_for(bert))
+    with pytest.raises(ConversionError, match="32 neurons of FFN 0, but the model's has 48"):
+        dense_to_moe(tiny_model("bert", intermediate_size=48), plan_for(bert))
+
+
+def test_models_that_cannot_be_converted() -> None:
+    plan = plan_for(tiny_model("bert"))
+    with pytest.raises(ConversionError, match="no feed-forward networks that moe-dist knows"):
+        dense_to_moe(torch.nn.Linear(2, 2), plan)
+    student = dense_to_moe(tiny_model("bert"), plan)
+    with pytest.raises(ConversionError, match="mixture of experts already"):
+        dense_to_moe(student, plan)
+
+
+def test_routers_that_cannot_be_built() -> None:
+    model = tiny_model("bert")
+    plan = plan_for(model)
+    with pytest.raises(ConversionError, match="no router named 'magic'"):
+        dense_to_moe(model, plan, router="magic")
+    with pytest.raises(ConversionError, match="top_k=5"):
+        dense_to_moe(model, plan, top_k=5)
+    with pytest.raises(MissingInputError, match="token counts"):
+        dense_to_moe(model, plan, router="hash_balanced")
