@@ -97,9 +97,10 @@ def test_classes_may_be_named_by_numbers_and_one_column_may_stand_alone(tmp_path
 
 @pytest.mark.parametrize(("text", "size"), [("0.1", 0.1), ("1500", 1500)])
 def test_dev_size_is_a_fraction_or_whole_rows(tmp_path: Path, text: str, size: float) -> None:
-    found = load(tmp_path, f"data.dev_size={text}").data.dev_size
-    assert found == size
-    assert type(found) is type(size)
+    config = load(tmp_path, f"data.dev_size={text}")
+    for found in (config.data.dev_size, config.data.model_dump(mode="json")["dev_size"]):
+        assert found == size
+        assert type(found) is type(size)
 
 
 def test_all_sections_are_frozen(tmp_path: Path) -> None:
@@ -452,6 +453,7 @@ def test_a_comparison_keeps_the_teacher_of_the_main_run(tmp_path: Path) -> None:
         ("{x: {finetune: {num_epochs: 1}}}", "compare.x.finetune cannot differ"),
         ("{x: {moe.top_k: 9}}", "compare.x: moe.top_k=9 is more than moe.num_experts=4"),
         ("{x: {moe.topk: 2}}", "compare.x: moe.topk is an unknown key"),
+        ("{../x: {moe.top_k: 2}}", "compare.../x cannot name a directory"),
         ("{x: 3}", "compare.x=3 is not a mapping"),
     ],
 )
@@ -468,7 +470,7 @@ def test_an_unknown_comparison_cannot_be_resolved(tmp_path: Path) -> None:
 
 
 def test_the_resolved_recipe_loads_to_the_same_settings(tmp_path: Path) -> None:
-    config = load(tmp_path, "compare=[dense]", "moe.layers=[0, 2]", "data.dev_size=0.25")
+    config = load(tmp_path, "compare=[dense]", "moe.layers=[0, 2]", "data.dev_size=250")
     again = load_config(write(tmp_path, config.to_yaml()))
     assert again == config
 

@@ -62,8 +62,12 @@ def check_keys(raw: Mapping[str, Any]) -> tuple[RunConfig, list[str], frozenset[
         The settings with stand-ins for what is at fault, one line for each fault, and the dotted
         keys (or whole sections) at fault.
     """
+    # YAML keys may be numbers; as text they are unknown keys like any other.
     pruned: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()
+        str(key): {str(inner): entry for inner, entry in value.items()}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in raw.items()
     }
     faults: list[str] = []
     faulty: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moe_dist.config.run_config import (
     RunConfig,
     merge_comparison,
 )
+from moe_dist.config.sections import NAME_PATTERN
 from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
 from moe_dist.errors import ConfigError
 
@@ -95,6 +97,10 @@ def _comparison_faults(
     faults = []
     for label, changes in config.compare.items():
         path = f"compare.{label}"
+        if not re.fullmatch(NAME_PATTERN, label):
+            faults.append(
+                f"{path} cannot name a directory; use letters, digits, dots, dashes, underscores."
+            )
         if not changes and label not in BUILT_IN_COMPARISONS:
             faults.append(
                 f"{path} changes nothing and is not built in; give it overrides, such as {{{label}:"

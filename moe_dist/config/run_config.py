@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.sections import (
+    NAME_PATTERN,
     DataConfig,
     DistillConfig,
     FinetuneConfig,
@@ -50,7 +51,7 @@ class RunConfig(Section):
     """A whole recipe, checked, with every path absolute."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME_PATTERN,
         max_length=100,
         description="Name of the run and of its directory under `output_dir`: letters, digits, "
         "dots, dashes and underscores.",

@@ -8,7 +8,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+)
 
 
 def _refuse_odd_numbers(value: Any) -> Any:
@@ -42,7 +50,14 @@ Switch = Annotated[bool, Strict()]
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-RowsOrFraction = Annotated[Number, AfterValidator(_rows_or_fraction)]
+# Written as it is, since 1500 rows would else become 1500.0.
+RowsOrFraction = Annotated[
+    Number, AfterValidator(_rows_or_fraction), PlainSerializer(lambda value: value)
+]
+
+
+# What may become the name of a directory.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel):
