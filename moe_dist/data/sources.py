@@ -120,16 +120,24 @@ def load_splits(
     """
     task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
     cache = Path(cache_dir) if cache_dir is not None else None
+    if dev is not None and dev_size is not None:
+        raise DataError(
+            "data.dev and data.dev_size are both given",
+            remedy="give one of them: a dev set, or how many training rows to hold out",
+        )
     if source == "files":
         raw_train, raw_dev = _read_files(train, dev, column_names, dev_size)
         words = f"files {train}" + (f" and {dev}" if dev else "")
     elif source == "hub":
-        splits = (str(train or "train"), str(dev or task.dev_split) if not dev_size else None)
+        splits = (
+            str(train or "train"),
+            None if dev_size is not None else str(dev or task.dev_split),
+        )
         raw_train, raw_dev, task = _read_hub(name, subset, splits, task, revision)
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
         raw_train, task, default_size = _read_package(name, task, cache)
-        raw_dev, dev_size = None, dev_size or default_size
+        raw_dev, dev_size = None, default_size if dev_size is None else dev_size
         words = f"package {name}"
     else:
         raise DataError(f"data.source={source!r} is unknown", remedy="use hub, files or package")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -113,7 +112,7 @@ class _Index:
             # Two sets of this similarity share all but a few features, so a few rare ones of
             # these suffice to find every candidate, and common words need no look.
             num_probes = int((1.0 - min_jaccard) * len(features)) + 1
-            probes = heapq.nsmallest(num_probes, features, key=self._rarity)
+            probes = sorted(features, key=self._rarity)[:num_probes]
         candidates = {reference for probe in probes for reference in self._holders.get(probe, ())}
         for reference in candidates:
             other = self._sets[reference]

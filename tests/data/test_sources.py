@@ -84,6 +84,7 @@ def test_pairs_and_regression(tmp_path: Path) -> None:
         (ROWS, {"label_names": ["pos", "pos"]}, "distinct classes"),
         (ROWS, {"label_names": ["pos", "neg"], "kind": "regression"}, "label_names is given"),
         (ROWS, {"dev": None}, "no dev set"),
+        (ROWS, {"dev_size": 1}, "both given"),
         (ROWS, {"train": None}, "data.train is not given"),
         (ROWS, {"source": "ftp"}, "use hub, files or package"),
         (ROWS, {"source": "hub"}, "data.name is not given"),
@@ -182,7 +183,7 @@ def test_hub_data_set_with_declared_classes(tmp_path: Path) -> None:
     assert splits.dev["text_a"][:] == ["validation 0"]
     with pytest.raises(DataError, match="there is no column 'text'"):
         load_splits(source="hub", name=str(tmp_path), text_columns=["text"])
-    with pytest.raises(DataError, match="split 'dev'.*not to be had"):
+    with pytest.raises(DataError, match=r"split 'dev'.*not to be had"):
         load_splits(source="hub", name=str(tmp_path), text_columns=["premise"], dev="dev")
 
 
