@@ -42,7 +42,7 @@ _RULES = """\
 - `parallel.ep_size` divides `moe.num_experts` and `parallel.num_workers`.
 - `moe.num_shared_neurons` is at most `moe.expert_size`, which counts the shared neurons too.
 - `moe.top_k` is at most `moe.num_experts`.
-- `moe.tie_shared` needs shared neurons, several experts, and another partition than `full_copy`.
+- `moe.tie_shared` needs shared neurons and several experts.
 - A batch gives every micro-batch of every worker a sample: `train.batch_size` is at least
   `parallel.num_workers` × `train.accumulation`.
 - `distill.load_balancing_weight` and `distill.z_loss_weight` need a router with a gate.

@@ -314,7 +314,6 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
         ({"moe": {"num_shared_neurons": 800}}, "more than moe.expert_size=768"),
         ({"moe": {"tie_shared": True, "num_shared_neurons": 0}}, "has nothing to tie"),
         ({"moe": {"tie_shared": True, "num_experts": 1}}, "needs several experts"),
-        ({"moe": {"tie_shared": True, "partition": "full_copy"}}, "gives every expert all"),
         ({"moe": {"layers": [1, 1]}}, "names a layer twice"),
         ({"moe": {"layers": [-1]}}, "numbered from 0"),
         ({"distill": {"load_balancing_weight": 0.1}}, "no gate to train"),

@@ -97,14 +97,6 @@ def _tied_needs_experts(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _copies_are_whole(config: RunConfig) -> Iterator[str]:
-    if config.moe.partition == "full_copy" and config.moe.tie_shared:
-        yield (
-            "moe.partition=full_copy gives every expert all neurons, and moe.tie_shared=true would "
-            "leave them no own ones; set moe.tie_shared=false, or choose another partition."
-        )
-
-
 def _layers_once(config: RunConfig) -> Iterator[str]:
     layers = config.moe.layers or ()
     negative = sorted({layer for layer in layers if layer < 0})
@@ -265,7 +257,6 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_shared_in_expert, ("moe.num_shared_neurons", "moe.expert_size")),
     (_tied_needs_shared, ("moe.tie_shared", "moe.num_shared_neurons")),
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
-    (_copies_are_whole, ("moe.partition", "moe.tie_shared")),
     (_layers_once, ("moe.layers",)),
     (
         _gate_losses_need_a_gate,
