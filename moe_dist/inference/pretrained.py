@@ -37,10 +37,14 @@ def load_pretrained(
         ConversionError: if there is no such model or it cannot be read.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
+    verbosity = logging.get_verbosity()
+    # That the head is new is what was asked for, and transformers warns of it at length.
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         config.num_labels = num_labels
@@ -65,4 +69,6 @@ def load_pretrained(
             remedy="give a directory with config.json, model.safetensors and tokenizer files, "
             "the name of a hub model that this machine can reach, or package:NAME",
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     return model.train(), tokenizer

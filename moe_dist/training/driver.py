@@ -11,27 +11,25 @@ import errno
 import json
 import logging
 import os
-import pickle
-import shutil
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import moe_dist
+import moe_dist.errors
 from moe_dist.errors import ClusterError, MoeDistError, TrainingError
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 POLL_INTERVAL_S = 0.5
-STOPPED_NAME = "stopped.pickle"
+STOPPED_NAME = "stopped.json"
 ATTEMPTS_NAME = "attempts.jsonl"
 _OBJECT_STORE_BYTES = 256 * 2**20
 # Everything that sizes a thread pool when a worker's libraries are first imported.
@@ -47,7 +45,7 @@ class JobResult:
     Args:
         value: what rank 0 returned.
         num_attempts: how often the workers were started; 1 if none of them died.
-        start_up_s: from the call until rank 0 first began the job, in seconds.
+        start_up_s: from the call until the job first began on rank 0, in seconds.
     """
 
     value: Any
@@ -81,7 +79,7 @@ class RaySession:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop Ray if this session started it."""
+        """Leave the cluster, or stop it if this session started it."""
         if self._started:
             import ray
 
@@ -135,13 +133,13 @@ class RaySession:
 
 
 def ray_session(*, dashboard: bool = False) -> RaySession:
-    """Open one Ray session for a chain of jobs: `with ray_session() as session: ...`.
+    """Open one Ray session for a chain of jobs, each of which is handed it.
 
     Args:
         dashboard: see `RaySession`.
 
     Returns:
-        The session, to be handed to `run_on_workers`.
+        The session, for a `with` statement.
     """
     return RaySession(dashboard=dashboard)
 
@@ -177,22 +175,23 @@ def run_on_workers(
         max_failures: how many deaths of workers are survived.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
             a single worker where no cluster is given.
-        on_poll: called twice a second while the job runs and once after it, in another thread
-            than the caller's, never in two at once.
+        on_poll: called about twice a second while the job runs and once after it, always from one
+            thread, which is not the caller's.
         session: the session of the chain; without one, Ray is started for this job alone.
 
     Returns:
-        Rank 0's value and how often the workers were started.
+        Rank 0's value, and how often the workers were started.
 
     Raises:
         ClusterError: if the cluster has fewer CPUs or GPUs than asked for, or cannot be reached.
         TrainingError: if workers died too often, or failed for a reason that is not the user's.
         MoeDistError: whatever error of this kind the job raised.
     """
+    called = time.time()
     records = Path(storage_path).absolute() / name
-    shutil.rmtree(records, ignore_errors=True)
     records.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+    for stale in (STOPPED_NAME, ATTEMPTS_NAME):
+        (records / stale).unlink(missing_ok=True)
     config = {
         "job": job,
         "payload": dict(payload),
@@ -203,13 +202,11 @@ def run_on_workers(
         if _runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
-            with ray_session() if session is None else _borrowed(session) as current:
+            with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
-                value = _run_on_ray(
-                    config, num_workers, cpus_per_worker, use_gpu, max_failures, records
-                )
+                value = _run_on_ray(config, num_workers, cpus_per_worker, use_gpu, max_failures)
     attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]
-    return JobResult(value, len(attempts), attempts[0]["time"] - started)
+    return JobResult(value, len(attempts), attempts[0]["time"] - called)
 
 
 def _runs_here(launcher: str, num_workers: int) -> bool:
@@ -245,7 +242,6 @@ def _run_on_ray(
     cpus_per_worker: int,
     use_gpu: bool | None,
     max_failures: int,
-    records: Path,
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -254,6 +250,7 @@ def _run_on_ray(
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    records = Path(config["records"])
     scaling = _plan_workers(num_workers, cpus_per_worker, use_gpu)
     trainer = TorchTrainer(
         _worker_main,
@@ -298,7 +295,7 @@ def _plan_workers(num_workers: int, cpus_per_worker: int, use_gpu: bool | None) 
             remedy=f"Set parallel.num_workers to {fitting} or less, reserve fewer CPUs for each "
             "worker, or add nodes.",
         )
-    if use_gpu and num_workers > gpus:
+    if use_gpu is True and num_workers > gpus:
         raise ClusterError(
             f"parallel.num_workers={num_workers} on GPUs needs {num_workers} GPUs, and the Ray "
             f"cluster has {gpus}",
@@ -340,19 +337,29 @@ def _note_attempt(records: Path) -> None:
 
 def _note_stop(records: Path, error: MoeDistError) -> None:
     # Without space for the note, the error still comes back through Ray, after its retries.
+    note = {
+        "kind": type(error).__name__,
+        "args": [str(part) for part in error.args],
+        "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
+    }
     with suppress(OSError):
         beside = records / f"{STOPPED_NAME}.{os.getpid()}"
-        beside.write_bytes(pickle.dumps(error))
+        beside.write_text(json.dumps(note), encoding="utf-8")
         with suppress(FileExistsError):  # The first rank to fail tells the reason.
             os.link(beside, records / STOPPED_NAME)
         beside.unlink()
 
 
 def _read_stop(records: Path) -> MoeDistError | None:
-    # Written by our own workers into our own run's directory, minutes ago at most.
     path = records / STOPPED_NAME
-    error = pickle.loads(path.read_bytes()) if path.exists() else None
-    return error if isinstance(error, MoeDistError) else None
+    if not path.exists():
+        return None
+    note = json.loads(path.read_text(encoding="utf-8"))
+    kind = getattr(moe_dist.errors, note["kind"], TrainingError)
+    error: MoeDistError = kind.__new__(kind)
+    error.args = tuple(note["args"])
+    vars(error).update(note["state"])
+    return error
 
 
 def _user_error(fault: BaseException) -> MoeDistError | None:
@@ -439,11 +446,6 @@ def _python_path() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-@contextmanager
-def _borrowed(session: RaySession) -> Iterator[RaySession]:
-    yield session
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def fit(
     )
     settings = loop_settings(section, batches.steps_per_epoch, seed=payload["seed"])
     if section.get("gradient_checkpointing", False):
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={
                 "use_reentrant": False,
                 "context_fn": checkpoint_context_fn,
             }

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.tiny import tiny_batches, tiny_bert, tiny_data
 from torch import Tensor, nn
 
 from moe_dist.distributed.engine import build_engine
@@ -18,6 +17,7 @@ from moe_dist.losses.total import LossTerm, LossWeight
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.loop import LoopSettings, TrainResult, planned_steps, step_seed, train
 from moe_dist.training.step import StepTerms, finetune_terms
+from tests.training.tiny import tiny_batches, tiny_bert, tiny_data
 
 WEIGHTS = {"task": LossWeight(1.0)}
 SETTINGS = LoopSettings(num_steps=7, seed=3, log_every=2, checkpoint_every=3)
@@ -150,9 +150,7 @@ def test_a_fresh_start_forgets_what_a_killed_run_logged(tmp_path: Path) -> None:
 
 def test_accumulation_changes_nothing() -> None:
     plain, result = run(model=tiny_bert(dropout=0.0))
-    accumulated, other = run(
-        model=tiny_bert(dropout=0.0), batches=tiny_batches(accumulation=2)
-    )
+    accumulated, other = run(model=tiny_bert(dropout=0.0), batches=tiny_batches(accumulation=2))
     assert_same_weights(plain, accumulated, atol=2e-5)
     assert other.train["train/loss/task"] == pytest.approx(
         result.train["train/loss/task"], rel=1e-4
@@ -184,9 +182,7 @@ def test_evaluation_comes_when_due_and_at_the_end() -> None:
         if "dev/accuracy" in metrics:
             seen.append(step)
 
-    model, result = run(
-        settings=replace(SETTINGS, eval_every=3), evaluate=evaluate, report=report
-    )
+    model, result = run(settings=replace(SETTINGS, eval_every=3), evaluate=evaluate, report=report)
     assert seen == [3, 6, 7]
     assert result.evaluation == {"dev/accuracy": 0.3}
     assert model.training
@@ -225,9 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_step(tmp_path: Path, kind: str) -> 
     assert 105 in {i for b in batches.epoch(0) for i in b.sample_ids}
     with pytest.raises(NonFiniteLossError) as caught:
         run(tmp_path, compute_terms=spoilt(kind), model=model, batches=batches)
-    step = next(
-        n for n, b in enumerate(batches.epoch(0), start=1) if 105 in b.sample_ids
-    )
+    step = next(n for n, b in enumerate(batches.epoch(0), start=1) if 105 in b.sample_ids)
     text = str(caught.value)
     assert f"step {step}:" in text and "105" in text and f"task={kind}" in text
     assert "train.learning_rate" in text

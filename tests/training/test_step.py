@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
 
 from moe_dist.losses.router import load_balancing_loss, router_z_loss
 from moe_dist.moe.routing import record_routing
@@ -19,6 +18,7 @@ from moe_dist.training.step import (
     freeze,
     model_inputs,
 )
+from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
 
 EVERYTHING: dict[str, Any] = {"load_balancing": True, "z_loss": True}
 
@@ -133,7 +133,9 @@ def test_the_teacher_is_left_as_it_is() -> None:
     student, teacher = pair()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     student.train()
-    sum(term.sum for term in distill_terms(student, teacher, tiny_batch()).terms.values()).backward()
+    sum(
+        term.sum for term in distill_terms(student, teacher, tiny_batch()).terms.values()
+    ).backward()
     assert not teacher.training
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

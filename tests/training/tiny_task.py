@@ -28,6 +28,7 @@ def write_bert(directory: Path, *, dropout: float = 0.1) -> str:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
+        initializer_range=0.1,
         max_position_embeddings=32,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
@@ -75,13 +76,13 @@ def task_payload(root: Path, stage: str, *, regression: bool = False) -> dict[st
 def train_section(**changes: Any) -> dict[str, Any]:
     """Enough training for so easy a task."""
     return {
-        "learning_rate": 5e-3,
-        "num_epochs": 6,
+        "learning_rate": 1e-2,
+        "num_epochs": 12,
         "batch_size": 16,
         "weight_decay": 0.01,
         "warmup_fraction": 0.1,
         "precision": "fp32",
-        "log_every": 5,
+        "log_every": 10,
     } | changes
 
 
