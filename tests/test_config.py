@@ -483,8 +483,19 @@ def test_flatten_gives_plain_values_under_dotted_keys(tmp_path: Path) -> None:
     assert all(isinstance(value, str | int | float | bool) for value in flat.values())
 
 
-def test_secrets_of_the_tracking_uri_are_not_written(tmp_path: Path) -> None:
-    config = load(tmp_path, "tracking.uri=https://me:hunter2@server/api")
-    assert "hunter2" in config.tracking.uri
+@pytest.mark.parametrize(
+    ("uri", "written"),
+    [
+        ("https://me:hunter2@server/api", "https://***@server/api"),
+        ("https://me:hunt/er@hunter2@server", "https://***@server"),
+        ("postgresql://db/x?password=hunter2&a=1", "postgresql://db/x?password=***&a=1"),
+        ("http://server:5000", "http://server:5000"),
+    ],
+)
+def test_secrets_of_the_tracking_uri_are_not_written(
+    tmp_path: Path, uri: str, written: str
+) -> None:
+    config = load(tmp_path, f"tracking.uri={uri}")
+    assert config.tracking.uri == uri
     assert "hunter2" not in config.to_yaml()
-    assert config.flatten()["tracking.uri"] == "https://***@server/api"
+    assert config.flatten()["tracking.uri"] == written

@@ -31,7 +31,8 @@ BUILT_IN_COMPARISONS = ("dense",)
 # The teacher, the data and the scores are the same for all students of one chain.
 COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
 
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+# User info up to the last @, since a password may hold one; and secrets among the parameters.
+_SECRETS = re.compile(r"(?<=://).+(?=@)|(?<=password=)[^&#]+|(?<=token=)[^&#]+", re.IGNORECASE)
 
 
 def _names_to_mapping(value: Any) -> Any:
@@ -144,7 +145,7 @@ class RunConfig(Section):
 
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.model_dump(mode="json")
-        plain["tracking"]["uri"] = _USER_INFO.sub("***", plain["tracking"]["uri"])
+        plain["tracking"]["uri"] = _SECRETS.sub("***", plain["tracking"]["uri"])
         return plain
 
 
