@@ -89,7 +89,7 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(rows, sent, received, group)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(grad_rows, ctx.received, ctx.sent, ctx.group), None, None, None
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.distributed.engine import TrainEngine
-from moe_dist.distributed.gathering import expert_slice, gather_experts, named_state
+from moe_dist.distributed.gathering import gather_experts, named_state, slice_of
 from moe_dist.distributed.manifest import (
     FORMAT_VERSION,
     check_manifest,
@@ -320,7 +320,7 @@ def _read_like(file: Any, key: str, like: Tensor, engine: TrainEngine, step_dir:
             f"{step_dir}: {key} has shape {shape}, the model needs {expected}",
             remedy="load it with the model and settings that wrote it, or start in a new directory",
         )
-    value: Tensor = expert_slice(engine, stored) if is_expert else file.get_tensor(key)
+    value: Tensor = stored[slice_of(engine, like.shape[0])] if is_expert else file.get_tensor(key)
     return value
 
 
@@ -337,13 +337,14 @@ def _restore_rng(step_dir: Path, engine: TrainEngine) -> None:
 def _on_rank_zero(engine: TrainEngine, work: Callable[[], T]) -> T:
     """Run on rank 0 and return, or raise, on every rank alike."""
     result: T | None = None
-    failure: MoeDistError | None = None
+    failure: Exception | None = None
     if engine.rank == 0:
         result, failure = _attempt(work)
     if engine.world_size > 1:
-        shared = [result, failure]
+        shared = [result, _for_others(failure)]
         dist.broadcast_object_list(shared, src=0, device=engine.device)
-        result, failure = shared  # type: ignore[assignment]
+        if engine.rank > 0:
+            result, failure = shared  # type: ignore[assignment]
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
@@ -353,20 +354,25 @@ def _on_every_rank(engine: TrainEngine, work: Callable[[], T]) -> T:
     """Run on every rank; if it fails on one, it raises on all, so that none waits for another."""
     result, failure = _attempt(work)
     if engine.world_size > 1:
-        failures: list[MoeDistError | None] = [None] * engine.world_size
-        dist.all_gather_object(failures, failure)
-        failure = next((f for f in failures if f is not None), None)
+        failures: list[Exception | None] = [None] * engine.world_size
+        dist.all_gather_object(failures, _for_others(failure))
+        failure = failure or next((f for f in failures if f is not None), None)
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, MoeDistError | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except MoeDistError as error:
-        return None, error
     except Exception as error:  # Whatever it is, the other ranks must not wait for ever.
-        failure = CheckpointError(f"{type(error).__name__}: {error}", remedy="see the cause above")
-        failure.__cause__ = error
-        return None, failure
+        return None, error
+
+
+def _for_others(failure: Exception | None) -> MoeDistError | None:
+    """Return what the other ranks raise: only our own errors surely survive pickling."""
+    if failure is None or isinstance(failure, MoeDistError):
+        return failure
+    return CheckpointError(
+        f"another rank failed: {type(failure).__name__}: {failure}", remedy="see that rank's error"
+    )

@@ -166,7 +166,9 @@ class DeepSpeedEngine:
         """Return the norm of reduced gradients of which each element is on one rank (ZeRO 1, 2)."""
         assert norm_type == 2
         zero = self._engine.optimizer
-        mine = [g for index in range(len(zero.bit16_groups)) for g in zero.averaged_gradients[index]]
+        mine = [
+            g for index in range(len(zero.bit16_groups)) for g in zero.averaged_gradients[index]
+        ]
         squares = _sum_of_squares(mine, self.device)
         dist.all_reduce(squares)
         return squares.sqrt().float()

@@ -254,9 +254,7 @@ def build_engine(
     )
 
 
-def precision_context(
-    precision: Precision, device: torch.device
-) -> AbstractContextManager[object]:
+def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context that computes in a precision over fp32 weights.
 
     Args:
@@ -342,5 +340,3 @@ def scale_gradients(gradients: list[Tensor], norm: float, max_norm: float) -> No
     """
     if max_norm > 0 and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
-
-

@@ -65,16 +65,15 @@ def gather_experts(engine: TrainEngine, tensor: Tensor, *, is_expert: bool) -> T
     return torch.cat(parts).cpu()
 
 
-def expert_slice(engine: TrainEngine, tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that holds all experts.
+def slice_of(engine: TrainEngine, num_local: int) -> slice:
+    """Return where this rank's experts lie among all.
 
     Args:
         engine: whose ranks share the experts.
-        tensor: (E, ...).
+        num_local: experts on each rank.
 
     Returns:
-        (E / ep_size, ...).
+        A slice of the first dimension.
     """
-    num_local = tensor.shape[0] // engine.ep_size
     start = (engine.rank % engine.ep_size) * num_local
-    return tensor[start : start + num_local]
+    return slice(start, start + num_local)

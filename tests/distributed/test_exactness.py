@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distributed.tiny_moe import CLIP, Case
 from torch import Tensor
-from tests.distributed.workers import resume_case, run_case, run_faults, run_world
 
 from moe_dist.distributed import spawn_gloo
+from tests.distributed.tiny_moe import CLIP, Case
+from tests.distributed.workers import resume_case, run_case, run_faults, run_world
 
 pytestmark = pytest.mark.distributed
 

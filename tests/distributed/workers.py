@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tests.distributed.tiny_moe import NUM_STEPS, Case, all_logits, make_engine, train_steps
 from torch import Tensor
 
 from moe_dist.distributed import (
@@ -19,6 +18,7 @@ from moe_dist.distributed import (
 )
 from moe_dist.distributed.checkpoint import _gather_moments
 from moe_dist.errors import CheckpointError
+from tests.distributed.tiny_moe import NUM_STEPS, Case, all_logits, make_engine, train_steps
 
 HALF = NUM_STEPS // 2
 
