@@ -18,16 +18,16 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Groups:
-    """Where each expert's rows lie: expert e owns the rows between ends[e-1] and ends[e].
+    """Where each expert's rows lie; known either to the host or to the device.
 
     Args:
-        sizes: rows of each expert, on the host; None if only the device knows them.
-        ends_E: (E,) int32 cumulative rows, on the device of the rows.
-        expert_of_row_T: (T,) int64, only where `sizes` is None.
+        sizes: rows of each expert, on the host.
+        ends_E: (E,) int32 cumulative rows: expert e owns those between ends[e-1] and ends[e].
+        expert_of_row_T: (T,) int64.
     """
 
-    sizes: list[int] | None
-    ends_E: Tensor
+    sizes: list[int] | None = None
+    ends_E: Tensor | None = None
     expert_of_row_T: Tensor | None = None
 
     def rows(self) -> list[tuple[int, slice]]:
@@ -57,12 +57,12 @@ def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool)
     Returns:
         The groups.
     """
-    counts_E = tokens_per_expert_E.to(rows_TI.device)
-    ends_E = counts_E.cumsum(0).to(torch.int32)
     if not on_device:
         sizes = tokens_per_expert_E.tolist()
         assert sum(sizes) == rows_TI.shape[0], "tokens_per_expert does not sum to the rows"
-        return Groups(sizes, ends_E)
+        return Groups(sizes)
+    counts_E = tokens_per_expert_E.to(rows_TI.device)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
     experts_E = torch.arange(counts_E.shape[0], device=counts_E.device)
     expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TI.shape[0])
     return Groups(None, ends_E, expert_of_row_T)
@@ -100,7 +100,10 @@ def grouped_linear(
         (T, O) rows in the same order.
     """
     if weight_EOI.shape[0] == 1:
-        return F.linear(rows_TI, weight_EOI[0], None if bias_EO is None else bias_EO[0])
+        # A view: the gradient of an index would be a second copy of the weights.
+        return F.linear(
+            rows_TI, weight_EOI.squeeze(0), None if bias_EO is None else bias_EO.squeeze(0)
+        )
     return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups))
 
 

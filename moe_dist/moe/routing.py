@@ -233,7 +233,7 @@ def _recomputation(frame: _Frame | None) -> Iterator[None]:
 
 def _open_context(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = dict(zip(_parameter_names(stack.forward), args, strict=False)) | kwargs
-    outer = _FRAME.get()
+    outer = _outside(stack, _FRAME.get())
     task_ids = given.get("task_ids")
     if task_ids is None and outer is not None:
         # Task heads pass only what the stack's forward accepts; the caller's context has the task.
@@ -248,6 +248,16 @@ def _close_context(stack: nn.Module, args: tuple[Any, ...], output: object) -> N
     frame = _FRAME.get()
     if frame is not None and frame.owner is stack:
         _FRAME.set(frame.outer)
+
+
+def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:
+    # Torch runs no hooks after Ctrl-C; a frame that this stack left behind must not be inherited.
+    outer = frame
+    while outer is not None:
+        if outer.owner is stack:
+            return _outside(stack, outer.outer)
+        outer = outer.outer
+    return frame
 
 
 def _padding_mask(given: dict[str, Any], token_ids: Tensor | None) -> Tensor | None:

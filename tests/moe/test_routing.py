@@ -42,6 +42,8 @@ class Probe(nn.Module):
     ) -> None:
         if extra.get("fail"):
             raise RuntimeError("broken layer")
+        if extra.get("interrupt"):
+            raise KeyboardInterrupt
         if self.inner is not None and input_ids is not None:
             self.inner(input_ids + 1)
         self.seen = current_context()
@@ -119,6 +121,16 @@ def test_a_hook_that_fails_before_ours_does_not_close_the_callers_context() -> N
         with pytest.raises(RuntimeError, match="refused"):
             probe(IDS)
         assert current_context() is outer
+
+
+def test_an_interrupted_call_leaves_nothing_for_the_next_one() -> None:
+    probe = Probe()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            probe(IDS, task_ids=torch.tensor([3, 3]), interrupt=True)
+    probe(IDS)
+    assert seen(probe).task_ids is None
+    assert current_context() is None
 
 
 def test_nested_stacks_each_see_their_own_tokens() -> None:
