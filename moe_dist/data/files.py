@@ -99,6 +99,12 @@ def _with_header(
     path: Path, fields: Iterator[tuple[int, list[str]]], column_names: Sequence[str] | None
 ) -> Iterator[Row]:
     header = list(column_names) if column_names else next(fields, (0, []))[1]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path}: columns named twice: {', '.join(map(repr, twice))}",
+            remedy="rename one of each; a file without a header line needs data.column_names",
+        )
     for number, values in fields:
         if len(values) != len(header):
             raise row_error(

@@ -240,6 +240,11 @@ def _read_hub(
         rows, class_names = read_hub(
             name, subset, split, (*task.text_columns, task.label_column), revision
         )
+        if not rows:
+            raise DataError(
+                f"the split {split!r} of the hub's {name!r} holds no rows",
+                remedy="choose another split with data.train or data.dev",
+            )
         if class_names and task.kind == "classification" and task.label_names is None:
             task = replace(task, label_names=tuple(class_names))
         parts.append(_RawSplit(Path(f"{name}/{subset}/{split}" if subset else name), rows))

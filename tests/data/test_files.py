@@ -59,6 +59,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.tsv", b"text\tlabel\nok\t1\ncaf\xe9\t0\n", r"a\.tsv, line 3: invalid UTF-8 at byte 4"),
         ("a.jsonl", b'{"a": "\xff"}\n', r"a\.jsonl, line 1: invalid UTF-8"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", r"line 3: 1 fields where 2 columns"),
+        ("a.csv", "text,text\nx,y\n", "columns named twice: 'text'"),
         ("a.csv", 'text,label\n"x,1\n', r"line 2: malformed CSV"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2: malformed JSON"),
         ("a.jsonl", "[1]\n", r"line 1: not a JSON object"),

@@ -79,7 +79,10 @@ def build(model_type: str, class_name: str, changes: dict[str, Any]) -> Any:
 
 
 def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Rows grouped by expert (T, I) against stacked weights (E, I, O); torch has no formula."""
+    """Count rows grouped by expert (T, I) times stacked weights (E, I, O), as experts use on a GPU.
+
+    The counter has no formula for this product and would count it as nothing.
+    """
     assert len(a) == 2
     assert len(b) == 3
     return 2 * a[0] * a[1] * b[2]
