@@ -149,12 +149,35 @@ def evaluate(
 
 
 @benchmark_app.command("layer")
-def benchmark_layer(debug: Debug = False) -> None:
+def benchmark_layer(
+    tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = 4096,
+    d_model: Annotated[int, typer.Option(help="Width of the hidden states.")] = 768,
+    experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 4,
+    expert_size: Annotated[int, typer.Option(help="Neurons of one expert.")] = 768,
+    top_k: Annotated[int, typer.Option(help="Experts for each token.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each layer.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeatable.")] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Time the gradient too.")] = False,
+    debug: Debug = False,
+) -> None:
     """Time the MoE layer against a dense layer of the same active FLOPs."""
     with _clean_errors(debug=debug):
-        from .benchmarks.layer import main as run
+        from .benchmarks.layer import LayerBenchmark, main
 
-        run()
+        main(
+            LayerBenchmark(
+                num_tokens=tokens,
+                d_model=d_model,
+                num_experts=experts,
+                expert_size=expert_size,
+                top_k=top_k,
+                precisions=tuple(precision or ("fp32", "bf16")),
+                num_repeats=repeats,
+                num_threads=threads,
+                backward=backward,
+            )
+        )
 
 
 @benchmark_app.command("importance")

@@ -158,6 +158,8 @@ def _check(settings: LayerBenchmark) -> None:
     for name in ("num_tokens", "d_model", "expert_size", "num_repeats"):
         if getattr(settings, name) < 1:
             faults.append(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    if settings.num_threads is not None and settings.num_threads < 1:
+        faults.append(f"num_threads is {settings.num_threads}; it must be at least 1")
     if settings.num_experts < 2:
         faults.append(f"num_experts is {settings.num_experts}; routing needs at least 2")
     if faults:
