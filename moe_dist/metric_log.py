@@ -53,7 +53,7 @@ class MetricLog:
             # half is lost and not this record too.
             size = os.fstat(descriptor).st_size
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            # A file opened so may take part of a write only (a full disk): the rest follows or fails.
+            # Such a file may take part of a write only (a full disk): the rest follows or fails.
             pending = (("\n" if torn else "") + line + "\n").encode()
             while pending:
                 pending = pending[os.write(descriptor, pending) :]
