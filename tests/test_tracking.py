@@ -309,8 +309,8 @@ def test_server_that_goes_away_loses_and_doubles_nothing(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moe_dist.tracking.runs.SEND_INTERVAL_S", 0.2)
-    monkeypatch.setattr("moe_dist.tracking.runs.MAX_BACKOFF_S", 0.5)
+    monkeypatch.setattr("moe_dist.tracking.sender.SEND_INTERVAL_S", 0.2)
+    monkeypatch.setattr("moe_dist.tracking.sender.MAX_BACKOFF_S", 0.5)
     outputs = tmp_path / "outputs"
     stage_dir = outputs / "distill"
     log = MetricLog(stage_dir / "metrics.jsonl")

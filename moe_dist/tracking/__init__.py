@@ -21,14 +21,10 @@ same directory with the same fingerprint (a chain: the same parameters) continue
 
 from __future__ import annotations
 
+from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
-from moe_dist.tracking.runs import (
-    DatasetInput,
-    NullTracker,
-    TrackedRun,
-    Tracker,
-    build_tracker,
-)
+from moe_dist.tracking.protocols import DatasetInput, TrackedRun, Tracker
+from moe_dist.tracking.runs import build_tracker
 
 __all__ = [
     "DatasetInput",

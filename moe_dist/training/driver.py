@@ -7,14 +7,12 @@ when one dies, and brings the job's own error back.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,18 +20,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import moe_dist.errors
-from moe_dist.errors import ClusterError, MoeDistError, TrainingError
+import moe_dist
+from moe_dist.errors import ClusterError
+from moe_dist.training.job_errors import (
+    STOPPED_NAME,
+    explain,
+    first_line,
+    note_stop,
+    read_stop,
+    user_error,
+)
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 POLL_INTERVAL_S = 0.5
-STOPPED_NAME = "stopped.json"
 ATTEMPTS_NAME = "attempts.jsonl"
 _OBJECT_STORE_BYTES = 256 * 2**20
 # Everything that sizes a thread pool when a worker's libraries are first imported.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+logger = logging.getLogger("moe_dist.training")
 
 Job = Callable[[dict[str, Any]], Any]
 
@@ -111,7 +118,7 @@ class RaySession:
                 with _python_path():
                     ray.init(
                         address="local",
-                        num_cpus=len(os.sched_getaffinity(0)),
+                        num_cpus=available_cpus(),
                         include_dashboard=self._dashboard,
                         object_store_memory=_OBJECT_STORE_BYTES,
                         logging_level=logging.ERROR,
@@ -120,7 +127,7 @@ class RaySession:
         except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as fault:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(
-                f"{where} could not be {'reached' if address else 'started'}: {_first_line(fault)}",
+                f"{where} could not be {'reached' if address else 'started'}: {first_line(fault)}",
                 remedy=(
                     "See `ray status` there, and set RAY_AUTH_MODE=token with its token if it asks "
                     "for one; unset RAY_ADDRESS to run on this machine."
@@ -130,6 +137,18 @@ class RaySession:
                 ),
             ) from fault
         self._started = True
+
+
+def available_cpus() -> int:
+    """Count the CPUs that this process may use: its affinity, and its container's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def ray_session(*, dashboard: bool = False) -> RaySession:
@@ -228,7 +247,7 @@ def _run_here(config: dict[str, Any]) -> Any:
         _note_attempt(Path(config["records"]))
         return config["job"](config["payload"])
     except Exception as fault:
-        error = _user_error(fault)
+        error = user_error(fault)
         if error is None or error is fault:
             raise
         raise error from fault
@@ -271,11 +290,11 @@ def _run_on_ray(
             value = trainer.fit().return_value
         except TrainingFailedError as failed:
             fault = failed
-    stopped = _read_stop(records)
+    stopped = read_stop(records)
     if stopped is not None:
         raise stopped
     if fault is not None:
-        raise _explain(fault, max_failures) from None
+        raise explain(fault, max_failures) from None
     return value
 
 
@@ -323,9 +342,9 @@ def _worker_main(config: dict[str, Any]) -> Any:
     try:
         return config["job"](config["payload"])
     except Exception as fault:
-        error = _user_error(fault)
+        error = user_error(fault)
         if error is not None:
-            _note_stop(records, error)
+            note_stop(records, error)
             raise error from fault
         raise
 
@@ -333,89 +352,6 @@ def _worker_main(config: dict[str, Any]) -> Any:
 def _note_attempt(records: Path) -> None:
     with (records / ATTEMPTS_NAME).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"time": time.time(), "pid": os.getpid()}) + "\n")
-
-
-def _note_stop(records: Path, error: MoeDistError) -> None:
-    # Without space for the note, the error still comes back through Ray, after its retries.
-    note = {
-        "kind": type(error).__name__,
-        "args": [str(part) for part in error.args],
-        "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
-    }
-    with suppress(OSError):
-        beside = records / f"{STOPPED_NAME}.{os.getpid()}"
-        beside.write_text(json.dumps(note), encoding="utf-8")
-        with suppress(FileExistsError):  # The first rank to fail tells the reason.
-            os.link(beside, records / STOPPED_NAME)
-        beside.unlink()
-
-
-def _read_stop(records: Path) -> MoeDistError | None:
-    path = records / STOPPED_NAME
-    if not path.exists():
-        return None
-    note = json.loads(path.read_text(encoding="utf-8"))
-    kind = getattr(moe_dist.errors, note["kind"], TrainingError)
-    error: MoeDistError = kind.__new__(kind)
-    error.args = tuple(note["args"])
-    vars(error).update(note["state"])
-    return error
-
-
-def _user_error(fault: BaseException) -> MoeDistError | None:
-    """Name the errors that another attempt cannot mend.
-
-    A RuntimeError or OSError may be the echo of a worker that died, so those are tried again.
-    """
-    if isinstance(fault, MoeDistError):
-        return fault
-    text = str(fault)
-    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        return TrainingError(
-            f"the disk is full: {_first_line(fault)}",
-            remedy="Free space, or give another output_dir; the same command then continues.",
-        )
-    if isinstance(fault, RuntimeError | OSError):
-        return None
-    trace = "".join(traceback.format_exception(fault))
-    return TrainingError(
-        f"a worker failed: {type(fault).__name__}: {text}",
-        remedy=f"This looks like a fault of moe-dist; please report it with this trace:\n{trace}",
-    )
-
-
-def _explain(fault: BaseException, max_failures: int) -> MoeDistError:
-    failures: Mapping[int, BaseException] = getattr(fault, "worker_failures", {})
-    causes = [_cause(failure) for failure in failures.values()]
-    for cause in causes:
-        error = _user_error(cause)
-        if isinstance(cause, MoeDistError) or (error is not None and "disk is full" in str(error)):
-            return error or ClusterError(str(cause))
-    lines = [f"rank {rank}: {_last_line(failure)}" for rank, failure in failures.items()]
-    reason = "; ".join(lines) or _last_line(fault)
-    return TrainingError(
-        f"the workers failed more than {max_failures} times (parallel.max_failures): {reason}",
-        remedy=(
-            "The same command continues from the newest checkpoint. If workers were killed, look "
-            "for memory that ran out; their logs lie under /tmp/ray/session_latest/logs."
-        ),
-    )
-
-
-def _cause(fault: BaseException) -> BaseException:
-    """Unwrap what Ray put around a worker's exception."""
-    inner = getattr(fault, "cause", None) or getattr(fault, "health_check_failure", None)
-    return _cause(inner) if isinstance(inner, BaseException) else fault
-
-
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
-
-
-def _last_line(fault: BaseException) -> str:
-    lines = str(_cause(fault)).strip().splitlines()
-    return f"{type(_cause(fault)).__name__}: {lines[-1].strip()}" if lines else repr(fault)
 
 
 def _source_root() -> str:
@@ -471,9 +407,12 @@ def _polling(on_poll: Callable[[], None] | None) -> Iterator[None]:
     done = threading.Event()
 
     def poll() -> None:
-        while not done.wait(POLL_INTERVAL_S):
+        try:
+            while not done.wait(POLL_INTERVAL_S):
+                on_poll()
             on_poll()
-        on_poll()
+        except Exception:  # A fault of the display is no reason to stop training.
+            logger.exception("the progress display failed; the job goes on without it")
 
     thread = threading.Thread(target=poll, name="job-progress", daemon=True)
     thread.start()

@@ -1,0 +1,89 @@
+"""What the stages see of tracking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """A data set that a run read.
+
+    Args:
+        name: for example `glue/sst2 (train)`.
+        digest: the SHA-256 of its content.
+        source: where it came from: `hub`, `files`, `package`.
+        context: what it was used for: `training`, `evaluation`.
+        num_rows: its size.
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str = "training"
+    num_rows: int | None = None
+
+
+class TrackedRun(Protocol):
+    """One run, which ends with its `with` block."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run id; None without MLflow, or as long as the server has not answered."""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Add parameters, nested or flat; secrets and machine paths are taken out."""
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append to the run's `metrics.jsonl`; not while a job's rank 0 writes it."""
+
+    def log_dataset(self, dataset: DatasetInput) -> None:
+        """Name a data set that the run reads."""
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Have a file uploaded, and again if it changes; it must not hold secrets (`scrub`)."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or change tags."""
+
+    def stage(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        params: Mapping[str, object] | None = None,
+        fingerprint: str = "",
+    ) -> TrackedRun:
+        """Open a child run; an unfinished one of the same fingerprint is continued."""
+
+    def open_hint(self) -> str:
+        """A URL or a command that shows the run; empty without MLflow."""
+
+    def __enter__(self) -> TrackedRun:
+        """Open the run."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it as FINISHED, FAILED or KILLED."""
+
+
+class Tracker(Protocol):
+    """Where chains are recorded."""
+
+    def chain(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        params: Mapping[str, object],
+        tags: Mapping[str, str] | None = None,
+    ) -> TrackedRun:
+        """Open the parent run of a chain; one of the same parameters is continued."""

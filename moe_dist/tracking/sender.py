@@ -1,0 +1,112 @@
+"""The thread between journals and server; it outlasts the server's absence."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
+from moe_dist.tracking.mlflow_store import MlflowStore, describe_fault
+
+logger = logging.getLogger("moe_dist.tracking")
+
+SEND_INTERVAL_S = 2.0
+MAX_BACKOFF_S = 60.0
+CLOSING_TIME_S = 30.0
+
+
+class Sender:
+    """The thread that brings the server up to the journals.
+
+    Args:
+        store: the connection.
+        chain: the chain's journal, parent of all others.
+    """
+
+    def __init__(self, store: MlflowStore, chain: Journal) -> None:
+        self.store = store
+        self._journals: dict[Path, Journal] = {}
+        self._chain = chain
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._ending = False
+        self._away_since: float | None = None
+        self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
+
+    def follow(self, journal: Journal) -> None:
+        """Send what this journal gains from now on."""
+        with self._lock:
+            self._journals[journal.directory.absolute()] = journal
+        self._wake.set()
+
+    def start(self) -> None:
+        """Send what earlier processes left behind, and go on in the background."""
+        for path in sorted(self._chain.directory.rglob(JOURNAL_NAME)):
+            left = load_journal(path.parent, self._chain)
+            if path.parent != self._chain.directory and left is not None and not left.sent.complete:
+                self.follow(left)
+        self._pass()
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Send soon."""
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Send the rest, for a limited time, and say what could not be sent."""
+        self._ending = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSING_TIME_S)
+        if self._thread.is_alive() or self._away_since is not None:
+            with self._lock:
+                journals = list(self._journals.values())
+            pending = sum(self.store.count_pending(journal) for journal in journals)
+            logger.warning(
+                "MLflow at %s is still away: %d points wait in the output directory; "
+                "the same command sends them when the server is back.",
+                self.store.shown_uri,
+                pending,
+            )
+
+    def _work(self) -> None:
+        pause_s = SEND_INTERVAL_S
+        while True:
+            self._wake.wait(pause_s)
+            self._wake.clear()
+            ending = self._ending
+            whole = self._pass()
+            if ending:
+                return
+            pause_s = SEND_INTERVAL_S if whole else min(2 * pause_s, MAX_BACKOFF_S)
+
+    def _pass(self) -> bool:
+        """Bring every journal up to date.
+
+        Returns:
+            False if the server is away.
+        """
+        with self._lock:
+            journals = sorted(self._journals.values(), key=lambda j: j.parent is not None)
+        try:
+            for journal in journals:
+                if journal.sent.complete:
+                    continue
+                self.store.sync(journal)
+        except Exception as fault:  # Whatever fails here, training goes on.
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                logger.warning(
+                    "MLflow at %s takes nothing now (%s); training goes on, and what it logs is "
+                    "sent later.",
+                    self.store.shown_uri,
+                    describe_fault(fault),
+                )
+            return False
+        if self._away_since is not None:
+            away_s = time.monotonic() - self._away_since
+            self._away_since = None
+            logger.warning("MLflow answers again after %.0f s; nothing was lost.", away_s)
+        return True

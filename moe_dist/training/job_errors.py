@@ -1,0 +1,128 @@
+"""How a job's error travels from a worker to the user: whole, once, and with a remedy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import moe_dist.errors
+from moe_dist.errors import ClusterError, MoeDistError, TrainingError
+
+STOPPED_NAME = "stopped.json"
+
+
+def note_stop(records: Path, error: MoeDistError) -> None:
+    """Leave word that the job must not be tried again, and why.
+
+    Args:
+        records: the job's directory, which all ranks and the driver share.
+        error: the reason.
+    """
+    # Without space for the note, the error still comes back through Ray, after its retries.
+    note = {
+        "kind": type(error).__name__,
+        "args": [str(part) for part in error.args],
+        "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
+    }
+    with suppress(OSError):
+        beside = records / f"{STOPPED_NAME}.{os.getpid()}"
+        beside.write_text(json.dumps(note), encoding="utf-8")
+        with suppress(FileExistsError):  # The first rank to fail tells the reason.
+            os.link(beside, records / STOPPED_NAME)
+        beside.unlink()
+
+
+def read_stop(records: Path) -> MoeDistError | None:
+    """Read the error that `note_stop` left.
+
+    Args:
+        records: the job's directory.
+
+    Returns:
+        The error of the rank that failed first; None if no rank left one.
+    """
+    path = records / STOPPED_NAME
+    if not path.exists():
+        return None
+    note = json.loads(path.read_text(encoding="utf-8"))
+    kind = getattr(moe_dist.errors, note["kind"], TrainingError)
+    error: MoeDistError = kind.__new__(kind)
+    error.args = tuple(note["args"])
+    vars(error).update(note["state"])
+    return error
+
+
+def user_error(fault: BaseException) -> MoeDistError | None:
+    """Name the errors that another attempt cannot mend.
+
+    Args:
+        fault: what the job raised.
+
+    Returns:
+        The error for the user; None for a RuntimeError or OSError, which may be the echo of
+        another worker's death and is worth another attempt.
+    """
+    if isinstance(fault, MoeDistError):
+        return fault
+    text = str(fault)
+    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return TrainingError(
+            f"the disk is full: {first_line(fault)}",
+            remedy="Free space, or give another output_dir; the same command then continues.",
+        )
+    if isinstance(fault, RuntimeError | OSError):
+        return None
+    trace = "".join(traceback.format_exception(fault))
+    return TrainingError(
+        f"a worker failed: {type(fault).__name__}: {text}",
+        remedy=f"This looks like a fault of moe-dist; please report it with this trace:\n{trace}",
+    )
+
+
+def explain(fault: BaseException, max_failures: int) -> MoeDistError:
+    """Turn Ray Train's error into one that says what to do.
+
+    Args:
+        fault: the `TrainingFailedError`.
+        max_failures: how many deaths were to be survived.
+
+    Returns:
+        The job's own error if it is among the causes.
+    """
+    failures: Mapping[int, BaseException] = getattr(fault, "worker_failures", {})
+    causes = [_cause(failure) for failure in failures.values()]
+    for cause in causes:
+        error = user_error(cause)
+        if isinstance(cause, MoeDistError) or (error is not None and "disk is full" in str(error)):
+            return error or ClusterError(str(cause))
+    lines = [f"rank {rank}: {_last_line(failure)}" for rank, failure in failures.items()]
+    reason = "; ".join(lines) or _last_line(fault)
+    return TrainingError(
+        f"the workers failed more than {max_failures} times (parallel.max_failures): {reason}",
+        remedy=(
+            "The same command continues from the newest checkpoint. If workers were killed, look "
+            "for memory that ran out; their logs lie under /tmp/ray/session_latest/logs."
+        ),
+    )
+
+
+def _cause(fault: BaseException) -> BaseException:
+    """Unwrap what Ray put around a worker's exception."""
+    inner = getattr(fault, "cause", None) or getattr(fault, "health_check_failure", None)
+    return _cause(inner) if isinstance(inner, BaseException) else fault
+
+
+def first_line(fault: BaseException) -> str:
+    """Return the first line of an error's text, or its kind if it has none."""
+    lines = str(fault).strip().splitlines()
+    return lines[0] if lines else type(fault).__name__
+
+
+def _last_line(fault: BaseException) -> str:
+    lines = str(_cause(fault)).strip().splitlines()
+    return f"{type(_cause(fault)).__name__}: {lines[-1].strip()}" if lines else repr(fault)
