@@ -20,7 +20,7 @@ from moe_dist.conversion import score_importance
 from moe_dist.data.loaders import Encoded, encode, eval_batches
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.sources import Splits, load_splits
-from moe_dist.distributed.launch import set_thread_count
+from moe_dist.distributed.launch import training_device
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
@@ -102,7 +102,6 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
     Returns:
         See `fit`.
     """
-    set_thread_count()
     splits = load_splits(**payload["data"])
     task = splits.task
     model, tokenizer = load_pretrained(
@@ -133,10 +132,9 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
     Returns:
         See `fit`.
     """
-    set_thread_count()
     splits = load_splits(**payload["data"])
-    device = pick_device(payload.get("use_gpu", "auto"))
-    teacher = freeze(load_model(Path(payload["teacher"]))).to(device)
+    # The engine takes this device too, and the two must meet in the losses.
+    teacher = freeze(load_model(Path(payload["teacher"]), training_device()))
     student = load_model(Path(payload["student"]))
     section = payload["distill"]
     data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
@@ -184,10 +182,9 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     Returns:
         ``scores``: the file that rank 0 wrote; ``num_samples``: how many were scored.
     """
-    set_thread_count()
     splits = load_splits(**payload["data"])
     device = pick_device(payload.get("use_gpu", "auto"))
-    model = load_model(Path(payload["model"])).to(device)
+    model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
     encoded = data.train
     wanted = payload.get("num_samples")
@@ -221,10 +218,9 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
         ``predictions`` (the logits, (N, C) float32) and ``labels`` (N,) as arrays, ``metrics``
         by name, ``expert_load`` by layer, and where rank 0 wrote them (``path``).
     """
-    set_thread_count()
     splits = load_splits(**payload["data"])
     device = pick_device(payload.get("use_gpu", "auto"))
-    model = load_model(Path(payload["model"])).to(device)
+    model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
     encoded = data.train if payload.get("split", "dev") == "train" else data.dev
     answers = predict(

@@ -150,7 +150,7 @@ def train(
         How it ended.
 
     Raises:
-        TrainingError: if all weights are 0.
+        TrainingError: if all weights are 0, or the checkpoint is of another run.
         NonFiniteLossError: if a loss or its gradient is NaN or infinite.
     """
     if not any(weight.weight for weight in weights.values()):
@@ -160,7 +160,8 @@ def train(
         )
     started = time.perf_counter()
     window = LogWindow(engine.device)
-    result = _resume(engine, window, checkpoint_dir)
+    plan = {"seed": settings.seed, "steps_per_epoch": batches.steps_per_epoch}
+    result = _resume(engine, window, checkpoint_dir, plan=plan, num_steps=settings.num_steps)
     if engine.rank == 0 and metric_log is not None:
         metric_log.truncate_after(-1 if result.resumed_from is None else result.resumed_from)
 
@@ -191,7 +192,7 @@ def train(
             publish(done, result.evaluation)
         if checkpoint_dir is not None and (is_last or _is_due(done, settings.checkpoint_every)):
             state = {
-                "seed": settings.seed,
+                **plan,
                 "epoch": done // batches.steps_per_epoch,
                 "step_in_epoch": done % batches.steps_per_epoch,
                 "window": window.state(),
@@ -203,12 +204,29 @@ def train(
     return result
 
 
-def _resume(engine: TrainEngine, window: LogWindow, checkpoint_dir: Path | None) -> TrainResult:
+def _resume(
+    engine: TrainEngine,
+    window: LogWindow,
+    checkpoint_dir: Path | None,
+    *,
+    plan: Mapping[str, int],
+    num_steps: int,
+) -> TrainResult:
     state = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir, engine)
     if state is None:
         return TrainResult(num_steps=0, resumed_from=None)
-    window.restore(state["window"], keeps_sums=engine.rank == 0)
     step = int(state["step"])
+    differing = [
+        f"{key} {state[key]} and not {plan[key]}" for key in plan if state[key] != plan[key]
+    ]
+    if step > num_steps:
+        differing.append(f"{step} steps done of {num_steps}")
+    if differing:
+        raise TrainingError(
+            f"the checkpoints in {checkpoint_dir} are of another run: {', '.join(differing)}",
+            remedy="train in another directory, or delete these checkpoints to start again",
+        )
+    window.restore(state["window"], keeps_sums=engine.rank == 0)
     return TrainResult(
         num_steps=step,
         resumed_from=step,

@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from moe_dist.distributed.launch import spawn_gloo
+from moe_dist.errors import NonFiniteLossError
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
+from moe_dist.losses.total import LossTerm
 from moe_dist.metric_log import MetricLog
+from moe_dist.training import jobs
 from moe_dist.training.jobs import distill_job, importance_job, predict_job
 from moe_dist.training.results import load_scores
+from moe_dist.training.step import StepTerms
 from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
 
 pytestmark = pytest.mark.distributed
 EP2 = {"ep_size": 2, "zero_stage": 1}
-EP1 = {"ep_size": 1, "zero_stage": 0}
 
 
 def write_teacher(root: Path) -> str:
@@ -31,83 +34,109 @@ def write_teacher(root: Path) -> str:
     return str(save_model(model, root / "teacher", tokenizer=tokenizer))
 
 
-def payloads(root: Path, teacher: str, student: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    train = train_section(num_epochs=1, accumulation=2, log_every=2, checkpoint_every=2)
-    return {
-        "train": train,
-        "distill": {"load_balancing_weight": 0.0, "hidden_weight": 1.0, "temperature": 2.0},
-        "parallel": parallel,
-        "teacher": teacher,
-        "student": student,
-    }
-
-
-def score(rank: int, world_size: int, payload: dict[str, Any]) -> None:
-    importance_job(payload)  # type: ignore[arg-type]
-
-
-def distill_stop_resume_predict(
-    rank: int, world_size: int, payload: dict[str, Any], predict: dict[str, Any]
+def score_distil_resume_predict(
+    rank: int,
+    world_size: int,
+    scoring: dict[str, Any],
+    payload: dict[str, Any],
+    predict: dict[str, Any],
+    spoilt: dict[str, Any],
 ) -> None:
-    """Stop after half of the steps, go on, and predict with the saved student."""
-    half = payload | {"train": payload["train"] | {"max_steps": 3, "lr_schedule": "constant"}}
-    whole = payload | {"train": payload["train"] | {"lr_schedule": "constant"}}
-    first = distill_job(half)  # type: ignore[arg-type]
-    second = distill_job(whole)  # type: ignore[arg-type]
+    """Score; stop the distillation after half of its steps and go on; predict; go wrong."""
+    importance_job(scoring)
+    half = payload | {"train": payload["train"] | {"max_steps": 3}}
+    first, second = distill_job(half), distill_job(payload)
     assert first["num_steps"] == second["resumed_from"] == 3
-    answer = predict_job(predict | {"model": second["model"]})  # type: ignore[typeddict-item]
+    answer = predict_job(predict | {"model": second["model"]})
     assert answer["metrics"] == second["metrics"]
-    told = {"metrics": second["metrics"], "logits": answer["predictions"].tolist()}
+    if rank == 1:
+        jobs._distill = _with_nan(jobs._distill)
+    with pytest.raises(NonFiniteLossError) as caught:
+        distill_job(spoilt)
+    told = {
+        "metrics": second["metrics"],
+        "logits": answer["predictions"].tolist(),
+        "error": str(caught.value),
+    }
     Path(payload["stage_dir"], f"rank{rank}.json").write_text(json.dumps(told))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("two")
+def _with_nan(compute: Any) -> Any:
+    def computed(*args: Any, **options: Any) -> Any:
+        terms = compute(*args, **options)
+        broken = LossTerm(terms.terms["hidden_mse"].sum * float("nan"), "tokens")
+        return StepTerms(terms.terms | {"hidden_mse": broken})
+
+    return computed
 
 
 @pytest.fixture(scope="module")
-def teacher(root: Path) -> str:
-    return write_teacher(root)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same jobs on one process and on two; one start of two processes serves all tests."""
+    root = tmp_path_factory.mktemp("two")
+    teacher = write_teacher(root)
+    scoring = {"model": teacher, "num_samples": 37, "batch_size": 8}
+    importance_job(task_payload(root, "score-importance") | scoring)
+    student = adapt(root, teacher)
+    distilling = {
+        "train": train_section(
+            num_epochs=1, accumulation=2, log_every=2, checkpoint_every=2, lr_schedule="constant"
+        ),
+        "distill": {"temperature": 2.0},
+        "teacher": teacher,
+        "student": student,
+    }
+    alone = distill_job(task_payload(root, "alone") | distilling)
+    spawn_gloo(
+        score_distil_resume_predict,
+        2,
+        task_payload(root, "score-two") | scoring,
+        task_payload(root, "together") | distilling | {"parallel": EP2},
+        task_payload(root, "together"),
+        task_payload(root, "spoilt") | distilling | {"parallel": EP2},
+    )
+    return {"root": root, "student": student, "alone": alone}
 
 
-def test_scores_are_summed_over_ranks(root: Path, teacher: str) -> None:
-    options = {"model": teacher, "num_samples": 37, "batch_size": 8}
-    importance_job(task_payload(root, "score-importance") | options)  # type: ignore[arg-type]
-    spawn_gloo(score, 2, task_payload(root, "score-two") | options)
-    one = load_scores(root / "score-importance" / "scores.safetensors")
-    two = load_scores(root / "score-two" / "scores.safetensors")
+def test_scores_are_summed_over_ranks(runs: dict[str, Any]) -> None:
+    one = load_scores(runs["root"] / "score-importance" / "scores.safetensors")
+    two = load_scores(runs["root"] / "score-two" / "scores.safetensors")
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_two_ranks_with_spread_experts_equal_one(root: Path, teacher: str) -> None:
-    if not (root / "score-importance").exists():
-        importance_job(
-            task_payload(root, "score-importance") | {"model": teacher, "num_samples": 37}
-        )  # type: ignore[arg-type]
-    student = adapt(root, teacher)
-    alone = task_payload(root, "alone") | payloads(root, teacher, student, EP1)
-    alone["train"] = alone["train"] | {"lr_schedule": "constant"}
-    expected = distill_job(alone)  # type: ignore[arg-type]
-    together = task_payload(root, "together") | payloads(root, teacher, student, EP2)
-    spawn_gloo(distill_stop_resume_predict, 2, together, task_payload(root, "together"))
-
-    reference = load_model(expected["model"]).state_dict()
-    trained = load_model(root / "together" / "model").state_dict()
-    start = load_model(student).state_dict()
+def test_two_ranks_with_spread_experts_train_as_one_does(runs: dict[str, Any]) -> None:
+    reference = load_model(runs["alone"]["model"]).state_dict()
+    trained = load_model(runs["root"] / "together" / "model").state_dict()
+    start = load_model(runs["student"]).state_dict()
     assert set(trained) == set(reference)
     moved = 0.0
     for name, value in reference.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=2e-4, msg=name)
         moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 1e-2, "training changed nothing"
-    told = [json.loads((root / "together" / f"rank{r}.json").read_text()) for r in (0, 1)]
+
+
+def test_ranks_agree_and_log_once(runs: dict[str, Any]) -> None:
+    root = runs["root"]
+    told = [json.loads((root / "together" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert told[0] == told[1]
-    logs = [MetricLog(root / stage / "metrics.jsonl").read() for stage in ("alone", "together")]
-    alone_losses, together_losses = (
-        [(r.step, r.metrics["train/loss/total"]) for r in log if "train/loss/total" in r.metrics]
-        for log in logs
+    alone, together = (
+        {
+            record.step: record.metrics["train/loss/total"]
+            for record in MetricLog(root / stage / "metrics.jsonl").read()
+            if "train/loss/total" in record.metrics
+        }
+        for stage in ("alone", "together")
     )
-    assert [step for step, _ in together_losses] == [2, 3, 4, 6]
-    assert dict(together_losses)[6] == pytest.approx(dict(alone_losses)[6], rel=1e-3)
+    # The half run ended at 3 and logged there; the whole one went on from its checkpoint.
+    assert list(alone) == [2, 4, 6] and list(together) == [2, 3, 4, 6]
+    assert together[6] == pytest.approx(alone[6], rel=1e-3)
+
+
+def test_a_spoilt_loss_on_one_rank_stops_all_and_is_located(runs: dict[str, Any]) -> None:
+    together = runs["root"] / "together"
+    for rank in (0, 1):
+        error = json.loads((together / f"rank{rank}.json").read_text())["error"]
+        assert "step 1: a loss is not finite; rank 1, samples [" in error
+        assert "hidden_mse=nan" in error and "rank 0" not in error

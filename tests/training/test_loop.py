@@ -261,3 +261,19 @@ def test_step_seeds_differ() -> None:
     seeds = {step_seed(s, t, r) for s in range(3) for t in range(50) for r in range(4)}
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"settings": replace(SETTINGS, seed=4)}, "seed 3 and not 4"),
+        ({"settings": replace(SETTINGS, num_steps=5)}, "7 steps done of 5"),
+        ({"batches": tiny_batches(batch_size=6)}, "steps_per_epoch 3 and not 4"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    run(tmp_path)
+    with pytest.raises(TrainingError, match=named):
+        run(tmp_path, **changed)

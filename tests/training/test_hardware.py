@@ -1,0 +1,82 @@
+"""Device, precision, batches on their way, and the log window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_dist.errors import ClusterError
+from moe_dist.training import hardware
+from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
+from moe_dist.training.transfer import ahead, prepared
+from moe_dist.training.window import LogWindow, load_imbalance
+
+CPU = torch.device("cpu")
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert pick_precision("auto", CPU) == expected
+        assert pick_precision("fp32", CPU) == "fp32"
+        assert pick_precision("bf16", CPU) == "bf16"
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: False)
+    assert pick_device(False) == pick_device("auto") == CPU
+    with pytest.raises(ClusterError, match="no GPU"):
+        pick_device(True)
+
+
+def test_peak_memory_is_that_of_a_process_with_torch() -> None:
+    assert 0.05 < peak_memory_gib() < 64
+
+
+def test_batches_pass_unchanged_on_a_cpu() -> None:
+    batches = [{"x": torch.tensor([i])} for i in range(3)]
+    assert [int(batch["x"]) for batch in ahead(iter(batches), CPU)] == [0, 1, 2]
+
+
+def test_items_are_prepared_ahead_and_in_order_for_a_gpu() -> None:
+    seen = list(prepared(iter([1, 2, 3]), lambda item: item * 10, torch.device("cuda")))
+    assert seen == [10, 20, 30]
+
+
+def test_a_fault_in_the_next_batch_reaches_the_caller() -> None:
+    def items() -> object:
+        yield 1
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        list(prepared(items(), lambda item: item, torch.device("cuda")))
+
+
+def test_load_imbalance_is_largest_over_mean() -> None:
+    assert load_imbalance(torch.tensor([3.0, 1.0, 0.0, 0.0])) == 3.0
+    assert load_imbalance(torch.tensor([2.0, 2.0])) == 1.0
+    assert load_imbalance(torch.zeros(4)) == 1.0
+
+
+def test_a_restored_window_goes_on_exactly() -> None:
+    def fill(window: LogWindow, first: int, last: int) -> None:
+        for step in range(first, last):
+            loss = torch.tensor(0.1 * (step + 1))
+            window.add_micro_batch({"task": loss}, {"layer": torch.tensor([step, 1.0])})
+            window.add_step(grad_norm=float(step), num_tokens=10, seconds=0.5)
+
+    whole, first, second = LogWindow(CPU), LogWindow(CPU), LogWindow(CPU)
+    fill(whole, 0, 5)
+    fill(first, 0, 2)
+    second.restore(first.state(), keeps_sums=True)
+    fill(second, 2, 5)
+    assert second.metrics() == whole.metrics()
+    assert whole.metrics()["perf/tokens_per_s"] == pytest.approx(20.0)
+    assert whole.metrics()["train/grad_norm"] == 2.0
+    assert whole.metrics()["moe/load_imbalance/layer"] == pytest.approx(10 / 7.5)
+    other_rank = LogWindow(CPU)
+    other_rank.restore(first.state(), keeps_sums=False)
+    assert other_rank.metrics()["train/loss/task"] == 0.0
+    whole.clear()
+    assert whole.metrics() == {}
