@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.distributed import TrainEngine, build_engine
+from moe_dist.distributed.engine import Precision
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 
 VOCAB, WIDTH, LABELS, EXPERTS = 23, 8, 3, 4
@@ -99,9 +100,9 @@ def micro_batches(case: Case, rank: int, step: int) -> list[tuple[Tensor, Tensor
     return batches
 
 
-def make_engine(case: Case, model: nn.Module | None = None) -> TrainEngine:
+def make_engine(case: Case, precision: Precision = "fp32") -> TrainEngine:
     return build_engine(
-        model if model is not None else make_model(),
+        make_model(),
         learning_rate=LEARNING_RATE,
         weight_decay=0.1,
         num_steps=NUM_STEPS,
@@ -113,6 +114,7 @@ def make_engine(case: Case, model: nn.Module | None = None) -> TrainEngine:
         zero_stage=case.zero,
         ep_size=case.ep,
         micro_batches_per_step=case.accumulation,
+        precision=precision,
         max_grad_norm=case.clip,
     )
 

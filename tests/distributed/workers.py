@@ -17,7 +17,7 @@ from moe_dist.distributed import (
     save_checkpoint,
 )
 from moe_dist.distributed.checkpoint import _gather_moments
-from moe_dist.errors import CheckpointError
+from moe_dist.errors import CheckpointError, ConfigError, TrainingError
 from tests.distributed.tiny_moe import NUM_STEPS, Case, all_logits, make_engine, train_steps
 
 HALF = NUM_STEPS // 2
@@ -79,9 +79,8 @@ def run_world(
         resume_case(case, source, out)
 
 
-def run_faults(rank: int, world: int, out: Path) -> None:
-    """Damage and a full disk must be seen alike on every rank."""
-    warnings.filterwarnings("ignore")
+def run_faults(world: int, out: Path) -> dict[str, object]:
+    """Damage and a failing write must be seen alike on every rank."""
     case = Case(world, world, 1)
     directory = out / "faults"
     engine = make_engine(case)
@@ -89,11 +88,11 @@ def run_faults(rank: int, world: int, out: Path) -> None:
     save_checkpoint(directory, engine, step=1, state={})
     train_steps(engine, case, 1, 2)
     place = save_checkpoint(directory, engine, step=2, state={})
-    if rank == 0:
+    if engine.rank == 0:
         damage(place / "optimizer.safetensors")
     torch.distributed.barrier()
     state = load_checkpoint(directory, engine)
-    found = {"fallback_step": None if state is None else state["step"]}
+    found: dict[str, object] = {"fallback_step": None if state is None else state["step"]}
     try:
         load_checkpoint(place, engine)
     except CheckpointError as error:
@@ -104,7 +103,64 @@ def run_faults(rank: int, world: int, out: Path) -> None:
         save_checkpoint(blocker / "run", engine, step=3, state={})
     except CheckpointError as error:
         found["unwritable"] = str(error)
-    (out / f"faults-{rank}.json").write_text(json.dumps(found))
+    return found
+
+
+def run_lopsided(case: Case) -> dict[str, Tensor]:
+    """One expert gets every token, so that other ranks receive none."""
+    engine = make_engine(case)
+    engine.module.get_submodule("hashed.router").get_buffer("table").zero_()
+    train_steps(engine, case, 0, 2)
+    return _gather_moments(engine)
+
+
+def run_bf16(world: int) -> dict[str, object]:
+    """Autocast computes in bf16 over fp32 weights and stays near the fp32 run."""
+    case = Case(world, world, 1)
+    engine = make_engine(case, precision="bf16")
+    with engine.autocast():
+        dtype = str(engine.module.get_submodule("head")(torch.ones(1, 8)).dtype)
+    norms = train_steps(engine, case, 0, 3)
+    dtypes = {str(p.dtype) for p in engine.module.parameters()}
+    expected = train_steps(make_engine(case), case, 0, 3)
+    gap = max(abs(a / b - 1) for a, b in zip(norms, expected, strict=True))
+    return {"dtype": dtype, "weights": sorted(dtypes), "gap": gap}
+
+
+def run_refusals(world: int) -> dict[str, object]:
+    """Sizes that do not divide, and gradients that are not finite, are errors on every rank."""
+    found: dict[str, object] = {}
+    try:
+        make_engine(Case(world, 3, 0))
+    except ConfigError as error:
+        found["ep_size"] = str(error)
+    for zero in (0, 1):
+        case = Case(world, world, zero)
+        engine = make_engine(case)
+        before = gather_state_dict(engine)
+        logits = engine.module(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2).bool())
+        engine.backward(logits.sum() * float("nan"), is_last_micro_batch=True)
+        try:
+            engine.step()
+        except TrainingError as error:
+            found[f"nan.{zero}"] = str(error)
+        after = gather_state_dict(engine)
+        found[f"untouched.{zero}"] = all(torch.equal(before[k], after[k]) for k in before)
+    return found
+
+
+def run_edges(rank: int, world: int, resumes: list[tuple[str, Case]], out: Path) -> None:
+    """What is not about sizes: faults, lopsided routing, bf16, refusals."""
+    run_world(rank, world, [], [], resumes, out)
+    found = {
+        "faults": run_faults(world, out),
+        "bf16": run_bf16(world),
+        "refusals": run_refusals(world),
+    }
+    lopsided = run_lopsided(Case(world, world, 2))
+    if rank == 0:
+        save_file(lopsided, out / "lopsided.safetensors")
+    (out / f"edges-{rank}.json").write_text(json.dumps(found))
 
 
 def damage(path: Path) -> None:
