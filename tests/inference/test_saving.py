@@ -86,8 +86,12 @@ def test_round_trip(family: str, router: str, tmp_path: Path) -> None:
     loaded = load_model(save_model(student, tmp_path / "model"))
     assert type(loaded) is type(student)
     assert not loaded.training
+    assert set(loaded.state_dict()) == set(student.state_dict())
+    for name, value in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    # Not bit by bit: products of odd sizes depend on where the weights lie in memory.
     batch = token_batch()
-    assert torch.equal(logits_of(loaded, batch), logits_of(student.eval(), batch))
+    torch.testing.assert_close(logits_of(loaded, batch), logits_of(student.eval(), batch))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -176,7 +180,8 @@ def test_plain_transformers_refuses(saved: Path, kind: str, words: str) -> None:
 def test_every_familys_dense_class_refuses(family: str, tmp_path: Path) -> None:
     directory = save_model(student_of(family), tmp_path / "model")
     dense: Any = type(tiny_model(family))
-    with pytest.raises((KeyError, ValueError), match="moe-dist experts"):
+    # Which class of error it is differs; that it says why does not.
+    with pytest.raises(Exception, match="moe-dist experts"):
         dense.from_pretrained(directory)
 
 
