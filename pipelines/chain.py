@@ -174,6 +174,9 @@ def _report(
     chain.log_metrics(0, report.headline_metrics(content))
     for artifact in (path, text):
         chain.log_artifact(artifact)
+    for key, result in results.items():
+        for plot in sorted(result.directory.glob("*.png")):
+            chain.log_artifact(plot, folder=f"plots/{key}")
     return path
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.metric_log import MetricTail
+from moe_dist.metric_log import MetricLog, MetricTail
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -64,17 +64,20 @@ def run_job(
     return result.value
 
 
-def run_here(job: Job, payload: Mapping[str, Any]) -> Any:
-    """Run a short job in this process.
+def draw_losses(work: StageWork, title: str) -> Path:
+    """Draw the loss terms that a training job logged.
 
     Args:
-        job: a function of `moe_dist.training.jobs`.
-        payload: what it is told.
+        work: the stage that ran it.
+        title: the heading.
 
     Returns:
-        What the job returned.
+        The picture.
     """
-    return job(dict(payload))
+    from .plots import plot_losses
+
+    records = MetricLog(work.directory / METRIC_LOG).read()
+    return plot_losses(records, work.directory / "losses.png", title=title)
 
 
 def show_progress(log: Path, console: Console, num_steps: int | None) -> Callable[[], None]:

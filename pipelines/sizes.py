@@ -205,9 +205,8 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
         sizes.unknown.append(f"training steps: {error.message}")
         return 2
     sizes.facts.append(("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev"))
-    workers = config.parallel.num_workers
     for name, train in (("teacher", config.teacher_train), ("student", config.train)):
-        steps = workspace.num_steps(train, workers)
+        steps = workspace.num_steps(train)
         sizes.facts.append((f"steps, {name}", str(steps)))
     return splits.task.num_labels
 

@@ -101,13 +101,13 @@ class StageOutcome:
         outputs: path of each output, inside the stage's directory.
         metrics: figures worth keeping.
         details: other plain values.
-        artifacts: further files for the tracking server.
+        plots: pictures for the tracking server.
     """
 
     outputs: Mapping[str, Path]
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
-    artifacts: tuple[Path, ...] = ()
+    plots: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,9 @@ def execute(
                 seconds=seconds,
             )
             _finish(result, settings, input_digests)
-            for artifact in (directory / FINISHED, *outcome.artifacts):
-                run.log_artifact(artifact)
+            run.log_artifact(directory / FINISHED)
+            for plot in outcome.plots:
+                run.log_artifact(plot, folder="plots")
     except BaseException:
         _note_attempt(directory, time.monotonic() - begin)
         raise

@@ -108,19 +108,18 @@ class Workspace:
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
-    def num_steps(self, train: TrainConfig, num_workers: int) -> int:
+    def num_steps(self, train: TrainConfig) -> int:
         """Return how many optimizer steps a training stage takes.
 
         Args:
             train: the stage's settings.
-            num_workers: training processes.
 
         Returns:
             Steps over all epochs, within `max_steps`.
         """
-        whole, rest = divmod(len(self.splits.train), train.batch_size)
-        steps = (whole + (rest >= num_workers * train.accumulation)) * train.num_epochs
-        return max(1, min(steps, train.max_steps or steps))
+        # As `TrainBatches` cuts an epoch.
+        steps = max(1, len(self.splits.train) // train.batch_size) * train.num_epochs
+        return min(steps, train.max_steps or steps)
 
     def prepare(self) -> None:
         """Make the output directory, and check that it takes files, before anything starts.

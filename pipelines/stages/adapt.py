@@ -35,10 +35,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         from moe_dist.inference.saving import load_tokenizer
         from moe_dist.training.results import load_scores
 
+        from ..plots import plot_importance
+
         moe = config.moe
+        importance = load_scores(scores.outputs["scores"])
         model = load_model(teacher.outputs["model"])
         plan = plan_partition(
-            load_scores(scores.outputs["scores"]),
+            importance,
             num_experts=moe.num_experts,
             expert_size=moe.expert_size,
             num_shared_neurons=moe.num_shared_neurons,
@@ -61,11 +64,19 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             stage.directory / "model",
             tokenizer=load_tokenizer(teacher.outputs["model"]),
         )
+        picture = plot_importance(
+            [importance[part.layer] for part in plan.partitions],
+            stage.directory / "importance.png",
+            num_kept=len(plan.partitions[0].kept_ids),
+            num_shared=plan.num_shared_neurons,
+            layer_names=[str(layer) for layer in plan.layers],
+        )
         return StageOutcome(
             outputs={
                 "model": stage.directory / "model",
                 "plan": stage.directory / "plan.json",
             },
+            plots=(picture,),
         )
 
     return execute(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..jobs import run_job
+from ..jobs import draw_losses, run_job
 from ..payloads import training_job, training_settings
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from . import adapt, finetune_teacher
 
 if TYPE_CHECKING:
@@ -46,9 +46,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             config=config,
             work=stage,
             workspace=inputs.workspace,
-            num_steps=inputs.workspace.num_steps(config.train, config.parallel.num_workers),
+            num_steps=inputs.workspace.num_steps(config.train),
         )
-        return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
+        return StageOutcome(
+            outputs={"model": stage.directory / "model"},
+            metrics=result["metrics"],
+            plots=(draw_losses(stage, stage_key(NAME, inputs.label)),),
+        )
 
     return execute(
         NAME,

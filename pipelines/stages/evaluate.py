@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..jobs import run_here
-from ..payloads import data_job
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.tracking import TrackedRun
+
+    from ..workspace import Workspace
 
 NAME = "evaluate"
 NEEDS = (finetune_teacher.NAME, adapt.NAME, distill.NAME)
@@ -26,8 +27,10 @@ BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
 LATENCY_BATCH_SIZES = (1, 32)
 LATENCY_SEQ_LEN = 128
-LATENCY_ROUNDS = 5
-LATENCY_REPEATS = 4
+LATENCY_ROUNDS = 10
+MIN_LATENCY_ROUNDS = 3
+LATENCY_BUDGET_S = 20.0
+LATENCY_REPEATS = 2
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -46,13 +49,15 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
 
     def work(stage: StageWork) -> StageOutcome:
-        splits = inputs.workspace.splits
-        predictions = predict_all(config, models, stage)
-        labels = predictions.pop("labels")
-        entries = measure_quality(predictions, labels, splits.task.metrics)
-        for name, cost in measure_cost(final_models(models), seq_len, stage).items():
+        workspace = inputs.workspace
+        task = workspace.splits.task
+        loaded = load_all(models)
+        answers = predict_all(loaded, models, workspace, stage)
+        labels, loads = answers.labels, answers.expert_loads
+        entries = measure_quality(answers.logits, labels, task.metrics)
+        for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
             entries[name] |= cost
-        differences = compare_students(predictions, labels, splits.task.main_metric, config.seed)
+        differences = compare_students(answers.logits, labels, task.main_metric, config.seed)
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -63,13 +68,16 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             outputs={"predictions": stage.directory / PREDICTIONS},
             metrics=metrics,
             details={
-                "main_metric": splits.task.main_metric,
+                "main_metric": task.main_metric,
                 "num_dev_samples": len(labels),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": differences,
-                "data": {"name": inputs.workspace.data_name, "digest": splits.digest},
+                "data": {"name": workspace.data_name, "digest": workspace.splits.digest},
+                "expert_loads": loads,
+                "num_threads": answers.num_threads,
             },
+            plots=draw_loads(loads, stage.directory),
         )
 
     return execute(
@@ -108,48 +116,125 @@ def model_directories(inputs: StageInputs) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def final_models(models: Mapping[str, tuple[Path, str]]) -> dict[str, Path]:
+def final_models(loaded: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the students that have not been trained: they cost what trained ones cost.
 
     Args:
+        loaded: a value for each name of `model_directories`.
+
+    Returns:
+        Value by name.
+    """
+    return {name: value for name, value in loaded.items() if not name.endswith(f"/{BEFORE}")}
+
+
+def load_all(models: Mapping[str, tuple[Path, str]]) -> dict[str, Any]:
+    """Load every model, on a GPU where this process has one.
+
+    Args:
         models: what `model_directories` found.
 
     Returns:
-        Directory by name.
+        Model by name, in evaluation mode.
     """
-    return {name: path for name, (path, _) in models.items() if not name.endswith(f"/{BEFORE}")}
+    import torch
+
+    from moe_dist.inference import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: load_model(path, device=device) for name, (path, _) in models.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What all models say about the dev split.
+
+    Attributes:
+        labels: (N,).
+        logits: (N, C) by model name.
+        expert_loads: for each final model with experts, each expert's share by layer.
+        num_threads: CPU threads that torch used.
+    """
+
+    labels: Any
+    logits: dict[str, Any]
+    expert_loads: dict[str, dict[str, list[float]]]
+    num_threads: int
 
 
 def predict_all(
-    config: RunConfig, models: Mapping[str, tuple[Path, str]], stage: StageWork
-) -> dict[str, Any]:
-    """Run every model over the dev split.
+    loaded: Mapping[str, Any],
+    models: Mapping[str, tuple[Path, str]],
+    workspace: Workspace,
+    stage: StageWork,
+) -> Answers:
+    """Run every model over the dev split, and keep what they say.
 
     Args:
-        config: the run's configuration.
+        loaded: model by name.
         models: what `model_directories` found.
+        workspace: holds the data.
         stage: the stage that asks.
 
     Returns:
-        `labels` (N,), and for each model its outputs (N, C).
+        Labels, outputs and expert loads.
     """
-    from moe_dist.training.jobs import predict_job
+    import torch
 
-    results: dict[str, Any] = {}
-    for done, (name, (path, _)) in enumerate(models.items()):
-        stage.console.progress(done, len(models))
-        payload = {
-            **data_job(config, stage.directory / PREDICTIONS),
-            "model": str(path),
-            "split": "dev",
-            "batch_size": PREDICT_BATCH_SIZE,
-            "output_name": name.replace("/", "-"),
-        }
-        output = run_here(predict_job, payload)
-        results.setdefault("labels", output["labels"])
-        results[name] = output["predictions"]
-    stage.console.progress(len(models), len(models))
-    return results
+    from moe_dist.data.loaders import encode
+    from moe_dist.inference.saving import load_tokenizer
+    from moe_dist.training.evaluation import expert_load, predict
+    from moe_dist.training.results import save_predictions
+
+    splits = workspace.splits
+    tokenizer = load_tokenizer(models[TEACHER][0])
+    encoded = encode(
+        splits.dev,
+        tokenizer,
+        max_length=workspace.config.model.max_length,
+        cache_dir=None,
+        digest=f"{splits.digest}-dev",
+    )
+    logits: dict[str, Any] = {}
+    loads: dict[str, dict[str, list[float]]] = {}
+    for done, (name, model) in enumerate(loaded.items(), start=1):
+        found = predict(
+            model,
+            encoded,
+            batch_size=PREDICT_BATCH_SIZE,
+            pad_token_id=int(tokenizer.pad_token_id),
+            device=next(model.parameters()).device,
+        )
+        save_predictions(
+            stage.directory / PREDICTIONS / f"{name.replace('/', '-')}.npz",
+            logits=found.logits,
+            predictions=found.values(is_regression=splits.task.kind == "regression"),
+            labels=encoded.labels,
+            sample_ids=encoded.sample_ids,
+        )
+        logits[name] = found.logits.numpy()
+        if found.tokens_per_expert and name in final_models(loaded):
+            loads[name] = expert_load(found.tokens_per_expert)
+        stage.console.progress(done, len(loaded) + LATENCY_ROUNDS)
+    return Answers(encoded.labels, logits, loads, torch.get_num_threads())
+
+
+def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
+    """Draw each model's expert load on the dev split.
+
+    Args:
+        loads: each expert's share by layer, by model name.
+        directory: where the pictures go.
+
+    Returns:
+        The pictures.
+    """
+    from ..plots import plot_expert_load
+
+    return tuple(
+        plot_expert_load(by_layer, directory / f"expert-load-{name}.png")
+        for name, by_layer in loads.items()
+    )
 
 
 def measure_quality(
@@ -176,38 +261,40 @@ def measure_quality(
 
 
 def measure_cost(
-    models: Mapping[str, Path], seq_len: int, stage: StageWork
+    loaded: Mapping[str, Any], seq_len: int, stage: StageWork
 ) -> dict[str, dict[str, Any]]:
     """Count parameters and FLOPs, and time all models in turn in this process.
 
     Args:
-        models: directory by name.
+        loaded: model by name.
         seq_len: tokens per sequence.
         stage: the stage that asks.
 
     Returns:
         For each model `parameters`, `flops_per_token`, `ffn_flops_per_token` and `latency_ms`.
     """
-    from moe_dist.inference import load_model
     from moe_dist.inference.latency import measure_latency
     from moe_dist.inference.profile import count_parameters, flops_per_token
 
-    loaded = {name: load_model(path) for name, path in models.items()}
     medians: dict[str, dict[int, list[float]]] = {
         name: {size: [] for size in LATENCY_BATCH_SIZES} for name in loaded
     }
+    begin = time.monotonic()
     # One round of every model after the other: a busy machine slows them alike.
     for done in range(LATENCY_ROUNDS):
-        stage.console.progress(done, LATENCY_ROUNDS)
+        if done >= MIN_LATENCY_ROUNDS and time.monotonic() - begin > LATENCY_BUDGET_S:
+            break
         for name, model in loaded.items():
             timed = measure_latency(
                 model,
                 batch_sizes=LATENCY_BATCH_SIZES,
                 seq_len=seq_len,
                 repeats=LATENCY_REPEATS,
+                num_warmups=1,
             )
             for size, latency in timed.items():
                 medians[name][size].append(latency.median_ms)
+        stage.console.progress(done + 1, LATENCY_ROUNDS)
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.items():
         parameters = count_parameters(model)

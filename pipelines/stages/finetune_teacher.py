@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..jobs import run_job
+from ..jobs import draw_losses, run_job
 from ..payloads import training_job, training_settings
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 
@@ -43,9 +43,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             config=config,
             work=stage,
             workspace=workspace,
-            num_steps=workspace.num_steps(train, config.parallel.num_workers),
+            num_steps=workspace.num_steps(train),
         )
-        return StageOutcome(outputs={"model": stage.directory / "model"}, metrics=result["metrics"])
+        return StageOutcome(
+            outputs={"model": stage.directory / "model"},
+            metrics=result["metrics"],
+            plots=(draw_losses(stage, NAME),),
+        )
 
     return execute(
         NAME,
