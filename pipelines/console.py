@@ -115,7 +115,7 @@ class Console:
         if self.quiet:
             return
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step < self._last_step:
             self._first = (now, step)
         text = self._figures(now, step, total, figures or {})
         if self._progress is not None and self._task is not None:

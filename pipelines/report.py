@@ -31,6 +31,8 @@ RESERVED_LABELS = frozenset(
         "seconds",
         "mlflow",
         "seq_len",
+        "num_threads",
+        "training",
         "comparisons",
         "differences",
         evaluate.TEACHER,
@@ -70,8 +72,14 @@ def build_report(
         "main_metric": metric,
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
+        "num_threads": measured["num_threads"],
         "retention": models[evaluate.STUDENT]["retention"],
         "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
+        "training": {
+            key: dict(result.details)
+            for key, result in results.items()
+            if "num_steps" in result.details
+        },
         "mlflow": {"run_id": run_id, "experiment": config.tracking.experiment},
         **models,
         "comparisons": [name for name in config.compare if name in models],
@@ -135,7 +143,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(_markdown_row(_row(report, name)) for name in model_names(report)),
         "",
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
-        "a whole batch of such sequences, all models timed in turn in one process.",
+        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
+        "timed in turn in one process.",
         "",
         *_difference_lines(report),
         "",

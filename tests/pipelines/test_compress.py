@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import RunConfig, load_config
+from moe_dist.errors import ConfigError, MoeDistError
 from pipelines import chain
 from pipelines.chain import plan_steps, run_chain
 from pipelines.console import Console
@@ -104,3 +106,23 @@ def test_a_chain_that_was_stopped_continues_where_it_was(
     continued = run(load_config(recipe), until="distill")
     assert continued.skipped == ["finetune-teacher", "score-importance", "adapt"]
     assert continued.ran == ["distill"]
+
+
+def test_two_processes_do_not_write_one_run(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "outputs/tiny"
+    root.mkdir(parents=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(MoeDistError, match="another moe-dist process"):
+            run(load_config(write_recipe(tiny_settings)))
+
+
+def test_a_comparison_cannot_take_a_name_of_the_report(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_settings["compare"] = {"teacher": {"moe.router": "token_gate"}}
+    with pytest.raises(ConfigError, match=r"compare\.teacher"):
+        run(load_config(write_recipe(tiny_settings)))
+    assert not (tmp_path / "outputs").exists()

@@ -42,6 +42,7 @@ def report() -> dict[str, Any]:
         "main_metric": "accuracy",
         "num_dev_samples": 1500,
         "seq_len": 64,
+        "num_threads": 2,
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -50,7 +51,8 @@ def report() -> dict[str, Any]:
         "differences": {"dense": difference},
         "data": {"name": "movies", "digest": "d"},
     }
-    results = {"distill": result("distill"), "evaluate": result("evaluate", details)}
+    facts = {"num_steps": 568, "resumed_from": None, "peak_memory_gib": 1.5}
+    results = {"distill": result("distill", facts), "evaluate": result("evaluate", details)}
     return build_report(config, results, run_id="abc")
 
 
@@ -67,6 +69,9 @@ def test_the_keys_that_others_rely_on_are_there(report: dict[str, Any]) -> None:
     assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.25)
     assert report["student"]["metrics_before_distillation"] == {"accuracy": 0.7}
     assert report["comparisons"] == ["dense"]
+    assert report["training"] == {
+        "distill": {"num_steps": 568, "resumed_from": None, "peak_memory_gib": 1.5}
+    }
 
 
 def test_markdown_names_every_model_and_the_interval(report: dict[str, Any]) -> None:
