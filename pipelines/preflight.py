@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import ConfigError, ConversionError
 
 from .report import RESERVED_LABELS
-from .sizes import plan_skeleton, start_skeleton
+from .sizes import BYTES_FP32, GIB, plan_skeleton, start_skeleton
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -43,6 +44,11 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
         f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
     )
     model = start_skeleton(workspace, splits.task.num_labels)
+    warn_of_little_space(
+        workspace,
+        sum(parameter.numel() for parameter in model.parameters()),
+        num_trained=2 + len(config.compare),
+    )
     faults = []
     for label in ("", *config.compare):
         try:
@@ -52,3 +58,21 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+
+
+def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
+    """Warn where a whole run may not fit on the disk; finished stages may make it fit all the same.
+
+    Args:
+        workspace: knows where results go.
+        num_parameters: of the start model.
+        num_trained: models that are trained: teacher, student and comparisons.
+    """
+    # The model, and up to three checkpoints (two kept, one being written) with two moments each.
+    needed_bytes = num_trained * num_parameters * BYTES_FP32 * (1 + 3 * 3)
+    free_bytes = shutil.disk_usage(workspace.root).free
+    if free_bytes < needed_bytes:
+        workspace.console.warn(
+            f"a whole run may need {needed_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB "
+            f"are free where {workspace.root} lies"
+        )

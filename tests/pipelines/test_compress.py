@@ -15,6 +15,8 @@ from moe_dist.errors import ConfigError, MoeDistError
 from pipelines import chain
 from pipelines.chain import plan_steps, run_chain
 from pipelines.console import Console
+from pipelines.preflight import warn_of_little_space
+from pipelines.workspace import Workspace
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -126,3 +128,18 @@ def test_a_comparison_cannot_take_a_name_of_the_report(
     with pytest.raises(ConfigError, match=r"compare\.teacher"):
         run(load_config(write_recipe(tiny_settings)))
     assert not (tmp_path / "outputs").exists()
+
+
+def test_little_space_is_said_before_the_run(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_recipe(tiny_settings))
+    recorder = Recorder()
+    warnings: list[str] = []
+    monkeypatch.setattr(recorder, "warn", warnings.append)
+    workspace = Workspace(config, recorder)
+    workspace.prepare()
+    warn_of_little_space(workspace, 1000, num_trained=2)
+    assert warnings == []
+    warn_of_little_space(workspace, 10**12, num_trained=2)
+    assert "may need 74505.8 GiB" in warnings[0]
