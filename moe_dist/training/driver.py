@@ -87,6 +87,10 @@ class RaySession:
         trace: TracebackType | None,
     ) -> None:
         """Leave the cluster, or stop it if this session started it."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop Ray now, if this session started it; the next job starts it again."""
         if self._started:
             import ray
 
@@ -223,7 +227,9 @@ def run_on_workers(
         else:
             with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
-                value = _run_on_ray(config, num_workers, cpus_per_worker, use_gpu, max_failures)
+                value = _run_on_ray(
+                    config, num_workers, cpus_per_worker, use_gpu, max_failures, current
+                )
     attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]
     return JobResult(value, len(attempts), attempts[0]["time"] - called)
 
@@ -261,9 +267,12 @@ def _run_on_ray(
     cpus_per_worker: int,
     use_gpu: bool | None,
     max_failures: int,
+    session: RaySession,
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # On a busy machine the workers' imports alone outlast Ray's minute, and it would begin again.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -290,6 +299,9 @@ def _run_on_ray(
             value = trainer.fit().return_value
         except TrainingFailedError as failed:
             fault = failed
+            # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
+            # for them for ever.
+            session.close()
     stopped = read_stop(records)
     if stopped is not None:
         raise stopped
