@@ -182,7 +182,6 @@ def train(
             result.train = window.metrics() | {
                 "train/learning_rate": learning_rate,
                 "train/epoch": done / batches.steps_per_epoch,
-                "train/num_steps": settings.num_steps,
             }
             window.clear()
             publish(done, result.train)
