@@ -13,14 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.engine import (
-    Precision,
-    checked_norm,
-    current_rate,
-    precision_context,
-    scale_gradients,
-    set_rates,
-)
 from moe_dist.distributed.expert_parallel import expert_group
 from moe_dist.distributed.moments import (
     read_flat_moments,
@@ -30,6 +22,14 @@ from moe_dist.distributed.moments import (
 )
 from moe_dist.distributed.parameter_groups import is_expert_slice
 from moe_dist.distributed.schedule import LearningRateSchedule
+from moe_dist.distributed.update import (
+    Precision,
+    checked_norm,
+    current_rate,
+    precision_context,
+    scale_gradients,
+    set_rates,
+)
 
 # Gradients are reduced in buckets of about this many elements (100 MB in fp32).
 BUCKET_ELEMENTS = 25_000_000

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,9 +14,16 @@ from moe_dist.distributed.launch import ensure_process_group, training_device
 from moe_dist.distributed.moments import read_plain_moments, write_plain_moments
 from moe_dist.distributed.parameter_groups import build_adamw, parameter_groups
 from moe_dist.distributed.schedule import LearningRateSchedule, ScheduleKind
-from moe_dist.errors import ConfigError, TrainingError
-
-Precision = Literal["fp32", "bf16"]
+from moe_dist.distributed.update import (
+    Precision,
+    checked_norm,
+    current_rate,
+    fill_missing_gradients,
+    precision_context,
+    scale_gradients,
+    set_rates,
+)
+from moe_dist.errors import ConfigError
 
 
 class TrainEngine(Protocol):
@@ -252,91 +258,3 @@ def build_engine(
         zero_stage=zero_stage,
         ep_size=ep_size,
     )
-
-
-def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context that computes in a precision over fp32 weights.
-
-    Args:
-        precision: "fp32" or "bf16".
-        device: where the model is.
-
-    Returns:
-        Autocast, or a context that does nothing.
-    """
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate.
-
-    Args:
-        optimizer: with `base_lr` in its groups.
-        factor: share of the base rate.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-def current_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Return the learning rate of what is not a routed expert, or of all if nothing else is.
-
-    Args:
-        optimizer: with `base_lr` in its groups.
-        factor: share of the base rate.
-
-    Returns:
-        The rate.
-    """
-    dense = [g for g in optimizer.param_groups if g.get("name") == "dense"]
-    chosen = dense or optimizer.param_groups
-    return float(chosen[0]["base_lr"]) * factor if chosen else 0.0
-
-
-def fill_missing_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give a zero gradient to parameters that the loss did not reach.
-
-    DeepSpeed does so; one process must treat them alike (decay and moments go on).
-
-    Args:
-        parameters: those that the optimizer holds.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def checked_norm(norm: float, step: int) -> float:
-    """Refuse an update whose gradients are not finite.
-
-    Args:
-        norm: the global gradient norm.
-        step: optimizer steps done before this one.
-
-    Returns:
-        The norm.
-
-    Raises:
-        TrainingError: if it is NaN or infinite.
-    """
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"the gradient norm became {norm} at step {step + 1}; the update was not applied",
-            remedy="continue from the last checkpoint with a lower train.learning_rate, more "
-            "warm-up, or train.precision=fp32",
-        )
-    return norm
-
-
-def scale_gradients(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Clip gradients by their global norm.
-
-    Args:
-        gradients: changed in place.
-        norm: their global norm.
-        max_norm: 0 for no clipping.
-    """
-    if max_norm > 0 and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))

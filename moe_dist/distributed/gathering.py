@@ -43,6 +43,66 @@ def gather_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
     }
 
 
+def gather_model(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return the whole model's state on rank 0; all ranks call it together.
+
+    Args:
+        engine: of any kind.
+
+    Returns:
+        Names to CPU tensors on rank 0, nothing elsewhere.
+    """
+    gathered = {}
+    for name, tensor in named_state(engine.module):
+        whole = gather_experts(engine, tensor, is_expert=is_expert_slice(tensor))
+        if engine.rank == 0:
+            gathered[name] = whole
+    return gathered
+
+
+def gather_moments(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return all optimizer moments on rank 0; all ranks call it together.
+
+    Args:
+        engine: of any kind.
+
+    Returns:
+        `<moment>.<name>` to CPU tensors on rank 0, nothing elsewhere.
+    """
+    experts = {name for name, p in engine.module.named_parameters() if is_expert_slice(p)}
+    gathered = {}
+    for key, moment in sorted(engine.read_moments().items()):
+        name = key.partition(".")[2]
+        whole = gather_experts(engine, moment, is_expert=name in experts)
+        if engine.rank == 0:
+            gathered[key] = whole
+    return gathered
+
+
+def gather_rng(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return every rank's random state; all ranks call it together.
+
+    Args:
+        engine: of any kind.
+
+    Returns:
+        `rank.<r>.cpu` and, on GPUs, `rank.<r>.cuda`.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(engine.device)
+    gathered = {}
+    for kind, mine in states.items():
+        parts = [mine]
+        if engine.world_size > 1:
+            # NCCL carries tensors of the device only.
+            local = mine.to(engine.device)
+            parts = [torch.empty_like(local) for _ in range(engine.world_size)]
+            dist.all_gather(parts, local)
+        gathered.update({f"rank.{rank}.{kind}": part.cpu() for rank, part in enumerate(parts)})
+    return gathered
+
+
 def gather_experts(engine: TrainEngine, tensor: Tensor, *, is_expert: bool) -> Tensor:
     """Return a tensor with all experts, on the CPU.
 

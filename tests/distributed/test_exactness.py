@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dist.distributed import spawn_gloo
 from tests.distributed.tiny_moe import CLIP, Case
-from tests.distributed.workers import run_case, run_edges, run_lopsided, run_world
+from tests.distributed.workers import run_bert, run_case, run_edges, run_lopsided, run_world
 
 # The first test waits for all processes, which on a busy machine takes minutes.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -139,6 +139,11 @@ def test_ranks_that_receive_no_token(results: Path) -> None:
     assert_equal(actual, run_lopsided(LOCAL))
     assert float(actual["exp_avg.hashed.experts.w_in"][1:].abs().max()) == 0.0
     assert float(actual["exp_avg.hashed.experts.w_in"][0].abs().max()) > 0.0
+
+
+def test_converted_bert_equals_one_process(results: Path) -> None:
+    """Hooks, tied shared neurons and recomputation work under expert parallelism and ZeRO."""
+    assert_equal(load_file(results / "bert.safetensors"), run_bert(LOCAL))
 
 
 def test_bf16_keeps_fp32_weights(results: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.distributed import TrainEngine, build_engine
-from moe_dist.distributed.engine import Precision
+from moe_dist.distributed.update import Precision
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 
 VOCAB, WIDTH, LABELS, EXPERTS = 23, 8, 3, 4
@@ -100,9 +100,11 @@ def micro_batches(case: Case, rank: int, step: int) -> list[tuple[Tensor, Tensor
     return batches
 
 
-def make_engine(case: Case, precision: Precision = "fp32") -> TrainEngine:
+def make_engine(
+    case: Case, precision: Precision = "fp32", model: nn.Module | None = None
+) -> TrainEngine:
     return build_engine(
-        make_model(),
+        make_model() if model is None else model,
         learning_rate=LEARNING_RATE,
         weight_decay=0.1,
         num_steps=NUM_STEPS,

@@ -16,7 +16,7 @@ from moe_dist.distributed import (
     load_checkpoint,
     save_checkpoint,
 )
-from moe_dist.distributed.checkpoint import _gather_moments
+from moe_dist.distributed.gathering import gather_moments
 from moe_dist.errors import CheckpointError, ConfigError, TrainingError
 from tests.distributed.tiny_moe import NUM_STEPS, Case, all_logits, make_engine, train_steps
 
@@ -25,7 +25,7 @@ HALF = NUM_STEPS // 2
 
 def snapshot(engine: TrainEngine) -> dict[str, Tensor]:
     """Whole weights and moments; the moments are on rank 0 only."""
-    return {**gather_state_dict(engine), **_gather_moments(engine)}
+    return {**gather_state_dict(engine), **gather_moments(engine)}
 
 
 def run_case(case: Case, out: Path, *, checkpoint: bool) -> None:
@@ -111,7 +111,7 @@ def run_lopsided(case: Case) -> dict[str, Tensor]:
     engine = make_engine(case)
     engine.module.get_submodule("hashed.router").get_buffer("table").zero_()
     train_steps(engine, case, 0, 2)
-    return _gather_moments(engine)
+    return gather_moments(engine)
 
 
 def run_bf16(world: int) -> dict[str, object]:
@@ -125,6 +125,51 @@ def run_bf16(world: int) -> dict[str, object]:
     expected = train_steps(make_engine(case), case, 0, 3)
     gap = max(abs(a / b - 1) for a, b in zip(norms, expected, strict=True))
     return {"dtype": dtype, "weights": sorted(dtypes), "gap": gap}
+
+
+def run_bert(case: Case) -> dict[str, Tensor]:
+    """A converted BERT, with padding and gradient checkpointing, trains like any model."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=23,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    teacher = BertForSequenceClassification(config).eval()
+    plan = plan_partition(
+        [torch.rand(16) for _ in range(2)],
+        num_experts=4,
+        expert_size=5,
+        num_shared_neurons=2,
+        tie_shared=True,
+    )
+    student = dense_to_moe(teacher, plan, router="token_gate", top_k=1)
+    student.activation_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    engine = make_engine(case, model=LogitsOf(student))
+    train_steps(engine, case, 0, 3)
+    return {**gather_state_dict(engine), **gather_moments(engine)}
+
+
+class LogitsOf(torch.nn.Module):
+    """A transformers model with the tiny model's arguments."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=token_ids, attention_mask=mask.long()).logits
+        return logits
 
 
 def run_refusals(world: int) -> dict[str, object]:
@@ -158,8 +203,10 @@ def run_edges(rank: int, world: int, resumes: list[tuple[str, Case]], out: Path)
         "refusals": run_refusals(world),
     }
     lopsided = run_lopsided(Case(world, world, 2))
+    bert = run_bert(Case(world, world, 1))
     if rank == 0:
         save_file(lopsided, out / "lopsided.safetensors")
+        save_file(bert, out / "bert.safetensors")
     (out / f"edges-{rank}.json").write_text(json.dumps(found))
 
 
