@@ -244,7 +244,10 @@ def _draw_term(axes: Axes, records: list[MetricRecord], name: str, colour: str) 
 
 
 def _set_loss_scale(axes: Axes) -> None:
-    values = [v for line in axes.get_lines() for v in line.get_ydata() if math.isfinite(v)]
+    import numpy as np
+
+    points = [float(v) for line in axes.get_lines() for v in np.asarray(line.get_ydata())]
+    values = [value for value in points if math.isfinite(value)]
     positive = [value for value in values if value > 0]
     # The hidden-state term is often a hundred times the others.
     if positive and min(values) > 0 and max(positive) > 20 * min(positive):

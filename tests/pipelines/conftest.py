@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = ("the", "film", "was", "a", "good", "bad", "great", "awful", "fine", "dull", "and", "it")
-WORDS += ("plot", "acting", "music", "scene", "very", "not", "quite")
+WORDS = tuple(
+    "the film was a good bad great awful fine dull and it plot acting music scene very not "
+    "quite".split()
+)
 POSITIVE = ("good", "great", "fine")
 
 
