@@ -131,6 +131,8 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
             config.name, workspace.root, params=config.flatten(), tags=_tags()
         ) as chain:
             chain.log_artifact(workspace.root / RECIPE_NAME)
+            for dataset in workspace.dataset_inputs:
+                chain.log_dataset(dataset)
             results = _run_steps(config, workspace, chain, plan_steps(config, until))
             report_path = None
             if evaluate.NAME in results:

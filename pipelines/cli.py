@@ -222,9 +222,12 @@ def _run_until(
 
 def _run(stage: str, config: RunConfig, console: Console) -> None:
     import json
+    import signal
 
     from .chain import run_chain
 
+    # A stop from outside ends a run as Ctrl-C does: noted as killed, Ray taken down, to be resumed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = run_chain(config, console, until=stage)
     if result.report_path is not None:
         from .report import difference_lines, to_tables
