@@ -107,10 +107,9 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
     Raises:
         MoeDistError: if the run cannot start, or a stage fails.
     """
-    with ray_session() as session:
-        workspace = Workspace(config, console, session)
-        with _disk_errors(workspace.root):
-            return _run_in(workspace, until)
+    workspace = Workspace(config, console)
+    with _disk_errors(workspace.root):
+        return _run_in(workspace, until)
 
 
 def _run_in(workspace: Workspace, until: str) -> ChainResult:
@@ -156,10 +155,21 @@ def _run_steps(
     config: RunConfig, workspace: Workspace, chain: TrackedRun, steps: list[Step]
 ) -> dict[str, StageResult]:
     results: dict[str, StageResult] = {}
-    for step in steps:
+
+    def run(step: Step) -> None:
         own = config.resolve_comparison(step.label) if step.label else config
         inputs = StageInputs(workspace, results, step.label)
         results[step.key] = STAGES[step.stage](own, inputs, chain)
+
+    with ray_session() as workspace.session:
+        for step in steps:
+            if step.stage != evaluate.NAME:
+                run(step)
+    workspace.session = None
+    # Ray is down by now: its idle processes would disturb the latencies.
+    for step in steps:
+        if step.stage == evaluate.NAME:
+            run(step)
     return results
 
 

@@ -32,14 +32,12 @@ class Workspace:
     Args:
         config: the main run's configuration (not a comparison's).
         console: where progress is shown.
-        session: the chain's connection to Ray; without one, each job makes its own.
     """
 
-    def __init__(
-        self, config: RunConfig, console: Console, session: RaySession | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, console: Console) -> None:
         self.config = config
-        self.session = session
+        # The chain's connection to Ray; without one, each job makes its own.
+        self.session: RaySession | None = None
         self.console = console
         self.root = Path(config.output_dir) / config.name
 
