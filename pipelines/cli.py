@@ -181,12 +181,42 @@ def benchmark_layer(
 
 
 @benchmark_app.command("importance")
-def benchmark_importance(debug: Debug = False) -> None:
+def benchmark_importance(
+    mean_tokens: Annotated[
+        list[float] | None, typer.Option(help="Mean length of the sentences; repeatable.")
+    ] = None,
+    spread: Annotated[
+        float, typer.Option(help="Standard deviation of the lengths' logarithms.")
+    ] = 0.45,
+    min_tokens: Annotated[int, typer.Option(help="Length of the shortest sentences.")] = 6,
+    max_tokens: Annotated[int, typer.Option(help="Length of the longest sentences.")] = 64,
+    samples: Annotated[int, typer.Option(help="Sentences for the scorer.")] = 512,
+    looped: Annotated[int, typer.Option(help="How many of these the loops get.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Sentences of one batch.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each way.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    debug: Debug = False,
+) -> None:
     """Time importance scoring against the loop over single samples."""
     with _clean_errors(debug=debug):
-        from .benchmarks.importance import main as run
+        from .benchmarks.importance import ImportanceBenchmark, main
 
-        run()
+        main(
+            *(
+                ImportanceBenchmark(
+                    num_samples=samples,
+                    num_looped=looped,
+                    batch_size=batch_size,
+                    mean_tokens=mean,
+                    spread=spread,
+                    min_tokens=min_tokens,
+                    max_tokens=max_tokens,
+                    num_repeats=repeats,
+                    num_threads=threads,
+                )
+                for mean in mean_tokens or (27.0,)
+            )
+        )
 
 
 def main() -> None:

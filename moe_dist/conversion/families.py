@@ -37,6 +37,10 @@ class FamilySpec:
         gate: path of the activated linear layer beside it.
         dropout: path of the dropout between the linear layers (a module or a float), if any.
         transposed: weights are stored (in, out), as in GPT-2's Conv1D.
+        first_token_heads: dense model classes whose output depends on no position of the last
+            block but the first.
+        attention_out: path of the module that attention and residual (two tensors) pass through,
+            and after which no position sees another; needed for those heads.
     """
 
     model_type: str
@@ -54,6 +58,8 @@ class FamilySpec:
     gate: str | None = None
     dropout: str | None = None
     transposed: bool = False
+    first_token_heads: tuple[str, ...] = ()
+    attention_out: str = ""
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -76,6 +82,8 @@ FAMILIES: dict[str, FamilySpec] = {
             "BertForQuestionAnswering": ("AutoModelForQuestionAnswering",),
             "BertForMultipleChoice": ("AutoModelForMultipleChoice",),
         },
+        first_token_heads=("BertForSequenceClassification",),
+        attention_out="attention.output",
     ),
     "gpt2": FamilySpec(
         model_type="gpt2",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dist.conversion import score_importance
 from moe_dist.conversion.families import find_slots
+from moe_dist.conversion.importance import task_losses
 from moe_dist.errors import ConversionError, MissingInputError
 from tests.conversion.dense_models import (
     FAMILY_NAMES,
@@ -56,6 +57,12 @@ def assert_same(scores: list[Tensor], expected: list[Tensor]) -> None:
         # A neuron's two terms may cancel, so its error is measured against the largest score.
         tolerance = 1e-5 * float(expected_F.max())
         torch.testing.assert_close(score_F, expected_F, rtol=1e-5, atol=tolerance)
+
+
+def num_hooks(model: Any) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def labelled(seed: int, labels: Tensor) -> dict[str, Tensor]:
@@ -131,6 +138,27 @@ def test_chunked_feed_forward() -> None:
     assert_same(chunked, whole)
 
 
+def test_last_block_is_cut_to_the_position_that_the_head_reads() -> None:
+    model = tiny_model("bert")
+    widths: list[int] = []
+    slots = find_slots(model)
+    handles = [
+        slot.linear_in.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+        for slot in slots
+    ]
+    batch = labelled(1, torch.tensor([0, 1]))
+    cut = score_importance(model, [batch])
+    length = batch["input_ids"].shape[1]
+    assert widths == [length] * (len(slots) - 1) + [1]
+    widths.clear()
+    # A loss of the caller's may read every position, so that nothing may be left out.
+    whole = score_importance(model, [batch], per_sample_loss=lambda *args: task_losses(*args))
+    assert widths == [length] * len(slots)
+    for handle in handles:
+        handle.remove()
+    assert_same(cut, whole)
+
+
 def test_shards_add_up() -> None:
     model = tiny_model("bert")
     first, second = labelled(1, torch.tensor([0, 1])), labelled(2, torch.tensor([1, 1]))
@@ -145,13 +173,13 @@ def test_model_is_left_as_it_was() -> None:
     model.bert.pooler.eval()
     flags = {name: value.requires_grad for name, value in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
-    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    hooks = num_hooks(model)
     with pytest.raises(MissingInputError):
         score_importance(model, [token_batch()])
     score_importance(model, [labelled(1, torch.tensor([0, 1]))])
     assert flags == {name: value.requires_grad for name, value in model.named_parameters()}
     assert modes == {name: module.training for name, module in model.named_modules()}
-    assert hooks == sum(len(module._forward_hooks) for module in model.modules())
+    assert hooks == num_hooks(model)
     assert all(value.grad is None for value in model.parameters())
 
 
