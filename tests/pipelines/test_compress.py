@@ -79,7 +79,7 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.5)
     assert report["student"]["parameters"]["active"] < report["student"]["parameters"]["total"]
     assert set(report["seconds"]) == set(first.ran)
-    assert set(report["differences"]) == {"teacher", "dense"}
+    assert set(report["differences"]) == set(report["verdicts"]) == {"teacher", "dense"}
     assert (tmp_path / "outputs/tiny/report.md").read_text().startswith("# tiny")
 
     again = run(load_config(recipe, ["parallel.max_failures=1", "train.log_every=1"]))
