@@ -19,6 +19,8 @@ Job = Callable[[Any], Any]
 LOSS = "train/loss/total"
 METRIC_LOG = "metrics.jsonl"
 RAY_DIRECTORY = "ray"
+TRAINING_SCRATCH = ("checkpoints",)
+"""Where a training job can continue from; three times its model each, and of no use afterwards."""
 TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
 """What a training stage keeps of its job's summary, beside the metrics."""
 
