@@ -84,7 +84,14 @@ def test_the_keys_that_others_rely_on_are_there(report: dict[str, Any]) -> None:
 
 def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> None:
     text = to_markdown(report)
-    for piece in ("| teacher |", "| student |", "| dense |", "cannot be told apart", "-0.0200 to +0.0300", "× 0.250"):
+    for piece in (
+        "| teacher |",
+        "| student |",
+        "| dense |",
+        "cannot be told apart",
+        "-0.0200 to +0.0300",
+        "× 0.250",
+    ):
         assert piece in text
 
 
@@ -119,7 +126,9 @@ def test_quantities_carry_a_prefix() -> None:
         (0.0, 0.0, "student and dense cannot be told apart on 1500 dev samples"),
     ],
 )
-def test_a_verdict_needs_the_whole_interval_on_one_side(low: float, high: float, claim: str) -> None:
+def test_a_verdict_needs_the_whole_interval_on_one_side(
+    low: float, high: float, claim: str
+) -> None:
     middle = (low + high) / 2
     entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
     sentence = verdict("dense", entry, 1500)
