@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_dist.errors import MoeDistError
 from moe_dist.metric_log import MetricLog
-from moe_dist.tracking import build_tracker
+from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import ray_session
 
 from . import report
@@ -38,6 +38,8 @@ STAGES: dict[str, RunStage] = {
 }
 METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
+SHARED_DIRECTORY = "shared"
+"""Copies that go to the tracking server in place of files that name this machine."""
 PER_STUDENT = (adapt.NAME, distill.NAME)
 
 
@@ -129,7 +131,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         with tracker.chain(
             config.name, workspace.root, params=config.flatten(), tags=_tags()
         ) as chain:
-            chain.log_artifact(workspace.root / RECIPE_NAME)
+            chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:
                 chain.log_dataset(dataset)
             results = _run_steps(config, workspace, chain, plan_steps(config, until))
@@ -149,6 +151,27 @@ def write_resolved_recipe(config: RunConfig, root: Path) -> None:
     beside = root / (RECIPE_NAME + ".partial")
     beside.write_text(config.to_yaml(), encoding="utf-8")
     beside.replace(root / RECIPE_NAME)
+
+
+def write_shared_recipe(config: RunConfig, root: Path) -> Path:
+    """Write the resolved recipe as it may leave this machine: without paths and secrets of its own.
+
+    Args:
+        config: the run's configuration.
+        root: the run's directory.
+
+    Returns:
+        The file. The recipe that runs again here is the one in `root` itself.
+    """
+    import yaml
+
+    path = root / SHARED_DIRECTORY / RECIPE_NAME
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(RECIPE_NAME + ".partial")
+    content = scrub(yaml.safe_load(config.to_yaml()))
+    beside.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "utf-8")
+    beside.replace(path)
+    return path
 
 
 def _run_steps(

@@ -260,12 +260,12 @@ def _run(stage: str, config: RunConfig, console: Console) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = run_chain(config, console, until=stage)
     if result.report_path is not None:
-        from .report import difference_lines, to_tables
+        from .report import to_tables, verdict_lines
 
         report = json.loads(result.report_path.read_text(encoding="utf-8"))
         for table in to_tables(report):
             console.result(table)
-        for line in difference_lines(report):
+        for line in verdict_lines(report):
             console.result(line)
         console.result(f"\nreport: {result.report_path}")
     else:

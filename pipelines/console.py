@@ -152,13 +152,18 @@ class Console:
         self, now: float, step: int, total: int | None, figures: Mapping[str, float]
     ) -> str:
         parts = [f"step {step}/{total}" if total else f"step {step}"]
-        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+        parts += [f"{name} {_figure(value)}" for name, value in figures.items()]
         assert self._first is not None
         first_s, first_step = self._first
         if total and step > first_step:
             left_s = (now - first_s) / (step - first_step) * (total - step)
             parts.append(f"ETA {duration(left_s)}")
         return "  ".join(parts)
+
+
+def _figure(value: float) -> str:
+    # Four digits, but never as a power of ten: speeds go into the thousands.
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

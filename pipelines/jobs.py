@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.metric_log import MetricLog, MetricTail
+from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 Job = Callable[[Any], Any]
-LOSS = "train/loss/total"
+SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
+DEV_PREFIX = "dev/"
 METRIC_LOG = "metrics.jsonl"
 RAY_DIRECTORY = "ray"
+TRAINING_SCRATCH = ("checkpoints",)
+"""Where a training job can continue from; three times its model each, and of no use afterwards."""
 TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
 """What a training stage keeps of its job's summary, beside the metrics."""
 
@@ -66,6 +70,35 @@ def run_job(
     return result.value
 
 
+def placed_here(config: RunConfig) -> RunConfig:
+    """Place a short job in this process where that is as good as the recipe's workers.
+
+    Starting a group of workers takes Ray some 15 seconds, which is most of a job that is over in
+    20. Where the workers would share this machine's CPUs anyway, one process with all of their
+    threads does the same work; on a cluster (`RAY_ADDRESS`) and on GPUs the workers are as
+    many machines or devices, and stay. So they do with `parallel.launcher=ray`.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        The configuration to run the job with.
+    """
+    import torch
+
+    from moe_dist.training.driver import available_cpus
+
+    parallel = config.parallel
+    wants_gpu = parallel.use_gpu is True or (
+        parallel.use_gpu == "auto" and torch.cuda.is_available()
+    )
+    if os.environ.get("RAY_ADDRESS") or wants_gpu or parallel.launcher != "auto":
+        return config
+    num_threads = min(parallel.num_workers * parallel.cpus_per_worker, available_cpus())
+    here = {"launcher": "local", "num_workers": 1, "cpus_per_worker": num_threads}
+    return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
+
+
 def draw_losses(work: StageWork, title: str) -> Path:
     """Draw the loss terms that a training job logged.
 
@@ -94,10 +127,31 @@ def show_progress(log: Path, console: Console, num_steps: int | None) -> Callabl
         A function without arguments, to be called now and then.
     """
     tail = MetricTail(log)
+    figures: dict[str, float] = {}
 
     def on_poll() -> None:
         for record in tail.poll():
-            if LOSS in record.metrics:
-                console.progress(record.step, num_steps, {"loss": record.metrics[LOSS]})
+            new = shown_figures(record)
+            figures.update(new)
+            if new:
+                console.progress(record.step, num_steps, figures)
 
     return on_poll
+
+
+def shown_figures(record: MetricRecord) -> dict[str, float]:
+    """Pick what the progress line shows of a line of the metric log.
+
+    Args:
+        record: of training or of an evaluation.
+
+    Returns:
+        Loss and speed, or the main dev metric, by the name that is shown; empty for other lines.
+    """
+    metrics = record.metrics
+    chosen = {label: metrics[name] for name, label in SHOWN.items() if name in metrics}
+    # The job writes the task's main metric first.
+    main = next((name for name in metrics if name.startswith(DEV_PREFIX)), None)
+    if main is not None:
+        chosen[f"dev {main.removeprefix(DEV_PREFIX)}"] = metrics[main]
+    return chosen

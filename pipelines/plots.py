@@ -169,6 +169,8 @@ def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
             _label_cells(axes, grid, relative, spread)
         bar = figure.colorbar(image, ax=axes, label="share / even share")
         bar.outline.set_visible(False)
+        # The colours reach as far below an even share as above it; a share does not.
+        bar.ax.set_ylim(bottom=max(0.0, 1.0 - spread))
         return _save(figure, path)
 
 

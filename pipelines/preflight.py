@@ -68,8 +68,9 @@ def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_train
         num_parameters: of the start model.
         num_trained: models that are trained: teacher, student and comparisons.
     """
-    # The model, and up to three checkpoints (two kept, one being written) with two moments each.
-    needed_bytes = num_trained * num_parameters * BYTES_FP32 * (1 + 3 * 3)
+    # Every model, and of the one in training up to three checkpoints (two kept, one being
+    # written) with two moments each; a finished stage keeps none.
+    needed_bytes = (num_trained + 3 * 3) * num_parameters * BYTES_FP32
     free_bytes = shutil.disk_usage(workspace.root).free
     if free_bytes < needed_bytes:
         workspace.console.warn(

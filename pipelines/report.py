@@ -35,6 +35,7 @@ RESERVED_LABELS = frozenset(
         "training",
         "comparisons",
         "differences",
+        "verdicts",
         evaluate.TEACHER,
         evaluate.STUDENT,
     }
@@ -84,7 +85,35 @@ def build_report(
         **models,
         "comparisons": [name for name in config.compare if name in models],
         "differences": measured["differences"],
+        "verdicts": {
+            name: verdict(name, entry, measured["num_dev_samples"])
+            for name, entry in measured["differences"].items()
+        },
     }
+
+
+def verdict(other: str, entry: Mapping[str, Any], num_samples: int) -> str:
+    """Say which of two models is better, and how sure that is.
+
+    Args:
+        other: the model that the student is compared with.
+        entry: the student's metric minus the other's, with the interval of the paired bootstrap.
+        num_samples: dev samples behind it.
+
+    Returns:
+        A sentence. One beats the other where the whole interval lies on its side of 0.
+    """
+    if entry["low"] > 0:
+        claim = f"{evaluate.STUDENT} beats {other}"
+    elif entry["high"] < 0:
+        claim = f"{other} beats {evaluate.STUDENT}"
+    else:
+        claim = f"{evaluate.STUDENT} and {other} cannot be told apart"
+    return (
+        f"{claim} on {num_samples} dev samples ({entry['metric']} of {evaluate.STUDENT} minus "
+        f"{other}: {entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} % "
+        f"interval {entry['low']:+.4f} to {entry['high']:+.4f})"
+    )
 
 
 def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -146,7 +175,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
         "timed in turn in one process.",
         "",
-        *_difference_lines(report),
+        *(f"- {sentence}." for sentence in verdict_lines(report)),
+        "",
+        "Intervals are from a paired bootstrap over the dev samples; one training run of each "
+        "model stands behind them.",
         "",
         "| stage | time |",
         "| --- | --- |",
@@ -181,21 +213,17 @@ def to_tables(report: Mapping[str, Any]) -> list[Table]:
     return [models, stages]
 
 
-def difference_lines(report: Mapping[str, Any]) -> list[str]:
-    """Say how the student differs from each other model.
+def verdict_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say how the student stands to each other model.
 
     Args:
         report: what `build_report` returned.
 
     Returns:
-        One sentence for each.
+        One sentence for each, comparisons first: the teacher is not what the student must beat.
     """
-    return [
-        f"student − {name}: {entry['metric']} {entry['difference']:+.4f}, "
-        f"{round(100 * entry.get('confidence', 0.95))} % interval "
-        f"[{entry['low']:+.4f}, {entry['high']:+.4f}] (paired bootstrap)"
-        for name, entry in report["differences"].items()
-    ]
+    verdicts = report["verdicts"]
+    return [verdicts[name] for name in sorted(verdicts, key=lambda name: name == evaluate.TEACHER)]
 
 
 def _headings(report: Mapping[str, Any]) -> list[str]:
@@ -242,10 +270,6 @@ def quantity(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f} {prefix}"
     return f"{count:.0f}"
-
-
-def _difference_lines(report: Mapping[str, Any]) -> list[str]:
-    return [f"- {line}" for line in difference_lines(report)]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -190,20 +190,31 @@ def show_sizes(config: RunConfig, console: Console) -> None:
 
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
-    if config.data.source == "hub":
-        names = config.data.label_names
+    from moe_dist.data.sources import missing_files
+
+    data = config.data
+    num_labels = len(data.label_names) if data.label_names else 2
+    if data.source == "hub":
         sizes.unknown.append(
-            f"training steps: they need the rows of {config.data.name!r}, which is not "
+            f"training steps: they need the rows of {data.name!r}, which is not "
             "downloaded for a dry run."
         )
-        return len(names) if names else 2
+        return num_labels
+    missing = missing_files(data.train, data.dev) if data.source == "files" else []
+    if missing:
+        # A recipe can be checked before its data are at hand; to run it without is an error.
+        sizes.unknown.append(
+            f"training steps: they need the rows of {' and '.join(missing)}, which is not there "
+            "(give your files with --set data.train=FILE and --set data.dev=FILE)."
+        )
+        return num_labels
     try:
         splits = workspace.splits
     except MoeDistError as error:
-        if config.data.source == "files":
+        if data.source == "files":
             raise
         sizes.unknown.append(f"training steps: {error.message}")
-        return 2
+        return num_labels
     sizes.facts.append(("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev"))
     for name, train in (("teacher", config.teacher_train), ("student", config.train)):
         steps = workspace.num_steps(train)

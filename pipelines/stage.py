@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,6 +149,7 @@ def execute(
     inputs: StageInputs,
     tracker: TrackedRun,
     work: Callable[[StageWork], StageOutcome],
+    scratch: tuple[str, ...] = (),
 ) -> StageResult:
     """Run a stage unless a finished directory already carries its fingerprint.
 
@@ -158,6 +160,8 @@ def execute(
         inputs: what the stage was given.
         tracker: the chain's run, which opens one child run for the stage.
         work: does the work and names what it wrote.
+        scratch: directories inside the stage's own that only a resumed attempt needs; they are
+            removed once the stage has finished.
 
     Returns:
         The result, read back from a finished directory or fresh.
@@ -168,6 +172,8 @@ def execute(
     console = inputs.workspace.console
     finished = read_result(directory)
     if finished is not None and finished.fingerprint == fingerprint:
+        # The process may have been stopped after it finished the stage and before it cleared it.
+        _clear(directory, scratch)
         console.stage_skipped(key, finished.seconds)
         return finished
     resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests)
@@ -194,6 +200,7 @@ def execute(
                 seconds=seconds,
             )
             _finish(result, settings, input_digests)
+            _clear(directory, scratch)
             run.log_artifact(directory / FINISHED)
             for plot in outcome.plots:
                 run.log_artifact(plot, folder="plots")
@@ -283,6 +290,17 @@ def _prepare(
         },
     )
     return False, 0.0
+
+
+def _clear(directory: Path, scratch: tuple[str, ...]) -> None:
+    """Remove what a finished stage no longer needs."""
+    for name in scratch:
+        removed = directory / f".{name}.removed"
+        shutil.rmtree(removed, ignore_errors=True)
+        # Out of the way in one step: half a directory of checkpoints would look like a damaged one.
+        with suppress(OSError):
+            (directory / name).rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _read_started(directory: Path) -> dict[str, Any] | None:

@@ -96,7 +96,8 @@ class Workspace:
         """The pre-trained model that the teacher starts from: a directory or a hub name."""
         from moe_dist.data.sources import resolve_model
 
-        return str(resolve_model(self.config.model.teacher, None))
+        model = self.config.model
+        return resolve_model(model.teacher, revision=model.revision)
 
     @cached_property
     def start_model_digest(self) -> str:

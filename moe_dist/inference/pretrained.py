@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_dist.errors import ConversionError
+from moe_dist.inference.silence import quiet_transformers
 
 
 def load_pretrained(
@@ -37,30 +38,27 @@ def load_pretrained(
         ConversionError: if there is no such model or it cannot be read.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
-    verbosity = logging.get_verbosity()
-    # That the head is new is what was asked for, and transformers warns of it at length.
-    logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        config.num_labels = num_labels
-        config.problem_type = "regression" if names is None else "single_label_classification"
-        if names is not None:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: index for index, name in enumerate(names)}
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            revision=revision,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            config.num_labels = num_labels
+            config.problem_type = "regression" if names is None else "single_label_classification"
+            if names is not None:
+                config.id2label = dict(enumerate(names))
+                config.label2id = {name: index for index, name in enumerate(names)}
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = "directory" if Path(source).is_dir() else "hub model"
@@ -69,6 +67,4 @@ def load_pretrained(
             remedy="give a directory with config.json, model.safetensors and tokenizer files, "
             "the name of a hub model that this machine can reach, or package:NAME",
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     return model.train(), tokenizer

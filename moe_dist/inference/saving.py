@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moe_dist.errors import CheckpointError
+from moe_dist.inference.silence import quiet_transformers
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -49,9 +50,10 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _directory_beside(target) as unfinished:
-            model.save_pretrained(unfinished, max_shard_size="1000GB")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
+            with quiet_transformers():
+                model.save_pretrained(unfinished, max_shard_size="1000GB")
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(unfinished)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "files": {name: _file_entry(unfinished / name) for name in _file_names(unfinished)},
@@ -89,9 +91,10 @@ def load_model(directory: Path | str, device: torch.device | str | None = None) 
     verify_model(source)
     kind = _class_named_in(source)
     try:
-        model, info = kind.from_pretrained(
-            source, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                source, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{source} does not hold a {kind.__name__}: {error}",
@@ -127,7 +130,8 @@ def load_tokenizer(directory: Path | str) -> Any:
             f"{source} holds no tokenizer",
             remedy="save the model again with save_model(model, directory, tokenizer)",
         )
-    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
 def verify_model(directory: Path | str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_dist.errors import ConversionError
+from moe_dist.inference.silence import quiet_transformers
 
 
 def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = None) -> Any:
@@ -27,7 +28,8 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, revision=revision)
         config.num_labels = num_labels
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config).eval()

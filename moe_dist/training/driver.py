@@ -111,23 +111,8 @@ class RaySession:
             return
         address = os.environ.get("RAY_ADDRESS")
         try:
-            if address:
-                ray.init(
-                    address=address,
-                    runtime_env=_source_environment(),
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
-            else:
-                with _python_path():
-                    ray.init(
-                        address="local",
-                        num_cpus=available_cpus(),
-                        include_dashboard=self._dashboard,
-                        object_store_memory=_OBJECT_STORE_BYTES,
-                        logging_level=logging.ERROR,
-                        log_to_driver=False,
-                    )
+            with _own_termination():
+                self._init(address)
         except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as fault:
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(
@@ -141,6 +126,27 @@ class RaySession:
                 ),
             ) from fault
         self._started = True
+
+    def _init(self, address: str | None) -> None:
+        import ray
+
+        if address:
+            ray.init(
+                address=address,
+                runtime_env=_source_environment(),
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+            return
+        with _python_path():
+            ray.init(
+                address="local",
+                num_cpus=available_cpus(),
+                include_dashboard=self._dashboard,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
 
 
 def available_cpus() -> int:
@@ -409,6 +415,19 @@ def _own_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt from stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep SIGTERM what it was: Ray's native handler would print a trace of addresses first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    # A program that did not handle it keeps Ray's handler, which takes the workers down.
+    handler = before if callable(before) else signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

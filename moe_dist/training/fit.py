@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from moe_dist.training.jobs import JobData
 
 EVAL_BATCH_SIZE = 64
+MAX_LOGGED_EXPERTS = 16
+"""Layers of more experts have no metric for each of them; `moe/load_imbalance` tells of all."""
 
 
 def fit(
@@ -60,8 +62,8 @@ def fit(
 
     Returns:
         ``metrics`` of the dev split, ``train`` (the last line of the metric log), ``expert_load``
-        by layer, ``num_steps``, ``resumed_from``, ``num_resumes``, ``seconds``,
-        ``peak_memory_gib`` (all ranks) and ``model`` (the directory).
+        by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``, ``resumed_from``,
+        ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the directory).
     """
     section: TrainSection = payload["train"]
     parallel: Mapping[str, Any] = payload.get("parallel", {})
@@ -111,11 +113,7 @@ def fit(
         )
         loads.update(expert_load(answers.tokens_per_expert))
         metrics = data.metrics(answers.logits, data.dev)
-        return {f"dev/{name}": value for name, value in metrics.items()} | {
-            f"moe/expert_load/{layer}/{expert}": share
-            for layer, shares in loads.items()
-            for expert, share in enumerate(shares)
-        }
+        return {f"dev/{name}": value for name, value in metrics.items()} | load_metrics(loads)
 
     result = train(
         engine,
@@ -133,6 +131,23 @@ def fit(
         write_json(stage_dir / RESULT, summary)
     wait_for_ranks()
     return summary
+
+
+def load_metrics(loads: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Name the share of tokens of each expert, as the metric log has it.
+
+    Args:
+        loads: each expert's share by layer.
+
+    Returns:
+        Values by name; none for layers of more than `MAX_LOGGED_EXPERTS` experts.
+    """
+    return {
+        f"moe/expert_load/{layer}/{expert}": share
+        for layer, shares in loads.items()
+        if len(shares) <= MAX_LOGGED_EXPERTS
+        for expert, share in enumerate(shares)
+    }
 
 
 def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> LoopSettings:

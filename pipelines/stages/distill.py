@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..jobs import TRAINING_FACTS, draw_losses, run_job
+from ..jobs import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
 from ..payloads import training_job, training_settings
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from . import adapt, finetune_teacher
@@ -69,4 +69,5 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         inputs=inputs,
         tracker=tracker,
         work=work,
+        scratch=TRAINING_SCRATCH,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..jobs import run_job
+from ..jobs import placed_here, run_job
 from ..payloads import data_job
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher
@@ -20,6 +20,8 @@ BATCH_SIZE = 32
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
     """Score the teacher's neurons on the training split.
+
+    The job takes seconds, so on this machine's CPUs alone it runs in this process (`placed_here`).
 
     Args:
         config: the run's configuration.
@@ -40,7 +42,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "num_samples": config.moe.importance_samples,
             "batch_size": BATCH_SIZE,
         }
-        run_job(importance_job, payload, config=config, work=stage, workspace=inputs.workspace)
+        run_job(
+            importance_job,
+            payload,
+            config=placed_here(config),
+            work=stage,
+            workspace=inputs.workspace,
+        )
         return StageOutcome(outputs={"scores": stage.directory / "scores.safetensors"})
 
     return execute(

@@ -6,12 +6,15 @@ import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.tracking.null import _LocalRun
 from pipelines import chain
 from pipelines.chain import plan_steps, run_chain
 from pipelines.console import Console
@@ -36,6 +39,20 @@ class Recorder(Console):
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
         self.skipped.append(stage)
+
+
+class Collector(_LocalRun):
+    """A run that remembers the files which a tracking server would get."""
+
+    def __init__(self, directory: Path, artifacts: list[Path]) -> None:
+        super().__init__(directory)
+        self.artifacts = artifacts
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        self.artifacts.append(path)
+
+    def stage(self, name: str, directory: Path, **_: Any) -> Collector:
+        return Collector(directory, self.artifacts)
 
 
 def run(config: RunConfig, until: str = "evaluate") -> Recorder:
@@ -79,8 +96,11 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.5)
     assert report["student"]["parameters"]["active"] < report["student"]["parameters"]["total"]
     assert set(report["seconds"]) == set(first.ran)
-    assert set(report["differences"]) == {"teacher", "dense"}
+    assert set(report["differences"]) == set(report["verdicts"]) == {"teacher", "dense"}
     assert (tmp_path / "outputs/tiny/report.md").read_text().startswith("# tiny")
+
+    # Each is three times its model; what has finished needs none.
+    assert not list((tmp_path / "outputs").rglob("*checkpoints*"))
 
     again = run(load_config(recipe, ["parallel.max_failures=1", "train.log_every=1"]))
     assert again.ran == []
@@ -91,6 +111,36 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
 
     distilled = run(load_config(recipe, ["moe.router=token_gate", "distill.kl_weight=0.5"]))
     assert distilled.ran == ["distill", "distill/dense", "evaluate"]
+
+
+def test_what_goes_to_a_tracking_server_names_neither_places_nor_secrets(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[Path] = []
+    tracker = SimpleNamespace(chain=lambda name, directory, **_: Collector(directory, sent))
+    monkeypatch.setattr(chain, "build_tracker", lambda *_, **__: tracker)
+    tiny_settings["tracking"]["uri"] = "http://ann:hf_abcdefghijklmnopqrs@host/"
+    config = load_config(write_recipe(tiny_settings))
+    run(config)
+
+    texts = {path.name: path.read_text() for path in sent if path.suffix != ".png"}
+    assert texts.keys() == {"recipe.yaml", "report.json", "report.md", "stage.json"}
+    for path in sent:
+        content = path.read_bytes().decode("utf-8", "replace")
+        for word in (str(tmp_path), tiny_settings["model"]["teacher"], "hf_abcdef", "ann:"):
+            assert word not in content, path
+    assert yaml.safe_load(texts["recipe.yaml"])["data"]["train"] == "train.jsonl"
+
+    # The copy beside the results runs again as it is.
+    local = load_config(tmp_path / "outputs/tiny/recipe.yaml", ["tracking.uri=http://host/"])
+    assert (local.data, local.model, local.output_dir) == (
+        config.data,
+        config.model,
+        config.output_dir,
+    )
 
 
 def test_a_chain_that_was_stopped_continues_where_it_was(
@@ -142,4 +192,4 @@ def test_little_space_is_said_before_the_run(
     warn_of_little_space(workspace, 1000, num_trained=2)
     assert warnings == []
     warn_of_little_space(workspace, 10**12, num_trained=2)
-    assert "may need 74505.8 GiB" in warnings[0]
+    assert "may need 40978.2 GiB" in warnings[0]

@@ -16,14 +16,14 @@ def test_a_log_file_gets_plain_lines_with_step_loss_and_eta(
     console = Console(live=False)
     console.stage_started("distill", resumed=False)
     console.progress(10, 100, {"loss": 0.5})
-    console.progress(20, 100, {"loss": 0.25})
+    console.progress(20, 100, {"loss": 0.25, "tokens/s": 12345.6})
     console.progress(21, 100, {"loss": 0.2})
     console.progress(40, 100, {"loss": 0.125})
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "distill: started",
         "distill: step 10/100  loss 0.5",
-        "distill: step 20/100  loss 0.25  ETA 2 min 40 s",
+        "distill: step 20/100  loss 0.25  tokens/s 12,346  ETA 2 min 40 s",
         "distill: step 40/100  loss 0.125  ETA 1 min 20 s",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,3 +107,20 @@ def test_layer_names_are_short() -> None:
 
 def test_smoothing_keeps_constant_series() -> None:
     assert plots._smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+
+
+def test_no_expert_is_said_to_have_less_than_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> Path:
+        figures.append(figure)
+        return path
+
+    monkeypatch.setattr(plots, "_save", keep)
+    plots.plot_expert_load({"encoder.block.0": [0.9, 0.1, 0.0, 0.0]}, tmp_path / "load.png")
+    heat_map, bar = figures[0].axes
+    low, high = bar.get_ylim()
+    assert (low, high) == pytest.approx((0.0, 3.6))
+    assert heat_map.images[0].norm(1.0) == pytest.approx(0.5)

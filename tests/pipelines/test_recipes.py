@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from moe_dist.config import load_config
+from pipelines.cli import app
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 
@@ -24,7 +26,7 @@ TASKS = (*PAPER, "stsb")
 
 
 def test_the_expected_recipes_are_there() -> None:
-    expected = {"demo", *(f"moebert_{task}" for task in TASKS)}
+    expected = {"demo", "minilm_sst2", *(f"moebert_{task}" for task in TASKS)}
     assert expected <= {path.stem for path in RECIPES.glob("*.yaml")}
 
 
@@ -34,6 +36,51 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     assert config.name == path.stem
     for label in config.compare:
         assert config.resolve_comparison(label).moe.active_neurons == config.moe.active_neurons
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, nothing cached, and an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path / "cache"))
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("bare_machine")
+@pytest.mark.parametrize("name", ["moebert_sst2", "minilm_sst2"])
+def test_a_dry_run_needs_neither_network_nor_data(name: str) -> None:
+    result = CliRunner().invoke(app, ["compress", str(RECIPES / f"{name}.yaml"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "the recipe is valid" in result.output
+    assert "not known: training steps" in result.output
+    assert "not known: parameters" in result.output
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_data_files_that_are_not_there_are_one_error_with_both_names(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "minilm_sst2.yaml")
+    result = CliRunner().invoke(app, ["compress", recipe, "--set", f"output_dir={tmp_path}/out"])
+    assert result.exit_code == 2
+    assert f"data.train={tmp_path}/train.tsv and data.dev={tmp_path}/dev.tsv" in result.output
+    assert "--set data.train=FILE" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_for_files_trains_on_the_given_ones(tmp_path: Path) -> None:
+    from moe_dist.data.sources import load_splits
+    from pipelines.payloads import data_arguments
+
+    for name, count in (("train", 6), ("dev", 2)):
+        rows = [f"sentence number {n} of {name}\t{n % 2}" for n in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    files = [f"data.{name}={tmp_path}/{name}.tsv" for name in ("train", "dev")]
+    splits = load_splits(**data_arguments(load_config(RECIPES / "minilm_sst2.yaml", files)))
+    assert (len(splits.train), len(splits.dev)) == (6, 2)
+    assert (splits.task.num_labels, splits.task.main_metric) == (2, "accuracy")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipelines.report import build_report, headline_metrics, quantity, to_markdown, to_tables
+from pipelines.report import (
+    build_report,
+    headline_metrics,
+    quantity,
+    to_markdown,
+    to_tables,
+    verdict,
+    verdict_lines,
+)
 from pipelines.stage import StageResult
 
 
@@ -74,9 +82,16 @@ def test_the_keys_that_others_rely_on_are_there(report: dict[str, Any]) -> None:
     }
 
 
-def test_markdown_names_every_model_and_the_interval(report: dict[str, Any]) -> None:
+def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> None:
     text = to_markdown(report)
-    for piece in ("| teacher |", "| student |", "| dense |", "[-0.0200, +0.0300]", "× 0.250"):
+    for piece in (
+        "| teacher |",
+        "| student |",
+        "| dense |",
+        "cannot be told apart",
+        "-0.0200 to +0.0300",
+        "× 0.250",
+    ):
         assert piece in text
 
 
@@ -100,3 +115,27 @@ def test_quantities_carry_a_prefix() -> None:
         "22.7 M",
         "3.2 G",
     ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claim"),
+    [
+        (0.001, 0.02, "student beats dense on 1500 dev samples"),
+        (-0.02, -0.001, "dense beats student on 1500 dev samples"),
+        (-0.01, 0.02, "student and dense cannot be told apart on 1500 dev samples"),
+        (0.0, 0.0, "student and dense cannot be told apart on 1500 dev samples"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(
+    low: float, high: float, claim: str
+) -> None:
+    middle = (low + high) / 2
+    entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
+    sentence = verdict("dense", entry, 1500)
+    assert sentence.startswith(f"{claim} (accuracy of student minus dense: {middle:+.4f}, 95 %")
+
+
+def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
+    assert report["verdicts"] == {"dense": verdict_lines(report)[0]}
+    verdicts = {"teacher": "t", "dense": "d", "gate": "g"}
+    assert verdict_lines({"verdicts": verdicts}) == ["d", "g", "t"]

@@ -43,11 +43,14 @@ class Bench:
             inputs=self.inputs,
             tracker=self.tracker,
             work=self.work,
+            scratch=("scratch",),
         )
 
     def work(self, stage: StageWork) -> StageOutcome:
         self.resumed.append(stage.resumed)
         (stage.directory / "partial.txt").write_text("half")
+        (stage.directory / "scratch").mkdir(exist_ok=True)
+        (stage.directory / "scratch" / "step").write_text("large")
         if self.fail:
             raise RuntimeError("killed")
         (stage.directory / "out.txt").write_text("whole")
@@ -88,6 +91,29 @@ def test_an_unfinished_stage_keeps_its_files_and_resumes(bench: Bench) -> None:
     result = bench.run(size=1)
     assert bench.resumed == [False, True]
     assert result.seconds > 0
+
+
+def test_scratch_outlives_a_failure_and_not_a_success(bench: Bench) -> None:
+    bench.fail = True
+    with pytest.raises(RuntimeError):
+        bench.run(size=1)
+    assert (bench.directory / "scratch" / "step").exists()
+    bench.fail = False
+    bench.run(size=1)
+    assert {path.name for path in bench.directory.iterdir()}.isdisjoint(
+        {"scratch", ".scratch.removed"}
+    )
+
+
+@pytest.mark.parametrize("left", ["scratch", ".scratch.removed"])
+def test_scratch_that_a_stopped_process_left_goes_when_the_stage_is_skipped(
+    bench: Bench, left: str
+) -> None:
+    bench.run(size=1)
+    (bench.directory / left).mkdir()
+    (bench.directory / left / "step").write_text("large")
+    assert bench.run(size=1).skipped
+    assert not (bench.directory / left).exists()
 
 
 def test_an_unfinished_stage_of_other_settings_is_not_resumed(bench: Bench) -> None:

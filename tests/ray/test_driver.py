@@ -6,6 +6,8 @@ The jobs are nested functions, which Ray sends by value: the workers know nothin
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,3 +174,21 @@ def test_error_of_a_job_that_runs_here(tmp_path: Path) -> None:
 def test_local_launcher_takes_one_worker(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="num_workers=2"):
         run_on_workers(print, {}, num_workers=2, storage_path=tmp_path, name="x", launcher="local")
+
+
+def test_sigterm_stays_with_the_program_that_handles_it(tmp_path: Path) -> None:
+    # In a process of its own, since the signal ends it; Ray's native handler would print a trace.
+    code = """
+import os, signal
+from moe_dist.training.driver import ray_session
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+with ray_session() as session:
+    session.connect()
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)

@@ -13,6 +13,7 @@ import torch
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.inference.saving import load_model
 from moe_dist.metric_log import MetricLog, series
+from moe_dist.training.fit import MAX_LOGGED_EXPERTS, load_metrics
 from moe_dist.training.jobs import (
     distill_job,
     distill_weights,
@@ -82,6 +83,14 @@ def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> N
     assert {"perf/tokens_per_s", "train/grad_norm", "train/learning_rate"} <= names
     assert sum(name.startswith("moe/load_imbalance/") for name in names) == 2
     assert series(records, "dev/accuracy")[0] == [48]
+
+
+def test_many_experts_do_not_flood_the_log() -> None:
+    many = [1 / (MAX_LOGGED_EXPERTS + 1)] * (MAX_LOGGED_EXPERTS + 1)
+    assert load_metrics({"0": [0.25, 0.75], "1": many}) == {
+        "moe/expert_load/0/0": 0.25,
+        "moe/expert_load/0/1": 0.75,
+    }
 
 
 def test_scores_are_those_of_the_library(chain: dict[str, Any]) -> None:

@@ -1,0 +1,73 @@
+"""Where a stage's job runs, and what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config import load_config
+from moe_dist.metric_log import MetricLog
+from pipelines.console import Console
+from pipelines.jobs import placed_here, show_progress
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four CPUs, no GPU, no cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moe_dist.training.driver.available_cpus", lambda: 4)
+
+
+def placement(write_recipe: Write, settings: dict[str, Any], **parallel: Any) -> tuple[Any, ...]:
+    config = load_config(write_recipe(settings | {"parallel": parallel}))
+    placed = placed_here(config).parallel
+    return placed.launcher, placed.num_workers, placed.cpus_per_worker
+
+
+@pytest.mark.parametrize(("cpus_per_worker", "num_threads"), [(1, 2), (2, 4), (3, 4)])
+def test_a_short_job_takes_the_threads_of_all_workers(
+    write_recipe: Write, tiny_settings: dict[str, Any], cpus_per_worker: int, num_threads: int
+) -> None:
+    placed = placement(write_recipe, tiny_settings, num_workers=2, cpus_per_worker=cpus_per_worker)
+    assert placed == ("local", 1, num_threads)
+
+
+def test_workers_stay_on_a_cluster_on_gpus_and_where_ray_is_asked_for(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert placement(write_recipe, tiny_settings, num_workers=2, launcher="ray")[:2] == ("ray", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=True)[:2] == ("auto", 2)
+    with monkeypatch.context() as patched:
+        patched.setenv("RAY_ADDRESS", "auto")
+        assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=False)[0] == "local"
+
+
+def test_progress_shows_loss_speed_and_the_last_dev_metric(tmp_path: Path) -> None:
+    shown: list[tuple[int, dict[str, float]]] = []
+
+    class Recorder(Console):
+        def progress(self, step: int, total: int | None, figures: Any = None) -> None:
+            shown.append((step, dict(figures)))
+
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    on_poll = show_progress(log.path, Recorder(quiet=True), 20)
+    on_poll()
+    log.append(10, {"train/loss/total": 0.5, "perf/tokens_per_s": 4000.0, "train/epoch": 1.0})
+    log.append(10, {"dev/accuracy": 0.75, "dev/f1": 0.5, "moe/expert_load/0/0": 0.5})
+    on_poll()
+    log.append(20, {"train/loss/total": 0.25, "perf/tokens_per_s": 5000.0})
+    on_poll()
+    assert shown == [
+        (10, {"loss": 0.5, "tokens/s": 4000.0}),
+        (10, {"loss": 0.5, "tokens/s": 4000.0, "dev accuracy": 0.75}),
+        (20, {"loss": 0.25, "tokens/s": 5000.0, "dev accuracy": 0.75}),
+    ]
