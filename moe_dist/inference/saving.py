@@ -282,6 +282,9 @@ def _directory_beside(target: Path) -> Iterator[Path]:
 
 def _put_in_place(finished: Path, target: Path) -> None:
     finished.chmod(0o777 & ~_umask())
+    for path in finished.iterdir():
+        # safetensors writes for the owner alone; others on shared storage must read it too.
+        path.chmod(0o666 & ~_umask())
     if not target.exists():
         finished.rename(target)
         return
