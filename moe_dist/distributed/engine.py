@@ -175,6 +175,7 @@ def build_engine(
     precision: Precision = "fp32",
     micro_batches_per_step: int = 1,
     max_grad_norm: float = 1.0,
+    device: torch.device | None = None,
 ) -> TrainEngine:
     """Return the engine that fits where this process runs.
 
@@ -197,6 +198,7 @@ def build_engine(
         precision: "fp32" or "bf16" (autocast over fp32 weights).
         micro_batches_per_step: accumulation; micro-batches are summed.
         max_grad_norm: global norm to clip to; 0 for none.
+        device: where to train; where this process can, if not given.
 
     Returns:
         A `TrainEngine`.
@@ -228,7 +230,7 @@ def build_engine(
         from moe_dist.distributed.expert_parallel import parallelize_experts
 
         parallelize_experts(model, ep_size)
-    device = training_device()
+    device = training_device() if device is None else device
     model.to(device)
     groups = parameter_groups(
         model,

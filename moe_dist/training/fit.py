@@ -99,6 +99,7 @@ def fit(
         precision=pick_precision(section.get("precision", "auto"), training_device()),
         micro_batches_per_step=section.get("accumulation", 1),
         max_grad_norm=section.get("max_grad_norm", 1.0),
+        device=device,
     )
     loads: dict[str, list[float]] = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_dist.errors import CheckpointError
@@ -67,7 +67,8 @@ def save_scores(scores: Sequence[Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.partial")
     named = {f"{index:04d}": score.contiguous().cpu() for index, score in enumerate(scores)}
-    save_file(named, str(beside))
+    # Not `save_file`, which lets none but the owner read; stages are shared.
+    beside.write_bytes(save(named))
     beside.replace(path)
 
 

@@ -51,7 +51,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         workspace = inputs.workspace
         task = workspace.splits.task
-        loaded = load_all(models)
+        loaded = load_all(models, use_gpu=config.parallel.use_gpu)
         answers = predict_all(loaded, models, workspace, stage)
         labels, loads = answers.labels, answers.expert_loads
         entries = measure_quality(answers.logits, labels, task.metrics)
@@ -128,11 +128,14 @@ def final_models(loaded: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in loaded.items() if not name.endswith(f"/{BEFORE}")}
 
 
-def load_all(models: Mapping[str, tuple[Path, str]]) -> dict[str, Any]:
-    """Load every model, on a GPU where this process has one.
+def load_all(
+    models: Mapping[str, tuple[Path, str]], *, use_gpu: bool | str = "auto"
+) -> dict[str, Any]:
+    """Load every model, on a GPU where this process has one and may use it.
 
     Args:
         models: what `model_directories` found.
+        use_gpu: the recipe's `parallel.use_gpu`; this process may lack what the workers have.
 
     Returns:
         Model by name, in evaluation mode.
@@ -141,7 +144,7 @@ def load_all(models: Mapping[str, tuple[Path, str]]) -> dict[str, Any]:
 
     from moe_dist.inference import load_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu"
     return {name: load_model(path, device=device) for name, (path, _) in models.items()}
 
 

@@ -80,3 +80,17 @@ def test_a_restored_window_goes_on_exactly() -> None:
     assert other_rank.metrics()["train/loss/task"] == 0.0
     whole.clear()
     assert whole.metrics() == {}
+
+
+def test_an_engine_trains_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_dist.distributed.engine import build_engine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = build_engine(
+        torch.nn.Linear(2, 2),
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        num_steps=1,
+        device=pick_device(False),
+    )
+    assert engine.device == torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,15 @@ def test_scores_keep_their_order(tmp_path: Path) -> None:
     back = load_scores(tmp_path / "new" / "scores.safetensors")
     assert [score[0].item() for score in back] == list(range(12))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["scores.safetensors"]
+
+
+def test_scores_are_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_scores([torch.ones(2)], tmp_path / "scores.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "scores.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_predictions_come_back(tmp_path: Path) -> None:
