@@ -46,6 +46,8 @@ class Splits:
         dev: the same columns; where held out of train, sample_id counts in the training rows.
         task: with its label names resolved.
         digest: SHA-256 over task and rows.
+        train_digest: SHA-256 over kind, label names and training rows: what training sees, and
+            not what is measured.
         source: where the rows came from, in words.
         num_near_copies: training rows that were left out as near copies of held-out dev rows.
     """
@@ -54,6 +56,7 @@ class Splits:
     dev: Dataset
     task: TaskSpec
     digest: str
+    train_digest: str
     source: str
     num_near_copies: int = 0
 
@@ -165,7 +168,8 @@ def load_splits(
         train=_to_dataset(train_samples, task),
         dev=_to_dataset(dev_samples, task),
         task=task,
-        digest=_digest(task, train_samples, dev_samples),
+        digest=_digest([task.kind, task.label_names, task.metrics], train_samples, dev_samples),
+        train_digest=_digest([task.kind, task.label_names], train_samples),
         source=words,
         num_near_copies=dropped,
     )
@@ -409,9 +413,9 @@ def _to_dataset(samples: list[_Sample], task: TaskSpec) -> Dataset:
     )
 
 
-def _digest(task: TaskSpec, train: list[_Sample], dev: list[_Sample]) -> str:
-    digest = hashlib.sha256(json.dumps([task.kind, task.label_names, task.metrics]).encode())
-    for samples in (train, dev):
+def _digest(task: list[Any], *splits: list[_Sample]) -> str:
+    digest = hashlib.sha256(json.dumps(task).encode())
+    for samples in splits:
         digest.update(b"\nsplit\n")
         for s in samples:
             digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())

@@ -134,6 +134,29 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"dev_rows": ROWS[:2]}, True),
+        ({"metrics": ["f1"]}, True),
+        ({"max_dev_samples": 1}, True),
+        ({"rows": [*ROWS[:2], ("fine acting there", "pos")]}, False),
+        ({"max_train_samples": 2}, False),
+        ({"label_names": ["pos", "neg"]}, False),
+        ({"label_names": ["neg", "pos", "none"]}, False),
+    ],
+)
+def test_train_digest_follows_what_training_sees(
+    tmp_path: Path, changes: dict[str, Any], same: bool
+) -> None:
+    first = load(tmp_path)
+    other = load(tmp_path, **({"dev_rows": ROWS} | changes))
+    assert (first.train_digest == other.train_digest) is same
+    assert (first.digest == other.digest) is not bool(changes)
+    assert other.digest != other.train_digest
+
+
+@pytest.mark.parametrize(
     ("folder", "name", "changes", "sizes"),
     [
         (
