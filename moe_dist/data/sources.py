@@ -77,6 +77,8 @@ class _Sample:
 class _RawSplit:
     origin: Path
     rows: list[Row]
+    # Labels are class ids, whatever the names look like: the hub declares them so.
+    holds_ids: bool = False
 
 
 def load_splits(
@@ -113,6 +115,7 @@ def load_splits(
         text_columns: one or two columns of text.
         label_column: "label" unless given.
         label_names: class names in id order; inferred from the training rows (sorted) if None.
+            Rows hold names, or ids where no name is a number.
         kind: classification unless given.
         metrics: names out of METRICS, the main one first.
         dev_size: rows (int), or share of the training rows (float below 1), to hold out.
@@ -279,7 +282,8 @@ def _read_hub(
             )
         if class_names and task.kind == "classification" and task.label_names is None:
             task = replace(task, label_names=tuple(class_names))
-        parts.append(_RawSplit(Path(f"{name}/{subset}/{split}" if subset else name), rows))
+        origin = Path(f"{name}/{subset}/{split}" if subset else name)
+        parts.append(_RawSplit(origin, rows, holds_ids=class_names is not None))
     return parts[0], parts[1] if len(parts) == 2 else None, task
 
 
@@ -325,7 +329,10 @@ def _with_label_names(task: TaskSpec, split: _RawSplit) -> TaskSpec:
 
 
 def _check_rows(split: _RawSplit, task: TaskSpec) -> list[_Sample]:
-    ids = {name: number for number, name in enumerate(task.label_names or ())}
+    names = task.label_names or ()
+    ids = {str(i) if split.holds_ids else name: i for i, name in enumerate(names)}
+    # Where names are numbers, a number that is none of them is a fault and no index.
+    may_be_index = not any(map(_is_number, names))
     samples = []
     for position, (line, row) in enumerate(split.rows):
         texts = [_value(split.origin, line, row, column) for column in task.text_columns]
@@ -338,7 +345,7 @@ def _check_rows(split: _RawSplit, task: TaskSpec) -> list[_Sample]:
         number = (
             _regression_label(split.origin, line, label)
             if task.kind == "regression"
-            else _class_id(split.origin, line, label, ids)
+            else _class_id(split.origin, line, label, ids, may_be_index)
         )
         samples.append(_Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
     return samples
@@ -362,11 +369,11 @@ def _class_key(label: Any) -> str:
     return str(label).strip()
 
 
-def _class_id(origin: Path, line: int, label: Any, ids: dict[str, int]) -> int:
+def _class_id(origin: Path, line: int, label: Any, ids: dict[str, int], may_be_index: bool) -> int:
     key = _class_key(label)
     if key in ids:
         return ids[key]
-    if key.isdecimal() and int(key) < len(ids):
+    if may_be_index and key.isdecimal() and int(key) < len(ids):
         return int(key)
     raise row_error(
         origin,
@@ -374,6 +381,13 @@ def _class_id(origin: Path, line: int, label: Any, ids: dict[str, int]) -> int:
         f"label {key!r} is not in the list {', '.join(map(repr, ids))}",
         "mend the line, or set data.label_names",
     )
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 def _regression_label(origin: Path, line: int, label: Any) -> float:

@@ -78,6 +78,22 @@ def test_pairs_and_regression(tmp_path: Path) -> None:
         ([("x", "a"), ("y", "a")], {}, "holds 1 different labels"),
         ([(str(i), str(i)) for i in range(1001)], {}, "kind=regression"),
         (ROWS, {"dev_rows": [("x", "other")]}, r"dev.tsv, line 2: label 'other'"),
+        (
+            [(f"{stars} stars", str(stars)) for stars in (1, 2, 4, 5)],
+            {"dev_rows": [("x", "3")]},
+            r"dev.tsv, line 2: label '3' is not in the list '1', '2', '4', '5'",
+        ),
+        (
+            [("x", "-1"), ("y", "1")],
+            {"dev_rows": [("x", "0")]},
+            r"dev.tsv, line 2: label '0' is not in",
+        ),
+        (
+            [("x", "0.5"), ("y", "1.5")],
+            {"dev_rows": [("x", "1")]},
+            r"dev.tsv, line 2: label '1' is not in",
+        ),
+        ([("x", "7"), ("y", "2")], {"label_names": ["none", "7", "x"]}, r"line 3: label '2' is"),
         (ROWS, {"text_columns": []}, "one or two columns"),
         (ROWS, {"text_columns": ["a", "b", "c"]}, "one or two columns"),
         (ROWS, {"metrics": ["bleu"]}, "unknown bleu"),
@@ -208,6 +224,21 @@ def test_hub_data_set_with_declared_classes(tmp_path: Path) -> None:
         load_splits(source="hub", name=str(tmp_path), text_columns=["text"])
     with pytest.raises(DataError, match=r"split 'dev'.*not to be had"):
         load_splits(source="hub", name=str(tmp_path), text_columns=["premise"], dev="dev")
+
+
+def test_hub_ids_stay_ids_where_names_are_numbers(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["1", "2", "4", "5"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    for split in ("train", "validation"):
+        rows = {"text": [f"{split} {name}" for name in names], "label": [0, 1, 2, 3]}
+        Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / f"{split}-00000-of-00001.parquet"
+        )
+    splits = load_splits(source="hub", name=str(tmp_path), text_columns=["text"])
+    assert splits.task.label_names == tuple(names)
+    assert splits.train["label"][:] == splits.dev["label"][:] == [0, 1, 2, 3]
 
 
 def test_hub_without_network_fails_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
