@@ -17,15 +17,22 @@ from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.tracking import flatten
 
 from .fingerprints import path_digest, stage_fingerprint
+from .replacement import (
+    FINISHED,
+    STARTED,
+    discard_previous,
+    holds_foreign_files,
+    move_back,
+    read_started,
+    recover,
+    set_aside,
+)
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from .console import Console
     from .workspace import Workspace
-
-FINISHED = "stage.json"
-STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -170,16 +177,17 @@ def execute(
     directory = inputs.workspace.stage_directory(stage, inputs.label)
     fingerprint = stage_fingerprint(stage, settings=settings, inputs=input_digests)
     console = inputs.workspace.console
+    recover(directory, fingerprint)
     finished = read_result(directory)
     if finished is not None and finished.fingerprint == fingerprint:
         # The process may have been stopped after it finished the stage and before it cleared it.
         _clear(directory, scratch)
         console.stage_skipped(key, finished.seconds)
         return finished
-    resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests)
-    console.stage_started(key, resumed=resumed)
     begin = time.monotonic()
     try:
+        resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests)
+        console.stage_started(key, resumed=resumed)
         with tracker.stage(
             key, directory, params=flatten(settings), fingerprint=fingerprint
         ) as run:
@@ -200,12 +208,14 @@ def execute(
                 seconds=seconds,
             )
             _finish(result, settings, input_digests)
+            discard_previous(directory)
             _clear(directory, scratch)
             run.log_artifact(directory / FINISHED)
             for plot in outcome.plots:
                 run.log_artifact(plot, folder="plots")
     except BaseException:
-        _note_attempt(directory, time.monotonic() - begin)
+        if not move_back(directory):
+            _note_attempt(directory, time.monotonic() - begin)
         raise
     finally:
         console.close()
@@ -266,18 +276,21 @@ def _prepare(
     settings: Mapping[str, Any],
     input_digests: Mapping[str, str],
 ) -> tuple[bool, float]:
-    """Make the directory ready; keep an unfinished attempt of the same fingerprint."""
-    started = _read_started(directory)
+    """Make the directory ready; keep an unfinished attempt of the same fingerprint.
+
+    An earlier result of other settings waits beside it until this one is there.
+    """
+    started = read_started(directory)
     if started is not None and started.get("fingerprint") == fingerprint:
         (directory / FINISHED).unlink(missing_ok=True)
         return True, float(started.get("seconds", 0.0))
+    if holds_foreign_files(directory):
+        raise MoeDistError(
+            f"{directory} holds files that moe-dist did not write.",
+            remedy="move them away, or choose another `name` or `output_dir`.",
+        )
     if directory.exists() and any(directory.iterdir()):
-        if started is None and not (directory / FINISHED).exists():
-            raise MoeDistError(
-                f"{directory} holds files that moe-dist did not write.",
-                remedy="move them away, or choose another `name` or `output_dir`.",
-            )
-        shutil.rmtree(directory)
+        set_aside(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(
         directory / STARTED,
@@ -303,17 +316,9 @@ def _clear(directory: Path, scratch: tuple[str, ...]) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def _read_started(directory: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads((directory / STARTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _note_attempt(directory: Path, seconds: float) -> None:
     """Add an attempt's time to what the stage has cost; never hides the error that ended it."""
-    started = _read_started(directory)
+    started = read_started(directory)
     if started is None:
         return
     started["seconds"] = float(started.get("seconds", 0.0)) + seconds

@@ -28,7 +28,8 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.directory = root / "stage"
         self.resumed: list[bool] = []
-        self.fail = False
+        self.fail: BaseException | None = None
+        self.checkpoint = False
         workspace: Any = SimpleNamespace(
             stage_directory=lambda stage, label: self.directory, console=Console(quiet=True)
         )
@@ -46,13 +47,26 @@ class Bench:
             scratch=("scratch",),
         )
 
+    def run_aside(self, **settings: Any) -> None:
+        """Run in a directory of its own and move it in place, as if nothing was there before."""
+        place, self.directory = self.directory, self.directory.with_name("aside") / "stage"
+        self.run(**settings)
+        self.directory.rename(place)
+        self.directory.parent.rmdir()
+        self.directory = place
+
+    def siblings(self) -> set[str]:
+        return {path.name for path in self.directory.parent.iterdir()}
+
     def work(self, stage: StageWork) -> StageOutcome:
         self.resumed.append(stage.resumed)
         (stage.directory / "partial.txt").write_text("half")
         (stage.directory / "scratch").mkdir(exist_ok=True)
         (stage.directory / "scratch" / "step").write_text("large")
-        if self.fail:
-            raise RuntimeError("killed")
+        if self.checkpoint:
+            (stage.directory / "checkpoints" / "step-00000001").mkdir(parents=True)
+        if self.fail is not None:
+            raise self.fail
         (stage.directory / "out.txt").write_text("whole")
         return StageOutcome(outputs={"out": stage.directory / "out.txt"}, metrics={"accuracy": 0.5})
 
@@ -82,23 +96,23 @@ def test_another_setting_runs_the_stage_anew_in_an_empty_directory(bench: Bench)
 
 
 def test_an_unfinished_stage_keeps_its_files_and_resumes(bench: Bench) -> None:
-    bench.fail = True
+    bench.fail = RuntimeError("killed")
     with pytest.raises(RuntimeError):
         bench.run(size=1)
     assert read_result(bench.directory) is None
     assert (bench.directory / "partial.txt").exists()
-    bench.fail = False
+    bench.fail = None
     result = bench.run(size=1)
     assert bench.resumed == [False, True]
     assert result.seconds > 0
 
 
 def test_scratch_outlives_a_failure_and_not_a_success(bench: Bench) -> None:
-    bench.fail = True
+    bench.fail = RuntimeError("killed")
     with pytest.raises(RuntimeError):
         bench.run(size=1)
     assert (bench.directory / "scratch" / "step").exists()
-    bench.fail = False
+    bench.fail = None
     bench.run(size=1)
     assert {path.name for path in bench.directory.iterdir()}.isdisjoint(
         {"scratch", ".scratch.removed"}
@@ -117,12 +131,88 @@ def test_scratch_that_a_stopped_process_left_goes_when_the_stage_is_skipped(
 
 
 def test_an_unfinished_stage_of_other_settings_is_not_resumed(bench: Bench) -> None:
-    bench.fail = True
+    bench.fail = RuntimeError("killed")
     with pytest.raises(RuntimeError):
         bench.run(size=1)
-    bench.fail = False
+    bench.fail = None
     bench.run(size=2)
     assert bench.resumed == [False, False]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("killed"), KeyboardInterrupt()])
+def test_an_attempt_that_fails_before_a_checkpoint_leaves_the_earlier_result(
+    bench: Bench, error: BaseException
+) -> None:
+    bench.run(size=1)
+    before = {path.name: path.read_bytes() for path in bench.directory.glob("*.*")}
+    bench.fail = error
+    with pytest.raises(type(error)):
+        bench.run(size=2)
+    assert {path.name: path.read_bytes() for path in bench.directory.glob("*.*")} == before
+    assert bench.siblings() == {"stage"}
+    assert bench.run(size=1).skipped
+
+
+def test_an_attempt_with_a_checkpoint_stays_and_so_does_the_earlier_result(bench: Bench) -> None:
+    bench.run(size=1)
+    bench.checkpoint, bench.fail = True, RuntimeError("killed")
+    with pytest.raises(RuntimeError):
+        bench.run(size=2)
+    assert bench.siblings() == {"stage", ".stage.previous"}
+    bench.checkpoint, bench.fail = False, None
+    bench.run(size=2)
+    assert bench.resumed == [False, False, True]
+    assert bench.siblings() == {"stage"}
+
+
+def test_the_earlier_result_comes_back_when_it_is_wanted_again(bench: Bench) -> None:
+    bench.run(size=1)
+    bench.checkpoint, bench.fail = True, RuntimeError("killed")
+    with pytest.raises(RuntimeError):
+        bench.run(size=2)
+    assert bench.run(size=1).skipped
+    assert bench.siblings() == {"stage"}
+
+
+def test_the_earlier_result_outlives_attempts_of_several_settings(bench: Bench) -> None:
+    bench.run(size=1)
+    bench.checkpoint, bench.fail = True, RuntimeError("killed")
+    with pytest.raises(RuntimeError):
+        bench.run(size=2)
+    bench.checkpoint = False
+    with pytest.raises(RuntimeError):
+        bench.run(size=3)
+    assert bench.run(size=1).skipped
+
+
+@pytest.mark.parametrize("left", ["nothing", "empty", "partial", "started", "finished"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_a_killed_process_left_does_not_stop_the_next_start(
+    bench: Bench, left: str, size: int
+) -> None:
+    bench.run(size=1)
+    bench.directory.rename(bench.directory.with_name(".stage.previous"))
+    for name in (".stage.removed", ".stage.previous.removed"):
+        bench.directory.with_name(name).mkdir()
+    if left in ("empty", "partial"):
+        bench.directory.mkdir()
+    if left == "partial":
+        (bench.directory / "started.json.partial").write_text('{"finger')
+    if left in ("started", "finished"):
+        bench.run_aside(size=2)
+    if left == "started":
+        (bench.directory / "stage.json").unlink()
+    result = bench.run(size=size)
+    assert result.outputs["out"].read_text() == "whole"
+    assert result.skipped == ((left == "finished") == (size == 2))
+    assert bench.siblings() == {"stage"}
+
+
+def test_files_of_others_are_left_alone_beside_an_earlier_result(bench: Bench) -> None:
+    bench.run(size=1)
+    bench.directory.rename(bench.directory.with_name(".stage.previous"))
+    test_files_of_others_are_left_alone(bench)
+    assert bench.siblings() == {"stage", ".stage.previous"}
 
 
 @pytest.mark.parametrize("damage", ["removed", "changed"])

@@ -1,0 +1,153 @@
+"""An earlier result stays beside a new attempt until that attempt has something to show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+FINISHED = "stage.json"
+STARTED = "started.json"
+_CHECKPOINTS = "checkpoints/step-*"
+# All that a process stopped in its first moment may have left.
+_FIRST_FILES = frozenset({STARTED + ".partial"})
+
+
+def recover(directory: Path, fingerprint: str) -> None:
+    """Tidy what a stopped process left beside a stage's directory.
+
+    The earlier result is put back where the attempt after it left no checkpoint, or where it is
+    itself the one that is wanted; it goes where the attempt finished.
+
+    Args:
+        directory: the stage's directory.
+        fingerprint: what the stage is wanted for.
+    """
+    previous = _previous(directory)
+    for path in (directory, previous):
+        shutil.rmtree(_removed(path), ignore_errors=True)
+    if not previous.exists():
+        return
+    if (directory / FINISHED).exists():
+        _remove(previous)
+        return
+    is_wanted = (previous / FINISHED).exists() and read_fingerprint(previous) == fingerprint
+    if not holds_foreign_files(directory) and (is_wanted or not _has_checkpoint(directory)):
+        _put_back(directory)
+
+
+def set_aside(directory: Path) -> None:
+    """Clear a stage's directory; a result or checkpoints in it are kept beside it.
+
+    Args:
+        directory: the stage's directory, with files of an earlier run.
+    """
+    has_worth = (directory / FINISHED).exists() or _has_checkpoint(directory)
+    # A result that is kept already is worth more than an attempt that came after it.
+    if has_worth and not _previous(directory).exists():
+        directory.rename(_previous(directory))
+    else:
+        _remove(directory)
+
+
+def discard_previous(directory: Path) -> None:
+    """Remove the earlier result of a stage that has finished.
+
+    Args:
+        directory: the stage's directory.
+    """
+    if _previous(directory).exists():
+        _remove(_previous(directory))
+
+
+def move_back(directory: Path) -> bool:
+    """Put the earlier result back after an attempt that failed before its first checkpoint.
+
+    Args:
+        directory: the stage's directory.
+
+    Returns:
+        Whether it was put back. An error of the disk does not hide the one that ended the
+        attempt; the next start tries again.
+    """
+    if (
+        not _previous(directory).exists()
+        or (directory / FINISHED).exists()
+        or _has_checkpoint(directory)
+        or holds_foreign_files(directory)
+    ):
+        return False
+    try:
+        _put_back(directory)
+    except OSError:
+        return False
+    return True
+
+
+def holds_foreign_files(directory: Path) -> bool:
+    """Say whether a directory holds files and none of them says that a stage wrote them.
+
+    Args:
+        directory: may be missing.
+
+    Returns:
+        Whether its files must be left alone.
+    """
+    if not directory.exists() or any((directory / name).exists() for name in (STARTED, FINISHED)):
+        return False
+    return any(path.name not in _FIRST_FILES for path in directory.iterdir())
+
+
+def read_started(directory: Path) -> dict[str, Any] | None:
+    """Read what the newest attempt in a directory was started with.
+
+    Args:
+        directory: the stage's directory.
+
+    Returns:
+        The content of `started.json`; None where there is none that can be read.
+    """
+    try:
+        value = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_fingerprint(directory: Path) -> str | None:
+    """Read which fingerprint the newest attempt in a directory has.
+
+    Args:
+        directory: the stage's directory.
+
+    Returns:
+        The fingerprint; None where nothing was started.
+    """
+    return (read_started(directory) or {}).get("fingerprint")
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    return any(directory.glob(_CHECKPOINTS))
+
+
+def _previous(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.previous")
+
+
+def _removed(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name.removeprefix('.')}.removed")
+
+
+def _put_back(directory: Path) -> None:
+    if directory.exists():
+        _remove(directory)
+    _previous(directory).rename(directory)
+
+
+def _remove(directory: Path) -> None:
+    # Out of the way in one step: half a directory would look like files of someone else.
+    removed = _removed(directory)
+    shutil.rmtree(removed, ignore_errors=True)
+    directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
