@@ -314,7 +314,8 @@ def _with_label_names(task: TaskSpec, split: _RawSplit) -> TaskSpec:
     if task.kind == "regression" or task.label_names is not None:
         return task
     found = {
-        _class_key(_value(split.origin, line, row, task.label_column)) for line, row in split.rows
+        _class_key(split.origin, line, _value(split.origin, line, row, task.label_column))
+        for line, row in split.rows
     }
     if not 2 <= len(found) <= _MAX_INFERRED_CLASSES:
         raise DataError(
@@ -363,14 +364,18 @@ def _value(origin: Path, line: int, row: dict[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _class_key(label: Any) -> str:
+def _class_key(origin: Path, line: int, label: Any) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
-    return str(label).strip()
+    missing = label is None or (isinstance(label, float) and math.isnan(label))
+    key = "" if missing else str(label).strip()
+    if not key:
+        raise row_error(origin, line, "the label is missing", "fill it in or drop the line")
+    return key
 
 
 def _class_id(origin: Path, line: int, label: Any, ids: dict[str, int], may_be_index: bool) -> int:
-    key = _class_key(label)
+    key = _class_key(origin, line, label)
     if key in ids:
         return ids[key]
     if may_be_index and key.isdecimal() and int(key) < len(ids):

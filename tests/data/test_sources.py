@@ -122,6 +122,25 @@ def test_text_that_is_none_is_refused(tmp_path: Path) -> None:
         load_splits(source="files", train=path, dev=path, text_columns=["text"])
 
 
+@pytest.mark.parametrize("missing", ["null", "NaN", '""', '" "'])
+@pytest.mark.parametrize("label_names", [None, ["a", "b"], ["None", "nan", ""]])
+def test_missing_labels_are_refused(
+    tmp_path: Path, missing: str, label_names: list[str] | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "x", "label": 0}}\n{{"text": "y", "label": {missing}}}\n')
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: the label is missing") as caught:
+        load_splits(
+            source="files", train=path, dev=path, text_columns=["text"], label_names=label_names
+        )
+    assert caught.value.remedy == "fill it in or drop the line"
+
+
+def test_missing_label_of_a_dev_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dev.tsv, line 3: the label is missing"):
+        load(tmp_path, dev_rows=[("x", "pos"), ("y", "")])
+
+
 def test_dev_is_held_out_and_disjoint(tmp_path: Path) -> None:
     rows = [(f"sentence number {i} about subject {i * 7} only", str(i % 2)) for i in range(100)]
     rows.append(rows[0])
