@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from moe_dist.data.loaders import TrainBatches
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
-from moe_dist.distributed.launch import training_device
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.evaluation import expert_load, predict
-from moe_dist.training.hardware import peak_memory_gib, pick_precision
+from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
 from moe_dist.training.loop import (
     ComputeTerms,
     LoopSettings,
@@ -86,6 +85,7 @@ def fit(
                 "context_fn": checkpoint_context_fn,
             }
         )
+    device = pick_device(payload.get("use_gpu", "auto"))
     engine = build_engine(
         model,
         learning_rate=section["learning_rate"],
@@ -96,7 +96,7 @@ def fit(
         expert_learning_rate_scale=section.get("expert_learning_rate_scale", 1.0),
         zero_stage=int(parallel.get("zero_stage", 0)),
         ep_size=ep_size,
-        precision=pick_precision(section.get("precision", "auto"), training_device()),
+        precision=pick_precision(section.get("precision", "auto"), device),
         micro_batches_per_step=section.get("accumulation", 1),
         max_grad_norm=section.get("max_grad_norm", 1.0),
         device=device,

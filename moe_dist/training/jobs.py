@@ -20,7 +20,6 @@ from moe_dist.conversion import score_importance
 from moe_dist.data.loaders import Encoded, encode, eval_batches
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.sources import Splits, load_splits
-from moe_dist.distributed.launch import training_device
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
@@ -134,7 +133,8 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
     """
     splits = load_splits(**payload["data"])
     # The engine takes this device too, and the two must meet in the losses.
-    teacher = freeze(load_model(Path(payload["teacher"]), training_device()))
+    device = pick_device(payload.get("use_gpu", "auto"))
+    teacher = freeze(load_model(Path(payload["teacher"]), device))
     student = load_model(Path(payload["student"]))
     section = payload["distill"]
     data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
