@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TrainConfig
 
-# They change when things are written down, not what is learned.
-_OBSERVATION_KEYS = frozenset({"eval_every", "checkpoint_every", "log_every"})
+# They change when and how things are observed, not what is learned.
+_OBSERVATION_KEYS = frozenset({"eval_every", "eval_batch_size", "checkpoint_every", "log_every"})
 # They change where the work is done; a checkpoint fits any of them.
 _PLACEMENT_KEYS = frozenset({"gradient_checkpointing"})
+# A dense model has no experts for which they could matter.
+_EXPERT_KEYS = frozenset({"expert_learning_rate_scale"})
 
 
 def data_arguments(config: RunConfig) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def training_job(config: RunConfig, train: TrainConfig, directory: Path) -> dict
     }
 
 
-def training_settings(config: RunConfig, train: TrainConfig) -> dict[str, Any]:
+def training_settings(
+    config: RunConfig, train: TrainConfig, *, has_experts: bool = True
+) -> dict[str, Any]:
     """Return the training settings that a stage's fingerprint covers.
 
     Worker counts, ZeRO stage and the like are left out: a checkpoint loads at any of them, so a
@@ -73,11 +77,14 @@ def training_settings(config: RunConfig, train: TrainConfig) -> dict[str, Any]:
     Args:
         config: the run's configuration.
         train: the training settings of the stage.
+        has_experts: whether the model that is trained may have routed experts.
 
     Returns:
         Plain values.
     """
     skipped = _OBSERVATION_KEYS | _PLACEMENT_KEYS
+    if not has_experts:
+        skipped |= _EXPERT_KEYS
     return {
         "seed": config.seed,
         "max_length": config.model.max_length,

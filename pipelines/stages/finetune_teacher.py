@@ -54,7 +54,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     return execute(
         NAME,
-        settings=training_settings(config, train),
+        settings=training_settings(config, train, has_experts=False),
         input_digests={
             "data": workspace.splits.digest,
             "start_model": workspace.start_model_digest,
