@@ -156,13 +156,60 @@ def test_lost_journal_of_what_was_sent_doubles_nothing(
 def test_other_fingerprint_begins_another_run(
     tracker: Tracker, client: Any, tmp_path: Path
 ) -> None:
-    with tracker.chain("x", tmp_path, params={}) as chain:
-        with chain.stage("adapt", tmp_path / "adapt", fingerprint="old") as old:
+    run_ids = set()
+    for fingerprint in ("old", "new"):
+        with (
+            tracker.chain("x", tmp_path, params={}) as chain,
+            chain.stage("adapt", tmp_path / "adapt", fingerprint=fingerprint) as stage,
+        ):
             pass
-        with chain.stage("adapt", tmp_path / "adapt", fingerprint="new") as new:
-            pass
-    assert old.run_id != new.run_id
+        run_ids.add(stage.run_id)
+    assert len(run_ids) == 2
     assert len(child_runs(client, chain.run_id)) == 2
+
+
+def test_chain_goes_on_where_only_workers_or_comparisons_change(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    first = {
+        "seed": 0,
+        "compare": "{}",
+        "output_dir": "outputs",
+        "parallel.num_workers": 1,
+        "tracking.uri": "sqlite:///a.db",
+        "train.batch_size": 8,
+        "train.checkpoint_every": 5,
+        "train.eval_every": 5,
+        "train.log_every": 5,
+    }
+    with (
+        tracker.chain("x", tmp_path, params=first) as chain,
+        chain.stage("distill", tmp_path / "distill", fingerprint="f"),
+    ):
+        pass
+    changed = {
+        **first,
+        "compare": '{"dense": {}}',
+        "output_dir": "elsewhere",
+        "parallel.num_workers": 2,
+        "parallel.zero": 1,
+        "tracking.uri": "sqlite:///b.db",
+        "train.checkpoint_every": 7,
+        "train.eval_every": 7,
+        "train.log_every": 7,
+    }
+    with tracker.chain("x", tmp_path, params=changed) as again:
+        pass
+    assert again.run_id == chain.run_id
+    run = client.get_run(chain.run_id)
+    assert run.info.status == "FINISHED" and len(child_runs(client, chain.run_id)) == 1
+    assert run.data.params["parallel.num_workers"] == "1"
+    assert run.data.params["parallel.zero"] == "1"
+    assert run.data.tags["changed.parallel.num_workers"] == "2"
+    for key in ("seed", "train.batch_size"):
+        with tracker.chain("x", tmp_path, params={**changed, key: 99}) as other:
+            pass
+        assert other.run_id != chain.run_id
 
 
 def test_failed_stage_is_marked(tracker: Tracker, client: Any, tmp_path: Path) -> None:

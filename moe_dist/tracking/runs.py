@@ -18,6 +18,20 @@ from moe_dist.tracking.privacy import flatten, scrub
 from moe_dist.tracking.protocols import DatasetInput, TrackedRun, Tracker
 from moe_dist.tracking.sender import Sender
 
+# Settings that change what is done beside the work, how it is spread or watched, but not which
+# chain it is: stages that are finished stay so, and the run that holds them goes on. Each stands
+# for its own key and for all keys below it.
+IDENTITY_IGNORES = (
+    "compare",
+    "output_dir",
+    "parallel",
+    "tracking",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.gradient_checkpointing",
+    "train.log_every",
+)
+
 
 def build_tracker(uri: str, *, experiment: str = "moe-dist", enabled: bool = True) -> Tracker:
     """Connect to MLflow.
@@ -60,6 +74,9 @@ class MLflowTracker:
     ) -> TrackedRun:
         """Open the parent run of a chain; one of the same parameters is continued.
 
+        Parameters below `IDENTITY_IGNORES` may differ. Those that the run has already keep their
+        values, since MLflow cannot change them; a tag `changed.KEY` gives the new one.
+
         Args:
             name: the run's name.
             directory: the chain's output directory; `tracking.json` goes there.
@@ -70,8 +87,7 @@ class MLflowTracker:
             The run, to be used in a `with` statement.
         """
         flat = flatten(params)
-        fingerprint = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
-        journal = _open_journal(name, Path(directory), fingerprint, None)
+        journal = _open_journal(name, Path(directory), _chain_fingerprint(flat), None)
         with journal.changing() as wanted:
             wanted.params.update(flat)
             wanted.tags.update(dict(tags or {}))
@@ -150,6 +166,16 @@ class _MlflowRun:
             self._sender.finish()
         else:
             self._sender.wake()
+
+
+def _chain_fingerprint(flat: Mapping[str, str]) -> str:
+    """Hash the parameters that make a chain the one it is."""
+    own = {
+        key: value
+        for key, value in flat.items()
+        if not any(key == root or key.startswith(f"{root}.") for root in IDENTITY_IGNORES)
+    }
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal | None) -> Journal:
