@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -210,6 +211,13 @@ def test_chain_goes_on_where_only_workers_or_comparisons_change(
         with tracker.chain("x", tmp_path, params={**changed, key: 99}) as other:
             pass
         assert other.run_id != chain.run_id
+
+
+def test_open_hint_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/my runs/ml'flow.db"
+    with build_tracker(uri).chain("x", tmp_path, params={}) as chain:
+        hint = chain.open_hint()
+    assert shlex.split(hint) == ["mlflow", "ui", "--backend-store-uri", uri]
 
 
 def test_failed_stage_is_marked(tracker: Tracker, client: Any, tmp_path: Path) -> None:

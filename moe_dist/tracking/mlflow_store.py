@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -133,7 +134,7 @@ class MlflowStore:
         if self.shown_uri.startswith("http"):
             base = self.shown_uri.rstrip("/")
             return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"
-        return f"mlflow ui --backend-store-uri {self.shown_uri}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)}"
 
     def count_pending(self, journal: Journal) -> int:
         """Count the metric points that the server has not had."""
