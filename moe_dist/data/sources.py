@@ -323,7 +323,7 @@ def _with_label_names(task: TaskSpec, split: _RawSplit) -> TaskSpec:
             remedy="check data.label_column; for numbers to be predicted set data.kind=regression",
         )
     try:
-        names = sorted(found, key=int)
+        names = sorted(found, key=lambda name: (int(name), name))
     except ValueError:
         names = sorted(found)
     return replace(task, label_names=tuple(names))
