@@ -62,7 +62,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "distill": config.distill.model_dump(mode="json"),
         },
         input_digests={
-            "data": inputs.workspace.splits.digest,
+            "data": inputs.workspace.splits.train_digest,
             "teacher": teacher.digests["model"],
             "student": student.digests["model"],
         },

@@ -106,6 +106,10 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     assert again.ran == []
     assert again.skipped == first.ran
 
+    # Nothing learns from the dev rows.
+    measured = run(load_config(recipe, ["data.max_dev_samples=12"]))
+    assert measured.ran == ["evaluate"]
+
     changed = run(load_config(recipe, ["moe.router=token_gate"]))
     assert changed.ran == ["adapt", "distill", "evaluate"]
 
