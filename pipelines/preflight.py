@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moe_dist.errors import ConfigError, ConversionError
 
 from .report import RESERVED_LABELS
-from .sizes import BYTES_FP32, GIB, plan_skeleton, start_skeleton
+from .sizes import BYTES_FP32, GIB, length_faults, plan_skeleton, start_skeleton
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -24,7 +24,7 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
         workspace: finds data and start model.
 
     Raises:
-        ConfigError: if a comparison's name is taken, or the experts do not fit the model.
+        ConfigError: if a comparison's name is taken, or experts or lengths do not fit the model.
         DataError: if the data cannot be used.
         ConversionError: if the model cannot be read or has no feed-forward layers that we know.
     """
@@ -49,7 +49,7 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
         sum(parameter.numel() for parameter in model.parameters()),
         num_trained=2 + len(config.compare),
     )
-    faults = []
+    faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:
             plan_skeleton(model, config.resolve_comparison(label) if label else config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 
 from .report import quantity
 from .workspace import Workspace
@@ -71,6 +71,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         What could be known; the rest is named under `unknown`.
 
     Raises:
+        ConfigError: if its sentences are longer than the start model reads.
         MoeDistError: if the recipe cannot fit the start model, such as experts that are too large.
     """
     sizes = Sizes()
@@ -91,6 +92,9 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
             f"shape of {config.model.teacher!r}. {error.message}"
         )
         return sizes
+    faults = length_faults(teacher, config)
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
     sizes.models.append(_measure("teacher", teacher, seq_len, config, frozen=0))
     frozen = sizes.models[0].total
     for label in ("", *config.compare):
@@ -117,6 +121,26 @@ def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
 
     revision = workspace.config.model.revision
     return build_skeleton(workspace.start_model, num_labels=num_labels, revision=revision)
+
+
+def length_faults(model: Any, config: RunConfig) -> list[str]:
+    """Check that the start model has a position for every token that the recipe lets through.
+
+    Args:
+        model: a dense model, weights not needed.
+        config: the run's configuration.
+
+    Returns:
+        One line where it has too few; none where it fits, or where the model names no limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = config.model.max_length
+    if not isinstance(limit, int) or length <= limit:
+        return []
+    return [
+        f"model.max_length: {length} is more than the {limit} positions that the model has; "
+        f"set it to {limit} or less, or choose another model.teacher."
+    ]
 
 
 def plan_skeleton(teacher: Any, config: RunConfig) -> Any:

@@ -69,6 +69,18 @@ def test_experts_that_do_not_fit_the_model_are_found_before_training(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_sentences_longer_than_the_model_reads_are_found_before_training(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    result = run("compress", write_recipe(tiny_settings), "--set", "model.max_length=33", *flags)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "model.max_length: 33 is more than the 32 positions" in said
+    assert "set it to 32 or less" in said
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_an_output_directory_that_cannot_be_written_is_named(
     write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_dist.config import load_config
 from pipelines.console import Console
-from pipelines.sizes import derive_sizes, memory_per_rank
+from pipelines.sizes import derive_sizes, length_faults, memory_per_rank
 from pipelines.workspace import Workspace
 
 Write = Callable[[dict[str, Any]], Path]
@@ -67,3 +68,20 @@ def test_memory_follows_zero_and_expert_parallelism(
     )
     expected = 4 * (1000 + 100 * copies_of_all + 200 * copies_of_experts)
     assert memory_per_rank(model, config, frozen=1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "fits"),
+    [
+        ({"max_position_embeddings": 16}, True),
+        ({"max_position_embeddings": 15}, False),
+        ({"max_position_embeddings": None}, True),
+        ({}, True),
+    ],
+)
+def test_a_sentence_may_be_as_long_as_the_model_has_positions(
+    write_recipe: Write, tiny_settings: dict[str, Any], limits: dict[str, Any], fits: bool
+) -> None:
+    config = load_config(write_recipe(tiny_settings))
+    model = SimpleNamespace(config=SimpleNamespace(**limits))
+    assert (length_faults(model, config) == []) is fits
