@@ -213,6 +213,52 @@ def test_chain_goes_on_where_only_workers_or_comparisons_change(
         assert other.run_id != chain.run_id
 
 
+def test_second_report_of_a_chain_shows_its_new_values(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    nan = float("nan")
+
+    def report(**metrics: float) -> str | None:
+        with tracker.chain("x", tmp_path, params={"a": 1}) as chain:
+            log.truncate_after(-1)  # as the pipeline does before each report
+            chain.log_metrics(0, metrics)
+        return chain.run_id
+
+    run_id = report(retention=0.90, size=7.0, broken=nan)
+    report(retention=0.95, size=7.0, broken=nan)
+    for _ in range(2):
+        assert report(retention=0.93, size=7.0, broken=nan, dense=0.8) == run_id
+    retention = [(0, 0.90), (1, 0.95), (2, 0.93)]
+    assert points(client, run_id, "retention") == retention
+    assert points(client, run_id, "size") == [(0, 7.0)]
+    assert points(client, run_id, "dense") == [(0, 0.8)]
+    assert len(points(client, run_id, "broken")) == 1
+
+    # A journal of before values were noted, or one that was lost, learns them from the server.
+    journal = tmp_path / "tracking.json"
+    content = json.loads(journal.read_text())
+    del content["sent"]["last_values"]
+    journal.write_text(json.dumps(content))
+    report(retention=0.93, size=7.0, broken=nan, dense=0.8)
+    assert points(client, run_id, "retention") == retention
+
+
+def test_stage_that_logs_a_step_again_keeps_its_first_value(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    log = MetricLog(tmp_path / "distill" / "metrics.jsonl")
+    for loss in (2.0, 1.0):
+        log.truncate_after(0)
+        log.append(1, {"loss": loss})
+        with (
+            tracker.chain("x", tmp_path, params={"a": 1}) as chain,
+            chain.stage("distill", tmp_path / "distill", fingerprint="f") as stage,
+        ):
+            pass
+    assert points(client, stage.run_id, "loss") == [(1, 2.0)]
+
+
 def test_open_hint_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/my runs/ml'flow.db"
     with build_tracker(uri).chain("x", tmp_path, params={}) as chain:

@@ -55,6 +55,8 @@ class Sent:
     artifacts: dict[str, str] = field(default_factory=dict)
     """Size and time of change by file path, so that a file that changed is sent again."""
     last_steps: dict[str, int] = field(default_factory=dict)
+    last_values: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """A chain's newest values, each with the step that the metric log has it at."""
 
 
 class Journal:

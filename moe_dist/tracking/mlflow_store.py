@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -192,6 +193,10 @@ class MlflowStore:
         for name in {*run.data.metrics, *sent.last_steps}:
             history = self._client.get_metric_history(run.info.run_id, name)
             sent.last_steps[name] = max((point.step for point in history), default=-1)
+            if journal.parent is None and history:
+                newest = max(history, key=lambda point: point.step)
+                logged_step, _ = sent.last_values.get(name, (newest.step, 0.0))
+                sent.last_values[name] = (logged_step, newest.value)
         self._tails.pop(journal.directory, None)
 
     def _send_params_and_tags(self, journal: Journal, run_id: str) -> None:
@@ -241,17 +246,24 @@ class MlflowStore:
     def _feed(self, journal: Journal) -> _MetricFeed:
         if journal.directory not in self._tails:
             tail = MetricTail(journal.metric_log.path)
-            self._tails[journal.directory] = _MetricFeed(tail, journal.sent.last_steps)
+            self._tails[journal.directory] = _MetricFeed(
+                tail,
+                journal.sent.last_steps,
+                journal.sent.last_values if journal.parent is None else None,
+            )
         return self._tails[journal.directory]
 
     def _send_metrics(self, journal: Journal, run_id: str) -> None:
         feed = self._feed(journal)
         while points := feed.next_points(MAX_METRICS_PER_BATCH):
-            self._offer(self._client.log_batch, run_id, metrics=points)
+            metrics = [point for point, _ in points]
+            self._offer(self._client.log_batch, run_id, metrics=metrics)
             feed.confirm(points)
-            for point in points:
+            for point, logged_step in points:
                 last = journal.sent.last_steps.get(point.key, -1)
                 journal.sent.last_steps[point.key] = max(last, point.step)
+                if journal.parent is None:
+                    journal.sent.last_values[point.key] = (logged_step, point.value)
             journal.save()
 
     def _send_artifacts(self, journal: Journal, run_id: str) -> None:
@@ -296,18 +308,33 @@ class MlflowStore:
 
 
 class _MetricFeed:
-    """The points of one metric log that the server has not had, each given out once."""
+    """The points of one metric log that the server has not had, each given out once.
 
-    def __init__(self, tail: MetricTail, last_steps: dict[str, int]) -> None:
+    Args:
+        tail: the log.
+        last_steps: the newest step of each metric on the server.
+        last_values: the newest value of each metric on the server, and its step in the log; a
+            later value for that step is then given out too, at the next free step. With None, as
+            for a job that logs some steps again when it resumes, it is passed over.
+    """
+
+    def __init__(
+        self,
+        tail: MetricTail,
+        last_steps: dict[str, int],
+        last_values: dict[str, tuple[int, float]] | None,
+    ) -> None:
         self._tail = tail
         self._queued_steps = dict(last_steps)
-        self._pending: list[Metric] = []
+        self._queued_values = None if last_values is None else dict(last_values)
+        self._pending: list[tuple[Metric, int]] = []
 
-    def next_points(self, limit: int) -> list[Metric]:
+    def next_points(self, limit: int) -> list[tuple[Metric, int]]:
+        """Give the oldest points, each with its step in the log."""
         self._read()
         return self._pending[:limit]
 
-    def confirm(self, points: Sequence[Metric]) -> None:
+    def confirm(self, points: Sequence[tuple[Metric, int]]) -> None:
         del self._pending[: len(points)]
 
     def count_pending(self) -> int:
@@ -320,10 +347,24 @@ class _MetricFeed:
         for record in self._tail.poll():
             for name, value in record.metrics.items():
                 key = _name(name)
-                # A resumed job logs the steps after its checkpoint a second time.
-                if record.step > self._queued_steps.get(key, -1):
-                    self._queued_steps[key] = record.step
-                    self._pending.append(Metric(key, value, int(record.time * 1000), record.step))
+                step = self._free_step(key, record.step, value)
+                if step is not None:
+                    self._queued_steps[key] = step
+                    if self._queued_values is not None:
+                        self._queued_values[key] = (record.step, value)
+                    point = Metric(key, value, int(record.time * 1000), step)
+                    self._pending.append((point, record.step))
+
+    def _free_step(self, key: str, step: int, value: float) -> int | None:
+        """Choose the step to send a value at; None if the server has it, or needs it no more."""
+        queued_step = self._queued_steps.get(key, -1)
+        if self._queued_values is None or key not in self._queued_values:
+            return step if step > queued_step else None
+        logged_step, logged_value = self._queued_values[key]
+        same = value == logged_value or (math.isnan(value) and math.isnan(logged_value))
+        if step < logged_step or (step == logged_step and same):
+            return None
+        return max(step, queued_step + 1)
 
 
 def _prepare_sqlite(uri: str) -> Path | None:
