@@ -144,6 +144,8 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
 def write_resolved_recipe(config: RunConfig, root: Path) -> None:
     """Write the recipe with every default filled in.
 
+    A password in `tracking.uri` is masked: to run the file again, give the address anew.
+
     Args:
         config: the run's configuration.
         root: the run's directory.
@@ -161,7 +163,8 @@ def write_shared_recipe(config: RunConfig, root: Path) -> Path:
         root: the run's directory.
 
     Returns:
-        The file. The recipe that runs again here is the one in `root` itself.
+        The file. The recipe that runs again here is the one in `root` itself; there too a password
+        in `tracking.uri` is masked.
     """
     import yaml
 
