@@ -27,6 +27,7 @@ IDENTITY_IGNORES = (
     "parallel",
     "tracking",
     "train.checkpoint_every",
+    "train.eval_batch_size",
     "train.eval_every",
     "train.gradient_checkpointing",
     "train.log_every",
