@@ -259,6 +259,20 @@ def test_stage_that_logs_a_step_again_keeps_its_first_value(
     assert points(client, stage.run_id, "loss") == [(1, 2.0)]
 
 
+def test_parent_left_running_by_a_killed_driver_is_closed(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    with tracker.chain("other", tmp_path / "other", params={"a": 1}) as other:
+        left = tracker.chain("x", tmp_path / "x", params={"a": 1})
+        left.__enter__()  # and never left
+        assert client.get_run(left.run_id).info.status == "RUNNING"
+        with tracker.chain("x", tmp_path / "x", params={"a": 2}) as chain:
+            assert client.get_run(left.run_id).info.status == "KILLED"
+            assert client.get_run(other.run_id).info.status == "RUNNING"
+        with tracker.chain("x", tmp_path / "x", params={"a": 3}):
+            assert client.get_run(chain.run_id).info.status == "FINISHED"
+
+
 def test_open_hint_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/my runs/ml'flow.db"
     with build_tracker(uri).chain("x", tmp_path, params={}) as chain:

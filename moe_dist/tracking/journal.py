@@ -38,6 +38,8 @@ class Wanted:
     datasets: list[dict[str, Any]] = field(default_factory=list)
     artifacts: dict[str, str] = field(default_factory=dict)
     """Folder on the server by file path, relative to the run's directory where it lies in it."""
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Store by id, of runs that this directory held before and that may be left as running."""
 
 
 @dataclass

@@ -144,6 +144,7 @@ class MlflowStore:
     def _create(self, journal: Journal) -> None:
         wanted, sent = journal.wanted, journal.sent
         run = self._find(wanted.identity) if sent.creating else None
+        self._close_replaced(journal)
         if run is None:
             sent.creating = True
             journal.save()
@@ -172,6 +173,23 @@ class MlflowStore:
         )
         for run in self._client.search_runs([self.experiment_id], filter_string=condition):
             self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _close_replaced(self, journal: Journal) -> None:
+        from mlflow.exceptions import MlflowException
+
+        # Only one process works in a directory: what it held before is no longer running.
+        for run_id, uri in list(journal.wanted.replaced.items()):
+            if uri != self.shown_uri:
+                continue
+            try:
+                if self._client.get_run(run_id).info.status == RUNNING:
+                    self._client.set_terminated(run_id, "KILLED")
+            except MlflowException as fault:
+                if fault.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            with journal.lock:
+                del journal.wanted.replaced[run_id]
+                journal.save()
 
     def _reattach(self, journal: Journal) -> None:
         from mlflow.exceptions import MlflowException

@@ -184,7 +184,12 @@ def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal 
     directory = directory.absolute()
     journal = load_journal(directory, parent)
     if journal is None or journal.wanted.fingerprint != fingerprint:
-        journal = Journal(directory, Wanted(name=name, fingerprint=fingerprint), Sent(), parent)
+        wanted = Wanted(name=name, fingerprint=fingerprint)
+        if journal is not None and parent is None:
+            wanted.replaced.update(journal.wanted.replaced)
+            if journal.sent.run_id is not None:
+                wanted.replaced[journal.sent.run_id] = journal.sent.uri
+        journal = Journal(directory, wanted, Sent(), parent)
     journal.wanted.status = RUNNING
     journal.wanted.ended_ms = None
     return journal
