@@ -8,26 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_dist.digests import file_digest
+
 STAGE_FORMAT = 1
 """Raised when a stage writes something else for the same settings."""
-
-_CHUNK_BYTES = 1 << 20
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def path_digest(path: Path) -> str:

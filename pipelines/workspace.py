@@ -39,7 +39,7 @@ class Workspace:
         # The chain's connection to Ray; without one, each job makes its own.
         self.session: RaySession | None = None
         self.console = console
-        self.root = Path(config.output_dir) / config.name
+        self.root = config.run_dir
 
     def stage_directory(self, stage: str, label: str = "") -> Path:
         """Return where a stage keeps its files.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import tempfile
@@ -31,19 +30,6 @@ def default_cache_dir() -> Path:
         return Path(given).expanduser().absolute()
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg).expanduser() if xdg else Path.home() / ".cache").absolute() / "moe-dist"
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The digest in hexadecimal.
-    """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def build_once(

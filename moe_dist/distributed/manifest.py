@@ -12,25 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.digests import file_digest
 from moe_dist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _REMEDY = "use another checkpoint, or delete this one and train again from the one before"
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Hexadecimal digest.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def expert_digests(

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from moe_dist.digests import file_digest
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.silence import quiet_transformers
 
@@ -168,7 +169,7 @@ def verify_model(directory: Path | str) -> None:
             raise CheckpointError(
                 f"{path} is damaged: {size} bytes instead of {entry['bytes']}", remedy=again
             )
-        if _file_digest(path) != entry["sha256"]:
+        if file_digest(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is another", remedy=again)
 
 
@@ -262,12 +263,7 @@ def _file_names(directory: Path) -> list[str]:
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
-    return {"sha256": _file_digest(path), "bytes": path.stat().st_size}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 @contextmanager
