@@ -130,11 +130,14 @@ def show_progress(log: Path, console: Console, num_steps: int | None) -> Callabl
     figures: dict[str, float] = {}
 
     def on_poll() -> None:
+        shown_step: int | None = None
         for record in tail.poll():
-            new = shown_figures(record)
-            figures.update(new)
-            if new:
-                console.progress(record.step, num_steps, figures)
+            if new := shown_figures(record):
+                figures.update(new)
+                shown_step = record.step
+        # A log that is continued comes whole at first; its old lines took no time now.
+        if shown_step is not None:
+            console.progress(shown_step, num_steps, figures)
 
     return on_poll
 

@@ -67,7 +67,25 @@ def test_progress_shows_loss_speed_and_the_last_dev_metric(tmp_path: Path) -> No
     log.append(20, {"train/loss/total": 0.25, "perf/tokens_per_s": 5000.0})
     on_poll()
     assert shown == [
-        (10, {"loss": 0.5, "tokens/s": 4000.0}),
         (10, {"loss": 0.5, "tokens/s": 4000.0, "dev accuracy": 0.75}),
         (20, {"loss": 0.25, "tokens/s": 5000.0, "dev accuracy": 0.75}),
     ]
+
+
+def test_old_lines_of_a_continued_log_are_one_position(tmp_path: Path) -> None:
+    shown: list[int] = []
+
+    class Recorder(Console):
+        def progress(self, step: int, total: int | None, figures: Any = None) -> None:
+            shown.append(step)
+
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    for step in (10, 20, 30):
+        log.append(step, {"train/loss/total": 0.5})
+    on_poll = show_progress(log.path, Recorder(quiet=True), 50)
+    on_poll()
+    log.truncate_after(20)
+    log.append(30, {"train/loss/total": 0.25})
+    log.append(40, {"train/loss/total": 0.25})
+    on_poll()
+    assert shown == [30, 40]
