@@ -219,6 +219,12 @@ class TrainConfig(Section):
         description="Write a checkpoint every so many steps; at the end of each epoch when not "
         "given. A stopped run continues from the newest one.",
     )
+    keep_checkpoints: Integer = Field(
+        default=2,
+        ge=1,
+        description="How many of the newest checkpoints stay. With 1 there is none to fall back "
+        "on if it is damaged.",
+    )
     log_every: Integer = Field(
         default=10, ge=1, description="Log losses and speed every so many steps."
     )

@@ -6,11 +6,12 @@ DeepSpeed is imported only when an engine needs it: one process trains without i
 from __future__ import annotations
 
 from moe_dist.distributed.checkpoint import (
-    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
     verify_checkpoint,
 )
+from moe_dist.distributed.checkpoint_files import list_checkpoints
+from moe_dist.distributed.checkpoint_writer import CheckpointWriter
 from moe_dist.distributed.engine import LocalEngine, TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
 from moe_dist.distributed.launch import (
@@ -21,6 +22,7 @@ from moe_dist.distributed.launch import (
 )
 
 __all__ = [
+    "CheckpointWriter",
     "LocalEngine",
     "TrainEngine",
     "build_engine",

@@ -129,7 +129,8 @@ class DeepSpeedEngine:
         """Return the optimizer moments of this rank's parameters; a collective call.
 
         Returns:
-            `exp_avg.<name>` and `exp_avg_sq.<name>`; empty before the first step.
+            `exp_avg.<name>` and `exp_avg_sq.<name>`; under ZeRO 1 and 2 only on the first of the
+            ranks that hold a parameter. Empty before the first step.
         """
         if self.zero_stage == 0:
             return read_plain_moments(self.module, self.optimizer)

@@ -60,7 +60,7 @@ class TrainEngine(Protocol):
         ...
 
     def read_moments(self) -> dict[str, Tensor]:
-        """Optimizer moments of this rank's parameters; all ranks call it together."""
+        """Optimizer moments, at least on the first rank that holds a parameter; collective."""
         ...
 
     def write_moments(self, moments: Mapping[str, Tensor] | None, steps: int) -> None:

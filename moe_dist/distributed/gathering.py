@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.host_memory import HostBuffers, join_parts
 from moe_dist.distributed.parameter_groups import is_expert_slice
 
 
@@ -43,38 +44,42 @@ def gather_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
     }
 
 
-def gather_model(engine: TrainEngine) -> dict[str, Tensor]:
+def gather_model(engine: TrainEngine, buffers: HostBuffers | None = None) -> dict[str, Tensor]:
     """Return the whole model's state on rank 0; all ranks call it together.
 
     Args:
         engine: of any kind.
+        buffers: where it is laid down; new memory if None.
 
     Returns:
         Names to CPU tensors on rank 0, nothing elsewhere.
     """
+    buffers = HostBuffers() if buffers is None else buffers
     gathered = {}
     for name, tensor in named_state(engine.module):
-        whole = gather_experts(engine, tensor, is_expert=is_expert_slice(tensor))
-        if engine.rank == 0:
+        whole = _on_rank_zero(engine, name, tensor, buffers, is_expert=is_expert_slice(tensor))
+        if whole is not None:
             gathered[name] = whole
     return gathered
 
 
-def gather_moments(engine: TrainEngine) -> dict[str, Tensor]:
+def gather_moments(engine: TrainEngine, buffers: HostBuffers | None = None) -> dict[str, Tensor]:
     """Return all optimizer moments on rank 0; all ranks call it together.
 
     Args:
         engine: of any kind.
+        buffers: where they are laid down; new memory if None.
 
     Returns:
         `<moment>.<name>` to CPU tensors on rank 0, nothing elsewhere.
     """
+    buffers = HostBuffers() if buffers is None else buffers
     experts = {name for name, p in engine.module.named_parameters() if is_expert_slice(p)}
     gathered = {}
     for key, moment in sorted(engine.read_moments().items()):
         name = key.partition(".")[2]
-        whole = gather_experts(engine, moment, is_expert=name in experts)
-        if engine.rank == 0:
+        whole = _on_rank_zero(engine, key, moment, buffers, is_expert=name in experts)
+        if whole is not None:
             gathered[key] = whole
     return gathered
 
@@ -123,6 +128,27 @@ def gather_experts(engine: TrainEngine, tensor: Tensor, *, is_expert: bool) -> T
     parts = [torch.empty_like(tensor) for _ in range(engine.ep_size)]
     dist.all_gather(parts, tensor.contiguous(), group=expert_group(engine.ep_size))
     return torch.cat(parts).cpu()
+
+
+def _on_rank_zero(
+    engine: TrainEngine, name: str, tensor: Tensor, buffers: HostBuffers, *, is_expert: bool
+) -> Tensor | None:
+    """Lay a tensor with all experts down on rank 0; the first expert group calls it together."""
+    tensor = tensor.detach()
+    if not is_expert or engine.ep_size == 1:
+        if engine.rank > 0:
+            return None
+        return buffers.get(name, tensor.shape, tensor.dtype).copy_(tensor)
+    if engine.rank >= engine.ep_size:
+        return None
+    from moe_dist.distributed.expert_parallel import expert_group
+
+    whole = None
+    if engine.rank == 0:
+        shape = (engine.ep_size * tensor.shape[0], *tensor.shape[1:])
+        whole = buffers.get(name, shape, tensor.dtype)
+    join_parts(tensor.to(engine.device), expert_group(engine.ep_size), whole)
+    return whole
 
 
 def slice_of(engine: TrainEngine, num_local: int) -> slice:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from moe_dist.digests import file_digest
 from moe_dist.errors import CheckpointError
@@ -21,36 +17,12 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _REMEDY = "use another checkpoint, or delete this one and train again from the one before"
 
 
-def expert_digests(
-    state: Mapping[str, Tensor], layers: Mapping[str, Iterable[str]]
-) -> dict[str, str]:
-    """Return a SHA-256 for each expert.
-
-    Args:
-        state: whole tensors by name, experts in global order.
-        layers: each MoE layer's name to the names of its stacked expert tensors.
-
-    Returns:
-        `<layer>.<global expert>` to digest, over the bytes of its tensors in order of name.
-    """
-    digests: dict[str, str] = {}
-    for layer, names in layers.items():
-        tensors = [state[name] for name in sorted(names)]
-        for expert in range(tensors[0].shape[0] if tensors else 0):
-            hasher = hashlib.sha256()
-            for tensor in tensors:
-                row = tensor[expert].detach().cpu().contiguous()
-                hasher.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
-            digests[f"{layer}.{expert}"] = hasher.hexdigest()
-    return digests
-
-
 def write_manifest(directory: Path, experts: Mapping[str, str]) -> None:
     """Write the manifest over all files of a directory, and flush it to disk.
 
     Args:
         directory: whose other files are complete.
-        experts: as `expert_digests` returns them.
+        experts: digests by `<layer>.<global expert>`.
     """
     files = {
         path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}
@@ -101,6 +73,19 @@ def check_manifest(directory: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", remedy=_REMEDY
             )
+
+
+def read_experts(directory: Path) -> dict[str, str]:
+    """Read the experts' digests.
+
+    Args:
+        directory: a checkpoint whose manifest is known to be good.
+
+    Returns:
+        Digests by `<layer>.<global expert>`.
+    """
+    experts = read_json(directory / MANIFEST).get("experts", {})
+    return {str(key): str(digest) for key, digest in experts.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.distributed.host_memory import join_parts
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -60,12 +62,16 @@ def write_plain_moments(
 def read_flat_moments(module: nn.Module, zero: Any) -> dict[str, Tensor]:
     """Return moments that ZeRO 1 or 2 keeps in flat partitions; all ranks call it together.
 
+    Each group's partitions go to the first rank of the ranks that share it: those of parameters
+    that all ranks have to rank 0, those of experts to their first owner.
+
     Args:
         module: the model, for the names.
         zero: DeepSpeed's ZeRO optimizer.
 
     Returns:
-        `<moment>.<name>` to tensors of this rank's parameters; empty before the first step.
+        `<moment>.<name>` to CPU tensors of those parameters for which this rank is the first, on
+        the others nothing; empty before the first step.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -73,9 +79,13 @@ def read_flat_moments(module: nn.Module, zero: Any) -> dict[str, Tensor]:
         state = zero.optimizer.state.get(partition)
         if not state:
             continue
+        group = zero.real_dp_process_group[index]
+        is_first = dist.get_rank(group) == 0
+        size = partition.numel() * dist.get_world_size(group)
         for moment in MOMENTS:
-            flat = gather_flat(state[moment], zero.real_dp_process_group[index])
-            for parameter, view in flat_views(zero, index, flat):
+            flat = torch.empty(size, dtype=partition.dtype) if is_first else None
+            join_parts(state[moment], group, flat)
+            for parameter, view in [] if flat is None else flat_views(zero, index, flat):
                 found[f"{moment}.{names[id(parameter)]}"] = view
     return found
 
@@ -101,21 +111,6 @@ def write_flat_moments(
             rank = dist.get_rank(zero.real_dp_process_group[index])
             cut.append(flat[rank * partition.numel() : (rank + 1) * partition.numel()].clone())
         zero.optimizer.state[partition] = _state(partition, cut, steps, zero.optimizer)
-
-
-def gather_flat(partition: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Join a group's flat partitions.
-
-    Args:
-        partition: this rank's cut; all are of one size.
-        group: the ranks that share the flat tensor.
-
-    Returns:
-        The whole flat tensor.
-    """
-    parts = [torch.empty_like(partition) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, partition.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 def flat_views(zero: Any, index: int, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:

@@ -9,17 +9,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_dist.distributed.checkpoint_files import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    STATE_FILE,
+)
 from moe_dist.distributed.engine import TrainEngine
 from moe_dist.distributed.gathering import named_state, slice_of
 from moe_dist.distributed.manifest import read_json
 from moe_dist.distributed.moments import MOMENTS
 from moe_dist.distributed.parameter_groups import is_expert_slice
 from moe_dist.errors import CheckpointError
-
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
-STATE_FILE = "state.json"
 
 
 def read_into(step_dir: Path, engine: TrainEngine) -> dict[str, Any]:

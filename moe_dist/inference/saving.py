@@ -7,7 +7,6 @@ Dense and converted models alike. The directory is one that transformers reads, 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,11 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from moe_dist.digests import file_digest
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.silence import quiet_transformers
+from moe_dist.moe.digests import expert_digests, numbered
+from moe_dist.moe.layer import MoELayer
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -58,7 +59,7 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "files": {name: _file_entry(unfinished / name) for name in _file_names(unfinished)},
-                "experts": expert_digests(model),
+                "experts": numbered(_expert_digests(model)),
             }
             text = json.dumps(manifest, indent=1, sort_keys=True)
             (unfinished / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -173,34 +174,12 @@ def verify_model(directory: Path | str) -> None:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is another", remedy=again)
 
 
-def expert_digests(model: nn.Module) -> dict[str, str]:
-    """Hash the weights of each expert.
-
-    Args:
-        model: with all of its experts, in global order.
-
-    Returns:
-        SHA-256 in hexadecimal by "<layer>.<global expert>"; empty for a dense model.
-    """
-    from moe_dist.moe.layer import MoELayer
-
-    digests = {}
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            for expert in range(module.experts.num_experts):
-                digest = hashlib.sha256()
-                for name, parameter in sorted(module.experts.named_parameters(recurse=False)):
-                    one = parameter[expert].detach()
-                    digest.update(f"{name}{tuple(one.shape)}{one.dtype}".encode())
-                    digest.update(_bytes(one))
-                digests[f"{module.name}.{expert}"] = digest.hexdigest()
-    return digests
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    # numpy has no bfloat16.
-    flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return bytes(flat.numpy().data)
+def _expert_digests(model: nn.Module) -> dict[str, list[str]]:
+    return {
+        module.name: expert_digests(dict(module.experts.named_parameters()))
+        for module in model.modules()
+        if isinstance(module, MoELayer)
+    }
 
 
 def _class_named_in(source: Path) -> Any:

@@ -172,6 +172,7 @@ def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> 
         log_every=section.get("log_every", 10),
         eval_every=section.get("eval_every"),
         checkpoint_every=section.get("checkpoint_every"),
+        keep_checkpoints=section.get("keep_checkpoints", 2),
     )
     if settings.checkpoint_every is None:
         settings = replace(settings, checkpoint_every=steps_per_epoch)

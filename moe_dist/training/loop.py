@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_dist.data.loaders import StepBatch
-from moe_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_dist.distributed.checkpoint import load_checkpoint
+from moe_dist.distributed.checkpoint_writer import CheckpointWriter
 from moe_dist.distributed.engine import TrainEngine
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
@@ -64,6 +66,7 @@ class LoopSettings:
         log_every: steps from one line of the metric log to the next.
         eval_every: steps from one evaluation to the next; None evaluates at the end only.
         checkpoint_every: steps from one checkpoint to the next; None saves at the end only.
+        keep_checkpoints: how many of the newest stay.
     """
 
     num_steps: int
@@ -71,6 +74,7 @@ class LoopSettings:
     log_every: int = 10
     eval_every: int | None = None
     checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
 
 
 @dataclass
@@ -132,6 +136,7 @@ def train(
     metric_log: Log | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     report: Callable[[int, dict[str, float]], None] | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> TrainResult:
     """Train until `settings.num_steps`, from the newest checkpoint if there is one; collective.
 
@@ -145,11 +150,13 @@ def train(
         metric_log: rank 0's log; None elsewhere, or to log nothing.
         evaluate: run on every rank, returns the same metrics on each.
         report: called after each log line and evaluation on every rank.
+        on_checkpoint: called on rank 0, in the writer's thread, with each complete checkpoint.
 
     Returns:
-        How it ended.
+        How it ended; the last checkpoint is on disk by then.
 
     Raises:
+        CheckpointError: on every rank, if a checkpoint could not be written.
         TrainingError: if all weights are 0, or the checkpoint is of another run.
         NonFiniteLossError: if a loss or its gradient is NaN or infinite.
     """
@@ -172,33 +179,43 @@ def train(
             report(step, metrics)
 
     engine.module.train()
-    # Steps are numbered from 1 once they are done: checkpoint 10 has taken ten of them.
-    for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
-        learning_rate = engine.learning_rate
-        _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
-        result.num_steps = done = step + 1
-        is_last = done == settings.num_steps
-        if is_last or done % settings.log_every == 0:
-            result.train = window.metrics() | {
-                "train/learning_rate": learning_rate,
-                "train/epoch": done / batches.steps_per_epoch,
-            }
-            window.clear()
-            publish(done, result.train)
-        if evaluate is not None and (is_last or _is_due(done, settings.eval_every)):
-            result.evaluation = evaluate()
-            engine.module.train()
-            publish(done, result.evaluation)
-        if checkpoint_dir is not None and (is_last or _is_due(done, settings.checkpoint_every)):
-            state = {
-                **plan,
-                "epoch": done // batches.steps_per_epoch,
-                "step_in_epoch": done % batches.steps_per_epoch,
-                "window": window.state(),
-                "evaluation": result.evaluation,
-                "train": result.train,
-            }
-            save_checkpoint(checkpoint_dir, engine, step=done, state=state)
+    saving: AbstractContextManager[CheckpointWriter | None] = nullcontext()
+    if checkpoint_dir is not None:
+        saving = CheckpointWriter(
+            checkpoint_dir,
+            engine,
+            keep=settings.keep_checkpoints,
+            resumed_from=result.resumed_from,
+            on_written=on_checkpoint,
+        )
+    with saving as writer:
+        # Steps are numbered from 1 once they are done: checkpoint 10 has taken ten of them.
+        for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
+            learning_rate = engine.learning_rate
+            _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
+            result.num_steps = done = step + 1
+            is_last = done == settings.num_steps
+            if is_last or done % settings.log_every == 0:
+                result.train = window.metrics() | {
+                    "train/learning_rate": learning_rate,
+                    "train/epoch": done / batches.steps_per_epoch,
+                }
+                window.clear()
+                publish(done, result.train)
+            if evaluate is not None and (is_last or _is_due(done, settings.eval_every)):
+                result.evaluation = evaluate()
+                engine.module.train()
+                publish(done, result.evaluation)
+            if writer is not None and (is_last or _is_due(done, settings.checkpoint_every)):
+                state = {
+                    **plan,
+                    "epoch": done // batches.steps_per_epoch,
+                    "step_in_epoch": done % batches.steps_per_epoch,
+                    "window": window.state(),
+                    "evaluation": result.evaluation,
+                    "train": result.train,
+                }
+                publish(done, _save(writer, done, state, is_last=is_last))
     result.seconds = time.perf_counter() - started
     return result
 
@@ -232,6 +249,19 @@ def _resume(
         evaluation=dict(state["evaluation"]),
         train=dict(state["train"]),
     )
+
+
+def _save(
+    writer: CheckpointWriter, step: int, state: dict[str, Any], *, is_last: bool
+) -> dict[str, float]:
+    """Save, and say what it cost: nobody is kept waiting for the write, but at the end."""
+    stall_s = writer.save(step, state)
+    if is_last:
+        stall_s += writer.wait()
+    cost = {"perf/checkpoint_stall_s": stall_s}
+    if writer.write_s is not None:
+        cost["perf/checkpoint_write_s"] = writer.write_s
+    return cost
 
 
 def _steps(

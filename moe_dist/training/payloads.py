@@ -29,6 +29,7 @@ class TrainSection(TypedDict, total=False):
     eval_every: int | None
     eval_batch_size: int
     checkpoint_every: int | None
+    keep_checkpoints: int
     log_every: int
     expert_learning_rate_scale: float
     gradient_checkpointing: bool

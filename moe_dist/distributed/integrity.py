@@ -1,0 +1,229 @@
+"""No expert is lost, doubled or swapped: digests of what ranks hold against what there should be.
+
+Digests are taken of each rank's experts before they are gathered, of what was gathered, of what a
+file holds, and of each rank's experts after a load. They are compared in global order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.parameter_groups import moe_layers
+from moe_dist.errors import CheckpointError
+from moe_dist.moe.digests import by_layer, expert_digests
+
+Digests = dict[str, list[str]]
+"""Of each expert, by the dotted name of its layer."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an expert lies.
+
+    Args:
+        rank: that holds it; None where it is in a file.
+        digest: of its weights.
+    """
+
+    rank: int | None
+    digest: str
+
+
+def held_digests(module: nn.Module) -> Digests:
+    """Hash the experts that a module holds.
+
+    Args:
+        module: whole, or a rank's part.
+
+    Returns:
+        Digests in the order of each layer's own experts.
+    """
+    return {
+        name: expert_digests(dict(layer.experts.named_parameters()))
+        for name, layer in moe_layers(module)
+    }
+
+
+def gather_digests(engine: TrainEngine, held: Digests) -> list[Digests]:
+    """Bring the ranks' digests together; collective.
+
+    Args:
+        engine: whose ranks call this.
+        held: this rank's.
+
+    Returns:
+        Those of each rank, in order, on every rank.
+    """
+    if engine.world_size == 1:
+        return [held]
+    found: list[Digests] = [{}] * engine.world_size
+    dist.all_gather_object(found, held)
+    return found
+
+
+def stored_digests(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> Digests:
+    """Hash the experts among a whole model's tensors.
+
+    Args:
+        tensors: by name, experts in global order.
+        layers: dotted names of the layers.
+
+    Returns:
+        Digests in global order.
+    """
+    return {
+        layer: expert_digests(
+            {name: tensors[name] for name in tensors if name.startswith(_prefix(layer))}
+        )
+        for layer in layers
+    }
+
+
+def check_file(path: Path, experts: Mapping[str, str]) -> None:
+    """Check the experts of a file against the manifest's digests.
+
+    Args:
+        path: a safetensors file with whole weights.
+        experts: digests by `<layer>.<global expert>`.
+
+    Raises:
+        CheckpointError: naming each layer's lost, doubled and swapped experts.
+    """
+    expected = by_layer(experts)
+    prefixes = tuple(_prefix(layer) for layer in expected)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", remedy="use another checkpoint"
+        ) from error
+    stored = stored_digests(tensors, list(expected))
+    faults = [
+        fault
+        for layer, digests in expected.items()
+        for fault in layer_faults(layer, digests, [Place(None, d) for d in stored[layer]])
+    ]
+    _refuse(faults, str(path), remedy="use another checkpoint")
+
+
+def check_gathered(stored: Digests, held: Sequence[Digests]) -> None:
+    """Check gathered experts against those that their owners had.
+
+    Args:
+        stored: of what was gathered, in global order.
+        held: of each rank of the expert group that they came from, taken before.
+
+    Raises:
+        CheckpointError: naming each layer's lost, doubled and swapped experts.
+    """
+    faults = []
+    for layer, digests in stored.items():
+        owned = _owned(held, len(digests), layer)
+        places = [Place(o.rank, d) for o, d in zip(owned, digests, strict=True)]
+        faults += layer_faults(layer, [owner.digest for owner in owned], places)
+    _refuse(
+        faults,
+        "experts changed on their way to rank 0",
+        remedy="look for faulty memory or network on these hosts; the checkpoint was not written",
+    )
+
+
+def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) -> None:
+    """Check that each expert group holds every expert once, in its place.
+
+    Args:
+        held: what each rank holds, in order of the ranks.
+        expected: of all experts, in global order.
+        ep_size: ranks that share one set of experts; they are consecutive.
+
+    Raises:
+        CheckpointError: naming each layer's lost, doubled and swapped experts, and the ranks.
+    """
+    faults = []
+    for layer, digests in expected.items():
+        size = ep_size if len(digests) > 1 else 1
+        for first in range(0, len(held), size):
+            places = [
+                Place(rank, digest)
+                for rank in range(first, min(first + size, len(held)))
+                for digest in held[rank].get(layer, [])
+            ]
+            faults += layer_faults(layer, digests, places)
+    _refuse(
+        faults,
+        "the ranks do not hold the checkpoint's experts",
+        remedy="start again; if it comes back, look at the storage and memory of these ranks",
+    )
+
+
+def layer_faults(layer: str, expected: Sequence[str], places: Sequence[Place]) -> list[str]:
+    """Name what is wrong with one layer's experts.
+
+    Experts may be alike (all are before a student with full copies is trained), so that a digest
+    is wanted as often as it is expected.
+
+    Args:
+        layer: its name.
+        expected: digests of all experts, in global order.
+        places: what is there, in the order in which it is used.
+
+    Returns:
+        One sentence; none if all is well.
+    """
+    if [place.digest for place in places] == list(expected):
+        return []
+    faults = []
+    for digest in dict.fromkeys(expected):
+        expert, wanted = expected.index(digest), expected.count(digest)
+        holders = [place for place in places if place.digest == digest]
+        if len(holders) < wanted:
+            faults.append(f"expert {expert} is missing")
+        elif len(holders) > wanted:
+            faults.append(f"expert {expert} is held {_times(len(holders))}{_ranks(holders)}")
+    strangers = [place for place in places if place.digest not in expected]
+    if strangers:
+        faults.append(f"{len(strangers)} held of unknown weights{_ranks(strangers)}")
+    if not faults:
+        faults = [
+            f"expert {expected.index(place.digest)} is in the place of expert {position}"
+            f"{_ranks([place])}"
+            for position, place in enumerate(places)
+            if place.digest != expected[position]
+        ]
+    return [f"{layer}: " + "; ".join(faults)]
+
+
+def _owned(held: Sequence[Digests], num_experts: int, layer: str) -> list[Place]:
+    """Return one set of a layer's experts, which one rank holds or several share."""
+    places = [Place(rank, d) for rank, of in enumerate(held) for d in of.get(layer, [])]
+    return places[:num_experts]
+
+
+def _prefix(layer: str) -> str:
+    return f"{layer}.experts." if layer else "experts."
+
+
+def _times(number: int) -> str:
+    return "twice" if number == 2 else f"{number} times"
+
+
+def _ranks(places: Sequence[Place]) -> str:
+    ranks = sorted({place.rank for place in places if place.rank is not None})
+    if not ranks:
+        return ""
+    *others, last = map(str, ranks)
+    return f" (ranks {', '.join(others)} and {last})" if others else f" (rank {last})"
+
+
+def _refuse(faults: Sequence[str], where: str, *, remedy: str) -> None:
+    if faults:
+        raise CheckpointError(f"{where}: " + "; ".join(faults), remedy=remedy)
