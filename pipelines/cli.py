@@ -219,6 +219,30 @@ def benchmark_importance(
         )
 
 
+@benchmark_app.command("checkpoint")
+def benchmark_checkpoint(
+    workers: Annotated[list[int] | None, typer.Option(help="Workers; repeatable.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps of the budget.")] = 250,
+    checkpoints: Annotated[int, typer.Option(help="Checkpoints of each run.")] = 5,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where to write, on the disk to be measured.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time what checkpoints cost the training beside them."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.checkpoint import CheckpointBenchmark, main
+
+        main(
+            CheckpointBenchmark(
+                num_workers=tuple(workers or (1, 2)),
+                checkpoint_every=checkpoint_every,
+                num_checkpoints=checkpoints,
+                directory=directory,
+            )
+        )
+
+
 def main() -> None:
     """Run the program; the entry point of `moe-dist`."""
     app()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.distributed.engine import build_engine
-from moe_dist.errors import NonFiniteLossError, TrainingError
+from moe_dist.errors import CheckpointError, NonFiniteLossError, TrainingError
 from moe_dist.losses.total import LossTerm, LossWeight
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.loop import LoopSettings, TrainResult, planned_steps, step_seed, train
@@ -137,6 +137,32 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert result.train == done.train
     assert_same_weights(first, again)
     assert logged(log) == before
+
+
+def test_checkpoints_are_announced_counted_and_kept_as_told(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    seen: list[str] = []
+    run(
+        tmp_path / "checkpoints",
+        log=log,
+        settings=replace(SETTINGS, checkpoint_every=2, keep_checkpoints=3),
+        on_checkpoint=lambda place: seen.append(place.name),
+    )
+    assert seen == [f"step-{step:08d}" for step in (2, 4, 6, 7)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == seen[1:]
+    steps, stalls = series(log.read(), "perf/checkpoint_stall_s")
+    assert steps == [2, 4, 6, 7] and min(stalls) > 0
+    # Each tells of the last write that was waited for.
+    assert series(log.read(), "perf/checkpoint_write_s")[0] == [4, 6, 7]
+
+
+def test_training_does_not_end_well_without_its_last_checkpoint(tmp_path: Path) -> None:
+    def fails(place: Path) -> None:
+        if place.name == "step-00000007":
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(tmp_path, on_checkpoint=fails)
 
 
 def test_a_fresh_start_forgets_what_a_killed_run_logged(tmp_path: Path) -> None:
