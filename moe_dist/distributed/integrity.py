@@ -148,7 +148,9 @@ def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) ->
     Raises:
         CheckpointError: naming each layer's lost, doubled and swapped experts, and the ranks.
     """
-    faults = []
+    known = {layer for layer, digests in expected.items() if digests}
+    unknown = {layer for of_rank in held for layer, digests in of_rank.items() if digests} - known
+    faults = [f"{layer}: the manifest has no digest of its experts" for layer in sorted(unknown)]
     for layer, digests in expected.items():
         size = ep_size if len(digests) > 1 else 1
         for first in range(0, len(held), size):

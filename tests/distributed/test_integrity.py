@@ -75,6 +75,11 @@ def test_a_rank_that_differs_in_what_is_not_spread() -> None:
         check_spread(held, EXPECTED, ep_size=2)
 
 
+def test_a_layer_that_the_manifest_leaves_out() -> None:
+    with pytest.raises(CheckpointError, match=r"layer\.3: the manifest has no digest"):
+        check_spread(ranks([0]), {"dense": ["one"]}, ep_size=1)
+
+
 def test_experts_that_are_alike_are_no_fault() -> None:
     """Full copies start alike; what is wanted four times may be there four times."""
     alike = ["same"] * 4

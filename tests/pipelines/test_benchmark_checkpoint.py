@@ -10,11 +10,10 @@ from moe_dist.errors import ConfigError
 from pipelines.benchmarks.checkpoint import CheckpointBenchmark, CheckpointCost, main, run
 
 
-@pytest.mark.distributed
 def test_a_tiny_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(
         CheckpointBenchmark(
-            num_workers=(2,),
+            num_workers=(1,),
             num_checkpoints=3,
             num_steps=2,
             batch_size=4,
