@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from moe_dist.distributed.checkpoint_files import (
     write_checkpoint,
 )
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.manifest import read_experts, read_json
 from tests.distributed.tiny_moe import Case, make_engine, train_steps
 
 LOCAL = Case(1, 1, 0)
@@ -68,8 +70,6 @@ def rewrite(source: Path, directory: Path, step: int) -> None:
     """Write a step's checkpoint as the writer does: files, renames, pruning."""
     place = step_directory(source, step)
     files = {path.name: load_file(path) for path in place.glob("*.safetensors")}
-    from moe_dist.distributed.manifest import read_experts, read_json
-
     state, experts = read_json(place / "state.json"), read_experts(place)
     write_checkpoint(step_directory(directory, step), files, state, experts)
     prune_checkpoints(directory, step, keep=2)
@@ -92,7 +92,7 @@ def run_until(operation: int, directory: Path, write: Callable[[Path], None]) ->
     child = os.fork()
     if child == 0:
         left = operation
-        fsync, here = os.fsync, str(directory)
+        real_fsync, here = os.fsync, str(directory)
 
         def count() -> None:
             nonlocal left
@@ -107,13 +107,13 @@ def run_until(operation: int, directory: Path, write: Callable[[Path], None]) ->
         def counted_fsync(descriptor: int) -> None:
             # Before this a file may hold less than was written.
             count()
-            fsync(descriptor)
+            real_fsync(descriptor)
 
         status = 1
         try:
-            os.fsync = counted_fsync
             sys.addaudithook(on_event)
-            write(directory)
+            with mock.patch.object(os, "fsync", counted_fsync):
+                write(directory)
             status = 0
         finally:
             os._exit(status)

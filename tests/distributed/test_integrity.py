@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from moe_dist.digests import file_digest
-from moe_dist.distributed import TrainEngine, load_checkpoint, save_checkpoint, verify_checkpoint
+from moe_dist.distributed import (
+    TrainEngine,
+    checkpoint,
+    checkpoint_writer,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from moe_dist.distributed.gathering import gather_model
 from moe_dist.distributed.integrity import Digests, check_gathered, check_spread, layer_faults
+from moe_dist.distributed.restore import read_into
 from moe_dist.errors import CheckpointError
 from tests.distributed.tiny_moe import Case, make_engine, train_steps
 
@@ -139,12 +149,8 @@ def test_a_file_with_wrong_experts_is_passed_over(
 def test_experts_that_change_while_they_are_gathered_are_not_saved(
     tmp_path: Path, engine: TrainEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_dist.distributed import checkpoint_writer
-
-    gather = checkpoint_writer.gather_model
-
-    def swapping(*arguments: object) -> dict[str, torch.Tensor]:
-        model = gather(*arguments)
+    def swapping(*arguments: Any) -> dict[str, torch.Tensor]:
+        model = gather_model(*arguments)
         for name in [name for name in model if name.startswith("hashed.experts.")]:
             model[name] = model[name][[1, 0, 2, 3]]
         return model
@@ -158,13 +164,10 @@ def test_experts_that_change_while_they_are_gathered_are_not_saved(
 def test_experts_that_change_after_they_are_read_are_found(
     tmp_path: Path, engine: TrainEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_dist.distributed import checkpoint
-
     save_checkpoint(tmp_path, engine, step=1, state={})
-    read = checkpoint.read_into
 
     def doubling(step_dir: Path, engine: TrainEngine) -> object:
-        saved = read(step_dir, engine)
+        saved = read_into(step_dir, engine)
         with torch.no_grad():
             for parameter in engine.module.get_submodule("gated.experts").parameters():
                 parameter[3] = parameter[0]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from moe_dist.distributed import TrainEngine, build_engine, load_checkpoint, spawn_gloo
-from moe_dist.distributed import checkpoint_files as files
+from moe_dist.distributed import (
+    TrainEngine,
+    build_engine,
+    checkpoint_files,
+    load_checkpoint,
+    spawn_gloo,
+)
 from moe_dist.distributed.gathering import gather_model, gather_moments
+from moe_dist.distributed.manifest import flush_to_disk
 from moe_dist.losses.total import LossWeight
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.collectives import gather_values
@@ -131,15 +138,12 @@ def run_pairs(rank: int, world: int, root: Path) -> None:
     for part in (WHOLE, FIRST, NOISY_WHOLE, NOISY_FIRST, NOISY_SECOND):
         run_part(rank, world, root, part)
         dist.barrier()
-    flush = files.flush_to_disk
     being_written = f"step-{2 * HALF:08d}"
 
     def stuck(path: Path) -> None:
         if being_written in str(path):
             time.sleep(3600)
-        flush(path)
-
-    files.flush_to_disk = stuck
+        flush_to_disk(path)
 
     def dies(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
         unfinished = list((root / CRASHED.directory).glob(f".unfinished-{being_written}*"))
@@ -147,7 +151,8 @@ def run_pairs(rank: int, world: int, root: Path) -> None:
             os._exit(CRASH_STATUS)
         return finetune_terms(model, batch)
 
-    run_part(rank, world, root, CRASHED, dies)
+    with mock.patch.object(checkpoint_files, "flush_to_disk", stuck):
+        run_part(rank, world, root, CRASHED, dies)
 
 
 @pytest.fixture(scope="module")
