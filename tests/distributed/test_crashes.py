@@ -77,7 +77,7 @@ def rewrite(source: Path, directory: Path, step: int) -> None:
 
 def crash_everywhere(before: Path, write: Callable[[Path], None]) -> list[Path]:
     """Kill the writer before each operation in turn; return what each left, the last one whole."""
-    stages = []
+    stages: list[Path] = []
     while True:
         directory = before.with_name(f"crash-{len(stages)}")
         shutil.copytree(before, directory)
