@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,11 @@ from moe_dist.training.job_errors import (
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
+    from moe_dist.distributed.peers import Peer
+
 POLL_INTERVAL_S = 0.5
 ATTEMPTS_NAME = "attempts.jsonl"
+WORKERS_NAME = "workers.jsonl"
 _OBJECT_STORE_BYTES = 256 * 2**20
 # Everything that sizes a thread pool when a worker's libraries are first imported.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -219,7 +222,7 @@ def run_on_workers(
     called = time.time()
     records = Path(storage_path).absolute() / name
     records.mkdir(parents=True, exist_ok=True)
-    for stale in (STOPPED_NAME, ATTEMPTS_NAME):
+    for stale in (STOPPED_NAME, ATTEMPTS_NAME, WORKERS_NAME):
         (records / stale).unlink(missing_ok=True)
     config = {
         "job": job,
@@ -253,10 +256,12 @@ def _runs_here(launcher: str, num_workers: int) -> bool:
 def _run_here(config: dict[str, Any]) -> Any:
     import torch
 
+    from moe_dist.distributed.peers import own_peer
+
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config["num_threads"])
     try:
-        _note_attempt(Path(config["records"]))
+        _note_attempt(Path(config["records"]), [own_peer()])
         return config["job"](config["payload"])
     except Exception as fault:
         error = user_error(fault)
@@ -354,9 +359,13 @@ def _worker_main(config: dict[str, Any]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
+    from moe_dist.distributed.peers import meet, own_peer
+
     torch.set_num_threads(config["num_threads"])
-    if int(os.environ.get("RANK", "0")) == 0:
-        _note_attempt(records)
+    own = own_peer()
+    peers = meet(own)
+    if own.rank == 0:
+        _note_attempt(records, peers)
     try:
         return config["job"](config["payload"])
     except Exception as fault:
@@ -367,9 +376,19 @@ def _worker_main(config: dict[str, Any]) -> Any:
         raise
 
 
-def _note_attempt(records: Path) -> None:
-    with (records / ATTEMPTS_NAME).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "pid": os.getpid()}) + "\n")
+def _note_attempt(records: Path, peers: Sequence[Peer]) -> None:
+    """Leave word that the workers have begun, and which processes they are."""
+    now = time.time()
+    path = records / ATTEMPTS_NAME
+    attempt = 1 + (len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0)
+    workers = [
+        {"attempt": attempt, "rank": peer.rank, "pid": peer.pid, "host": peer.host, "time": now}
+        for peer in peers
+    ]
+    with (records / WORKERS_NAME).open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(worker) + "\n" for worker in workers)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": now, "pid": os.getpid()}) + "\n")
 
 
 def _source_root() -> str:

@@ -5,7 +5,9 @@ The jobs are nested functions, which Ray sends by value: the workers know nothin
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,13 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ClusterError, NonFiniteLossError, TrainingError
-from moe_dist.training.driver import JobResult, RaySession, ray_session, run_on_workers
+from moe_dist.training.driver import (
+    WORKERS_NAME,
+    JobResult,
+    RaySession,
+    ray_session,
+    run_on_workers,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -91,6 +99,10 @@ def test_killed_worker_resumes_from_its_checkpoint(run: Any, tmp_path: Path) -> 
     result = run(job, max_failures=1)
     assert result.value == {"first": 3} and result.num_attempts == 2
     assert (tmp_path / "steps").read_text() == "1 2 3 4 5 "
+    workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
+    assert [(w["attempt"], w["rank"]) for w in workers] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({w["pid"] for w in workers}) == 4
+    assert {w["host"] for w in workers} == {socket.gethostname()}
 
 
 def test_error_of_the_job_comes_back_as_itself(run: Any, tmp_path: Path) -> None:
