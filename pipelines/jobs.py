@@ -60,13 +60,17 @@ def run_job(
         use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
         launcher=parallel.launcher,
         max_failures=parallel.max_failures,
+        step_timeout_s=config.train.step_timeout_s,
         storage_path=work.directory,
         name=RAY_DIRECTORY,
         on_poll=show_progress(work.directory / METRIC_LOG, work.console, num_steps),
         session=workspace.session,
     )
-    if result.num_attempts > 1:
-        work.console.warn(f"workers died and were started again {result.num_attempts - 1} times")
+    for restart in result.restarts:
+        work.console.warn(f"start {restart.attempt} of the workers failed: {restart}")
+    if result.restarts:
+        reasons = "\n".join(f"{restart.attempt}: {restart}" for restart in result.restarts)
+        work.run.set_tags({"restarts": str(len(result.restarts)), "restart_reasons": reasons})
     return result.value
 
 

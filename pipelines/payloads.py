@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TrainConfig
 
 # They change when and how things are observed, not what is learned.
-_OBSERVATION_KEYS = frozenset({"eval_every", "eval_batch_size", "checkpoint_every", "log_every"})
+_OBSERVATION_KEYS = frozenset(
+    {"eval_every", "eval_batch_size", "checkpoint_every", "log_every", "step_timeout_s"}
+)
 # They change where the work is done; a checkpoint fits any of them.
 _PLACEMENT_KEYS = frozenset({"gradient_checkpointing"})
 # A dense model has no experts for which they could matter.

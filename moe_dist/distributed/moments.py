@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.distributed.position import collective
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -114,7 +116,8 @@ def gather_flat(partition: Tensor, group: dist.ProcessGroup) -> Tensor:
         The whole flat tensor.
     """
     parts = [torch.empty_like(partition) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, partition.contiguous(), group=group)
+    with collective("gathering of partitions"):
+        dist.all_gather(parts, partition.contiguous(), group=group)
     return torch.cat(parts)
 
 
