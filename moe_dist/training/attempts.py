@@ -61,10 +61,19 @@ class Restart:
         """All parts together."""
         return sum(self.parts.values())
 
-    def __str__(self) -> str:
+    @property
+    def is_over(self) -> bool:
+        """Whether training goes on again."""
+        return _PARTS[TRAINING] in self.parts
+
+    @property
+    def timing(self) -> str:
+        """The parts, in words."""
         shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
-        back = f"; running again after {self.seconds:.1f} s ({shown})" if shown else ""
-        return f"{self.reason or 'a worker died'}{back}"
+        return f"{self.seconds:.1f} s ({shown})"
+
+    def __str__(self) -> str:
+        return f"{self.reason or 'a worker died'}; restarted in {self.timing}"
 
 
 def forget_attempts(records: Path) -> None:
