@@ -50,8 +50,8 @@ class AllToAllDispatcher:
         received_GL = torch.empty_like(sent_GL)
         with collective("all-to-all of expert counts"):
             dist.all_to_all_single(received_GL, sent_GL, group=self.group)
-        # The split sizes must be known on the host: this is the one synchronisation of a layer.
-        sent, received = torch.stack([sent_GL.sum(1), received_GL.sum(1)]).tolist()
+            # The split sizes must be known on the host: the one synchronisation of a layer.
+            sent, received = torch.stack([sent_GL.sum(1), received_GL.sum(1)]).tolist()
 
         # The experts would cast to this dtype anyway; before the exchange it may halve the bytes.
         rows_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)

@@ -73,6 +73,7 @@ class Health(Enum):
     ANSWERS = "answers"
     SILENT = "does not answer"
     GONE = "is gone"
+    UNKNOWN = "could never be asked"
 
 
 @dataclass(frozen=True)

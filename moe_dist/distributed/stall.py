@@ -146,7 +146,9 @@ def _who_stalls(view: View, limit_s: float) -> str:
     parts = [f"{peer} stalls in {_since(places[peer])}" for peer in culprits[:_NAMED_RANKS]]
     if working:
         parts += [f"{peer} waits in {_since(places[peer])}" for peer in waiting[:_NAMED_RANKS]]
-    unnamed = len(places) - len(parts)
+    mute = view.with_health(Health.UNKNOWN)
+    parts += [f"{peer} {Health.UNKNOWN.value}" for peer in mute[:_NAMED_RANKS]]
+    unnamed = len(places) + len(mute) - len(parts)
     parts += [f"and {unnamed} more ranks"] if unnamed > 0 else []
     return "; ".join(parts) + f" (limit {limit_s:g} s)"
 

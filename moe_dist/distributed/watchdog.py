@@ -29,6 +29,8 @@ EXIT_CODE = 75
 _QUIET_S = 5.0
 _NOTE_LIMIT_S = 10.0
 _MAX_QUESTIONS = 32
+_GREETINGS = 10
+_GREET_EVERY_S = 1.0
 _DEATH_LOOKS = 5
 _DEATH_LOOK_EVERY_S = 0.2
 
@@ -72,12 +74,14 @@ class Watchdog:
         self._limit_s = step_timeout_s
         self._note = note
         self._end = end
+        self._reached: set[int] = set()
         self._missing_since: dict[int, float] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        """Begin to watch."""
+        """Begin to watch; the others are greeted first, while they surely live."""
+        self._ask_all()
         self._thread.start()
         return self
 
@@ -116,7 +120,17 @@ class Watchdog:
             time.sleep(_DEATH_LOOK_EVERY_S)
         return None
 
+    def _greet(self) -> None:
+        """Find out who can be asked at all: nothing is concluded from another's silence."""
+        for _ in range(_GREETINGS):
+            if len(self._reached) == len(self._others) or self._done.wait(_GREET_EVERY_S):
+                return
+            self._ask_all()
+        mute = [str(peer) for peer in self._others if peer.rank not in self._reached]
+        sys.stderr.write(f"watchdog: no way from {self._own} to {', '.join(mute)}\n")
+
     def _watch(self) -> None:
+        self._greet()
         quiet_s = min(_QUIET_S, self._limit_s / 4)
         while not self._done.wait(quiet_s / 4):
             place, waited_s = _place_and_wait()
@@ -144,8 +158,16 @@ class Watchdog:
 
     def _ask_all(self) -> dict[int, Answer]:
         with ThreadPoolExecutor(max_workers=_MAX_QUESTIONS) as pool:
-            answers = pool.map(lambda peer: ask(peer, self._token), self._others)
+            answers = pool.map(self._ask, self._others)
             return {peer.rank: answer for peer, answer in zip(self._others, answers, strict=True)}
+
+    def _ask(self, peer: Peer) -> Answer:
+        answer = ask(peer, self._token)
+        if answer.health is Health.ANSWERS:
+            self._reached.add(peer.rank)
+        elif peer.rank not in self._reached:
+            return Answer(Health.UNKNOWN)
+        return answer
 
     def _leave_word(self, stall: Stall) -> None:
         """Tell it in a thread of its own: storage that hangs must not keep this process alive."""

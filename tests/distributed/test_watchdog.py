@@ -185,6 +185,9 @@ WAITS = Place(TRAINING, 7, "sum", 1)
         (view(11, WAITS, Answer(Health.SILENT), missing_s=9), "rank 1 (host b, pid 101) does not"),
         # A stopped process is not waited for six times as long in a slow phase.
         (view(11, Place("checkpoint", 7, "sum", 1), Answer(Health.SILENT), missing_s=9), "checkp"),
+        # From the silence of one that never could be asked nothing follows.
+        (view(9, WAITS, Answer(Health.UNKNOWN), missing_s=9), None),
+        (view(11, WAITS, Answer(Health.UNKNOWN), missing_s=11), "pid 101) could never be asked"),
         (view(61, Place("start-up")), "rank 0 (host a, pid 100) stalls in start-up for 61.0 s"),
     ],
 )
