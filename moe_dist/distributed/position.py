@@ -1,7 +1,7 @@
 """Where this process is: its phase, step and collective, marked at the call sites.
 
-A process is in one place at a time, whichever thread asks, so there is one `here`. A mark costs
-about a microsecond; the watchdog (`moe_dist.distributed.watchdog`) reads it from its own thread.
+A process is in one place at a time, whichever thread asks, so there is one `here`. A mark costs one
+or two microseconds; the watchdog (`moe_dist.distributed.watchdog`) reads it from its own thread.
 
     enter_phase("evaluation")
     begin_step(7)

@@ -289,6 +289,9 @@ def _run_on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # On a busy machine the workers' imports alone outlast Ray's minute, and it would begin again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    if not os.environ.get("RAY_ADDRESS"):
+        # Nobody reclaims one's own machine; its watcher is one process more at every start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # A stopped process answers nobody: where no other rank's watchdog ends it, Ray does.
     step_timeout_s = config["step_timeout_s"]
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
