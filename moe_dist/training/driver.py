@@ -344,7 +344,7 @@ def _death_notes(records: Path) -> UserCallback:
     """Return what Ray's controller calls when a worker failed, before it ends the others."""
     from ray.train import UserCallback
 
-    class DeathNotes(UserCallback):  # type: ignore[misc]  # Ray is untyped.
+    class DeathNotes(UserCallback):
         def after_exception(
             self, run_context: object, worker_exceptions: dict[int, Exception]
         ) -> None:
