@@ -21,6 +21,7 @@ SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
 METRIC_LOG = "metrics.jsonl"
 RAY_DIRECTORY = "ray"
+MAX_TAG_LENGTH = 5000
 TRAINING_SCRATCH = ("checkpoints",)
 """Where a training job can continue from; three times its model each, and of no use afterwards."""
 TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
@@ -52,6 +53,15 @@ def run_job(
     from moe_dist.training.driver import run_on_workers
 
     parallel = config.parallel
+    shows = (
+        show_progress(work.directory / METRIC_LOG, work.console, num_steps),
+        show_failures(work.directory / RAY_DIRECTORY, work.console),
+    )
+
+    def on_poll() -> None:
+        for show in shows:
+            show()
+
     result = run_on_workers(
         job,
         dict(payload),
@@ -60,14 +70,43 @@ def run_job(
         use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
         launcher=parallel.launcher,
         max_failures=parallel.max_failures,
+        step_timeout_s=config.train.step_timeout_s,
         storage_path=work.directory,
         name=RAY_DIRECTORY,
-        on_poll=show_progress(work.directory / METRIC_LOG, work.console, num_steps),
+        on_poll=on_poll,
         session=workspace.session,
     )
-    if result.num_attempts > 1:
-        work.console.warn(f"workers died and were started again {result.num_attempts - 1} times")
+    if result.restarts:
+        reasons = "\n".join(str(restart) for restart in result.restarts)[:MAX_TAG_LENGTH]
+        work.run.set_tags({"restarts": str(len(result.restarts)), "restart_reasons": reasons})
     return result.value
+
+
+def show_failures(records: Path, console: Console) -> Callable[[], None]:
+    """Return a function that tells of workers that failed and run again since the last call.
+
+    Args:
+        records: the job's directory.
+        console: where to tell it.
+
+    Returns:
+        A function without arguments, to be called now and then.
+    """
+    from moe_dist.training.attempts import read_restarts
+
+    failed: set[int] = set()
+    over: set[int] = set()
+
+    def on_poll() -> None:
+        for restart in read_restarts(records):
+            if restart.attempt not in failed:
+                failed.add(restart.attempt)
+                console.warn(f"workers failed: {restart.reason or 'one died'}")
+            if restart.is_over and restart.attempt not in over:
+                over.add(restart.attempt)
+                console.note(f"workers run again after {restart.timing}")
+
+    return on_poll
 
 
 def placed_here(config: RunConfig) -> RunConfig:

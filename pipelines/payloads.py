@@ -10,7 +10,14 @@ if TYPE_CHECKING:
 
 # They change when and how things are observed, not what is learned.
 _OBSERVATION_KEYS = frozenset(
-    {"eval_every", "eval_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"}
+    {
+        "eval_every",
+        "eval_batch_size",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "step_timeout_s",
+    }
 )
 # They change where the work is done; a checkpoint fits any of them.
 _PLACEMENT_KEYS = frozenset({"gradient_checkpointing"})

@@ -228,6 +228,13 @@ class TrainConfig(Section):
     log_every: Integer = Field(
         default=10, ge=1, description="Log losses and speed every so many steps."
     )
+    step_timeout_s: Number = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds that a step may stand still before the workers are started again "
+        "from the newest checkpoint; start-up, the first step, checkpoints and each batch of an "
+        "evaluation may take six times as long.",
+    )
 
 
 class FinetuneConfig(Section):

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.position import collective
 from moe_dist.errors import CheckpointError, MoeDistError
 
 T = TypeVar("T")
@@ -29,7 +30,8 @@ def on_rank_zero(engine: TrainEngine, work: Callable[[], T]) -> T:
         result, failure = _attempt(work)
     if engine.world_size > 1:
         shared = [result, _for_others(failure)]
-        dist.broadcast_object_list(shared, src=0, device=engine.device)
+        with collective("wait for rank 0's result"):
+            dist.broadcast_object_list(shared, src=0, device=engine.device)
         if engine.rank > 0:
             result, failure = shared  # type: ignore[assignment]
     if failure is not None:
@@ -50,7 +52,8 @@ def on_every_rank(engine: TrainEngine, work: Callable[[], T]) -> T:
     result, failure = _attempt(work)
     if engine.world_size > 1:
         failures: list[Exception | None] = [None] * engine.world_size
-        dist.all_gather_object(failures, _for_others(failure))
+        with collective("agreement of all ranks"):
+            dist.all_gather_object(failures, _for_others(failure))
         failure = failure or next((f for f in failures if f is not None), None)
     if failure is not None:
         raise failure

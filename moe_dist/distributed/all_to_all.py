@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.distributed.position import collective
 from moe_dist.moe import Experts, Routing
 from moe_dist.moe.dispatch import permute, sort_slots, unpermute
 from moe_dist.moe.experts import compute_dtype
@@ -47,9 +48,10 @@ class AllToAllDispatcher:
         order = sort_slots(routing.expert_ids, num_ranks * num_local)
         sent_GL = order.tokens_per_expert_E.view(num_ranks, num_local)
         received_GL = torch.empty_like(sent_GL)
-        dist.all_to_all_single(received_GL, sent_GL, group=self.group)
-        # The split sizes must be known on the host: this is the one synchronisation of a layer.
-        sent, received = torch.stack([sent_GL.sum(1), received_GL.sum(1)]).tolist()
+        with collective("all-to-all of expert counts"):
+            dist.all_to_all_single(received_GL, sent_GL, group=self.group)
+            # The split sizes must be known on the host: the one synchronisation of a layer.
+            sent, received = torch.stack([sent_GL.sum(1), received_GL.sum(1)]).tolist()
 
         # The experts would cast to this dtype anyway; before the exchange it may halve the bytes.
         rows_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)
@@ -98,5 +100,6 @@ def _exchange(
     rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
     output = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
+    with collective("all-to-all of tokens"):
+        dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
     return output

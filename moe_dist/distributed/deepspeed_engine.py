@@ -21,6 +21,7 @@ from moe_dist.distributed.moments import (
     write_plain_moments,
 )
 from moe_dist.distributed.parameter_groups import is_expert_slice
+from moe_dist.distributed.position import collective, mark_calls
 from moe_dist.distributed.schedule import LearningRateSchedule
 from moe_dist.distributed.update import (
     Precision,
@@ -84,8 +85,10 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
+        mark_calls(self._engine, "buffered_allreduce_fallback", "reduction of gradients")
         if zero_stage > 0:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
+            mark_calls(self._engine.optimizer, "reduce_ipg_grads", "reduction of gradients")
 
     @property
     def learning_rate(self) -> float:
@@ -120,7 +123,8 @@ class DeepSpeedEngine:
             self._engine.step()
         else:
             # Stages 1 and 2 leave the weights alone where the norm is not finite.
-            self._engine.step()
+            with collective("update of partitioned weights"):
+                self._engine.step()
             norm = checked_norm(float(self._engine.get_global_grad_norm()), self.steps_done)
         self.steps_done += 1
         return norm
@@ -160,7 +164,8 @@ class DeepSpeedEngine:
         experts = [p.grad for p in self._trained if p.grad is not None and is_expert_slice(p)]
         squares = _sum_of_squares(experts, self.device)
         if self.ep_size > 1:
-            dist.all_reduce(squares, group=expert_group(self.ep_size))
+            with collective("gradient norm of experts"):
+                dist.all_reduce(squares, group=expert_group(self.ep_size))
         return float((squares + _sum_of_squares(dense, self.device)).sqrt())
 
     def _partitioned_norm(self, norm_type: int = 2) -> Tensor:
@@ -171,7 +176,8 @@ class DeepSpeedEngine:
             g for index in range(len(zero.bit16_groups)) for g in zero.averaged_gradients[index]
         ]
         squares = _sum_of_squares(mine, self.device)
-        dist.all_reduce(squares)
+        with collective("gradient norm"):
+            dist.all_reduce(squares)
         return squares.sqrt().float()
 
 

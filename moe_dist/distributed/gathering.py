@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_dist.distributed.engine import TrainEngine
 from moe_dist.distributed.host_memory import HostBuffers, join_parts
 from moe_dist.distributed.parameter_groups import is_expert_slice
+from moe_dist.distributed.position import collective
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +104,8 @@ def gather_rng(engine: TrainEngine) -> dict[str, Tensor]:
             # NCCL carries tensors of the device only.
             local = mine.to(engine.device)
             parts = [torch.empty_like(local) for _ in range(engine.world_size)]
-            dist.all_gather(parts, local)
+            with collective("gathering of random states"):
+                dist.all_gather(parts, local)
         gathered.update({f"rank.{rank}.{kind}": part.cpu() for rank, part in enumerate(parts)})
     return gathered
 
@@ -126,7 +128,8 @@ def gather_experts(engine: TrainEngine, tensor: Tensor, *, is_expert: bool) -> T
     from moe_dist.distributed.expert_parallel import expert_group
 
     parts = [torch.empty_like(tensor) for _ in range(engine.ep_size)]
-    dist.all_gather(parts, tensor.contiguous(), group=expert_group(engine.ep_size))
+    with collective("gathering of experts"):
+        dist.all_gather(parts, tensor.contiguous(), group=expert_group(engine.ep_size))
     return torch.cat(parts).cpu()
 
 

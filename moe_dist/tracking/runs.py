@@ -31,6 +31,7 @@ IDENTITY_IGNORES = (
     "train.eval_every",
     "train.gradient_checkpointing",
     "train.log_every",
+    "train.step_timeout_s",
 )
 
 

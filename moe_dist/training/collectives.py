@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from moe_dist.distributed.position import collective
+
 
 def num_ranks() -> int:
     """Return how many processes train together.
@@ -41,7 +43,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
         The same tensor.
     """
     if num_ranks() > 1:
-        dist.all_reduce(tensor)
+        with collective("sum over ranks"):
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -58,7 +61,8 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     if num_ranks() == 1:
         return value
     largest = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    with collective("maximum over ranks"):
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest.item())
 
 
@@ -74,11 +78,13 @@ def gather_values(value: Any) -> list[Any]:
     if num_ranks() == 1:
         return [value]
     values: list[Any] = [None] * num_ranks()
-    dist.all_gather_object(values, value)
+    with collective("gathering of values"):
+        dist.all_gather_object(values, value)
     return values
 
 
 def wait_for_ranks() -> None:
     """Wait until every rank is here."""
     if num_ranks() > 1:
-        dist.barrier()
+        with collective("barrier"):
+            dist.barrier()

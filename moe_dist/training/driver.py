@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +24,20 @@ from typing import TYPE_CHECKING, Any
 import moe_dist
 from moe_dist.errors import ClusterError
 from moe_dist.training.job_errors import (
-    STOPPED_NAME,
     explain,
     first_line,
-    note_stop,
     read_stop,
     user_error,
 )
+from moe_dist.training.worker import run_worker
 
 if TYPE_CHECKING:
-    from ray.train import ScalingConfig
+    from ray.train import ScalingConfig, UserCallback
+
+    from moe_dist.training.attempts import Restart
 
 POLL_INTERVAL_S = 0.5
-ATTEMPTS_NAME = "attempts.jsonl"
 _OBJECT_STORE_BYTES = 256 * 2**20
-# Everything that sizes a thread pool when a worker's libraries are first imported.
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 logger = logging.getLogger("moe_dist.training")
 
@@ -53,11 +52,13 @@ class JobResult:
         value: what rank 0 returned.
         num_attempts: how often the workers were started; 1 if none of them died.
         start_up_s: from the call until the job first began on rank 0, in seconds.
+        restarts: why the workers were started again, and what each time took.
     """
 
     value: Any
     num_attempts: int
     start_up_s: float
+    restarts: Sequence[Restart] = ()
 
 
 class RaySession:
@@ -183,15 +184,16 @@ def run_on_workers(
     cpus_per_worker: int = 1,
     use_gpu: bool | None = None,
     max_failures: int = 2,
+    step_timeout_s: float = 300.0,
     launcher: str = "auto",
     on_poll: Callable[[], None] | None = None,
     session: RaySession | None = None,
 ) -> JobResult:
     """Run a job on every worker and give back what rank 0 returns.
 
-    A worker that dies (killed, its node lost) makes all of them start again, `max_failures` times
-    at most; the job is expected to continue from its newest checkpoint. An error that the job
-    raises for its user is not tried again.
+    A worker that dies (killed, its node lost) or stalls makes all of them start again,
+    `max_failures` times at most; the job is expected to continue from its newest checkpoint. An
+    error that the job raises for its user is not tried again.
 
     Args:
         job: a function of one dictionary; on a cluster it must be importable by the workers.
@@ -202,6 +204,8 @@ def run_on_workers(
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
         max_failures: how many deaths of workers are survived.
+        step_timeout_s: how long a training step may stand still before the workers are started
+            again, in seconds; see `moe_dist.distributed.watchdog`.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
             a single worker where no cluster is given.
         on_poll: called about twice a second while the job runs and once after it, always from one
@@ -216,16 +220,18 @@ def run_on_workers(
         TrainingError: if workers died too often, or failed for a reason that is not the user's.
         MoeDistError: whatever error of this kind the job raised.
     """
+    from moe_dist.training.attempts import ATTEMPTS_NAME, forget_attempts, read_restarts
+
     called = time.time()
     records = Path(storage_path).absolute() / name
     records.mkdir(parents=True, exist_ok=True)
-    for stale in (STOPPED_NAME, ATTEMPTS_NAME):
-        (records / stale).unlink(missing_ok=True)
+    forget_attempts(records)
     config = {
         "job": job,
         "payload": dict(payload),
         "records": str(records),
         "num_threads": cpus_per_worker,
+        "step_timeout_s": step_timeout_s,
     }
     with _polling(on_poll):
         if _runs_here(launcher, num_workers):
@@ -237,7 +243,8 @@ def run_on_workers(
                     config, num_workers, cpus_per_worker, use_gpu, max_failures, current
                 )
     attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]
-    return JobResult(value, len(attempts), attempts[0]["time"] - called)
+    start_up_s = attempts[0]["time"] - called
+    return JobResult(value, len(attempts), start_up_s, read_restarts(records))
 
 
 def _runs_here(launcher: str, num_workers: int) -> bool:
@@ -253,10 +260,13 @@ def _runs_here(launcher: str, num_workers: int) -> bool:
 def _run_here(config: dict[str, Any]) -> Any:
     import torch
 
+    from moe_dist.distributed.peers import Roster, own_peer
+    from moe_dist.training.attempts import note_attempt
+
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config["num_threads"])
     try:
-        _note_attempt(Path(config["records"]))
+        note_attempt(Path(config["records"]), Roster(1, "", (own_peer(),)))
         return config["job"](config["payload"])
     except Exception as fault:
         error = user_error(fault)
@@ -279,23 +289,36 @@ def _run_on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # On a busy machine the workers' imports alone outlast Ray's minute, and it would begin again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    if not os.environ.get("RAY_ADDRESS"):
+        # Nobody reclaims one's own machine; its watcher is one process more at every start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # A stopped process answers nobody: where no other rank's watchdog ends it, Ray does.
+    step_timeout_s = config["step_timeout_s"]
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from moe_dist.distributed.watchdog import group_timeout_s
+    from moe_dist.training.attempts import read_restarts
+
     records = Path(config["records"])
     scaling = _plan_workers(num_workers, cpus_per_worker, use_gpu)
     trainer = TorchTrainer(
-        _worker_main,
+        run_worker,
         train_loop_config=config,
         scaling_config=scaling,
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if scaling.use_gpu else "gloo",
+            timeout_s=math.ceil(group_timeout_s(step_timeout_s)),
+        ),
         run_config=RunConfig(
             name=records.name,
             storage_path=str(records.parent),
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[_death_notes(records)],
         ),
     )
     fault: TrainingFailedError | None = None
@@ -312,8 +335,24 @@ def _run_on_ray(
     if stopped is not None:
         raise stopped
     if fault is not None:
-        raise explain(fault, max_failures) from None
+        reasons = [restart.reason for restart in read_restarts(records) if restart.reason]
+        raise explain(fault, max_failures, reasons) from None
     return value
+
+
+def _death_notes(records: Path) -> UserCallback:
+    """Return what Ray's controller calls when a worker failed, before it ends the others."""
+    from ray.train import UserCallback
+
+    class DeathNotes(UserCallback):
+        def after_exception(
+            self, run_context: object, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            from moe_dist.training.attempts import note_deaths
+
+            note_deaths(records, worker_exceptions)
+
+    return DeathNotes()
 
 
 def _plan_workers(num_workers: int, cpus_per_worker: int, use_gpu: bool | None) -> ScalingConfig:
@@ -341,35 +380,6 @@ def _plan_workers(num_workers: int, cpus_per_worker: int, use_gpu: bool | None) 
     on_gpu = gpus >= num_workers if use_gpu is None else use_gpu
     per_worker = {"CPU": float(cpus_per_worker)} | ({"GPU": 1.0} if on_gpu else {})
     return ScalingConfig(num_workers=num_workers, use_gpu=on_gpu, resources_per_worker=per_worker)
-
-
-def _worker_main(config: dict[str, Any]) -> Any:
-    """What runs on each worker: threads, then the job, then a note of why it stopped."""
-    records = Path(config["records"])
-    if (records / STOPPED_NAME).exists():
-        # Ray starts the workers again after any error; this one would only come back.
-        return None
-    for variable in _THREAD_VARIABLES:
-        os.environ[variable] = str(config["num_threads"])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
-    torch.set_num_threads(config["num_threads"])
-    if int(os.environ.get("RANK", "0")) == 0:
-        _note_attempt(records)
-    try:
-        return config["job"](config["payload"])
-    except Exception as fault:
-        error = user_error(fault)
-        if error is not None:
-            note_stop(records, error)
-            raise error from fault
-        raise
-
-
-def _note_attempt(records: Path) -> None:
-    with (records / ATTEMPTS_NAME).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "pid": os.getpid()}) + "\n")
 
 
 def _source_root() -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.data.loaders import Encoded, eval_batches
+from moe_dist.distributed.position import advancing
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
 from moe_dist.training.step import expert_counts, model_inputs
@@ -81,7 +82,7 @@ def predict(
     )
     try:
         with torch.no_grad():
-            for batch in ahead(batches, device):
+            for batch in advancing(ahead(batches, device)):
                 with autocast(), record_routing() as record:
                     logits_BC = model(**model_inputs(batch)).logits.float()
                 if sums_NC is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_dist.data.loaders import TrainBatches
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
+from moe_dist.distributed.position import enter_phase
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.metric_log import MetricLog
@@ -126,6 +127,7 @@ def fit(
         metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
         evaluate=evaluate,
     )
+    enter_phase("saving of the model")
     _save_whole(engine, stage_dir / MODEL_DIR, data.tokenizer, whole_model)
     summary = _summary(result, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
     if engine.rank == 0:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import moe_dist.errors
 from moe_dist.errors import ClusterError, MoeDistError, TrainingError
 
 STOPPED_NAME = "stopped.json"
+# Ray's errors, by name, since this module knows no Ray.
+_DEATHS = ("ActorDiedError", "ActorUnavailableError", "OutOfMemoryError", "NodeDiedError")
 
 
 def note_stop(records: Path, error: MoeDistError) -> None:
@@ -30,11 +34,26 @@ def note_stop(records: Path, error: MoeDistError) -> None:
         "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
     }
     with suppress(OSError):
-        beside = records / f"{STOPPED_NAME}.{os.getpid()}"
+        write_first(records / STOPPED_NAME, note)
+
+
+def write_first(path: Path, note: Mapping[str, Any]) -> None:
+    """Write a file whole, unless another rank was first: the first to fail tells the reason.
+
+    Args:
+        path: the file.
+        note: plain values.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
         beside.write_text(json.dumps(note), encoding="utf-8")
-        with suppress(FileExistsError):  # The first rank to fail tells the reason.
-            os.link(beside, records / STOPPED_NAME)
-        beside.unlink()
+        with suppress(FileExistsError):
+            os.link(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_stop(records: Path) -> MoeDistError | None:
@@ -84,12 +103,13 @@ def user_error(fault: BaseException) -> MoeDistError | None:
     )
 
 
-def explain(fault: BaseException, max_failures: int) -> MoeDistError:
+def explain(fault: BaseException, max_failures: int, reasons: Sequence[str] = ()) -> MoeDistError:
     """Turn Ray Train's error into one that says what to do.
 
     Args:
         fault: the `TrainingFailedError`.
         max_failures: how many deaths were to be survived.
+        reasons: what the ranks found out about each failure, the last one last.
 
     Returns:
         The job's own error if it is among the causes.
@@ -100,8 +120,8 @@ def explain(fault: BaseException, max_failures: int) -> MoeDistError:
         error = user_error(cause)
         if isinstance(cause, MoeDistError) or (error is not None and "disk is full" in str(error)):
             return error or ClusterError(str(cause))
-    lines = [f"rank {rank}: {_last_line(failure)}" for rank, failure in failures.items()]
-    reason = "; ".join(lines) or _last_line(fault)
+    lines = [f"rank {rank}: {last_line(failure)}" for rank, failure in failures.items()]
+    reason = reasons[-1] if reasons else "; ".join(lines) or last_line(fault)
     return TrainingError(
         f"the workers failed more than {max_failures} times (parallel.max_failures): {reason}",
         remedy=(
@@ -123,6 +143,32 @@ def first_line(fault: BaseException) -> str:
     return lines[0] if lines else type(fault).__name__
 
 
-def _last_line(fault: BaseException) -> str:
+def died(failure: BaseException) -> str:
+    """Tell the death of a worker's process from an error that it raised.
+
+    Args:
+        failure: what Ray Train says of the worker.
+
+    Returns:
+        What became of it, in words that follow its name; empty for an error.
+    """
+    if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
+        return "does not answer Ray"
+    cause = _cause(failure)
+    if type(cause).__name__ not in _DEATHS:
+        return ""
+    out_of_memory = "OUT_OF_MEMORY" in str(cause)
+    return "was ended by Ray, as its node ran out of memory" if out_of_memory else "died"
+
+
+def last_line(fault: BaseException) -> str:
+    """Return the kind and the last line of an error, without what Ray put around it.
+
+    Args:
+        fault: the error.
+
+    Returns:
+        One line.
+    """
     lines = str(_cause(fault)).strip().splitlines()
     return f"{type(_cause(fault)).__name__}: {lines[-1].strip()}" if lines else repr(fault)

@@ -20,6 +20,7 @@ from moe_dist.conversion import score_importance
 from moe_dist.data.loaders import Encoded, encode, eval_batches
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.sources import Splits, load_splits
+from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
@@ -198,7 +199,8 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     batches = eval_batches(
         mine, batch_size=payload.get("batch_size", 32), pad_token_id=data.pad_token_id
     )
-    scores = score_importance(model, batches)
+    enter_phase("scoring of importance")
+    scores = score_importance(model, advancing(batches))
     if shared:
         scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
     path = Path(payload["stage_dir"]) / SCORES
@@ -223,6 +225,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
     encoded = data.train if payload.get("split", "dev") == "train" else data.dev
+    enter_phase("prediction")
     answers = predict(
         model,
         encoded,

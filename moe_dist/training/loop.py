@@ -18,6 +18,13 @@ from moe_dist.data.loaders import StepBatch
 from moe_dist.distributed.checkpoint import load_checkpoint
 from moe_dist.distributed.checkpoint_writer import CheckpointWriter
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.position import (
+    FIRST_STEP,
+    LOAD_CHECKPOINT,
+    TRAINING,
+    begin_step,
+    enter_phase,
+)
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
 from moe_dist.training.collectives import gather_values
@@ -168,7 +175,9 @@ def train(
     started = time.perf_counter()
     window = LogWindow(engine.device)
     plan = {"seed": settings.seed, "steps_per_epoch": batches.steps_per_epoch}
+    enter_phase(LOAD_CHECKPOINT)
     result = _resume(engine, window, checkpoint_dir, plan=plan, num_steps=settings.num_steps)
+    enter_phase(FIRST_STEP)
     if engine.rank == 0 and metric_log is not None:
         metric_log.truncate_after(-1 if result.resumed_from is None else result.resumed_from)
 
@@ -191,8 +200,10 @@ def train(
     with saving as writer:
         # Steps are numbered from 1 once they are done: checkpoint 10 has taken ten of them.
         for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
+            begin_step(step + 1)
             learning_rate = engine.learning_rate
             _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
+            enter_phase(TRAINING)
             result.num_steps = done = step + 1
             is_last = done == settings.num_steps
             if is_last or done % settings.log_every == 0:
@@ -203,8 +214,10 @@ def train(
                 window.clear()
                 publish(done, result.train)
             if evaluate is not None and (is_last or _is_due(done, settings.eval_every)):
+                enter_phase("evaluation")
                 result.evaluation = evaluate()
                 engine.module.train()
+                enter_phase(TRAINING)
                 publish(done, result.evaluation)
             if writer is not None and (is_last or _is_due(done, settings.checkpoint_every)):
                 state = {
@@ -215,7 +228,9 @@ def train(
                     "evaluation": result.evaluation,
                     "train": result.train,
                 }
+                enter_phase("checkpoint")
                 publish(done, _save(writer, done, state, is_last=is_last))
+                enter_phase(TRAINING)
     result.seconds = time.perf_counter() - started
     return result
 

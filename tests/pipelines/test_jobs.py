@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
+from moe_dist.distributed.peers import Roster, own_peer
+from moe_dist.distributed.position import FIRST_STEP, LOAD_CHECKPOINT, TRAINING
+from moe_dist.distributed.stall import Stall
 from moe_dist.metric_log import MetricLog
+from moe_dist.training.attempts import PhaseNotes, note_attempt, note_fault
 from pipelines.console import Console
-from pipelines.jobs import placed_here, show_progress
+from pipelines.jobs import placed_here, show_failures, show_progress
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -89,3 +93,29 @@ def test_old_lines_of_a_continued_log_are_one_position(tmp_path: Path) -> None:
     log.append(40, {"train/loss/total": 0.25})
     on_poll()
     assert shown == [30, 40]
+
+
+def test_failures_are_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Recorder(Console):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+        def note(self, message: str) -> None:
+            told.append(message)
+
+    on_poll = show_failures(tmp_path, Recorder())
+    note_attempt(tmp_path, Roster(1, "", (own_peer(),)))
+    on_poll()
+    assert told == []
+    note_fault(tmp_path, 1, Stall("rank 1 is gone", 1.0))
+    on_poll()
+    on_poll()
+    assert told == ["workers failed: rank 1 is gone"]
+    note_attempt(tmp_path, Roster(2, "", (own_peer(),)))
+    for phase in (LOAD_CHECKPOINT, FIRST_STEP, TRAINING):
+        PhaseNotes(tmp_path, 2)(phase)
+        on_poll()
+    on_poll()
+    assert len(told) == 2 and told[1].startswith("workers run again after ")

@@ -5,7 +5,9 @@ The jobs are nested functions, which Ray sends by value: the workers know nothin
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ClusterError, NonFiniteLossError, TrainingError
+from moe_dist.training.attempts import WORKERS_NAME
 from moe_dist.training.driver import JobResult, RaySession, ray_session, run_on_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -91,6 +94,48 @@ def test_killed_worker_resumes_from_its_checkpoint(run: Any, tmp_path: Path) -> 
     result = run(job, max_failures=1)
     assert result.value == {"first": 3} and result.num_attempts == 2
     assert (tmp_path / "steps").read_text() == "1 2 3 4 5 "
+    workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
+    assert [(w["attempt"], w["rank"]) for w in workers] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({w["pid"] for w in workers}) == 4
+    assert {w["host"] for w in workers} == {socket.gethostname()}
+    (restart,) = result.restarts
+    assert restart.attempt == 1
+    assert f"rank 1 (host {socket.gethostname()}" in restart.reason
+    assert f"pid {workers[1]['pid']})" in restart.reason
+    assert list(restart.parts) == ["detect", "stop", "start"] and 0 < restart.seconds < 300
+
+
+def test_stopped_worker_is_ended_and_named(run: Any, tmp_path: Path) -> None:
+    def job(payload: dict[str, Any]) -> int:
+        import os
+        import signal
+        from pathlib import Path
+
+        import torch
+        import torch.distributed as dist
+
+        from moe_dist.distributed.position import TRAINING, begin_step, collective, enter_phase
+
+        mark = Path(payload["directory"]) / "stopped-before"
+        enter_phase(TRAINING)
+        for step in range(1, 4):
+            begin_step(step)
+            if step == 2 and dist.get_rank() == 1 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            total = torch.ones(1)
+            with collective("sum of gradients"):
+                dist.all_reduce(total)
+        return int(total.item())
+
+    result = run(job, max_failures=1, step_timeout_s=3.0)
+    assert result.value == 2 and result.num_attempts == 2
+    (restart,) = result.restarts
+    workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
+    assert f"pid {workers[1]['pid']}) does not answer" in restart.reason
+    assert "rank 0" in restart.reason
+    assert "waited in sum of gradients (number 1) of training, step 2" in restart.reason
+    assert 3.0 <= restart.parts["detect"] < 60
 
 
 def test_error_of_the_job_comes_back_as_itself(run: Any, tmp_path: Path) -> None:
@@ -121,7 +166,7 @@ def test_deaths_beyond_the_limit_are_one_error(run: Any) -> None:
 
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match="failed more than 0 times") as caught:
+    with pytest.raises(TrainingError, match=r"failed more than 0 times .*rank \d \(host") as caught:
         run(job, max_failures=0)
     assert "newest checkpoint" in caught.value.remedy
     assert len(str(caught.value)) < 1500

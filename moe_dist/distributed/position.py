@@ -1,0 +1,168 @@
+"""Where this process is: its phase, step and collective, marked at the call sites.
+
+A process is in one place at a time, whichever thread asks, so there is one `here`. A mark costs one
+or two microseconds; the watchdog (`moe_dist.distributed.watchdog`) reads it from its own thread.
+
+    enter_phase("evaluation")
+    begin_step(7)
+    with collective("gradient reduction"):
+        dist.all_reduce(...)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+START_UP = "start-up"
+LOAD_CHECKPOINT = "loading the checkpoint"
+FIRST_STEP = "first step"
+TRAINING = "training"
+FINISHED = "the end of the job"
+
+
+class Place(NamedTuple):
+    """Where a process is, and since when on its own monotonic clock.
+
+    Args:
+        phase: what it does: `training`, `evaluation`, `checkpoint`...
+        step: the optimizer step, counted from 1; 0 before the first.
+        collective: the collective that it waits in; empty while it computes.
+        number: collectives begun since the step or phase began.
+        since: monotonic time of the last mark, in seconds.
+    """
+
+    phase: str = START_UP
+    step: int = 0
+    collective: str = ""
+    number: int = 0
+    since: float = 0.0
+
+    def __str__(self) -> str:
+        where = f"{self.phase}, step {self.step}" if self.step else self.phase
+        return f"{self.collective} (number {self.number}) of {where}" if self.collective else where
+
+
+class _Here:
+    """The place, replaced whole by each mark, so that readers need no lock."""
+
+    def __init__(self) -> None:
+        self.place = Place(since=time.monotonic())
+        self.on_phase: Callable[[str], None] | None = None
+
+
+_here = _Here()
+
+
+def current_place() -> Place:
+    """Return where this process is.
+
+    Returns:
+        The place of the last mark.
+    """
+    return _here.place
+
+
+def enter_phase(phase: str) -> None:
+    """Mark that another kind of work begins.
+
+    Args:
+        phase: its name, as messages show it.
+    """
+    _here.place = Place(phase, _here.place.step, since=time.monotonic())
+    if _here.on_phase is not None:
+        _here.on_phase(phase)
+
+
+def begin_step(step: int) -> None:
+    """Mark that an optimizer step begins.
+
+    Args:
+        step: its number, counted from 1.
+    """
+    _here.place = Place(_here.place.phase, step, since=time.monotonic())
+
+
+def note_progress() -> None:
+    """Mark that the present work advances, as an evaluation does with each batch."""
+    _here.place = _here.place._replace(collective="", since=time.monotonic())
+
+
+def advancing(items: Iterable[T]) -> Iterator[T]:
+    """Mark progress with each item that is taken.
+
+    Args:
+        items: the work, batch by batch.
+
+    Yields:
+        The items.
+    """
+    for item in items:
+        note_progress()
+        yield item
+
+
+def follow_phases(on_phase: Callable[[str], None] | None) -> None:
+    """Begin anew at the start-up phase, and have later phases told.
+
+    Args:
+        on_phase: called with each phase's name in the thread that enters it; None for nobody.
+    """
+    _here.place = Place(since=time.monotonic())
+    _here.on_phase = on_phase
+
+
+def mark_calls(owner: Any, method: str, name: str) -> None:
+    """Mark a method of somebody else's object as a collective.
+
+    Args:
+        owner: the object, which gets a marked method of its own.
+        method: the method's name.
+        name: the collective's, as messages show it.
+    """
+    unmarked = getattr(owner, method)
+
+    @wraps(unmarked)
+    def marked(*args: Any, **options: Any) -> Any:
+        with collective(name):
+            return unmarked(*args, **options)
+
+    setattr(owner, method, marked)
+
+
+class collective:
+    """Mark a collective for as long as the `with` block lasts.
+
+    Args:
+        name: as messages show it.
+    """
+
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Wait in the collective from now on."""
+        before = self._before = _here.place
+        _here.place = Place(
+            before.phase, before.step, self._name, before.number + 1, time.monotonic()
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Go on with what was done before; a failed collective stays marked, for the message."""
+        if kind is None:
+            left, before = _here.place, self._before
+            _here.place = Place(
+                before.phase, before.step, before.collective, left.number, time.monotonic()
+            )

@@ -1,0 +1,157 @@
+"""Whether a group still gets on, judged from where its ranks are; and the sentence that says so.
+
+Pure functions of places and answers: the clockwork is in `moe_dist.distributed.watchdog`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_dist.distributed.peers import Answer, Health, Peer
+from moe_dist.distributed.position import FINISHED, TRAINING, Place
+
+SLOW_PHASE_FACTOR = 6
+"""Start-up, the first step, checkpoints and each batch of an evaluation may take so many times the
+limit of a step."""
+_NAMED_RANKS = 4
+_SOURCE_PLACE = re.compile(r"^\[[^\]]*\] ")
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Why a group cannot go on.
+
+    Args:
+        message: which rank, process and host, in which step and collective.
+        waited_s: how long the rank that found it had been in its place, in seconds.
+        lost: ranks whose processes do not answer or are gone.
+    """
+
+    message: str
+    waited_s: float
+    lost: tuple[Peer, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """What one rank sees of the group.
+
+    Args:
+        own: this rank.
+        place: where it is.
+        waited_s: for how long, in seconds.
+        others: the other ranks.
+        answers: what each of them said, by rank.
+        missing_s: how long each rank that gave no answer has been so, in seconds.
+    """
+
+    own: Peer
+    place: Place
+    waited_s: float
+    others: Sequence[Peer]
+    answers: Mapping[int, Answer]
+    missing_s: Mapping[int, float]
+
+    def with_health(self, health: Health) -> tuple[Peer, ...]:
+        """Pick the other ranks whose process is so.
+
+        Args:
+            health: how.
+
+        Returns:
+            Their entries.
+        """
+        return tuple(peer for peer in self.others if self.answers[peer.rank].health is health)
+
+
+def judge(view: View, *, step_timeout_s: float) -> Stall | None:
+    """Decide whether to wait any longer.
+
+    A rank that is gone ends the wait at once; one that does not answer, after a step's limit,
+    whatever phase this rank is in. Where all answer, the wait ends when this rank has been in its
+    place beyond what its phase allows, unless a rank still works within its own limit.
+
+    Args:
+        view: of the group.
+        step_timeout_s: how long a step may stand still, in seconds.
+
+    Returns:
+        None to wait on.
+    """
+    patience_s = {Health.GONE: min(2.0, step_timeout_s / 4), Health.SILENT: step_timeout_s / 4}
+    lost = [
+        peer
+        for health, needed_s in patience_s.items()
+        for peer in view.with_health(health)
+        if view.missing_s[peer.rank] >= needed_s
+        and (health is Health.GONE or view.waited_s >= step_timeout_s)
+    ]
+    if lost:
+        return lost_ranks(view, lost)
+    limit_s = _limit(view.place, step_timeout_s)
+    if view.waited_s < limit_s:
+        return None
+    if view.waited_s < SLOW_PHASE_FACTOR * step_timeout_s and _someone_works(view, step_timeout_s):
+        return None
+    return Stall(_who_stalls(view, limit_s), view.waited_s)
+
+
+def lost_ranks(view: View, lost: Sequence[Peer], cause: str = "") -> Stall:
+    """Say which ranks are lost, and where this rank waited for them.
+
+    Args:
+        view: of the group.
+        lost: the ranks.
+        cause: what the collective said, where it said anything.
+
+    Returns:
+        The stall.
+    """
+    found = "; ".join(f"{peer} {view.answers[peer.rank].health.value}" for peer in lost)
+    doing = f"waited in {view.place}" if view.place.collective else f"was in {view.place}"
+    seen_by = f"{view.own} {doing} for {view.waited_s:.1f} s"
+    # Of a backend's text, which may hold the place in its source and advice, one sentence.
+    sentence = _SOURCE_PLACE.sub("", cause.splitlines()[-1]).partition(". ")[0] if cause else ""
+    message = f"{found}; {seen_by}" + (f" ({sentence})" if sentence else "")
+    return Stall(message, view.waited_s, tuple(lost))
+
+
+def _limit(place: Place, step_timeout_s: float) -> float:
+    return step_timeout_s * (1 if place.phase == TRAINING else SLOW_PHASE_FACTOR)
+
+
+def _someone_works(view: View, step_timeout_s: float) -> bool:
+    """Whether a rank computes within its own limit, so that the others wait with reason."""
+    places = [answer.place for answer in view.answers.values() if answer.place is not None]
+    return any(
+        not place.collective
+        and place.phase != FINISHED
+        and place.since < _limit(place, step_timeout_s)
+        for place in places
+    )
+
+
+def _who_stalls(view: View, limit_s: float) -> str:
+    """Name the ranks that compute while others wait, or all where all wait."""
+    places = {view.own: view.place._replace(since=view.waited_s)}
+    for peer in view.others:
+        place = view.answers[peer.rank].place
+        if place is not None:
+            places[peer] = place
+    working = [peer for peer, place in places.items() if not place.collective]
+    waiting = [peer for peer, place in places.items() if place.collective]
+    culprits = working or waiting
+    parts = [f"{peer} stalls in {_since(places[peer])}" for peer in culprits[:_NAMED_RANKS]]
+    if working:
+        parts += [f"{peer} waits in {_since(places[peer])}" for peer in waiting[:_NAMED_RANKS]]
+    mute = view.with_health(Health.UNKNOWN)
+    parts += [f"{peer} {Health.UNKNOWN.value}" for peer in mute[:_NAMED_RANKS]]
+    unnamed = len(places) + len(mute) - len(parts)
+    parts += [f"and {unnamed} more ranks"] if unnamed > 0 else []
+    return "; ".join(parts) + f" (limit {limit_s:g} s)"
+
+
+def _since(place: Place) -> str:
+    return f"{place} for {place.since:.1f} s"

@@ -1,0 +1,203 @@
+"""A group with a rank that stalls, is stopped or dies: the others end in time and name it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from moe_dist.distributed.peers import Answer, Health, Listener, Peer, ask, own_peer
+from moe_dist.distributed.position import (
+    FINISHED,
+    TRAINING,
+    Place,
+    begin_step,
+    collective,
+    current_place,
+    enter_phase,
+    follow_phases,
+    mark_calls,
+)
+from moe_dist.distributed.stall import View, judge
+from moe_dist.distributed.watchdog import EXIT_CODE, group_timeout_s
+from tests.distributed.watched import BAD_RANK, run_rank
+
+LIMIT_S = 2.0
+Ranks = list[BaseProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Ranks]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.watched"])  # torch is imported once
+
+    def start(fault: str, world_size: int = 2) -> Ranks:
+        ranks: Ranks = [
+            context.Process(target=run_rank, args=(rank, world_size, str(tmp_path), fault, LIMIT_S))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        return ranks
+
+    return start
+
+
+def ended(ranks: Ranks, timeout_s: float = 120) -> list[int | None]:
+    end = time.monotonic() + timeout_s
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            pytest.fail(f"{process} did not end by itself")
+    return [process.exitcode for process in ranks]
+
+
+def reason(directory: Path) -> str:
+    return str(json.loads((directory / "fault-1.json").read_text())["message"])
+
+
+@pytest.mark.distributed
+def test_rank_that_sleeps_in_forward_is_named(start: Callable[..., Ranks], tmp_path: Path) -> None:
+    ranks = start("sleeps", world_size=3)
+    codes = ended(ranks)
+    message = reason(tmp_path)
+    # Who ends first takes the connections of the others down; they may end by that error.
+    assert EXIT_CODE in codes and 0 not in codes
+    assert f"rank 1 (host {socket.gethostname()}, pid {ranks[BAD_RANK].pid}) stalls" in message
+    assert "stalls in training, step 3 for" in message
+    assert "waits in sum of gradients (number 1) of training, step 3" in message
+
+
+@pytest.mark.distributed
+def test_stopped_rank_is_named_and_ended(start: Callable[..., Ranks], tmp_path: Path) -> None:
+    ranks = start("is stopped")
+    assert ended(ranks) == [EXIT_CODE, -signal.SIGKILL]
+    note = json.loads((tmp_path / "fault-1.json").read_text())
+    assert f"pid {ranks[BAD_RANK].pid}) does not answer; rank 0" in note["message"]
+    assert "waited in sum of gradients (number 1) of training, step 3" in note["message"]
+    # Its limit, and the time between two looks.
+    assert LIMIT_S <= note["waited_s"] < LIMIT_S + 10
+
+
+@pytest.mark.distributed
+def test_dead_rank_is_named(start: Callable[..., Ranks], tmp_path: Path) -> None:
+    ranks = start("dies")
+    codes = ended(ranks)
+    assert codes[BAD_RANK] == -signal.SIGKILL and codes[0] != 0
+    message = reason(tmp_path)
+    assert f"pid {ranks[BAD_RANK].pid}) is gone; rank 0" in message
+    assert "sum of gradients (number 1) of training, step 3" in message
+    assert "pair.cc" not in message and "\n" not in message
+
+
+@pytest.mark.distributed
+def test_slow_evaluation_and_jumping_clock_are_no_stall(
+    start: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    assert ended(start("clock jumps")) == [0, 0]
+    assert not (tmp_path / "fault-1.json").exists()
+    assert (tmp_path / "finished-0").exists() and (tmp_path / "finished-1").exists()
+
+
+def test_only_who_knows_the_token_is_answered() -> None:
+    follow_phases(None)
+    listener = Listener("127.0.0.1")
+    listener.start("secret")
+    enter_phase("evaluation")
+    peer = own_peer(listener)
+    answer = ask(peer, "secret")
+    assert answer.health is Health.ANSWERS and answer.place is not None
+    assert answer.place.phase == "evaluation" and 0 <= answer.place.since < 60
+    assert ask(peer, "public").place is None
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = silent.getsockname()[1]
+    with silent:
+        stopped = Peer(0, 1, "here", "127.0.0.1", port)
+        assert ask(stopped, "secret", patience_s=0.1).health is Health.SILENT
+    assert ask(Peer(0, 1, "here", "127.0.0.1", port), "secret").health is Health.GONE
+
+
+def test_marks_nest_and_cost_little() -> None:
+    class Foreign:
+        def reduce(self, place: list[Place]) -> int:
+            place.append(current_place())
+            return 5
+
+    follow_phases(None)
+    enter_phase(TRAINING)
+    begin_step(4)
+    foreign, seen = Foreign(), list[Place]()
+    mark_calls(foreign, "reduce", "reduction")
+    with collective("update"):
+        assert foreign.reduce(seen) == 5
+        assert current_place().collective == "update"
+    assert str(seen[0]) == "reduction (number 2) of training, step 4"
+    assert str(current_place()) == "training, step 4"
+    with pytest.raises(RuntimeError), collective("sum"):
+        raise RuntimeError("lost")
+    assert current_place().collective == "sum"  # for the message about it
+    start = time.perf_counter()
+    for _ in range(1000):
+        with collective("sum"):
+            pass
+    assert time.perf_counter() - start < 0.1  # 2 µs each on a quiet machine
+
+
+def view(waited_s: float, place: Place, *answers: Answer, missing_s: float = 0.0) -> View:
+    others = [Peer(rank, 100 + rank, "b") for rank in range(1, len(answers) + 1)]
+    given = dict(enumerate(answers, start=1))
+    missing = {rank: missing_s for rank, answer in given.items() if answer.place is None}
+    return View(Peer(0, 100, "a"), place, waited_s, others, given, missing)
+
+
+def alive(phase: str, collective: str, for_s: float) -> Answer:
+    return Answer(Health.ANSWERS, Place(phase, 7, collective, 1, for_s))
+
+
+WAITS = Place(TRAINING, 7, "sum", 1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (view(9, WAITS, alive(TRAINING, "", 9)), None),
+        (view(11, WAITS, alive(TRAINING, "", 11)), "rank 1 (host b, pid 101) stalls in training"),
+        # Rank 1 works within its own limit: since less, or at something that may take longer.
+        (view(11, WAITS, alive(TRAINING, "", 9)), None),
+        (view(59, WAITS, alive("checkpoint", "", 59)), None),
+        (view(61, WAITS, alive("checkpoint", "", 59)), "rank 1 (host b, pid 101) stalls in check"),
+        (view(11, WAITS, alive(FINISHED, "", 1)), "stalls in the end of the job"),
+        # All wait, each in another collective: all are named.
+        (view(11, WAITS, alive(TRAINING, "norm", 11)), "rank 0 (host a, pid 100) stalls in sum"),
+        (view(11, Place("evaluation", 7), alive("evaluation", "sum", 11)), None),
+        (view(1, WAITS, Answer(Health.GONE), missing_s=0.1), None),
+        (view(1, WAITS, Answer(Health.GONE), missing_s=3), "rank 1 (host b, pid 101) is gone"),
+        (view(9, WAITS, Answer(Health.SILENT), missing_s=9), None),
+        (view(11, WAITS, Answer(Health.SILENT), missing_s=9), "rank 1 (host b, pid 101) does not"),
+        # A stopped process is not waited for six times as long in a slow phase.
+        (view(11, Place("checkpoint", 7, "sum", 1), Answer(Health.SILENT), missing_s=9), "checkp"),
+        # From the silence of one that never could be asked nothing follows.
+        (view(9, WAITS, Answer(Health.UNKNOWN), missing_s=9), None),
+        (view(11, WAITS, Answer(Health.UNKNOWN), missing_s=11), "pid 101) could never be asked"),
+        (view(61, Place("start-up")), "rank 0 (host a, pid 100) stalls in start-up for 61.0 s"),
+    ],
+)
+def test_who_is_to_blame(seen: View, expected: str | None) -> None:
+    stall = judge(seen, step_timeout_s=10)
+    if expected is None:
+        assert stall is None
+    else:
+        assert stall is not None and expected in stall.message
+
+
+def test_torch_waits_longer_than_the_watchdog() -> None:
+    assert group_timeout_s(300) > 6 * 300
