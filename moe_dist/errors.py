@@ -59,6 +59,10 @@ class CheckpointError(MoeDistError):
     """A checkpoint or model directory is damaged, incomplete or unsafe."""
 
 
+class StorageError(MoeDistError):
+    """A bucket, or another store that a URI names, cannot be read or written."""
+
+
 class TrainingError(MoeDistError):
     """Training cannot go on."""
 

@@ -69,11 +69,13 @@ class ChainResult:
         results: the result of each stage, by key.
         report_path: `report.json`; None where the chain stopped before evaluating.
         open_hint: the line that opens the tracking UI; empty without tracking.
+        shown: says where a file of the results lies, as a path or a URI.
     """
 
     results: dict[str, StageResult]
     report_path: Path | None
     open_hint: str
+    shown: Callable[[Path], str] = str
 
 
 def plan_steps(config: RunConfig, until: str = evaluate.NAME) -> list[Step]:
@@ -116,7 +118,8 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
 
 def _run_in(workspace: Workspace, until: str) -> ChainResult:
     config = workspace.config
-    workspace.prepare()
+    files = workspace.files
+    files.prepare(config.name)
     tracking = config.tracking
     try:
         check_before_start(config, workspace)
@@ -124,9 +127,9 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
             tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
         )
     except BaseException:
-        workspace.remove_if_empty()
+        files.remove_if_empty()
         raise
-    with _only_one(workspace.root):
+    with _only_one(workspace.root), files.opened():
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
             config.name, workspace.root, params=config.flatten(), tags=_tags()
@@ -138,7 +141,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
             report_path = None
             if evaluate.NAME in results:
                 report_path = _report(config, workspace, chain, results)
-            return ChainResult(results, report_path, chain.open_hint())
+            return ChainResult(results, report_path, chain.open_hint(), files.shown)
 
 
 def write_resolved_recipe(config: RunConfig, root: Path) -> None:

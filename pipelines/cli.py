@@ -291,11 +291,11 @@ def _run(stage: str, config: RunConfig, console: Console) -> None:
             console.result(table)
         for line in verdict_lines(report):
             console.result(line)
-        console.result(f"\nreport: {result.report_path}")
+        console.result(f"\nreport: {result.shown(result.report_path)}")
     else:
         last = list(result.results.values())[-1]
         for name, path in last.outputs.items():
-            console.result(f"{name}: {path}")
+            console.result(f"{name}: {result.shown(path)}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
 

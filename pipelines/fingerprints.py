@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ STAGE_FORMAT = 1
 """Raised when a stage writes something else for the same settings."""
 
 
-def path_digest(path: Path) -> str:
+def file_size(path: Path) -> int | None:
+    """Measure a file.
+
+    Args:
+        path: may be missing.
+
+    Returns:
+        Its size in bytes; None if it is not there.
+    """
+    return path.stat().st_size if path.is_file() else None
+
+
+def path_digest(path: Path, size_of: Callable[[Path], int | None] = file_size) -> str:
     """Return one digest for a file, a saved model or any other directory.
 
     A model directory is identified by the hashes in its manifest, which `load_model` verifies
@@ -22,6 +34,7 @@ def path_digest(path: Path) -> str:
 
     Args:
         path: a file or directory that exists.
+        size_of: measures the files that a manifest lists, which may lie elsewhere.
 
     Returns:
         64 hexadecimal digits.
@@ -36,7 +49,7 @@ def path_digest(path: Path) -> str:
         files = json.loads(manifest.read_text(encoding="utf-8")).get("files", {})
         for name, entry in files.items():
             listed = path / name
-            if not listed.is_file() or listed.stat().st_size != entry.get("bytes"):
+            if size_of(listed) != entry.get("bytes"):
                 raise FileNotFoundError(f"{listed} is missing or cut short")
         return value_digest({name: entry["sha256"] for name, entry in files.items()})
     if not path.is_dir():

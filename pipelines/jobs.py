@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.errors import StorageError
 from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 
 if TYPE_CHECKING:
@@ -52,30 +54,38 @@ def run_job(
     """
     from moe_dist.training.driver import run_on_workers
 
-    parallel = config.parallel
+    parallel, files = config.parallel, workspace.files
+    log, records = work.directory / METRIC_LOG, work.directory / RAY_DIRECTORY
     shows = (
-        show_progress(work.directory / METRIC_LOG, work.console, num_steps),
-        show_failures(work.directory / RAY_DIRECTORY, work.console),
+        show_progress(log, work.console, num_steps),
+        show_failures(records, work.console),
     )
 
     def on_poll() -> None:
+        files.refresh(log, records)
         for show in shows:
             show()
 
-    result = run_on_workers(
-        job,
-        dict(payload),
-        num_workers=parallel.num_workers,
-        cpus_per_worker=parallel.cpus_per_worker,
-        use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
-        launcher=parallel.launcher,
-        max_failures=parallel.max_failures,
-        step_timeout_s=config.train.step_timeout_s,
-        storage_path=work.directory,
-        name=RAY_DIRECTORY,
-        on_poll=on_poll,
-        session=workspace.session,
-    )
+    try:
+        result = run_on_workers(
+            job,
+            dict(payload),
+            num_workers=parallel.num_workers,
+            cpus_per_worker=parallel.cpus_per_worker,
+            use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
+            launcher=parallel.launcher,
+            max_failures=parallel.max_failures,
+            step_timeout_s=config.train.step_timeout_s,
+            storage_path=files.address(work.directory),
+            name=RAY_DIRECTORY,
+            on_poll=on_poll,
+            session=workspace.session,
+        )
+    except BaseException:
+        with suppress(StorageError):  # The error that ended the job is the one to show.
+            files.received(work.directory)
+        raise
+    files.received(work.directory)
     if result.restarts:
         reasons = "\n".join(str(restart) for restart in result.restarts)[:MAX_TAG_LENGTH]
         work.run.set_tags({"restarts": str(len(result.restarts)), "restart_reasons": reasons})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,12 +36,12 @@ def data_arguments(config: RunConfig) -> dict[str, Any]:
     return {**config.data.model_dump(mode="json"), "seed": config.seed}
 
 
-def data_job(config: RunConfig, directory: Path) -> dict[str, Any]:
+def data_job(config: RunConfig, directory: str) -> dict[str, Any]:
     """Return the part that the payloads of all jobs share.
 
     Args:
         config: the run's configuration.
-        directory: where rank 0 writes.
+        directory: where rank 0 writes; a path or a URI.
 
     Returns:
         Plain values, as `moe_dist.training.payloads.DataJob` names them.
@@ -51,19 +50,19 @@ def data_job(config: RunConfig, directory: Path) -> dict[str, Any]:
         "data": data_arguments(config),
         "max_length": config.model.max_length,
         "cache_dir": None,
-        "stage_dir": str(directory),
+        "stage_dir": directory,
         "seed": config.seed,
         "use_gpu": config.parallel.use_gpu,
     }
 
 
-def training_job(config: RunConfig, train: TrainConfig, directory: Path) -> dict[str, Any]:
+def training_job(config: RunConfig, train: TrainConfig, directory: str) -> dict[str, Any]:
     """Return what fine-tuning and distillation payloads share.
 
     Args:
         config: the run's configuration.
         train: the training settings of this stage.
-        directory: where rank 0 writes.
+        directory: where rank 0 writes; a path or a URI.
 
     Returns:
         Plain values.

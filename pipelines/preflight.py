@@ -37,7 +37,7 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
             ]
         )
     console = workspace.console
-    console.note(f"{config.name}: results in {workspace.root}")
+    console.note(f"{config.name}: results in {workspace.files.shown(workspace.root)}")
     splits = workspace.splits
     left_out = f", {splits.num_near_copies} near copies left out" if splits.num_near_copies else ""
     console.note(

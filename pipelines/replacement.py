@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.errors import StorageError
+
+if TYPE_CHECKING:
+    from .files import ResultFiles
 
 FINISHED = "stage.json"
 STARTED = "started.json"
@@ -14,7 +19,7 @@ _CHECKPOINTS = "checkpoints/step-*"
 _FIRST_FILES = frozenset({STARTED + ".partial"})
 
 
-def recover(directory: Path, fingerprint: str) -> None:
+def recover(directory: Path, fingerprint: str, files: ResultFiles) -> None:
     """Tidy what a stopped process left beside a stage's directory.
 
     The earlier result is put back where the attempt after it left no checkpoint, or where it is
@@ -23,6 +28,7 @@ def recover(directory: Path, fingerprint: str) -> None:
     Args:
         directory: the stage's directory.
         fingerprint: what the stage is wanted for.
+        files: follow what happens here.
     """
     previous = _previous(directory)
     for path in (directory, previous):
@@ -30,42 +36,46 @@ def recover(directory: Path, fingerprint: str) -> None:
     if not previous.exists():
         return
     if (directory / FINISHED).exists():
-        _remove(previous)
+        _remove(previous, files)
         return
     is_wanted = (previous / FINISHED).exists() and read_fingerprint(previous) == fingerprint
     if not holds_foreign_files(directory) and (is_wanted or not _has_checkpoint(directory)):
-        _put_back(directory)
+        _put_back(directory, files)
 
 
-def set_aside(directory: Path) -> None:
+def set_aside(directory: Path, files: ResultFiles) -> None:
     """Clear a stage's directory; a result or checkpoints in it are kept beside it.
 
     Args:
         directory: the stage's directory, with files of an earlier run.
+        files: follow what happens here.
     """
     has_worth = (directory / FINISHED).exists() or _has_checkpoint(directory)
     # A result that is kept already is worth more than an attempt that came after it.
     if has_worth and not _previous(directory).exists():
         directory.rename(_previous(directory))
+        files.moved(directory, _previous(directory))
     else:
-        _remove(directory)
+        _remove(directory, files)
 
 
-def discard_previous(directory: Path) -> None:
+def discard_previous(directory: Path, files: ResultFiles) -> None:
     """Remove the earlier result of a stage that has finished.
 
     Args:
         directory: the stage's directory.
+        files: follow what happens here.
     """
     if _previous(directory).exists():
-        _remove(_previous(directory))
+        _remove(_previous(directory), files)
 
 
-def move_back(directory: Path) -> bool:
+def move_back(directory: Path, files: ResultFiles) -> bool:
     """Put the earlier result back after an attempt that failed before its first checkpoint.
 
     Args:
         directory: the stage's directory.
+        files: follow what happens here.
 
     Returns:
         Whether it was put back. An error of the disk does not hide the one that ended the
@@ -79,8 +89,8 @@ def move_back(directory: Path) -> bool:
     ):
         return False
     try:
-        _put_back(directory)
-    except OSError:
+        _put_back(directory, files)
+    except (OSError, StorageError):
         return False
     return True
 
@@ -139,15 +149,17 @@ def _removed(directory: Path) -> Path:
     return directory.with_name(f".{directory.name.removeprefix('.')}.removed")
 
 
-def _put_back(directory: Path) -> None:
+def _put_back(directory: Path, files: ResultFiles) -> None:
     if directory.exists():
-        _remove(directory)
+        _remove(directory, files)
     _previous(directory).rename(directory)
+    files.moved(_previous(directory), directory)
 
 
-def _remove(directory: Path) -> None:
+def _remove(directory: Path, files: ResultFiles) -> None:
     # Out of the way in one step: half a directory would look like files of someone else.
     removed = _removed(directory)
     shutil.rmtree(removed, ignore_errors=True)
     directory.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
+    files.removed(directory)

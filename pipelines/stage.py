@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.tracking import flatten
 
-from .fingerprints import path_digest, stage_fingerprint
+from .fingerprints import stage_fingerprint
 from .replacement import (
     FINISHED,
     STARTED,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from .console import Console
+    from .files import ResultFiles
     from .workspace import Workspace
 
 
@@ -176,17 +177,18 @@ def execute(
     key = stage_key(stage, inputs.label)
     directory = inputs.workspace.stage_directory(stage, inputs.label)
     fingerprint = stage_fingerprint(stage, settings=settings, inputs=input_digests)
-    console = inputs.workspace.console
-    recover(directory, fingerprint)
-    finished = read_result(directory)
+    console, files = inputs.workspace.console, inputs.workspace.files
+    recover(directory, fingerprint, files)
+    finished = read_result(directory, files)
     if finished is not None and finished.fingerprint == fingerprint:
         # The process may have been stopped after it finished the stage and before it cleared it.
-        _clear(directory, scratch)
+        _clear(directory, scratch, files)
         console.stage_skipped(key, finished.seconds)
         return finished
     begin = time.monotonic()
     try:
-        resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests)
+        resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests, files)
+        files.publish(directory)
         console.stage_started(key, resumed=resumed)
         with tracker.stage(
             key, directory, params=flatten(settings), fingerprint=fingerprint
@@ -202,19 +204,20 @@ def execute(
                 directory=directory,
                 fingerprint=fingerprint,
                 outputs=dict(outcome.outputs),
-                digests={name: path_digest(path) for name, path in outcome.outputs.items()},
+                digests={name: files.digest(path) for name, path in outcome.outputs.items()},
                 metrics=dict(outcome.metrics),
                 details=dict(outcome.details),
                 seconds=seconds,
             )
             _finish(result, settings, input_digests)
-            discard_previous(directory)
-            _clear(directory, scratch)
+            files.publish(directory)
+            discard_previous(directory, files)
+            _clear(directory, scratch, files)
             run.log_artifact(directory / FINISHED)
             for plot in outcome.plots:
                 run.log_artifact(plot, folder="plots")
     except BaseException:
-        if not move_back(directory):
+        if not move_back(directory, files):
             _note_attempt(directory, time.monotonic() - begin)
         raise
     finally:
@@ -223,11 +226,12 @@ def execute(
     return result
 
 
-def read_result(directory: Path) -> StageResult | None:
+def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
     """Read a finished stage back.
 
     Args:
         directory: the stage's directory.
+        files: the run's.
 
     Returns:
         The result; None where the stage never finished or an output has gone or changed.
@@ -236,7 +240,7 @@ def read_result(directory: Path) -> StageResult | None:
         written = json.loads((directory / FINISHED).read_text(encoding="utf-8"))
         outputs = {name: directory / entry["path"] for name, entry in written["outputs"].items()}
         digests = {name: entry["digest"] for name, entry in written["outputs"].items()}
-        if any(path_digest(path) != digests[name] for name, path in outputs.items()):
+        if any(files.digest(path) != digests[name] for name, path in outputs.items()):
             return None
         return StageResult(
             stage=written["stage"],
@@ -275,6 +279,7 @@ def _prepare(
     fingerprint: str,
     settings: Mapping[str, Any],
     input_digests: Mapping[str, str],
+    files: ResultFiles,
 ) -> tuple[bool, float]:
     """Make the directory ready; keep an unfinished attempt of the same fingerprint.
 
@@ -282,7 +287,9 @@ def _prepare(
     """
     started = read_started(directory)
     if started is not None and started.get("fingerprint") == fingerprint:
-        (directory / FINISHED).unlink(missing_ok=True)
+        if (directory / FINISHED).exists():
+            files.removed(directory / FINISHED)
+            (directory / FINISHED).unlink()
         return True, float(started.get("seconds", 0.0))
     if holds_foreign_files(directory):
         raise MoeDistError(
@@ -290,7 +297,7 @@ def _prepare(
             remedy="move them away, or choose another `name` or `output_dir`.",
         )
     if directory.exists() and any(directory.iterdir()):
-        set_aside(directory)
+        set_aside(directory, files)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(
         directory / STARTED,
@@ -305,7 +312,7 @@ def _prepare(
     return False, 0.0
 
 
-def _clear(directory: Path, scratch: tuple[str, ...]) -> None:
+def _clear(directory: Path, scratch: tuple[str, ...], files: ResultFiles) -> None:
     """Remove what a finished stage no longer needs."""
     for name in scratch:
         removed = directory / f".{name}.removed"
@@ -314,6 +321,7 @@ def _clear(directory: Path, scratch: tuple[str, ...]) -> None:
         with suppress(OSError):
             (directory / name).rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
+        files.removed(directory / name)
 
 
 def _note_attempt(directory: Path, seconds: float) -> None:

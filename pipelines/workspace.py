@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.errors import ConfigError
+from moe_dist.uris import redact_uri
 
+from .files import open_files
 from .fingerprints import path_digest
 from .payloads import data_arguments
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from .console import Console
 
 COMPARE_DIRECTORY = "compare"
-MINIMUM_FREE_MIB = 256
 
 
 class Workspace:
@@ -39,7 +36,8 @@ class Workspace:
         # The chain's connection to Ray; without one, each job makes its own.
         self.session: RaySession | None = None
         self.console = console
-        self.root = config.run_dir
+        self.files = open_files(config.run_dir)
+        self.root = self.files.root
 
     def stage_directory(self, stage: str, label: str = "") -> Path:
         """Return where a stage keeps its files.
@@ -71,7 +69,7 @@ class Workspace:
         data = self.config.data
         if data.name:
             return f"{data.name}/{data.subset}" if data.subset else data.name
-        return Path(data.train).name if data.train else data.source
+        return Path(redact_uri(data.train)).name if data.train else data.source
 
     @cached_property
     def dataset_inputs(self) -> list[DatasetInput]:
@@ -99,6 +97,12 @@ class Workspace:
         model = self.config.model
         return resolve_model(model.teacher, revision=model.revision)
 
+    @property
+    def start_model_address(self) -> str:
+        """Where workers find the start model: a directory, a URI or a hub name."""
+        path = Path(self.start_model)
+        return self.files.address(path) if path.is_dir() else self.start_model
+
     @cached_property
     def start_model_digest(self) -> str:
         """What identifies the start model: its files' hashes, or the hub name."""
@@ -119,37 +123,3 @@ class Workspace:
         # As `TrainBatches` cuts an epoch.
         steps = max(1, len(self.splits.train) // train.batch_size) * train.num_epochs
         return min(steps, train.max_steps or steps)
-
-    def prepare(self) -> None:
-        """Make the output directory, and check that it takes files, before anything starts.
-
-        Raises:
-            ConfigError: if it cannot be written or the disk is almost full.
-        """
-        remedy = "choose another place with `--set output_dir=DIRECTORY`."
-        source = self.config.name
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
-                probe.write(b"\0" * (1 << 16))
-                probe.flush()
-                os.fsync(probe.fileno())
-            free_mib = shutil.disk_usage(self.root).free / (1 << 20)
-        except OSError as error:
-            fault = f"output_dir: cannot write in {self.root} ({error.strerror or error}); {remedy}"
-            raise ConfigError([fault], source=source) from error
-        if free_mib < MINIMUM_FREE_MIB:
-            self.remove_if_empty()
-            fault = (
-                f"output_dir: only {free_mib:.0f} MiB are free where {self.root} lies, and a run "
-                f"needs at least {MINIMUM_FREE_MIB} MiB; free some space, or {remedy}"
-            )
-            raise ConfigError([fault], source=source)
-
-    def remove_if_empty(self) -> None:
-        """Take the run's directory away again where nothing was written into it."""
-        for directory in (self.root, self.root.parent):
-            try:
-                directory.rmdir()
-            except OSError:
-                return

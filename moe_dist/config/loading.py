@@ -22,6 +22,7 @@ from moe_dist.config.run_config import (
 from moe_dist.config.sections import NAME_PATTERN
 from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.uris import is_uri
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -126,12 +127,12 @@ def _resolve(config: RunConfig) -> RunConfig:
     if data.source == "files":
         files = {key: _absolute(getattr(data, key)) for key in ("train", "dev")}
         data = data.model_copy(update=files)
-    if Path(model.teacher).expanduser().is_dir():
+    if not is_uri(model.teacher) and Path(model.teacher).expanduser().is_dir():
         model = model.model_copy(update={"teacher": _absolute(model.teacher)})
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     return config.model_copy(
         update={
-            "output_dir": Path(os.path.abspath(config.output_dir.expanduser())),
+            "output_dir": _absolute_directory(config.output_dir),
             "data": data,
             "model": model,
             "tracking": config.tracking.model_copy(update={"uri": _absolute_sqlite(uri)}),
@@ -139,8 +140,14 @@ def _resolve(config: RunConfig) -> RunConfig:
     )
 
 
+def _absolute_directory(place: Path | str) -> Path | str:
+    return place if isinstance(place, str) else Path(os.path.abspath(place.expanduser()))
+
+
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
+    if path is None or is_uri(path):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _absolute_sqlite(uri: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.sections import (
@@ -26,6 +27,7 @@ from moe_dist.config.sections import (
     TrainConfig,
 )
 from moe_dist.errors import ConfigError
+from moe_dist.uris import is_uri, join_uri
 
 BUILT_IN_COMPARISONS = ("dense",)
 # The teacher, the data and the scores are the same for all students of one chain.
@@ -33,6 +35,8 @@ COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
 
 # User info up to the last @, since a password may hold one; and secrets among the parameters.
 _SECRETS = re.compile(r"(?<=://).+(?=@)|(?<=password=)[^&#]+|(?<=token=)[^&#]+", re.IGNORECASE)
+# Keys besides output_dir whose URIs may hold such.
+_PLACES = (("tracking", "uri"), ("data", "train"), ("data", "dev"), ("model", "teacher"))
 
 
 def _names_to_mapping(value: Any) -> Any:
@@ -45,6 +49,16 @@ def _names_to_mapping(value: Any) -> Any:
     return value
 
 
+def _path_or_uri(value: Any) -> Path | str:
+    if not isinstance(value, str | Path):
+        raise PydanticCustomError("path_type", "not a path")
+    text = str(value)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text.rstrip("/") if is_uri(text) else Path(value)
+
+
+PathOrUri = Annotated[Path | str, PlainValidator(_path_or_uri)]
 Comparisons = Annotated[dict[str, dict[str, Any]], BeforeValidator(_names_to_mapping)]
 
 
@@ -60,10 +74,10 @@ class RunConfig(Section):
     seed: Integer = Field(
         default=0, ge=0, description="Seed of splits, batches, dropout, routers and new weights."
     )
-    output_dir: Path = Field(
+    output_dir: PathOrUri = Field(
         default=Path("outputs"),
-        description="Directory for all results; relative to the working directory. On a cluster "
-        "it must be storage that outlives the job.",
+        description="Directory for all results, relative to the working directory; or a URI such "
+        "as `s3://bucket/results`. On a cluster it must be storage that outlives the job.",
     )
     compare: Comparisons = Field(
         default_factory=dict,
@@ -94,8 +108,10 @@ class RunConfig(Section):
     )
 
     @property
-    def run_dir(self) -> Path:
-        """Directory of this run: `output_dir/name`."""
+    def run_dir(self) -> Path | str:
+        """Directory of this run, `output_dir/name`: a path, or a URI as text."""
+        if isinstance(self.output_dir, str):
+            return join_uri(self.output_dir, self.name)
         return self.output_dir / self.name
 
     @property
@@ -145,7 +161,10 @@ class RunConfig(Section):
 
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.model_dump(mode="json")
-        plain["tracking"]["uri"] = _SECRETS.sub("***", plain["tracking"]["uri"])
+        plain["output_dir"] = _SECRETS.sub("***", plain["output_dir"])
+        for section, key in _PLACES:
+            if plain[section][key] is not None:
+                plain[section][key] = _SECRETS.sub("***", plain[section][key])
         return plain
 
 

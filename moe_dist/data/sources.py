@@ -19,6 +19,7 @@ from moe_dist.data.packages import fetch_data_package, fetch_model_package
 from moe_dist.data.splits import hold_out
 from moe_dist.data.tasks import DEFAULT_METRICS, TASKS, Kind, TaskSpec
 from moe_dist.errors import DataError
+from moe_dist.uris import is_uri, redact_uri
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +141,7 @@ def load_splits(
         )
     if source == "files":
         raw_train, raw_dev = _read_files(train, dev, column_names, dev_size)
-        words = f"files {train}" + (f" and {dev}" if dev else "")
+        words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
         splits = (
             str(train or "train"),
@@ -179,7 +180,7 @@ def load_splits(
 
 
 def missing_files(train: str | Path | None, dev: str | Path | None) -> list[str]:
-    """Name the data files that are not on this machine.
+    """Name the data files that are not on this machine; one at a URI is not looked for.
 
     Args:
         train: the training file.
@@ -189,7 +190,11 @@ def missing_files(train: str | Path | None, dev: str | Path | None) -> list[str]
         Key and path of each, such as `data.train=/home/me/train.tsv`.
     """
     given = (("data.train", train), ("data.dev", dev))
-    return [f"{key}={path}" for key, path in given if path and not Path(path).expanduser().exists()]
+    return [
+        f"{key}={path}"
+        for key, path in given
+        if path and not is_uri(path) and not Path(path).expanduser().exists()
+    ]
 
 
 def _task(
@@ -252,11 +257,18 @@ def _read_files(
             remedy="give your files with --set data.train=FILE and --set data.dev=FILE, or in the "
             "recipe; paths are relative to the working directory",
         )
-    splits = [
-        _RawSplit(path, read_rows(path, column_names))
-        for path in (Path(given).expanduser() for given in (train, dev) if given is not None)
-    ]
+    splits = [_read_place(given, column_names) for given in (train, dev) if given is not None]
     return splits[0], splits[1] if len(splits) == 2 else None
+
+
+def _read_place(place: str | Path, column_names: Sequence[str] | None) -> _RawSplit:
+    if is_uri(place):
+        from moe_dist.storage import local_file
+
+        with local_file(str(place)) as path:
+            return _RawSplit(Path(path.name), read_rows(path, column_names))
+    path = Path(place).expanduser()
+    return _RawSplit(path, read_rows(path, column_names))
 
 
 def _read_hub(

@@ -81,8 +81,10 @@ def load_checkpoint(directory: Path, engine: TrainEngine) -> dict[str, Any] | No
     chosen = on_rank_zero(engine, lambda: _choose(directory))
     if chosen is None:
         return None
-    saved = on_every_rank(engine, lambda: read_into(Path(chosen), engine))
-    expected = on_rank_zero(engine, lambda: by_layer(read_experts(Path(chosen))))
+    # By name: nodes that share no storage hold copies below directories of their own.
+    place = directory / chosen
+    saved = on_every_rank(engine, lambda: read_into(place, engine))
+    expected = on_rank_zero(engine, lambda: by_layer(read_experts(place)))
     held = gather_digests(engine, held_digests(engine.module))
     check_spread(held, expected, ep_size=engine.ep_size)
     return {**saved["state"], "step": saved["step"]}
@@ -105,9 +107,10 @@ def verify_checkpoint(step_dir: Path) -> None:
 
 
 def _choose(directory: Path) -> str | None:
+    """Return the chosen checkpoint's path below `directory`, of whatever machine."""
     if step_of(directory) is not None:
         verify_checkpoint(directory)
-        return str(directory)
+        return "."
     faults = []
     for path in list_checkpoints(directory):
         try:
@@ -116,7 +119,7 @@ def _choose(directory: Path) -> str | None:
             faults.append(error.message)
             logger.warning("%s; trying the checkpoint before it", error.message)
         else:
-            return str(path)
+            return path.name
     if faults:
         raise CheckpointError(
             f"no checkpoint in {directory} is good: " + "; ".join(faults),

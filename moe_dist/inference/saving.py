@@ -25,6 +25,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.digests import expert_digests, numbered
 from moe_dist.moe.layer import MoELayer
+from moe_dist.uris import is_uri
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -79,7 +80,7 @@ def load_model(directory: Path | str, device: torch.device | str | None = None) 
     """Read a model that `save_model` wrote, after checking every file.
 
     Args:
-        directory: where it is.
+        directory: where it is; a URI such as `s3://bucket/model` is downloaded for the moment.
         device: where the weights go; the CPU by default.
 
     Returns:
@@ -89,6 +90,11 @@ def load_model(directory: Path | str, device: torch.device | str | None = None) 
         CheckpointError: if a file is damaged (the message names it), missing, a pickle, or does
             not fit the model.
     """
+    if is_uri(directory):
+        from moe_dist.storage import local_copy
+
+        with local_copy(str(directory)) as local:
+            return load_model(local, device)
     source = Path(directory).absolute()
     verify_model(source)
     kind = _class_named_in(source)
@@ -116,7 +122,7 @@ def load_tokenizer(directory: Path | str) -> Any:
     """Read the tokenizer that was saved with a model.
 
     Args:
-        directory: the model's directory.
+        directory: the model's directory, or its URI.
 
     Returns:
         A transformers tokenizer.
@@ -126,6 +132,11 @@ def load_tokenizer(directory: Path | str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if is_uri(directory):
+        from moe_dist.storage import local_copy
+
+        with local_copy(str(directory)) as local:
+            return load_tokenizer(local)
     source = Path(directory).absolute()
     if not (source / "tokenizer_config.json").is_file():
         raise CheckpointError(

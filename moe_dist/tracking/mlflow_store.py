@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moe_dist.digests import file_digest
+from moe_dist.digests import file_digest
 from moe_dist.errors import TrackingError
 from moe_dist.metric_log import MetricTail
 from moe_dist.tracking.journal import RUNNING, Journal, Sent
@@ -291,8 +293,7 @@ class MlflowStore:
             path = journal.directory / name
             if not path.is_file():
                 continue
-            status = path.stat()
-            version = f"{status.st_size}-{status.st_mtime_ns}"
+            version = file_digest(path)
             if journal.sent.artifacts.get(name) == version:
                 continue
             self._offer(self._client.log_artifact, run_id, str(path), folder or None)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from moe_dist.uris import redact_uri
+
 HIDDEN = "(hidden)"
 # A whole word of a key: `max_tokens` and `tokenizer` are no secrets, `hub_token` is one.
 _SECRET_KEY = re.compile(
@@ -15,22 +17,6 @@ _SECRET_KEY = re.compile(
 _SECRET_VALUE = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{16,}|gh[pousr]_\w{16,})\b")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s\"']+")
 _ABSOLUTE_PATH = re.compile(r"^(?:/|~|[A-Za-z]:[\\/])")
-
-
-def redact_uri(uri: str) -> str:
-    """Strip user name, password, query and fragment from a URI.
-
-    Args:
-        uri: any URI, or a plain path, which is returned as it is.
-
-    Returns:
-        The URI, fit to be shown and stored.
-    """
-    scheme, mark, rest = uri.partition("://")
-    if not mark:
-        return uri
-    # The last @, because a password may hold an @ or a / that nobody escaped.
-    return f"{scheme}://{re.split(r'[?#]', rest.rpartition('@')[2])[0]}"
 
 
 def scrub(value: object, key: str = "") -> object:

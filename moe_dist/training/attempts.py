@@ -27,6 +27,8 @@ from moe_dist.training.job_errors import STOPPED_NAME, died, last_line, write_fi
 ATTEMPTS_NAME = "attempts.jsonl"
 WORKERS_NAME = "workers.jsonl"
 _TIMELINE_NAME = "timeline.jsonl"
+FILES = (STOPPED_NAME, ATTEMPTS_NAME, WORKERS_NAME, _TIMELINE_NAME, "fault-*.json")
+"""All that an earlier run of a job may have left, as patterns."""
 _PROCESS, _JOB = "process", "job"
 # What ends with the beginning of each event, in the words of the report.
 _PARTS = {
@@ -74,18 +76,6 @@ class Restart:
 
     def __str__(self) -> str:
         return f"{self.reason or 'a worker died'}; restarted in {self.timing}"
-
-
-def forget_attempts(records: Path) -> None:
-    """Remove what an earlier run of the job left.
-
-    Args:
-        records: the job's directory.
-    """
-    for stale in (STOPPED_NAME, ATTEMPTS_NAME, WORKERS_NAME, _TIMELINE_NAME):
-        (records / stale).unlink(missing_ok=True)
-    for fault in records.glob("fault-*.json"):
-        fault.unlink(missing_ok=True)
 
 
 def next_attempt(records: Path) -> int:

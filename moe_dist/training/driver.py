@@ -29,6 +29,7 @@ from moe_dist.training.job_errors import (
     read_stop,
     user_error,
 )
+from moe_dist.training.records import Records, local_records, open_records
 from moe_dist.training.worker import run_worker
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def run_on_workers(
     payload: Mapping[str, Any],
     *,
     num_workers: int,
-    storage_path: Path,
+    storage_path: Path | str,
     name: str,
     cpus_per_worker: int = 1,
     use_gpu: bool | None = None,
@@ -199,7 +200,7 @@ def run_on_workers(
         job: a function of one dictionary; on a cluster it must be importable by the workers.
         payload: the dictionary, of plain values and paths.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
-        storage_path: a directory that all nodes share.
+        storage_path: a directory that all nodes share, or a URI as text.
         name: the job's name; its records lie in `storage_path / name`.
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
@@ -220,16 +221,15 @@ def run_on_workers(
         TrainingError: if workers died too often, or failed for a reason that is not the user's.
         MoeDistError: whatever error of this kind the job raised.
     """
-    from moe_dist.training.attempts import ATTEMPTS_NAME, forget_attempts, read_restarts
+    from moe_dist.training.attempts import ATTEMPTS_NAME, FILES, read_restarts
 
     called = time.time()
-    records = Path(storage_path).absolute() / name
-    records.mkdir(parents=True, exist_ok=True)
-    forget_attempts(records)
+    records = open_records(storage_path, name)
+    records.clear(FILES)
     config = {
         "job": job,
         "payload": dict(payload),
-        "records": str(records),
+        "records": records.place,
         "num_threads": cpus_per_worker,
         "step_timeout_s": step_timeout_s,
     }
@@ -240,11 +240,13 @@ def run_on_workers(
             with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
                 value = _run_on_ray(
-                    config, num_workers, cpus_per_worker, use_gpu, max_failures, current
+                    config, records, num_workers, cpus_per_worker, use_gpu, max_failures, current
                 )
-    attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]
+    records.pull()
+    written = (records.directory / ATTEMPTS_NAME).read_text(encoding="utf-8")
+    attempts = [json.loads(line) for line in written.splitlines()]
     start_up_s = attempts[0]["time"] - called
-    return JobResult(value, len(attempts), start_up_s, read_restarts(records))
+    return JobResult(value, len(attempts), start_up_s, read_restarts(records.directory))
 
 
 def _runs_here(launcher: str, num_workers: int) -> bool:
@@ -262,12 +264,15 @@ def _run_here(config: dict[str, Any]) -> Any:
 
     from moe_dist.distributed.peers import Roster, own_peer
     from moe_dist.training.attempts import note_attempt
+    from moe_dist.training.remote_stage import local_stage
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config["num_threads"])
     try:
-        note_attempt(Path(config["records"]), Roster(1, "", (own_peer(),)))
-        return config["job"](config["payload"])
+        with local_records(config["records"]) as records:
+            note_attempt(records.directory, Roster(1, "", (own_peer(),)))
+            with local_stage(config["payload"]) as payload:
+                return config["job"](payload)
     except Exception as fault:
         error = user_error(fault)
         if error is None or error is fault:
@@ -279,6 +284,7 @@ def _run_here(config: dict[str, Any]) -> Any:
 
 def _run_on_ray(
     config: dict[str, Any],
+    records: Records,
     num_workers: int,
     cpus_per_worker: int,
     use_gpu: bool | None,
@@ -303,7 +309,6 @@ def _run_on_ray(
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
 
-    records = Path(config["records"])
     scaling = _plan_workers(num_workers, cpus_per_worker, use_gpu)
     trainer = TorchTrainer(
         run_worker,
@@ -314,11 +319,10 @@ def _run_on_ray(
             timeout_s=math.ceil(group_timeout_s(step_timeout_s)),
         ),
         run_config=RunConfig(
-            name=records.name,
-            storage_path=str(records.parent),
+            **records.ray_storage,
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_death_notes(records)],
+            callbacks=[_death_notes(records.place)],
         ),
     )
     fault: TrainingFailedError | None = None
@@ -331,16 +335,17 @@ def _run_on_ray(
             # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
             # for them for ever.
             session.close()
-    stopped = read_stop(records)
+    records.pull()
+    stopped = read_stop(records.directory)
     if stopped is not None:
         raise stopped
     if fault is not None:
-        reasons = [restart.reason for restart in read_restarts(records) if restart.reason]
+        reasons = [restart.reason for restart in read_restarts(records.directory) if restart.reason]
         raise explain(fault, max_failures, reasons) from None
     return value
 
 
-def _death_notes(records: Path) -> UserCallback:
+def _death_notes(place: str) -> UserCallback:
     """Return what Ray's controller calls when a worker failed, before it ends the others."""
     from ray.train import UserCallback
 
@@ -350,7 +355,8 @@ def _death_notes(records: Path) -> UserCallback:
         ) -> None:
             from moe_dist.training.attempts import note_deaths
 
-            note_deaths(records, worker_exceptions)
+            with local_records(place) as records:
+                note_deaths(records.directory, worker_exceptions)
 
     return DeathNotes()
 

@@ -38,8 +38,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         from ..plots import plot_importance
 
         moe = config.moe
-        importance = load_scores(scores.outputs["scores"])
-        model = load_model(teacher.outputs["model"])
+        fetch = inputs.workspace.files.fetch
+        importance = load_scores(fetch(scores.outputs["scores"]))
+        model = load_model(fetch(teacher.outputs["model"]))
         plan = plan_partition(
             importance,
             num_experts=moe.num_experts,

@@ -30,14 +30,15 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     """
     teacher = inputs.result(finetune_teacher.NAME)
     student = inputs.result(adapt.NAME)
+    address = inputs.workspace.files.address
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.training.jobs import distill_job
 
         payload = {
-            **training_job(config, config.train, stage.directory),
-            "student": str(student.outputs["model"]),
-            "teacher": str(teacher.outputs["model"]),
+            **training_job(config, config.train, address(stage.directory)),
+            "student": address(student.outputs["model"]),
+            "teacher": address(teacher.outputs["model"]),
             "distill": config.distill.model_dump(mode="json"),
         }
         result = run_job(

@@ -51,6 +51,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         workspace = inputs.workspace
         task = workspace.splits.task
+        for path, _ in models.values():
+            workspace.files.fetch(path)
         loaded = load_all(models, use_gpu=config.parallel.use_gpu)
         answers = predict_all(loaded, models, workspace, stage)
         labels, loads = answers.labels, answers.expert_loads

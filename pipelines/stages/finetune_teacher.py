@@ -33,8 +33,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.training.jobs import finetune_job
 
-        payload = training_job(config, train, stage.directory)
-        payload |= {"model": workspace.start_model, "revision": config.model.revision}
+        payload = training_job(config, train, workspace.files.address(stage.directory))
+        payload |= {"model": workspace.start_model_address, "revision": config.model.revision}
         # A dense model has no experts to spread.
         payload["parallel"] |= {"ep_size": 1}
         result = run_job(

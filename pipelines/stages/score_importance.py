@@ -32,13 +32,14 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         `scores`: one float32 vector for each feed-forward layer, in a safetensors file.
     """
     teacher = inputs.result(finetune_teacher.NAME)
+    address = inputs.workspace.files.address
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.training.jobs import importance_job
 
         payload = {
-            **data_job(config, stage.directory),
-            "model": str(teacher.outputs["model"]),
+            **data_job(config, address(stage.directory)),
+            "model": address(teacher.outputs["model"]),
             "num_samples": config.moe.importance_samples,
             "batch_size": BATCH_SIZE,
         }

@@ -192,7 +192,7 @@ def test_little_space_is_said_before_the_run(
     warnings: list[str] = []
     monkeypatch.setattr(recorder, "warn", warnings.append)
     workspace = Workspace(config, recorder)
-    workspace.prepare()
+    workspace.files.prepare("tiny")
     warn_of_little_space(workspace, 1000, num_trained=2)
     assert warnings == []
     warn_of_little_space(workspace, 10**12, num_trained=2)

@@ -12,6 +12,7 @@ import pytest
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.tracking import NullTracker
 from pipelines.console import Console
+from pipelines.files import ResultFiles
 from pipelines.stage import (
     StageInputs,
     StageOutcome,
@@ -31,7 +32,9 @@ class Bench:
         self.fail: BaseException | None = None
         self.checkpoint = False
         workspace: Any = SimpleNamespace(
-            stage_directory=lambda stage, label: self.directory, console=Console(quiet=True)
+            stage_directory=lambda stage, label: self.directory,
+            console=Console(quiet=True),
+            files=ResultFiles(root),
         )
         self.inputs = StageInputs(workspace)
         self.tracker = NullTracker().chain("test", root, params={})
@@ -99,7 +102,7 @@ def test_an_unfinished_stage_keeps_its_files_and_resumes(bench: Bench) -> None:
     bench.fail = RuntimeError("killed")
     with pytest.raises(RuntimeError):
         bench.run(size=1)
-    assert read_result(bench.directory) is None
+    assert read_result(bench.directory, ResultFiles(bench.directory)) is None
     assert (bench.directory / "partial.txt").exists()
     bench.fail = None
     result = bench.run(size=1)

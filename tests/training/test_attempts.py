@@ -13,15 +13,16 @@ from moe_dist.distributed.peers import Peer, Roster
 from moe_dist.distributed.position import FIRST_STEP, LOAD_CHECKPOINT, TRAINING
 from moe_dist.distributed.stall import Stall
 from moe_dist.training.attempts import (
+    FILES,
     WORKERS_NAME,
     PhaseNotes,
-    forget_attempts,
     next_attempt,
     note_attempt,
     note_deaths,
     note_fault,
     read_restarts,
 )
+from moe_dist.training.records import Records
 
 PEERS = (Peer(0, 100, "a"), Peer(1, 101, "b"))
 
@@ -69,7 +70,7 @@ def test_workers_are_listed_by_attempt(tmp_path: Path) -> None:
         (2, 1, 101, "b"),
     ]
     assert all(before <= w["time"] <= time.time() for w in workers)
-    forget_attempts(tmp_path)
+    Records(tmp_path).clear(FILES)
     assert os.listdir(tmp_path) == [] and next_attempt(tmp_path) == 1
 
 

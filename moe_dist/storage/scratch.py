@@ -1,0 +1,29 @@
+"""Where a machine keeps copies of what a store holds; nothing there is of value."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from moe_dist.errors import StorageError
+
+
+def scratch_root() -> Path:
+    """Return this user's scratch directory on this machine, and make it.
+
+    Returns:
+        `MOE_DIST_SCRATCH`, else `moe-dist-<user id>` among the temporary files.
+
+    Raises:
+        StorageError: if it belongs to another user.
+    """
+    given = os.environ.get("MOE_DIST_SCRATCH")
+    name = f"moe-dist-{os.getuid()}"
+    root = Path(given).absolute() if given else Path(tempfile.gettempdir()).absolute() / name
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if root.stat().st_uid != os.getuid():
+        raise StorageError(
+            f"{root} belongs to another user", remedy="set MOE_DIST_SCRATCH to a directory of yours"
+        )
+    return root
