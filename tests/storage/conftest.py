@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe
 from tests.storage.moto_server import start_server
+
+__all__ = ["tiny_bert", "tiny_settings", "write_recipe"]
 
 REGION = "us-east-1"
 

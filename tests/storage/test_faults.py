@@ -44,7 +44,7 @@ def guarded(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_credentials_that_are_not_accepted_are_named(guarded: str) -> None:
-    with pytest.raises(StorageError, match="credentials|denied") as caught:
+    with pytest.raises(StorageError, match=r"credentials|denied") as caught:
         Store(f"{guarded}/results").probe()
     assert "AWS_ACCESS_KEY_ID" in caught.value.remedy
 

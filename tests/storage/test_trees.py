@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,13 +127,11 @@ def test_a_killed_upload_shows_the_old_tree_or_none(
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
 
-    try:
+    with suppress(StorageError):
         download_tree(store, "model", tmp_path / "seen")
-    except StorageError as error:
-        assert "not uploaded to its end" in error.message
-        assert not (tmp_path / "seen").exists()
-    else:
-        assert contents(tmp_path / "seen") == contents(tmp_path / "old")
+    seen = contents(tmp_path / "seen") if (tmp_path / "seen").exists() else None
+    assert seen in (None, contents(tmp_path / "old"))
+    assert sent_before_the_kill == 0 or seen is None
 
     upload_tree(store, new, "model")
     download_tree(store, "model", tmp_path / "seen")
