@@ -132,6 +132,19 @@ def test_paths_become_absolute_in_the_working_directory(
     assert config.tracking.uri == f"sqlite:///{tmp_path}/runs/x.db"
 
 
+def test_uris_stay_as_they_are(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "output_dir=s3://bucket/out/?region=eu-west-1",
+        "data={source: files, train: s3://bucket/a.tsv, dev: gs://other/b.tsv}",
+        "data.subset=null",
+        "data.name=null",
+    )
+    assert config.run_dir == "s3://bucket/out/tiny?region=eu-west-1"
+    assert (config.data.train, config.data.dev) == ("s3://bucket/a.tsv", "gs://other/b.tsv")
+    assert load(tmp_path, "output_dir=file:///shared/out").output_dir == Path("/shared/out")
+
+
 def test_hub_names_and_splits_stay_as_they_are(tmp_path: Path) -> None:
     config = load(tmp_path, "data.dev=validation")
     assert config.model.teacher == "some/encoder"
@@ -335,6 +348,11 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             "parallel.launcher=local is one process",
         ),
         ({"tracking": {"uri": "./mlruns"}}, "is no store that MLflow keeps"),
+        ({"output_dir": "s3://key:word@bucket/out"}, "output_dir holds a user or a password"),
+        (
+            {"data": {**FILES, "dev": "s3://key:word@bucket/dev.tsv"}},
+            "data.dev holds a user or a password",
+        ),
         ({"data": {"source": "hub"}}, "data.name is missing"),
         ({"data": {"source": "files", "dev_size": 0.1}}, "data.train is missing"),
         ({"data": FILES}, "data.dev and data.dev_size are both missing"),

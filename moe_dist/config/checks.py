@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.sections import Metric
+from moe_dist.uris import is_uri
 
 Rule = Callable[[RunConfig], Iterator[str]]
 _METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
@@ -244,6 +245,21 @@ def _tracking_uri_is_served(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
+    places = {
+        "output_dir": config.output_dir,
+        "data.train": config.data.train,
+        "data.dev": config.data.dev,
+    }
+    for key, place in places.items():
+        # Ray shows what workers are told, and the resolved recipe lies beside the results.
+        if is_uri(place) and "@" in str(place).partition("?")[0]:
+            yield (
+                f"{key} holds a user or a password; give credentials in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of the URI."
+            )
+
+
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, ("data.source", "data.train", "data.name")),
@@ -282,6 +298,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (_local_is_one_process, ("parallel.launcher", "parallel.num_workers")),
     (_tracking_uri_is_served, ("tracking.uri",)),
+    (_no_credentials_in_places, ("output_dir", "data.train", "data.dev")),
 )
 
 

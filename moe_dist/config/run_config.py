@@ -35,8 +35,6 @@ COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
 
 # User info up to the last @, since a password may hold one; and secrets among the parameters.
 _SECRETS = re.compile(r"(?<=://).+(?=@)|(?<=password=)[^&#]+|(?<=token=)[^&#]+", re.IGNORECASE)
-# Keys besides output_dir whose URIs may hold such.
-_PLACES = (("tracking", "uri"), ("data", "train"), ("data", "dev"), ("model", "teacher"))
 
 
 def _names_to_mapping(value: Any) -> Any:
@@ -161,10 +159,7 @@ class RunConfig(Section):
 
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.model_dump(mode="json")
-        plain["output_dir"] = _SECRETS.sub("***", plain["output_dir"])
-        for section, key in _PLACES:
-            if plain[section][key] is not None:
-                plain[section][key] = _SECRETS.sub("***", plain[section][key])
+        plain["tracking"]["uri"] = _SECRETS.sub("***", plain["tracking"]["uri"])
         return plain
 
 
