@@ -293,7 +293,7 @@ class MirroredFiles(ResultFiles):
         for path, state in before.items():
             name = self._name(path)
             self._synced[name] = state
-            self._remote[name] = Entry(name, state[0], None)
+            self._remote[name] = Entry(name, state[0])
 
     def _changed(self, directory: Path) -> list[Path]:
         return [

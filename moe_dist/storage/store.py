@@ -29,12 +29,10 @@ class Entry:
     Attributes:
         name: its path below the store's URI, with `/`.
         size: in bytes.
-        modified: when it was written; compared for equality only.
     """
 
     name: str
     size: int
-    modified: Any
 
 
 class Store:
@@ -96,7 +94,7 @@ class Store:
             found = self.filesystem.get_file_info(selector)
         start = len(self.root.rstrip("/")) + 1
         entries = [
-            Entry(info.path[start:], int(info.size or 0), info.mtime_ns or info.mtime)
+            Entry(info.path[start:], int(info.size or 0))
             for info in found
             if info.type == FileType.File
         ]
@@ -239,7 +237,7 @@ def _open(uri: str) -> tuple[FileSystem, str]:
     try:
         filesystem, path = FileSystem.from_uri(uri)
     except ArrowInvalid as error:
-        if "scheme" not in str(error).lower():
+        if "unrecognized filesystem" not in str(error).lower():
             raise
         import fsspec
 
