@@ -177,9 +177,10 @@ class MirroredFiles(ResultFiles):
             }
             found = self.store.list(name)
             self._remote.update((entry.name, entry) for entry in found)
-            log = directory / "metrics.jsonl"
-            self._download([e for e in found if _is_small(e) and e.name != self._name(log)])
-            self._receive_log(log)
+            own = _JOURNALS | {FINISHED}
+            theirs = [entry for entry in found if Path(entry.name).name not in own]
+            self._download([entry for entry in theirs if _is_small(entry)])
+            self._receive_log(directory / "metrics.jsonl")
 
     def publish(self, directory: Path) -> None:
         """Upload what this process wrote below a directory; manifests and results come last.

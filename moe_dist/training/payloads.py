@@ -1,7 +1,9 @@
 """What a job is told: plain values and paths, so that it can be sent to any worker.
 
 The keys mirror the recipe's sections; a driver may hand over those sections as they are, since a
-job reads the keys named here and leaves others alone. Every path must be one that all workers see.
+job reads the keys named here and leaves others alone. Every path must be one that all workers see;
+a stage and models may lie at URIs, and are made local before the job reads its payload
+(`moe_dist.training.remote_stage`).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_a_chain_in_a_bucket_is_finished_on_every_machine(
     again, _ = run(recipe)
     assert again.skipped == first.ran
     assert again.ran == []
-    # Weights are not needed to see that a stage is finished, and nothing bulky stays.
+    # Nothing bulky stays.
     assert not list(scratch.rglob("*.safetensors"))
 
     machines()
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_elsewhere_from_its_uploaded_checkpoint(
     s3: str, write_recipe: Write, tiny_settings: dict[str, Any], machines: Callable[[], Path]
 ) -> None:
     tiny_settings["output_dir"] = f"{s3}/out"
-    tiny_settings["train"] |= {"num_epochs": 150, "checkpoint_every": 60}
+    tiny_settings["train"] |= {"num_epochs": 200, "checkpoint_every": 60}
     recipe = write_recipe(tiny_settings)
     stage = Store(f"{s3}/out/tiny/finetune-teacher")
     process = subprocess.Popen(
@@ -147,11 +147,11 @@ def test_a_killed_run_goes_on_elsewhere_from_its_uploaded_checkpoint(
     recorder, result = run(recipe, until="finetune-teacher")
     assert recorder.resumed == ["finetune-teacher"]
     details = result.results["finetune-teacher"].details
-    assert details["num_steps"] == 900
+    assert details["num_steps"] == 1200
     assert details["resumed_from"] >= 60
     with local_file(f"{stage.uri}/metrics.jsonl") as path:
         steps = [r.step for r in MetricLog(path).read() if "train/loss/total" in r.metrics]
-    assert steps == list(range(2, 901, 2))
+    assert steps == list(range(2, 1201, 2))
 
 
 @pytest.mark.ray
