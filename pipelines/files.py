@@ -119,11 +119,12 @@ class ResultFiles:
         """
         return path_digest(path)
 
-    def refresh(self, path: Path) -> None:
-        """Bring a file that a worker is writing up to date.
+    def refresh(self, log: Path, records: Path) -> None:
+        """Bring up to date what workers are writing.
 
         Args:
-            path: below the root.
+            log: a job's metric log, below the root.
+            records: the directory of its records.
         """
 
     def received(self, directory: Path) -> None:

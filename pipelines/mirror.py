@@ -53,7 +53,7 @@ class MirroredFiles(ResultFiles):
         self.store = Store(uri)
         self._remote: dict[str, Entry] = {}
         self._synced: dict[str, tuple[int, int]] = {}
-        self._refreshed: dict[str, float] = {}
+        self._refreshed = -SYNC_INTERVAL_S
         self._lock = threading.RLock()
 
     def prepare(self, source: str) -> None:
@@ -149,18 +149,20 @@ class MirroredFiles(ResultFiles):
             self.fetch(path)
         return path_digest(path, self._size)
 
-    def refresh(self, path: Path) -> None:
-        """Download a file that a worker is writing, every few seconds at most.
+    def refresh(self, log: Path, records: Path) -> None:
+        """Download what workers are writing, every few seconds at most.
 
         Args:
-            path: below the root.
+            log: a job's metric log, below the root.
+            records: the directory of its records.
         """
-        name, now = self._name(path), time.monotonic()
-        if now - self._refreshed.get(name, -SYNC_INTERVAL_S) < SYNC_INTERVAL_S:
+        now = time.monotonic()
+        if now - self._refreshed < SYNC_INTERVAL_S:
             return
-        self._refreshed[name] = now
+        self._refreshed = now
         try:
-            self._receive_log(path)
+            self._receive_log(log)
+            self._receive_records(records)
         except StorageError as error:
             logger.warning("%s; progress is shown later", error.message)
 
@@ -275,6 +277,18 @@ class MirroredFiles(ResultFiles):
                     beside.write_bytes(content)
                     beside.replace(path)
             self._note(path)
+
+    def _receive_records(self, directory: Path) -> None:
+        with self._lock:
+            self._download(
+                [
+                    entry
+                    for entry in self.store.list(self._name(directory))
+                    if (self.root / entry.name).parent == directory
+                    and Path(entry.name).suffix in (".json", ".jsonl")
+                    and self._size(self.root / entry.name) != entry.size
+                ]
+            )
 
     def _shared(self, directory: Path) -> str:
         name = f"{INPUTS}/{directory.name}-{path_digest(directory)[:12]}"

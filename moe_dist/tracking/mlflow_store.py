@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from moe_dist.digests import file_digest
-from moe_dist.digests import file_digest
 from moe_dist.errors import TrackingError
 from moe_dist.metric_log import MetricTail
 from moe_dist.tracking.journal import RUNNING, Journal, Sent

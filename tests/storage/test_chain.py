@@ -62,6 +62,8 @@ def run(recipe: Path, *overrides: str, until: str = "evaluate") -> tuple[Recorde
     return recorder, run_chain(load_config(recipe, overrides), recorder, until=until)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_chain_in_a_bucket_is_finished_on_every_machine(
     s3: str,
     write_recipe: Write,
