@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         f"grant list, read, write and delete below this URI; or {_CREDENTIALS}",
     ),
     (
-        r"HTTP status 301|PermanentRedirect|AuthorizationHeaderMalformed|region",
+        r"HTTP status 301|PermanentRedirect|AuthorizationHeaderMalformed|the (?:configured )?region",
         "the bucket lies in another region",
         "set AWS_REGION (or `?region=` in the URI) to the bucket's region",
     ),
@@ -79,19 +79,21 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
     Returns:
         The error for the user. Texts that are not known are quoted, since they help to search.
     """
-    text = str(error)
+    text = _without_secrets(str(error).strip() or repr(error), uri)
     where = f"cannot {doing} {redact_uri(uri)}"
     for pattern, reason, remedy in _KINDS:
         if re.search(pattern, text, re.IGNORECASE):
             return StorageError(f"{where}: {reason}", remedy=remedy)
-    shown = _without_secrets(text.strip().splitlines()[0] if text.strip() else repr(error), uri)
     return StorageError(
-        f"{where}: {shown}", remedy="check the URI and the rights there, then try again"
+        f"{where}: {text.splitlines()[0]}",
+        remedy="check the URI and the rights there, then try again",
     )
 
 
 def _without_secrets(text: str, uri: str) -> str:
-    userinfo, mark, _ = uri.partition("://")[2].rpartition("@")
-    for secret in userinfo.split(":") if mark else ():
-        text = text.replace(secret, "***") if secret else text
-    return text.replace(uri, redact_uri(uri))
+    text = text.replace(uri, redact_uri(uri))
+    place, _, query = uri.partition("://")[2].partition("?")
+    secrets = [*place.rpartition("@")[0].split(":"), query]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
