@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import moe_dist
 from moe_dist.errors import ClusterError
@@ -30,9 +30,7 @@ from moe_dist.training.job_errors import (
     read_stop,
     user_error,
 )
-
-if TYPE_CHECKING:
-    from ray.train import ScalingConfig
+from moe_dist.training.placement import plan_workers
 
 POLL_INTERVAL_S = 0.5
 ATTEMPTS_NAME = "attempts.jsonl"
@@ -285,7 +283,7 @@ def _run_on_ray(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     records = Path(config["records"])
-    scaling = _plan_workers(num_workers, cpus_per_worker, use_gpu)
+    scaling = plan_workers(num_workers, cpus_per_worker, use_gpu)
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config=config,
@@ -314,33 +312,6 @@ def _run_on_ray(
     if fault is not None:
         raise explain(fault, max_failures) from None
     return value
-
-
-def _plan_workers(num_workers: int, cpus_per_worker: int, use_gpu: bool | None) -> ScalingConfig:
-    """Check the wish against the cluster, since Ray would wait for ever."""
-    import ray
-    from ray.train import ScalingConfig
-
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    wanted_cpus = num_workers * cpus_per_worker
-    if wanted_cpus > cpus:
-        fitting = max(1, cpus // cpus_per_worker)
-        raise ClusterError(
-            f"parallel.num_workers={num_workers} x parallel.cpus_per_worker={cpus_per_worker} "
-            f"= {wanted_cpus} CPUs, and the Ray cluster has {cpus}",
-            remedy=f"Set parallel.num_workers to {fitting} or less, reserve fewer CPUs for each "
-            "worker, or add nodes.",
-        )
-    if use_gpu is True and num_workers > gpus:
-        raise ClusterError(
-            f"parallel.num_workers={num_workers} on GPUs needs {num_workers} GPUs, and the Ray "
-            f"cluster has {gpus}",
-            remedy="Set parallel.use_gpu=false, lower parallel.num_workers, or add GPU nodes.",
-        )
-    on_gpu = gpus >= num_workers if use_gpu is None else use_gpu
-    per_worker = {"CPU": float(cpus_per_worker)} | ({"GPU": 1.0} if on_gpu else {})
-    return ScalingConfig(num_workers=num_workers, use_gpu=on_gpu, resources_per_worker=per_worker)
 
 
 def _worker_main(config: dict[str, Any]) -> Any:
