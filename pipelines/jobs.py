@@ -60,13 +60,17 @@ def run_job(
         use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
         launcher=parallel.launcher,
         max_failures=parallel.max_failures,
+        wait_s=parallel.wait_s,
         storage_path=work.directory,
         name=RAY_DIRECTORY,
         on_poll=show_progress(work.directory / METRIC_LOG, work.console, num_steps),
         session=workspace.session,
     )
     if result.num_attempts > 1:
-        work.console.warn(f"workers died and were started again {result.num_attempts - 1} times")
+        sizes = ", then ".join(str(size) for size in result.world_sizes)
+        work.console.warn(
+            f"workers were started again {result.num_attempts - 1} times: {sizes} workers"
+        )
     return result.value
 
 
@@ -94,7 +98,7 @@ def placed_here(config: RunConfig) -> RunConfig:
     )
     if os.environ.get("RAY_ADDRESS") or wants_gpu or parallel.launcher != "auto":
         return config
-    num_threads = min(parallel.num_workers * parallel.cpus_per_worker, available_cpus())
+    num_threads = min(parallel.max_workers * parallel.cpus_per_worker, available_cpus())
     here = {"launcher": "local", "num_workers": 1, "cpus_per_worker": num_threads}
     return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
 

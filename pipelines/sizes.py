@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from moe_dist.distributed.topology import Topology, fitting_ep_size, list_groups
 from moe_dist.errors import ConfigError, MoeDistError
 
 from .report import quantity
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 BYTES_FP32 = 4
 GIB = 1 << 30
 MAX_SEQ_LEN = 128
+MAX_SHOWN_SIZES = 4
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     tokens = config.train.batch_size * config.model.max_length
     sizes.facts.append(("tokens per step", f"at most {quantity(tokens)} (padding excluded)"))
     per_rank = math.ceil(
-        config.train.batch_size / (config.parallel.num_workers * config.train.accumulation)
+        config.train.batch_size / (config.parallel.max_workers * config.train.accumulation)
     )
     sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
+    sizes.facts += topology_facts(config)
     sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
     try:
         teacher = start_skeleton(workspace, num_labels)
@@ -102,6 +105,55 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         student = convert_skeleton(teacher, own)
         sizes.models.append(_measure(label or "student", student, seq_len, own, frozen=frozen))
     return sizes
+
+
+def topology_facts(config: RunConfig) -> list[tuple[str, str]]:
+    """Say how the workers share batches and experts.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        One line for each number of workers that there may be, and one for ZeRO; of many numbers
+        only the least and the most.
+    """
+    parallel, num_experts = config.parallel, config.moe.num_experts
+    facts = []
+    sizes = range(parallel.max_workers, parallel.min_workers - 1, -1)
+    for world_size in sizes if len(sizes) <= MAX_SHOWN_SIZES else (sizes[0], sizes[-1]):
+        ep_size = fitting_ep_size(world_size, num_experts, parallel.ep_size)
+        topology = Topology((None,) * world_size, ep_size)
+        text = f"data parallel {world_size}, expert parallel {ep_size}"
+        if ep_size > 1:
+            text += f" (ranks {list_groups(topology.expert_groups)} share the experts)"
+        text += f", expert data parallel {topology.expert_data_parallel_size}"
+        if 1 < topology.expert_data_parallel_size < world_size:
+            text += f" (ranks {list_groups(topology.expert_data_parallel_groups)} hold the same)"
+        facts.append((f"{world_size} worker{'s' if world_size > 1 else ''}", text))
+    return [*facts, ("ZeRO", zero_fact(config))]
+
+
+def zero_fact(config: RunConfig) -> str:
+    """Say what ZeRO spreads, and over how many ranks.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        One line, without the word ZeRO.
+    """
+    parallel = config.parallel
+    stage, num_workers = parallel.zero_stage, parallel.max_workers
+    if stage == 0:
+        return "stage 0, every rank keeps all gradients and optimizer states of its parameters"
+    spread = "optimizer states" if stage == 1 else "gradients and optimizer states"
+    if num_workers == 1:
+        return f"stage {stage}, of no use with one worker: there is nobody to spread {spread} over"
+    ep_size = fitting_ep_size(num_workers, config.moe.num_experts, parallel.ep_size)
+    return (
+        f"stage {stage}, {spread} spread over {num_workers} ranks, those of the experts over "
+        f"{num_workers // ep_size}"
+    )
 
 
 def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
@@ -273,15 +325,17 @@ def memory_per_rank(model: Any, config: RunConfig, *, frozen: int) -> float:
         Bytes: fp32 weights, gradients and two Adam moments, less what ZeRO and expert
         parallelism spread over the ranks.
     """
-    parallel = config.parallel
+    # The fewer workers, the less is spread; an elastic run may come down to its least.
+    parallel, num_workers = config.parallel, config.parallel.min_workers
+    ep_size = fitting_ep_size(num_workers, config.moe.num_experts, parallel.ep_size)
     experts = sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
     )
     others = sum(parameter.numel() for parameter in model.parameters()) - experts
     total = float(frozen)
     for count, copies in (
-        (others, parallel.num_workers),
-        (experts / parallel.ep_size, parallel.num_workers // parallel.ep_size),
+        (others, num_workers),
+        (experts / ep_size, num_workers // ep_size),
     ):
         moments = 2 / copies if parallel.zero_stage >= 1 else 2.0
         gradients = 1 / copies if parallel.zero_stage >= 2 else 1.0

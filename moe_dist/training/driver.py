@@ -30,7 +30,8 @@ from moe_dist.training.job_errors import (
     read_stop,
     user_error,
 )
-from moe_dist.training.placement import plan_workers
+from moe_dist.training.placement import NumWorkers, Placement, plan_placement, watched_places
+from moe_dist.training.relay import WARNINGS_NAME, forwarded_warnings, relayed_warnings
 
 POLL_INTERVAL_S = 0.5
 ATTEMPTS_NAME = "attempts.jsonl"
@@ -51,11 +52,13 @@ class JobResult:
         value: what rank 0 returned.
         num_attempts: how often the workers were started; 1 if none of them died.
         start_up_s: from the call until the job first began on rank 0, in seconds.
+        world_sizes: workers of each attempt.
     """
 
     value: Any
     num_attempts: int
     start_up_s: float
+    world_sizes: tuple[int, ...]
 
 
 class RaySession:
@@ -175,12 +178,13 @@ def run_on_workers(
     job: Job,
     payload: Mapping[str, Any],
     *,
-    num_workers: int,
+    num_workers: NumWorkers,
     storage_path: Path,
     name: str,
     cpus_per_worker: int = 1,
     use_gpu: bool | None = None,
     max_failures: int = 2,
+    wait_s: float = 600.0,
     launcher: str = "auto",
     on_poll: Callable[[], None] | None = None,
     session: RaySession | None = None,
@@ -195,11 +199,14 @@ def run_on_workers(
         job: a function of one dictionary; on a cluster it must be importable by the workers.
         payload: the dictionary, of plain values and paths.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
+            A pair is the least and the most of them: the job starts with as many as there are
+            places, goes on with fewer when a node is lost, and with more when one comes.
         storage_path: a directory that all nodes share.
         name: the job's name; its records lie in `storage_path / name`.
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
         max_failures: how many deaths of workers are survived.
+        wait_s: the longest wait for places that other jobs hold or that are still to come.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
             a single worker where no cluster is given.
         on_poll: called about twice a second while the job runs and once after it, always from one
@@ -210,14 +217,15 @@ def run_on_workers(
         Rank 0's value, and how often the workers were started.
 
     Raises:
-        ClusterError: if the cluster has fewer CPUs or GPUs than asked for, or cannot be reached.
+        ClusterError: if the cluster can never have the CPUs or GPUs asked for, had no free ones
+            in time, or cannot be reached.
         TrainingError: if workers died too often, or failed for a reason that is not the user's.
         MoeDistError: whatever error of this kind the job raised.
     """
     called = time.time()
     records = Path(storage_path).absolute() / name
     records.mkdir(parents=True, exist_ok=True)
-    for stale in (STOPPED_NAME, ATTEMPTS_NAME):
+    for stale in (STOPPED_NAME, ATTEMPTS_NAME, WARNINGS_NAME):
         (records / stale).unlink(missing_ok=True)
     config = {
         "job": job,
@@ -225,20 +233,20 @@ def run_on_workers(
         "records": str(records),
         "num_threads": cpus_per_worker,
     }
-    with _polling(on_poll):
+    with relayed_warnings(records), _polling(on_poll):
         if _runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
             with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
-                value = _run_on_ray(
-                    config, num_workers, cpus_per_worker, use_gpu, max_failures, current
-                )
+                placement = plan_placement(num_workers, cpus_per_worker, use_gpu)
+                value = _run_on_ray(config, placement, wait_s, max_failures, current)
     attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]
-    return JobResult(value, len(attempts), attempts[0]["time"] - called)
+    sizes = tuple(attempt["world_size"] for attempt in attempts)
+    return JobResult(value, len(attempts), attempts[0]["time"] - called, sizes)
 
 
-def _runs_here(launcher: str, num_workers: int) -> bool:
+def _runs_here(launcher: str, num_workers: NumWorkers) -> bool:
     if launcher == "local" and num_workers != 1:
         raise ClusterError(
             f"parallel.launcher=local runs one worker, and parallel.num_workers={num_workers}",
@@ -267,23 +275,23 @@ def _run_here(config: dict[str, Any]) -> Any:
 
 def _run_on_ray(
     config: dict[str, Any],
-    num_workers: int,
-    cpus_per_worker: int,
-    use_gpu: bool | None,
+    placement: Placement,
+    wait_s: float,
     max_failures: int,
     session: RaySession,
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # On a busy machine the workers' imports alone outlast Ray's minute, and it would begin again.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    # How long Ray Train asks for one set of places before it looks how many there are; until then
+    # it neither notices a lost node nor takes an order to stop.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     records = Path(config["records"])
-    scaling = plan_workers(num_workers, cpus_per_worker, use_gpu)
+    scaling = placement.scaling()
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config=config,
@@ -298,14 +306,19 @@ def _run_on_ray(
     )
     fault: TrainingFailedError | None = None
     value: Any = None
-    with _own_interrupt():
-        try:
+    try:
+        with watched_places(placement, records, wait_s), _own_interrupt():
             value = trainer.fit().return_value
-        except TrainingFailedError as failed:
-            fault = failed
-            # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
-            # for them for ever.
-            session.close()
+    except TrainingFailedError as failed:
+        fault = failed
+        # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
+        # for them for ever.
+        session.close()
+    except KeyboardInterrupt:
+        # Ours, if the wait for places was too long.
+        if read_stop(records) is None:
+            raise
+        session.close()
     stopped = read_stop(records)
     if stopped is not None:
         raise stopped
@@ -326,10 +339,12 @@ def _worker_main(config: dict[str, Any]) -> Any:
     import torch
 
     torch.set_num_threads(config["num_threads"])
-    if int(os.environ.get("RANK", "0")) == 0:
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if is_first:
         _note_attempt(records)
     try:
-        return config["job"](config["payload"])
+        with forwarded_warnings(records) if is_first else nullcontext():
+            return config["job"](config["payload"])
     except Exception as fault:
         error = user_error(fault)
         if error is not None:
@@ -339,8 +354,10 @@ def _worker_main(config: dict[str, Any]) -> Any:
 
 
 def _note_attempt(records: Path) -> None:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    note = {"time": time.time(), "pid": os.getpid(), "world_size": size}
     with (records / ATTEMPTS_NAME).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "pid": os.getpid()}) + "\n")
+        stream.write(json.dumps(note) + "\n")
 
 
 def _source_root() -> str:
