@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 
+from .preflight import check_cluster_once
+
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
@@ -51,6 +53,7 @@ def run_job(
     """
     from moe_dist.training.driver import run_on_workers
 
+    check_cluster_once(config, workspace)
     parallel = config.parallel
     result = run_on_workers(
         job,

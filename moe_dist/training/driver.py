@@ -234,7 +234,7 @@ def run_on_workers(
         "num_threads": cpus_per_worker,
     }
     with relayed_warnings(records), _polling(on_poll):
-        if _runs_here(launcher, num_workers):
+        if runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
             with ray_session() if session is None else nullcontext(session) as current:
@@ -246,7 +246,19 @@ def run_on_workers(
     return JobResult(value, len(attempts), attempts[0]["time"] - called, sizes)
 
 
-def _runs_here(launcher: str, num_workers: NumWorkers) -> bool:
+def runs_here(launcher: str, num_workers: NumWorkers) -> bool:
+    """Tell whether a job runs in this process, without Ray.
+
+    Args:
+        launcher: see `run_on_workers`.
+        num_workers: see `run_on_workers`.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ClusterError: if several workers are to run in one process.
+    """
     if launcher == "local" and num_workers != 1:
         raise ClusterError(
             f"parallel.launcher=local runs one worker, and parallel.num_workers={num_workers}",
