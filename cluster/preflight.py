@@ -175,8 +175,7 @@ def check_tracking(config: RunConfig, num_nodes: int) -> list[Finding]:
         A finding where several nodes meet a store that is a file.
     """
     tracking = config.tracking
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite"
-    if not tracking.enabled or num_nodes == 1 or not uri.startswith("sqlite"):
+    if not tracking.enabled or num_nodes == 1 or not tracking.uri.startswith("sqlite"):
         return []
     is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     found = "the MLflow store is an sqlite file" + (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 
-from .preflight import check_cluster_once
+from .readiness import check_cluster_once
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig

@@ -55,11 +55,13 @@ def _experts_over_ranks(config: RunConfig) -> Iterator[str]:
 def _ranks_over_workers(config: RunConfig) -> Iterator[str]:
     workers, ranks = config.parallel.num_workers, config.parallel.ep_size
     if isinstance(workers, tuple):
-        if not any(size % ranks == 0 for size in range(workers[0], workers[1] + 1)):
+        sizes = range(workers[0], workers[1] + 1)
+        if all(size % ranks for size in sizes):
+            fitting = sorted({divisor for size in sizes for divisor in _divisors(size)})
             yield (
                 f"parallel.num_workers={_plain(workers)} holds no number that is divisible by "
-                f"parallel.ep_size={ranks}; use {workers[1] - workers[1] % ranks + ranks} workers "
-                f"at most, or ep_size {_or(_divisors(workers[1]))}."
+                f"parallel.ep_size={ranks}; raise its most to {ranks * -(-workers[1] // ranks)}, "
+                f"or use ep_size {_or(fitting)}."
             )
     elif workers % ranks:
         more = ranks * -(-workers // ranks)
