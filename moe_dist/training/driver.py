@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import moe_dist
-from moe_dist.errors import ClusterError
+from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.training.job_errors import (
     STOPPED_NAME,
     explain,
@@ -297,6 +297,7 @@ def _run_on_ray(
     # How long Ray Train asks for one set of places before it looks how many there are; until then
     # it neither notices a lost node nor takes an order to stop.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -326,11 +327,15 @@ def _run_on_ray(
         # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
         # for them for ever.
         session.close()
-    except KeyboardInterrupt:
-        # Ours, if the wait for places was too long.
-        if read_stop(records) is None:
-            raise
+    except RayActorError as failed:
+        # The controller died, by our own hand if the wait for places was too long.
         session.close()
+        if read_stop(records) is None:
+            raise TrainingError(
+                f"the process that governs the workers died: {first_line(failed)}",
+                remedy="The same command continues from the newest checkpoint. It runs beside this "
+                "one and may have been killed for want of memory.",
+            ) from failed
     stopped = read_stop(records)
     if stopped is not None:
         raise stopped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import threading
 import time
@@ -190,10 +189,9 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
         wait_s: the longest wait, in seconds.
 
     Yields:
-        While the job runs, in the main thread; from another one it can be warned but not ended.
+        While the job runs.
     """
     over = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()
 
     def watch() -> None:
         waiter = PlaceWait(placement, wait_s)
@@ -202,9 +200,7 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
                 waiter.look(time.monotonic(), read_capacity(), has_places(placement))
             except MoeDistError as too_long:
                 note_stop(records, too_long)
-                if in_main and not over.is_set():
-                    # As Ctrl-C does: Ray Train takes its workers down and comes back.
-                    _thread.interrupt_main()
+                _end_job()
                 return
             except Exception as fault:
                 # The head may be gone for a moment; the job itself finds out whether it returns.
@@ -217,6 +213,19 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
     finally:
         over.set()
         thread.join()
+
+
+def _end_job() -> None:
+    """Take down what governs this process's job; its workers and places go with it."""
+    import ray
+    from ray._private.state import actors
+
+    own = ray.get_runtime_context().get_job_id()
+    core_worker = ray._private.worker.global_worker.core_worker
+    for actor_id, actor in actors(actor_state_name="ALIVE").items():
+        if actor["JobID"] == own and actor["ActorClassName"] == "TrainController":
+            # As `ray.kill`, which wants the handle that Ray Train keeps to itself.
+            core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
 class PlaceWait:
