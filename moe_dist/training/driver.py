@@ -30,7 +30,8 @@ from moe_dist.training.job_errors import (
     read_stop,
     user_error,
 )
-from moe_dist.training.placement import NumWorkers, Placement, plan_placement, watched_places
+from moe_dist.training.place_watch import watched_places
+from moe_dist.training.placement import NumWorkers, Placement, plan_placement
 from moe_dist.training.relay import WARNINGS_NAME, forwarded_warnings, relayed_warnings
 
 POLL_INTERVAL_S = 0.5

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import preflight as cluster_preflight
-from cluster.preflight import Scope, check_places, check_storage, check_tracking
+from cluster.preflight import Scope, check_places, check_tracking
+from cluster.probing import check_storage, start_probes
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ClusterError
 from moe_dist.training.capacity import Capacity, Node, read_capacity
@@ -168,7 +169,7 @@ class TestOnACluster:
         check_cluster_once(config, workspace)
 
     def test_storage_that_cannot_be_written(self, session: RaySession, tmp_path: Path) -> None:
-        probes, silent = cluster_preflight.start_probes(read_capacity().nodes)
+        probes, silent = start_probes(read_capacity().nodes)
         assert silent == [] and len(probes) == 2
         (tmp_path / "file").touch()
         (finding,) = check_storage(probes, tmp_path / "file" / "outputs")
@@ -179,6 +180,6 @@ class TestOnACluster:
     def test_a_node_that_is_gone(self, session: RaySession) -> None:
         nodes = read_capacity().nodes
         gone = replace(nodes[0], node_id="0" * 56, address="10.9.9.9")
-        probes, (finding,) = cluster_preflight.start_probes([nodes[0], gone])
+        probes, (finding,) = start_probes([nodes[0], gone])
         assert list(probes) == [nodes[0].address]
         assert finding.state == "fault" and finding.found.startswith("10.9.9.9 does not run")

@@ -13,7 +13,8 @@ import yaml
 from moe_dist.errors import ClusterError
 from moe_dist.training import capacity as capacity_module
 from moe_dist.training.capacity import Capacity, Node, NodeKind, WorkerNeed, grown_capacity
-from moe_dist.training.placement import Placement, PlaceWait, choose_placement
+from moe_dist.training.place_watch import PlaceWait
+from moe_dist.training.placement import Placement, choose_placement
 
 
 def node(
