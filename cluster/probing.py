@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_dist.errors import ClusterError
 from moe_dist.training.capacity import Node
+from moe_dist.training.job_errors import first_line
 
 from .findings import Finding, judge_storage
 
@@ -54,7 +56,7 @@ def start_probes(nodes: Sequence[Node]) -> tuple[dict[str, Any], list[Finding]]:
         try:
             ray.get(answer, timeout=0)
         except (ray.exceptions.RayError, TimeoutError) as fault:
-            silent[name] = str(fault).strip().splitlines()[0]
+            silent[name] = first_line(fault)
     findings = [
         Finding(
             "nodes",
@@ -97,10 +99,21 @@ def ask(probes: Probes, question: str, *arguments: Any) -> dict[str, Any]:
     Returns:
         Answers by node.
     """
+    answers = {name: getattr(probe, question).remote(*arguments) for name, probe in probes.items()}
+    return {name: _wait_for(name, answer) for name, answer in answers.items()}
+
+
+def _wait_for(name: str, answer: Any) -> Any:
+    """Wait for the answer of a node that answered before."""
     import ray
 
-    answers = {name: getattr(probe, question).remote(*arguments) for name, probe in probes.items()}
-    return {name: ray.get(answer, timeout=ANSWER_S) for name, answer in answers.items()}
+    try:
+        return ray.get(answer, timeout=ANSWER_S)
+    except ray.exceptions.RayError as fault:
+        raise ClusterError(
+            f"{name} stopped answering: {first_line(fault)}",
+            remedy="See `ray status` and the log of its raylet, then try again.",
+        ) from fault
 
 
 def check_storage(probes: Probes, output_dir: Path) -> list[Finding]:
@@ -113,8 +126,6 @@ def check_storage(probes: Probes, output_dir: Path) -> list[Finding]:
     Returns:
         See `judge_storage`.
     """
-    import ray
-
     directory = output_dir / f".preflight-{secrets.token_hex(4)}"
     try:
         directory.mkdir(parents=True)
@@ -128,7 +139,7 @@ def check_storage(probes: Probes, output_dir: Path) -> list[Finding]:
             name: probe.write_token.remote(str(directory), *files[name])
             for name, probe in probes.items()
         }
-        reasons = {name: ray.get(answer, timeout=ANSWER_S) for name, answer in written.items()}
+        reasons = {name: _wait_for(name, answer) for name, answer in written.items()}
         unwritable = {name: reason for name, reason in reasons.items() if reason}
         tokens = dict(files[name] for name in probes if name not in unwritable)
         owners = {file: name for name, (file, _) in files.items()}
@@ -151,14 +162,12 @@ def measure_clocks(
     Returns:
         By node, how far its clock is ahead, and how far that may be wrong, in seconds.
     """
-    import ray
-
     offsets = {}
     for name, probe in probes.items():
         pings = []
         for _ in range(NUM_PINGS):
             asked = clock()
-            told = ray.get(probe.time_s.remote(), timeout=ANSWER_S)
+            told = _wait_for(name, probe.time_s.remote())
             answered = clock()
             pings.append(((answered - asked) / 2, told - (asked + answered) / 2))
         error, offset = min(pings)

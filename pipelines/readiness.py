@@ -33,7 +33,7 @@ def check_cluster_once(config: RunConfig, workspace: Workspace) -> None:
         return
     checks = cluster_module("preflight")
     workspace.is_cluster_checked = True
-    findings = checks.check_cluster(checks.Scope(config, session))
+    findings = checks.check_cluster(checks.Scope(config, session), compare_one=False)
     for finding in findings:
         if finding.state == "warning":
             workspace.console.warn(f"{finding.check}: {finding.found}. {finding.remedy}")
