@@ -44,7 +44,10 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
                 waiter.look(time.monotonic(), read_capacity(), has_places(placement))
             except MoeDistError as too_long:
                 note_stop(records, too_long)
-                _end_job()
+                # Again, if there is nothing to end yet: starting may take longer than the wait.
+                while not over.is_set():
+                    _end_job()
+                    over.wait(LOOK_EVERY_S)
                 return
             except Exception as fault:
                 # The head may be gone for a moment; the job itself finds out whether it returns.
