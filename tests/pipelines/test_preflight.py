@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import preflight as cluster_preflight
+from cluster import probing
 from cluster.preflight import Scope, check_places, check_tracking
 from cluster.probing import check_storage, start_probes
 from moe_dist.config import RunConfig, load_config
@@ -177,7 +178,10 @@ class TestOnACluster:
         (fine,) = check_storage(probes, tmp_path / "outputs")
         assert fine.state == "ok" and list((tmp_path / "outputs").iterdir()) == []
 
-    def test_a_node_that_is_gone(self, session: RaySession) -> None:
+    def test_a_node_that_is_gone(
+        self, session: RaySession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(probing, "ANSWER_S", 20.0)
         nodes = read_capacity().nodes
         gone = replace(nodes[0], node_id="0" * 56, address="10.9.9.9")
         probes, (finding,) = start_probes([nodes[0], gone])
