@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_dist.training import placement
-from moe_dist.training.driver import ATTEMPTS_NAME, run_on_workers
+from moe_dist.training.driver import ATTEMPTS_NAME, JobResult, ray_session, run_on_workers
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -82,18 +82,29 @@ def test_workers_come_and_go(
                 break
         return {"ep_size": ep_size, "last": step}
 
-    with small_cluster(1, 1, 1, temp_dir="/tmp/place-ela") as cluster:
-        hand = threading.Thread(target=lose_and_regain, args=(cluster, tmp_path))
-        hand.start()
-        result = run_on_workers(
-            job,
-            {"directory": str(tmp_path)},
-            num_workers=(2, 3),
-            max_failures=3,
-            storage_path=tmp_path,
-            name="job",
-        )
-        hand.join()
+    results: list[JobResult] = []
+    with small_cluster(1, 1, 1, temp_dir="/tmp/place-ela") as cluster, ray_session() as session:
+        session.connect()
+
+        def run() -> None:
+            results.append(
+                run_on_workers(
+                    job,
+                    {"directory": str(tmp_path)},
+                    num_workers=(2, 3),
+                    max_failures=3,
+                    storage_path=tmp_path,
+                    name="job",
+                    session=session,
+                )
+            )
+
+        # Nodes are started from the main thread, which may set the signal handlers.
+        training = threading.Thread(target=run)
+        training.start()
+        lose_and_regain(cluster, tmp_path)
+        training.join(300)
+    (result,) = results
     lines = [line.split() for line in (tmp_path / "steps").read_text().splitlines()]
     assert [int(step) for step, _, _ in lines] == list(range(len(lines)))
     sizes = list(dict.fromkeys((size, ep_size) for _, size, ep_size in lines))
