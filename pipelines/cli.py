@@ -148,6 +148,29 @@ def evaluate(
     _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
 
 
+@app.command()
+def preflight(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and the cluster before a long run: places, versions, storage, network."""
+    with _clean_errors(debug=debug):
+        _quieten_libraries()
+        from moe_dist.config import load_config
+
+        from .console import Console
+
+        config = load_config(recipe, overrides or ())
+        console = Console(quiet=as_json)
+        _send_warnings_to(console)
+        from .preflight import run_preflight
+
+        if not run_preflight(config, console, as_json=as_json):
+            raise typer.Exit(EXIT_FAILURE)
+
+
 @benchmark_app.command("layer")
 def benchmark_layer(
     tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = 4096,

@@ -38,6 +38,7 @@ class Workspace:
         self.config = config
         # The chain's connection to Ray; without one, each job makes its own.
         self.session: RaySession | None = None
+        self.is_cluster_checked = False
         self.console = console
         self.root = config.run_dir
 

@@ -6,11 +6,13 @@ It finds its process group standing and knows nothing of who started it.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_dist.training.job_errors import STOPPED_NAME, note_stop, user_error
+from moe_dist.training.relay import forwarded_warnings
 
 # Everything that sizes a thread pool when a worker's libraries are first imported.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -54,7 +56,9 @@ def run_worker(config: dict[str, Any]) -> Any:
         note_attempt(records, roster)
         follow_phases(PhaseNotes(records, roster.attempt))
     note = partial(note_fault, records, roster.attempt)
-    with Watchdog(roster, own.rank, step_timeout_s=config["step_timeout_s"], note=note) as watchdog:
+    relay = forwarded_warnings(records) if own.rank == 0 else nullcontext()
+    watchdog = Watchdog(roster, own.rank, step_timeout_s=config["step_timeout_s"], note=note)
+    with relay, watchdog:
         try:
             return config["job"](config["payload"])
         except Exception as fault:
