@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -148,6 +149,55 @@ def evaluate(
     _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
 
 
+@app.command()
+def submit(
+    recipe: Recipe,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")
+    ],
+    overrides: Overrides = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files not to send, as in .gitignore; repeatable."),
+    ] = None,
+    max_package_mib: Annotated[
+        int, typer.Option(help="The largest working directory to send.")
+    ] = 100,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not follow the job; say how to.")
+    ] = False,
+    stop_on_interrupt: Annotated[
+        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job too.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole chain as a job on a Ray cluster, and follow it."""
+    with _clean_errors(debug=debug):
+        _quieten_libraries()
+        from .console import Console
+        from .preflight import check_before_submit
+        from .workspace import Workspace
+
+        console = Console(quiet=quiet)
+        module = _cluster_module("submit")
+        code = module.submit(
+            module.Submission(
+                recipe,
+                tuple(overrides or ()),
+                address,
+                excludes=tuple(exclude or ()),
+                max_package_mib=max_package_mib,
+                wait=not no_wait,
+                stop_on_interrupt=stop_on_interrupt,
+            ),
+            check=lambda config: check_before_submit(config, Workspace(config, console)),
+            say=console.note,
+            write=console.output,
+        )
+    raise typer.Exit(code)
+
+
 @benchmark_app.command("layer")
 def benchmark_layer(
     tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = 4096,
@@ -270,8 +320,17 @@ def _run_until(
 
             show_sizes(config, console)
             return
+        lasting = _cluster_module("lasting")
+        if lasting.in_ray_job():
+            lasting.check_job(config)
         _send_warnings_to(console)
         _run(stage, config, console)
+
+
+def _cluster_module(name: str) -> Any:
+    """Import a module of `cluster`, which in a wheel is `moe_dist._cluster`, beside this package."""
+    assert __package__ is not None
+    return importlib.import_module(f"{__package__.replace('pipelines', 'cluster')}.{name}")
 
 
 def _run(stage: str, config: RunConfig, console: Console) -> None:
@@ -306,6 +365,7 @@ def _quieten_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ):
         os.environ.setdefault(variable, value)
 

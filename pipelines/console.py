@@ -66,6 +66,15 @@ class Console:
         """
         self._out.print(renderable, soft_wrap=isinstance(renderable, str))
 
+    def output(self, text: str) -> None:
+        """Pass on what a job on a cluster printed, to standard output.
+
+        Args:
+            text: lines, or parts of them, as they came.
+        """
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
     def stage_skipped(self, stage: str, seconds: float) -> None:
         """Say that a stage was already finished.
 
