@@ -20,6 +20,7 @@ from moe_dist.errors import (
     MoeDistError,
     TrackingError,
 )
+from moe_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -390,7 +391,7 @@ def _clean_errors(*, debug: bool) -> Iterator[None]:
     except MoeDistError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(hide_secrets(f"error: {error}"), err=True)
         raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues from here", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,13 @@ def head() -> Iterator[Head]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_mlflow(tmp_path_factory.mktemp("mlflow")) as address:
+@pytest.fixture(scope="package")
+def mlflow_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tracking server keeps its database and artifacts."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="package")
+def mlflow_uri(mlflow_directory: Path) -> Iterator[str]:
+    with running_mlflow(mlflow_directory) as address:
         yield address

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -70,9 +69,7 @@ def running_head(num_cpus: int = 2) -> Iterator[Head]:
     ]
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        with (
-            _running(command, environment, temp_dir / "head.log") as process,
-        ):
+        with _running(command, environment, temp_dir / "head.log") as process:
             _wait_for(f"{address}/api/version", token, process, temp_dir / "head.log")
             yield Head(address, token, environment, temp_dir, process)
     finally:
@@ -138,8 +135,8 @@ def _wait_for(url: str, token: str, process: psutil.Process, log: Path) -> None:
     while time.monotonic() < deadline_s:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             break
-        with suppress(urllib.error.URLError, OSError):
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
-                return
+        request = urllib.request.Request(url, headers=headers)
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
+            return
         time.sleep(0.3)
     raise RuntimeError(f"{url} did not come up:\n{log.read_text(errors='replace')[-3000:]}")

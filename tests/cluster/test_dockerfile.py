@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without building it, which needs an image registry."""
+"""The Dockerfile, as far as it can be checked without building it: no image registry is at hand."""
 
 from __future__ import annotations
 

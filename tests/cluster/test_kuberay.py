@@ -6,6 +6,7 @@ The operator's own schema is in no registry we can use, so its fields are listed
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -140,11 +141,11 @@ def test_tokens_are_on_and_nothing_is_reached_from_outside() -> None:
         assert label.items() <= group["template"]["metadata"]["labels"].items()
 
 
-def test_the_job_runs_a_recipe_whose_results_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job_runs_a_recipe_whose_results_last() -> None:
     job = load("ray_job.yaml")[0]["spec"]
     words = shlex.split(job["entrypoint"])
     assert words[:4] == ["python", "-m", "pipelines", "compress"]
-    overrides = [text for flag, text in zip(words, words[1:], strict=False) if flag == "--set"]
+    overrides = [text for flag, text in itertools.pairwise(words) if flag == "--set"]
     config = load_config(ROOT / words[4], overrides)
     faults = lasting_faults(
         str(config.output_dir),
