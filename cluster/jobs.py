@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -146,11 +146,9 @@ def follow(
     """
     log = _Log(write)
     while True:
-        try:
+        # An error means that the connection broke or the job ended; the status tells which.
+        with suppress(OSError, RuntimeError):
             asyncio.run(log.tail(client, submission_id))
-        except (OSError, RuntimeError):
-            # The connection broke, or the job ended; the status tells which.
-            pass
         details = wait_for_answer(client, submission_id)
         if details.status.is_terminal():
             return details

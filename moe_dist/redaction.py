@@ -1,4 +1,4 @@
-"""No credential in what is shown or written: known ones of this process, and what looks like one."""
+"""Keeps credentials out of what is shown or written: this process's, and what looks like one."""
 
 from __future__ import annotations
 

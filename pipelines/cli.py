@@ -329,7 +329,7 @@ def _run_until(
 
 
 def _cluster_module(name: str) -> Any:
-    """Import a module of `cluster`, which in a wheel is `moe_dist._cluster`, beside this package."""
+    """Import a module of `cluster`; in a wheel it is `moe_dist._cluster`, beside this package."""
     assert __package__ is not None
     return importlib.import_module(f"{__package__.replace('pipelines', 'cluster')}.{name}")
 

@@ -20,6 +20,13 @@ import psutil
 
 BIN = Path(sys.executable).parent
 START_TIME_S = 180.0
+PLANTED = {
+    "HF_TOKEN": "hf_plantedplantedplanted",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret0123456789",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
+    "MY_SERVICE_API_KEY": "planted-service-key",
+}
+"""Secrets of a node's environment, which must come out nowhere."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def running_head(num_cpus: int = 2) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **PLANTED,
     }
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,10 @@ import yaml
 
 from moe_dist.config import load_config
 from moe_dist.redaction import hide_secrets
+from tests.cluster.head import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[dict[str, Any]], Path]
-PLANTED = {
-    "HF_TOKEN": "hf_plantedplantedplanted",
-    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret0123456789",
-    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
-    "MY_SERVICE_API_KEY": "planted-service-key",
-}
 IN_URI = "planted-uri-password"
 IN_PATH = "planted-path-token"
 
@@ -96,6 +92,14 @@ def test_no_planted_secret_comes_out(
 )
 def test_only_credentials_are_hidden(text: str, shown: str) -> None:
     assert hide_secrets(text) == shown
+
+
+def test_nothing_of_ours_listens_on_every_interface() -> None:
+    sources = [ROOT / "Makefile", ROOT / "ray_config.yaml", *(ROOT / "docs").glob("*.md")]
+    for folder in ("moe_dist", "pipelines", "cluster"):
+        sources += [path for path in files_below(ROOT / folder) if path.suffix != ".pyc"]
+    wide = re.compile(r"0\.0\.0\.0|host[= ]\"?::")
+    assert [str(path) for path in sources if wide.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
