@@ -46,6 +46,9 @@ class Package:
 
         Args:
             path: an absolute path.
+
+        Returns:
+            True if the job finds it at the same place below its working directory.
         """
         if not path.is_relative_to(self.root):
             return False
