@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 RAY_DIRECTORY = Path("/tmp/ray")
 _COPIES = "runtime_resources"
 _SQLITE = "sqlite:///"
+# With one slash too, as a path makes of it.
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _GIVE_STORAGE = (
     "name storage that all nodes share and that outlives the job, for example "
     "--set output_dir=/shared/outputs."
@@ -95,7 +98,7 @@ def count_nodes() -> int:
 def _output_faults(output_dir: str, temporary: Sequence[Path]) -> Iterator[str]:
     if not output_dir:
         yield f"output_dir is not given, and a job's own directory ends with it; {_GIVE_STORAGE}"
-    elif "://" not in output_dir:
+    elif not _URI.match(output_dir):
         why = _why_lost(output_dir, temporary)
         if why:
             yield f"output_dir={output_dir} {why}; {_GIVE_STORAGE}"

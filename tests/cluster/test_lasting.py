@@ -27,6 +27,7 @@ def faults(output_dir: str, uri: str | None, num_nodes: int = 1) -> list[str]:
     [
         ("/shared/outputs", "http://10.0.0.1:5000", 3),
         ("s3://bucket/outputs", "https://tracking", 3),
+        ("gs:/bucket/outputs", None, 3),
         ("/shared/outputs", "postgresql://db/mlflow", 3),
         ("/shared/outputs", "sqlite:////shared/mlflow.db", 1),
         ("/work/copy-of-another", None, 3),
