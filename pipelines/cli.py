@@ -19,6 +19,7 @@ from moe_dist.errors import (
     MoeDistError,
     TrackingError,
 )
+from moe_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -171,6 +172,56 @@ def preflight(
             raise typer.Exit(EXIT_FAILURE)
 
 
+@app.command()
+def submit(
+    recipe: Recipe,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")
+    ],
+    overrides: Overrides = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files not to send, as in .gitignore; repeatable."),
+    ] = None,
+    max_package_mib: Annotated[
+        int, typer.Option(help="The largest working directory to send.")
+    ] = 100,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not follow the job; say how to.")
+    ] = False,
+    stop_on_interrupt: Annotated[
+        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job too.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole chain as a job on a Ray cluster, and follow it."""
+    with _clean_errors(debug=debug):
+        _quieten_libraries()
+        from .cluster_package import cluster_module
+        from .console import Console
+        from .preflight import check_before_submit
+        from .workspace import Workspace
+
+        console = Console(quiet=quiet)
+        module = cluster_module("submit")
+        code = module.submit(
+            module.Submission(
+                recipe,
+                tuple(overrides or ()),
+                address,
+                excludes=tuple(exclude or ()),
+                max_package_mib=max_package_mib,
+                wait=not no_wait,
+                stop_on_interrupt=stop_on_interrupt,
+            ),
+            check=lambda config: check_before_submit(config, Workspace(config, console)),
+            say=console.note,
+            write=console.output,
+        )
+    raise typer.Exit(code)
+
+
 @benchmark_app.command("layer")
 def benchmark_layer(
     tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = 4096,
@@ -293,6 +344,11 @@ def _run_until(
 
             show_sizes(config, console)
             return
+        from .cluster_package import cluster_module
+
+        lasting = cluster_module("lasting")
+        if lasting.in_ray_job():
+            lasting.check_job(config)
         _send_warnings_to(console)
         _run(stage, config, console)
 
@@ -329,6 +385,7 @@ def _quieten_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ):
         os.environ.setdefault(variable, value)
 
@@ -353,7 +410,7 @@ def _clean_errors(*, debug: bool) -> Iterator[None]:
     except MoeDistError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(hide_secrets(f"error: {error}"), err=True)
         raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues from here", err=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -42,6 +43,34 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
         DataError: if the data cannot be used.
         ConversionError: if the model cannot be read or has no feed-forward layers that we know.
     """
+    _check_labels(config)
+    workspace.console.note(f"{config.name}: results in {workspace.root}")
+    num_parameters = _check_data_and_model(config, workspace)
+    warn_of_little_space(workspace, num_parameters, num_trained=2 + len(config.compare))
+
+
+def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
+    """See that data, model and recipe fit, on a machine that only submits the run.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model; nothing is written into it.
+
+    Raises:
+        ConfigError: if a comparison's name is taken, or experts or lengths do not fit the model.
+        DataError: if the data cannot be used.
+        ConversionError: if the model cannot be read or has no feed-forward layers that we know.
+    """
+    _check_labels(config)
+    teacher = config.model.teacher
+    travels = teacher.startswith("package:") or Path(teacher).is_dir()
+    if config.data.source == "hub" or not travels:
+        workspace.console.note("data or model come from the hub: the job checks them")
+        return
+    _check_data_and_model(config, workspace)
+
+
+def _check_labels(config: RunConfig) -> None:
     taken = sorted(RESERVED_LABELS.intersection(config.compare))
     if taken:
         raise ConfigError(
@@ -50,19 +79,16 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
                 for label in taken
             ]
         )
-    console = workspace.console
-    console.note(f"{config.name}: results in {workspace.root}")
+
+
+def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
+    """Check them against each other and give the model's number of parameters."""
     splits = workspace.splits
     left_out = f", {splits.num_near_copies} near copies left out" if splits.num_near_copies else ""
-    console.note(
+    workspace.console.note(
         f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
     )
     model = start_skeleton(workspace, splits.task.num_labels)
-    warn_of_little_space(
-        workspace,
-        sum(parameter.numel() for parameter in model.parameters()),
-        num_trained=2 + len(config.compare),
-    )
     faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:
@@ -72,6 +98,7 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:

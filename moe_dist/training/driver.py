@@ -149,6 +149,7 @@ class RaySession:
                 address="local",
                 num_cpus=available_cpus(),
                 include_dashboard=self._dashboard,
+                dashboard_host="127.0.0.1",
                 object_store_memory=_OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
