@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import moe_dist
 from moe_dist.errors import ClusterError, TrainingError
+from moe_dist.timeline import mark
 from moe_dist.training.job_errors import (
     explain,
     first_line,
@@ -251,6 +252,7 @@ def run_on_workers(
         else:
             with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
+                mark("Ray")
                 placement = plan_placement(num_workers, cpus_per_worker, use_gpu)
                 value = _run_on_ray(config, placement, wait_s, max_failures, current)
     attempts = [json.loads(line) for line in (records / ATTEMPTS_NAME).read_text().splitlines()]

@@ -18,6 +18,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
+from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.expert_groups import settle_ep_size
@@ -79,6 +80,7 @@ def fit(
         seed=payload["seed"],
         pad_token_id=data.pad_token_id,
     )
+    mark("tokens")
     settings = loop_settings(section, batches.steps_per_epoch, seed=payload["seed"])
     if section.get("gradient_checkpointing", False):
         model.activation_checkpointing_enable(
@@ -103,6 +105,7 @@ def fit(
         max_grad_norm=section.get("max_grad_norm", 1.0),
         device=device,
     )
+    mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
 
     def evaluate() -> dict[str, float]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_dist.timeline import mark
 from moe_dist.training.job_errors import STOPPED_NAME, note_stop, user_error
 from moe_dist.training.relay import forwarded_warnings
 
@@ -36,6 +37,7 @@ def run_worker(config: dict[str, Any]) -> Any:
     if (records / STOPPED_NAME).exists():
         # Ray starts the workers again after any error; this one would only come back.
         return None
+    mark("workers, their imports and process group")
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(config["num_threads"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
