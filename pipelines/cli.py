@@ -317,6 +317,78 @@ def benchmark_checkpoint(
         )
 
 
+@benchmark_app.command("expert-parallel")
+def benchmark_expert_parallel(
+    tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 2048,
+    d_model: Annotated[int, typer.Option(help="Width of the hidden states.")] = 768,
+    experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 8,
+    expert_size: Annotated[int, typer.Option(help="Neurons of one expert.")] = 768,
+    load: Annotated[
+        list[int] | None, typer.Option(help="Times the others' share that one expert draws.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each layer.")] = 15,
+    debug: Debug = False,
+) -> None:
+    """Time the expert-parallel layer against DeepSpeed's own, on two processes."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.expert_parallel import ExpertParallelBenchmark, main
+
+        main(
+            ExpertParallelBenchmark(
+                num_tokens=tokens,
+                d_model=d_model,
+                expert_size=expert_size,
+                num_experts=experts,
+                loads=tuple(load or (1, 4, 8)),
+                num_repeats=repeats,
+            )
+        )
+
+
+@benchmark_app.command("throughput")
+def benchmark_throughput(
+    batch_size: Annotated[int, typer.Option(help="Sentences of one worker in a step.")] = 32,
+    steps: Annotated[int, typer.Option(help="Steps of one turn.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
+    ep_size: Annotated[int, typer.Option(help="1 or 2.")] = 2,
+    zero_stage: Annotated[int, typer.Option(help="0, 1 or 2.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Time two workers against two independent runs on this machine."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.throughput import ThroughputBenchmark, main
+
+        main(
+            ThroughputBenchmark(
+                batch_size=batch_size,
+                num_steps=steps,
+                num_repeats=repeats,
+                ep_size=ep_size,
+                zero_stage=zero_stage,
+            )
+        )
+
+
+@benchmark_app.command("startup")
+def benchmark_startup(
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe that trains on Ray; the demo if not given.")
+    ] = None,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Starts that count.")] = 2,
+    debug: Debug = False,
+) -> None:
+    """Time the way from `compress` to the first training step."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.startup import DEMO, StartupBenchmark, main
+
+        main(
+            StartupBenchmark(
+                recipe=recipe or DEMO, overrides=tuple(overrides or ()), num_repeats=repeats
+            )
+        )
+
+
 def main() -> None:
     """Run the program; the entry point of `moe-dist`."""
     app()
@@ -334,10 +406,12 @@ def _run_until(
     with _clean_errors(debug=debug):
         _quieten_libraries()
         from moe_dist.config import load_config
+        from moe_dist.timeline import mark
 
         from .console import Console
 
         config = load_config(recipe, overrides or ())
+        mark("command line and recipe")
         console = Console(quiet=quiet)
         if dry_run:
             from .sizes import show_sizes
