@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
+from moe_dist.timeline import mark
 
 from .readiness import check_cluster_once
 
@@ -55,6 +56,7 @@ def run_job(
     from moe_dist.training.driver import run_on_workers
 
     check_cluster_once(config, workspace)
+    mark("checks, data and imports of the driver")
     parallel = config.parallel
     shows = (
         show_progress(work.directory / METRIC_LOG, work.console, num_steps),
