@@ -1,1 +1,1 @@
-"""Reaching a cluster; for now only `ray_config.yaml` at the top of the repository."""
+"""Reaching a cluster: what a job must keep elsewhere, packing, submission, and the manifests."""

@@ -19,6 +19,7 @@ from moe_dist.errors import (
     MoeDistError,
     TrackingError,
 )
+from moe_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -148,6 +149,79 @@ def evaluate(
     _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
 
 
+@app.command()
+def preflight(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and the cluster before a long run: places, versions, storage, network."""
+    with _clean_errors(debug=debug):
+        _quieten_libraries()
+        from moe_dist.config import load_config
+
+        from .console import Console
+
+        config = load_config(recipe, overrides or ())
+        console = Console(quiet=as_json)
+        _send_warnings_to(console)
+        from .preflight import run_preflight
+
+        if not run_preflight(config, console, as_json=as_json):
+            raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def submit(
+    recipe: Recipe,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265.")
+    ],
+    overrides: Overrides = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files not to send, as in .gitignore; repeatable."),
+    ] = None,
+    max_package_mib: Annotated[
+        int, typer.Option(help="The largest working directory to send.")
+    ] = 100,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not follow the job; say how to.")
+    ] = False,
+    stop_on_interrupt: Annotated[
+        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job too.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole chain as a job on a Ray cluster, and follow it."""
+    with _clean_errors(debug=debug):
+        _quieten_libraries()
+        from .cluster_package import cluster_module
+        from .console import Console
+        from .preflight import check_before_submit
+        from .workspace import Workspace
+
+        console = Console(quiet=quiet)
+        module = cluster_module("submit")
+        code = module.submit(
+            module.Submission(
+                recipe,
+                tuple(overrides or ()),
+                address,
+                excludes=tuple(exclude or ()),
+                max_package_mib=max_package_mib,
+                wait=not no_wait,
+                stop_on_interrupt=stop_on_interrupt,
+            ),
+            check=lambda config: check_before_submit(config, Workspace(config, console)),
+            say=console.note,
+            write=console.output,
+        )
+    raise typer.Exit(code)
+
+
 @benchmark_app.command("layer")
 def benchmark_layer(
     tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = 4096,
@@ -243,6 +317,78 @@ def benchmark_checkpoint(
         )
 
 
+@benchmark_app.command("expert-parallel")
+def benchmark_expert_parallel(
+    tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 2048,
+    d_model: Annotated[int, typer.Option(help="Width of the hidden states.")] = 768,
+    experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 8,
+    expert_size: Annotated[int, typer.Option(help="Neurons of one expert.")] = 768,
+    load: Annotated[
+        list[int] | None, typer.Option(help="Times the others' share that one expert draws.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each layer.")] = 15,
+    debug: Debug = False,
+) -> None:
+    """Time the expert-parallel layer against DeepSpeed's own, on two processes."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.expert_parallel import ExpertParallelBenchmark, main
+
+        main(
+            ExpertParallelBenchmark(
+                num_tokens=tokens,
+                d_model=d_model,
+                expert_size=expert_size,
+                num_experts=experts,
+                loads=tuple(load or (1, 4, 8)),
+                num_repeats=repeats,
+            )
+        )
+
+
+@benchmark_app.command("throughput")
+def benchmark_throughput(
+    batch_size: Annotated[int, typer.Option(help="Sentences of one worker in a step.")] = 32,
+    steps: Annotated[int, typer.Option(help="Steps of one turn.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
+    ep_size: Annotated[int, typer.Option(help="1 or 2.")] = 2,
+    zero_stage: Annotated[int, typer.Option(help="0, 1 or 2.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Time two workers against two independent runs on this machine."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.throughput import ThroughputBenchmark, main
+
+        main(
+            ThroughputBenchmark(
+                batch_size=batch_size,
+                num_steps=steps,
+                num_repeats=repeats,
+                ep_size=ep_size,
+                zero_stage=zero_stage,
+            )
+        )
+
+
+@benchmark_app.command("startup")
+def benchmark_startup(
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe that trains on Ray; the demo if not given.")
+    ] = None,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Starts that count.")] = 2,
+    debug: Debug = False,
+) -> None:
+    """Time the way from `compress` to the first training step."""
+    with _clean_errors(debug=debug):
+        from .benchmarks.startup import DEMO, StartupBenchmark, main
+
+        main(
+            StartupBenchmark(
+                recipe=recipe or DEMO, overrides=tuple(overrides or ()), num_repeats=repeats
+            )
+        )
+
+
 def main() -> None:
     """Run the program; the entry point of `moe-dist`."""
     app()
@@ -260,16 +406,23 @@ def _run_until(
     with _clean_errors(debug=debug):
         _quieten_libraries()
         from moe_dist.config import load_config
+        from moe_dist.timeline import mark
 
         from .console import Console
 
         config = load_config(recipe, overrides or ())
+        mark("command line and recipe")
         console = Console(quiet=quiet)
         if dry_run:
             from .sizes import show_sizes
 
             show_sizes(config, console)
             return
+        from .cluster_package import cluster_module
+
+        lasting = cluster_module("lasting")
+        if lasting.in_ray_job():
+            lasting.check_job(config)
         _send_warnings_to(console)
         _run(stage, config, console)
 
@@ -306,6 +459,7 @@ def _quieten_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ):
         os.environ.setdefault(variable, value)
 
@@ -330,7 +484,7 @@ def _clean_errors(*, debug: bool) -> Iterator[None]:
     except MoeDistError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(hide_secrets(f"error: {error}"), err=True)
         raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues from here", err=True)

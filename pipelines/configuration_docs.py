@@ -39,12 +39,13 @@ Keys without a default must be given; `null` means "not given".
 _RULES = """\
 ## Rules across keys
 
-- `parallel.ep_size` divides `moe.num_experts` and `parallel.num_workers`.
+- `parallel.ep_size` divides `moe.num_experts` and `parallel.num_workers`; of a pair of worker
+  counts it divides one between them.
 - `moe.num_shared_neurons` is at most `moe.expert_size`, which counts the shared neurons too.
 - `moe.top_k` is at most `moe.num_experts`.
 - `moe.tie_shared` needs shared neurons and several experts.
 - A batch gives every micro-batch of every worker a sample: `train.batch_size` is at least
-  `parallel.num_workers` × `train.accumulation`.
+  `parallel.num_workers` × `train.accumulation`; of a pair, its larger number counts.
 - `distill.load_balancing_weight` and `distill.z_loss_weight` need a router with a gate.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
@@ -121,7 +122,7 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _kind(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return _kind(next(part for part in arguments if part is not type(None)))
+        return " or ".join(_kind(part) for part in arguments if part is not type(None))
     if origin is typing.Literal:
         return ", ".join(f"`{_yaml(value)}`" for value in arguments)
     if origin is tuple:

@@ -11,6 +11,8 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from moe_dist.redaction import hide_secrets
+
 PIPED_WIDTH = 160
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""
@@ -64,7 +66,17 @@ class Console:
         Args:
             renderable: text or anything that rich can draw.
         """
-        self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+        shown = hide_secrets(renderable) if isinstance(renderable, str) else renderable
+        self._out.print(shown, soft_wrap=isinstance(renderable, str))
+
+    def output(self, text: str) -> None:
+        """Pass on what a job on a cluster printed, to standard output.
+
+        Args:
+            text: lines, or parts of them, as they came.
+        """
+        sys.stdout.write(hide_secrets(text))
+        sys.stdout.flush()
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
         """Say that a stage was already finished.
@@ -146,7 +158,7 @@ class Console:
 
     def _print(self, markup: str) -> None:
         target = self._progress.console if self._progress is not None else self._err
-        target.print(markup, soft_wrap=True)
+        target.print(hide_secrets(markup), soft_wrap=True)
 
     def _figures(
         self, now: float, step: int, total: int | None, figures: Mapping[str, float]

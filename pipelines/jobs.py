@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import StorageError
 from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
+from moe_dist.timeline import mark
+
+from .readiness import check_cluster_once
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -54,6 +57,8 @@ def run_job(
     """
     from moe_dist.training.driver import run_on_workers
 
+    check_cluster_once(config, workspace)
+    mark("checks, data and imports of the driver")
     parallel, files = config.parallel, workspace.files
     log, records = work.directory / METRIC_LOG, work.directory / RAY_DIRECTORY
     shows = (
@@ -76,6 +81,7 @@ def run_job(
             launcher=parallel.launcher,
             max_failures=parallel.max_failures,
             step_timeout_s=config.train.step_timeout_s,
+            wait_s=parallel.wait_s,
             storage_path=files.address(work.directory),
             name=RAY_DIRECTORY,
             on_poll=on_poll,
@@ -89,6 +95,9 @@ def run_job(
     if result.restarts:
         reasons = "\n".join(str(restart) for restart in result.restarts)[:MAX_TAG_LENGTH]
         work.run.set_tags({"restarts": str(len(result.restarts)), "restart_reasons": reasons})
+    if len(set(result.world_sizes)) > 1:
+        sizes = ", then ".join(str(size) for size in result.world_sizes)
+        work.console.warn(f"the number of workers changed: {sizes}")
     return result.value
 
 
@@ -143,7 +152,7 @@ def placed_here(config: RunConfig) -> RunConfig:
     )
     if os.environ.get("RAY_ADDRESS") or wants_gpu or parallel.launcher != "auto":
         return config
-    num_threads = min(parallel.num_workers * parallel.cpus_per_worker, available_cpus())
+    num_threads = min(parallel.max_workers * parallel.cpus_per_worker, available_cpus())
     here = {"launcher": "local", "num_workers": 1, "cpus_per_worker": num_threads}
     return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
 

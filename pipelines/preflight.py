@@ -1,19 +1,34 @@
-"""What can be found wrong before anything starts, so that no hour of training is lost to it."""
+"""What can be found wrong before anything starts, so that no hour of training is lost to it.
+
+Every run checks the recipe against its data and its model, and a run on a cluster the cluster too,
+as far as that costs seconds. `moe-dist preflight` does the same, measures the network, and lists
+everything at once.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import ConfigError, ConversionError
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
+from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistError
+
+from .cluster_package import cluster_module
 from .report import RESERVED_LABELS
-from .sizes import BYTES_FP32, GIB, length_faults, plan_skeleton, start_skeleton
+from .sizes import BYTES_FP32, GIB, derive_sizes, length_faults, plan_skeleton, start_skeleton
+from .workspace import Workspace
 
 if TYPE_CHECKING:
+    from cluster.findings import Finding
     from moe_dist.config import RunConfig
 
-    from .workspace import Workspace
+    from .console import Console
 
 
 def check_before_start(config: RunConfig, workspace: Workspace) -> None:
@@ -28,6 +43,34 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
         DataError: if the data cannot be used.
         ConversionError: if the model cannot be read or has no feed-forward layers that we know.
     """
+    _check_labels(config)
+    workspace.console.note(f"{config.name}: results in {workspace.files.shown(workspace.root)}")
+    num_parameters = _check_data_and_model(config, workspace)
+    warn_of_little_space(workspace, num_parameters, num_trained=2 + len(config.compare))
+
+
+def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
+    """See that data, model and recipe fit, on a machine that only submits the run.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model; nothing is written into it.
+
+    Raises:
+        ConfigError: if a comparison's name is taken, or experts or lengths do not fit the model.
+        DataError: if the data cannot be used.
+        ConversionError: if the model cannot be read or has no feed-forward layers that we know.
+    """
+    _check_labels(config)
+    teacher = config.model.teacher
+    travels = teacher.startswith("package:") or Path(teacher).is_dir()
+    if config.data.source == "hub" or not travels:
+        workspace.console.note("data or model come from the hub: the job checks them")
+        return
+    _check_data_and_model(config, workspace)
+
+
+def _check_labels(config: RunConfig) -> None:
     taken = sorted(RESERVED_LABELS.intersection(config.compare))
     if taken:
         raise ConfigError(
@@ -36,19 +79,16 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
                 for label in taken
             ]
         )
-    console = workspace.console
-    console.note(f"{config.name}: results in {workspace.files.shown(workspace.root)}")
+
+
+def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
+    """Check them against each other and give the model's number of parameters."""
     splits = workspace.splits
     left_out = f", {splits.num_near_copies} near copies left out" if splits.num_near_copies else ""
-    console.note(
+    workspace.console.note(
         f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
     )
     model = start_skeleton(workspace, splits.task.num_labels)
-    warn_of_little_space(
-        workspace,
-        sum(parameter.numel() for parameter in model.parameters()),
-        num_trained=2 + len(config.compare),
-    )
     faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:
@@ -58,6 +98,7 @@ def check_before_start(config: RunConfig, workspace: Workspace) -> None:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
@@ -77,3 +118,90 @@ def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_train
             f"a whole run may need {needed_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB "
             f"are free where {workspace.root} lies"
         )
+
+
+def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False) -> bool:
+    """Check a recipe and the cluster it would run on, and print what was found.
+
+    Args:
+        config: the run's configuration.
+        console: where to print.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        Whether there is no fault.
+    """
+    findings = find_all(config, console)
+    is_sound = all(finding.state != "fault" for finding in findings)
+    if as_json:
+        content = {"ok": is_sound, "findings": [asdict(finding) for finding in findings]}
+        console.result(json.dumps(content, indent=1))
+        return is_sound
+    console.result(_findings_table(findings))
+    for finding in findings:
+        if finding.remedy:
+            console.result(f"{finding.state}, {finding.check}: {finding.remedy}")
+    console.result("ready to run" if is_sound else "not ready: mend the faults above")
+    return is_sound
+
+
+def find_all(config: RunConfig, console: Console) -> list[Finding]:
+    """Check the recipe, the cluster and its network.
+
+    Args:
+        config: the run's configuration.
+        console: where progress is shown.
+
+    Returns:
+        All findings; one fault does not keep the others from being looked for.
+    """
+    from moe_dist.training.driver import ray_session, runs_here
+
+    checks = cluster_module("preflight")
+    findings, memory_gib = _find_in_recipe(config, console)
+    parallel = config.parallel
+    if runs_here(parallel.launcher, parallel.num_workers):
+        return [*findings, checks.Finding("workers", "ok", "one, in this process, without Ray")]
+    with ray_session() as session:
+        scope = checks.Scope(config, session, memory_gib)
+        try:
+            of_cluster = checks.check_cluster(scope)
+        except ClusterError as error:
+            return [*findings, checks.Finding("cluster", "fault", error.message, error.remedy)]
+        if any(finding.state == "fault" for finding in of_cluster):
+            left_out = checks.Finding(
+                "all-to-all",
+                "warning",
+                "not measured, because of the faults above",
+                "Mend them, then run preflight again.",
+            )
+            return [*findings, *of_cluster, left_out]
+        return [*findings, *of_cluster, *checks.check_exchange(scope)]
+
+
+def _find_in_recipe(config: RunConfig, console: Console) -> tuple[list[Finding], float | None]:
+    """Check recipe, data and model; also gives the GiB that a rank needs, where known."""
+    checks = cluster_module("preflight")
+    workspace = Workspace(config, console)
+    try:
+        workspace.files.prepare(config.name)
+        check_before_start(config, workspace)
+        sizes = derive_sizes(config, workspace)
+    except ConfigError as error:
+        return [checks.Finding("recipe", "fault", fault) for fault in error.faults], None
+    except MoeDistError as error:
+        return [checks.Finding("recipe", "fault", error.message, error.remedy)], None
+    finally:
+        workspace.files.remove_if_empty()
+    found = "fits its data and its model"
+    memory_gib = max((model.memory_gib for model in sizes.models), default=None)
+    return [checks.Finding("recipe", "ok", found)], memory_gib
+
+
+def _findings_table(findings: list[Finding]) -> Table:
+    colours = {"ok": "green", "warning": "yellow", "fault": "red"}
+    table = Table("check", "", "found", box=box.SIMPLE_HEAD, pad_edge=False)
+    for finding in findings:
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.check, state, escape(finding.found))
+    return table

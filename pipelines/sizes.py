@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from moe_dist.distributed.topology import fitting_ep_size
 from moe_dist.errors import ConfigError, MoeDistError
 
 from .report import quantity
+from .shares import topology_facts
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -80,9 +82,10 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     tokens = config.train.batch_size * config.model.max_length
     sizes.facts.append(("tokens per step", f"at most {quantity(tokens)} (padding excluded)"))
     per_rank = math.ceil(
-        config.train.batch_size / (config.parallel.num_workers * config.train.accumulation)
+        config.train.batch_size / (config.parallel.max_workers * config.train.accumulation)
     )
     sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
+    sizes.facts += topology_facts(config)
     sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
     try:
         teacher = start_skeleton(workspace, num_labels)
@@ -273,15 +276,17 @@ def memory_per_rank(model: Any, config: RunConfig, *, frozen: int) -> float:
         Bytes: fp32 weights, gradients and two Adam moments, less what ZeRO and expert
         parallelism spread over the ranks.
     """
-    parallel = config.parallel
+    # The fewer workers, the less is spread; an elastic run may come down to its least.
+    parallel, num_workers = config.parallel, config.parallel.min_workers
+    ep_size = fitting_ep_size(num_workers, config.moe.num_experts, parallel.ep_size)
     experts = sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
     )
     others = sum(parameter.numel() for parameter in model.parameters()) - experts
     total = float(frozen)
     for count, copies in (
-        (others, parallel.num_workers),
-        (experts / parallel.ep_size, parallel.num_workers // parallel.ep_size),
+        (others, num_workers),
+        (experts / ep_size, num_workers // ep_size),
     ):
         moments = 2 / copies if parallel.zero_stage >= 1 else 2.0
         gradients = 1 / copies if parallel.zero_stage >= 2 else 1.0

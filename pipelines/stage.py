@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import MissingInputError, MoeDistError
+from moe_dist.redaction import hide_secrets
 from moe_dist.tracking import flatten
 
 from .fingerprints import stage_fingerprint
@@ -259,7 +260,7 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file whole or not at all, without credentials.
 
     Args:
         path: the file.
@@ -267,8 +268,8 @@ def write_json(path: Path, value: Any) -> None:
     """
     beside = path.with_name(path.name + ".partial")
     with beside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, sort_keys=False, default=str)
-        stream.write("\n")
+        text = json.dumps(value, indent=2, sort_keys=False, default=str)
+        stream.write(hide_secrets(text) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)

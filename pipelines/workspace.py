@@ -35,6 +35,7 @@ class Workspace:
         self.config = config
         # The chain's connection to Ray; without one, each job makes its own.
         self.session: RaySession | None = None
+        self.is_cluster_checked = False
         self.console = console
         self.files = open_files(config.run_dir)
         self.root = self.files.root

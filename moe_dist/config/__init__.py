@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_dist.config.loading import build_config, load_config
+from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.run_config import RunConfig, dense_overrides
 from moe_dist.config.sections import (
     DataConfig,
@@ -28,4 +28,5 @@ __all__ = [
     "build_config",
     "dense_overrides",
     "load_config",
+    "read_settings",
 ]

@@ -55,7 +55,16 @@ def _experts_over_ranks(config: RunConfig) -> Iterator[str]:
 
 def _ranks_over_workers(config: RunConfig) -> Iterator[str]:
     workers, ranks = config.parallel.num_workers, config.parallel.ep_size
-    if workers % ranks:
+    if isinstance(workers, tuple):
+        sizes = range(workers[0], workers[1] + 1)
+        if all(size % ranks for size in sizes):
+            fitting = sorted({divisor for size in sizes for divisor in _divisors(size)})
+            yield (
+                f"parallel.num_workers={_plain(workers)} holds no number that is divisible by "
+                f"parallel.ep_size={ranks}; raise its most to {ranks * -(-workers[1] // ranks)}, "
+                f"or use ep_size {_or(fitting)}."
+            )
+    elif workers % ranks:
         more = ranks * -(-workers // ranks)
         yield (
             f"parallel.num_workers={workers} is not divisible by parallel.ep_size={ranks}; "
@@ -130,7 +139,7 @@ def _some_loss(config: RunConfig) -> Iterator[str]:
 
 def _samples_for_workers(config: RunConfig) -> Iterator[str]:
     yield from _batch_fault(
-        "train", config.train.batch_size, config.train.accumulation, config.parallel.num_workers
+        "train", config.train.batch_size, config.train.accumulation, config.parallel.max_workers
     )
 
 
@@ -139,7 +148,7 @@ def _teacher_samples_for_workers(config: RunConfig) -> Iterator[str]:
         return
     teacher = config.teacher_train
     yield from _batch_fault(
-        "finetune", teacher.batch_size, teacher.accumulation, config.parallel.num_workers
+        "finetune", teacher.batch_size, teacher.accumulation, config.parallel.max_workers
     )
 
 
@@ -228,10 +237,10 @@ def _names_once(config: RunConfig) -> Iterator[str]:
 
 
 def _local_is_one_process(config: RunConfig) -> Iterator[str]:
-    if config.parallel.launcher == "local" and config.parallel.num_workers > 1:
+    if config.parallel.launcher == "local" and config.parallel.max_workers > 1:
         yield (
             f"parallel.launcher=local is one process, not parallel.num_workers="
-            f"{config.parallel.num_workers}; use 1 worker, or launcher ray."
+            f"{_plain(config.parallel.num_workers)}; use 1 worker, or launcher ray."
         )
 
 
@@ -300,6 +309,10 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_tracking_uri_is_served, ("tracking.uri",)),
     (_no_credentials_in_places, ("output_dir", "data.train", "data.dev")),
 )
+
+
+def _plain(workers: int | tuple[int, int]) -> object:
+    return list(workers) if isinstance(workers, tuple) else workers
 
 
 def _divisors(number: int) -> list[int]:

@@ -38,13 +38,28 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every fault of the recipe and the overrides, each with its remedy.
     """
-    recipe = Path(path)
-    raw = _read_recipe(recipe)
+    return build_config(read_settings(path, overrides), source=str(path))
+
+
+def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe and apply overrides, without checking what they say.
+
+    Args:
+        path: the YAML recipe.
+        overrides: texts such as `moe.top_k=2`; the values are YAML.
+
+    Returns:
+        Nested plain values as they were given: paths may be relative, defaults are missing.
+
+    Raises:
+        ConfigError: if the recipe or an override is no YAML.
+    """
+    raw = _read_recipe(Path(path))
     for section, value in list(raw.items()):
         if value is None:  # `finetune:` with nothing below it
             del raw[section]
     apply_overrides(raw, parse_overrides(overrides))
-    return build_config(raw, source=str(path))
+    return raw
 
 
 def build_config(raw: Mapping[str, Any], source: str = "configuration") -> RunConfig:

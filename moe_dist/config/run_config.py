@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,14 +26,12 @@ from moe_dist.config.sections import (
     TrainConfig,
 )
 from moe_dist.errors import ConfigError
+from moe_dist.redaction import hide_secrets
 from moe_dist.uris import is_uri, join_uri
 
 BUILT_IN_COMPARISONS = ("dense",)
 # The teacher, the data and the scores are the same for all students of one chain.
 COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
-
-# User info up to the last @, since a password may hold one; and secrets among the parameters.
-_SECRETS = re.compile(r"(?<=://).+(?=@)|(?<=password=)[^&#]+|(?<=token=)[^&#]+", re.IGNORECASE)
 
 
 def _names_to_mapping(value: Any) -> Any:
@@ -158,9 +155,16 @@ class RunConfig(Section):
         return yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True)
 
     def _plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = self.model_dump(mode="json")
-        plain["tracking"]["uri"] = _SECRETS.sub("***", plain["tracking"]["uri"])
+        plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json"))
         return plain
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return hide_secrets(value)
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 
 def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:

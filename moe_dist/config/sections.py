@@ -43,11 +43,27 @@ def _rows_or_fraction(value: float) -> float:
     return int(value)
 
 
+def _one_or_range(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+        raise ValueError("is neither a number nor a pair; give for example 4, or [2, 4].")
+    values = [value] if isinstance(value, int) else list(value)
+    if not 1 <= len(values) <= 2 or any(
+        isinstance(number, bool) or not isinstance(number, int) for number in values
+    ):
+        raise ValueError("is not a pair of whole numbers; give for example [2, 4].")
+    if min(values) < 1:
+        raise ValueError(f"asks for {min(values)} workers; give at least 1.")
+    if values[0] > values[-1]:
+        raise ValueError(f"has its least above its most; give [{values[1]}, {values[0]}].")
+    return values[0] if values[0] == values[-1] else tuple(values)
+
+
 # pydantic reads True as 1; in a recipe that is always a slip.
 Number = Annotated[float, BeforeValidator(_refuse_odd_numbers), Field(allow_inf_nan=False)]
 Integer = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 # Written as it is, since 1500 rows would else become 1500.0.
@@ -365,12 +381,18 @@ class DistillConfig(Section):
 class ParallelConfig(Section):
     """How many workers train, and how they share the work."""
 
-    num_workers: Integer = Field(default=1, ge=1, description="Training processes.")
+    num_workers: WorkerCount = Field(
+        default=1,
+        description="Training processes. A pair such as `[2, 4]` is the least and the most of "
+        "them: training starts with as many as there are places, goes on with fewer when a node is "
+        "lost, and with more when one comes, each time from the newest checkpoint.",
+    )
     ep_size: Integer = Field(
         default=1,
         ge=1,
         description="Workers over which one set of experts is spread; it divides the number of "
-        "experts and the number of workers.",
+        "experts and the number of workers. Where `parallel.num_workers` is a pair, it falls to "
+        "the largest that divides the workers at hand.",
     )
     zero_stage: Literal[0, 1, 2] = Field(
         default=0,
@@ -393,6 +415,23 @@ class ParallelConfig(Section):
         ge=0,
         description="Times that a stage's workers are started again after a failure.",
     )
+    wait_s: Number = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds that a stage waits for places that other jobs hold, or that the "
+        "autoscaler or a lost node has yet to bring. A cluster that can never have them is an "
+        "error at once.",
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """Training does not run with fewer workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """More workers are not started."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class TrackingConfig(Section):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.expert_parallel import expert_group
+from moe_dist.distributed.expert_parallel import expert_data_group, expert_group
 from moe_dist.distributed.moments import (
     read_flat_moments,
     read_plain_moments,
@@ -22,11 +22,13 @@ from moe_dist.distributed.moments import (
 )
 from moe_dist.distributed.parameter_groups import is_expert_slice
 from moe_dist.distributed.position import collective, mark_calls
+from moe_dist.distributed.reduction import average_gradients
 from moe_dist.distributed.schedule import LearningRateSchedule
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
     current_rate,
+    fill_missing_gradients,
     precision_context,
     scale_gradients,
     set_rates,
@@ -42,7 +44,7 @@ class DeepSpeedEngine:
     What DeepSpeed does otherwise and is set right here: it divides the loss by the number of
     micro-batches; it averages the gradient norms of different experts over ranks, where the norm
     of the whole model is needed for clipping; it turns autocast off in its own forward (the
-    module is called directly).
+    module is called directly); without ZeRO it sends whole embedding tables (see `reduction`).
 
     Args:
         model: on the device, its experts cut to this rank's slice.
@@ -85,8 +87,9 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
-        mark_calls(self._engine, "buffered_allreduce_fallback", "reduction of gradients")
-        if zero_stage > 0:
+        if zero_stage == 0:
+            self._engine.enable_backward_allreduce = False
+        else:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
             mark_calls(self._engine.optimizer, "reduce_ipg_grads", "reduction of gradients")
 
@@ -108,6 +111,11 @@ class DeepSpeedEngine:
         """
         self._engine.set_gradient_accumulation_boundary(is_last_micro_batch)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if self.zero_stage == 0 and is_last_micro_batch:
+            fill_missing_gradients(self._trained)
+            experts = expert_data_group(self.ep_size) if self.ep_size > 1 else None
+            with collective("reduction of gradients"):
+                average_gradients(self._trained, experts)
 
     def step(self) -> float:
         """Clip, update and clear the gradients.

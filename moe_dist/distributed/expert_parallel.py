@@ -65,6 +65,19 @@ def expert_group(ep_size: int) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, groups._get_expert_parallel_group(name))
 
 
+def expert_data_group(ep_size: int) -> dist.ProcessGroup:
+    """Return the group of ranks that hold the same experts.
+
+    Args:
+        ep_size: for which `expert_group` was called before.
+
+    Returns:
+        This rank's group.
+    """
+    name = f"ep_size_{ep_size}"
+    return cast(dist.ProcessGroup, groups._get_expert_data_parallel_group(name))
+
+
 def parallelize_experts(model: nn.Module, ep_size: int) -> None:
     """Cut every MoE layer's experts to this rank's slice, in place.
 

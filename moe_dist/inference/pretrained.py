@@ -57,6 +57,8 @@ def load_pretrained(
                 revision=revision,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
+                # Without it transformers would read a pickle where there is nothing else.
+                use_safetensors=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:

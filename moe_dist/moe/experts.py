@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_linear
+from moe_dist.moe.grouped_linear import (
+    GradientSum,
+    can_use_grouped_mm,
+    group_rows,
+    grouped_linear,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -37,6 +44,14 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     if hidden.dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return hidden.dtype
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter in the dtype of the computation, and where its gradients are added up."""
+
+    value: Tensor
+    gradient: GradientSum | None
 
 
 class Experts(nn.Module):
@@ -121,24 +136,56 @@ class Experts(nn.Module):
             if self.num_experts > 1:
                 raise ValueError(f"{self.num_experts} experts need tokens_per_expert_E")
             tokens_per_expert_E = torch.tensor([sorted_TD.shape[0]])
-        dtype = compute_dtype(sorted_TD)
+        return self.in_chunks(compute_dtype(sorted_TD))(sorted_TD, tokens_per_expert_E)
+
+    def in_chunks(
+        self, dtype: torch.dtype, num_chunks: int = 1
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Prepare to apply the experts to the parts of one batch, one after the other.
+
+        The weights are cast once, and their gradients are added up in one buffer. All parts must
+        end up in one output, or the gradient is never complete.
+
+        Args:
+            dtype: to compute in.
+            num_chunks: how often the result will be called.
+
+        Returns:
+            A function of grouped rows and their counts, like `forward`.
+        """
+        weights = {
+            name: _Weight(parameter.to(dtype), GradientSum(num_chunks) if num_chunks > 1 else None)
+            for name, parameter in self.named_parameters(recurse=False)
+        }
+        return partial(self._compute, weights, dtype)
+
+    def _compute(
+        self,
+        weights: dict[str, _Weight],
+        dtype: torch.dtype,
+        sorted_TD: Tensor,
+        tokens_per_expert_E: Tensor,
+    ) -> Tensor:
         rows_TD = sorted_TD.to(dtype)
-        b_out = _cast(self.b_out, dtype)
-        if self.w_in is None or self.w_out is None:
-            return _bias_only(rows_TD, b_out, tokens_per_expert_E)
-        w_in = self.w_in.to(dtype)
-        on_device = self.num_experts > 1 and can_use_grouped_mm(rows_TD, w_in)
+        w_in = weights.get("w_in")
+        if w_in is None:
+            return _bias_only(rows_TD, weights.get("b_out"), tokens_per_expert_E)
+        on_device = self.num_experts > 1 and can_use_grouped_mm(rows_TD, w_in.value)
         groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
-        hidden_TF = grouped_linear(rows_TD, w_in, _cast(self.b_in, dtype), groups)
-        if self.w_gate is None:
-            hidden_TF = self.activation(hidden_TF)
+
+        def linear(rows: Tensor, suffix: str) -> Tensor:
+            weight, bias = weights[f"w_{suffix}"], weights.get(f"b_{suffix}")
+            bias_value = None if bias is None else bias.value
+            return grouped_linear(rows, weight.value, bias_value, groups, weight.gradient)
+
+        hidden_TF = linear(rows_TD, "in")
+        if "w_gate" in weights:
+            hidden_TF = self.activation(linear(rows_TD, "gate")) * hidden_TF
         else:
-            w_gate, b_gate = self.w_gate.to(dtype), _cast(self.b_gate, dtype)
-            gate_TF = grouped_linear(rows_TD, w_gate, b_gate, groups)
-            hidden_TF = self.activation(gate_TF) * hidden_TF
+            hidden_TF = self.activation(hidden_TF)
         if self.dropout:
             hidden_TF = F.dropout(hidden_TF, self.dropout, self.training)
-        return grouped_linear(hidden_TF, self.w_out.to(dtype), b_out, groups)
+        return linear(hidden_TF, "out")
 
     def extra_repr(self) -> str:
         """Describe the sizes.
@@ -156,13 +203,10 @@ def _parameter(shape: tuple[int, ...], present: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if present else None
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
-
-
-def _bias_only(rows_TD: Tensor, b_out_ED: Tensor | None, tokens_per_expert_E: Tensor) -> Tensor:
-    if b_out_ED is None:
+def _bias_only(rows_TD: Tensor, b_out: _Weight | None, tokens_per_expert_E: Tensor) -> Tensor:
+    if b_out is None:
         return torch.zeros_like(rows_TD)
+    b_out_ED = b_out.value
     counts_E = tokens_per_expert_E.to(rows_TD.device)
     experts_E = torch.arange(b_out_ED.shape[0], device=rows_TD.device)
     expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TD.shape[0])

@@ -46,6 +46,76 @@ class Groups:
         return found
 
 
+class GradientSum:
+    """The weight gradient of several grouped products with the same weights, in one buffer.
+
+    Autograd would allocate a stack of gradients for each product and add them up. The last product
+    to be differentiated hands the sum out, so all must belong to one output.
+
+    Args:
+        num_products: how many products share the weights.
+    """
+
+    def __init__(self, num_products: int = 1) -> None:
+        self.num_products = num_products
+        self._pending = num_products
+        self._sum_EOI: Tensor | None = None
+        self._written: set[int] = set()
+
+    def add_groups(
+        self,
+        grad_TO: Tensor,
+        rows_TI: Tensor,
+        weight_EOI: Tensor,
+        rows_of_experts: list[tuple[int, slice]],
+    ) -> Tensor | None:
+        """Add one product's share, expert by expert.
+
+        Args:
+            grad_TO: gradient of its result.
+            rows_TI: its rows.
+            weight_EOI: the weights.
+            rows_of_experts: from `Groups.rows`.
+
+        Returns:
+            (E, O, I) the sum after the last product, before it None.
+        """
+        if self._sum_EOI is None:
+            self._sum_EOI = torch.empty_like(weight_EOI)
+        for expert, rows in rows_of_experts:
+            grad_OT = grad_TO[rows].t()
+            if expert in self._written:
+                self._sum_EOI[expert].addmm_(grad_OT, rows_TI[rows])
+            else:
+                torch.mm(grad_OT, rows_TI[rows], out=self._sum_EOI[expert])
+        self._written.update(expert for expert, _ in rows_of_experts)
+        return self._hand_out(set(range(weight_EOI.shape[0])) - self._written)
+
+    def add_stack(self, grad_EOI: Tensor) -> Tensor | None:
+        """Add one product's share as a whole.
+
+        Args:
+            grad_EOI: the share; it may be changed later.
+
+        Returns:
+            (E, O, I) the sum after the last product, before it None.
+        """
+        self._sum_EOI = grad_EOI if self._sum_EOI is None else self._sum_EOI.add_(grad_EOI)
+        return self._hand_out(set())
+
+    def _hand_out(self, unused: set[int]) -> Tensor | None:
+        self._pending -= 1
+        if self._pending:
+            return None
+        assert self._sum_EOI is not None
+        for expert in unused:
+            self._sum_EOI[expert].zero_()
+        total_EOI, self._sum_EOI = self._sum_EOI, None
+        # A graph may be differentiated again.
+        self._pending, self._written = self.num_products, set()
+        return total_EOI
+
+
 def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool) -> Groups:
     """Turn counts into group boundaries.
 
@@ -86,7 +156,11 @@ def can_use_grouped_mm(rows_TI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def grouped_linear(
-    rows_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, groups: Groups
+    rows_TI: Tensor,
+    weight_EOI: Tensor,
+    bias_EO: Tensor | None,
+    groups: Groups,
+    weight_grad: GradientSum | None = None,
 ) -> Tensor:
     """Apply each expert's linear layer to its own rows.
 
@@ -95,16 +169,18 @@ def grouped_linear(
         weight_EOI: stacked weights.
         bias_EO: stacked biases, or None.
         groups: where each expert's rows lie.
+        weight_grad: shared with the other products of these weights, if there are any.
 
     Returns:
         (T, O) rows in the same order.
     """
-    if weight_EOI.shape[0] == 1:
+    if weight_EOI.shape[0] == 1 and weight_grad is None:
         # A view: the gradient of an index would be a second copy of the weights.
         return F.linear(
             rows_TI, weight_EOI.squeeze(0), None if bias_EO is None else bias_EO.squeeze(0)
         )
-    return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups))
+    total = GradientSum() if weight_grad is None else weight_grad
+    return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups, total))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -115,9 +191,10 @@ class _GroupedLinear(torch.autograd.Function):
         weight_EOI: Tensor,
         bias_EO: Tensor | None,
         groups: Groups,
+        weight_grad: GradientSum,
     ) -> Tensor:
         ctx.save_for_backward(rows_TI, weight_EOI)
-        ctx.groups = groups
+        ctx.groups, ctx.weight_grad = groups, weight_grad
         if groups.sizes is None:
             return _forward_on_device(rows_TI, weight_EOI, bias_EO, groups)
         out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
@@ -133,17 +210,15 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_TO: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         rows_TI, weight_EOI = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         # The gradient of a sum is expanded, which matrix products of groups do not take.
         grad_TO = grad_TO.contiguous()
         with torch.autocast(grad_TO.device.type, enabled=False):
-            if ctx.groups.sizes is None:
-                grads = _backward_on_device(grad_TO, rows_TI, weight_EOI, ctx.groups, needs)
-            else:
-                grads = _backward_by_group(grad_TO, rows_TI, weight_EOI, ctx.groups, needs)
-        return *grads, None
+            differentiate = _backward_on_device if ctx.groups.sizes is None else _backward_by_group
+            grads = differentiate(grad_TO, rows_TI, weight_EOI, ctx.groups, needs, ctx.weight_grad)
+        return *grads, None, None
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -155,22 +230,19 @@ def _backward_by_group(
     weight_EOI: Tensor,
     groups: Groups,
     needs: tuple[bool, ...],
+    weight_grad: GradientSum,
 ) -> Grads:
-    assert groups.sizes is not None
+    rows_of_experts = groups.rows()
     grad_rows_TI = torch.empty_like(rows_TI) if needs[0] else None
-    grad_weight_EOI = torch.empty_like(weight_EOI) if needs[1] else None
     grad_bias_EO = grad_TO.new_zeros(weight_EOI.shape[:2]) if needs[2] else None
-    for expert, rows in groups.rows():
+    for expert, rows in rows_of_experts:
         if grad_rows_TI is not None:
             torch.mm(grad_TO[rows], weight_EOI[expert], out=grad_rows_TI[rows])
-        if grad_weight_EOI is not None:
-            torch.mm(grad_TO[rows].t(), rows_TI[rows], out=grad_weight_EOI[expert])
         if grad_bias_EO is not None:
             torch.sum(grad_TO[rows], dim=0, out=grad_bias_EO[expert])
-    if grad_weight_EOI is not None:
-        for expert, size in enumerate(groups.sizes):
-            if size == 0:
-                grad_weight_EOI[expert].zero_()
+    grad_weight_EOI = None
+    if needs[1]:
+        grad_weight_EOI = weight_grad.add_groups(grad_TO, rows_TI, weight_EOI, rows_of_experts)
     return grad_rows_TI, grad_weight_EOI, grad_bias_EO
 
 
@@ -190,11 +262,13 @@ def _backward_on_device(
     weight_EOI: Tensor,
     groups: Groups,
     needs: tuple[bool, ...],
+    weight_grad: GradientSum,
 ) -> Grads:
     grad_rows_TI = F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
-    grad_weight_EOI = (
-        F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E) if needs[1] else None
-    )
+    grad_weight_EOI = None
+    if needs[1]:
+        own_EOI = F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E)
+        grad_weight_EOI = weight_grad.add_stack(own_EOI)
     grad_bias_EO = None
     if needs[2]:
         assert groups.expert_of_row_T is not None

@@ -33,7 +33,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         f"grant list, read, write and delete below this URI; or {_CREDENTIALS}",
     ),
     (
-        r"HTTP status 301|PermanentRedirect|AuthorizationHeaderMalformed|the (?:configured )?region",
+        r"HTTP status 301|PermanentRedirect|AuthorizationHeaderMalformed"
+        r"|the (?:configured )?region",
         "the bucket lies in another region",
         "set AWS_REGION (or `?region=` in the URI) to the bucket's region",
     ),

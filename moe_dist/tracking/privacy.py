@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from moe_dist.redaction import hide_secrets
 from moe_dist.uris import redact_uri
 
 HIDDEN = "(hidden)"
@@ -14,7 +15,6 @@ _SECRET_KEY = re.compile(
     r"(?:^|[._\-])(?:token|password|passwd|secret|credentials?|api_?key|access_?key)$",
     re.IGNORECASE,
 )
-_SECRET_VALUE = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{16,}|gh[pousr]_\w{16,})\b")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s\"']+")
 _ABSOLUTE_PATH = re.compile(r"^(?:/|~|[A-Za-z]:[\\/])")
 
@@ -67,8 +67,8 @@ def flatten(config: Mapping[str, object]) -> dict[str, str]:
 
 def _scrub_text(text: str) -> str:
     if _ABSOLUTE_PATH.match(text):
-        return PurePath(text.replace("\\", "/")).name
-    return _SECRET_VALUE.sub(HIDDEN, _URI.sub(lambda found: _scrub_uri(found[0]), text))
+        return hide_secrets(PurePath(text.replace("\\", "/")).name)
+    return hide_secrets(_URI.sub(lambda found: _scrub_uri(found[0]), text))
 
 
 def _scrub_uri(uri: str) -> str:

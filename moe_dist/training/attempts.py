@@ -105,7 +105,9 @@ def note_attempt(records: Path, roster: Roster) -> None:
             for peer in roster.peers
         ),
     )
-    _append(records / ATTEMPTS_NAME, {"time": now, "pid": os.getpid()})
+    _append(
+        records / ATTEMPTS_NAME, {"time": now, "pid": os.getpid(), "world_size": len(roster.peers)}
+    )
     started = {"attempt": attempt, "event": _PROCESS, "time": _process_start(now)}
     _append(records / _TIMELINE_NAME, started, {"attempt": attempt, "event": _JOB, "time": now})
 

@@ -22,18 +22,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import moe_dist
-from moe_dist.errors import ClusterError
+from moe_dist.errors import ClusterError, TrainingError
+from moe_dist.timeline import mark
 from moe_dist.training.job_errors import (
     explain,
     first_line,
     read_stop,
     user_error,
 )
+from moe_dist.training.place_watch import watched_places
+from moe_dist.training.placement import NumWorkers, Placement, plan_placement
 from moe_dist.training.records import Records, local_records, open_records
+from moe_dist.training.relay import WARNINGS_NAME, relayed_warnings
 from moe_dist.training.worker import run_worker
 
 if TYPE_CHECKING:
-    from ray.train import ScalingConfig, UserCallback
+    from ray.train import UserCallback
 
     from moe_dist.training.attempts import Restart
 
@@ -53,12 +57,14 @@ class JobResult:
         value: what rank 0 returned.
         num_attempts: how often the workers were started; 1 if none of them died.
         start_up_s: from the call until the job first began on rank 0, in seconds.
+        world_sizes: workers of each attempt.
         restarts: why the workers were started again, and what each time took.
     """
 
     value: Any
     num_attempts: int
     start_up_s: float
+    world_sizes: tuple[int, ...]
     restarts: Sequence[Restart] = ()
 
 
@@ -145,6 +151,7 @@ class RaySession:
                 address="local",
                 num_cpus=available_cpus(),
                 include_dashboard=self._dashboard,
+                dashboard_host="127.0.0.1",
                 object_store_memory=_OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -179,12 +186,13 @@ def run_on_workers(
     job: Job,
     payload: Mapping[str, Any],
     *,
-    num_workers: int,
+    num_workers: NumWorkers,
     storage_path: Path | str,
     name: str,
     cpus_per_worker: int = 1,
     use_gpu: bool | None = None,
     max_failures: int = 2,
+    wait_s: float = 600.0,
     step_timeout_s: float = 300.0,
     launcher: str = "auto",
     on_poll: Callable[[], None] | None = None,
@@ -200,11 +208,14 @@ def run_on_workers(
         job: a function of one dictionary; on a cluster it must be importable by the workers.
         payload: the dictionary, of plain values and paths.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
+            A pair is the least and the most of them: the job starts with as many as there are
+            places, goes on with fewer when a node is lost, and with more when one comes.
         storage_path: a directory that all nodes share, or a URI as text.
         name: the job's name; its records lie in `storage_path / name`.
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
         max_failures: how many deaths of workers are survived.
+        wait_s: the longest wait for places that other jobs hold or that are still to come.
         step_timeout_s: how long a training step may stand still before the workers are started
             again, in seconds; see `moe_dist.distributed.watchdog`.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
@@ -217,7 +228,8 @@ def run_on_workers(
         Rank 0's value, and how often the workers were started.
 
     Raises:
-        ClusterError: if the cluster has fewer CPUs or GPUs than asked for, or cannot be reached.
+        ClusterError: if the cluster can never have the CPUs or GPUs asked for, had no free ones
+            in time, or cannot be reached.
         TrainingError: if workers died too often, or failed for a reason that is not the user's.
         MoeDistError: whatever error of this kind the job raised.
     """
@@ -225,7 +237,7 @@ def run_on_workers(
 
     called = time.time()
     records = open_records(storage_path, name)
-    records.clear(FILES)
+    records.clear((*FILES, WARNINGS_NAME))
     config = {
         "job": job,
         "payload": dict(payload),
@@ -233,23 +245,36 @@ def run_on_workers(
         "num_threads": cpus_per_worker,
         "step_timeout_s": step_timeout_s,
     }
-    with _polling(on_poll):
-        if _runs_here(launcher, num_workers):
+    with relayed_warnings(records), _polling(on_poll):
+        if runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
             with ray_session() if session is None else nullcontext(session) as current:
                 current.connect()
-                value = _run_on_ray(
-                    config, records, num_workers, cpus_per_worker, use_gpu, max_failures, current
-                )
+                mark("Ray")
+                placement = plan_placement(num_workers, cpus_per_worker, use_gpu)
+                value = _run_on_ray(config, records, placement, wait_s, max_failures, current)
     records.pull()
     written = (records.directory / ATTEMPTS_NAME).read_text(encoding="utf-8")
     attempts = [json.loads(line) for line in written.splitlines()]
-    start_up_s = attempts[0]["time"] - called
-    return JobResult(value, len(attempts), start_up_s, read_restarts(records.directory))
+    sizes = tuple(attempt["world_size"] for attempt in attempts)
+    restarts = read_restarts(records.directory)
+    return JobResult(value, len(attempts), attempts[0]["time"] - called, sizes, restarts)
 
 
-def _runs_here(launcher: str, num_workers: int) -> bool:
+def runs_here(launcher: str, num_workers: NumWorkers) -> bool:
+    """Tell whether a job runs in this process, without Ray.
+
+    Args:
+        launcher: see `run_on_workers`.
+        num_workers: see `run_on_workers`.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ClusterError: if several workers are to run in one process.
+    """
     if launcher == "local" and num_workers != 1:
         raise ClusterError(
             f"parallel.launcher=local runs one worker, and parallel.num_workers={num_workers}",
@@ -285,22 +310,23 @@ def _run_here(config: dict[str, Any]) -> Any:
 def _run_on_ray(
     config: dict[str, Any],
     records: Records,
-    num_workers: int,
-    cpus_per_worker: int,
-    use_gpu: bool | None,
+    placement: Placement,
+    wait_s: float,
     max_failures: int,
     session: RaySession,
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # On a busy machine the workers' imports alone outlast Ray's minute, and it would begin again.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    # How long Ray Train asks for one set of places before it looks how many there are; until then
+    # it neither notices a lost node nor takes an order to stop.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if not os.environ.get("RAY_ADDRESS"):
         # Nobody reclaims one's own machine; its watcher is one process more at every start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # A stopped process answers nobody: where no other rank's watchdog ends it, Ray does.
     step_timeout_s = config["step_timeout_s"]
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -309,7 +335,7 @@ def _run_on_ray(
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
 
-    scaling = _plan_workers(num_workers, cpus_per_worker, use_gpu)
+    scaling = placement.scaling()
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=config,
@@ -327,14 +353,24 @@ def _run_on_ray(
     )
     fault: TrainingFailedError | None = None
     value: Any = None
-    with _own_interrupt():
-        try:
+    try:
+        with watched_places(placement, records.directory, wait_s), _own_interrupt():
             value = trainer.fit().return_value
-        except TrainingFailedError as failed:
-            fault = failed
-            # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
-            # for them for ever.
-            session.close()
+    except TrainingFailedError as failed:
+        fault = failed
+        # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
+        # for them for ever.
+        session.close()
+    except RayActorError as failed:
+        # The controller died, by our own hand if the wait for places was too long.
+        session.close()
+        records.pull()
+        if read_stop(records.directory) is None:
+            raise TrainingError(
+                f"the process that governs the workers died: {first_line(failed)}",
+                remedy="The same command continues from the newest checkpoint. It runs beside this "
+                "one and may have been killed for want of memory.",
+            ) from failed
     records.pull()
     stopped = read_stop(records.directory)
     if stopped is not None:
@@ -359,33 +395,6 @@ def _death_notes(place: str) -> UserCallback:
                 note_deaths(records.directory, worker_exceptions)
 
     return DeathNotes()
-
-
-def _plan_workers(num_workers: int, cpus_per_worker: int, use_gpu: bool | None) -> ScalingConfig:
-    """Check the wish against the cluster, since Ray would wait for ever."""
-    import ray
-    from ray.train import ScalingConfig
-
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    wanted_cpus = num_workers * cpus_per_worker
-    if wanted_cpus > cpus:
-        fitting = max(1, cpus // cpus_per_worker)
-        raise ClusterError(
-            f"parallel.num_workers={num_workers} x parallel.cpus_per_worker={cpus_per_worker} "
-            f"= {wanted_cpus} CPUs, and the Ray cluster has {cpus}",
-            remedy=f"Set parallel.num_workers to {fitting} or less, reserve fewer CPUs for each "
-            "worker, or add nodes.",
-        )
-    if use_gpu is True and num_workers > gpus:
-        raise ClusterError(
-            f"parallel.num_workers={num_workers} on GPUs needs {num_workers} GPUs, and the Ray "
-            f"cluster has {gpus}",
-            remedy="Set parallel.use_gpu=false, lower parallel.num_workers, or add GPU nodes.",
-        )
-    on_gpu = gpus >= num_workers if use_gpu is None else use_gpu
-    per_worker = {"CPU": float(cpus_per_worker)} | ({"GPU": 1.0} if on_gpu else {})
-    return ScalingConfig(num_workers=num_workers, use_gpu=on_gpu, resources_per_worker=per_worker)
 
 
 def _source_root() -> str:

@@ -18,8 +18,10 @@ from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
+from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.evaluation import expert_load, predict
+from moe_dist.training.expert_groups import settle_ep_size
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
 from moe_dist.training.loop import (
     ComputeTerms,
@@ -68,7 +70,7 @@ def fit(
     section: TrainSection = payload["train"]
     parallel: Mapping[str, Any] = payload.get("parallel", {})
     stage_dir = Path(payload["stage_dir"])
-    ep_size = int(parallel.get("ep_size", 1))
+    ep_size = settle_ep_size(model, int(parallel.get("ep_size", 1)))
     batches = TrainBatches(
         data.train,
         batch_size=section.get("batch_size", 32),
@@ -78,6 +80,7 @@ def fit(
         seed=payload["seed"],
         pad_token_id=data.pad_token_id,
     )
+    mark("tokens")
     settings = loop_settings(section, batches.steps_per_epoch, seed=payload["seed"])
     if section.get("gradient_checkpointing", False):
         model.activation_checkpointing_enable(
@@ -102,6 +105,7 @@ def fit(
         max_grad_norm=section.get("max_grad_norm", 1.0),
         device=device,
     )
+    mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
 
     def evaluate() -> dict[str, float]:

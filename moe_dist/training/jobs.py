@@ -24,6 +24,7 @@ from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
+from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.fit import fit
@@ -103,6 +104,7 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
         See `fit`.
     """
     splits = load_splits(**payload["data"])
+    mark("rows")
     task = splits.task
     model, tokenizer = load_pretrained(
         payload["model"],
@@ -111,6 +113,7 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
         revision=payload.get("revision"),
         seed=payload["seed"],
     )
+    mark("model")
     data = JobData(splits, tokenizer, payload)
     return fit(
         model,

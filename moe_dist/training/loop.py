@@ -27,6 +27,7 @@ from moe_dist.distributed.position import (
 )
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
+from moe_dist.timeline import mark
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.step import StepTerms
 from moe_dist.training.transfer import pinned, prepared, to_device
@@ -204,6 +205,7 @@ def train(
             learning_rate = engine.learning_rate
             _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
             enter_phase(TRAINING)
+            mark("first step")
             result.num_steps = done = step + 1
             is_last = done == settings.num_steps
             if is_last or done % settings.log_every == 0:

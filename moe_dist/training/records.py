@@ -32,6 +32,9 @@ class Records:
         directory: where they lie.
     """
 
+    look_every_s = 0.5
+    """How often it is worth while to look for what others wrote, in seconds."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.place = str(directory)
@@ -69,12 +72,15 @@ class RemoteRecords(Records):
         uri: where they lie.
     """
 
+    look_every_s = 2.0
+
     def __init__(self, uri: str) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="moe-dist-records-")
         super().__init__(Path(self._temporary.name))
         self.place = uri
         self._store = Store(uri)
         self._known: dict[str, bytes] = {}
+        self._is_failing = False
         self._lock = threading.Lock()
 
     @property
@@ -98,13 +104,20 @@ class RemoteRecords(Records):
         self._store.delete([name for name in names if _matches(name, patterns)])
 
     def pull(self) -> None:
-        """Download the records; Ray's own files are left out."""
+        """Download the records that are new; Ray's own files are left out."""
+        with self._lock:
+            self._download()
+
+    def _download(self) -> None:
         for entry in self._store.list():
-            if not _matches(entry.name, _RECORDS):
+            known = self._known.get(entry.name)
+            if not _matches(entry.name, _RECORDS) or (known and len(known) == entry.size):
                 continue
             content = self._store.read(entry.name)
             if content is not None:
-                (self.directory / entry.name).write_bytes(content)
+                beside = self.directory / f".{entry.name}.partial"
+                beside.write_bytes(content)
+                beside.replace(self.directory / entry.name)
                 self._known[entry.name] = content
 
     def push(self) -> None:
@@ -112,8 +125,11 @@ class RemoteRecords(Records):
         with self._lock:
             try:
                 self._upload()
+                self._is_failing = False
             except (StorageError, OSError) as error:
-                logger.warning("%s; trying again", str(error).splitlines()[0])
+                if not self._is_failing:
+                    logger.warning("%s; trying again", str(error).splitlines()[0])
+                self._is_failing = True
 
     def _upload(self) -> None:
         for path in sorted(self.directory.iterdir()):

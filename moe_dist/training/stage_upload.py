@@ -36,6 +36,7 @@ class StageUpload:
         self._stage = stage
         self._uploaded = {path.name for path in self._checkpoints()}
         self._log_state: tuple[int, int] | None = _state(stage / METRIC_LOG)
+        self._is_failing = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="stage-upload", daemon=True)
 
@@ -85,8 +86,11 @@ class StageUpload:
     def _try_sync(self) -> None:
         try:
             self.sync()
+            self._is_failing = False
         except (StorageError, OSError) as error:
-            logger.warning("%s; trying again", str(error).splitlines()[0])
+            if not self._is_failing:
+                logger.warning("%s; trying again", str(error).splitlines()[0])
+            self._is_failing = True
 
     def _checkpoints(self) -> list[Path]:
         found = list_checkpoints(self._stage / CHECKPOINT_DIR)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.timeline import mark
 from moe_dist.training.job_errors import STOPPED_NAME, note_stop, user_error
 from moe_dist.training.records import Records, local_records
+from moe_dist.training.relay import forwarded_warnings
 
 if TYPE_CHECKING:
     from moe_dist.distributed.stall import Stall
@@ -34,6 +36,7 @@ def run_worker(config: dict[str, Any]) -> Any:
         MoeDistError: the job's own, of which word is left so that it is not tried again.
         Exception: what may be the echo of another rank's death, which is worth another attempt.
     """
+    mark("workers, their imports and process group")
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(config["num_threads"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,10 +70,12 @@ def _run(config: dict[str, Any], records: Records) -> Any:
         note_fault(records.directory, roster.attempt, stall)
         records.push()
 
+    is_first = own.rank == 0
+    relay = forwarded_warnings(records.directory) if is_first else nullcontext()
     watchdog = Watchdog(roster, own.rank, step_timeout_s=config["step_timeout_s"], note=note)
-    # Inside as well, since to upload what a failed job leaves may take long.
-    with _noting_stop(records), local_stage(config["payload"]) as payload, _noting_stop(records):
-        is_first = own.rank == 0
+    stage = local_stage(config["payload"])
+    # Noted inside too, since to upload what a failed job leaves may take long.
+    with relay, _noting_stop(records), stage as payload, _noting_stop(records):
         follow_phases(PhaseNotes(records.directory, roster.attempt) if is_first else None)
         with watchdog:
             try:

@@ -130,8 +130,8 @@ def run(settings: ImportanceBenchmark | None = None) -> ImportanceResult:
     settings = ImportanceBenchmark() if settings is None else settings
     _check(settings)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _build_model(settings).to(device).eval()
-    encoded = _draw_sentences(model, settings)
+    model = build_model(settings).to(device).eval()
+    encoded = draw_sentences(model, settings)
     by_length = np.argsort(encoded.lengths, kind="stable")
     # From the middle of each stretch, so that the mean length is the same.
     step = max(1, len(encoded) // settings.num_looped)
@@ -289,7 +289,15 @@ def _check(settings: ImportanceBenchmark) -> None:
         raise ConfigError(faults, source="benchmark importance")
 
 
-def _build_model(settings: ImportanceBenchmark) -> Any:
+def build_model(settings: ImportanceBenchmark) -> Any:
+    """Load the model that is named, or draw one at random.
+
+    Args:
+        settings: its directory or sizes.
+
+    Returns:
+        A dense classifier.
+    """
     if settings.model is not None:
         from moe_dist.inference import load_model
 
@@ -309,7 +317,16 @@ def _build_model(settings: ImportanceBenchmark) -> Any:
         return BertForSequenceClassification(config)
 
 
-def _draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:
+def draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:
+    """Draw sentences of random tokens with log-normal lengths.
+
+    Args:
+        model: whose vocabulary and labels they have.
+        settings: number and lengths.
+
+    Returns:
+        The sentences.
+    """
     rng = np.random.default_rng(settings.seed)
     count, num_labels = settings.num_samples, model.config.num_labels
     drawn = rng.lognormal(

@@ -85,3 +85,17 @@ def test_a_sentence_may_be_as_long_as_the_model_has_positions(
     config = load_config(write_recipe(tiny_settings))
     model = SimpleNamespace(config=SimpleNamespace(**limits))
     assert (length_faults(model, config) == []) is fits
+
+
+def test_memory_of_an_elastic_run_is_that_of_its_fewest_workers(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from torch import nn
+
+    model = nn.Linear(10, 10, bias=False)
+
+    def memory(num_workers: int | list[int]) -> float:
+        tiny_settings["parallel"] = {"num_workers": num_workers, "zero_stage": 2}
+        return memory_per_rank(model, load_config(write_recipe(tiny_settings)), frozen=0)
+
+    assert memory([2, 4]) == memory(2) > memory(4)

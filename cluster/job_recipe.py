@@ -1,0 +1,159 @@
+"""A recipe as a job sees it: what of it would not be found there, and the command that runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .lasting import RAY_DIRECTORY, count_nodes, lasting_faults
+from .packing import Package
+
+CARRIED_RECIPE = ".moe-dist/recipe.yaml"
+"""Where a recipe goes that lies outside the working directory."""
+_TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
+_CREDENTIALS = re.compile(r"://[^/\s]*@|[?&;](?:password|token|access_key|secret)=", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class JobRecipe:
+    """A recipe with its overrides, as they were given.
+
+    Attributes:
+        path: the recipe, absolute.
+        overrides: texts such as `moe.top_k=2`.
+        settings: both joined, not checked: `read_settings`.
+        package: the files that the job gets.
+        environment: of the caller, for a tracking URI that the recipe leaves to it.
+    """
+
+    path: Path
+    overrides: Sequence[str]
+    settings: Mapping[str, Any]
+    package: Package
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    def faults(self) -> list[str]:
+        """Find what a job could not read, would lose, or must not be told.
+
+        Returns:
+            One line for each fault, with its remedy.
+        """
+        tracking = self._section("tracking")
+        uri = self._tracking_uri if tracking.get("enabled", True) else None
+        output_dir = str(self.settings.get("output_dir") or "")
+        return [
+            *lasting_faults(
+                output_dir,
+                uri,
+                temporary=(self.package.root, RAY_DIRECTORY),
+                count_nodes=count_nodes,
+            ),
+            *self._path_faults(),
+            *_credential_faults(self.settings, uri),
+        ]
+
+    @property
+    def command(self) -> str:
+        """The job's entry point, for a shell."""
+        # A working directory without the source needs an image that has the package installed.
+        carried = "pipelines/__main__.py" in self.package.sizes
+        module = "pipelines" if carried else "moe_dist._pipelines"
+        words = ["python", "-m", module, "compress", self._name_in_job]
+        for text in (*self.overrides, *self._pinned):
+            words += ["--set", text]
+        return shlex.join(words)
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """Texts that the package needs besides its files, by their path in the job's directory."""
+        if self._name_in_job == CARRIED_RECIPE:
+            return {CARRIED_RECIPE: self.path.read_text(encoding="utf-8")}
+        return {}
+
+    @property
+    def paths_on_cluster(self) -> list[str]:
+        """Keys whose files only the cluster may have, so that they cannot be read here."""
+        return [key for key, path in self._paths() if path.is_absolute() and not path.exists()]
+
+    @property
+    def _name_in_job(self) -> str:
+        if self.package.holds(self.path):
+            return self.path.relative_to(self.package.root).as_posix()
+        return CARRIED_RECIPE
+
+    @property
+    def _tracking_uri(self) -> str:
+        given = self._section("tracking").get("uri")
+        return str(given or self.environment.get(_TRACKING_VARIABLE) or "")
+
+    @property
+    def _pinned(self) -> list[str]:
+        """What came from the caller's environment, which a job does not have."""
+        tracking = self._section("tracking")
+        if tracking.get("uri") or not tracking.get("enabled", True):
+            return []
+        return [f"tracking.uri={self._tracking_uri}"]
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        section: Mapping[str, Any] = self.settings.get(name) or {}
+        return section
+
+    def _paths(self) -> Iterator[tuple[str, Path]]:
+        """Give the settings that name files or directories, as they were written."""
+        data = self._section("data")
+        if data.get("source") == "files":
+            for key in ("train", "dev"):
+                if data.get(key):
+                    yield f"data.{key}", Path(data[key])
+        teacher = str(self._section("model").get("teacher", ""))
+        if teacher.startswith(("/", "~", ".")) or (self.package.root / teacher).is_dir():
+            yield "model.teacher", Path(teacher)
+
+    def _path_faults(self) -> Iterator[str]:
+        root = self.package.root
+        for key, path in self._paths():
+            shown = f"{key}={_without_query(str(path))}"
+            if path.parts[:1] and path.parts[0].startswith("~"):
+                yield (
+                    f"{shown} lies in your home directory, and the job has another; give the "
+                    "absolute path of shared storage."
+                )
+            elif path.is_absolute():
+                if path.is_relative_to(root):
+                    yield (
+                        f"{shown} lies in the working directory, which has another place in the "
+                        "job; write it relative, or put it on shared storage."
+                    )
+            elif not self.package.holds(Path(os.path.normpath(root / path))):
+                yield (
+                    f"{shown} is not sent with the job (data, results, and what git ignores stay "
+                    "here); put it on shared storage and give its absolute path."
+                )
+
+
+def _credential_faults(settings: Mapping[str, Any], uri: str | None) -> Iterator[str]:
+    """The command line of a job, and the recipe beside it, are shown to all users of a cluster."""
+    if uri is not None and _CREDENTIALS.search(uri):
+        yield (
+            "tracking.uri holds a user name, password or token, which everyone on the cluster "
+            "could read; leave them out, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) on the head node."
+        )
+    for section, values in settings.items():
+        entries = values.items() if isinstance(values, Mapping) else [("", values)]
+        for key, value in entries:
+            name = f"{section}.{key}" if key else section
+            if name != "tracking.uri" and isinstance(value, str) and _CREDENTIALS.search(value):
+                yield (
+                    f"{name} holds a credential, which everyone on the cluster could read; leave "
+                    "it out, and give it to the nodes instead."
+                )
+
+
+def _without_query(text: str) -> str:
+    return text.partition("?")[0]

@@ -1,0 +1,131 @@
+"""What outlives a job: Ray runs it in a temporary copy of the working directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+RAY_DIRECTORY = Path("/tmp/ray")
+_COPIES = "runtime_resources"
+_SQLITE = "sqlite:///"
+# With one slash too, as a path makes of it.
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_GIVE_STORAGE = (
+    "name storage that all nodes share and that outlives the job, for example "
+    "--set output_dir=/shared/outputs."
+)
+_GIVE_SERVER = (
+    "name a tracking server that the head node reaches, for example "
+    "--set tracking.uri=http://HOST:5000, or do without with --set tracking.enabled=false."
+)
+
+
+def in_ray_job() -> bool:
+    """Say whether this process is the entry point of a submitted job."""
+    return JOB_VARIABLE in os.environ
+
+
+def temporary_places() -> tuple[Path, ...]:
+    """List the directories of this job that end with it.
+
+    Returns:
+        The working directory, Ray's own directory, and the session's where Ray was given another.
+    """
+    here = Path.cwd()
+    sessions = [parent.parent for parent in here.parents if parent.name == _COPIES]
+    return (here, RAY_DIRECTORY, *sessions)
+
+
+def check_job(config: RunConfig) -> None:
+    """Insist, inside a job, that results and records outlive it.
+
+    Args:
+        config: the run's configuration, with paths as the job sees them.
+
+    Raises:
+        ConfigError: with a remedy for each of `output_dir` and `tracking.uri` that would be lost.
+    """
+    faults = lasting_faults(
+        str(config.output_dir),
+        config.tracking.uri if config.tracking.enabled else None,
+        temporary=temporary_places(),
+        count_nodes=count_nodes,
+    )
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} as a job on a cluster")
+
+
+def lasting_faults(
+    output_dir: str,
+    tracking_uri: str | None,
+    *,
+    temporary: Sequence[Path],
+    count_nodes: Callable[[], int],
+) -> list[str]:
+    """Find what of a run would be lost when its job ends.
+
+    Args:
+        output_dir: as given: a path or a URI; empty if it was not given.
+        tracking_uri: as given; empty if it was not given, None where tracking is off.
+        temporary: directories that end with the job.
+        count_nodes: asked for the cluster's nodes where the answer matters.
+
+    Returns:
+        One line for each fault, with its remedy.
+    """
+    faults = list(_output_faults(output_dir, temporary))
+    if tracking_uri is not None:
+        faults += _tracking_faults(tracking_uri, temporary, count_nodes)
+    return faults
+
+
+def count_nodes() -> int:
+    """Count the nodes of the cluster that `RAY_ADDRESS` or `RAY_API_SERVER_ADDRESS` names."""
+    from ray.util.state import list_nodes
+
+    return len(list_nodes(filters=[("state", "=", "ALIVE")]))
+
+
+def _output_faults(output_dir: str, temporary: Sequence[Path]) -> Iterator[str]:
+    if not output_dir:
+        yield f"output_dir is not given, and a job's own directory ends with it; {_GIVE_STORAGE}"
+    elif not _URI.match(output_dir):
+        why = _why_lost(output_dir, temporary)
+        if why:
+            yield f"output_dir={output_dir} {why}; {_GIVE_STORAGE}"
+
+
+def _tracking_faults(
+    uri: str, temporary: Sequence[Path], count_nodes: Callable[[], int]
+) -> Iterator[str]:
+    if not uri:
+        yield f"tracking.uri is not given, and a job's own database ends with it; {_GIVE_SERVER}"
+    if not uri.startswith(_SQLITE):
+        return
+    why = _why_lost(uri.removeprefix(_SQLITE).partition("?")[0], temporary)
+    if why:
+        yield f"tracking.uri={uri} {why}; {_GIVE_SERVER}"
+    elif (num_nodes := count_nodes()) > 1:
+        yield (
+            f"tracking.uri={uri} is a file for one machine, and the cluster has {num_nodes} "
+            f"nodes; {_GIVE_SERVER}"
+        )
+
+
+def _why_lost(path: str, temporary: Sequence[Path]) -> str:
+    if not os.path.isabs(path):
+        return "is not an absolute path, and a job runs in a temporary copy of this directory"
+    place = Path(os.path.normpath(path))
+    for directory in temporary:
+        if place.is_relative_to(directory):
+            return f"lies in {directory}, which does not outlive the job"
+    return ""

@@ -1,0 +1,247 @@
+"""Rows that travel between ranks while the experts multiply the rows that stay.
+
+Autograd functions in pairs: one lets the rows depart, one waits until they have arrived. What is
+computed between the two overlaps with the journey, and so does its gradient in backward, since
+autograd runs the later function first: there, the one that waited departs and the other waits.
+
+Shapes: D width, S slots of this rank's tokens, sorted by expert; R rows received from other ranks,
+sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.distributed.position import collective
+
+
+@dataclass
+class Traffic:
+    """What this process gave to the backend to send; read by tests and benchmarks.
+
+    Args:
+        sent_bytes: of each exchange of rows, oldest first.
+    """
+
+    sent_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which rows go where, in one message for each other rank's expert (all in one of two ranks).
+
+    Args:
+        slots: (rank of the group, rows among the S) in the order of messages; own rows are absent.
+        received: (rank of the group, rows among the R) likewise.
+        kept: the rows among the S whose experts are here.
+        num_slots: S.
+        num_received: R.
+        group: the expert-parallel process group.
+        traffic: where sent bytes are noted.
+    """
+
+    slots: list[tuple[int, slice]]
+    received: list[tuple[int, slice]]
+    kept: slice
+    num_slots: int
+    num_received: int
+    group: dist.ProcessGroup
+    traffic: Traffic
+
+
+def plan_route(
+    sent_GL: list[list[int]],
+    received_GL: list[list[int]],
+    rank: int,
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+) -> Route:
+    """Lay out the rows of both sides.
+
+    Args:
+        sent_GL: this rank's slots for each expert of each rank.
+        received_GL: slots of each rank for each expert of this rank.
+        rank: this rank's number in the group.
+        group: the group.
+        traffic: where sent bytes are noted.
+
+    Returns:
+        The route. Received rows lie by expert, then by rank, so experts read them as they come.
+    """
+    slots: list[tuple[int, slice]] = []
+    kept = slice(0, 0)
+    start = 0
+    for peer, counts in enumerate(sent_GL):
+        if peer == rank:
+            kept = slice(start, start + sum(counts))
+        for count in counts:
+            if count and peer != rank:
+                slots.append((peer, slice(start, start + count)))
+            start += count
+    received: list[tuple[int, slice]] = []
+    end = 0
+    for expert in range(len(received_GL[rank])):
+        for peer, counts in enumerate(received_GL):
+            if peer != rank and counts[expert]:
+                received.append((peer, slice(end, end + counts[expert])))
+                end += counts[expert]
+    if len(sent_GL) == 2:
+        # Both sides' rows of one peer are adjacent: one message does.
+        slots, received = _joined(slots), _joined(received)
+    return Route(slots, received, kept, start, end, group, traffic)
+
+
+def _joined(messages: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
+    if not messages:
+        return []
+    peer = messages[0][0]
+    return [(peer, slice(messages[0][1].start, messages[-1][1].stop))]
+
+
+class Journey:
+    """One exchange of rows under way, and the same rows' gradients on their way back.
+
+    Args:
+        route: which rows go where.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._works: list[dist.Work] = []
+        self._in_flight: tuple[Tensor, Tensor] | None = None
+
+    def depart(self, rows: Tensor, *, outward: bool) -> Tensor:
+        """Start to send rows and to receive others.
+
+        Args:
+            rows: (S, D) if outward, else (R, D).
+            outward: towards the experts; else back to the tokens' own ranks.
+
+        Returns:
+            (R, D) if outward, else (S, D); not there until `arrive`, kept rows never.
+        """
+        route = self.route
+        size = route.num_received if outward else route.num_slots
+        sends, receives = (
+            (route.slots, route.received) if outward else (route.received, route.slots)
+        )
+        rows = rows.contiguous()
+        target = rows.new_empty(size, *rows.shape[1:])
+        messages = [_message(dist.irecv, target[where], peer, route) for peer, where in receives]
+        messages += [_message(dist.isend, rows[where], peer, route) for peer, where in sends]
+        route.traffic.sent_bytes.append(sum(rows[where].nbytes for _, where in sends))
+        self._works = dist.batch_isend_irecv(messages) if messages else []
+        self._in_flight = rows, target
+        return target
+
+    def arrive(self) -> Tensor:
+        """Wait for all messages.
+
+        Returns:
+            What `depart` returned.
+        """
+        assert self._in_flight is not None, "nothing departed"
+        with collective("all-to-all of tokens"):
+            for work in self._works:
+                work.wait()
+        target = self._in_flight[1]
+        self._works, self._in_flight = [], None
+        return target
+
+
+def _message(operation: Any, rows: Tensor, peer: int, route: Route) -> dist.P2POp:
+    return dist.P2POp(operation, rows, group=route.group, group_peer=peer)
+
+
+class DepartOutward(torch.autograd.Function):
+    """From (S, D) to two parts of the kept rows, and the received rows, which are under way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_SD: Tensor, journey: Journey, first: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let rows depart; `first` kept rows make up the first part."""
+        ctx.journey, ctx.first = journey, first
+        kept = rows_SD[journey.route.kept]
+        received_RD = journey.depart(rows_SD, outward=True)
+        return kept[:first], kept[first:], received_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_first: Tensor, grad_second: Tensor, grad_RD: Tensor
+    ) -> tuple[Tensor, None, None]:
+        """Wait for the gradients that `ArriveOutward` let depart."""
+        del grad_RD
+        grad_SD = ctx.journey.arrive()
+        kept = grad_SD[ctx.journey.route.kept]
+        kept[: ctx.first].copy_(grad_first)
+        kept[ctx.first :].copy_(grad_second)
+        return grad_SD, None, None
+
+
+class ArriveOutward(torch.autograd.Function):
+    """Wait for the received rows."""
+
+    @staticmethod
+    def forward(ctx: Any, received_RD: Tensor, journey: Journey) -> Tensor:
+        """Wait for rows."""
+        ctx.journey = journey
+        journey.arrive()
+        return received_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        """Let their gradients depart."""
+        ctx.journey.depart(grad_RD, outward=False)
+        return grad_RD, None
+
+
+class DepartHomeward(torch.autograd.Function):
+    """From results (R, D) to (S, D), which is under way."""
+
+    @staticmethod
+    def forward(ctx: Any, results_RD: Tensor, journey: Journey) -> Tensor:
+        """Let results depart."""
+        ctx.journey = journey
+        return journey.depart(results_RD, outward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
+        """Wait for the gradients that `ArriveHomeward` let depart."""
+        del grad_SD
+        return ctx.journey.arrive(), None
+
+
+class ArriveHomeward(torch.autograd.Function):
+    """Wait for the results, and put those of the kept rows among them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, results_SD: Tensor, first: Tensor, second: Tensor, journey: Journey
+    ) -> Tensor:
+        """Wait for results."""
+        ctx.journey, ctx.first = journey, first.shape[0]
+        journey.arrive()
+        kept = results_SD[journey.route.kept]
+        kept[: ctx.first].copy_(first)
+        kept[ctx.first :].copy_(second)
+        ctx.mark_dirty(results_SD)
+        return results_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Let the gradients of results depart."""
+        grad_SD = grad_SD.contiguous()
+        ctx.journey.depart(grad_SD, outward=True)
+        kept = grad_SD[ctx.journey.route.kept]
+        return grad_SD, kept[: ctx.first], kept[ctx.first :], None

@@ -1,0 +1,77 @@
+"""Averaged gradients are exact, whichever rows of a table a rank touched."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_dist.distributed import spawn_gloo
+from moe_dist.distributed.reduction import MIN_TABLE_ROWS, average_gradients
+
+NUM_ROWS, WIDTH = MIN_TABLE_ROWS + 3, 4
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_tables_and_experts_are_averaged(tmp_path: Path) -> None:
+    spawn_gloo(run_reduction, 2, tmp_path)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen["differences"] == dict.fromkeys(("few", "most", "bias", "experts"), 0.0)
+        assert seen["poisoned_rows"] == [5]
+        # A mark for each row, the packed rows, and what is no table.
+        assert seen["sent"][:2] == [NUM_ROWS, 3 * WIDTH]
+
+
+def gradients(rank: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    few = torch.zeros(NUM_ROWS, WIDTH)
+    # One row is touched by both ranks, and so small that its square vanishes.
+    few[[7, 100 + rank]] = 1e-30
+    return {
+        "few": few,
+        "most": torch.randn(NUM_ROWS, WIDTH, generator=generator),
+        "bias": torch.randn(WIDTH, generator=generator),
+        "experts": torch.randn(2, WIDTH, generator=generator),
+    }
+
+
+def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
+    parameters = []
+    for name, gradient in gradients(rank).items():
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient
+        if name == "experts":
+            parameter.allreduce = False  # type: ignore[attr-defined]
+        parameters.append(parameter)
+    sent: list[int] = []
+    original = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, **options: object) -> object:
+        sent.append(tensor.numel())
+        return original(tensor, **options)
+
+    with patch.object(dist, "all_reduce", counted):
+        average_gradients(parameters, None)
+    everyone = [gradients(other) for other in range(num_ranks)]
+    expected = {name: sum(g[name] for g in everyone) / num_ranks for name in everyone[0]}
+    expected["experts"] = everyone[rank]["experts"] / num_ranks
+    differences = {
+        name: float((parameter.grad - value).abs().max())
+        for parameter, (name, value) in zip(parameters, expected.items(), strict=True)
+    }
+    table = nn.Parameter(torch.zeros(NUM_ROWS, WIDTH))
+    table.grad = torch.zeros_like(table)
+    if rank == 1:
+        table.grad[5, 0] = math.nan
+    average_gradients([table], None)
+    poisoned = table.grad.isnan().any(dim=1).nonzero().flatten().tolist()
+    seen = {"differences": differences, "poisoned_rows": poisoned, "sent": sent}
+    (out / f"{rank}.json").write_text(json.dumps(seen))
