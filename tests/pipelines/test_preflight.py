@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from cluster import preflight as cluster_preflight
 from cluster import probing
+from cluster.node_probe import NodeProbe
 from cluster.preflight import Scope, check_places, check_tracking
 from cluster.probing import check_storage, start_probes
 from moe_dist.config import RunConfig, load_config
@@ -187,3 +189,10 @@ class TestOnACluster:
         probes, (finding,) = start_probes([nodes[0], gone])
         assert list(probes) == [nodes[0].address]
         assert finding.state == "fault" and finding.found.startswith("10.9.9.9 does not run")
+
+
+def test_a_node_tells_whether_it_reaches_a_uri() -> None:
+    probe, uri = NodeProbe(), f"memory://{uuid.uuid4().hex}/results"
+    assert probe.write_token(uri, "node-0", "abc") == ""
+    assert probe.read_tokens(uri, {"node-0": "abc", "node-1": "def"}) == ["node-1"]
+    assert "nosuch" in probe.write_token("nosuch://bucket/results", "node-0", "abc")
