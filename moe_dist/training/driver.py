@@ -323,12 +323,13 @@ def _run_on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
+    from moe_dist.training.process_group import NodeTorchConfig
 
     records = Path(config["records"])
     scaling = placement.scaling()
@@ -336,7 +337,7 @@ def _run_on_ray(
         run_worker,
         train_loop_config=config,
         scaling_config=scaling,
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if scaling.use_gpu else "gloo",
             timeout_s=math.ceil(group_timeout_s(step_timeout_s)),
         ),
