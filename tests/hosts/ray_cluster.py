@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = 6379
 START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 100 * 2**20
+_NODE_PROGRAMS = ("gcs_server", "raylet")
 
 
 class RayCluster:
@@ -126,6 +127,13 @@ class RayCluster:
         for pid in self.raylets(host):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_node(self, host: Host) -> None:
+        """Kill all of Ray on a host; drivers there are spared, its workers die with the raylet."""
+        for pid in host.pids():
+            if _program(pid) in _NODE_PROGRAMS:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _start(self, host: Host, *options: str) -> None:
         self._num_starts += 1

@@ -14,7 +14,7 @@ from moe_dist.training.process_group import INTERFACE_VARIABLES, interface_of
 
 def test_interface_that_carries_an_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.1") is None  # a documentation address, nobody's
+    assert interface_of("198.51.100.7") is None  # a documentation address, nobody's
 
 
 def test_a_named_interface_stays(monkeypatch: pytest.MonkeyPatch) -> None:
