@@ -28,7 +28,7 @@ test: $(STAMP) ## all tests but the slow ones
 test-full: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
 
-test-chaos: $(STAMP) ## hurt runs in a dozen ways, 40 times; half an hour, all of it only as root
+test-chaos: $(STAMP) ## hurt runs in a dozen ways, 40 times; all kinds only as root
 	$(BIN)/python -m tests.chaos --faults 40 --seed 0
 
 check: $(STAMP) ## format, lint, types, import contracts, docstrings

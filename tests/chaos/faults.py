@@ -21,7 +21,7 @@ FILLER = "filler"
 SHORT_CUT_S = 5.0
 LONG_CUT_S = 60.0
 SERVER_AWAY_S = 4.0
-END_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 240.0
 
 Strike = Callable[[Run, Reached, random.Random], None]
 

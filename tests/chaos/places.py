@@ -18,6 +18,7 @@ from tests.hosts.network import TwoHosts
 from tests.hosts.ray_cluster import ROOT, RayCluster
 
 SMALL_DISK_MIB = 48
+LOOK_EVERY_S = 2.0
 MARKER = "MDT_CHAOS_PLACE"
 _GROUPS = """
 import json, ray
@@ -127,7 +128,10 @@ class HostsPlace(Place):
 
     def tend(self) -> None:
         """Start the worker node again where it has gone, as a supervisor does."""
-        if self._is_tended and not self.cluster.raylets(self.hosts.b):
+        if not self._is_tended or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_EVERY_S
+        if not self.cluster.raylets(self.hosts.b):
             self.hosts.b.end_all()
             self.cluster.start_node()
 
@@ -169,7 +173,7 @@ class HostsPlace(Place):
         return [] if groups == "[]" else [f"placement groups {groups}"]
 
     def _open(self, stack: ExitStack) -> None:
-        self._is_tended = True
+        self._is_tended, self._next_look = True, 0.0
         self.hosts = stack.enter_context(TwoHosts())
         self.cluster = stack.enter_context(RayCluster(self.hosts))
         self.server = stack.enter_context(

@@ -22,7 +22,7 @@ from tests.chaos.places import Place
 from tests.chaos.trace import Attempt, read_trace
 from tests.hosts.ray_cluster import ROOT
 
-WAIT_S = 240.0
+WAIT_S = 400.0
 POLL_S = 0.1
 
 
