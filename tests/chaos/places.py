@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from tests.hosts.ray_cluster import ROOT, RayCluster
 
 SMALL_DISK_MIB = 48
 LOOK_EVERY_S = 2.0
+# Agents of a node whose raylet was killed look for the head for a minute before they give up.
+CLEAN_TIMEOUT_S = 120.0
 MARKER = "MDT_CHAOS_PLACE"
 _GROUPS = """
 import json, ray
@@ -63,6 +66,7 @@ class Place:
             # Short, since Ray's sockets lie in it.
             self.directory = Path(tempfile.mkdtemp(prefix="mdc-", dir="/tmp"))
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            stack.callback(self._end_all)
             self._open(stack)
             self._stack = stack.pop_all()
         return self
@@ -106,6 +110,12 @@ class Place:
     def left_over(self) -> list[str]:
         """Name what a finished run left behind: processes, and with them their ports."""
         return [_title(pid) for pid in _pids_with(f"{MARKER}={self._id}")]
+
+    def _end_all(self) -> None:
+        """Kill what a lost run left, and drivers that still run."""
+        for pid in _pids_with(f"{MARKER}={self._id}"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _open(self, stack: ExitStack) -> None:
         if self._with_server:
@@ -206,7 +216,7 @@ class SmallDisk:
         subprocess.run(["umount", "--lazy", str(self.directory)], check=False)
 
 
-def wait_until_clean(place: Place, timeout_s: float = 30.0) -> list[str]:
+def wait_until_clean(place: Place, timeout_s: float = CLEAN_TIMEOUT_S) -> list[str]:
     """Wait until a run has left nothing behind.
 
     Args:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from tests.hosts.network import Host
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 _ANSWERS = """
 import sys, time, urllib.request
 until = time.monotonic() + float(sys.argv[2])

@@ -18,7 +18,7 @@ from tests.hosts.network import Host, TwoHosts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = 6379
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 OBJECT_STORE_BYTES = 100 * 2**20
 _NODE_PROGRAMS = ("gcs_server", "raylet")
 
