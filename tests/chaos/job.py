@@ -7,6 +7,7 @@ around a step, and around `fsync`, through which every file of a checkpoint pass
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe_dist.training import jobs, loop
 from tests.chaos.marks import Mark, MarkBoard
 from tests.chaos.trace import TraceWriter
 
-UNFINISHED = ".unfinished-step-"
+UNFINISHED = re.compile(r"/\.unfinished-step-(\d+)")
 
 
 def watched_distill_job(directory: str, payload: Any) -> dict[str, Any]:
@@ -78,10 +79,9 @@ class _Stops:
 
     def on_flush(self, fsync: Callable[[int], None]) -> Callable[[int], None]:
         def flushing(descriptor: int) -> None:
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            _, found, rest = path.partition(UNFINISHED)
+            found = UNFINISHED.search(os.readlink(f"/proc/self/fd/{descriptor}"))
             if found:
-                step = int(rest.partition("/")[0])
+                step = int(found.group(1))
                 self._flushed[step] = part = self._flushed.get(step, 0) + 1
                 self.at("checkpoint", step, part)
             fsync(descriptor)

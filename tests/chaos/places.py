@@ -54,6 +54,7 @@ class Place:
     """
 
     name = "local"
+    directory: Path
 
     def __init__(self, *, with_server: bool = True) -> None:
         self._with_server = with_server
@@ -129,6 +130,10 @@ class HostsPlace(Place):
     """Two hosts with one Ray cluster over them, which outlives the runs; MLflow on the switch."""
 
     name = "hosts"
+    hosts: TwoHosts
+    cluster: RayCluster
+    _is_tended = True
+    _next_look = 0.0
 
     def environment(self) -> dict[str, str]:
         return super().environment() | self.cluster.environment()
@@ -183,7 +188,7 @@ class HostsPlace(Place):
         return [] if groups == "[]" else [f"placement groups {groups}"]
 
     def _open(self, stack: ExitStack) -> None:
-        self._is_tended, self._next_look = True, 0.0
+
         self.hosts = stack.enter_context(TwoHosts())
         self.cluster = stack.enter_context(RayCluster(self.hosts))
         self.server = stack.enter_context(

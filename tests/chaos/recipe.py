@@ -16,6 +16,7 @@ from tests.training.tiny_task import write_bert, write_sentences
 NAME = "tiny"
 CHECKPOINT_EVERY = 4
 NUM_WORKERS = 2
+STEP_TIMEOUT_S = 20
 PARALLEL = {
     "num_workers": NUM_WORKERS,
     "ep_size": 2,
@@ -53,6 +54,7 @@ def tiny_recipe(root: Path, num_steps: int) -> dict[str, Any]:
             "precision": "fp32",
             "log_every": 1,
             "checkpoint_every": CHECKPOINT_EVERY,
+            "step_timeout_s": STEP_TIMEOUT_S,
         },
         "parallel": PARALLEL,
     }
