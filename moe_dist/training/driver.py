@@ -120,7 +120,7 @@ class RaySession:
         try:
             with _own_termination():
                 self._init(address)
-        except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as fault:
+        except Exception as fault:  # Ray raises a bare one where its raylet starts too slowly.
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(
                 f"{where} could not be {'reached' if address else 'started'}: {first_line(fault)}",
