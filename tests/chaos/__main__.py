@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ ALSO_ON_HOSTS = ("worker killed in forward", "worker killed in backward")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    # Hosts, disks and drivers are removed on the way out, also where a time limit ends this.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     draw = random.Random(options.seed)
     rounds = _plan(options.faults, options.only, draw)
     num_planned = sum(len(faults) for _, faults in rounds)
