@@ -57,7 +57,11 @@ class TrackingServer:
         return f"http://{self._host.address if self._host else '127.0.0.1'}:{self._port}"
 
     def __enter__(self) -> TrackingServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(
