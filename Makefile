@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test test-full check format docs clean
+.PHONY: help setup demo test test-full test-chaos check format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: $(STAMP) ## all tests but the slow ones
 
 test-full: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
+
+test-chaos: $(STAMP) ## hurt runs in a dozen ways, 40 times; all kinds only as root
+	$(BIN)/python -m tests.chaos --faults 40 --seed 0
 
 check: $(STAMP) ## format, lint, types, import contracts, docstrings
 	$(BIN)/ruff format --check .

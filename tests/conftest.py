@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 # Before torch is imported anywhere: several test processes on few cores are slower with more.
@@ -16,12 +15,14 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
 
+from tests.hosts.network import why_not
+
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose hardware or rights are missing, and say which."""
-    for marker, reason in (("gpu", _no_gpu), ("hosts", _no_hosts)):
+    for marker, reason in (("gpu", _no_gpu), ("hosts", why_not)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         why = reason() if marked else None
         if why is not None:
@@ -33,12 +34,6 @@ def _no_gpu() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device on this machine"
-
-
-def _no_hosts() -> str | None:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    return None if shutil.which("ip") else "network namespaces need iproute2 (`ip`)"
 
 
 @pytest.fixture

@@ -124,13 +124,14 @@ def test_the_same_program_runs_from_the_checkout() -> None:
 
 
 def test_pipelines_import_each_other_by_relative_names() -> None:
-    """A wheel knows them as moe_dist._pipelines."""
+    """A wheel knows them as moe_dist._pipelines; what only a type checker reads may differ."""
     absolute = re.compile(r"^\s*(?:from|import) (?:pipelines|cluster)\b", re.MULTILINE)
+    unread = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t].*\n|\n)*", re.MULTILINE)
     wrong = [
         str(path.relative_to(ROOT))
         for package in ("pipelines", "cluster", "moe_dist")
         for path in (ROOT / package).rglob("*.py")
-        if absolute.search(path.read_text(encoding="utf-8"))
+        if absolute.search(unread.sub("", path.read_text(encoding="utf-8")))
     ]
     assert wrong == []
 

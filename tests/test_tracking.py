@@ -365,7 +365,7 @@ def test_flatten_and_scrub() -> None:
     flat = flatten(CONFIG)
     assert flat["moe.layers"] == "[0, 1]" and flat["tracking.hub_token"] == "(hidden)"
     assert scrub({"uri": "sqlite:////home/ann/mlflow.db"}) == {"uri": "sqlite:///mlflow.db"}
-    assert scrub("see hf_abcdefghijklmnopqrs") == "see (hidden)"
+    assert scrub("see hf_abcdefghijklmnopqrs") == "see ***"
     assert scrub({"max_tokens": 5, "token": None}) == {"max_tokens": 5, "token": None}
     assert redact_uri("postgresql://u:p@db:5432/x?sslkey=a") == "postgresql://db:5432/x"
     assert redact_uri("http://u:p/a?b@host:80/x") == "http://host:80/x"

@@ -121,7 +121,7 @@ class RaySession:
         try:
             with _own_termination():
                 self._init(address)
-        except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as fault:
+        except Exception as fault:  # Ray raises a bare one where its raylet starts too slowly.
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(
                 f"{where} could not be {'reached' if address else 'started'}: {first_line(fault)}",
@@ -328,19 +328,20 @@ def _run_on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
+    from moe_dist.training.process_group import NodeTorchConfig
 
     scaling = placement.scaling()
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=config,
         scaling_config=scaling,
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if scaling.use_gpu else "gloo",
             timeout_s=math.ceil(group_timeout_s(step_timeout_s)),
         ),

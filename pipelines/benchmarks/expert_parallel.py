@@ -197,7 +197,7 @@ def _check(settings: ExpertParallelBenchmark) -> None:
 def _run_rank(
     rank: int, world_size: int, settings: ExpertParallelBenchmark, directory: Path
 ) -> None:
-    from pipelines.benchmarks.expert_parallel_rank import Sizes, measure
+    from .expert_parallel_rank import Sizes, measure
 
     del world_size
     torch.set_num_threads(1)

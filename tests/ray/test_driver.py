@@ -211,6 +211,19 @@ def test_local_launcher_takes_one_worker(tmp_path: Path) -> None:
         run_on_workers(print, {}, num_workers=2, storage_path=tmp_path, name="x", launcher="local")
 
 
+def test_a_ray_that_does_not_start_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="could not be started: The current node timed out"):
+        RaySession().connect()
+
+
 def test_sigterm_stays_with_the_program_that_handles_it(tmp_path: Path) -> None:
     # In a process of its own, since the signal ends it; Ray's native handler would print a trace.
     code = """

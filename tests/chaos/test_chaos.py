@@ -1,0 +1,40 @@
+"""A short part of `make test-chaos`: one run that loses workers, and does not notice."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.places import Place
+from tests.chaos.recipe import prepare, tiny_recipe
+from tests.chaos.scenario import disturbed, steps_for, undisturbed
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
+
+QUICK = ("worker killed in backward", "checkpoint damaged")
+
+
+def test_a_run_that_is_hurt_equals_one_that_is_not(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two CPUs")
+    recipe = tiny_recipe(tmp_path, steps_for(len(QUICK)))
+    prepared = prepare(recipe, tmp_path)
+    with Place(with_server=False) as place:
+        expected = undisturbed(
+            place, recipe, prepared, records=tmp_path / "calm", output_dir=tmp_path / "a"
+        )
+        verdict = disturbed(
+            place,
+            recipe,
+            prepared,
+            expected,
+            QUICK,
+            random.Random(0),
+            records=tmp_path / "hurt",
+            output_dir=tmp_path / "b",
+        )
+    assert verdict.problems == []
+    assert all(incident.num_repeated > 0 for incident in verdict.incidents)
