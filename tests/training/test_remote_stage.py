@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def write(stage: Path, step: int) -> None:
 def steps_in(store: Store) -> list[str]:
     names = [entry.name for entry in store.list(CHECKPOINT_DIR)]
     return [name.split("/")[1] for name in names if name.endswith("/manifest.json")]
+
+
+def is_in(store: Store, step: int) -> bool:
+    return f"step-{step:08d}" in steps_in(store)
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -82,7 +87,7 @@ def test_checkpoints_go_up_while_the_job_runs_and_pruned_ones_go(store: Store) -
         for step in (2, 4, 6):
             write(stage, step)
             prune_checkpoints(stage / CHECKPOINT_DIR, step, keep=2)
-            wait_until(lambda step=step: f"step-{step:08d}" in steps_in(store))
+            wait_until(partial(is_in, store, step))
         wait_until(lambda: steps_in(store) == ["step-00000004", "step-00000006"])
         (stage / METRIC_LOG).write_text("one line\n")
         raise RuntimeError("died")
