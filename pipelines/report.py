@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from moe_dist.redaction import hide_secrets
+
 from .console import duration
 from .stage import StageResult
 from .stages import evaluate
@@ -158,7 +160,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         report: what `build_report` returned.
 
     Returns:
-        A Markdown document.
+        A Markdown document, without credentials.
     """
     data = report["data"]
     lines = [
@@ -187,7 +189,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     ]
     if report["mlflow"]["run_id"]:
         lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
-    return "\n".join(lines)
+    return hide_secrets("\n".join(lines))
 
 
 def to_tables(report: Mapping[str, Any]) -> list[Table]:

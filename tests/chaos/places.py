@@ -18,7 +18,7 @@ from tests.chaos.tracking_server import TrackingServer
 from tests.hosts.network import TwoHosts
 from tests.hosts.ray_cluster import ROOT, RayCluster
 
-SMALL_DISK_MIB = 48
+SMALL_DISK_MIB = 512
 LOOK_EVERY_S = 2.0
 # Agents of a node whose raylet was killed look for the head for a minute before they give up.
 CLEAN_TIMEOUT_S = 120.0
