@@ -27,6 +27,7 @@ from moe_dist.timeline import mark
 from moe_dist.training.job_errors import (
     explain,
     first_line,
+    keep_room,
     read_stop,
     user_error,
 )
@@ -238,6 +239,7 @@ def run_on_workers(
     called = time.time()
     records = open_records(storage_path, name)
     records.clear((*FILES, WARNINGS_NAME))
+    keep_room(records.directory)
     config = {
         "job": job,
         "payload": dict(payload),

@@ -16,25 +16,44 @@ import moe_dist.errors
 from moe_dist.errors import ClusterError, MoeDistError, TrainingError
 
 STOPPED_NAME = "stopped.json"
+ROOM_NAME = "room"
+_ROOM_BYTES = 1 << 16
 # Ray's errors, by name, since this module knows no Ray.
 _DEATHS = ("ActorDiedError", "ActorUnavailableError", "OutOfMemoryError", "NodeDiedError")
+
+
+def keep_room(records: Path) -> None:
+    """Put aside the space that a last word takes, for when the disk is full.
+
+    Args:
+        records: the job's directory.
+    """
+    # Zeros would take no space on a file system that compresses.
+    with suppress(OSError):
+        (records / ROOM_NAME).write_bytes(os.urandom(_ROOM_BYTES))
 
 
 def note_stop(records: Path, error: MoeDistError) -> None:
     """Leave word that the job must not be tried again, and why.
 
+    On a full disk it takes the place of what `keep_room` put aside.
+
     Args:
         records: the job's directory, which all ranks and the driver share.
         error: the reason.
     """
-    # Without space for the note, the error still comes back through Ray, after its retries.
     note = {
         "kind": type(error).__name__,
         "args": [str(part) for part in error.args],
         "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
     }
-    with suppress(OSError):
+    try:
         write_first(records / STOPPED_NAME, note)
+    except OSError:
+        (records / ROOM_NAME).unlink(missing_ok=True)
+        # If there is still no space, the error comes back through Ray, after its retries.
+        with suppress(OSError):
+            write_first(records / STOPPED_NAME, note)
 
 
 def write_first(path: Path, note: Mapping[str, Any]) -> None:

@@ -66,4 +66,8 @@ def small_cluster(*cpus: int, temp_dir: str, kind: str = "") -> Iterator[SmallCl
             del os.environ["RAY_ADDRESS"]
         else:
             os.environ["RAY_ADDRESS"] = before
+        import ray
+
+        # A test that gave back places after its session ended has connected once more.
+        ray.shutdown()
         cluster.close()

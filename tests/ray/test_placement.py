@@ -112,7 +112,7 @@ def test_a_wait_that_lasts_too_long_is_an_error(
     session: RaySession, others: Any, tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    with pytest.raises(ClusterError, match=r"waited .* parallel.wait_s=3.*2 workers") as caught:
+    with pytest.raises(ClusterError, match=r"waited .*parallel.wait_s=3.*2 workers") as caught:
         run_on_workers(
             *(print, {}),
             num_workers=2,

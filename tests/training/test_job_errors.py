@@ -1,0 +1,31 @@
+"""What is left of a job's error when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import CheckpointError
+from moe_dist.training.job_errors import ROOM_NAME, keep_room, note_stop, read_stop
+
+
+def test_the_last_word_takes_the_room_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def on_a_full_disk(path: Path, *args: Any, **options: Any) -> int:
+        if (tmp_path / ROOM_NAME).exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *args, **options)
+
+    keep_room(tmp_path)
+    assert (tmp_path / ROOM_NAME).stat().st_size > 1 << 15
+    monkeypatch.setattr(Path, "write_text", on_a_full_disk)
+    note_stop(tmp_path, CheckpointError("the disk is full", remedy="free space"))
+    error = read_stop(tmp_path)
+    assert isinstance(error, CheckpointError) and error.remedy == "free space"
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped.json"]
