@@ -41,6 +41,8 @@ def hide_secrets(text: str) -> str:
 
 
 def _secrets_of_environment() -> Iterator[str]:
-    for name, value in os.environ.items():
+    # Another thread may change the environment meanwhile, as MLflow's does.
+    for name in list(os.environ):
+        value = os.environ.get(name, "")
         if _SECRET_VARIABLE.search(name) and len(value) >= MIN_LENGTH:
             yield value
