@@ -183,11 +183,16 @@ def died(failure: BaseException) -> str:
 def last_line(fault: BaseException) -> str:
     """Return the kind and the last line of an error, without what Ray put around it.
 
+    Of our own errors it is the first line, since the remedy ends them.
+
     Args:
         fault: the error.
 
     Returns:
         One line.
     """
-    lines = str(_cause(fault)).strip().splitlines()
-    return f"{type(_cause(fault)).__name__}: {lines[-1].strip()}" if lines else repr(fault)
+    cause = _cause(fault)
+    if isinstance(cause, MoeDistError):
+        return first_line(cause)
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else repr(fault)

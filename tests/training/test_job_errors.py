@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import CheckpointError
-from moe_dist.training.job_errors import ROOM_NAME, keep_room, note_stop, read_stop
+from moe_dist.training.job_errors import ROOM_NAME, keep_room, last_line, note_stop, read_stop
 
 
 def test_the_last_word_takes_the_room_that_was_kept(
@@ -29,3 +29,10 @@ def test_the_last_word_takes_the_room_that_was_kept(
     error = read_stop(tmp_path)
     assert isinstance(error, CheckpointError) and error.remedy == "free space"
     assert [path.name for path in tmp_path.iterdir()] == ["stopped.json"]
+
+
+def test_an_error_is_told_by_the_line_that_says_what_happened() -> None:
+    assert last_line(CheckpointError("the disk is full", remedy="free space")) == "the disk is full"
+    assert (
+        last_line(RuntimeError("a trace\nconnection closed")) == "RuntimeError: connection closed"
+    )
