@@ -39,6 +39,8 @@ _CLUSTER_PROGRAMS = (
     "ray::DashboardAgent",
     "ray::RuntimeEnvAgent",
     "ray::IDLE",
+    # Ray's own, one for each cluster, and detached from every job.
+    "ray::_AutoscalingCoordinatorActor",
     "default_worker.py",
     "mlflow",
     "multiprocessing",

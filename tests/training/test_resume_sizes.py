@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from moe_dist.distributed import (
@@ -32,7 +31,7 @@ from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.evaluation import predict
 from moe_dist.training.loop import LoopSettings, TrainResult, train
-from moe_dist.training.step import StepTerms, finetune_terms
+from moe_dist.training.step import finetune_terms
 from tests.training.tiny import PAD, tiny_batches, tiny_bert, tiny_data, tiny_student
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -140,19 +139,15 @@ def run_pairs(rank: int, world: int, root: Path) -> None:
         dist.barrier()
     being_written = f"step-{2 * HALF:08d}"
 
-    def stuck(path: Path) -> None:
+    def crash(path: Path) -> None:
         if being_written in str(path):
-            time.sleep(3600)
+            # Training goes on meanwhile, and logs.
+            time.sleep(1)
+            os._exit(CRASH_STATUS)
         flush_to_disk(path)
 
-    def dies(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
-        unfinished = list((root / CRASHED.directory).glob(f".unfinished-{being_written}*"))
-        if rank == 0 and unfinished:
-            os._exit(CRASH_STATUS)
-        return finetune_terms(model, batch)
-
-    with mock.patch.object(checkpoint_files, "flush_to_disk", stuck):
-        run_part(rank, world, root, CRASHED, dies)
+    with mock.patch.object(checkpoint_files, "flush_to_disk", crash):
+        run_part(rank, world, root, CRASHED)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +237,8 @@ def test_a_crash_during_a_write_resumes_before_it_and_cuts_the_log_back(root: Pa
     """The steps of the checkpoint that was not finished are logged once, when they are redone."""
     log = MetricLog(root / f"{CRASHED.directory}.jsonl")
     steps, _ = series(log.read(), "train/loss/total")
-    assert steps == list(range(1, 2 * HALF + 1))
+    # Training may have gone on beside the write.
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2 * HALF
     names = {path.name.partition("-")[0] for path in (root / CRASHED.directory).iterdir()}
     assert names == {"step", ".unfinished"}
     run_part(0, 1, root, Part("recovered", CRASHED.directory))
