@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import moe_dist
 from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.timeline import mark
+from moe_dist.training.background import in_background
 from moe_dist.training.job_errors import (
     explain,
     first_line,
@@ -463,20 +464,14 @@ def _polling(on_poll: Callable[[], None] | None) -> Iterator[None]:
     if on_poll is None:
         yield
         return
-    done = threading.Event()
 
-    def poll() -> None:
+    def poll(over: threading.Event) -> None:
         try:
-            while not done.wait(POLL_INTERVAL_S):
+            while not over.wait(POLL_INTERVAL_S):
                 on_poll()
             on_poll()
         except Exception:  # A fault of the display is no reason to stop training.
             logger.exception("the progress display failed; the job goes on without it")
 
-    thread = threading.Thread(target=poll, name="job-progress", daemon=True)
-    thread.start()
-    try:
+    with in_background(poll, "job-progress"):
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.errors import ClusterError, MoeDistError
+from moe_dist.training.background import in_background
 from moe_dist.training.capacity import Capacity, describe_nodes, read_capacity
 from moe_dist.training.job_errors import note_stop
 from moe_dist.training.placement import Placement
@@ -35,9 +36,8 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
     Yields:
         While the job runs.
     """
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         waiter = PlaceWait(placement, wait_s)
         while not over.wait(LOOK_EVERY_S):
             try:
@@ -53,13 +53,8 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
                 # The head may be gone for a moment; the job itself finds out whether it returns.
                 logger.debug("could not look for free places: %s", fault)
 
-    thread = threading.Thread(target=watch, name="place-watch", daemon=True)
-    thread.start()
-    try:
+    with in_background(watch, "place-watch"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _end_job() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_dist.errors import StorageError
 from moe_dist.storage import Store
+from moe_dist.training.background import in_background
 from moe_dist.uris import is_uri, join_uri
 
 SYNC_INTERVAL_S = 1.0
@@ -180,17 +181,13 @@ def local_records(place: str) -> Iterator[Records]:
         return
     records = RemoteRecords(place)
     records.pull()
-    done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(records, done), name="records", daemon=True)
-    thread.start()
+
+    def follow(over: threading.Event) -> None:
+        while not over.wait(SYNC_INTERVAL_S):
+            records.push()
+
     try:
-        yield records
+        with in_background(follow, "records"):
+            yield records
     finally:
-        done.set()
-        thread.join()
-        records.push()
-
-
-def _follow(records: Records, done: threading.Event) -> None:
-    while not done.wait(SYNC_INTERVAL_S):
         records.push()

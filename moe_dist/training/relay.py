@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moe_dist.errors import StorageError
+from moe_dist.training.background import in_background
 from moe_dist.training.records import Records
 
 WARNINGS_NAME = "warnings.jsonl"
@@ -59,9 +60,8 @@ def relayed_warnings(records: Records) -> Iterator[None]:
     Yields:
         While the job runs; what came last is logged before the end.
     """
-    over = threading.Event()
 
-    def relay() -> None:
+    def relay(over: threading.Event) -> None:
         offset, is_last = 0, False
         while not is_last:
             is_last = over.wait(records.look_every_s)
@@ -69,13 +69,8 @@ def relayed_warnings(records: Records) -> Iterator[None]:
                 records.pull()
             offset = _log_from(records.directory / WARNINGS_NAME, offset)
 
-    thread = threading.Thread(target=relay, name="job-warnings", daemon=True)
-    thread.start()
-    try:
+    with in_background(relay, "job-warnings"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _log_from(path: Path, offset: int) -> int:

@@ -24,6 +24,8 @@ from rich.table import Table
 from moe_dist.distributed import spawn_gloo
 from moe_dist.errors import ConfigError
 
+from .sizes import below_one
+
 OURS, DEEPSPEED, FLOOR = "moe-dist", "DeepSpeed", "floor"
 GOAL_OVER_FLOOR = 1.15
 # Hot expert's share over the others': how many times faster than DeepSpeed.
@@ -175,11 +177,7 @@ def _verdict(timing: ExpertParallelTiming) -> str:
 
 
 def _check(settings: ExpertParallelBenchmark) -> None:
-    faults = [
-        f"{name} is {getattr(settings, name)}; it must be at least 1"
-        for name in ("num_tokens", "d_model", "expert_size", "num_repeats")
-        if getattr(settings, name) < 1
-    ]
+    faults = below_one(settings, "num_tokens", "d_model", "expert_size", "num_repeats")
     if settings.ep_size < 2:
         faults.append(f"ep_size is {settings.ep_size}; there is nothing to exchange below 2")
     elif settings.num_experts < 1 or settings.num_experts % settings.ep_size:

@@ -29,6 +29,8 @@ from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.errors import ConfigError
 
+from .sizes import below_one
+
 GOAL_RATIO = 8.0
 TOLERANCE = 1e-5
 _PEAK_REPEATS = 50
@@ -269,18 +271,15 @@ def main(*settings: ImportanceBenchmark) -> None:
 
 
 def _check(settings: ImportanceBenchmark) -> None:
-    faults = [
-        f"{name} is {getattr(settings, name)}; it must be at least 1"
-        for name in (
-            "num_samples",
-            "num_looped",
-            "batch_size",
-            "mean_tokens",
-            "min_tokens",
-            "num_repeats",
-        )
-        if getattr(settings, name) < 1
-    ]
+    faults = below_one(
+        settings,
+        "num_samples",
+        "num_looped",
+        "batch_size",
+        "mean_tokens",
+        "min_tokens",
+        "num_repeats",
+    )
     if settings.spread < 0:
         faults.append(f"spread is {settings.spread}; it must not be negative")
     if settings.max_tokens < settings.min_tokens:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 
+from .sizes import below_one
+
 VOCAB_SIZE = 30_000
 GOAL_RATIO = 1.15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -155,11 +157,9 @@ def _check(settings: LayerBenchmark) -> None:
         for precision in settings.precisions
         if precision not in DTYPES
     ]
-    for name in ("num_tokens", "d_model", "expert_size", "num_repeats"):
-        if getattr(settings, name) < 1:
-            faults.append(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    if settings.num_threads is not None and settings.num_threads < 1:
-        faults.append(f"num_threads is {settings.num_threads}; it must be at least 1")
+    faults += below_one(settings, "num_tokens", "d_model", "expert_size", "num_repeats")
+    if settings.num_threads is not None:
+        faults += below_one(settings, "num_threads")
     if settings.num_experts < 2:
         faults.append(f"num_experts is {settings.num_experts}; routing needs at least 2")
     if faults:

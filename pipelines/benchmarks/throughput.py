@@ -35,6 +35,7 @@ from moe_dist.losses.total import CountKind, weighted_total
 from moe_dist.training.step import distill_terms, freeze
 
 from .importance import ImportanceBenchmark, build_model, draw_sentences
+from .sizes import below_one
 
 GOAL_RATIO = 0.85
 TOGETHER, ALONE = "2 workers", "2 independent runs"
@@ -152,11 +153,7 @@ def main(settings: ThroughputBenchmark | None = None) -> None:
 
 
 def _check(settings: ThroughputBenchmark) -> None:
-    faults = [
-        f"{name} is {getattr(settings, name)}; it must be at least 1"
-        for name in ("batch_size", "num_steps", "num_repeats")
-        if getattr(settings, name) < 1
-    ]
+    faults = below_one(settings, "batch_size", "num_steps", "num_repeats")
     if settings.ep_size not in (1, 2):
         faults.append(f"ep_size is {settings.ep_size}; two workers take 1 or 2")
     if faults:

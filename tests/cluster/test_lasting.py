@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cluster import lasting
 from pipelines.cli import app
 
-TEMPORARY = (Path("/work/copy"), Path("/tmp/ray"))
+TEMPORARY = (Path("/job/copy"), Path("/tmp/ray"))
 
 
 def faults(output_dir: str, uri: str | None, num_nodes: int = 1) -> list[str]:
@@ -30,7 +30,7 @@ def faults(output_dir: str, uri: str | None, num_nodes: int = 1) -> list[str]:
         ("gs:/bucket/outputs", None, 3),
         ("/shared/outputs", "postgresql://db/mlflow", 3),
         ("/shared/outputs", "sqlite:////shared/mlflow.db", 1),
-        ("/work/copy-of-another", None, 3),
+        ("/job/copy-of-another", None, 3),
     ],
 )
 def test_what_lasts_is_accepted(output_dir: str, uri: str | None, num_nodes: int) -> None:
@@ -44,8 +44,8 @@ def test_what_lasts_is_accepted(output_dir: str, uri: str | None, num_nodes: int
         ("outputs", "not an absolute path"),
         ("../outputs", "not an absolute path"),
         ("~/outputs", "not an absolute path"),
-        ("/work/copy/outputs", "lies in /work/copy"),
-        ("/work/other/../copy/outputs", "lies in /work/copy"),
+        ("/job/copy/outputs", "lies in /job/copy"),
+        ("/job/other/../copy/outputs", "lies in /job/copy"),
         ("/tmp/ray/outputs", "lies in /tmp/ray"),
     ],
 )
@@ -59,7 +59,7 @@ def test_results_that_end_with_the_job_are_refused(output_dir: str, words: str) 
     [
         ("", 1, "not given"),
         ("sqlite:///mlflow.db", 1, "not an absolute path"),
-        ("sqlite:////work/copy/mlflow.db", 1, "lies in /work/copy"),
+        ("sqlite:////job/copy/mlflow.db", 1, "lies in /job/copy"),
         ("sqlite:////shared/mlflow.db", 2, "the cluster has 2 nodes"),
     ],
 )

@@ -17,28 +17,11 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.tracking.null import _LocalRun
 from pipelines import chain
 from pipelines.chain import plan_steps, run_chain
-from pipelines.console import Console
 from pipelines.preflight import warn_of_little_space
 from pipelines.workspace import Workspace
+from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
-
-
-class Recorder(Console):
-    """A quiet console that remembers which stages ran and which were skipped."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.ran: list[str] = []
-        self.resumed: list[str] = []
-        self.skipped: list[str] = []
-
-    def stage_started(self, stage: str, *, resumed: bool) -> None:
-        self.ran.append(stage)
-        self.resumed += [stage] if resumed else []
-
-    def stage_skipped(self, stage: str, seconds: float) -> None:
-        self.skipped.append(stage)
 
 
 class Collector(_LocalRun):

@@ -20,27 +20,10 @@ from moe_dist.inference import load_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.storage import Store, local_file
 from pipelines.chain import ChainResult, run_chain
-from pipelines.console import Console
+from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
 SECRET = "test-secret-that-is-planted"
-
-
-class Recorder(Console):
-    """A quiet console that remembers which stages ran, and which were skipped or resumed."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.ran: list[str] = []
-        self.resumed: list[str] = []
-        self.skipped: list[str] = []
-
-    def stage_started(self, stage: str, *, resumed: bool) -> None:
-        self.ran.append(stage)
-        self.resumed += [stage] if resumed else []
-
-    def stage_skipped(self, stage: str, seconds: float) -> None:
-        self.skipped.append(stage)
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""A console that tells a test what a chain did."""
+
+from __future__ import annotations
+
+from pipelines.console import Console
+
+
+class Recorder(Console):
+    """A quiet console that remembers which stages ran, and which were skipped or resumed."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.ran: list[str] = []
+        self.resumed: list[str] = []
+        self.skipped: list[str] = []
+
+    def stage_started(self, stage: str, *, resumed: bool) -> None:
+        self.ran.append(stage)
+        self.resumed += [stage] if resumed else []
+
+    def stage_skipped(self, stage: str, seconds: float) -> None:
+        self.skipped.append(stage)
