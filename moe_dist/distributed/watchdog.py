@@ -27,6 +27,7 @@ from moe_dist.distributed.stall import SLOW_PHASE_FACTOR, Stall, View, judge, lo
 
 EXIT_CODE = 75
 _QUIET_S = 5.0
+_PATIENCE_S = 2.0
 _NOTE_LIMIT_S = 10.0
 _MAX_QUESTIONS = 32
 _GREETINGS = 10
@@ -72,6 +73,7 @@ class Watchdog:
         self._own = roster.peers[rank]
         self._others = [peer for peer in roster.peers if peer.rank != rank]
         self._limit_s = step_timeout_s
+        self._patience_s = min(_PATIENCE_S, step_timeout_s / 4)
         self._note = note
         self._end = end
         self._reached: set[int] = set()
@@ -162,10 +164,11 @@ class Watchdog:
             return {peer.rank: answer for peer, answer in zip(self._others, answers, strict=True)}
 
     def _ask(self, peer: Peer) -> Answer:
-        answer = ask(peer, self._token)
+        known = peer.rank in self._reached
+        answer = ask(peer, self._token, patience_s=self._patience_s if known else _PATIENCE_S)
         if answer.health is Health.ANSWERS:
             self._reached.add(peer.rank)
-        elif peer.rank not in self._reached:
+        elif not known:
             return Answer(Health.UNKNOWN)
         return answer
 

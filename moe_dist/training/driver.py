@@ -326,9 +326,10 @@ def _run_on_ray(
     if not os.environ.get("RAY_ADDRESS"):
         # Nobody reclaims one's own machine; its watcher is one process more at every start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # A stopped process answers nobody: where no other rank's watchdog ends it, Ray does.
+    # A stopped process answers nobody: where no other rank's watchdog ends it, Ray does. It waits
+    # longer, since a watchdog says where the others waited.
     step_timeout_s = config["step_timeout_s"]
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s + 15)
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer

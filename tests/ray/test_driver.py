@@ -133,7 +133,7 @@ def test_stopped_worker_is_ended_and_named(run: Any, tmp_path: Path) -> None:
     (restart,) = result.restarts
     workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
     assert f"pid {workers[1]['pid']}) does not answer" in restart.reason
-    assert "rank 0" in restart.reason
+    assert "; rank 0" in restart.reason
     assert "waited in sum of gradients (number 1) of training, step" in restart.reason
     assert 3.0 <= restart.parts["detect"] < 60
 
