@@ -162,7 +162,7 @@ def test_full_disk_is_named_in_the_words_of_safetensors(
         )
 
     monkeypatch.setattr(checkpoint_files, "save_file", full)
-    with pytest.raises(CheckpointError, match="step-00000001 could not be .* the disk is full"):
+    with pytest.raises(CheckpointError, match=r"step-00000001 could not be .* the disk is full"):
         save_checkpoint(tmp_path, engine, step=1, state={})
 
 
