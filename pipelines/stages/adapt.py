@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance
@@ -41,6 +42,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
         model = load_model(fetch(teacher.outputs["model"]))
+        tokenizer = load_tokenizer(teacher.outputs["model"])
         plan = plan_partition(
             importance,
             num_experts=moe.num_experts,
@@ -50,20 +52,20 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             tie_shared=moe.tie_shared,
             layers=moe.layers,
             seed=config.seed,
+            model=model,
+            batches=_batches(config, inputs, tokenizer) if _splits_by_data(config) else None,
         )
+        token_counts = None
+        if _counts_tokens(config):
+            token_counts = _token_counts(inputs, tokenizer, model)
         student = dense_to_moe(
-            model,
-            plan,
-            router=moe.router,
-            top_k=moe.top_k,
-            seed=config.seed,
-            gate_scale=moe.gate_scale,
+            model, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
         )
         plan.save(stage.directory / "plan.json")
         save_model(
             student,
             stage.directory / "model",
-            tokenizer=load_tokenizer(teacher.outputs["model"]),
+            tokenizer=tokenizer,
         )
         picture = plot_importance(
             [importance[part.layer] for part in plan.partitions],
@@ -80,26 +82,105 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             plots=(picture,),
         )
 
+    input_digests = {"teacher": teacher.digests["model"], "scores": scores.digests["scores"]}
+    if _splits_by_data(config) or _counts_tokens(config):
+        input_digests["data"] = inputs.workspace.splits.train_digest
     return execute(
         NAME,
-        settings={
-            "seed": config.seed,
-            "moe": config.moe.model_dump(mode="json", exclude=_unread_keys(config)),
-        },
-        input_digests={
-            "teacher": teacher.digests["model"],
-            "scores": scores.digests["scores"],
-        },
+        settings=adapt_settings(config),
+        input_digests=input_digests,
         inputs=inputs,
         tracker=tracker,
         work=work,
     )
 
 
+def router_options(config: RunConfig) -> dict[str, Any]:
+    """Return what `dense_to_moe` takes from the recipe beside the plan.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+
+    Returns:
+        Keyword arguments.
+    """
+    moe = config.moe
+    return {
+        "router": moe.router,
+        "top_k": moe.top_k,
+        "gate_scale": moe.gate_scale,
+        "gate_noise": moe.gate_noise,
+        "gate_jitter": moe.gate_jitter,
+        "capacity_factor": moe.capacity_factor,
+        "drop_policy": moe.drop_policy,
+        "task_map": moe.task_map,
+        # A recipe has one task.
+        "num_tasks": 1 if moe.router == "task_gate" else None,
+    }
+
+
+def adapt_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the part of a recipe that the untrained student depends on.
+
+    A setting that did not exist before counts only where it is used, so that results of earlier
+    versions stay finished.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+
+    Returns:
+        Plain values.
+    """
+    moe = config.moe.model_dump(mode="json", exclude=_unread_keys(config))
+    defaults = type(config.moe)().model_dump(mode="json")
+    settings: dict[str, Any] = {"seed": config.seed}
+    settings["moe"] = {
+        key: value for key, value in moe.items() if key not in _OPTIONS or value != defaults[key]
+    }
+    if _splits_by_data(config) or _counts_tokens(config):
+        settings["max_length"] = config.model.max_length
+    return settings
+
+
+_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
+
+
 def _unread_keys(config: RunConfig) -> set[str]:
     """Name the settings that do not touch the student, so that changing them re-runs nothing."""
-    unread = {"importance_samples"}
+    unread = set() if _splits_by_data(config) else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
         unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
+        unread |= set(_OPTIONS)
     return unread
+
+
+def _splits_by_data(config: RunConfig) -> bool:
+    from moe_dist.conversion import PARTITIONS
+
+    return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].needs_batches
+
+
+def _counts_tokens(config: RunConfig) -> bool:
+    return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
+
+
+def _batches(config: RunConfig, inputs: StageInputs, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """The training rows that neurons were scored on."""
+    from moe_dist.data.loaders import eval_batches
+
+    encoded = inputs.workspace.encoded("train", tokenizer)
+    drawn = encoded.draw(config.moe.importance_samples, seed=config.seed)
+    return eval_batches(
+        drawn,
+        batch_size=score_importance.BATCH_SIZE,
+        pad_token_id=int(tokenizer.pad_token_id),
+    )
+
+
+def _token_counts(inputs: StageInputs, tokenizer: Any, model: Any) -> Any:
+    """How often each token id occurs in the training rows."""
+    import torch
+
+    encoded = inputs.workspace.encoded("train", tokenizer)
+    return torch.from_numpy(encoded.token_counts(model.config.get_text_config().vocab_size))
