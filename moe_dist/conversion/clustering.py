@@ -40,6 +40,8 @@ def balanced_clusters(
     """
     gram = gram_NN.double().cpu().numpy()
     num_items = len(gram)
+    if not num_items:
+        return torch.zeros(0, dtype=torch.int64)
     sizes = [(num_items + place) // num_clusters for place in range(num_clusters)]
     best: Tensor | None = None
     least = float("inf")
