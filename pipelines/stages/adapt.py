@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 NAME = "adapt"
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
+# Settings that earlier versions did not have.
+_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -122,7 +124,7 @@ def router_options(config: RunConfig) -> dict[str, Any]:
 def adapt_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of a recipe that the untrained student depends on.
 
-    A setting that did not exist before counts only where it is used, so that results of earlier
+    An option that did not exist before counts only where it is used, so that results of earlier
     versions stay finished.
 
     Args:
@@ -140,9 +142,6 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     if _splits_by_data(config) or _counts_tokens(config):
         settings["max_length"] = config.model.max_length
     return settings
-
-
-_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
 
 
 def _unread_keys(config: RunConfig) -> set[str]:
