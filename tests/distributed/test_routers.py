@@ -100,7 +100,7 @@ def oracle(model: OneLayer, world: int) -> tuple[list[Tensor], dict[str, Tensor]
 
 
 def gap_to_oracle(rank: int, world: int, router: str, top_k: int, limit: str, ep: int) -> float:
-    """The largest difference in this rank's output and its gradients, summed over ranks."""
+    """The largest relative difference in this rank's output and gradients, summed over ranks."""
     from moe_dist.distributed.expert_parallel import parallelize_experts
 
     outputs, wanted = oracle(OneLayer(router, top_k, limit), world)
@@ -121,7 +121,7 @@ def gap_to_oracle(rank: int, world: int, router: str, top_k: int, limit: str, ep
                 want = want.chunk(ep)[rank % ep]
             else:
                 dist.all_reduce(grad)
-            gaps.append(float((grad - want).abs().max()))
+            gaps.append(float((grad - want).abs().max()) / max(1.0, float(want.abs().max())))
     return max(gaps)
 
 
