@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
@@ -10,6 +10,7 @@ from . import finetune_teacher, score_importance
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.loaders import Encoded
     from moe_dist.tracking import TrackedRun
 
 NAME = "adapt"
@@ -33,35 +34,18 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     scores = inputs.result(score_importance.NAME)
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.conversion import dense_to_moe, plan_partition
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
         from moe_dist.training.results import load_scores
 
         from ..plots import plot_importance
 
-        moe = config.moe
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
         model = load_model(fetch(teacher.outputs["model"]))
         tokenizer = load_tokenizer(teacher.outputs["model"])
-        plan = plan_partition(
-            importance,
-            num_experts=moe.num_experts,
-            expert_size=moe.expert_size,
-            num_shared_neurons=moe.num_shared_neurons,
-            method=moe.partition,
-            tie_shared=moe.tie_shared,
-            layers=moe.layers,
-            seed=config.seed,
-            model=model,
-            batches=_batches(config, inputs, tokenizer) if _splits_by_data(config) else None,
-        )
-        token_counts = None
-        if _counts_tokens(config):
-            token_counts = _token_counts(inputs, tokenizer, model)
-        student = dense_to_moe(
-            model, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
+        plan, student = convert(
+            config, model, importance, lambda: inputs.workspace.encoded("train", tokenizer)
         )
         plan.save(stage.directory / "plan.json")
         save_model(
@@ -85,7 +69,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         )
 
     input_digests = {"teacher": teacher.digests["model"], "scores": scores.digests["scores"]}
-    if _splits_by_data(config) or _counts_tokens(config):
+    if reads_rows(config):
         input_digests["data"] = inputs.workspace.splits.train_digest
     return execute(
         NAME,
@@ -95,6 +79,65 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         tracker=tracker,
         work=work,
     )
+
+
+def convert(
+    config: RunConfig,
+    dense: Any,
+    importance: Sequence[Any],
+    rows: Callable[[], Encoded] | None = None,
+) -> tuple[Any, Any]:
+    """Split a dense model into experts.
+
+    Args:
+        config: the configuration of one student.
+        dense: the model; it is left as it was.
+        importance: (F,) scores for each feed-forward layer.
+        rows: gives the tokenised training rows; asked only where `reads_rows` says so.
+
+    Returns:
+        The plan, and the student.
+
+    Raises:
+        MissingInputError: if the training rows are needed, and there are none.
+    """
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    moe = config.moe
+    encoded = rows() if rows is not None and reads_rows(config) else None
+    batches, token_counts = None, None
+    if encoded is not None and _splits_by_data(config):
+        batches = _scored_batches(config, encoded, int(dense.config.pad_token_id or 0))
+    if encoded is not None and _counts_tokens(config):
+        token_counts = _token_counts(encoded, dense)
+    plan = plan_partition(
+        importance,
+        num_experts=moe.num_experts,
+        expert_size=moe.expert_size,
+        num_shared_neurons=moe.num_shared_neurons,
+        method=moe.partition,
+        tie_shared=moe.tie_shared,
+        layers=moe.layers,
+        seed=config.seed,
+        model=dense,
+        batches=batches,
+    )
+    student = dense_to_moe(
+        dense, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
+    )
+    return plan, student
+
+
+def reads_rows(config: RunConfig) -> bool:
+    """Tell whether partition or router look at training rows.
+
+    Args:
+        config: the configuration of one student.
+
+    Returns:
+        Whether `convert` asks for them.
+    """
+    return _splits_by_data(config) or _counts_tokens(config)
 
 
 def router_options(config: RunConfig) -> dict[str, Any]:
@@ -139,7 +182,7 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     settings["moe"] = {
         key: value for key, value in moe.items() if key not in _OPTIONS or value != defaults[key]
     }
-    if _splits_by_data(config) or _counts_tokens(config):
+    if reads_rows(config):
         settings["max_length"] = config.model.max_length
     return settings
 
@@ -164,22 +207,18 @@ def _counts_tokens(config: RunConfig) -> bool:
     return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
 
 
-def _batches(config: RunConfig, inputs: StageInputs, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _scored_batches(
+    config: RunConfig, encoded: Encoded, pad_token_id: int
+) -> Iterator[dict[str, Any]]:
     """The training rows that neurons were scored on."""
     from moe_dist.data.loaders import eval_batches
 
-    encoded = inputs.workspace.encoded("train", tokenizer)
     drawn = encoded.draw(config.moe.importance_samples, seed=config.seed)
-    return eval_batches(
-        drawn,
-        batch_size=score_importance.BATCH_SIZE,
-        pad_token_id=int(tokenizer.pad_token_id),
-    )
+    return eval_batches(drawn, batch_size=score_importance.BATCH_SIZE, pad_token_id=pad_token_id)
 
 
-def _token_counts(inputs: StageInputs, tokenizer: Any, model: Any) -> Any:
+def _token_counts(encoded: Encoded, dense: Any) -> Any:
     """How often each token id occurs in the training rows."""
     import torch
 
-    encoded = inputs.workspace.encoded("train", tokenizer)
-    return torch.from_numpy(encoded.token_counts(model.config.get_text_config().vocab_size))
+    return torch.from_numpy(encoded.token_counts(dense.config.get_text_config().vocab_size))
