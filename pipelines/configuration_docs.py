@@ -21,7 +21,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 _HEAD = """\
 # Configuration
 
-<!-- Written by `make docs` from moe_dist/config/sections.py; a test keeps the two in step. -->
+<!-- Written by `make docs` from the sections in moe_dist/config; a test keeps the two in step. -->
 
 A recipe is a YAML file with the sections below; `pipelines/recipes/` holds examples. Any key can be
 changed on the command line by its dotted name, and the value is YAML:
@@ -46,7 +46,8 @@ _RULES = """\
 - `moe.tie_shared` needs shared neurons and several experts.
 - A batch gives every micro-batch of every worker a sample: `train.batch_size` is at least
   `parallel.num_workers` × `train.accumulation`; of a pair, its larger number counts.
-- `distill.load_balancing_weight` and `distill.z_loss_weight` need a router with a gate.
+- `distill.load_balancing_weight`, `distill.z_loss_weight`, `distill.entropy_weight`,
+  `moe.gate_noise` and `moe.gate_jitter` need a router with a gate.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
 - A comparison may change `moe`, `distill`, `train` and `parallel`; the teacher and the data are the

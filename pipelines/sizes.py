@@ -14,6 +14,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 
 from .report import quantity
 from .shares import topology_facts
+from .stages.adapt import router_options
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ def plan_skeleton(teacher: Any, config: RunConfig) -> Any:
         num_experts=moe.num_experts,
         expert_size=moe.expert_size,
         num_shared_neurons=moe.num_shared_neurons,
-        method=moe.partition,
+        # Other methods choose other neurons, in experts of the same shape.
+        method="full_copy" if moe.partition == "full_copy" else "importance",
         tie_shared=moe.tie_shared,
         layers=moe.layers,
         seed=config.seed,
@@ -184,16 +186,17 @@ def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
     Returns:
         The student, with shapes only.
     """
+    import torch
+
     from moe_dist.conversion import dense_to_moe
 
-    moe = config.moe
     return dense_to_moe(
         teacher,
         plan_skeleton(teacher, config),
-        router=moe.router,
-        top_k=moe.top_k,
         seed=config.seed,
-        gate_scale=moe.gate_scale,
+        # Tables of any content have the same shape.
+        token_counts=torch.zeros(teacher.config.get_text_config().vocab_size),
+        **router_options(config),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_dist.uris import redact_uri
 
@@ -14,6 +14,7 @@ from .payloads import data_arguments
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TrainConfig
+    from moe_dist.data.loaders import Encoded
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
     from moe_dist.training.driver import RaySession
@@ -58,6 +59,26 @@ class Workspace:
         from moe_dist.data.sources import load_splits
 
         return load_splits(**self.data_arguments)
+
+    def encoded(self, part: Literal["train", "dev"], tokenizer: Any) -> Encoded:
+        """Tokenise a split in this process, as workers do: the cache entry is theirs too.
+
+        Args:
+            part: which split.
+            tokenizer: the teacher's.
+
+        Returns:
+            The samples.
+        """
+        from moe_dist.data.loaders import encode
+
+        return encode(
+            getattr(self.splits, part),
+            tokenizer,
+            max_length=self.config.model.max_length,
+            cache_dir=None,
+            digest=f"{self.splits.digest}-{part}",
+        )
 
     @cached_property
     def data_arguments(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -270,18 +271,25 @@ def test_a_wrong_value_is_named_with_its_path(tmp_path: Path, override: str, wor
 @pytest.mark.parametrize(
     ("override", "now"),
     [
-        ("moe.router=sentence_gate", "hash_random, token_gate"),
-        ("moe.router=task_gate", "hash_random, token_gate"),
-        ("moe.router=merged_token", "hash_random, token_gate"),
+        (
+            "moe.router=merged_token",
+            "hash_random, hash_balanced, token_gate, sentence_gate, task_gate",
+        ),
         ("moe.combine=merge", "dispatch"),
-        ("moe.partition=kmeans", "importance, random, inverse, full_copy"),
-        ("moe.partition=coactivation", "importance, random, inverse, full_copy"),
-        ("moe.partition=clustered_importance", "importance, random, inverse, full_copy"),
     ],
 )
 def test_what_is_not_built_says_what_is(tmp_path: Path, override: str, now: str) -> None:
     fault = only_fault(tmp_path, override)
     assert fault.endswith(f"is not built yet; what exists now: {now}.")
+
+
+def test_the_choices_are_those_of_the_tables() -> None:
+    from moe_dist.config.moe_section import PartitionName, RouterName
+    from moe_dist.conversion import PARTITIONS
+    from moe_dist.moe import ROUTERS
+
+    assert typing.get_args(RouterName) == tuple(ROUTERS)
+    assert typing.get_args(PartitionName) == tuple(PARTITIONS)
 
 
 @pytest.mark.parametrize("section", ["search", "export"])
@@ -329,8 +337,15 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
         ({"moe": {"tie_shared": True, "num_experts": 1}}, "needs several experts"),
         ({"moe": {"layers": [1, 1]}}, "names a layer twice"),
         ({"moe": {"layers": [-1]}}, "numbered from 0"),
-        ({"distill": {"load_balancing_weight": 0.1}}, "no gate to train"),
-        ({"distill": {"z_loss_weight": 0.1}}, "no gate to train"),
+        ({"distill": {"load_balancing_weight": 0.1}}, "load_balancing_weight=0.1 has no gate"),
+        ({"distill": {"z_loss_weight": 0.1}}, "z_loss_weight=0.1 has no gate"),
+        ({"distill": {"entropy_weight": 0.1}}, "entropy_weight=0.1 has no gate"),
+        ({"moe": {"gate_noise": 0.5}}, "moe.gate_noise=0.5 has no gate"),
+        (
+            {"moe": {"router": "task_gate", "task_map": "fixed", "gate_noise": 0.5}},
+            "moe.router=task_gate and moe.task_map=fixed",
+        ),
+        ({"moe": {"router": "task_gate", "gate_jitter": 0.1}}, "use moe.gate_noise"),
         (
             {"distill": {"task_weight": 0, "hidden_weight": 0, "kl_weight": 0}},
             "learns nothing",
@@ -418,7 +433,10 @@ def test_dense_is_one_expert_of_the_same_active_size(tmp_path: Path) -> None:
         "moe={expert_size: 384, num_shared_neurons: 256, tie_shared: true, top_k: 2}",
         "moe.router=token_gate",
         "moe.partition=random",
+        "moe.gate_noise=0.1",
+        "moe.capacity_factor=1.25",
         "distill.load_balancing_weight=0.1",
+        "distill.entropy_weight=0.1",
         "train.expert_learning_rate_scale=2",
         "parallel={num_workers: 2, ep_size: 2}",
     )
@@ -429,7 +447,7 @@ def test_dense_is_one_expert_of_the_same_active_size(tmp_path: Path) -> None:
     assert dense.moe.tie_shared is False
     assert dense.moe.partition == "importance"
     assert (dense.parallel.num_workers, dense.parallel.ep_size) == (2, 1)
-    assert dense.distill.load_balancing_weight == 0
+    assert dense.distill.load_balancing_weight == dense.distill.entropy_weight == 0
     assert dense.train.expert_learning_rate_scale == 1
     assert dense.compare == {}
     assert (dense.name, dense.run_dir, dense.data) == (config.name, config.run_dir, config.data)

@@ -364,6 +364,8 @@ def test_damaged_database_is_named(tmp_path: Path) -> None:
 
 
 def test_flatten_and_scrub() -> None:
+    assert flatten({}) == {}
+    assert flatten({"compare": {}, "moe": {"top_k": 1}}) == {"compare": "{}", "moe.top_k": "1"}
     flat = flatten(CONFIG)
     assert flat["moe.layers"] == "[0, 1]" and flat["tracking.hub_token"] == "(hidden)"
     assert scrub({"uri": "sqlite:////home/ann/mlflow.db"}) == {"uri": "sqlite:///mlflow.db"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moe_dist.config.loading import build_config, load_config, read_settings
+from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.run_config import RunConfig, dense_overrides
 from moe_dist.config.sections import (
     DataConfig,
     DistillConfig,
     FinetuneConfig,
     ModelConfig,
-    MoeConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,

@@ -116,16 +116,34 @@ def _layers_once(config: RunConfig) -> Iterator[str]:
         yield f"moe.layers={list(layers)} names a layer twice; name each one once."
 
 
-def _gate_losses_need_a_gate(config: RunConfig) -> Iterator[str]:
-    if config.moe.num_experts == 1 or not config.moe.router.startswith("hash"):
+def _gate_settings_need_a_gate(config: RunConfig) -> Iterator[str]:
+    moe = config.moe
+    if moe.num_experts == 1:
         return
-    for key in ("load_balancing_weight", "z_loss_weight"):
-        weight = getattr(config.distill, key)
-        if weight > 0:
-            yield (
-                f"distill.{key}={weight:g} has no gate to train with "
-                f"moe.router={config.moe.router}; set it to 0, or use router token_gate."
-            )
+    fixed = moe.router == "task_gate" and moe.task_map == "fixed"
+    if moe.router.startswith("hash") or fixed:
+        router = f"moe.router={moe.router}" + (" and moe.task_map=fixed" if fixed else "")
+        for section, key in _GATE_SETTINGS:
+            value = getattr(getattr(config, section), key)
+            if value > 0:
+                yield (
+                    f"{section}.{key}={value:g} has no gate to work on with {router}; "
+                    "set it to 0, or use router token_gate."
+                )
+    elif moe.router == "task_gate" and moe.gate_jitter > 0:
+        yield (
+            f"moe.gate_jitter={moe.gate_jitter:g} scales hidden states, which "
+            "moe.router=task_gate does not read; set it to 0, or use moe.gate_noise."
+        )
+
+
+_GATE_SETTINGS = (
+    ("distill", "load_balancing_weight"),
+    ("distill", "z_loss_weight"),
+    ("distill", "entropy_weight"),
+    ("moe", "gate_noise"),
+    ("moe", "gate_jitter"),
+)
 
 
 def _some_loss(config: RunConfig) -> Iterator[str]:
@@ -284,12 +302,12 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
     (_layers_once, ("moe.layers",)),
     (
-        _gate_losses_need_a_gate,
+        _gate_settings_need_a_gate,
         (
             "moe.router",
+            "moe.task_map",
             "moe.num_experts",
-            "distill.load_balancing_weight",
-            "distill.z_loss_weight",
+            *(f"{section}.{key}" for section, key in _GATE_SETTINGS),
         ),
     ),
     (_some_loss, ("distill.task_weight", "distill.hidden_weight", "distill.kl_weight")),

@@ -25,16 +25,8 @@ _STAND_INS: dict[str, Any] = {
 _NOT_BUILT = {
     "search": "the search over recipes",
     "export": "the export settings",
-    "moe.router": (
-        "hash_balanced",
-        "sentence_gate",
-        "task_gate",
-        "merged_task",
-        "merged_sequence",
-        "merged_token",
-    ),
+    "moe.router": ("merged_task", "merged_sequence", "merged_token"),
     "moe.combine": ("merge",),
-    "moe.partition": ("kmeans", "coactivation", "clustered_importance"),
 }
 _WANTED = {
     "int_type": "a whole number",

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.sections import (
     NAME_PATTERN,
@@ -19,7 +20,6 @@ from moe_dist.config.sections import (
     FinetuneConfig,
     Integer,
     ModelConfig,
-    MoeConfig,
     ParallelConfig,
     Section,
     TrackingConfig,
@@ -207,6 +207,7 @@ def dense_overrides(moe: MoeConfig) -> dict[str, Any]:
         "moe.partition": "importance",
         "distill.load_balancing_weight": 0.0,
         "distill.z_loss_weight": 0.0,
+        "distill.entropy_weight": 0.0,
         "train.expert_learning_rate_scale": 1.0,
         "parallel.ep_size": 1,
     }

@@ -147,8 +147,9 @@ class DataConfig(Section):
     )
     label_names: Names | None = Field(
         default=None,
-        description="Names of the classes in the order of their numbers; found in the training "
-        "rows (sorted) when not given.",
+        description="Names of the classes in the order of their numbers, as the label column has "
+        "them (`[negative, positive]`, `[0, 1]`; `true` and `false` in quotes); the task's, or "
+        "found in the training rows (sorted) when not given.",
     )
     kind: Literal["classification", "regression"] | None = Field(
         default=None,
@@ -281,67 +282,6 @@ class FinetuneConfig(Section):
     )
 
 
-class MoeConfig(Section):
-    """How the teacher's feed-forward neurons become experts."""
-
-    num_experts: Integer = Field(
-        default=4,
-        ge=1,
-        description="Experts in each converted layer; 1 is the plain pruned dense student.",
-    )
-    expert_size: Integer = Field(
-        default=768,
-        ge=1,
-        description="Neurons that one token uses in one expert, the shared ones included.",
-    )
-    num_shared_neurons: Integer = Field(
-        default=512,
-        ge=0,
-        description="The most important neurons, which every expert gets, counted in "
-        "`moe.expert_size`.",
-    )
-    tie_shared: Switch = Field(
-        default=False,
-        description="Keep the shared neurons one set of weights, computed once for every token "
-        "beside the routed private part. When false they merely start alike.",
-    )
-    partition: Literal["importance", "random", "inverse", "full_copy"] = Field(
-        default="importance",
-        description="How neurons are handed out: by `importance`, at `random`, the least important "
-        "first (`inverse`), or every expert all of them (`full_copy`).",
-    )
-    layers: Annotated[tuple[Integer, ...], Field(min_length=1)] | None = Field(
-        default=None, description="Numbers of the layers to convert, from 0; all when not given."
-    )
-    router: Literal["hash_random", "token_gate"] = Field(
-        default="hash_random",
-        description="How tokens find experts: `hash_random` fixes a random expert for each token "
-        "id, `token_gate` learns it.",
-    )
-    combine: Literal["dispatch"] = Field(
-        default="dispatch", description="How experts come together: tokens travel to them."
-    )
-    top_k: Integer = Field(default=1, ge=1, description="Experts that each token uses.")
-    gate_scale: Literal["straight_through", "probability"] = Field(
-        default="straight_through",
-        description="Weight of a single chosen expert: `straight_through` is 1 and still trains "
-        "the gate, `probability` is the gate's own value, which changes the function at the start.",
-    )
-    importance_samples: Integer | None = Field(
-        default=4096,
-        ge=1,
-        description="Training rows that neurons are scored on, drawn by the seed; null for all.",
-    )
-
-    @property
-    def active_neurons(self) -> int:
-        """Feed-forward neurons that one token uses in a converted layer."""
-        if self.tie_shared:
-            private = self.expert_size - self.num_shared_neurons
-            return self.num_shared_neurons + self.top_k * private
-        return self.top_k * self.expert_size
-
-
 class DistillConfig(Section):
     """The loss that the student is trained on."""
 
@@ -365,6 +305,12 @@ class DistillConfig(Section):
     )
     z_loss_weight: Number = Field(
         default=0.0, ge=0, description="Weight of the loss that keeps router logits small."
+    )
+    entropy_weight: Number = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that makes a gate decide: the entropy of its probabilities "
+        "for each token.",
     )
     temperature: Number = Field(
         default=1.0, gt=0, description="Softens both predictions before they are compared."

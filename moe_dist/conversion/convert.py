@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.partition import LayerPartition, PartitionPlan
+from moe_dist.conversion.replacement import MoeSettings, router_for
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers import build_router
 
 
 def dense_to_moe(
@@ -30,6 +30,11 @@ def dense_to_moe(
     token_counts: Tensor | None = None,
     num_tasks: int | None = None,
     gate_scale: str = "straight_through",
+    gate_noise: float = 0.0,
+    gate_jitter: float = 0.0,
+    task_map: str = "learned",
+    capacity_factor: float | None = None,
+    drop_policy: str = "position",
 ) -> Any:
     """Make the sparse student of a dense model.
 
@@ -44,9 +49,15 @@ def dense_to_moe(
         top_k: experts for each token; their weights are renormalised to sum 1.
         seed: of hash tables and gates.
         token_counts: (V,) counts on the training split, for hash_balanced.
-        num_tasks: for routers over tasks.
+        num_tasks: for task_gate.
         gate_scale: weight of the chosen expert for top_k 1: "straight_through" has the value 1
             and a gradient, "probability" is the papers' and scales the output.
+        gate_noise: standard deviation of noise on a gate's scores, in training.
+        gate_jitter: how far a gate's input is scaled up or down at random, in training.
+        task_map: of task_gate: "learned", or "fixed" experts for each task.
+        capacity_factor: in training, tokens that an expert takes, as a multiple of its even
+            share; None drops nothing.
+        drop_policy: who finds a place then: see `moe_dist.moe.capacity.Capacity`.
 
     Returns:
         A new model of the registered class, e.g. MoeBertForSequenceClassification.
@@ -58,32 +69,34 @@ def dense_to_moe(
     slots = find_slots(model)
     _check_plan(slots, plan)
     routed = plan.num_experts > 1
+    settings = MoeSettings(
+        num_experts=plan.num_experts,
+        expert_size=plan.expert_size,
+        num_shared_neurons=plan.num_shared_neurons,
+        tie_shared=plan.tie_shared,
+        layers=plan.layers,
+        router=router if routed else "none",
+        top_k=top_k if routed else 1,
+        gate_scale=gate_scale,
+        seed=seed,
+        num_tasks=num_tasks,
+        partition=plan.method,
+        vocab_size=_vocab_size(model),
+        gate_noise=gate_noise,
+        gate_jitter=gate_jitter,
+        task_map=task_map,
+        capacity_factor=capacity_factor if routed else None,
+        drop_policy=drop_policy,
+    )
     if routed:
         # A checkpoint's table may stand in for missing counts, but here there is none.
-        build_router(
-            router,
+        router_for(
+            settings,
             d_model=slots[0].weights().w_in.shape[1],
-            num_experts=plan.num_experts,
-            top_k=top_k,
             vocab_size=_vocab_size(model),
             token_counts=token_counts,
-            num_tasks=num_tasks,
-            gate_scale=gate_scale,
         )
-    moe = {
-        "num_experts": plan.num_experts,
-        "expert_size": plan.expert_size,
-        "num_shared_neurons": plan.num_shared_neurons,
-        "tie_shared": plan.tie_shared,
-        "layers": list(plan.layers),
-        "router": router if routed else "none",
-        "top_k": top_k if routed else 1,
-        "gate_scale": gate_scale,
-        "seed": seed,
-        "num_tasks": num_tasks,
-        "partition": plan.method,
-    }
-    student = _fresh_student(model, moe, token_counts)
+    student = _fresh_student(model, settings.to_dict(), token_counts)
     layers = {layer.name: layer for layer in student.modules() if isinstance(layer, MoELayer)}
     parts = {part.layer: part for part in plan.partitions}
     with torch.no_grad():

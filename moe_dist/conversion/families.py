@@ -26,6 +26,8 @@ class FamilySpec:
         config_class: the dense configuration class.
         blocks: classes of the modules that hold one FFN each.
         stacks: classes whose forward takes the token ids; routing contexts open around them.
+        causal_stacks: those of them in which no token sees a later one, whatever the model's
+            configuration says (``is_decoder`` says it of any other).
         linear_in: path of the first linear layer.
         linear_out: path of the second one.
         activation: path of the activation.
@@ -58,6 +60,7 @@ class FamilySpec:
     gate: str | None = None
     dropout: str | None = None
     transposed: bool = False
+    causal_stacks: tuple[str, ...] = ()
     first_token_heads: tuple[str, ...] = ()
     attention_out: str = ""
 
@@ -104,6 +107,7 @@ FAMILIES: dict[str, FamilySpec] = {
             "GPT2ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
         },
         transposed=True,
+        causal_stacks=("GPT2Model",),
     ),
     "t5": FamilySpec(
         model_type="t5",
@@ -147,6 +151,7 @@ FAMILIES: dict[str, FamilySpec] = {
             "BartForCausalLM": ("AutoModelForCausalLM",),
         },
         dropout="activation_dropout",
+        causal_stacks=("BartDecoder",),
     ),
 }
 
@@ -187,6 +192,11 @@ class FFNSlot:
     name: str
     block: nn.Module
     spec: FamilySpec
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether it is in the decoder of an encoder-decoder."""
+        return "decoder" in self.name.split(".") and self.spec.model_type in ("t5", "bart")
 
     @property
     def gated(self) -> bool:
@@ -320,7 +330,7 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
     return [FFNSlot(index, name, block, spec) for index, (name, block) in enumerate(blocks)]
 
 
-def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[nn.Module]:
+def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module, bool]]:
     """Yield the modules whose forward takes token ids.
 
     Args:
@@ -328,11 +338,12 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[nn.Module]:
         spec: the family.
 
     Yields:
-        Encoder and decoder stacks.
+        Encoder and decoder stacks, each with whether its tokens see no later ones.
     """
     for module in model.modules():
         if _is_a(module, spec.stacks):
-            yield module
+            is_decoder = bool(getattr(getattr(module, "config", None), "is_decoder", False))
+            yield module, is_decoder or _is_a(module, spec.causal_stacks)
 
 
 def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:

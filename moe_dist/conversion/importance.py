@@ -53,7 +53,7 @@ def score_importance(
     totals: list[Tensor | None] = [None] * len(slots)
     num_batches = 0
     with ExitStack() as stack:
-        stack.enter_context(_frozen_in_eval_mode(model))
+        stack.enter_context(frozen_in_eval_mode(model))
         stack.enter_context(torch.enable_grad())
         if per_sample_loss is None:
             # A loss of the caller's may read any position of any hidden state.
@@ -63,8 +63,8 @@ def score_importance(
             try:
                 for capture in captures:
                     capture.install()
-                moved = _on_device(model, batch)
-                outputs = model(**_model_inputs(model, moved))
+                moved = on_device(model, batch)
+                outputs = model(**accepted_inputs(model, moved))
                 losses_B = loss_of(model, outputs, moved)
                 leaves = [leaf for capture in captures for leaf in capture.leaves]
                 losses_B.sum().backward(inputs=leaves)
@@ -192,7 +192,15 @@ class _Capture:
 
 
 @contextmanager
-def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode and its parameters without gradient, and put both back.
+
+    Args:
+        model: changed inside the `with` block only.
+
+    Yields:
+        Nothing.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -231,7 +239,16 @@ def _cut_to_first_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[An
     return tuple(value_BSD[:, :1] for value_BSD in args)
 
 
-def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Move a batch to the model's device.
+
+    Args:
+        model: on one device.
+        batch: tensors and other values.
+
+    Returns:
+        The same entries there.
+    """
     device = next(model.parameters()).device
     return {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -239,7 +256,16 @@ def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what a model's forward does not take, and labels where it can do without.
+
+    Args:
+        model: a transformers model.
+        batch: inputs, labels and others.
+
+    Returns:
+        Keyword arguments of its forward.
+    """
     names = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in batch.items() if key in names}
     config: Any = model.config

@@ -6,13 +6,14 @@ Shapes: D model, E experts, V vocabulary, K active experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from moe_dist.conversion.families import FamilySpec, FFNSlot, find_slots, find_stacks
 from moe_dist.errors import ConversionError
+from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers import build_router
@@ -35,6 +36,12 @@ class MoeSettings:
         seed: of hash tables and gates; each layer derives its own.
         num_tasks: tasks that a task router tells apart.
         partition: the method that chose the neurons.
+        vocab_size: rows of the hash tables; the configuration's where None.
+        gate_noise: see `moe_dist.moe.gates.Gate`.
+        gate_jitter: see `moe_dist.moe.gates.TokenGate`.
+        task_map: of task_gate: "learned" or "fixed".
+        capacity_factor: see `moe_dist.moe.capacity.Capacity`; None drops nothing.
+        drop_policy: see `moe_dist.moe.capacity.Capacity`.
     """
 
     num_experts: int
@@ -48,6 +55,20 @@ class MoeSettings:
     seed: int
     num_tasks: int | None
     partition: str
+    # Models of earlier versions lack what follows.
+    vocab_size: int | None = None
+    gate_noise: float = 0.0
+    gate_jitter: float = 0.0
+    task_map: str = "learned"
+    capacity_factor: float | None = None
+    drop_policy: str = "position"
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """The limit on an expert's tokens, if there is one."""
+        if self.capacity_factor is None:
+            return None
+        return Capacity(self.capacity_factor, self.drop_policy)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain values.
@@ -70,8 +91,12 @@ class MoeSettings:
         Raises:
             ConversionError: if a setting is missing.
         """
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
+        names = [field.name for field in fields(cls) if field.name in values]
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in values
+        ]
         if missing:
             raise ConversionError(
                 f"the model's configuration lacks moe.{', moe.'.join(missing)}",
@@ -98,11 +123,53 @@ def replace_ffns(
             checkpoint's own replaces.
     """
     slots = find_slots(model, spec)
-    vocab_size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    vocab_size = settings.vocab_size
+    if vocab_size is None:
+        vocab_size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     for index in settings.layers:
         slots[index].replace(_build_layer(slots[index], settings, vocab_size, token_counts))
-    for stack in find_stacks(model, spec):
-        install_routing_hooks(stack)
+    for stack, causal in find_stacks(model, spec):
+        install_routing_hooks(stack, causal=causal)
+
+
+def router_for(
+    settings: MoeSettings,
+    *,
+    d_model: int,
+    vocab_size: int,
+    token_counts: Tensor | None = None,
+    layer: int = 0,
+) -> nn.Module:
+    """Build the router of one layer.
+
+    Args:
+        settings: the model's.
+        d_model: D.
+        vocab_size: V.
+        token_counts: (V,) for hash_balanced.
+        layer: the FFN's index, from which the layer's own seed follows.
+
+    Returns:
+        The router.
+
+    Raises:
+        ConversionError: if there is no such router, or top_k does not fit.
+        MissingInputError: if it needs something that was not given.
+    """
+    return build_router(
+        settings.router,
+        d_model=d_model,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        vocab_size=vocab_size,
+        seed=settings.seed * 1_000_003 + layer,
+        token_counts=token_counts,
+        num_tasks=settings.num_tasks,
+        gate_scale=settings.gate_scale,
+        gate_noise=settings.gate_noise,
+        gate_jitter=settings.gate_jitter,
+        task_map=settings.task_map,
+    )
 
 
 def _build_layer(
@@ -126,23 +193,20 @@ def _build_layer(
 
     router = None
     if settings.num_experts > 1:
-        name = settings.router
-        if name == "hash_balanced" and token_counts is None:
-            name = "hash_random"  # the same buffer, for a checkpoint to fill
-        router = build_router(
-            name,
+        if settings.router == "hash_balanced" and token_counts is None:
+            # The same buffer, for a checkpoint to fill.
+            settings = replace(settings, router="hash_random")
+        router = router_for(
+            settings,
             d_model=d_model,
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
             vocab_size=vocab_size,
-            seed=settings.seed * 1_000_003 + slot.index,
             token_counts=token_counts,
-            num_tasks=settings.num_tasks,
-            gate_scale=settings.gate_scale,
+            layer=slot.index,
         )
     return MoELayer(
         experts(settings.num_experts, settings.expert_size - num_shared, weights.b_out is not None),
         router,
         shared=experts(1, num_shared, False) if num_shared else None,
         name=slot.name,
+        capacity=settings.capacity if router is not None else None,
     )

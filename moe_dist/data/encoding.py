@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moe_dist.data.cache import build_once, default_cache_dir
@@ -67,6 +68,21 @@ class Encoded:
             Counts (vocab_size,).
         """
         return np.bincount(self.input_ids, minlength=vocab_size).astype(np.int64)
+
+    def draw(self, num_samples: int | None, *, seed: int) -> Encoded:
+        """Some of the samples, drawn at random and in their own order.
+
+        Args:
+            num_samples: how many; None, or as many as there are, gives all.
+            seed: decides which.
+
+        Returns:
+            A copy with these samples, or these samples themselves.
+        """
+        if num_samples is None or num_samples >= len(self):
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[:num_samples].sort().values.numpy())
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Encoded:
         """Some of the samples, in the order given.

@@ -1,4 +1,4 @@
-"""Dropless dispatch to experts that live on other ranks.
+"""Dispatch to experts that live on other ranks.
 
 Shapes: T tokens, D model, E experts, K active experts; S = T*K slots of this rank's tokens, R rows
 that it receives from other ranks, G ranks of the group, L = E / G experts on each.
@@ -29,9 +29,10 @@ class AllToAllDispatcher:
     """Send each token to the ranks of its experts and bring the results back.
 
     Every rank of the group holds E / G consecutive experts and may have another number of tokens,
-    zero included: counts are exchanged first, nothing is padded or dropped. Tokens whose experts
-    are here never travel; they are multiplied while the others do, one half on the way out and
-    one on the way home. All ranks of the group must call it together, equally often.
+    zero included: counts are exchanged first, nothing is padded; what `Routing.kept` leaves out
+    is not sent. Tokens whose experts are here never travel; they are multiplied while the others
+    do, one half on the way out and one on the way home. All ranks of the group must call it
+    together, equally often.
 
     Args:
         group: the expert-parallel process group.
@@ -53,7 +54,8 @@ class AllToAllDispatcher:
             (T, D) weighted sums, in `compute_dtype` of the input.
         """
         num_ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        order = sort_slots(routing.expert_ids, num_ranks * experts.num_experts)
+        num_experts = num_ranks * experts.num_experts
+        order = sort_slots(routing.expert_ids, num_experts, routing.kept)
         # The experts would cast to this dtype anyway; before the exchange it may halve the bytes.
         dtype = compute_dtype(hidden_TD)
         rows_SD = permute(hidden_TD.to(dtype), order)

@@ -1,7 +1,7 @@
 """Losses: pure functions on tensors, unweighted, in float32, with padding excluded."""
 
 from moe_dist.losses.distillation import hidden_mse, prediction_kl
-from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
 from moe_dist.losses.task import classification_loss, regression_loss
 from moe_dist.losses.total import LossTerm, LossWeight, weighted_total
 
@@ -13,6 +13,7 @@ __all__ = [
     "load_balancing_loss",
     "prediction_kl",
     "regression_loss",
+    "router_entropy",
     "router_z_loss",
     "weighted_total",
 ]

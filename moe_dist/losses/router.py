@@ -55,3 +55,35 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
     if logits_TE.shape[0] == 0:
         raise ValueError("the z-loss needs at least one token that is not padding")
     return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()
+
+
+def router_entropy(logits_TE: Tensor) -> Tensor:
+    """Penalise undecided routing.
+
+    Args:
+        logits_TE: router scores before softmax, padding removed.
+
+    Returns:
+        Scalar, unweighted: the mean over tokens of the entropy of their expert probabilities, in
+        nats; between 0 and log(E). It makes each token's choice sharp and says nothing of the
+        load, so that it goes with `load_balancing_loss`.
+
+    Raises:
+        ValueError: if there are no tokens.
+    """
+    if logits_TE.shape[0] == 0:
+        raise ValueError("the entropy needs at least one token that is not padding")
+    return token_entropy(logits_TE).mean()
+
+
+def token_entropy(logits_TE: Tensor) -> Tensor:
+    """Compute how undecided a router is about each token.
+
+    Args:
+        logits_TE: router scores before softmax.
+
+    Returns:
+        (T,) float32 entropies in nats.
+    """
+    log_TE = torch.log_softmax(logits_TE.float(), dim=-1)
+    return -(log_TE.exp() * log_TE).sum(dim=-1)

@@ -1,9 +1,12 @@
 """Routers, experts and the layer that joins them, in plain torch."""
 
+from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.gates import SentenceGate, TaskGate, TaskTable, TokenGate
+from moe_dist.moe.hash_router import HashRouter
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers import ROUTERS, HashRouter, TokenGate, build_router
+from moe_dist.moe.routers import ROUTERS, build_router
 from moe_dist.moe.routing import (
     LayerRouting,
     Router,
@@ -19,6 +22,7 @@ from moe_dist.moe.routing import (
 
 __all__ = [
     "ROUTERS",
+    "Capacity",
     "Dispatcher",
     "Experts",
     "HashRouter",
@@ -29,6 +33,9 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingRecord",
+    "SentenceGate",
+    "TaskGate",
+    "TaskTable",
     "TokenGate",
     "build_router",
     "checkpoint_context_fn",

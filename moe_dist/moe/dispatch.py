@@ -1,4 +1,6 @@
-"""Bring each token to its experts and the results back, without dropping any.
+"""Bring each token to its experts and the results back.
+
+No token is dropped here; those that `Routing.kept` leaves out never start.
 
 Shapes: T tokens, D model, E experts, K active experts; a slot is one of the T*K pairs of a token
 and one of its experts.
@@ -22,14 +24,17 @@ class SlotOrder:
     """Slots sorted by expert, and the way back.
 
     Args:
-        slots: (T*K,) the slot at each sorted position; slot // K is its token.
-        positions_TK: (T, K) the sorted position of each slot.
+        slots: (N,) the slot at each sorted position; slot // K is its token. N is T*K, or the
+            number of slots that are kept.
+        positions_TK: (T, K) the sorted position of each slot; 0 for one that is not kept.
         tokens_per_expert_E: (E,) slots of each expert.
+        kept_TK: (T, K) bool, or None if all are kept.
     """
 
     slots: Tensor
     positions_TK: Tensor
     tokens_per_expert_E: Tensor
+    kept_TK: Tensor | None = None
 
 
 class Dispatcher(Protocol):
@@ -41,7 +46,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """Sort tokens by expert, compute each group, put the results back; dropless."""
+    """Sort tokens by expert, compute each group, put the results back."""
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Apply the chosen experts to every token.
@@ -54,27 +59,36 @@ class LocalDispatcher:
         Returns:
             (T, D) weighted sums, in `compute_dtype` of the input.
         """
-        order = sort_slots(routing.expert_ids, experts.num_experts)
+        order = sort_slots(routing.expert_ids, experts.num_experts, routing.kept)
         sorted_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)
         return unpermute(experts(sorted_SD, order.tokens_per_expert_E), routing, order)
 
 
-def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SlotOrder:
+def sort_slots(expert_ids_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> SlotOrder:
     """Sort slots by expert; equal experts keep the order of their tokens.
 
     Args:
         expert_ids_TK: experts of each token.
         num_experts: E.
+        kept_TK: False for slots to leave out; None keeps all. It costs a synchronisation with
+            the device, to learn how many are kept.
 
     Returns:
         The order.
     """
     expert_ids = expert_ids_TK.reshape(-1)
+    if kept_TK is not None:
+        # What is left out sorts behind the last expert.
+        expert_ids = expert_ids.masked_fill(~kept_TK.reshape(-1), num_experts)
     slots = expert_ids.argsort(stable=True)
     positions = torch.empty_like(slots)
     positions[slots] = torch.arange(slots.numel(), device=slots.device)
-    tokens_per_expert_E = torch.bincount(expert_ids, minlength=num_experts)
-    return SlotOrder(slots, positions.view(expert_ids_TK.shape), tokens_per_expert_E)
+    positions_TK = positions.view(expert_ids_TK.shape)
+    tokens_per_expert_E = torch.bincount(expert_ids, minlength=num_experts)[:num_experts]
+    if kept_TK is not None:
+        slots = slots[: int(tokens_per_expert_E.sum())]
+        positions_TK = positions_TK * kept_TK
+    return SlotOrder(slots, positions_TK, tokens_per_expert_E, kept_TK)
 
 
 def permute(hidden_TD: Tensor, order: SlotOrder) -> Tensor:
@@ -85,7 +99,7 @@ def permute(hidden_TD: Tensor, order: SlotOrder) -> Tensor:
         order: from `sort_slots`.
 
     Returns:
-        (T*K, D) rows grouped by expert.
+        (N, D) rows grouped by expert.
     """
     return cast(Tensor, _Permute.apply(hidden_TD, order))
 
@@ -94,8 +108,8 @@ def unpermute(sorted_SD: Tensor, routing: Routing, order: SlotOrder) -> Tensor:
     """Bring each token's results back and add them, weighted.
 
     Args:
-        sorted_SD: (T*K, D) results in the order of `permute`.
-        routing: gives the weights.
+        sorted_SD: (N, D) results in the order of `permute`.
+        routing: gives the weights, 0 for slots that are not kept.
         order: the same order as before.
 
     Returns:
@@ -115,7 +129,9 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
-        return _gather_weighted(grad_SD, ctx.order.positions_TK, None), None
+        order: SlotOrder = ctx.order
+        kept_TK = None if order.kept_TK is None else order.kept_TK.to(grad_SD.dtype)
+        return _gather_weighted(grad_SD, order.positions_TK, kept_TK), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -135,7 +151,7 @@ class _Unpermute(torch.autograd.Function):
         grad_SD = grad_TD.index_select(0, _tokens(order))
         if sorted_SD is not None:
             products_S = torch.linalg.vecdot(grad_SD, sorted_SD)
-            grad_weights_TK = products_S[order.positions_TK]
+            grad_weights_TK = _gather_products(products_S, order)
         if ctx.needs_input_grad[0]:
             grad_sorted_SD = grad_SD
             if weights_TK is not None:
@@ -148,8 +164,18 @@ def _tokens(order: SlotOrder) -> Tensor:
     return order.slots if top_k == 1 else order.slots // top_k
 
 
+def _gather_products(products_S: Tensor, order: SlotOrder) -> Tensor:
+    if order.kept_TK is None:
+        return products_S[order.positions_TK]
+    if not products_S.numel():
+        return products_S.new_zeros(order.positions_TK.shape)
+    return products_S[order.positions_TK].masked_fill(~order.kept_TK, 0.0)
+
+
 def _gather_weighted(rows_SD: Tensor, positions_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Sum the K rows of each token, times their weights; never more than (T, D) at a time."""
+    if not rows_SD.shape[0]:
+        return rows_SD.new_zeros(positions_TK.shape[0], rows_SD.shape[1])
     total_TD = rows_SD.index_select(0, positions_TK[:, 0])
     if weights_TK is not None:
         total_TD.mul_(weights_TK[:, :1])

@@ -9,9 +9,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.routing import Routing, append_routing, current_context
+from moe_dist.moe.routing import Routing, append_routing, current_context, padding_mask
 
 
 class MoELayer(nn.Module):
@@ -26,6 +27,9 @@ class MoELayer(nn.Module):
         shared: one more expert (without output bias) for every token, or None.
         dispatcher: how tokens reach their experts; in this process unless given.
         name: the layer's name in routing records.
+        capacity: in training, turns away the tokens that an expert has no place for; None keeps
+            all. Without training nothing is dropped, since an answer would depend on what else
+            is in the batch.
 
     Raises:
         ValueError: if router, experts and shared do not fit together.
@@ -39,6 +43,7 @@ class MoELayer(nn.Module):
         shared: Experts | None = None,
         dispatcher: Dispatcher | None = None,
         name: str = "",
+        capacity: Capacity | None = None,
     ) -> None:
         super().__init__()
         if (router is None) != (experts.num_experts == 1):
@@ -58,6 +63,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.name = name
+        self.capacity = capacity
 
     @property
     def num_experts(self) -> int:
@@ -82,7 +88,11 @@ class MoELayer(nn.Module):
         if self.router is None:
             out_TD = self.experts(hidden_TD)
         else:
-            routing: Routing = self.router(hidden_TD, current_context())
+            context = current_context()
+            routing: Routing = self.router(hidden_TD, context)
+            if self.capacity is not None and self.training:
+                mask_T = padding_mask(self.name, hidden_TD.shape[0], context)
+                routing = self.capacity.apply(routing, self.num_experts, mask_T)
             append_routing(self.name, self.num_experts, routing)
             out_TD = self.dispatcher(hidden_TD, routing, self.experts)
         if self.shared is not None:

@@ -1,14 +1,18 @@
-"""Slow oracle of `MoELayer`: one token at a time, straight from the definition.
+"""Slow oracles of `MoELayer` and `Capacity`: one token at a time, straight from the definition.
 
 Tests compare outputs and gradients with it. Shapes: T tokens, D model, F neurons.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import Routing, current_context
@@ -62,6 +66,39 @@ def reference_dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts) ->
     return torch.stack(outputs) if outputs else torch.zeros_like(hidden_TD)
 
 
+def reference_capacity(
+    capacity: Capacity, routing: Routing, num_experts: int, mask_T: Tensor | None
+) -> Routing:
+    """Let the slots come one by one, and turn away who finds an expert full.
+
+    Args:
+        capacity: the limit.
+        routing: what the router chose.
+        num_experts: E.
+        mask_T: False for padding; None if all tokens are real.
+
+    Returns:
+        What `Capacity.apply` returns.
+    """
+    ids = routing.expert_ids.tolist()
+    num_tokens, top_k = routing.expert_ids.shape
+    real = [True] * num_tokens if mask_T is None else mask_T.tolist()
+    slots = [(token, k) for k in range(top_k) for token in range(num_tokens) if real[token]]
+    if capacity.policy == "probability" and routing.logits is not None:
+        probability = routing.logits.detach().softmax(dim=-1)
+        slots.sort(key=lambda slot: -float(probability[slot[0], ids[slot[0]][slot[1]]]))
+    limit = max(1, math.ceil(round(capacity.factor * sum(real) * top_k / num_experts, 6)))
+    load = [0] * num_experts
+    kept_TK = torch.zeros_like(routing.expert_ids, dtype=torch.bool)
+    for token, k in slots:
+        expert = ids[token][k]
+        if load[expert] < limit:
+            load[expert] += 1
+            kept_TK[token, k] = True
+    weights = torch.where(kept_TK, routing.expert_weights, 0.0)
+    return replace(routing, expert_weights=weights, unit_weights=False, kept=kept_TK)
+
+
 def reference_layer(layer: MoELayer, hidden: Tensor) -> Tensor:
     """Compute what `MoELayer.forward` returns, one token at a time and without dropout.
 
@@ -77,7 +114,12 @@ def reference_layer(layer: MoELayer, hidden: Tensor) -> Tensor:
         tokens = [reference_expert(layer.experts, token_D, 0) for token_D in hidden_TD]
         out_TD = torch.stack(tokens) if tokens else torch.zeros_like(hidden_TD)
     else:
-        routing = layer.router(hidden_TD, current_context())
+        context = current_context()
+        routing = layer.router(hidden_TD, context)
+        if layer.capacity is not None and layer.training:
+            mask = None if context is None else context.mask
+            mask_T = None if mask is None else mask.reshape(-1)
+            routing = reference_capacity(layer.capacity, routing, layer.num_experts, mask_T)
         out_TD = reference_dispatch(hidden_TD, routing, layer.experts)
     if layer.shared is not None and hidden_TD.shape[0]:
         shared = [reference_expert(layer.shared, token_D, 0) for token_D in hidden_TD]

@@ -33,12 +33,15 @@ class Routing:
         logits: (T, E) float32, or None where the router has none (hash).
         unit_weights: True only if each token has one expert, its weight is the constant 1 and
             carries no gradient; a dispatcher may then skip the multiplication.
+        kept: (T, K) bool, False where a full expert turned the token away (its weight is 0);
+            None where nothing is dropped.
     """
 
     expert_ids: Tensor
     expert_weights: Tensor
     logits: Tensor | None = None
     unit_weights: bool = False
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,15 @@ class RoutingContext:
         token_ids: (B, S) ids, or None where the stack was given embeddings.
         mask: (B, S) bool, True for real tokens; None if all are real.
         task_ids: (B,) ids of the task of each sample, or None.
+        causal: no token may see a later one, as in a decoder.
+        has_past: earlier tokens are in a key-value cache and not among these.
     """
 
     token_ids: Tensor | None = None
     mask: Tensor | None = None
     task_ids: Tensor | None = None
+    causal: bool = False
+    has_past: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,18 +184,34 @@ def append_routing(name: str, num_experts: int, routing: Routing) -> None:
     record = _RECORD.get()
     if record is None:
         return
-    context = current_context()
-    mask_T = None
-    if context is not None and context.mask is not None:
-        mask_T = context.mask.reshape(-1)
-        num_tokens = routing.expert_ids.shape[0]
-        if mask_T.numel() != num_tokens:
-            raise MissingInputError(
-                f"MoE layer {name!r} sees {num_tokens} tokens, but the mask of this forward call "
-                f"has {mask_T.numel()}, so padding cannot be told from tokens",
-                remedy="set chunk_size_feed_forward=0 and pass a mask of the input's own shape",
-            )
+    mask_T = padding_mask(name, routing.expert_ids.shape[0], current_context())
     record.entries.append(LayerRouting(name, num_experts, routing, mask_T))
+
+
+def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> Tensor | None:
+    """Tell which tokens of a layer are real.
+
+    Args:
+        name: the layer's name.
+        num_tokens: tokens that it sees, T.
+        context: of the forward call.
+
+    Returns:
+        (T,) bool, or None if all are.
+
+    Raises:
+        MissingInputError: if the context's mask does not cover the layer's tokens.
+    """
+    if context is None or context.mask is None:
+        return None
+    mask_T = context.mask.reshape(-1)
+    if mask_T.numel() != num_tokens:
+        raise MissingInputError(
+            f"MoE layer {name!r} sees {num_tokens} tokens, but the mask of this forward call "
+            f"has {mask_T.numel()}, so padding cannot be told from tokens",
+            remedy="set chunk_size_feed_forward=0 and pass a mask of the input's own shape",
+        )
+    return mask_T
 
 
 def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -203,7 +226,7 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContex
     return nullcontext(), _recomputation(_FRAME.get())
 
 
-def install_routing_hooks(stack: nn.Module) -> None:
+def install_routing_hooks(stack: nn.Module, *, causal: bool = False) -> None:
     """Open a `RoutingContext` around each forward call of a Transformer stack.
 
     The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by the names in the stack's
@@ -212,10 +235,12 @@ def install_routing_hooks(stack: nn.Module) -> None:
 
     Args:
         stack: the module whose forward takes the token ids, e.g. a ``BertModel``.
+        causal: it is a decoder, whose routers must not look ahead.
     """
-    if _open_context in stack._forward_pre_hooks.values():
+    open_context = _open_causal_context if causal else _open_context
+    if open_context in stack._forward_pre_hooks.values():
         return
-    stack.register_forward_pre_hook(_open_context, with_kwargs=True)
+    stack.register_forward_pre_hook(open_context, with_kwargs=True)
     stack.register_forward_hook(_close_context, always_call=True)
 
 
@@ -231,7 +256,13 @@ def _recomputation(frame: _Frame | None) -> Iterator[None]:
         _RECORD.set(outer_record)
 
 
-def _open_context(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _open_causal_context(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _open_context(stack, args, kwargs, causal=True)
+
+
+def _open_context(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, causal: bool = False
+) -> None:
     given = dict(zip(_parameter_names(stack.forward), args, strict=False)) | kwargs
     outer = _outside(stack, _FRAME.get())
     task_ids = given.get("task_ids")
@@ -239,7 +270,9 @@ def _open_context(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Task heads pass only what the stack's forward accepts; the caller's context has the task.
         task_ids = outer.context.task_ids
     token_ids = given.get("input_ids")
-    context = RoutingContext(token_ids, _padding_mask(given, token_ids), task_ids)
+    has_past = causal and _num_past(given) > 0
+    mask = _padding_mask(given, token_ids)
+    context = RoutingContext(token_ids, mask, task_ids, causal, has_past)
     _FRAME.set(_Frame(context, stack, outer))
 
 
@@ -258,6 +291,11 @@ def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:
             return _outside(stack, outer.outer)
         outer = outer.outer
     return frame
+
+
+def _num_past(given: dict[str, Any]) -> int:
+    length = getattr(given.get("past_key_values"), "get_seq_length", None)
+    return 0 if length is None else int(length())
 
 
 def _padding_mask(given: dict[str, Any], token_ids: Tensor | None) -> Tensor | None:

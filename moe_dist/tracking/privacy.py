@@ -57,11 +57,12 @@ def flatten(config: Mapping[str, object]) -> dict[str, str]:
     def visit(prefix: str, value: object) -> None:
         if isinstance(value, Mapping) and value:
             for name, inner in value.items():
-                visit(f"{prefix}.{name}" if prefix else str(name), inner)
+                visit(f"{prefix}.{name}", inner)
         else:
             flat[prefix] = str(scrub(value, prefix))
 
-    visit("", config)
+    for name, value in config.items():
+        visit(str(name), value)
     return flat
 
 

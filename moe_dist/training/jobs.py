@@ -150,6 +150,7 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
         hidden=section.get("hidden_weight", 1.0) > 0,
         load_balancing=section.get("load_balancing_weight", 0.0) > 0,
         z_loss=section.get("z_loss_weight", 0.0) > 0,
+        entropy=section.get("entropy_weight", 0.0) > 0,
     )
     weights = partial(distill_weights, section)
     return fit(student, data, terms, weights, payload, whole_model=payload["student"])
@@ -174,6 +175,7 @@ def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
         "hidden_mse": LossWeight(section.get("hidden_weight", 1.0), "warmup", warmup_steps),
         "load_balancing": LossWeight(section.get("load_balancing_weight", 0.0)),
         "z_loss": LossWeight(section.get("z_loss_weight", 0.0)),
+        "router_entropy": LossWeight(section.get("entropy_weight", 0.0)),
     }
 
 
@@ -191,11 +193,7 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
     encoded = data.train
-    wanted = payload.get("num_samples")
-    if wanted is not None and wanted < len(encoded):
-        generator = torch.Generator().manual_seed(payload["seed"])
-        chosen = torch.randperm(len(encoded), generator=generator)[:wanted].sort().values
-        encoded = encoded.subset(chosen.numpy())
+    encoded = encoded.draw(payload.get("num_samples"), seed=payload["seed"])
     # Fewer samples than workers: every worker scores all of them instead of some scoring none.
     shared = len(encoded) >= num_ranks() > 1
     mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded

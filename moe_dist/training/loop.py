@@ -331,7 +331,7 @@ def _take_step(
             _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
         )
         losses.append(values)
-        window.add_micro_batch(values, computed.tokens_per_expert)
+        window.add_micro_batch(values, computed.tokens_per_expert, computed.routing_sums)
     try:
         grad_norm = engine.step()
     except TrainingError as error:

@@ -49,6 +49,7 @@ class DistillSection(TypedDict, total=False):
     kl_weight: float
     load_balancing_weight: float
     z_loss_weight: float
+    entropy_weight: float
     temperature: float
     warmup_fraction: float
 

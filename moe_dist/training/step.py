@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.losses.distillation import hidden_mse, prediction_kl, prediction_mse
-from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.losses.router import (
+    load_balancing_loss,
+    router_entropy,
+    router_z_loss,
+    token_entropy,
+)
 from moe_dist.losses.task import classification_loss, regression_loss
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
@@ -26,10 +31,12 @@ class StepTerms:
     Args:
         terms: loss terms by name, undivided and unweighted.
         tokens_per_expert: (E,) float32 counts of real tokens by layer, on the model's device.
+        routing_sums: by layer what `routing_sums` gives.
     """
 
     terms: dict[str, LossTerm]
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
+    routing_sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,6 +70,7 @@ def finetune_terms(
     *,
     load_balancing: bool = False,
     z_loss: bool = False,
+    entropy: bool = False,
 ) -> StepTerms:
     """Compute the task loss, and where asked for the router's own losses.
 
@@ -71,15 +79,19 @@ def finetune_terms(
         batch: input_ids, attention_mask, labels (float for regression) and so on.
         load_balancing: add the load-balancing loss.
         z_loss: add the router z-loss.
+        entropy: add the router's entropy.
 
     Returns:
-        Terms ``task`` and, where asked for, ``load_balancing`` and ``z_loss``.
+        Terms ``task`` and, where asked for, ``load_balancing``, ``z_loss`` and
+        ``router_entropy``.
     """
     with record_routing() as record:
         output = model(**model_inputs(batch))
     terms = {"task": _task_term(output.logits, batch["labels"])}
-    terms |= _router_terms(record, batch, load_balancing=load_balancing, z_loss=z_loss)
-    return StepTerms(terms, expert_counts(record))
+    terms |= _router_terms(
+        record, batch, load_balancing=load_balancing, z_loss=z_loss, entropy=entropy
+    )
+    return StepTerms(terms, expert_counts(record), routing_sums(record))
 
 
 def distill_terms(
@@ -92,6 +104,7 @@ def distill_terms(
     hidden: bool = True,
     load_balancing: bool = False,
     z_loss: bool = False,
+    entropy: bool = False,
 ) -> StepTerms:
     """Compute the task loss and what pulls the student to the teacher.
 
@@ -107,10 +120,11 @@ def distill_terms(
         hidden: add the term on hidden states.
         load_balancing: add the load-balancing loss.
         z_loss: add the router z-loss.
+        entropy: add the router's entropy.
 
     Returns:
         Terms ``task`` and, where asked for, ``prediction_kl`` (``prediction_mse`` in regression),
-        ``hidden_mse``, ``load_balancing`` and ``z_loss``.
+        ``hidden_mse``, ``load_balancing``, ``z_loss`` and ``router_entropy``.
     """
     inputs = model_inputs(batch)
     labels = batch["labels"]
@@ -131,8 +145,10 @@ def distill_terms(
                 output.hidden_states, target.hidden_states, batch.get("attention_mask")
             )
             terms["hidden_mse"] = LossTerm(distance, "tokens")
-    terms |= _router_terms(record, batch, load_balancing=load_balancing, z_loss=z_loss)
-    return StepTerms(terms, expert_counts(record))
+    terms |= _router_terms(
+        record, batch, load_balancing=load_balancing, z_loss=z_loss, entropy=entropy
+    )
+    return StepTerms(terms, expert_counts(record), routing_sums(record))
 
 
 def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
@@ -152,9 +168,46 @@ def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
             ones = ones * entry.mask_T.reshape(-1, 1)
         count_E = torch.zeros(entry.num_experts, dtype=torch.float32, device=ids.device)
         count_E.scatter_add_(0, ids.reshape(-1), ones.reshape(-1))
-        name = entry.name or f"layer{position}"
+        name = _layer_name(entry, position)
         counts[name] = counts[name] + count_E if name in counts else count_E
     return counts
+
+
+@torch.no_grad()
+def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
+    """Add up how undecided each layer's gate was and what its experts turned away.
+
+    Args:
+        record: what `record_routing` collected.
+
+    Returns:
+        By layer name (4,) float32, without a device sync: the sum of the gate's entropy, the
+        tokens it is over, the slots dropped, and the slots they are among. Layers without gate
+        and capacity are left out.
+    """
+    sums: dict[str, Tensor] = {}
+    for position, entry in enumerate(record.entries):
+        routing = entry.routing
+        if routing.logits is None and routing.kept is None:
+            continue
+        real_T = torch.ones_like(routing.expert_ids[:, 0], dtype=torch.float32)
+        if entry.mask_T is not None:
+            real_T = real_T * entry.mask_T
+        none = real_T.new_zeros(())
+        entropy = num_gated = dropped = num_slots = none
+        if routing.logits is not None:
+            entropy, num_gated = (token_entropy(routing.logits) * real_T).sum(), real_T.sum()
+        if routing.kept is not None:
+            dropped = ((~routing.kept).sum(dim=1) * real_T).sum()
+            num_slots = real_T.sum() * routing.kept.shape[1]
+        total = torch.stack([entropy, num_gated, dropped, num_slots])
+        name = _layer_name(entry, position)
+        sums[name] = sums[name] + total if name in sums else total
+    return sums
+
+
+def _layer_name(entry: LayerRouting, position: int) -> str:
+    return entry.name or f"layer{position}"
 
 
 def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:
@@ -163,21 +216,30 @@ def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:
 
 
 def _router_terms(
-    record: RoutingRecord, batch: Mapping[str, Any], *, load_balancing: bool, z_loss: bool
+    record: RoutingRecord,
+    batch: Mapping[str, Any],
+    *,
+    load_balancing: bool,
+    z_loss: bool,
+    entropy: bool,
 ) -> dict[str, LossTerm]:
     """Router losses: mean over layers, weighed by tokens so that micro-batches count by size."""
-    terms: dict[str, LossTerm] = {}
+    wanted: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    if load_balancing:
+        wanted["load_balancing"] = load_balancing_loss
+    if z_loss:
+        wanted["z_loss"] = lambda logits_TE, _: router_z_loss(logits_TE)
+    if entropy:
+        wanted["router_entropy"] = lambda logits_TE, _: router_entropy(logits_TE)
     learned = [entry for entry in record.entries if entry.routing.logits is not None]
-    if not learned or not (load_balancing or z_loss):
-        return terms
+    if not learned or not wanted:
+        return {}
     num_tokens = batch["attention_mask"].sum()
     real = [_real_tokens(entry) for entry in learned]
-    if load_balancing:
-        losses = [load_balancing_loss(logits_TE, ids_TK) for logits_TE, ids_TK in real]
-        terms["load_balancing"] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
-    if z_loss:
-        losses = [router_z_loss(logits_TE) for logits_TE, _ in real]
-        terms["z_loss"] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
+    terms = {}
+    for name, loss in wanted.items():
+        losses = [loss(logits_TE, ids_TK) for logits_TE, ids_TK in real]
+        terms[name] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
     return terms
 
 

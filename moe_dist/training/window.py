@@ -30,18 +30,24 @@ class LogWindow:
         self.grad_norm = 0.0
         self._losses: dict[str, Tensor] = {}
         self._loads: dict[str, Tensor] = {}
+        self._routing: dict[str, Tensor] = {}
 
     def add_micro_batch(
-        self, losses: Mapping[str, Tensor], tokens_per_expert: Mapping[str, Tensor]
+        self,
+        losses: Mapping[str, Tensor],
+        tokens_per_expert: Mapping[str, Tensor],
+        routing_sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add one micro-batch's part of the step.
 
         Args:
             losses: detached scalars, already divided by the counts of the whole step.
             tokens_per_expert: (E,) counts by layer.
+            routing_sums: by layer what `moe_dist.training.step.routing_sums` gives.
         """
         _add(self._losses, losses, self._device)
         _add(self._loads, tokens_per_expert, self._device)
+        _add(self._routing, routing_sums or {}, self._device)
 
     def add_step(self, *, grad_norm: float, num_tokens: int, seconds: float) -> None:
         """Close a step.
@@ -74,6 +80,12 @@ class LogWindow:
             values["perf/step_s"] = self.seconds / self.num_steps
         for layer, count_E in self._reduced(self._loads).items():
             values[f"moe/load_imbalance/{layer}"] = load_imbalance(count_E)
+        for layer, sums in self._reduced(self._routing).items():
+            entropy, num_gated, dropped, num_slots = sums.tolist()
+            if num_gated:
+                values[f"moe/entropy/{layer}"] = entropy / num_gated
+            if num_slots:
+                values[f"moe/dropped/{layer}"] = dropped / num_slots
         return values
 
     def state(self) -> dict[str, Any]:
@@ -90,6 +102,7 @@ class LogWindow:
             "grad_norm": self.grad_norm,
             "losses": {name: float(value) for name, value in losses.items()},
             "loads": {name: count_E.tolist() for name, count_E in loads.items()},
+            "routing": {name: sums.tolist() for name, sums in self._reduced(self._routing).items()},
         }
 
     def restore(self, state: Mapping[str, Any], *, keeps_sums: bool) -> None:
@@ -109,9 +122,14 @@ class LogWindow:
             name: torch.tensor(value * share, dtype=torch.float64, device=self._device)
             for name, value in state["losses"].items()
         }
-        self._loads = {
-            name: torch.tensor(counts, dtype=torch.float64, device=self._device) * share
-            for name, counts in state["loads"].items()
+        self._loads = self._restored(state["loads"], share)
+        # Checkpoints of earlier versions lack it.
+        self._routing = self._restored(state.get("routing", {}), share)
+
+    def _restored(self, sums: Mapping[str, list[float]], share: float) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor(values, dtype=torch.float64, device=self._device) * share
+            for name, values in sums.items()
         }
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.loaders import Encoded
     from moe_dist.tracking import TrackedRun
 
 NAME = "adapt"
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
+# Settings that earlier versions did not have.
+_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -30,40 +34,24 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     scores = inputs.result(score_importance.NAME)
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.conversion import dense_to_moe, plan_partition
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
         from moe_dist.training.results import load_scores
 
         from ..plots import plot_importance
 
-        moe = config.moe
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
         model = load_model(fetch(teacher.outputs["model"]))
-        plan = plan_partition(
-            importance,
-            num_experts=moe.num_experts,
-            expert_size=moe.expert_size,
-            num_shared_neurons=moe.num_shared_neurons,
-            method=moe.partition,
-            tie_shared=moe.tie_shared,
-            layers=moe.layers,
-            seed=config.seed,
-        )
-        student = dense_to_moe(
-            model,
-            plan,
-            router=moe.router,
-            top_k=moe.top_k,
-            seed=config.seed,
-            gate_scale=moe.gate_scale,
+        tokenizer = load_tokenizer(teacher.outputs["model"])
+        plan, student = convert(
+            config, model, importance, lambda: inputs.workspace.encoded("train", tokenizer)
         )
         plan.save(stage.directory / "plan.json")
         save_model(
             student,
             stage.directory / "model",
-            tokenizer=load_tokenizer(teacher.outputs["model"]),
+            tokenizer=tokenizer,
         )
         picture = plot_importance(
             [importance[part.layer] for part in plan.partitions],
@@ -80,26 +68,157 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             plots=(picture,),
         )
 
+    input_digests = {"teacher": teacher.digests["model"], "scores": scores.digests["scores"]}
+    if reads_rows(config):
+        input_digests["data"] = inputs.workspace.splits.train_digest
     return execute(
         NAME,
-        settings={
-            "seed": config.seed,
-            "moe": config.moe.model_dump(mode="json", exclude=_unread_keys(config)),
-        },
-        input_digests={
-            "teacher": teacher.digests["model"],
-            "scores": scores.digests["scores"],
-        },
+        settings=adapt_settings(config),
+        input_digests=input_digests,
         inputs=inputs,
         tracker=tracker,
         work=work,
     )
 
 
+def convert(
+    config: RunConfig,
+    dense: Any,
+    importance: Sequence[Any],
+    rows: Callable[[], Encoded] | None = None,
+) -> tuple[Any, Any]:
+    """Split a dense model into experts.
+
+    Args:
+        config: the configuration of one student.
+        dense: the model; it is left as it was.
+        importance: (F,) scores for each feed-forward layer.
+        rows: gives the tokenised training rows; asked only where `reads_rows` says so.
+
+    Returns:
+        The plan, and the student.
+
+    Raises:
+        MissingInputError: if the training rows are needed, and there are none.
+    """
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    moe = config.moe
+    encoded = rows() if rows is not None and reads_rows(config) else None
+    batches, token_counts = None, None
+    if encoded is not None and _splits_by_data(config):
+        batches = _scored_batches(config, encoded, int(dense.config.pad_token_id or 0))
+    if encoded is not None and _counts_tokens(config):
+        token_counts = _token_counts(encoded, dense)
+    plan = plan_partition(
+        importance,
+        num_experts=moe.num_experts,
+        expert_size=moe.expert_size,
+        num_shared_neurons=moe.num_shared_neurons,
+        method=moe.partition,
+        tie_shared=moe.tie_shared,
+        layers=moe.layers,
+        seed=config.seed,
+        model=dense,
+        batches=batches,
+    )
+    student = dense_to_moe(
+        dense, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
+    )
+    return plan, student
+
+
+def reads_rows(config: RunConfig) -> bool:
+    """Tell whether partition or router look at training rows.
+
+    Args:
+        config: the configuration of one student.
+
+    Returns:
+        Whether `convert` asks for them.
+    """
+    return _splits_by_data(config) or _counts_tokens(config)
+
+
+def router_options(config: RunConfig) -> dict[str, Any]:
+    """Return what `dense_to_moe` takes from the recipe beside the plan.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+
+    Returns:
+        Keyword arguments.
+    """
+    moe = config.moe
+    return {
+        "router": moe.router,
+        "top_k": moe.top_k,
+        "gate_scale": moe.gate_scale,
+        "gate_noise": moe.gate_noise,
+        "gate_jitter": moe.gate_jitter,
+        "capacity_factor": moe.capacity_factor,
+        "drop_policy": moe.drop_policy,
+        "task_map": moe.task_map,
+        # A recipe has one task.
+        "num_tasks": 1 if moe.router == "task_gate" else None,
+    }
+
+
+def adapt_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the part of a recipe that the untrained student depends on.
+
+    An option that did not exist before counts only where it is used, so that results of earlier
+    versions stay finished.
+
+    Args:
+        config: the run's configuration, or a comparison's.
+
+    Returns:
+        Plain values.
+    """
+    moe = config.moe.model_dump(mode="json", exclude=_unread_keys(config))
+    defaults = type(config.moe)().model_dump(mode="json")
+    settings: dict[str, Any] = {"seed": config.seed}
+    settings["moe"] = {
+        key: value for key, value in moe.items() if key not in _OPTIONS or value != defaults[key]
+    }
+    if reads_rows(config):
+        settings["max_length"] = config.model.max_length
+    return settings
+
+
 def _unread_keys(config: RunConfig) -> set[str]:
     """Name the settings that do not touch the student, so that changing them re-runs nothing."""
-    unread = {"importance_samples"}
+    unread = set() if _splits_by_data(config) else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
         unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
+        unread |= set(_OPTIONS)
     return unread
+
+
+def _splits_by_data(config: RunConfig) -> bool:
+    from moe_dist.conversion import PARTITIONS
+
+    return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].needs_batches
+
+
+def _counts_tokens(config: RunConfig) -> bool:
+    return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
+
+
+def _scored_batches(
+    config: RunConfig, encoded: Encoded, pad_token_id: int
+) -> Iterator[dict[str, Any]]:
+    """The training rows that neurons were scored on."""
+    from moe_dist.data.loaders import eval_batches
+
+    drawn = encoded.draw(config.moe.importance_samples, seed=config.seed)
+    return eval_batches(drawn, batch_size=score_importance.BATCH_SIZE, pad_token_id=pad_token_id)
+
+
+def _token_counts(encoded: Encoded, dense: Any) -> Any:
+    """How often each token id occurs in the training rows."""
+    import torch
+
+    return torch.from_numpy(encoded.token_counts(dense.config.get_text_config().vocab_size))

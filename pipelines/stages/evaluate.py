@@ -186,20 +186,13 @@ def predict_all(
     """
     import torch
 
-    from moe_dist.data.loaders import encode
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.training.evaluation import expert_load, predict
     from moe_dist.training.results import save_predictions
 
     splits = workspace.splits
     tokenizer = load_tokenizer(models[TEACHER][0])
-    encoded = encode(
-        splits.dev,
-        tokenizer,
-        max_length=workspace.config.model.max_length,
-        cache_dir=None,
-        digest=f"{splits.digest}-dev",
-    )
+    encoded = workspace.encoded("dev", tokenizer)
     logits: dict[str, Any] = {}
     loads: dict[str, dict[str, list[float]]] = {}
     for done, (name, model) in enumerate(loaded.items(), start=1):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
+from moe_dist.conversion.replacement import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.moe import ROUTERS as ROUTER_TABLE
+from moe_dist.moe import Capacity
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import record_routing
 from tests.conversion.dense_models import (
@@ -29,6 +34,10 @@ ROUTERS: list[dict[str, Any]] = [
     {"router": "hash_balanced", "token_counts": torch.arange(VOCAB_SIZE)},
     {"router": "token_gate"},
     {"router": "token_gate", "top_k": 2},
+    {"router": "sentence_gate"},
+    {"router": "sentence_gate", "top_k": 2},
+    {"router": "task_gate", "num_tasks": 1},
+    {"router": "task_gate", "num_tasks": 1, "top_k": 2, "task_map": "fixed"},
 ]
 SIZES: dict[str, Any] = {"num_experts": 4, "expert_size": 8, "num_shared_neurons": 4}
 
@@ -42,6 +51,10 @@ def assert_same_function(model: Any, student: Any) -> None:
     expected = logits_of(model, batch)
     assert float(expected.std()) > 0.1, "a trivial case proves nothing"
     torch.testing.assert_close(logits_of(student, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_router_is_among_the_cases() -> None:
+    assert {options["router"] for options in ROUTERS} == set(ROUTER_TABLE)
 
 
 @pytest.mark.parametrize("options", ROUTERS, ids=lambda o: f"{o['router']}-{o.get('top_k', 1)}")
@@ -148,6 +161,77 @@ def test_dropout_between_the_linear_layers_moves_into_the_experts() -> None:
     assert student.config.model_type == "moe_t5"
     bart = dense_to_moe(tiny_model("bart"), plan_for(tiny_model("bart")))
     assert bart.model.encoder.layers[0].activation_dropout == 0.0
+
+
+def test_noise_and_capacity_are_kept_in_the_configuration() -> None:
+    model = tiny_model("bert")
+    options = {"gate_noise": 0.5, "gate_jitter": 0.1, "capacity_factor": 1.5}
+    student = dense_to_moe(
+        model, plan_for(model), router="token_gate", drop_policy="probability", **options
+    )
+    for layer in (one for one in student.modules() if isinstance(one, MoELayer)):
+        assert (layer.router.noise, layer.router.jitter) == (0.5, 0.1)
+        assert layer.capacity == Capacity(1.5, "probability")
+    again = type(student)(student.config)
+    assert again.bert.encoder.layer[0].intermediate.capacity == Capacity(1.5, "probability")
+    values = dict(student.config.moe)
+    for name in (*options, "drop_policy", "task_map", "vocab_size"):
+        del values[name]
+    old = MoeSettings.from_dict(values)
+    assert (old.capacity, old.gate_noise, old.vocab_size) == (None, 0.0, None)
+    with pytest.raises(ConversionError, match=r"lacks moe\.router"):
+        MoeSettings.from_dict({name: v for name, v in values.items() if name != "router"})
+    with pytest.raises(ConversionError, match="no capacity"):
+        dense_to_moe(model, plan_for(model), capacity_factor=-1.0)
+
+
+def test_tokens_added_later_are_routed(tmp_path: Path) -> None:
+    from moe_dist.inference import load_model, save_model
+
+    model = tiny_model("bert")
+    student = dense_to_moe(model, plan_for(model))
+    student.resize_token_embeddings(VOCAB_SIZE + 6)
+    ids = torch.tensor([[3, VOCAB_SIZE, VOCAB_SIZE + 5]])
+    with torch.no_grad():
+        expected = student(input_ids=ids).logits
+    loaded = load_model(save_model(student, tmp_path / "model"))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+def test_copies_become_different_experts() -> None:
+    """Sparse upcycling: each copy sees other tokens from the first step on."""
+    model = tiny_model("bert")
+    copies = {"expert_size": NUM_NEURONS, "num_shared_neurons": 0, "method": "full_copy"}
+    batch = token_batch(16, 12) | {"labels": torch.arange(16) % 2}
+    for router in ("hash_random", "token_gate", "sentence_gate"):
+        student = dense_to_moe(model, plan_for(model, **copies), router=router, top_k=2).train()
+        experts = student.bert.encoder.layer[0].intermediate.experts
+        assert torch.equal(experts.w_in[0], experts.w_in[1])
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        with record_routing() as record:
+            student(**batch).loss.backward()
+        assert all(int((one.tokens_per_expert() > 0).sum()) >= 3 for one in record.entries)
+        optimizer.step()
+        pairs = itertools.combinations(range(4), 2)
+        assert all(not torch.equal(experts.w_in[a], experts.w_in[b]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bart"])
+def test_a_sentence_gate_in_a_decoder_sees_no_later_token(family: str) -> None:
+    model = tiny_model(family)
+    student = dense_to_moe(model, plan_for(model), router="sentence_gate")
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 5:] = 4
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    with torch.no_grad():
+        first, second = (student(**({"input_ids": ids} | {name: one})) for one in (ids, changed))
+    torch.testing.assert_close(first.logits[:, :5], second.logits[:, :5])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert student.generate(input_ids=ids, **options, use_cache=False).shape[1] > 1
+    with pytest.raises(MissingInputError, match="use_cache=False"):
+        student.generate(input_ids=ids, **options)
 
 
 def test_only_chosen_layers_are_converted() -> None:

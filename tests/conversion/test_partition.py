@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,18 @@ import pytest
 import torch
 
 from moe_dist.conversion import PARTITIONS, PartitionPlan, plan_partition
-from moe_dist.errors import ConversionError
-from tests.conversion.dense_models import random_scores, tiny_model
+from moe_dist.conversion.partition_methods import PartitionRequest
+from moe_dist.errors import ConversionError, MissingInputError
+from tests.conversion.dense_models import random_scores, tiny_model, token_batch
 
 SCORES = [torch.rand(32, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
 SIZES: dict[str, Any] = {"num_experts": 4, "expert_size": 8, "num_shared_neurons": 4}
+
+
+def evidence() -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A model of two FFNs of 32 neurons, and batches for it."""
+    labels = {"labels": torch.tensor([0, 1, 1, 0])}
+    return tiny_model("bert"), [token_batch(seed=seed) | labels for seed in (1, 2)]
 
 
 def test_importance_is_dealt_as_the_paper_says() -> None:
@@ -34,11 +43,18 @@ def test_the_papers_own_sizes() -> None:
     assert kept.tolist() == list(range(1536)), "the lowest 1536 go"
 
 
-@pytest.mark.parametrize("method", ["importance", "random", "inverse"])
+@pytest.mark.parametrize("method", [name for name, row in PARTITIONS.items() if row.distinct])
 @pytest.mark.parametrize("num_shared", [0, 3, 8])
 def test_neurons_are_distinct(method: str, num_shared: int) -> None:
+    model, batches = evidence()
     plan = plan_partition(
-        SCORES, num_experts=4, expert_size=8, num_shared_neurons=num_shared, method=method
+        SCORES[:2],
+        num_experts=4,
+        expert_size=8,
+        num_shared_neurons=num_shared,
+        method=method,
+        model=model,
+        batches=batches,
     )
     for part in plan.partitions:
         assert part.expert_ids.shape == (4, 8)
@@ -130,7 +146,7 @@ def test_files_that_hold_no_plan(tmp_path: Path, text: str) -> None:
         ({"layers": [3]}, r"does not have: \[3\]", "0 to 2"),
         ({"layers": [-1]}, r"does not have: \[-1\]", "0 to 2"),
         ({"layers": []}, "layers is empty", "leave layers out"),
-        ({"method": "kmeans"}, "'kmeans'", "importance, random, inverse, full_copy"),
+        ({"method": "magic"}, "'magic'", "importance, random, inverse, kmeans, coactivation"),
     ],
 )
 def test_sizes_that_cannot_be_met(changes: dict[str, Any], message: str, remedy: str) -> None:
@@ -161,4 +177,75 @@ def test_scores_are_checked_against_the_model() -> None:
 
 
 def test_the_table_holds_what_the_design_names_so_far() -> None:
-    assert list(PARTITIONS) == ["importance", "random", "inverse", "full_copy"]
+    assert list(PARTITIONS) == [
+        "importance",
+        "random",
+        "inverse",
+        "kmeans",
+        "coactivation",
+        "clustered_importance",
+        "full_copy",
+    ]
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation"])
+def test_grouping_keeps_the_neurons_that_importance_keeps(method: str) -> None:
+    model, batches = evidence()
+    given: dict[str, Any] = {"model": model, "batches": batches}
+    grouped = plan_partition(SCORES[:2], **SIZES, method=method, **given)
+    dealt = plan_partition(SCORES[:2], **SIZES)
+    for one, other in zip(grouped.partitions, dealt.partitions, strict=True):
+        assert torch.equal(one.kept_ids, other.kept_ids)
+        assert torch.equal(one.shared_ids, other.shared_ids)
+        assert not torch.equal(one.expert_ids, other.expert_ids)
+    again = plan_partition(SCORES[:2], **SIZES, method=method, **given, layers=[1])
+    assert torch.equal(again.partitions[0].expert_ids, grouped.partitions[1].expert_ids)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "clustered_importance"])
+def test_what_a_method_reads_must_be_given(method: str) -> None:
+    model, _ = evidence()
+    with pytest.raises(MissingInputError, match=f"'{method}' reads the .* of the model"):
+        plan_partition(SCORES[:2], **SIZES, method=method)
+    if PARTITIONS[method].needs_batches:
+        with pytest.raises(MissingInputError, match="of training data, and there is none") as found:
+            plan_partition(SCORES[:2], **SIZES, method=method, model=model)
+        assert "batches=" in found.value.remedy
+        with pytest.raises(MissingInputError, match=r"batches|0 samples"):
+            plan_partition(SCORES[:2], **SIZES, method=method, model=model, batches=[])
+    one = plan_partition(SCORES[:2], num_experts=1, expert_size=8, num_shared_neurons=0)
+    alone = plan_partition(
+        SCORES[:2], num_experts=1, expert_size=8, num_shared_neurons=0, method=method
+    )
+    assert torch.equal(alone.partitions[0].expert_ids, one.partitions[0].expert_ids)
+
+
+def test_clusters_of_data_get_their_own_neurons() -> None:
+    """Every other assignment of one FFN's neurons is worth no more (brute force)."""
+    generator = torch.Generator().manual_seed(4)
+    scores_EF = torch.rand(2, 6, generator=generator)
+    request = PartitionRequest(
+        layer=0,
+        scores_F=scores_EF.sum(0),
+        num_experts=2,
+        expert_size=3,
+        num_shared_neurons=1,
+        generator=generator,
+        cluster_scores_EF=scores_EF,
+    )
+    part = PARTITIONS["clustered_importance"].split(request)
+    share_EF = scores_EF / scores_EF.sum(1, keepdim=True)
+    assert part.shared_ids.tolist() == [int(share_EF.sum(0).argmax())]
+    rest = [neuron for neuron in range(6) if neuron not in part.shared_ids.tolist()]
+
+    def worth(first: Sequence[int], second: Sequence[int]) -> float:
+        return float(share_EF[0, list(first)].sum() + share_EF[1, list(second)].sum())
+
+    best = max(
+        worth(first, second)
+        for first in itertools.combinations(rest, 2)
+        for second in itertools.combinations([n for n in rest if n not in first], 2)
+    )
+    private = part.expert_ids[:, 1:].tolist()
+    assert worth(private[0], private[1]) == pytest.approx(best)
+    assert float(share_EF[0, private[0][0]]) >= float(share_EF[0, private[0][1]])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
 
 
 def test_even_routing_costs_one() -> None:
@@ -42,9 +42,24 @@ def test_z_loss_by_hand() -> None:
     assert float(router_z_loss(logits)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_entropy_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    uneven = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert float(router_entropy(logits)) == pytest.approx((math.log(2.0) + uneven) / 2, rel=1e-6)
+    assert float(router_entropy(torch.tensor([[1e4, -1e4]]))) == 0.0
+
+
+def test_entropy_falls_as_the_choice_sharpens() -> None:
+    logits = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    router_entropy(logits).backward()
+    assert logits.grad is not None
+    assert float(logits.grad[0, 0]) < 0 < float(logits.grad[0, 1])
+
+
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
     loss = router_z_loss(logits) + load_balancing_loss(logits, torch.zeros(2, 1).long())
+    loss = loss + router_entropy(logits)
     loss.backward()
     assert math.isfinite(float(loss))
     assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())
@@ -55,3 +70,5 @@ def test_no_tokens_is_an_error() -> None:
         load_balancing_loss(torch.zeros(0, 2), torch.zeros(0, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one token"):
         router_z_loss(torch.zeros(0, 2))
+    with pytest.raises(ValueError, match="at least one token"):
+        router_entropy(torch.zeros(0, 2))

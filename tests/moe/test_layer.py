@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.errors import MissingInputError
 from moe_dist.moe import (
+    ROUTERS,
     Experts,
     HashRouter,
     MoELayer,
@@ -30,7 +31,7 @@ from moe_dist.moe import (
 )
 from moe_dist.moe.reference import reference_layer
 
-D_MODEL, EXPERT_SIZE, VOCAB_SIZE = 12, 8, 40
+D_MODEL, EXPERT_SIZE, VOCAB_SIZE, NUM_TASKS = 12, 8, 40, 3
 
 
 def build_layer(
@@ -68,6 +69,7 @@ def build_layer(
             vocab_size=VOCAB_SIZE,
             seed=3,
             token_counts=torch.arange(VOCAB_SIZE),
+            num_tasks=NUM_TASKS,
             gate_scale=gate_scale,
         )
     if isinstance(chosen, TokenGate):
@@ -82,7 +84,9 @@ def batch(
     generator = torch.Generator().manual_seed(1)
     shape = (num_sentences, length)
     hidden = torch.randn(*shape, D_MODEL, generator=generator).to(dtype)
-    return hidden, RoutingContext(torch.randint(VOCAB_SIZE, shape, generator=generator))
+    token_ids = torch.randint(VOCAB_SIZE, shape, generator=generator)
+    task_ids = torch.arange(num_sentences) % NUM_TASKS
+    return hidden, RoutingContext(token_ids, task_ids=task_ids)
 
 
 def gradients(layer: MoELayer) -> dict[str, Tensor]:
@@ -113,11 +117,7 @@ def assert_equals_oracle(
 
 @pytest.mark.parametrize(
     ("router", "top_k", "gated", "num_shared"),
-    list(
-        itertools.product(
-            ("hash_random", "hash_balanced", "token_gate"), (1, 2, 4), (False, True), (0, 3)
-        )
-    ),
+    list(itertools.product(ROUTERS, (1, 2, 4), (False, True), (0, 3))),
 )
 def test_outputs_and_gradients_equal_the_oracle(
     router: str, top_k: int, gated: bool, num_shared: int
@@ -291,7 +291,7 @@ def test_double_input_is_not_cast_by_autocast() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("router", ["hash_random", "token_gate"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_equal_experts_make_routing_invisible(router: str, top_k: int) -> None:
     layer = build_layer(router, top_k=top_k)
     with torch.no_grad():

@@ -17,6 +17,7 @@ def build(name: str, **options: object) -> torch.nn.Module:
         "num_experts": NUM_EXPERTS,
         "vocab_size": VOCAB_SIZE,
         "token_counts": torch.arange(VOCAB_SIZE),
+        "num_tasks": 3,
         "seed": 5,
     }
     return build_router(name, **{**given, **options})
@@ -42,7 +43,8 @@ def test_every_router_returns_distinct_experts_and_weights_of_sum_one(
     router = build(name, top_k=top_k)
     assert isinstance(router, Router)
     hidden_TD = torch.randn(10, D_MODEL)
-    routing = router(hidden_TD, RoutingContext(torch.randint(VOCAB_SIZE, (2, 5))))
+    ids = torch.randint(VOCAB_SIZE, (2, 5))
+    routing = router(hidden_TD, RoutingContext(ids, task_ids=torch.tensor([2, 0])))
     assert routing.expert_ids.shape == routing.expert_weights.shape == (10, top_k)
     assert routing.expert_ids.dtype is torch.int64
     assert all(len(set(row)) == top_k for row in routing.expert_ids.tolist())
@@ -92,7 +94,6 @@ def test_the_table_travels_with_the_state_dict() -> None:
         (None, "needs the token ids"),
         (RoutingContext(), "needs the token ids"),
         (RoutingContext(torch.zeros(2, 2, dtype=torch.int64)), "4 token ids for 3 tokens"),
-        (RoutingContext(torch.tensor([0, VOCAB_SIZE, 1])), f"token id {VOCAB_SIZE} is not"),
         (RoutingContext(torch.tensor([0, -1, 1])), "token id -1 is not"),
     ],
 )
@@ -100,6 +101,16 @@ def test_hash_names_what_is_missing(context: RoutingContext | None, message: str
     with pytest.raises(MissingInputError, match=message) as caught:
         build("hash_random")(torch.zeros(3, D_MODEL), context)
     assert caught.value.remedy
+
+
+def test_ids_beyond_the_table_take_a_fixed_row() -> None:
+    router = build_hash(table=torch.arange(VOCAB_SIZE) % NUM_EXPERTS)
+    ids = torch.tensor([2, VOCAB_SIZE + 2, 7 * VOCAB_SIZE + 3])
+    assert router(torch.zeros(3, D_MODEL), RoutingContext(ids)).expert_ids.tolist() == [
+        [2],
+        [2],
+        [3],
+    ]
 
 
 def test_token_gate_takes_the_largest_logits_first() -> None:
@@ -174,11 +185,15 @@ def test_a_gate_can_be_built_without_values() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("sentence_gate", {}, ConversionError, "hash_random, hash_balanced, token_gate"),
         ("typo", {}, ConversionError, "no router named 'typo'"),
         ("token_gate", {"top_k": 5}, ConversionError, "top_k=5"),
         ("hash_random", {"top_k": 0}, ConversionError, "top_k=0"),
         ("token_gate", {"gate_scale": "loud"}, ValueError, "gate_scale='loud'"),
+        ("token_gate", {"gate_noise": -1.0}, ValueError, "gate_noise=-1.0"),
+        ("sentence_gate", {"gate_jitter": 1.0}, ValueError, "gate_jitter=1.0"),
+        ("task_gate", {"num_tasks": None}, MissingInputError, "number of tasks"),
+        ("task_gate", {"task_map": "drawn"}, ConversionError, "learned, fixed"),
+        ("task_gate", {"table": torch.tensor([0, 4])}, ConversionError, "experts 0 to 3"),
         ("hash_random", {"vocab_size": None}, MissingInputError, "vocab_size"),
         ("hash_balanced", {"token_counts": None}, MissingInputError, "token_counts"),
         ("hash_balanced", {"token_counts": torch.ones(3)}, MissingInputError, "3 token counts"),

@@ -38,6 +38,14 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
         assert config.resolve_comparison(label).moe.active_neurons == config.moe.active_neurons
 
 
+def test_ablations_differ_in_their_comparisons_alone() -> None:
+    """So that they share a teacher and a main student where they are run under one name."""
+    configs = [load_config(path, ("name=one",)) for path in sorted(RECIPES.glob("ablation_*.yaml"))]
+    assert len(configs) == 4
+    first, *others = (config.model_copy(update={"compare": {}}) for config in configs)
+    assert all(other == first for other in others)
+
+
 @pytest.fixture
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, nothing cached, and an empty working directory."""

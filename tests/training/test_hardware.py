@@ -63,7 +63,9 @@ def test_a_restored_window_goes_on_exactly() -> None:
     def fill(window: LogWindow, first: int, last: int) -> None:
         for step in range(first, last):
             loss = torch.tensor(0.1 * (step + 1))
-            window.add_micro_batch({"task": loss}, {"layer": torch.tensor([step, 1.0])})
+            sums = torch.tensor([step, 2.0, 1.0, 4.0])
+            loads = {"layer": torch.tensor([step, 1.0])}
+            window.add_micro_batch({"task": loss}, loads, {"layer": sums})
             window.add_step(grad_norm=float(step), num_tokens=10, seconds=0.5)
 
     whole, first, second = LogWindow(CPU), LogWindow(CPU), LogWindow(CPU)
@@ -75,6 +77,8 @@ def test_a_restored_window_goes_on_exactly() -> None:
     assert whole.metrics()["perf/tokens_per_s"] == pytest.approx(20.0)
     assert whole.metrics()["train/grad_norm"] == 2.0
     assert whole.metrics()["moe/load_imbalance/layer"] == pytest.approx(10 / 7.5)
+    assert whole.metrics()["moe/entropy/layer"] == pytest.approx(1.0)
+    assert whole.metrics()["moe/dropped/layer"] == pytest.approx(0.25)
     other_rank = LogWindow(CPU)
     other_rank.restore(first.state(), keeps_sums=False)
     assert other_rank.metrics()["train/loss/task"] == 0.0

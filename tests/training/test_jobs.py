@@ -30,6 +30,7 @@ DISTILL: dict[str, Any] = {
     "kl_weight": 1.0,
     "load_balancing_weight": 0.01,
     "z_loss_weight": 0.001,
+    "entropy_weight": 0.001,
     "temperature": 2.0,
     "warmup_fraction": 0.2,
 }
@@ -78,10 +79,18 @@ def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> N
     assert steps == [10, 20, 30, 40, 48]
     assert losses[-1] < losses[0]
     names = {name for record in records for name in record.metrics}
-    for name in ("task", "prediction_kl", "hidden_mse", "load_balancing", "z_loss"):
+    for name in (
+        "task",
+        "prediction_kl",
+        "hidden_mse",
+        "load_balancing",
+        "z_loss",
+        "router_entropy",
+    ):
         assert f"train/loss/{name}" in names
     assert {"perf/tokens_per_s", "train/grad_norm", "train/learning_rate"} <= names
-    assert sum(name.startswith("moe/load_imbalance/") for name in names) == 2
+    for figure in ("load_imbalance", "entropy"):
+        assert sum(name.startswith(f"moe/{figure}/") for name in names) == 2
     assert series(records, "dev/accuracy")[0] == [48]
 
 

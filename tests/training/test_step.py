@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from moe_dist.losses.router import load_balancing_loss, router_z_loss
+from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.step import (
     StepTerms,
@@ -20,7 +21,7 @@ from moe_dist.training.step import (
 )
 from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
 
-EVERYTHING: dict[str, Any] = {"load_balancing": True, "z_loss": True}
+EVERYTHING: dict[str, Any] = {"load_balancing": True, "z_loss": True, "entropy": True}
 
 
 def pair(**options: Any) -> tuple[Any, Any]:
@@ -104,6 +105,8 @@ def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
     z_loss = sum(router_z_loss(x).item() for x in logits) / 2
     assert found["load_balancing"] == pytest.approx(balance * num_tokens, rel=1e-5)
     assert found["z_loss"] == pytest.approx(z_loss * num_tokens, rel=1e-5)
+    entropy = sum(router_entropy(x).item() for x in logits) / 2
+    assert found["router_entropy"] == pytest.approx(entropy * num_tokens, rel=1e-5)
 
 
 def test_hash_routing_has_no_router_terms() -> None:
@@ -153,3 +156,29 @@ def test_expert_counts_add_up_over_forwards() -> None:
     for count_E in expert_counts(record).values():
         assert count_E.shape == (4,)
         assert count_E.sum().item() == 2 * batch["attention_mask"].sum().item()
+
+
+def test_routing_sums_tell_of_entropy_and_drops() -> None:
+    from moe_dist.moe import Capacity, MoELayer
+
+    student, teacher = pair()
+    batch = tiny_batch()
+    num_tokens = int(batch["attention_mask"].sum())
+    plain = distill_terms(student.train(), teacher, batch).routing_sums
+    for entropy, num_gated, dropped, num_slots in (sums.tolist() for sums in plain.values()):
+        assert 0 < entropy / num_gated <= math.log(4) + 1e-6
+        assert (num_gated, dropped, num_slots) == (num_tokens, 0, 0)
+    for layer in student.modules():
+        if isinstance(layer, MoELayer):
+            layer.capacity = Capacity(0.25)
+    limited = distill_terms(student, teacher, batch)
+    wide = distill_terms(student, teacher, padded(batch, 5))
+    for name, sums in limited.routing_sums.items():
+        most = math.ceil(0.25 * num_tokens / 4)
+        counts = limited.tokens_per_expert[name]
+        assert sums[2].item() == (counts - most).clamp(min=0).sum().item()
+        assert sums[3].item() == num_tokens
+        torch.testing.assert_close(wide.routing_sums[name], sums)
+    assert len(limited.routing_sums) == 2
+    hashed = pair(router="hash_random")[0]
+    assert finetune_terms(hashed, batch).routing_sums == {}

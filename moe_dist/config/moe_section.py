@@ -1,0 +1,117 @@
+"""The recipe's `moe` section: experts, their neurons and their router."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_dist.config.sections import Integer, Number, Section, Switch
+
+# The tables ROUTERS and PARTITIONS say what exists; loading them here would cost torch, so a test
+# keeps these in step.
+RouterName = Literal["hash_random", "hash_balanced", "token_gate", "sentence_gate", "task_gate"]
+PartitionName = Literal[
+    "importance",
+    "random",
+    "inverse",
+    "kmeans",
+    "coactivation",
+    "clustered_importance",
+    "full_copy",
+]
+
+
+class MoeConfig(Section):
+    """How the teacher's feed-forward neurons become experts."""
+
+    num_experts: Integer = Field(
+        default=4,
+        ge=1,
+        description="Experts in each converted layer; 1 is the plain pruned dense student.",
+    )
+    expert_size: Integer = Field(
+        default=768,
+        ge=1,
+        description="Neurons that one token uses in one expert, the shared ones included.",
+    )
+    num_shared_neurons: Integer = Field(
+        default=512,
+        ge=0,
+        description="The most important neurons, which every expert gets, counted in "
+        "`moe.expert_size`.",
+    )
+    tie_shared: Switch = Field(
+        default=False,
+        description="Keep the shared neurons one set of weights, computed once for every token "
+        "beside the routed private part. When false they merely start alike.",
+    )
+    partition: PartitionName = Field(
+        default="importance",
+        description="How neurons are handed out: in turn by `importance`, at `random`, or the "
+        "least important first (`inverse`); the most important ones grouped by their input weights "
+        "(`kmeans`) or by firing together on training rows (`coactivation`); by their importance "
+        "for one cluster of training rows each (`clustered_importance`); or all of them to every "
+        "expert (`full_copy`).",
+    )
+    layers: Annotated[tuple[Integer, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Numbers of the layers to convert, from 0; all when not given."
+    )
+    router: RouterName = Field(
+        default="hash_random",
+        description="How tokens find experts: `hash_random` fixes a random expert for each token "
+        "id, `hash_balanced` spreads the ids by their counts in the training rows, `token_gate` "
+        "learns the choice for each token, `sentence_gate` for each sentence, `task_gate` for each "
+        "task (a recipe has one task, whose tokens then all go to the same experts).",
+    )
+    combine: Literal["dispatch"] = Field(
+        default="dispatch", description="How experts come together: tokens travel to them."
+    )
+    top_k: Integer = Field(default=1, ge=1, description="Experts that each token uses.")
+    gate_scale: Literal["straight_through", "probability"] = Field(
+        default="straight_through",
+        description="Weight of a single chosen expert: `straight_through` is 1 and still trains "
+        "the gate, `probability` is the gate's own value, which changes the function at the start.",
+    )
+    gate_noise: Number = Field(
+        default=0.0,
+        ge=0,
+        description="Standard deviation of noise on a gate's scores, in training only.",
+    )
+    gate_jitter: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="In training a gate's input is multiplied by random numbers from 1 - jitter to "
+        "1 + jitter; for `token_gate` and `sentence_gate`.",
+    )
+    task_map: Literal["learned", "fixed"] = Field(
+        default="learned",
+        description="Of `task_gate`: the experts of a task are `learned`, or `fixed` in turn.",
+    )
+    capacity_factor: Number | None = Field(
+        default=None,
+        gt=0,
+        description="In training an expert takes at most so many times its even share of the "
+        "tokens of one worker's micro-batch, and `moe/dropped` counts those turned away, which "
+        "skip the routed part of the layer. No limit when not given; never one without training.",
+    )
+    drop_policy: Literal["position", "probability"] = Field(
+        default="position",
+        description="Who finds a place under `moe.capacity_factor`: the first tokens (`position`) "
+        "or those that the gate is surest of (`probability`).",
+    )
+    importance_samples: Integer | None = Field(
+        default=4096,
+        ge=1,
+        description="Training rows that neurons are scored on, drawn by the seed; null for all. "
+        "The partitions `coactivation` and `clustered_importance` look at the same rows.",
+    )
+
+    @property
+    def active_neurons(self) -> int:
+        """Feed-forward neurons that one token uses in a converted layer."""
+        if self.tie_shared:
+            private = self.expert_size - self.num_shared_neurons
+            return self.num_shared_neurons + self.top_k * private
+        return self.top_k * self.expert_size

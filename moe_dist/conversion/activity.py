@@ -1,0 +1,174 @@
+"""What a dense model does on training data: neurons that fire together, importance by cluster.
+
+Shapes: B batch, S sequence, D model, F FFN, E clusters (one for each expert), N chosen neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.conversion.clustering import balanced_clusters
+from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.conversion.importance import (
+    accepted_inputs,
+    frozen_in_eval_mode,
+    on_device,
+    score_importance,
+)
+from moe_dist.errors import MissingInputError
+
+
+def coactivation(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], neurons: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Measure how much pairs of neurons fire together.
+
+    Args:
+        model: the dense model; evaluated, and left as it was.
+        batches: dicts of model inputs; padding is left out where there is an attention mask.
+        neurons: (N,) the neurons to measure, by the FFN's index.
+
+    Returns:
+        By the FFN's index (N, N) float32 on the CPU: the cosine, over all tokens, of the sizes of
+        two neurons' activations. A neuron that never fires has zeros.
+
+    Raises:
+        MissingInputError: if there are no batches.
+    """
+    slots = find_slots(model)
+    counters = {index: _PairCounter(slots[index], ids) for index, ids in neurons.items()}
+    num_batches = 0
+    with frozen_in_eval_mode(model), torch.no_grad():
+        handles = [counter.install() for counter in counters.values()]
+        try:
+            for batch in batches:
+                inputs = accepted_inputs(model, on_device(model, batch))
+                for counter in counters.values():
+                    counter.batch = inputs
+                model(**inputs)
+                num_batches += 1
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not num_batches:
+        raise _no_batches()
+    return {index: counter.cosines() for index, counter in counters.items()}
+
+
+def cluster_importance(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], num_clusters: int, *, seed: int
+) -> list[Tensor]:
+    """Score each neuron's importance for each cluster of the data.
+
+    Samples are put into clusters of equal size by balanced k-means on the mean, over their
+    tokens, of the hidden states in the middle of the model: late ones tell only the labels apart.
+
+    Args:
+        model: the fine-tuned dense model; evaluated, and left as it was.
+        batches: as `score_importance` takes them; all are held in memory.
+        num_clusters: E.
+        seed: of the clusters.
+
+    Returns:
+        For each FFN (E, F) float32 sums over the samples of each cluster.
+
+    Raises:
+        MissingInputError: if there are fewer samples than clusters.
+    """
+    kept = list(batches)
+    with frozen_in_eval_mode(model), torch.no_grad():
+        vectors = [_sentence_vectors(model, batch) for batch in kept]
+    num_samples = sum(map(len, vectors))
+    if num_samples < num_clusters:
+        raise MissingInputError(
+            f"{num_samples} samples do not make {num_clusters} clusters of training data",
+            remedy="pass a few thousand training samples",
+        )
+    vectors_BD = torch.cat(vectors).double().cpu()
+    vectors_BD = vectors_BD - vectors_BD.mean(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    cluster_B = balanced_clusters(vectors_BD @ vectors_BD.T, num_clusters, generator=generator)
+    parts = cluster_B.split([len(one) for one in vectors])
+    by_cluster = []
+    for cluster in range(num_clusters):
+        own = [
+            _samples(batch, part == cluster)
+            for batch, part in zip(kept, parts, strict=True)
+            if bool((part == cluster).any())
+        ]
+        by_cluster.append(score_importance(model, own))
+    return [torch.stack(of_layer) for of_layer in zip(*by_cluster, strict=True)]
+
+
+class _PairCounter:
+    """Adds up products of activations while batches pass through one FFN."""
+
+    def __init__(self, slot: FFNSlot, neurons: Tensor) -> None:
+        self.slot = slot
+        self.batch: Mapping[str, Any] = {}
+        linear_out = slot.linear_out
+        self._neurons = neurons.to(next(linear_out.parameters()).device)
+        self._sum_NN = torch.zeros(
+            neurons.numel(), neurons.numel(), dtype=torch.float64, device=self._neurons.device
+        )
+
+    def install(self) -> Any:
+        """Hook the FFN's second linear layer, which reads the activations.
+
+        Returns:
+            What removes the hook.
+        """
+        return self.slot.linear_out.register_forward_pre_hook(self._count)
+
+    def cosines(self) -> Tensor:
+        """Scale the sums.
+
+        Returns:
+            (N, N) float32.
+        """
+        norms_N = self._sum_NN.diagonal().sqrt().clamp(min=1e-30)
+        return (self._sum_NN / norms_N / norms_N.unsqueeze(1)).float().cpu()
+
+    def _count(self, linear: nn.Module, args: tuple[Any, ...]) -> None:
+        activation_BSF: Tensor = args[0]
+        rows_TF = activation_BSF.flatten(0, -2)
+        mask = _mask_of(self.batch, activation_BSF.shape[:-1], in_decoder=self.slot.in_decoder)
+        if mask is not None:
+            rows_TF = rows_TF[mask.reshape(-1)]
+        size_TN = rows_TF[:, self._neurons].float().abs()
+        self._sum_NN += size_TN.T @ size_TN
+
+
+def _mask_of(batch: Mapping[str, Any], shape: torch.Size, *, in_decoder: bool) -> Tensor | None:
+    mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+
+
+def _sentence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    inputs = accepted_inputs(model, on_device(model, batch))
+    outputs = model(**inputs, output_hidden_states=True)
+    states = getattr(outputs, "encoder_hidden_states", None) or outputs.hidden_states
+    middle_BSD = states[len(states) // 2].float()
+    mask_BS = _mask_of(inputs, middle_BSD.shape[:-1], in_decoder=False)
+    if mask_BS is None:
+        return middle_BSD.mean(dim=1)
+    total_BD = (middle_BSD * mask_BS.unsqueeze(-1)).sum(dim=1)
+    return total_BD / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _samples(batch: Mapping[str, Any], chosen_B: Tensor) -> dict[str, Any]:
+    return {
+        name: value[chosen_B.to(value.device)] if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _no_batches() -> MissingInputError:
+    return MissingInputError(
+        "there are no batches to measure activations on",
+        remedy="pass a few thousand training samples",
+    )

@@ -1,0 +1,377 @@
+"""Learned routers: a gate scores the experts for a token, a sentence or a task.
+
+Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts, N tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.errors import MissingInputError
+from moe_dist.moe.experts import compute_dtype
+from moe_dist.moe.hash_router import check_table, fixed_routing
+from moe_dist.moe.routing import Routing, RoutingContext
+
+GATE_SCALES = ("straight_through", "probability")
+GATE_STD = 0.02
+# Above the random start of a task's scores, so that tasks begin spread over the experts.
+TASK_START = 0.1
+
+
+class Gate(nn.Module):
+    """From scores to experts: what all learned routers share.
+
+    For K>1 the weights of the chosen experts are renormalised to sum 1. For K=1 the weight is
+    p/stop_gradient(p), whose value 1 keeps the function of a converted model while the gate still
+    learns, or the plain probability.
+
+    Args:
+        num_experts: experts to choose from, E.
+        top_k: experts for each token, K.
+        gate_scale: "straight_through" or "probability", for K=1.
+        noise: standard deviation of noise on the scores, in training only. It comes from torch's
+            own generator, so a step's seed decides it and recomputation repeats it.
+
+    Raises:
+        ValueError: if a value does not fit.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        gate_scale: str = "straight_through",
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
+        if gate_scale not in GATE_SCALES:
+            raise ValueError(f"gate_scale={gate_scale!r} must be one of {', '.join(GATE_SCALES)}")
+        if noise < 0:
+            raise ValueError(f"gate_noise={noise} must not be negative")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.gate_scale = gate_scale
+        self.noise = noise
+
+    def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
+        """Choose the experts with the largest scores, noise included.
+
+        Args:
+            logits_TE: float32 scores.
+            dtype: of the weights.
+
+        Returns:
+            The routing; its logits are those that decided.
+        """
+        if self.noise and self.training:
+            logits_TE = logits_TE + self.noise * torch.randn_like(logits_TE)
+        if self.top_k > 1:
+            chosen_TK, expert_ids = logits_TE.topk(self.top_k, dim=-1)
+            # Renormalised probabilities are the softmax of the chosen logits alone.
+            weights = chosen_TK.softmax(dim=-1)
+            unit_weights = False
+        else:
+            expert_ids, weights = self._choose_one(logits_TE)
+            unit_weights = self.gate_scale == "straight_through" and not weights.requires_grad
+        return Routing(expert_ids, weights.to(dtype), logits_TE, unit_weights)
+
+    def _choose_one(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if self.gate_scale == "straight_through" and not logits_TE.requires_grad:
+            return logits_TE.argmax(dim=-1, keepdim=True), torch.ones_like(logits_TE[:, :1])
+        probability, expert_ids = logits_TE.softmax(dim=-1).max(dim=-1, keepdim=True)
+        if self.gate_scale == "straight_through":
+            return expert_ids, probability / probability.detach()
+        return expert_ids, probability
+
+
+class TokenGate(Gate):
+    """Scores by a bias-free linear layer of each token's hidden state.
+
+    Args:
+        d_model: width of the hidden states, D.
+        num_experts: experts to choose from, E.
+        top_k: experts for each token, K.
+        gate_scale: see `Gate`.
+        noise: see `Gate`.
+        jitter: in training the gate's input is multiplied by random numbers from 1-jitter to
+            1+jitter.
+        seed: of the gate's start; give each layer its own.
+
+    Raises:
+        ValueError: if a value does not fit.
+
+    Source: Switch Transformer, arXiv:2101.03961; the straight-through weight is ours.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        gate_scale: str = "straight_through",
+        noise: float = 0.0,
+        jitter: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"gate_jitter={jitter} must be at least 0 and below 1")
+        self.jitter = jitter
+        self.gate = nn.Linear(d_model, num_experts, bias=False)
+        if not self.gate.weight.is_meta:
+            # Random rows also tell experts apart that start as copies of each other.
+            with torch.no_grad():
+                self.gate.weight.copy_(_random_start(num_experts, d_model, seed))
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Choose the experts of each token.
+
+        Args:
+            hidden_TD: hidden states.
+            context: not read.
+
+        Returns:
+            The routing, with logits.
+        """
+        return self.choose(self._scores(hidden_TD), compute_dtype(hidden_TD))
+
+    def _scores(self, input_TD: Tensor) -> Tensor:
+        weight_ED = self.gate.weight
+        with torch.autocast(input_TD.device.type, enabled=False):
+            input_TD = input_TD.to(weight_ED.dtype)
+            if self.jitter and self.training:
+                spread_TD = torch.empty_like(input_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+                input_TD = input_TD * spread_TD
+            return F.linear(input_TD, weight_ED).float()
+
+
+class SentenceGate(TokenGate):
+    """Sends a whole sentence to the experts that its mean hidden state scores highest.
+
+    Padding does not count, so the choice depends neither on the other sentences of a batch nor on
+    how far they are padded. In a decoder each token reads the mean of the tokens up to itself.
+
+    Args:
+        d_model: width of the hidden states, D.
+        num_experts: experts to choose from, E.
+        top_k: experts for each sentence, K.
+        gate_scale: see `Gate`.
+        noise: see `Gate`; drawn once for a sentence.
+        jitter: see `TokenGate`; on the mean.
+        seed: of the gate's start; give each layer its own.
+
+    Source: MoEBERT's sentence gate, 2022.naacl-main.116, without its dependence on the batch.
+    """
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Choose the experts of each sentence.
+
+        Args:
+            hidden_TD: hidden states of whole sentences, end to end.
+            context: tells where sentences end, which tokens are padding, and if it is a decoder.
+
+        Returns:
+            The routing, alike for all tokens of a sentence, with logits.
+
+        Raises:
+            MissingInputError: if the context does not tell, or a decoder's cache hides tokens.
+        """
+        mask_BS = _sentence_mask(hidden_TD, context)
+        num_sentences, length = mask_BS.shape
+        hidden_BSD = hidden_TD.view(num_sentences, length, hidden_TD.shape[1]).float()
+        hidden_BSD = hidden_BSD * mask_BS.unsqueeze(-1)
+        if context is not None and context.causal:
+            if context.has_past:
+                raise MissingInputError(
+                    "sentence_gate in a decoder reads all tokens so far, and a key-value cache "
+                    "hides them",
+                    remedy="pass use_cache=False to generate, or convert with token_gate",
+                )
+            counts_BS = mask_BS.cumsum(1).clamp(min=1)
+            mean_TD = (hidden_BSD.cumsum(1) / counts_BS.unsqueeze(-1)).flatten(0, 1)
+            return self.choose(self._scores(mean_TD), compute_dtype(hidden_TD))
+        mean_BD = hidden_BSD.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
+        return _repeated(self.choose(self._scores(mean_BD), compute_dtype(hidden_TD)), length)
+
+
+class TaskGate(Gate):
+    """Sends all tokens of a task to the same experts, by learned scores of the task.
+
+    Args:
+        num_tasks: N.
+        num_experts: experts to choose from, E.
+        top_k: experts for each task, K.
+        gate_scale: see `Gate`.
+        noise: see `Gate`; drawn once for a sample.
+        seed: of the start, at which tasks are spread over the experts.
+
+    Source: task-level routing, arXiv:2110.03742; a table of scores, in place of a gate on a task
+        embedding, is ours.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        gate_scale: str = "straight_through",
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise)
+        self.num_tasks = num_tasks
+        self.task_scores = nn.Parameter(torch.empty(num_tasks, num_experts))
+        if not self.task_scores.is_meta:
+            start = _random_start(num_tasks, num_experts, seed)
+            start.scatter_add_(
+                1,
+                spread_tasks(num_tasks, num_experts, top_k, seed=seed),
+                torch.full((num_tasks, top_k), TASK_START),
+            )
+            with torch.no_grad():
+                self.task_scores.copy_(start)
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Choose the experts of each sample's task.
+
+        Args:
+            hidden_TD: hidden states; only their number, dtype and device matter.
+            context: carries the task of each sample.
+
+        Returns:
+            The routing, alike for all tokens of a task, with logits.
+
+        Raises:
+            MissingInputError: if the tasks are missing or unknown.
+        """
+        tasks_B = _task_ids(hidden_TD, context, self.num_tasks)
+        logits_BE = self.task_scores.float()[tasks_B]
+        routing = self.choose(logits_BE, compute_dtype(hidden_TD))
+        return _repeated(routing, hidden_TD.shape[0] // max(1, tasks_B.numel()))
+
+
+class TaskTable(nn.Module):
+    """Sends all tokens of a task to fixed experts; the table is saved with the model.
+
+    Args:
+        table: (N,) or (N, K) int64 expert ids.
+        num_experts: experts to choose from, E.
+
+    Raises:
+        ConversionError: if the table holds no rows or ids that are not experts.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, num_experts: int) -> None:
+        super().__init__()
+        check_table(table, num_experts)
+        self.num_experts = num_experts
+        self.top_k = 1 if table.dim() == 1 else table.shape[1]
+        self.register_buffer("table", table.to(torch.int64))
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Look the experts of each sample's task up.
+
+        Args:
+            hidden_TD: hidden states; only their number, dtype and device matter.
+            context: carries the task of each sample.
+
+        Returns:
+            The routing, with equal weights and no logits.
+
+        Raises:
+            MissingInputError: if the tasks are missing or unknown.
+        """
+        tasks_B = _task_ids(hidden_TD, context, self.table.shape[0])
+        length = hidden_TD.shape[0] // max(1, tasks_B.numel())
+        return fixed_routing(self.table, tasks_B.repeat_interleave(length), hidden_TD)
+
+
+def spread_tasks(num_tasks: int, num_experts: int, top_k: int, *, seed: int) -> Tensor:
+    """Give every task its experts, all experts in turn.
+
+    Args:
+        num_tasks: N.
+        num_experts: experts to choose from, E.
+        top_k: different experts for each task, K.
+        seed: of the order of the experts.
+
+    Returns:
+        (N, K) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_experts, generator=generator, device="cpu")
+    turns = torch.arange(num_tasks * top_k, device="cpu").view(num_tasks, top_k)
+    return order[turns % num_experts]
+
+
+def _random_start(rows: int, columns: int, seed: int) -> Tensor:
+    # On the CPU and with its own generator, so that a seed means the same everywhere.
+    start = torch.empty(rows, columns, device="cpu")
+    return start.normal_(std=GATE_STD, generator=torch.Generator().manual_seed(seed))
+
+
+def _repeated(routing: Routing, times: int) -> Routing:
+    """From one decision for a sample to one for each of its tokens."""
+    assert routing.logits is not None
+    return replace(
+        routing,
+        expert_ids=routing.expert_ids.repeat_interleave(times, dim=0),
+        expert_weights=routing.expert_weights.repeat_interleave(times, dim=0),
+        logits=routing.logits.repeat_interleave(times, dim=0),
+    )
+
+
+def _sentence_mask(hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+    mask = None if context is None else context.mask
+    token_ids = None if context is None else context.token_ids
+    known = token_ids if mask is None else mask
+    if known is None or known.dim() != 2 or known.numel() != hidden_TD.shape[0]:
+        found = "nothing" if known is None else f"a shape of {tuple(known.shape)}"
+        raise MissingInputError(
+            f"sentence_gate must know where sentences end, and has {found} for "
+            f"{hidden_TD.shape[0]} tokens",
+            remedy="call the model with input_ids or a two-dimensional attention_mask, and with "
+            "chunk_size_feed_forward=0; with gradient checkpointing pass use_reentrant=False and "
+            "context_fn=checkpoint_context_fn",
+        )
+    mask_BS = torch.ones_like(known, dtype=torch.bool) if mask is None else mask
+    return mask_BS.to(hidden_TD.device)
+
+
+def _task_ids(hidden_TD: Tensor, context: RoutingContext | None, num_tasks: int) -> Tensor:
+    num_tokens = hidden_TD.shape[0]
+    given = None if context is None else context.task_ids
+    if given is None:
+        if num_tasks > 1:
+            raise MissingInputError(
+                f"task_gate knows {num_tasks} tasks, and this forward call names none",
+                remedy="run the model inside use_context(RoutingContext(task_ids=...)), one id "
+                "for each sample",
+            )
+        given = torch.zeros(1, dtype=torch.int64)
+    tasks_B = given.reshape(-1).to(hidden_TD.device)
+    if tasks_B.numel() == 0 or num_tokens % tasks_B.numel():
+        raise MissingInputError(
+            f"task_gate has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
+            remedy="give one task id for each sample of the batch",
+        )
+    if tasks_B.device.type == "cpu" and not 0 <= int(tasks_B.min()) <= int(tasks_B.max()) < (
+        num_tasks
+    ):
+        raise MissingInputError(
+            f"task ids {sorted(set(tasks_B.tolist()))} are not all among the {num_tasks} tasks of "
+            "this model",
+            remedy=f"number the tasks from 0 to {num_tasks - 1}",
+        )
+    return tasks_B
