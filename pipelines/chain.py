@@ -18,7 +18,7 @@ from moe_dist.training.driver import ray_session
 from . import report
 from .preflight import check_before_start
 from .stage import StageInputs, StageResult, stage_key, write_json
-from .stages import adapt, distill, evaluate, finetune_teacher, score_importance
+from .stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ RunStage = Callable[["RunConfig", StageInputs, "TrackedRun"], StageResult]
 STAGES: dict[str, RunStage] = {
     finetune_teacher.NAME: finetune_teacher.run,
     score_importance.NAME: score_importance.run,
+    shrink.NAME: shrink.run,
     adapt.NAME: adapt.run,
     distill.NAME: distill.run,
     evaluate.NAME: evaluate.run,
@@ -40,7 +41,7 @@ METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
 SHARED_DIRECTORY = "shared"
 """Copies that go to the tracking server in place of files that name this machine."""
-PER_STUDENT = (adapt.NAME, distill.NAME)
+PER_STUDENT = (shrink.NAME, adapt.NAME, distill.NAME)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def plan_steps(config: RunConfig, until: str = evaluate.NAME) -> list[Step]:
     if until == evaluate.NAME:
         steps += [Step(name, label) for label in config.compare for name in PER_STUDENT]
         steps.append(Step(evaluate.NAME))
-    return steps
+    return [step for step in steps if step.stage != shrink.NAME or _is_smaller(config, step.label)]
+
+
+def _is_smaller(config: RunConfig, label: str) -> bool:
+    own = config.resolve_comparison(label) if label else config
+    return own.student.is_smaller
 
 
 def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME) -> ChainResult:

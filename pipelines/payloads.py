@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig, TrainConfig
+    from moe_dist.config import ObjectivesConfig, RunConfig, TrainConfig
 
 # They change when and how things are observed, not what is learned.
 _OBSERVATION_KEYS = frozenset(
@@ -100,3 +100,40 @@ def training_settings(
             key: value for key, value in train.model_dump(mode="json").items() if key not in skipped
         },
     }
+
+
+# What each further loss reads; without its weight none of it changes what is learned.
+_KEYS_OF_LOSSES: dict[str, tuple[str, ...]] = {
+    "soft_weight": (),
+    "attention_weight": (),
+    "alignment_weight": (),
+    "mapping_weight": (),
+    "adversarial_weight": (
+        "adversarial_regularizer",
+        "adversarial_learning_rate",
+        "adversarial_warmup_fraction",
+    ),
+}
+
+
+def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
+    """Return the part of the `distill` section that changes what is learned.
+
+    So a loss that is not used, or one that a later version brings, redoes nothing.
+
+    Args:
+        distill: the section.
+
+    Returns:
+        Plain values.
+    """
+    settings = distill.model_dump(mode="json")
+    for weight, keys in _KEYS_OF_LOSSES.items():
+        if settings[weight] == 0:
+            for key in (weight, *keys):
+                del settings[key]
+    if not {"alignment_weight", "adversarial_weight"} & set(settings):
+        del settings["alignment_pooling"]
+    if settings["hidden_layers"] == "all":
+        del settings["hidden_layers"]
+    return settings

@@ -29,28 +29,45 @@ class LogWindow:
         self.seconds = 0.0
         self.grad_norm = 0.0
         self._losses: dict[str, Tensor] = {}
+        self._weighted: dict[str, Tensor] = {}
         self._loads: dict[str, Tensor] = {}
+        self._figures: dict[str, float] = {}
 
     def add_micro_batch(
-        self, losses: Mapping[str, Tensor], tokens_per_expert: Mapping[str, Tensor]
+        self,
+        losses: Mapping[str, Tensor],
+        tokens_per_expert: Mapping[str, Tensor],
+        weighted: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add one micro-batch's part of the step.
 
         Args:
             losses: detached scalars, already divided by the counts of the whole step.
             tokens_per_expert: (E,) counts by layer.
+            weighted: the same losses as they enter the total.
         """
         _add(self._losses, losses, self._device)
+        _add(self._weighted, weighted or {}, self._device)
         _add(self._loads, tokens_per_expert, self._device)
 
-    def add_step(self, *, grad_norm: float, num_tokens: int, seconds: float) -> None:
+    def add_step(
+        self,
+        *,
+        grad_norm: float,
+        num_tokens: int,
+        seconds: float,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
         """Close a step.
 
         Args:
             grad_norm: before clipping, the same on every rank.
             num_tokens: real tokens of all ranks.
             seconds: what the step took.
+            figures: further values, equal on every rank.
         """
+        for name, value in (figures or {}).items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.seconds += seconds
@@ -68,6 +85,11 @@ class LogWindow:
             f"train/loss/{name}": float(total) / self.num_steps
             for name, total in self._reduced(self._losses).items()
         }
+        values |= {
+            f"train/weighted_loss/{name}": float(total) / self.num_steps
+            for name, total in self._reduced(self._weighted).items()
+        }
+        values |= {f"train/{name}": total / self.num_steps for name, total in self._figures.items()}
         values["train/grad_norm"] = self.grad_norm / self.num_steps
         if self.seconds > 0:
             values["perf/tokens_per_s"] = self.num_tokens / self.seconds
@@ -83,12 +105,15 @@ class LogWindow:
             Plain values, summed over ranks.
         """
         losses, loads = self._reduced(self._losses), self._reduced(self._loads)
+        weighted = self._reduced(self._weighted)
         return {
             "num_steps": self.num_steps,
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
             "grad_norm": self.grad_norm,
             "losses": {name: float(value) for name, value in losses.items()},
+            "weighted": {name: float(value) for name, value in weighted.items()},
+            "figures": dict(self._figures),
             "loads": {name: count_E.tolist() for name, count_E in loads.items()},
         }
 
@@ -105,10 +130,14 @@ class LogWindow:
         self.seconds = float(state["seconds"])
         self.grad_norm = float(state["grad_norm"])
         share = 1.0 if keeps_sums else 0.0
-        self._losses = {
-            name: torch.tensor(value * share, dtype=torch.float64, device=self._device)
-            for name, value in state["losses"].items()
-        }
+        self._losses, self._weighted = (
+            {
+                name: torch.tensor(value * share, dtype=torch.float64, device=self._device)
+                for name, value in state.get(key, {}).items()
+            }
+            for key in ("losses", "weighted")
+        )
+        self._figures = dict(state.get("figures", {}))
         self._loads = {
             name: torch.tensor(counts, dtype=torch.float64, device=self._device) * share
             for name, counts in state["loads"].items()
