@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import ray_session
@@ -88,7 +88,13 @@ def plan_steps(config: RunConfig, until: str = evaluate.NAME) -> list[Step]:
 
     Returns:
         The steps; comparisons are among them only where all students are measured together.
+
+    Raises:
+        ConfigError: if a smaller student is wanted and the recipe gives no size.
     """
+    if until == shrink.NAME and not config.student.is_smaller:
+        fault = "student has no size, so there is nothing to cut; give for example num_layers."
+        raise ConfigError([fault], source=config.name)
     names = list(STAGES)
     wanted = names[: names.index(until) + 1]
     steps = [Step(name) for name in wanted if name != evaluate.NAME]

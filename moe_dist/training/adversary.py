@@ -78,9 +78,10 @@ class Adversary(nn.Module):
         for name, rows in (("left_in", HIDDEN_UNITS), ("left_out", 1)):
             drawn = torch.randn(rows, generator=generator)
             self.register_buffer(name, drawn / drawn.norm())
-        self.register_buffer("steps", torch.zeros(()))
-        self.register_buffer("active", torch.ones(()))
-        self.register_buffer("fooling", torch.full((), 2.0).log())
+        # Of one element and not of none: what checkpoints gather has a size.
+        self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("active", torch.ones(1))
+        self.register_buffer("fooling", torch.full((1,), 2.0).log())
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def student_loss(self, student_features_BN: Tensor, teacher_features_BN: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Adversary(nn.Module):
         loss = fooling_loss(
             discriminator_scores(student_features_BN, self._effective(self._weights()))
         )
-        return torch.where(self.active > 0, loss, torch.zeros_like(loss))
+        return torch.where(self.active[0] > 0, loss, torch.zeros_like(loss))
 
     def update(self, num_samples: int) -> dict[str, float]:
         """Train the discriminator on the samples since the last update; collective.
@@ -177,7 +178,7 @@ class Adversary(nn.Module):
             self.left_in.copy_(power_iteration(weights.w_in, self.left_in))
             self.left_out.copy_(power_iteration(weights.w_out, self.left_out))
             # `adam` counts for each tensor; they all take the same steps.
-            counts = [self.steps.clone() for _ in gradients]
+            counts = [self.steps[0].clone() for _ in gradients]
             adam(
                 weights.tensors(),
                 gradients,
