@@ -43,7 +43,7 @@ def test_a_student_is_compressed_repaired_and_measured(trained: Path) -> None:
     assert found["repaired"]["parameters"]["active"] == found["before"]["parameters"]["active"]
     for layer in found["layers"]:
         assert sum(layer["use"]) == pytest.approx(1.0)
-        assert sorted(sum(layer["groups"], [])) == [0, 1, 2, 3]
+        assert sorted(expert for group in layer["groups"] for expert in group) == [0, 1, 2, 3]
     model = load_model(output / "model")
     assert {layer.num_experts for layer in moe_layers(model)} == {2}
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
