@@ -176,14 +176,9 @@ def _measure(
     from moe_dist.inference.profile import count_parameters
     from moe_dist.training.jobs import predict_job
 
-    answer = predict_job(
-        {
-            **data_job(config, str(settings.output)),
-            "model": str(model),
-            "split": "dev",
-            "output_name": f"predictions-{name}",
-        }
-    )
+    payload: Any = data_job(config, str(settings.output))
+    payload |= {"model": str(model), "split": "dev", "output_name": f"predictions-{name}"}
+    answer = predict_job(payload)
     return {
         "metrics": answer["metrics"],
         "parameters": asdict(count_parameters(load_model(model))),
@@ -194,21 +189,19 @@ def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[f
     """Each expert's share of the tokens of training rows, by layer."""
     from moe_dist.training.jobs import predict_job
 
-    payload = data_job(config, str(settings.output))
+    payload: Any = data_job(config, str(settings.output))
     rows = min(settings.use_samples, config.data.max_train_samples or settings.use_samples)
     payload["data"] = payload["data"] | {"max_train_samples": rows}
-    load: dict[str, list[float]] = predict_job(
-        {
-            **payload,
-            "model": str(settings.directory),
-            "split": "train",
-            "output_name": "predictions-use",
-        }
-    )["expert_load"]
+    payload |= {
+        "model": str(settings.directory),
+        "split": "train",
+        "output_name": "predictions-use",
+    }
+    load: dict[str, list[float]] = predict_job(payload)["expert_load"]
     return load
 
 
-def _repair_payload(settings: CompactSettings, config: RunConfig) -> dict[str, Any]:
+def _repair_payload(settings: CompactSettings, config: RunConfig) -> Any:
     train = config.train.model_copy(
         update={"max_steps": settings.repair_steps, "num_epochs": MANY_EPOCHS}
     )

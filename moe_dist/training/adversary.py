@@ -31,6 +31,7 @@ HIDDEN_UNITS = 128
 BETAS = (0.5, 0.999)
 R1_WEIGHT = 1.0
 SMOOTHING = 0.98
+FIRST_ITERATIONS = 20
 MAX_FOOLING_LOSS = 5.0
 """A student that is found out in all but 0.7 % of cases learns nothing more from being told so."""
 
@@ -75,9 +76,11 @@ class Adversary(nn.Module):
             self.register_buffer(name, torch.zeros(shape) if drawn is None else drawn)
             self.register_buffer(f"exp_avg_{name}", torch.zeros(shape))
             self.register_buffer(f"exp_avg_sq_{name}", torch.zeros(shape))
-        for name, rows in (("left_in", HIDDEN_UNITS), ("left_out", 1)):
-            drawn = torch.randn(rows, generator=generator)
-            self.register_buffer(name, drawn / drawn.norm())
+        for name, weight in (("left_in", "w_in"), ("left_out", "w_out")):
+            left = torch.randn(self.get_buffer(weight).shape[0], generator=generator)
+            for _ in range(FIRST_ITERATIONS):
+                left = power_iteration(self.get_buffer(weight), left)
+            self.register_buffer(name, left)
         # Of one element and not of none: what checkpoints gather has a size.
         self.register_buffer("steps", torch.zeros(1))
         self.register_buffer("active", torch.ones(1))
