@@ -153,11 +153,11 @@ def expert_similarity(experts: Experts) -> Tensor:
         (E, E) float64: the mean, over the neurons of both, of the cosine with the most similar
         neuron of the other; 1 on the diagonal.
     """
-    vectors_EFN = functional.normalize(_neurons(experts), dim=-1)
     number = experts.num_experts
     similarity_EE = torch.eye(number, dtype=torch.float64)
     if experts.expert_size == 0:
         return torch.ones_like(similarity_EE)
+    vectors_EFN = functional.normalize(_neurons(experts), dim=-1)
     for one in range(number):
         for other in range(one):
             cosine_FF = vectors_EFN[one] @ vectors_EFN[other].t()
