@@ -86,13 +86,17 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     Returns:
         What `compact.json` holds: `metrics`, `parameters` and `retention` for each of `before`,
         `fused` (where something was), `compressed` and `repaired` (where it was asked for).
+
+    Raises:
+        MoeDistError: if the output holds files of others, or the student cannot be compacted.
     """
     from moe_dist.inference import load_model, load_tokenizer, save_model
-    from moe_dist.inference.compact import compact_experts, fuse_neurons
+    from moe_dist.inference.compact import check_reduction, compact_experts, fuse_neurons
     from moe_dist.training.jobs import distill_job
 
-    _make_room(settings.output)
     student = load_model(settings.directory)
+    check_reduction(student, settings.num_experts)
+    _make_room(settings.output)
     tokenizer = load_tokenizer(settings.directory)
     measured = {"before": _measure(settings.directory, config, settings, "before")}
     console.note("counting how often each expert is used")

@@ -102,17 +102,16 @@ def training_settings(
     }
 
 
-# What each further loss reads; without its weight none of it changes what is learned.
-_KEYS_OF_LOSSES: dict[str, tuple[str, ...]] = {
-    "soft_weight": (),
-    "attention_weight": (),
-    "alignment_weight": (),
-    "mapping_weight": (),
-    "adversarial_weight": (
-        "adversarial_regularizer",
-        "adversarial_learning_rate",
-        "adversarial_warmup_fraction",
-    ),
+# Weights that were there from the start, and stand in the fingerprints of earlier results.
+_FIRST_WEIGHTS = frozenset(
+    {"task_weight", "hidden_weight", "kl_weight", "load_balancing_weight", "z_loss_weight"}
+)
+# What only some losses read.
+_KEYS_OF_LOSSES: dict[str, frozenset[str]] = {
+    "adversarial_regularizer": frozenset({"adversarial_weight"}),
+    "adversarial_learning_rate": frozenset({"adversarial_weight"}),
+    "adversarial_warmup_fraction": frozenset({"adversarial_weight"}),
+    "alignment_pooling": frozenset({"alignment_weight", "adversarial_weight"}),
 }
 
 
@@ -127,13 +126,14 @@ def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
     Returns:
         Plain values.
     """
-    settings = distill.model_dump(mode="json")
-    for weight, keys in _KEYS_OF_LOSSES.items():
-        if settings[weight] == 0:
-            for key in (weight, *keys):
-                del settings[key]
-    if not {"alignment_weight", "adversarial_weight"} & set(settings):
-        del settings["alignment_pooling"]
+    settings = {
+        key: value
+        for key, value in distill.model_dump(mode="json").items()
+        if key in _FIRST_WEIGHTS or not key.endswith("_weight") or value != 0
+    }
+    for key, weights in _KEYS_OF_LOSSES.items():
+        if not weights & set(settings):
+            del settings[key]
     if settings["hidden_layers"] == "all":
         del settings["hidden_layers"]
     return settings

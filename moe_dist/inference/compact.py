@@ -71,8 +71,8 @@ def compact_experts(
         ConversionError: if the model has no more experts than that, needs more for each token, or
             has a router whose choices cannot be joined.
     """
+    check_reduction(model, num_experts)
     layers = moe_layers(model)
-    _check(layers, num_experts)
     chosen = []
     for layer in layers:
         share_E = torch.tensor(use[layer.name], dtype=torch.float64)
@@ -90,6 +90,42 @@ def compact_experts(
             if new.router is not None and old.router is not None:
                 _fill_router(old.router, new.router, joined, method)
     return smaller, chosen
+
+
+def check_reduction(model: nn.Module, num_experts: int) -> None:
+    """See that a model can be brought down to so many experts.
+
+    Args:
+        model: a converted model.
+        num_experts: experts of each layer afterwards.
+
+    Raises:
+        ConversionError: if it has no more than that, needs more for each token, or has a router
+            whose choices cannot be joined.
+    """
+    layers = moe_layers(model)
+    fewest = min(layer.num_experts for layer in layers)
+    top_k = layers[0].top_k
+    if not 1 <= num_experts < fewest:
+        raise ConversionError(
+            f"{num_experts} experts are not fewer than the model's {fewest}",
+            remedy=f"use 1 to {fewest - 1}" if fewest > 1 else "give a model with several experts",
+        )
+    if 1 < num_experts < top_k or (num_experts == 1 and top_k > 1):
+        raise ConversionError(
+            f"each token uses {top_k} experts, so {num_experts} are too few",
+            remedy=f"use at least {top_k}",
+        )
+    for layer in layers:
+        for name, tensor in layer.router.state_dict().items() if layer.router else ():
+            if tensor.is_floating_point() and tensor.shape != (
+                layer.num_experts,
+                layer.experts.d_model,
+            ):
+                raise ConversionError(
+                    f"the choices of {type(layer.router).__name__} cannot be joined ({name})",
+                    remedy="compact a student with hash routing or a gate over hidden states",
+                )
 
 
 def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
@@ -190,31 +226,6 @@ def group_experts(use_E: Tensor, similarity_EE: Tensor, num_groups: int) -> Grou
         groups[earlier] += groups.pop(later)
     by_use = [sorted(group, key=lambda expert: -float(use_E[expert])) for group in groups]
     return tuple(tuple(group) for group in sorted(by_use, key=min))
-
-
-def _check(layers: Sequence[MoELayer], num_experts: int) -> None:
-    fewest = min(layer.num_experts for layer in layers)
-    top_k = layers[0].top_k
-    if not 1 <= num_experts < fewest:
-        raise ConversionError(
-            f"{num_experts} experts are not fewer than the model's {fewest}",
-            remedy=f"use 1 to {fewest - 1}" if fewest > 1 else "give a model with several experts",
-        )
-    if 1 < num_experts < top_k or (num_experts == 1 and top_k > 1):
-        raise ConversionError(
-            f"each token uses {top_k} experts, so {num_experts} are too few",
-            remedy=f"use at least {top_k}",
-        )
-    for layer in layers:
-        for name, tensor in layer.router.state_dict().items() if layer.router else ():
-            if tensor.is_floating_point() and tensor.shape != (
-                layer.num_experts,
-                layer.experts.d_model,
-            ):
-                raise ConversionError(
-                    f"the choices of {type(layer.router).__name__} cannot be joined ({name})",
-                    remedy="compact a student with hash routing or a gate over hidden states",
-                )
 
 
 def _neurons(experts: Experts) -> Tensor:

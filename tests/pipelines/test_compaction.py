@@ -58,7 +58,9 @@ def test_a_student_is_compressed_repaired_and_measured(trained: Path) -> None:
     assert "fused" in found and "fused" in again.output
 
 
-def test_what_cannot_be_compacted_is_one_message(trained: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compacted_is_one_message(
+    trained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     def refused(*words: str) -> str:
         result = CliRunner().invoke(app, ["compact", *words])
         assert result.exit_code == 2 and "Traceback" not in result.output
@@ -68,8 +70,7 @@ def test_what_cannot_be_compacted_is_one_message(trained: Path, tmp_path: Path) 
     assert "merge or drop" in refused(str(trained), "--num-experts", "2", "--method", "both")
     teacher = trained.parent.parent / "finetune-teacher/model"
     assert "no experts" in refused(str(teacher), "--num-experts", "2")
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    alone = tmp_path_factory.mktemp("alone")
     assert "--recipe" in refused(str(alone), "--num-experts", "2")
     full = tmp_path / "full"
     full.mkdir()
