@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import RaySession, ray_session, runs_here
@@ -21,7 +21,7 @@ from . import report
 from .preflight import check_before_start
 from .replacement import FINISHED
 from .stage import StageInputs, StageResult, stage_key, write_json
-from .stages import adapt, distill, evaluate, finetune_teacher, score_importance
+from .stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ RunStage = Callable[["RunConfig", StageInputs, "TrackedRun"], StageResult]
 STAGES: dict[str, RunStage] = {
     finetune_teacher.NAME: finetune_teacher.run,
     score_importance.NAME: score_importance.run,
+    shrink.NAME: shrink.run,
     adapt.NAME: adapt.run,
     distill.NAME: distill.run,
     evaluate.NAME: evaluate.run,
@@ -43,7 +44,7 @@ METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
 SHARED_DIRECTORY = "shared"
 """Copies that go to the tracking server in place of files that name this machine."""
-PER_STUDENT = (adapt.NAME, distill.NAME)
+PER_STUDENT = (shrink.NAME, adapt.NAME, distill.NAME)
 _HEAVY_IMPORTS = ("torch", "transformers.modeling_layers", "datasets", "mlflow")
 """What the checks before a start need, and the tracker after them."""
 
@@ -92,14 +93,25 @@ def plan_steps(config: RunConfig, until: str = evaluate.NAME) -> list[Step]:
 
     Returns:
         The steps; comparisons are among them only where all students are measured together.
+
+    Raises:
+        ConfigError: if a smaller student is wanted and the recipe gives no size.
     """
+    if until == shrink.NAME and not config.student.is_smaller:
+        fault = "student has no size, so there is nothing to cut; give for example num_layers."
+        raise ConfigError([fault], source=config.name)
     names = list(STAGES)
     wanted = names[: names.index(until) + 1]
     steps = [Step(name) for name in wanted if name != evaluate.NAME]
     if until == evaluate.NAME:
         steps += [Step(name, label) for label in config.compare for name in PER_STUDENT]
         steps.append(Step(evaluate.NAME))
-    return steps
+    return [step for step in steps if step.stage != shrink.NAME or _is_smaller(config, step.label)]
+
+
+def _is_smaller(config: RunConfig, label: str) -> bool:
+    own = config.resolve_comparison(label) if label else config
+    return own.student.is_smaller
 
 
 def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME) -> ChainResult:

@@ -50,8 +50,10 @@ _RULES = """\
   `moe.gate_noise` and `moe.gate_jitter` need a router with a gate.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
-- A comparison may change `moe`, `distill`, `train` and `parallel`; the teacher and the data are the
-  same for all students of a run.
+- `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.
+- `distill.attention_weight` needs as many heads in the student as in the teacher.
+- A comparison may change `student`, `moe`, `distill`, `train` and `parallel`; the teacher and the
+  data are the same for all students of a run.
 
 ## Comparisons
 

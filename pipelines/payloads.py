@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig, TrainConfig
+    from moe_dist.config import ObjectivesConfig, RunConfig, TrainConfig
 
 # They change when and how things are observed, not what is learned.
 _OBSERVATION_KEYS = frozenset(
@@ -100,3 +100,40 @@ def training_settings(
             key: value for key, value in train.model_dump(mode="json").items() if key not in skipped
         },
     }
+
+
+# Weights that were there from the start, and stand in the fingerprints of earlier results.
+_FIRST_WEIGHTS = frozenset(
+    {"task_weight", "hidden_weight", "kl_weight", "load_balancing_weight", "z_loss_weight"}
+)
+# What only some losses read.
+_KEYS_OF_LOSSES: dict[str, frozenset[str]] = {
+    "adversarial_regularizer": frozenset({"adversarial_weight"}),
+    "adversarial_learning_rate": frozenset({"adversarial_weight"}),
+    "adversarial_warmup_fraction": frozenset({"adversarial_weight"}),
+    "alignment_pooling": frozenset({"alignment_weight", "adversarial_weight"}),
+}
+
+
+def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
+    """Return the part of the `distill` section that changes what is learned.
+
+    So a loss that is not used, or one that a later version brings, redoes nothing.
+
+    Args:
+        distill: the section.
+
+    Returns:
+        Plain values.
+    """
+    settings = {
+        key: value
+        for key, value in distill.model_dump(mode="json").items()
+        if key in _FIRST_WEIGHTS or not key.endswith("_weight") or value != 0
+    }
+    for key, weights in _KEYS_OF_LOSSES.items():
+        if not weights & set(settings):
+            del settings[key]
+    if settings["hidden_layers"] == "all":
+        del settings["hidden_layers"]
+    return settings

@@ -21,7 +21,15 @@ from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistE
 
 from .cluster_package import cluster_module
 from .report import RESERVED_LABELS
-from .sizes import BYTES_FP32, GIB, derive_sizes, length_faults, plan_skeleton, start_skeleton
+from .sizes import (
+    BYTES_FP32,
+    GIB,
+    dense_skeleton,
+    derive_sizes,
+    length_faults,
+    plan_skeleton,
+    start_skeleton,
+)
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -92,7 +100,8 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:
-            plan_skeleton(model, config.resolve_comparison(label) if label else config)
+            own = config.resolve_comparison(label) if label else config
+            plan_skeleton(dense_skeleton(model, own), own)
         except ConversionError as error:
             prefix = f"compare.{label}: " if label else ""
             faults.append(f"{prefix}{error.message}; {error.remedy}.")

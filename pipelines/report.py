@@ -234,6 +234,7 @@ def _headings(report: Mapping[str, Any]) -> list[str]:
         f"dev {report['main_metric']}",
         "before distillation",
         "retention",
+        "layers × width",
         "parameters",
         "active",
         "FLOPs/token",
@@ -251,6 +252,7 @@ def _row(report: Mapping[str, Any], name: str) -> list[str]:
         f"{entry['metrics'][metric]:.4f}",
         "" if before is None else f"{before:.4f}",
         _optional(entry.get("retention")),
+        _shape(entry.get("shape")),
         quantity(entry["parameters"]["total"]),
         quantity(entry["parameters"]["active"]),
         quantity(entry["flops_per_token"]),
@@ -280,6 +282,11 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _optional(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _shape(shape: Mapping[str, int] | None) -> str:
+    # Reports of earlier versions have none.
+    return "" if shape is None else f"{shape['num_layers']} × {shape['hidden_size']}"
 
 
 def _ratio(value: float, whole: float) -> float | None:

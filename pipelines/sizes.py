@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 
 from .report import quantity
 from .shares import topology_facts
-from .stages.adapt import router_options
+from .stages.adapt import keeps_all_neurons, router_options
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -147,11 +147,38 @@ def length_faults(model: Any, config: RunConfig) -> list[str]:
     ]
 
 
-def plan_skeleton(teacher: Any, config: RunConfig) -> Any:
+def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
+    """Give the shape of what is split into experts: the teacher, or a smaller student of it.
+
+    Args:
+        teacher: a dense model on the meta device.
+        config: the configuration of one student.
+
+    Returns:
+        A dense model, with shapes only.
+
+    Raises:
+        ConversionError: if the student cannot be cut from this teacher, or its attention cannot
+            be compared although the recipe asks for it.
+    """
+    from moe_dist.conversion.shrink import plan_shrink, shrink_model
+    from moe_dist.training.companion import check_heads
+
+    student = teacher
+    if config.student.is_smaller:
+        # What is kept is not known yet, only how much.
+        sizes = config.student.model_dump() | {"init": "random"}
+        student = shrink_model(teacher, plan_shrink(teacher, **sizes))
+    if config.distill.attention_weight > 0:
+        check_heads(student, teacher)
+    return student
+
+
+def plan_skeleton(dense: Any, config: RunConfig) -> Any:
     """Plan the split of a model whose scores are not known yet.
 
     Args:
-        teacher: a dense model, weights not needed.
+        dense: from `dense_skeleton`; weights not needed.
         config: the configuration of one student.
 
     Returns:
@@ -164,7 +191,7 @@ def plan_skeleton(teacher: Any, config: RunConfig) -> Any:
 
     moe = config.moe
     return plan_partition(
-        [torch.zeros(slot.num_neurons) for slot in find_slots(teacher)],
+        [torch.zeros(slot.num_neurons) for slot in find_slots(dense)],
         num_experts=moe.num_experts,
         expert_size=moe.expert_size,
         num_shared_neurons=moe.num_shared_neurons,
@@ -190,9 +217,13 @@ def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
 
     from moe_dist.conversion import dense_to_moe
 
+    dense = dense_skeleton(teacher, config)
+    plan = plan_skeleton(dense, config)
+    if config.student.is_smaller and keeps_all_neurons(plan):
+        return dense
     return dense_to_moe(
-        teacher,
-        plan_skeleton(teacher, config),
+        dense,
+        plan,
         seed=config.seed,
         # Tables of any content have the same shape.
         token_counts=torch.zeros(teacher.config.get_text_config().vocab_size),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.moe_section import MoeConfig
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.run_config import RunConfig, dense_overrides
 from moe_dist.config.sections import (
     DataConfig,
@@ -14,6 +15,7 @@ from moe_dist.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from moe_dist.config.student import StudentConfig
 
 __all__ = [
     "DataConfig",
@@ -21,8 +23,10 @@ __all__ = [
     "FinetuneConfig",
     "ModelConfig",
     "MoeConfig",
+    "ObjectivesConfig",
     "ParallelConfig",
     "RunConfig",
+    "StudentConfig",
     "TrackingConfig",
     "TrainConfig",
     "build_config",

@@ -147,11 +147,42 @@ _GATE_SETTINGS = (
 
 
 def _some_loss(config: RunConfig) -> Iterator[str]:
-    distill = config.distill
-    if distill.task_weight == distill.hidden_weight == distill.kl_weight == 0:
+    if not any(getattr(config.distill, key) for key in _LESSONS):
         yield (
-            "distill.task_weight, distill.hidden_weight and distill.kl_weight are all 0, so the "
-            "student learns nothing; give one of them a weight above 0."
+            "distill.task_weight, distill.hidden_weight and distill.kl_weight are all 0, and so "
+            "are the others, so the student learns nothing; give one of them a weight above 0."
+        )
+
+
+def _heads_divide_width(config: RunConfig) -> Iterator[str]:
+    width, heads = config.student.hidden_size, config.student.num_heads
+    if width and heads and width % heads:
+        yield (
+            f"student.hidden_size={width} is not divisible by student.num_heads={heads}; use "
+            f"{width - width % heads or heads} or {heads * -(-width // heads)}, or "
+            f"{_or([n for n in _divisors(width) if n <= 2 * heads])} heads."
+        )
+
+
+def _layer_map_fits(config: RunConfig) -> Iterator[str]:
+    student = config.student
+    if isinstance(student.layer_map, str):
+        return
+    layers = list(student.layer_map)
+    if student.num_layers is not None and len(layers) != student.num_layers:
+        yield (
+            f"student.layer_map={layers} names {len(layers)} layers, and student.num_layers is "
+            f"{student.num_layers}; name one teacher layer for each student layer."
+        )
+    if student.num_layers is None:
+        yield (
+            f"student.layer_map={layers} maps the layers of a shallower student; give "
+            f"student.num_layers={len(layers)} too."
+        )
+    if layers != sorted(set(layers)) or layers[0] < 0:
+        yield (
+            f"student.layer_map={layers} is not ascending from 0 or more; name each teacher "
+            "layer once, in order."
         )
 
 
@@ -287,6 +318,17 @@ def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
             )
 
 
+# What teaches a student something by itself; the router's own losses and the discriminator do not.
+_LESSONS = (
+    "task_weight",
+    "hidden_weight",
+    "kl_weight",
+    "soft_weight",
+    "attention_weight",
+    "alignment_weight",
+    "mapping_weight",
+)
+
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, ("data.source", "data.train", "data.name")),
@@ -310,7 +352,9 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             *(f"{section}.{key}" for section, key in _GATE_SETTINGS),
         ),
     ),
-    (_some_loss, ("distill.task_weight", "distill.hidden_weight", "distill.kl_weight")),
+    (_some_loss, tuple(f"distill.{key}" for key in _LESSONS)),
+    (_heads_divide_width, ("student.hidden_size", "student.num_heads")),
+    (_layer_map_fits, ("student.num_layers", "student.layer_map")),
     (_ranks_over_workers, ("parallel.num_workers", "parallel.ep_size")),
     (_samples_for_workers, ("train.batch_size", "train.accumulation", "parallel.num_workers")),
     (

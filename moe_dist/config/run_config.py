@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from moe_dist.config.moe_section import MoeConfig
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.sections import (
     NAME_PATTERN,
     DataConfig,
-    DistillConfig,
     FinetuneConfig,
     Integer,
     ModelConfig,
@@ -25,13 +25,14 @@ from moe_dist.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from moe_dist.config.student import StudentConfig
 from moe_dist.errors import ConfigError
 from moe_dist.redaction import hide_secrets
 from moe_dist.uris import is_uri, join_uri
 
 BUILT_IN_COMPARISONS = ("dense",)
 # The teacher, the data and the scores are the same for all students of one chain.
-COMPARABLE_SECTIONS = ("moe", "distill", "train", "parallel")
+COMPARABLE_SECTIONS = ("student", "moe", "distill", "train", "parallel")
 
 
 def _names_to_mapping(value: Any) -> Any:
@@ -86,11 +87,16 @@ class RunConfig(Section):
     finetune: FinetuneConfig = Field(
         default_factory=FinetuneConfig, description="What differs from `train` for the teacher."
     )
+    student: StudentConfig = Field(
+        default_factory=StudentConfig,
+        description="Depth and width of a student that is smaller than its teacher, before its "
+        "neurons become experts. Without these keys it has the teacher's shape.",
+    )
     moe: MoeConfig = Field(
         default_factory=MoeConfig, description="How feed-forward neurons become experts."
     )
-    distill: DistillConfig = Field(
-        default_factory=DistillConfig, description="The loss that the student is trained on."
+    distill: ObjectivesConfig = Field(
+        default_factory=ObjectivesConfig, description="The loss that the student is trained on."
     )
     train: TrainConfig = Field(
         default_factory=TrainConfig, description="How the student is trained."

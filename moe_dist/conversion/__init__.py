@@ -9,21 +9,28 @@ if TYPE_CHECKING:
     from moe_dist.conversion.convert import dense_to_moe
     from moe_dist.conversion.importance import score_importance
     from moe_dist.conversion.partition import PARTITIONS, PartitionPlan, plan_partition
+    from moe_dist.conversion.shrink import ShrinkPlan, plan_shrink, shrink_model
 
 __all__ = [
     "PARTITIONS",
     "PartitionPlan",
+    "ShrinkPlan",
     "dense_to_moe",
     "plan_partition",
+    "plan_shrink",
     "score_importance",
+    "shrink_model",
 ]
 
 _HOMES = {
     "PARTITIONS": "partition",
     "PartitionPlan": "partition",
+    "ShrinkPlan": "shrink",
     "dense_to_moe": "convert",
     "plan_partition": "partition",
+    "plan_shrink": "shrink",
     "score_importance": "importance",
+    "shrink_model": "shrink",
 }
 
 

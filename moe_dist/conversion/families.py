@@ -43,6 +43,8 @@ class FamilySpec:
             block but the first.
         attention_out: path of the module that attention and residual (two tensors) pass through,
             and after which no position sees another; needed for those heads.
+        attention: class of the self-attention modules with linear layers `query` and `key`; empty
+            where attention scores cannot be read yet.
     """
 
     model_type: str
@@ -63,6 +65,7 @@ class FamilySpec:
     causal_stacks: tuple[str, ...] = ()
     first_token_heads: tuple[str, ...] = ()
     attention_out: str = ""
+    attention: str = ""
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -87,6 +90,7 @@ FAMILIES: dict[str, FamilySpec] = {
         },
         first_token_heads=("BertForSequenceClassification",),
         attention_out="attention.output",
+        attention="BertSelfAttention",
     ),
     "gpt2": FamilySpec(
         model_type="gpt2",
@@ -344,6 +348,34 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module,
         if _is_a(module, spec.stacks):
             is_decoder = bool(getattr(getattr(module, "config", None), "is_decoder", False))
             yield module, is_decoder or _is_a(module, spec.causal_stacks)
+
+
+def find_attention(model: nn.Module) -> list[nn.Module]:
+    """List the self-attention modules of a model, in the order of its layers.
+
+    Args:
+        model: a model of a known family, dense or converted.
+
+    Returns:
+        Modules with linear layers `query` and `key`.
+
+    Raises:
+        ConversionError: if the family keeps its queries and keys elsewhere.
+    """
+    config: Any = getattr(model, "config", None)
+    spec = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
+    found = [
+        module
+        for module in model.modules()
+        if spec is not None and spec.attention and _is_a(module, (spec.attention,))
+    ]
+    if not found:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
+        raise ConversionError(
+            f"the attention scores of {type(model).__name__} cannot be read",
+            remedy=f"set distill.attention_weight to 0, or use one of these families: {known}",
+        )
+    return found
 
 
 def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -112,6 +112,22 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
     return FlopCount(total, ffn)
 
 
+def model_shape(model: nn.Module) -> dict[str, int]:
+    """Give a model's depth and width.
+
+    Args:
+        model: dense or converted; of an encoder-decoder the encoder counts.
+
+    Returns:
+        `num_layers` and `hidden_size`.
+    """
+    config: Any = model.config
+    return {
+        "num_layers": int(config.num_hidden_layers),
+        "hidden_size": int(config.hidden_size),
+    }
+
+
 def _family(model: nn.Module) -> FamilySpec:
     config: Any = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", "")).removeprefix("moe_")

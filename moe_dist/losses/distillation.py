@@ -37,17 +37,34 @@ def prediction_kl(
 
     Source: SMART, arXiv:1911.03437, as used by MoEBERT; the square from arXiv:1503.02531.
     """
-    if student_logits_BC.shape != teacher_logits_BC.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits_BC.shape)} and teacher logits "
-            f"{tuple(teacher_logits_BC.shape)} differ in shape"
-        )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    student_BC = functional.log_softmax(student_logits_BC.float() / temperature, dim=-1)
-    teacher_BC = functional.log_softmax(teacher_logits_BC.float() / temperature, dim=-1)
+    student_BC, teacher_BC = _softened(student_logits_BC, teacher_logits_BC, temperature)
     gap_BC = (student_BC.exp() - teacher_BC.exp()) * (student_BC - teacher_BC)
     return 0.5 * temperature**2 * gap_BC.sum()
+
+
+def soft_targets(
+    student_logits_BC: Tensor, teacher_logits_BC: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Divergence ``KL(teacher‖student)`` of softened predictions, times the temperature's square.
+
+    Unlike `prediction_kl` it is not symmetric: the student is asked to cover what the teacher holds
+    likely. Both logarithms are log-softmaxes, so extreme logits stay finite.
+
+    Args:
+        student_logits_BC: scores before softmax.
+        teacher_logits_BC: the same of the teacher, without gradient.
+        temperature: divides both; 1 leaves them.
+
+    Returns:
+        Scalar, summed over samples.
+
+    Raises:
+        ValueError: if the shapes differ or the temperature is not positive.
+
+    Source: Hinton et al., arXiv:1503.02531.
+    """
+    student_BC, teacher_BC = _softened(student_logits_BC, teacher_logits_BC, temperature)
+    return temperature**2 * (teacher_BC.exp() * (teacher_BC - student_BC)).sum()
 
 
 def prediction_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -102,3 +119,19 @@ def hidden_mse(
             gap_BSD = gap_BSD.masked_fill(~mask_BS.bool().unsqueeze(-1), 0.0)
         total = total + gap_BSD.square().sum() / gap_BSD.shape[-1]
     return total
+
+
+def _softened(
+    student_logits_BC: Tensor, teacher_logits_BC: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Logarithms of both softened predictions."""
+    if student_logits_BC.shape != teacher_logits_BC.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits_BC.shape)} and teacher logits "
+            f"{tuple(teacher_logits_BC.shape)} differ in shape"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    student_BC = functional.log_softmax(student_logits_BC.float() / temperature, dim=-1)
+    teacher_BC = functional.log_softmax(teacher_logits_BC.float() / temperature, dim=-1)
+    return student_BC, teacher_BC

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Schedule = Literal["constant", "warmup", "decay"]
+Schedule = Literal["constant", "warmup", "decay", "delayed"]
 CountKind = Literal["samples", "tokens"]
 
 
@@ -32,9 +32,9 @@ class LossWeight:
 
     Args:
         weight: the full coefficient.
-        schedule: ``constant``; ``warmup``, linear from ``weight / num_steps`` to the weight; or
-            ``decay``, linear from the weight to 0.
-        num_steps: how long the warm-up or the decay takes.
+        schedule: ``constant``; ``warmup``, linear from ``weight / num_steps`` to the weight;
+            ``decay``, linear from the weight to 0; or ``delayed``, 0 and then the weight.
+        num_steps: how long the warm-up, the decay or the delay takes.
     """
 
     weight: float
@@ -55,6 +55,8 @@ class LossWeight:
             return self.weight * min(1.0, (step + 1) / max(1, self.num_steps))
         if self.schedule == "decay":
             return self.weight * max(0.0, 1.0 - step / max(1, self.num_steps))
+        if self.schedule == "delayed":
+            return 0.0 if step < self.num_steps else self.weight
         return self.weight
 
 

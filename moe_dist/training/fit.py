@@ -20,6 +20,7 @@ from moe_dist.metric_log import MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
+from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.expert_groups import settle_ep_size
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
@@ -50,6 +51,7 @@ def fit(
     payload: Mapping[str, Any],
     *,
     whole_model: str | None = None,
+    companion: Companion | None = None,
 ) -> dict[str, Any]:
     """Train a model as a payload says, and save it; collective.
 
@@ -61,6 +63,7 @@ def fit(
         payload: with ``train``, ``parallel``, ``seed`` and ``stage_dir``.
         whole_model: the directory the model came from; needed where experts are spread over
             ranks, to put them together again.
+        companion: what learns beside the model and is not saved with it.
 
     Returns:
         ``metrics`` of the dev split, ``train`` (the last line of the metric log), ``expert_load``
@@ -89,6 +92,8 @@ def fit(
                 "context_fn": checkpoint_context_fn,
             }
         )
+    if companion is not None:
+        attach(model, companion)
     device = pick_device(payload.get("use_gpu", "auto"))
     engine = build_engine(
         model,
@@ -130,8 +135,10 @@ def fit(
         checkpoint_dir=stage_dir / CHECKPOINT_DIR,
         metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
         evaluate=evaluate,
+        after_step=None if companion is None else companion.after_step,
     )
     enter_phase("saving of the model")
+    detach(engine.module)
     _save_whole(engine, stage_dir / MODEL_DIR, data.tokenizer, whole_model)
     summary = _summary(result, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
     if engine.rank == 0:

@@ -26,10 +26,17 @@ from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
+from moe_dist.training.companion import build_companion, num_layers
 from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.fit import fit
 from moe_dist.training.hardware import pick_device
 from moe_dist.training.loop import StepWeights
+from moe_dist.training.objectives import (
+    ObjectiveSettings,
+    chosen_objectives,
+    objective_weights,
+    pair_states,
+)
 from moe_dist.training.payloads import (
     DataJob,
     DistillPayload,
@@ -142,18 +149,39 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
     student = load_model(Path(payload["student"]))
     section = payload["distill"]
     data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
+    which = section.get("hidden_layers", "all")
+    pairs = pair_states(payload.get("layers") or range(num_layers(student)), which)
+    companion = build_companion(
+        student,
+        teacher,
+        section,
+        num_pairs=len(pairs),
+        hidden_ids=payload.get("hidden_ids"),
+        seed=payload["seed"],
+    )
     terms = partial(
         _distill,
         teacher=teacher,
-        temperature=section.get("temperature", 1.0),
-        kl=section.get("kl_weight", 1.0) > 0,
-        hidden=section.get("hidden_weight", 1.0) > 0,
+        objectives=chosen_objectives(section),
+        settings=ObjectiveSettings(
+            temperature=section.get("temperature", 1.0),
+            pairs=pairs,
+            pooling=section.get("alignment_pooling", "cls"),
+        ),
+        companion=companion,
         load_balancing=section.get("load_balancing_weight", 0.0) > 0,
         z_loss=section.get("z_loss_weight", 0.0) > 0,
         entropy=section.get("entropy_weight", 0.0) > 0,
     )
-    weights = partial(distill_weights, section)
-    return fit(student, data, terms, weights, payload, whole_model=payload["student"])
+    return fit(
+        student,
+        data,
+        terms,
+        partial(distill_weights, section),
+        payload,
+        whole_model=payload["student"],
+        companion=companion,
+    )
 
 
 def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
@@ -166,13 +194,9 @@ def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
     Returns:
         Weights by term.
     """
-    warmup_steps = round(section.get("warmup_fraction", 0.0) * num_steps)
-    kl = LossWeight(section.get("kl_weight", 1.0), "warmup", warmup_steps)
     return {
         "task": LossWeight(section.get("task_weight", 1.0)),
-        "prediction_kl": kl,
-        "prediction_mse": kl,
-        "hidden_mse": LossWeight(section.get("hidden_weight", 1.0), "warmup", warmup_steps),
+        **objective_weights(section, num_steps),
         "load_balancing": LossWeight(section.get("load_balancing_weight", 0.0)),
         "z_loss": LossWeight(section.get("z_loss_weight", 0.0)),
         "router_entropy": LossWeight(section.get("entropy_weight", 0.0)),

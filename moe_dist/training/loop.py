@@ -145,6 +145,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     report: Callable[[int, dict[str, float]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
+    after_step: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Train until `settings.num_steps`, from the newest checkpoint if there is one; collective.
 
@@ -159,6 +160,8 @@ def train(
         evaluate: run on every rank, returns the same metrics on each.
         report: called after each log line and evaluation on every rank.
         on_checkpoint: called on rank 0, in the writer's thread, with each complete checkpoint.
+        after_step: trains what has an optimizer of its own, after each update, on every rank; it
+            is told the samples of the step, and gives values to log, equal on every rank.
 
     Returns:
         How it ended; the last checkpoint is on disk by then.
@@ -203,7 +206,16 @@ def train(
         for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
             begin_step(step + 1)
             learning_rate = engine.learning_rate
-            _take_step(engine, batch, compute_terms, weights, window, step=step, seed=settings.seed)
+            _take_step(
+                engine,
+                batch,
+                compute_terms,
+                weights,
+                window,
+                step=step,
+                seed=settings.seed,
+                after_step=after_step,
+            )
             enter_phase(TRAINING)
             mark("first step")
             result.num_steps = done = step + 1
@@ -316,6 +328,7 @@ def _take_step(
     *,
     step: int,
     seed: int,
+    after_step: Callable[[int], Mapping[str, float]] | None,
 ) -> None:
     started = time.perf_counter()
     torch.manual_seed(step_seed(seed, step, engine.rank))
@@ -331,16 +344,24 @@ def _take_step(
             _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
         )
         losses.append(values)
-        window.add_micro_batch(values, computed.tokens_per_expert, computed.routing_sums)
+        weighted = {name: coefficients[name] * values[name] for name in computed.terms}
+        window.add_micro_batch(
+            values,
+            computed.tokens_per_expert,
+            weighted=weighted,
+            routing_sums=computed.routing_sums,
+        )
     try:
         grad_norm = engine.step()
     except TrainingError as error:
         # The engine refused the update on every rank, since all see the same norm.
         raise _non_finite(engine, batch, losses, step=step) from error
+    figures = {} if after_step is None else after_step(batch.num_samples)
     window.add_step(
         grad_norm=grad_norm,
         num_tokens=batch.num_tokens,
         seconds=time.perf_counter() - started,
+        figures=figures,
     )
 
 

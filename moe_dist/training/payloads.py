@@ -40,8 +40,9 @@ class TrainSection(TypedDict, total=False):
 class DistillSection(TypedDict, total=False):
     """The weight of each loss term, and what else `distill_terms` takes.
 
-    ``warmup_fraction`` is the share of all steps over which the distillation weights (hidden and
-    KL) grow from zero; 0 means that they are whole from the first step.
+    ``warmup_fraction`` is the share of all steps over which the distillation weights grow from
+    zero; 0 means that they are whole from the first step. The adversarial one waits for
+    ``adversarial_warmup_fraction`` of them.
     """
 
     task_weight: float
@@ -52,6 +53,16 @@ class DistillSection(TypedDict, total=False):
     entropy_weight: float
     temperature: float
     warmup_fraction: float
+    hidden_layers: Literal["all", "last"] | int
+    soft_weight: float
+    attention_weight: float
+    alignment_weight: float
+    alignment_pooling: Literal["cls", "mean", "max"]
+    mapping_weight: float
+    adversarial_weight: float
+    adversarial_regularizer: Literal["spectral", "r1"]
+    adversarial_learning_rate: float
+    adversarial_warmup_fraction: float
 
 
 class ParallelSection(TypedDict, total=False):
@@ -106,10 +117,16 @@ class ImportancePayload(DataJob, total=False):
 
 
 class DistillPayload(DataJob, total=False):
-    """`distill_job`: ``student`` and ``teacher`` are model directories."""
+    """`distill_job`: ``student`` and ``teacher`` are model directories.
+
+    Of a student of another shape ``layers`` is the teacher's layer of each of its own, and
+    ``hidden_ids`` the teacher's dimension of each of its own; None where they are the same.
+    """
 
     student: str
     teacher: str
+    layers: list[int] | None
+    hidden_ids: list[int] | None
     train: TrainSection
     distill: DistillSection
     parallel: ParallelSection

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.losses.distillation import hidden_mse, prediction_kl, prediction_mse
+from moe_dist.conversion.attention import record_attention
 from moe_dist.losses.router import (
     load_balancing_loss,
     router_entropy,
@@ -19,6 +19,16 @@ from moe_dist.losses.router import (
 from moe_dist.losses.task import classification_loss, regression_loss
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
+from moe_dist.training.companion import Companion
+from moe_dist.training.feature_maps import FeatureMaps
+from moe_dist.training.objectives import (
+    DEFAULT_OBJECTIVES,
+    Lesson,
+    ObjectiveSettings,
+    Views,
+    objective_terms,
+    reads,
+)
 
 # Columns of a batch that tell about samples and are no argument of a model.
 NOT_INPUTS = frozenset({"labels", "index"})
@@ -99,52 +109,51 @@ def distill_terms(
     teacher: nn.Module,
     batch: Mapping[str, Tensor],
     *,
-    temperature: float = 1.0,
-    kl: bool = True,
-    hidden: bool = True,
+    objectives: Collection[str] = DEFAULT_OBJECTIVES,
+    settings: ObjectiveSettings | None = None,
+    companion: Companion | None = None,
     load_balancing: bool = False,
     z_loss: bool = False,
     entropy: bool = False,
 ) -> StepTerms:
     """Compute the task loss and what pulls the student to the teacher.
 
-    Hidden states are the embeddings and all layers, one to one; they are asked for only where
-    their term is. In regression the squared error of the predictions stands for the divergence.
+    Hidden states and attention are asked for only where a loss reads them, and the teacher is not
+    run where none does.
 
     Args:
         student: the model that learns.
-        teacher: a frozen model (see `freeze`) of equal depth and width.
+        teacher: a frozen model (see `freeze`).
         batch: input_ids, attention_mask, labels (float for regression) and so on.
-        temperature: of `prediction_kl`.
-        kl: add the term on predictions.
-        hidden: add the term on hidden states.
+        objectives: names in `OBJECTIVES`.
+        settings: what they share; by default all hidden states are compared one to one.
+        companion: maps between unequal widths, and the discriminator; not needed by two models of
+            one width that nobody plays against.
         load_balancing: add the load-balancing loss.
         z_loss: add the router z-loss.
         entropy: add the router's entropy.
 
     Returns:
-        Terms ``task`` and, where asked for, ``prediction_kl`` (``prediction_mse`` in regression),
-        ``hidden_mse``, ``load_balancing``, ``z_loss`` and ``router_entropy``.
+        Term ``task``, one for each objective (``prediction_mse`` for ``prediction_kl`` in
+        regression), and where asked for ``load_balancing``, ``z_loss`` and ``router_entropy``.
     """
     inputs = model_inputs(batch)
     labels = batch["labels"]
     with record_routing() as record:
-        output = student(**inputs, output_hidden_states=hidden)
-    terms = {"task": _task_term(output.logits, labels)}
-    if kl or hidden:
+        own = _views(student, inputs, objectives)
+    terms = {"task": _task_term(own.logits, labels)}
+    if objectives:
         with torch.no_grad():
-            target = teacher(**inputs, output_hidden_states=hidden)
-        if kl and labels.is_floating_point():
-            gap = prediction_mse(output.logits, target.logits)
-            terms["prediction_mse"] = LossTerm(gap, "samples")
-        elif kl:
-            divergence = prediction_kl(output.logits, target.logits, temperature)
-            terms["prediction_kl"] = LossTerm(divergence, "samples")
-        if hidden:
-            distance = hidden_mse(
-                output.hidden_states, target.hidden_states, batch.get("attention_mask")
-            )
-            terms["hidden_mse"] = LossTerm(distance, "tokens")
+            target = _views(teacher, inputs, objectives)
+        lesson = Lesson(
+            own,
+            target,
+            mask_BS=batch.get("attention_mask"),
+            is_regression=labels.is_floating_point(),
+            settings=settings or ObjectiveSettings(),
+            companion=companion or Companion(FeatureMaps(1, 1)),
+        )
+        terms |= objective_terms(objectives, lesson)
     terms |= _router_terms(
         record, batch, load_balancing=load_balancing, z_loss=z_loss, entropy=entropy
     )
@@ -208,6 +217,17 @@ def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
 
 def _layer_name(entry: LayerRouting, position: int) -> str:
     return entry.name or f"layer{position}"
+
+
+def _views(model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]) -> Views:
+    """Run a model and keep what the objectives read."""
+    hidden = reads(objectives, "hidden")
+    if not reads(objectives, "attention"):
+        output = model(**inputs, output_hidden_states=hidden)
+        return Views(output.logits, output.hidden_states if hidden else ())
+    with record_attention(model) as attention:
+        output = model(**inputs, output_hidden_states=hidden)
+    return Views(output.logits, output.hidden_states if hidden else (), attention)
 
 
 def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:

@@ -29,13 +29,17 @@ class LogWindow:
         self.seconds = 0.0
         self.grad_norm = 0.0
         self._losses: dict[str, Tensor] = {}
+        self._weighted: dict[str, Tensor] = {}
         self._loads: dict[str, Tensor] = {}
         self._routing: dict[str, Tensor] = {}
+        self._figures: dict[str, float] = {}
 
     def add_micro_batch(
         self,
         losses: Mapping[str, Tensor],
         tokens_per_expert: Mapping[str, Tensor],
+        *,
+        weighted: Mapping[str, Tensor] | None = None,
         routing_sums: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add one micro-batch's part of the step.
@@ -43,20 +47,32 @@ class LogWindow:
         Args:
             losses: detached scalars, already divided by the counts of the whole step.
             tokens_per_expert: (E,) counts by layer.
+            weighted: the same losses as they enter the total.
             routing_sums: by layer what `moe_dist.training.step.routing_sums` gives.
         """
         _add(self._losses, losses, self._device)
+        _add(self._weighted, weighted or {}, self._device)
         _add(self._loads, tokens_per_expert, self._device)
         _add(self._routing, routing_sums or {}, self._device)
 
-    def add_step(self, *, grad_norm: float, num_tokens: int, seconds: float) -> None:
+    def add_step(
+        self,
+        *,
+        grad_norm: float,
+        num_tokens: int,
+        seconds: float,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
         """Close a step.
 
         Args:
             grad_norm: before clipping, the same on every rank.
             num_tokens: real tokens of all ranks.
             seconds: what the step took.
+            figures: further values, equal on every rank.
         """
+        for name, value in (figures or {}).items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.seconds += seconds
@@ -74,6 +90,11 @@ class LogWindow:
             f"train/loss/{name}": float(total) / self.num_steps
             for name, total in self._reduced(self._losses).items()
         }
+        values |= {
+            f"train/weighted_loss/{name}": float(total) / self.num_steps
+            for name, total in self._reduced(self._weighted).items()
+        }
+        values |= {f"train/{name}": total / self.num_steps for name, total in self._figures.items()}
         values["train/grad_norm"] = self.grad_norm / self.num_steps
         if self.seconds > 0:
             values["perf/tokens_per_s"] = self.num_tokens / self.seconds
@@ -95,12 +116,15 @@ class LogWindow:
             Plain values, summed over ranks.
         """
         losses, loads = self._reduced(self._losses), self._reduced(self._loads)
+        weighted = self._reduced(self._weighted)
         return {
             "num_steps": self.num_steps,
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
             "grad_norm": self.grad_norm,
             "losses": {name: float(value) for name, value in losses.items()},
+            "weighted": {name: float(value) for name, value in weighted.items()},
+            "figures": dict(self._figures),
             "loads": {name: count_E.tolist() for name, count_E in loads.items()},
             "routing": {name: sums.tolist() for name, sums in self._reduced(self._routing).items()},
         }
@@ -118,15 +142,14 @@ class LogWindow:
         self.seconds = float(state["seconds"])
         self.grad_norm = float(state["grad_norm"])
         share = 1.0 if keeps_sums else 0.0
-        self._losses = {
-            name: torch.tensor(value * share, dtype=torch.float64, device=self._device)
-            for name, value in state["losses"].items()
-        }
-        self._loads = self._restored(state["loads"], share)
-        # Checkpoints of earlier versions lack it.
-        self._routing = self._restored(state.get("routing", {}), share)
+        # Checkpoints of earlier versions lack some of them.
+        self._losses, self._weighted, self._loads, self._routing = (
+            self._restored(state.get(key, {}), share)
+            for key in ("losses", "weighted", "loads", "routing")
+        )
+        self._figures = dict(state.get("figures", {}))
 
-    def _restored(self, sums: Mapping[str, list[float]], share: float) -> dict[str, Tensor]:
+    def _restored(self, sums: Mapping[str, Any], share: float) -> dict[str, Tensor]:
         return {
             name: torch.tensor(values, dtype=torch.float64, device=self._device) * share
             for name, values in sums.items()

@@ -1,4 +1,7 @@
-"""adapt: split the teacher's feed-forward layers into experts, guided by the scores."""
+"""adapt: split feed-forward layers into experts, guided by the scores.
+
+They are the teacher's, or those of the smaller student that the stage shrink made of it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
-from . import finetune_teacher, score_importance
+from . import finetune_teacher, score_importance, shrink
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.conversion import PartitionPlan
     from moe_dist.data.loaders import Encoded
     from moe_dist.tracking import TrackedRun
 
@@ -20,18 +24,22 @@ _OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
-    """Convert the teacher into a student that has not been trained yet.
+    """Convert the teacher, or what was cut from it, into a student that has not been trained yet.
+
+    A smaller student that is to stay dense with all its neurons stays a plain model of its
+    architecture, which needs nothing of this project.
 
     Args:
         config: the run's configuration, or a comparison's.
-        inputs: must hold the teacher and the scores.
+        inputs: must hold the teacher and the scores, and the smaller student where there is one.
         tracker: the chain's run.
 
     Returns:
         `model` (the student's directory) and `plan` (which neurons went where).
     """
-    teacher = inputs.result(finetune_teacher.NAME)
-    scores = inputs.result(score_importance.NAME)
+    is_smaller = config.student.is_smaller
+    source = inputs.result(shrink.NAME if is_smaller else finetune_teacher.NAME)
+    scores = inputs.result(shrink.NAME if is_smaller else score_importance.NAME)
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.inference import load_model, save_model
@@ -42,8 +50,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
-        model = load_model(fetch(teacher.outputs["model"]))
-        tokenizer = load_tokenizer(teacher.outputs["model"])
+        model = load_model(fetch(source.outputs["model"]))
+        tokenizer = load_tokenizer(source.outputs["model"])
         plan, student = convert(
             config, model, importance, lambda: inputs.workspace.encoded("train", tokenizer)
         )
@@ -68,7 +76,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             plots=(picture,),
         )
 
-    input_digests = {"teacher": teacher.digests["model"], "scores": scores.digests["scores"]}
+    input_digests = {"teacher": source.digests["model"], "scores": scores.digests["scores"]}
     if reads_rows(config):
         input_digests["data"] = inputs.workspace.splits.train_digest
     return execute(
@@ -96,7 +104,7 @@ def convert(
         rows: gives the tokenised training rows; asked only where `reads_rows` says so.
 
     Returns:
-        The plan, and the student.
+        The plan, and the student; the model itself where a small student keeps all its neurons.
 
     Raises:
         MissingInputError: if the training rows are needed, and there are none.
@@ -122,6 +130,8 @@ def convert(
         model=dense,
         batches=batches,
     )
+    if config.student.is_smaller and keeps_all_neurons(plan):
+        return plan, dense
     student = dense_to_moe(
         dense, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
     )
@@ -185,6 +195,20 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
     return settings
+
+
+def keeps_all_neurons(plan: PartitionPlan) -> bool:
+    """Tell whether a plan leaves a dense model as it is.
+
+    Args:
+        plan: of the split.
+
+    Returns:
+        Whether there is one expert, with every neuron.
+    """
+    return plan.num_experts == 1 and all(
+        part.num_neurons == plan.expert_size for part in plan.partitions
+    )
 
 
 def _unread_keys(config: RunConfig) -> set[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..jobs import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
-from ..payloads import training_job, training_settings
+from ..payloads import distill_settings, training_job, training_settings
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
-from . import adapt, finetune_teacher
+from . import adapt, finetune_teacher, shrink
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -22,7 +22,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     Args:
         config: the run's configuration, or a comparison's.
-        inputs: must hold the teacher and the adapted student.
+        inputs: must hold the teacher and the adapted student, and what it was cut from the
+            teacher by where it is smaller.
         tracker: the chain's run.
 
     Returns:
@@ -31,6 +32,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     teacher = inputs.result(finetune_teacher.NAME)
     student = inputs.result(adapt.NAME)
     address = inputs.workspace.files.address
+    origin: dict[str, Any] = {}
+    if config.student.is_smaller:
+        details = inputs.result(shrink.NAME).details
+        origin = {key: details[key] for key in ("layers", "hidden_ids")}
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.training.jobs import distill_job
@@ -40,6 +45,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "student": address(student.outputs["model"]),
             "teacher": address(teacher.outputs["model"]),
             "distill": config.distill.model_dump(mode="json"),
+            **origin,
         }
         result = run_job(
             distill_job,
@@ -60,7 +66,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings={
             **training_settings(config, config.train),
-            "distill": config.distill.model_dump(mode="json"),
+            "distill": distill_settings(config.distill),
+            **origin,
         },
         input_digests={
             "data": inputs.workspace.splits.train_digest,

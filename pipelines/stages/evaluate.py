@@ -269,10 +269,11 @@ def measure_cost(
         stage: the stage that asks.
 
     Returns:
-        For each model `parameters`, `flops_per_token`, `ffn_flops_per_token` and `latency_ms`.
+        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token` and
+        `latency_ms`.
     """
     from moe_dist.inference.latency import measure_latency
-    from moe_dist.inference.profile import count_parameters, flops_per_token
+    from moe_dist.inference.profile import count_parameters, flops_per_token, model_shape
 
     medians: dict[str, dict[int, list[float]]] = {
         name: {size: [] for size in LATENCY_BATCH_SIZES} for name in loaded
@@ -298,6 +299,7 @@ def measure_cost(
         parameters = count_parameters(model)
         flops = flops_per_token(model, seq_len)
         costs[name] = {
+            "shape": model_shape(model),
             "parameters": {"total": parameters.total, "active": parameters.active},
             "flops_per_token": flops.total,
             "ffn_flops_per_token": flops.ffn,

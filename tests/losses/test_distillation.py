@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from moe_dist.losses.distillation import hidden_mse, prediction_kl, prediction_mse
+from moe_dist.losses.distillation import (
+    hidden_mse,
+    prediction_kl,
+    prediction_mse,
+    soft_targets,
+)
 
 
 def test_prediction_kl_equals_the_definition() -> None:
@@ -34,6 +40,26 @@ def test_prediction_kl_is_symmetric_and_zero_for_equals() -> None:
     assert float(prediction_kl(a, a + 7.0)) == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_soft_targets_equal_the_definition(temperature: float) -> None:
+    student, teacher = torch.randn(5, 4), torch.randn(5, 4)
+    expected = 0.0
+    for row_s, row_t in zip(student.double(), teacher.double(), strict=True):
+        p, q = (row_t / temperature).softmax(-1), (row_s / temperature).softmax(-1)
+        expected += temperature**2 * float((p * (p / q).log()).sum())
+    found = soft_targets(student, teacher, temperature)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert float(soft_targets(student, student)) == 0.0
+
+
+def test_soft_targets_teach_what_the_cross_entropy_with_them_teaches() -> None:
+    student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    (own,) = torch.autograd.grad(soft_targets(student, teacher), student)
+    entropy = torch.nn.functional.cross_entropy(student, teacher.softmax(-1), reduction="sum")
+    (other,) = torch.autograd.grad(entropy, student)
+    torch.testing.assert_close(own, other)
+
+
 def test_temperature_divides_logits_and_keeps_the_scale() -> None:
     a, b = torch.randn(5, 4), torch.randn(5, 4)
     expected = 9.0 * float(prediction_kl(a / 3.0, b / 3.0))
@@ -42,10 +68,13 @@ def test_temperature_divides_logits_and_keeps_the_scale() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> None:
+@pytest.mark.parametrize("loss_of", [prediction_kl, soft_targets])
+def test_extreme_logits_stay_finite(
+    dtype: torch.dtype, temperature: float, loss_of: Callable[..., torch.Tensor]
+) -> None:
     student = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [0.0, 1e4]], dtype=dtype).requires_grad_()
     teacher = torch.tensor([[-1e4, 1e4], [-1e4, 1e4], [1e4, 0.0]], dtype=dtype)
-    loss = prediction_kl(student, teacher, temperature)
+    loss = loss_of(student, teacher, temperature)
     loss.backward()
     assert math.isfinite(loss.item()) and loss.item() > 1e4
     assert student.grad is not None

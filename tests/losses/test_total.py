@@ -25,6 +25,11 @@ def test_decay_falls_linearly_to_zero() -> None:
     assert [weight.at(step) for step in range(6)] == [2.0, 1.5, 1.0, 0.5, 0.0, 0.0]
 
 
+def test_a_delayed_weight_waits() -> None:
+    weight = LossWeight(2.0, "delayed", 2)
+    assert [weight.at(step) for step in range(4)] == [0.0, 0.0, 2.0, 2.0]
+
+
 def test_terms_are_divided_by_their_counts_and_weighed() -> None:
     a = torch.tensor(8.0, requires_grad=True)
     b = torch.tensor(5.0, requires_grad=True)

@@ -23,11 +23,13 @@ PAPER = {
     "mnli": (5e-5, 64, 5, 0, 5),
 }
 TASKS = (*PAPER, "stsb")
+SMALL_TASKS = ("sst2", "mrpc", "qqp", "rte", "mnli")
 
 
 def test_the_expected_recipes_are_there() -> None:
     expected = {"demo", "minilm_sst2", *(f"moebert_{task}" for task in TASKS)}
-    assert expected <= {path.stem for path in RECIPES.glob("*.yaml")}
+    expected |= {f"{kind}_{task}" for kind in ("microbert", "tinybert") for task in SMALL_TASKS}
+    assert expected | {"microbert_minilm_sst2"} <= {path.stem for path in RECIPES.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -122,3 +124,24 @@ def test_the_demo_runs_expert_parallel_on_two_workers() -> None:
     assert (config.moe.num_experts, config.moe.expert_size) == (4, 384)
     dense = config.resolve_comparison("dense")
     assert (dense.moe.num_experts, dense.moe.expert_size, dense.parallel.ep_size) == (1, 384, 1)
+
+
+@pytest.mark.parametrize("task", SMALL_TASKS)
+def test_small_students_have_the_published_shape(task: str) -> None:
+    for kind in ("microbert", "tinybert"):
+        config = load_config(RECIPES / f"{kind}_{task}.yaml")
+        student = config.student
+        assert (student.num_layers, student.hidden_size, student.intermediate_size) == (
+            4,
+            312,
+            1200,
+        )
+        assert (student.num_heads, student.layer_map) == (12, "uniform")
+        assert (config.model.teacher, config.data.subset) == ("bert-base-uncased", task)
+    assert config.moe.num_experts == 1 and config.moe.expert_size == 1200
+    assert config.distill.attention_weight > 0 and config.distill.task_weight == 0
+    micro = load_config(RECIPES / f"microbert_{task}.yaml")
+    assert micro.distill.adversarial_weight > 0 and micro.distill.alignment_weight > 0
+    moe = micro.moe
+    private = moe.expert_size - moe.num_shared_neurons
+    assert moe.num_shared_neurons + moe.num_experts * private == 1200

@@ -65,7 +65,7 @@ def test_a_restored_window_goes_on_exactly() -> None:
             loss = torch.tensor(0.1 * (step + 1))
             sums = torch.tensor([step, 2.0, 1.0, 4.0])
             loads = {"layer": torch.tensor([step, 1.0])}
-            window.add_micro_batch({"task": loss}, loads, {"layer": sums})
+            window.add_micro_batch({"task": loss}, loads, routing_sums={"layer": sums})
             window.add_step(grad_norm=float(step), num_tokens=10, seconds=0.5)
 
     whole, first, second = LogWindow(CPU), LogWindow(CPU), LogWindow(CPU)

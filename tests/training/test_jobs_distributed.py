@@ -140,3 +140,89 @@ def test_a_spoilt_loss_on_one_rank_stops_all_and_is_located(runs: dict[str, Any]
         error = json.loads((together / f"rank{rank}.json").read_text())["error"]
         assert "step 1: a loss is not finite; rank 1, samples [" in error
         assert "hidden_mse=nan" in error and "rank 0" not in error
+
+
+EVERY_LOSS: dict[str, Any] = {
+    "soft_weight": 1.0,
+    "attention_weight": 0.1,
+    "alignment_weight": 1.0,
+    "alignment_pooling": "mean",
+    "mapping_weight": 1.0,
+    "adversarial_weight": 0.1,
+    "adversarial_warmup_fraction": 0.0,
+    "temperature": 2.0,
+}
+
+
+def distil_half_then_all(rank: int, world_size: int, payload: dict[str, Any]) -> None:
+    """Stop after half of the steps, and go on from the checkpoint."""
+    distill_job(payload | {"train": payload["train"] | {"max_steps": 3}})
+    result = distill_job(payload)
+    assert result["resumed_from"] == 3
+    assert result["train"]["train/adversarial/active"] == 1.0
+
+
+def test_every_loss_resumes_at_another_size_with_its_discriminator(
+    runs: dict[str, Any], tmp_path: Path
+) -> None:
+    """A small student of experts: one process, two with spread experts, and from two to one."""
+    from moe_dist.conversion import dense_to_moe, plan_partition
+    from moe_dist.conversion.shrink import plan_shrink, shrink_model
+    from moe_dist.inference.saving import load_tokenizer
+
+    root = runs["root"]
+    teacher = load_model(root / "teacher")
+    shrunk = plan_shrink(
+        teacher, num_layers=1, hidden_size=12, intermediate_size=20, init="truncate"
+    )
+    small = shrink_model(teacher, shrunk)
+    split = plan_partition(
+        [torch.arange(20.0)], num_experts=2, expert_size=12, num_shared_neurons=4
+    )
+    student = save_model(
+        dense_to_moe(small, split, router="token_gate"),
+        tmp_path / "student",
+        tokenizer=load_tokenizer(root / "teacher"),
+    )
+    distilling = {
+        "train": train_section(
+            num_epochs=1,
+            accumulation=2,
+            log_every=2,
+            checkpoint_every=3,
+            lr_schedule="constant",
+            learning_rate=1e-3,
+        ),
+        "distill": EVERY_LOSS,
+        "teacher": str(root / "teacher"),
+        "student": str(student),
+        "layers": list(shrunk.layers),
+        "hidden_ids": list(shrunk.hidden_ids),
+    }
+    alone = distill_job(task_payload(root, "losses-alone") | distilling)
+    together = task_payload(root, "losses-together") | distilling | {"parallel": EP2}
+    spawn_gloo(distil_half_then_all, 2, together)
+    reference = load_model(alone["model"]).state_dict()
+    trained = load_model(root / "losses-together" / "model").state_dict()
+    assert set(trained) == set(reference)
+    for name, value in reference.items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+    from safetensors.torch import load_file
+
+    states = [
+        load_file(root / stage / "checkpoints" / "step-00000006" / "model.safetensors")
+        for stage in ("losses-alone", "losses-together")
+    ]
+    own = [name for name in states[0] if name.startswith("distillation_companion.")]
+    assert any("adversary.exp_avg_w_in" in name for name in own)
+    assert any("maps.projections" in name for name in own)
+    for name in own:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-3, atol=2e-4, msg=name)
+    # Its last three steps once more, on one process, from what two had written.
+    for later in (root / "losses-together" / "checkpoints").glob("step-00000006"):
+        later.rename(tmp_path / "later")
+    one = distill_job(together | {"parallel": {}})
+    assert one["resumed_from"] == 3
+    for name, value in load_model(one["model"]).state_dict().items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-3, atol=2e-4, msg=name)

@@ -123,12 +123,14 @@ def test_hidden_states_are_asked_for_only_where_they_count() -> None:
             lambda module, args, kwargs: asked.append(kwargs["output_hidden_states"]),
             with_kwargs=True,
         )
-    assert set(distill_terms(student, teacher, tiny_batch(), hidden=False).terms) == {
+    assert set(
+        distill_terms(student, teacher, tiny_batch(), objectives=["prediction_kl"]).terms
+    ) == {
         "task",
         "prediction_kl",
     }
     assert asked == [False, False]
-    distill_terms(student, teacher, tiny_batch(), hidden=False, kl=False)
+    distill_terms(student, teacher, tiny_batch(), objectives=())
     assert asked == [False, False, False], "a teacher that nothing needs is not run"
 
 

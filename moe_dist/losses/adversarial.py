@@ -1,0 +1,165 @@
+"""A discriminator tells teacher from student, and the student is rewarded for fooling it.
+
+MicroBERT names the idea without its formulas. Ours: a two-layer network on (prediction, sentence
+vector), the non-saturating loss, and spectral norm or the R1 penalty. Everything here is a
+function of tensors; the weights are `moe_dist.training.adversary`'s.
+
+Shapes: B batch, C classes, D model, N features of a sample, H hidden units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LEAK = 0.2
+
+
+@dataclass(frozen=True)
+class DiscriminatorWeights:
+    """Weights of the two layers.
+
+    Args:
+        w_in: (H, N).
+        b_in: (H,).
+        w_out: (1, H).
+        b_out: (1,).
+    """
+
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """List the weights in the order of the fields.
+
+        Returns:
+            Four tensors.
+        """
+        return [self.w_in, self.b_in, self.w_out, self.b_out]
+
+
+def discriminator_features(
+    logits_BC: Tensor, vectors_BD: Tensor, *, is_regression: bool = False
+) -> Tensor:
+    """Join prediction and sentence vector into what the discriminator sees.
+
+    Probabilities instead of logits and normalised vectors keep both in a range where neither
+    drowns the other, however large the logits are.
+
+    Args:
+        logits_BC: scores before softmax, or the single output of a regression.
+        vectors_BD: sentence vectors, at the teacher's width.
+        is_regression: squash the output instead of a softmax.
+
+    Returns:
+        (B, C + D) float32.
+    """
+    logits_BC = logits_BC.float().reshape(vectors_BD.shape[0], -1)
+    shown_BC = torch.tanh(logits_BC) if is_regression else torch.softmax(logits_BC, dim=-1)
+    vectors_BD = vectors_BD.float()
+    return torch.cat([shown_BC, functional.layer_norm(vectors_BD, vectors_BD.shape[-1:])], dim=-1)
+
+
+def discriminator_scores(features_BN: Tensor, weights: DiscriminatorWeights) -> Tensor:
+    """Score samples: above 0 they look like the teacher's.
+
+    Args:
+        features_BN: from `discriminator_features`.
+        weights: of the discriminator, with spectral norm applied where it is wanted.
+
+    Returns:
+        (B,) float32, also under autocast.
+    """
+    with torch.autocast(features_BN.device.type, enabled=False):
+        hidden_BH = functional.linear(features_BN.float(), weights.w_in, weights.b_in)
+        hidden_BH = functional.leaky_relu(hidden_BH, LEAK)
+        return functional.linear(hidden_BH, weights.w_out, weights.b_out).squeeze(-1)
+
+
+def discriminator_loss(teacher_scores_B: Tensor, student_scores_B: Tensor) -> Tensor:
+    """What the discriminator learns from: cross entropy of telling the two apart.
+
+    Args:
+        teacher_scores_B: of the teacher's samples.
+        student_scores_B: of the student's.
+
+    Returns:
+        Scalar, summed over samples.
+
+    Source: arXiv:1406.2661.
+    """
+    return (
+        functional.softplus(-teacher_scores_B.float()).sum()
+        + functional.softplus(student_scores_B.float()).sum()
+    )
+
+
+def fooling_loss(student_scores_B: Tensor) -> Tensor:
+    """What the student learns from: ``-log`` of the chance that it is taken for the teacher.
+
+    The non-saturating form: where the discriminator is sure, the gradient stays.
+
+    Args:
+        student_scores_B: of the student's samples, with their graph.
+
+    Returns:
+        Scalar, summed over samples.
+
+    Source: arXiv:1406.2661.
+    """
+    return functional.softplus(-student_scores_B.float()).sum()
+
+
+def r1_penalty(teacher_features_BN: Tensor, weights: DiscriminatorWeights) -> Tensor:
+    """Half the squared gradient of the discriminator's score at the teacher's samples.
+
+    Args:
+        teacher_features_BN: from `discriminator_features`.
+        weights: of the discriminator; its gradient flows through them.
+
+    Returns:
+        Scalar, summed over samples, unweighted.
+
+    Source: arXiv:1801.04406.
+    """
+    with torch.enable_grad():
+        points_BN = teacher_features_BN.detach().requires_grad_()
+        scores_B = discriminator_scores(points_BN, weights)
+        (slope_BN,) = torch.autograd.grad(scores_B.sum(), points_BN, create_graph=True)
+        return 0.5 * slope_BN.square().sum()
+
+
+def power_iteration(weight: Tensor, left: Tensor) -> Tensor:
+    """Take one step towards a matrix's first left singular vector.
+
+    Args:
+        weight: (rows, columns).
+        left: (rows,) of length 1.
+
+    Returns:
+        (rows,) of length 1.
+    """
+    right = functional.normalize(weight.detach().t() @ left, dim=0)
+    return functional.normalize(weight.detach() @ right, dim=0)
+
+
+def spectral_norm(weight: Tensor, left: Tensor) -> Tensor:
+    """Divide a matrix by its estimated largest singular value.
+
+    Args:
+        weight: (rows, columns), with its graph where it is trained.
+        left: (rows,) from `power_iteration`.
+
+    Returns:
+        The same shape; its largest singular value is about 1, never far below.
+
+    Source: arXiv:1802.05957.
+    """
+    right = functional.normalize(weight.detach().t() @ left, dim=0)
+    largest = torch.dot(left, weight @ right)
+    return weight / largest.clamp(min=1e-12)

@@ -1,0 +1,158 @@
+"""What is trained beside a student and not saved with it: feature maps and a discriminator.
+
+It is attached to the student as one more module, so that engines, gradient reduction and
+checkpoints treat it as they treat the student, at any world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from moe_dist.conversion.attention import num_attention_heads
+from moe_dist.errors import ConversionError
+from moe_dist.training.adversary import Adversary
+from moe_dist.training.feature_maps import FeatureMaps
+
+ATTRIBUTE = "distillation_companion"
+
+
+class Companion(nn.Module):
+    """Feature maps, and a discriminator where one is wanted.
+
+    Args:
+        maps: what carries the student's features to the teacher's width.
+        adversary: the discriminator.
+    """
+
+    def __init__(self, maps: FeatureMaps, adversary: Adversary | None = None) -> None:
+        super().__init__()
+        self.maps = maps
+        self.adversary = adversary
+
+    def after_step(self, num_samples: int) -> dict[str, float]:
+        """Train what has an optimizer of its own; collective.
+
+        Args:
+            num_samples: of the step, over ranks and micro-batches.
+
+        Returns:
+            Values for the metric log, equal on every rank.
+        """
+        return {} if self.adversary is None else self.adversary.update(num_samples)
+
+
+def build_companion(
+    student: nn.Module,
+    teacher: nn.Module,
+    section: Mapping[str, Any],
+    *,
+    num_pairs: int,
+    hidden_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Companion:
+    """Make what the losses of a run need beside the student.
+
+    Args:
+        student: the model that learns.
+        teacher: the model that it is compared with.
+        section: the recipe's ``distill``.
+        num_pairs: how many hidden states are compared.
+        hidden_ids: the teacher's dimension of each of the student's.
+        seed: of the discriminator's weights.
+
+    Returns:
+        The companion; without parameters or buffers where nothing is needed.
+
+    Raises:
+        ConversionError: if attention is compared and the models differ in heads, or hidden
+            widths differ and nothing says which dimensions belong together.
+    """
+    widths = [_width(model) for model in (student, teacher)]
+    if widths[0] != widths[1] and hidden_ids is None:
+        raise ConversionError(
+            f"the student is {widths[0]} wide and the teacher {widths[1]}, and nothing says which "
+            "dimensions belong together",
+            remedy="make the student with the stage shrink, or pass hidden_ids",
+        )
+    if section.get("attention_weight", 0.0) > 0:
+        check_heads(student, teacher)
+    is_played = section.get("adversarial_weight", 0.0) > 0
+    maps = FeatureMaps(
+        *widths,
+        hidden_ids=hidden_ids,
+        hidden=section.get("hidden_weight", 1.0) > 0,
+        sentence=is_played or section.get("alignment_weight", 0.0) > 0,
+        num_projections=num_pairs if section.get("mapping_weight", 0.0) > 0 else 0,
+    )
+    if not is_played:
+        return Companion(maps)
+    config: Any = teacher.config
+    return Companion(
+        maps,
+        Adversary(
+            int(config.num_labels) + widths[1],
+            regularizer=section.get("adversarial_regularizer", "spectral"),
+            learning_rate=section.get("adversarial_learning_rate", 1e-3),
+            seed=seed,
+        ),
+    )
+
+
+def check_heads(student: nn.Module, teacher: nn.Module) -> None:
+    """See that attention scores can be compared.
+
+    Args:
+        student: weights not needed.
+        teacher: likewise.
+
+    Raises:
+        ConversionError: if the models differ in heads, or hide their attention.
+    """
+    own, other = num_attention_heads(student), num_attention_heads(teacher)
+    if own != other:
+        raise ConversionError(
+            f"distill.attention_weight compares attention head by head, and the student has {own} "
+            f"heads where the teacher has {other}",
+            remedy=f"set student.num_heads to {other}, or distill.attention_weight to 0",
+        )
+
+
+def num_layers(model: nn.Module) -> int:
+    """Say how many layers a model has.
+
+    Args:
+        model: an encoder.
+
+    Returns:
+        Its hidden states without the embeddings.
+    """
+    config: Any = model.config
+    return int(config.num_hidden_layers)
+
+
+def _width(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.hidden_size)
+
+
+def attach(student: nn.Module, companion: Companion) -> None:
+    """Make the companion part of what is trained and checkpointed.
+
+    Args:
+        student: changed in place; its forward does not see the companion.
+        companion: what learns beside it.
+    """
+    student.add_module(ATTRIBUTE, companion)
+
+
+def detach(student: nn.Module) -> None:
+    """Take the companion off, so that the student is saved alone.
+
+    Args:
+        student: changed in place.
+    """
+    if hasattr(student, ATTRIBUTE):
+        delattr(student, ATTRIBUTE)

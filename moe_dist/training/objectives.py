@@ -1,0 +1,311 @@
+"""The losses that join student and teacher, as rows of one table.
+
+A new loss is a pure function in `moe_dist.losses`, a row in `OBJECTIVES`, and its weight in the
+recipe's `distill` section; jobs, schedules and logs follow the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moe_dist.conversion.attention import AttentionInputs
+from moe_dist.losses.adversarial import discriminator_features
+from moe_dist.losses.alignment import POOLINGS, alignment_mse, mapping_mse
+from moe_dist.losses.attention import attention_mse, attention_scores
+from moe_dist.losses.distillation import (
+    hidden_mse,
+    prediction_kl,
+    prediction_mse,
+    soft_targets,
+)
+from moe_dist.losses.total import CountKind, LossTerm, LossWeight
+from moe_dist.training.companion import Companion
+from moe_dist.training.feature_maps import without_padding
+
+# Positions in the hidden states of student and teacher; 0 are the embeddings.
+StatePairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What one forward pass shows.
+
+    Args:
+        logits: (B, C) outputs.
+        hidden: (B, S, D) of the embeddings and each layer; empty where no loss reads them.
+        attention: queries and keys of each layer; empty where no loss reads them.
+    """
+
+    logits: Tensor
+    hidden: Sequence[Tensor] = ()
+    attention: Sequence[AttentionInputs] = ()
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the losses of a run share.
+
+    Args:
+        temperature: softens predictions.
+        pairs: which hidden states meet; None compares all of them one to one.
+        pooling: a name in `POOLINGS`.
+    """
+
+    temperature: float = 1.0
+    pairs: StatePairs | None = None
+    pooling: str = "cls"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A micro-batch as student and teacher saw it.
+
+    Args:
+        student: with its graph.
+        teacher: without one.
+        mask_BS: True or 1 for real tokens; None if all are real.
+        is_regression: whether the labels are numbers.
+        settings: what the losses share.
+        companion: feature maps and discriminator.
+    """
+
+    student: Views
+    teacher: Views
+    mask_BS: Tensor | None
+    is_regression: bool
+    settings: ObjectiveSettings
+    companion: Companion
+
+    @property
+    def pairs(self) -> StatePairs:
+        """Which hidden states meet."""
+        if self.settings.pairs is not None:
+            return self.settings.pairs
+        depths = (len(self.student.hidden), len(self.teacher.hidden))
+        if depths[0] != depths[1]:
+            raise ValueError(
+                f"the student has {depths[0]} hidden states and the teacher {depths[1]}; "
+                "say which of them meet"
+            )
+        return tuple((index, index) for index in range(depths[0]))
+
+    def states(self, *, mapped: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the hidden states that meet.
+
+        Args:
+            mapped: carry the student's to the teacher's width.
+
+        Returns:
+            The student's and the teacher's, pair by pair.
+        """
+        own = [self.student.hidden[index] for index, _ in self.pairs]
+        if mapped:
+            own = [self.companion.maps.map_hidden(hidden, self.mask_BS) for hidden in own]
+        return own, [self.teacher.hidden[index] for _, index in self.pairs]
+
+    def sentences(self) -> tuple[Tensor, Tensor]:
+        """Give both sentence vectors of the last layer, at the teacher's width.
+
+        Returns:
+            The student's and the teacher's.
+        """
+        pool = POOLINGS[self.settings.pooling]
+        own = pool(self.student.hidden[-1], self.mask_BS)
+        return (
+            self.companion.maps.map_sentence(own),
+            pool(self.teacher.hidden[-1], self.mask_BS),
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One loss between student and teacher.
+
+    Args:
+        weight_key: its weight in the recipe's ``distill`` section.
+        compute: the loss of a micro-batch, summed.
+        count_kind: what the sum is divided by.
+        default_weight: where the section says nothing.
+        reads: what it needs beside the predictions.
+        regression_name: its name in regression, where it then is another function.
+        schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
+    """
+
+    weight_key: str
+    compute: Callable[[Lesson], Tensor]
+    count_kind: CountKind
+    default_weight: float = 0.0
+    reads: frozenset[str] = frozenset()
+    regression_name: str | None = None
+    schedule: Literal["warmup", "delayed"] = "warmup"
+
+
+def _prediction_kl(lesson: Lesson) -> Tensor:
+    student, teacher = lesson.student.logits, lesson.teacher.logits
+    if lesson.is_regression:
+        return prediction_mse(student, teacher)
+    return prediction_kl(student, teacher, lesson.settings.temperature)
+
+
+def _soft_targets(lesson: Lesson) -> Tensor:
+    student, teacher = lesson.student.logits, lesson.teacher.logits
+    if lesson.is_regression:
+        return prediction_mse(student, teacher)
+    return soft_targets(student, teacher, lesson.settings.temperature)
+
+
+def _hidden_mse(lesson: Lesson) -> Tensor:
+    return hidden_mse(*lesson.states(mapped=True), lesson.mask_BS)
+
+
+def _attention_mse(lesson: Lesson) -> Tensor:
+    # Hidden state 0 is what the embeddings give; layer n makes hidden state n + 1.
+    pairs = [(own - 1, other - 1) for own, other in lesson.pairs if own > 0]
+    student, teacher = lesson.student.attention, lesson.teacher.attention
+    return attention_mse(
+        [_scores(student[own]) for own, _ in pairs],
+        [_scores(teacher[other]) for _, other in pairs],
+        lesson.mask_BS,
+    )
+
+
+def _scores(inputs: AttentionInputs) -> Tensor:
+    return attention_scores(inputs.query_BSD, inputs.key_BSD, inputs.num_heads)
+
+
+def _alignment_mse(lesson: Lesson) -> Tensor:
+    return alignment_mse(*lesson.sentences())
+
+
+def _mapping_mse(lesson: Lesson) -> Tensor:
+    student, teacher = lesson.states(mapped=False)
+    real = [without_padding(hidden, lesson.mask_BS) for hidden in student]
+    return mapping_mse(real, teacher, list(lesson.companion.maps.projections), lesson.mask_BS)
+
+
+def _adversarial(lesson: Lesson) -> Tensor:
+    adversary = lesson.companion.adversary
+    assert adversary is not None, "the job builds a discriminator where its weight is above 0"
+    own, other = lesson.sentences()
+    student, teacher = (
+        discriminator_features(views.logits, vectors, is_regression=lesson.is_regression)
+        for views, vectors in ((lesson.student, own), (lesson.teacher, other))
+    )
+    return adversary.student_loss(student, teacher)
+
+
+_HIDDEN = frozenset({"hidden"})
+OBJECTIVES: dict[str, Objective] = {
+    "prediction_kl": Objective(
+        "kl_weight", _prediction_kl, "samples", 1.0, regression_name="prediction_mse"
+    ),
+    "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
+    "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", 1.0, _HIDDEN),
+    "attention_mse": Objective(
+        "attention_weight", _attention_mse, "samples", reads=_HIDDEN | {"attention"}
+    ),
+    "alignment_mse": Objective("alignment_weight", _alignment_mse, "samples", reads=_HIDDEN),
+    "mapping_mse": Objective("mapping_weight", _mapping_mse, "tokens", reads=_HIDDEN),
+    "adversarial": Objective(
+        "adversarial_weight", _adversarial, "samples", reads=_HIDDEN, schedule="delayed"
+    ),
+}
+DEFAULT_OBJECTIVES = tuple(name for name, row in OBJECTIVES.items() if row.default_weight > 0)
+
+
+def weight_of(name: str, section: Mapping[str, Any]) -> float:
+    """Read an objective's weight from a recipe's ``distill`` section.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        section: the section, whole or in part.
+
+    Returns:
+        The weight, or its default.
+    """
+    row = OBJECTIVES[name]
+    return float(section.get(row.weight_key, row.default_weight))
+
+
+def chosen_objectives(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the objectives that a recipe gives a weight.
+
+    Args:
+        section: the recipe's ``distill``.
+
+    Returns:
+        Keys of `OBJECTIVES`.
+    """
+    return tuple(name for name in OBJECTIVES if weight_of(name, section) > 0)
+
+
+def objective_weights(section: Mapping[str, Any], num_steps: int) -> dict[str, LossWeight]:
+    """Turn a recipe's weights into a schedule for each objective's term.
+
+    Args:
+        section: the recipe's ``distill``.
+        num_steps: of the whole run.
+
+    Returns:
+        Weights by term.
+    """
+    lengths = {
+        "warmup": round(section.get("warmup_fraction", 0.0) * num_steps),
+        "delayed": round(section.get("adversarial_warmup_fraction", 0.1) * num_steps),
+    }
+    weights: dict[str, LossWeight] = {}
+    for name, row in OBJECTIVES.items():
+        weight = LossWeight(weight_of(name, section), row.schedule, lengths[row.schedule])
+        weights |= dict.fromkeys(filter(None, (name, row.regression_name)), weight)
+    return weights
+
+
+def reads(names: Collection[str], what: str) -> bool:
+    """Tell whether any of the objectives needs something of a forward pass.
+
+    Args:
+        names: keys of `OBJECTIVES`.
+        what: ``hidden`` or ``attention``.
+
+    Returns:
+        Whether one does.
+    """
+    return any(what in OBJECTIVES[name].reads for name in names)
+
+
+def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTerm]:
+    """Compute the chosen losses of a micro-batch.
+
+    Args:
+        names: keys of `OBJECTIVES`.
+        lesson: what student and teacher showed.
+
+    Returns:
+        Terms by name, undivided and unweighted.
+    """
+    terms = {}
+    for name in names:
+        row = OBJECTIVES[name]
+        shown = row.regression_name if lesson.is_regression and row.regression_name else name
+        terms[shown] = LossTerm(row.compute(lesson), row.count_kind)
+    return terms
+
+
+def pair_states(layers: Sequence[int], which: str | int = "all") -> StatePairs:
+    """Say which hidden states meet.
+
+    Args:
+        layers: the teacher's layer of each student layer, from 0.
+        which: ``all`` with the embeddings, the ``last``, or every so many counted back from it.
+
+    Returns:
+        Pairs of positions, the student's first.
+    """
+    pairs = ((0, 0), *((own + 1, other + 1) for own, other in enumerate(layers)))
+    step = {"all": 1, "last": len(pairs)}.get(which) if isinstance(which, str) else which
+    assert step is not None, f"hidden_layers={which!r} is checked with the recipe"
+    return tuple(sorted(pairs[::-1][::step]))

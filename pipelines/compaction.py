@@ -1,0 +1,219 @@
+"""compact: fuse, compress and repair a trained student, and say what that costs in quality."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich import box
+from rich.table import Table
+
+from moe_dist.errors import MissingInputError, MoeDistError
+
+from .payloads import data_job, training_job
+from .report import quantity
+from .stage import write_json
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+    from .console import Console
+
+RESULT = "compact.json"
+FUSED, COMPRESSED, MODEL = "fused", "compressed", "model"
+MANY_EPOCHS = 10_000
+RECIPE_NAME = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class CompactSettings:
+    """What to make of a student.
+
+    Args:
+        directory: the student's.
+        output: where results go.
+        num_experts: experts of each layer afterwards.
+        method: ``merge`` or ``drop``.
+        tolerance: of fusion.
+        repair_steps: optimizer steps of the distillation afterwards; 0 for none.
+        use_samples: training rows on which the use of experts is counted.
+    """
+
+    directory: Path
+    output: Path
+    num_experts: int
+    method: Literal["merge", "drop"] = "merge"
+    tolerance: float = 1e-6
+    repair_steps: int = 200
+    use_samples: int = 2048
+
+
+def find_recipe(directory: Path) -> Path:
+    """Find the recipe that a student was made with.
+
+    Args:
+        directory: the student's, inside the results of its run.
+
+    Returns:
+        The resolved recipe beside them.
+
+    Raises:
+        MissingInputError: if there is none.
+    """
+    for parent in directory.absolute().parents:
+        if (parent / RECIPE_NAME).is_file():
+            return parent / RECIPE_NAME
+    raise MissingInputError(
+        f"no {RECIPE_NAME} lies above {directory}, and compacting needs data",
+        remedy="give a recipe with --recipe",
+    )
+
+
+def compact(settings: CompactSettings, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Fuse, compress and repair; results go to `settings.output`.
+
+    The repair is a distillation from the student as it was, with the recipe's losses and learning
+    rate, in this process.
+
+    Args:
+        settings: what to make.
+        config: the recipe that says data, losses and training.
+        console: where progress is shown.
+
+    Returns:
+        What `compact.json` holds: `metrics`, `parameters` and `retention` for each of `before`,
+        `fused` (where something was), `compressed` and `repaired` (where it was asked for).
+
+    Raises:
+        MoeDistError: if the output holds files of others, or the student cannot be compacted.
+    """
+    from moe_dist.inference import load_model, load_tokenizer, save_model
+    from moe_dist.inference.compact import check_reduction, compact_experts, fuse_neurons
+    from moe_dist.training.jobs import distill_job
+
+    student = load_model(settings.directory)
+    check_reduction(student, settings.num_experts)
+    _make_room(settings.output)
+    tokenizer = load_tokenizer(settings.directory)
+    measured = {"before": _measure(settings.directory, config, settings, "before")}
+    console.note("counting how often each expert is used")
+    use = _count_use(config, settings)
+    fused, num_fused = fuse_neurons(student, settings.tolerance)
+    if num_fused:
+        save_model(fused, settings.output / FUSED, tokenizer=tokenizer)
+        measured["fused"] = _measure(settings.output / FUSED, config, settings, "fused")
+    smaller, joined = compact_experts(fused, settings.num_experts, use=use, method=settings.method)
+    compressed = settings.output / COMPRESSED
+    save_model(smaller, compressed, tokenizer=tokenizer)
+    measured["compressed"] = _measure(compressed, config, settings, "compressed")
+    if settings.repair_steps:
+        console.note(f"repairing over {settings.repair_steps} steps")
+        distill_job(_repair_payload(settings, config))
+        shutil.rmtree(settings.output / "checkpoints", ignore_errors=True)
+        measured["repaired"] = _measure(settings.output / MODEL, config, settings, "repaired")
+    else:
+        save_model(smaller, settings.output / MODEL, tokenizer=tokenizer)
+    whole = measured["before"]["metrics"]
+    metric = next(iter(whole))
+    for entry in measured.values():
+        entry["retention"] = entry["metrics"][metric] / whole[metric] if whole[metric] else None
+    result = {
+        "main_metric": metric,
+        "num_experts": settings.num_experts,
+        "method": settings.method,
+        "num_fused_neurons": num_fused,
+        "repair_steps": settings.repair_steps,
+        "layers": [asdict(one) for one in joined],
+        **measured,
+    }
+    write_json(settings.output / RESULT, result)
+    return result
+
+
+def to_table(result: dict[str, Any]) -> Table:
+    """Draw what became of a student.
+
+    Args:
+        result: from `compact`.
+
+    Returns:
+        One row for each state that it went through.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("student")
+    for heading in (f"dev {result['main_metric']}", "retention", "parameters", "active"):
+        table.add_column(heading, justify="right")
+    for name in ("before", "fused", "compressed", "repaired"):
+        entry = result.get(name)
+        if entry is not None:
+            retention = entry["retention"]
+            table.add_row(
+                name,
+                f"{entry['metrics'][result['main_metric']]:.4f}",
+                "" if retention is None else f"{retention:.4f}",
+                quantity(entry["parameters"]["total"]),
+                quantity(entry["parameters"]["active"]),
+            )
+    return table
+
+
+def _make_room(output: Path) -> None:
+    """Clear what an earlier compaction left, and nothing else."""
+    if output.exists() and any(output.iterdir()) and not (output / RESULT).exists():
+        raise MoeDistError(
+            f"{output} holds files that are not a compaction's.",
+            remedy="choose another directory with --output.",
+        )
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    # The mark of a compaction, so that one that was stopped can be made anew.
+    (output / RESULT).write_text(json.dumps({"finished": False}) + "\n", encoding="utf-8")
+
+
+def _measure(
+    model: Path, config: RunConfig, settings: CompactSettings, name: str
+) -> dict[str, Any]:
+    from moe_dist.inference import load_model
+    from moe_dist.inference.profile import count_parameters
+    from moe_dist.training.jobs import predict_job
+
+    payload: Any = data_job(config, str(settings.output))
+    payload |= {"model": str(model), "split": "dev", "output_name": f"predictions-{name}"}
+    answer = predict_job(payload)
+    return {
+        "metrics": answer["metrics"],
+        "parameters": asdict(count_parameters(load_model(model))),
+    }
+
+
+def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[float]]:
+    """Each expert's share of the tokens of training rows, by layer."""
+    from moe_dist.training.jobs import predict_job
+
+    payload: Any = data_job(config, str(settings.output))
+    rows = min(settings.use_samples, config.data.max_train_samples or settings.use_samples)
+    payload["data"] = payload["data"] | {"max_train_samples": rows}
+    payload |= {
+        "model": str(settings.directory),
+        "split": "train",
+        "output_name": "predictions-use",
+    }
+    load: dict[str, list[float]] = predict_job(payload)["expert_load"]
+    return load
+
+
+def _repair_payload(settings: CompactSettings, config: RunConfig) -> Any:
+    train = config.train.model_copy(
+        update={"max_steps": settings.repair_steps, "num_epochs": MANY_EPOCHS}
+    )
+    payload = training_job(config, train, str(settings.output))
+    payload["parallel"] |= {"ep_size": 1, "zero_stage": 0}
+    return {
+        **payload,
+        "student": str(settings.output / COMPRESSED),
+        "teacher": str(settings.directory.absolute()),
+        "distill": config.distill.model_dump(mode="json"),
+    }

@@ -1,0 +1,201 @@
+"""Smaller students: exact where everything is kept, of the right size, and from the right parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.shrink import (
+    map_layers,
+    plan_shrink,
+    shrink_model,
+    shrink_scores,
+)
+from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.inference.profile import count_parameters, flops_per_token
+from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
+
+SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "intermediate_size": 20}
+
+
+def teacher(**changes: Any) -> Any:
+    return tiny_model("bert", num_hidden_layers=4, num_labels=3, **changes)
+
+
+@pytest.mark.parametrize("init", ["importance", "truncate"])
+def test_a_student_that_keeps_everything_is_its_teacher(init: Any) -> None:
+    model = teacher()
+    plan = plan_shrink(model, init=init, scores=random_scores(model))
+    batch = token_batch()
+    student = shrink_model(model, plan)
+    torch.testing.assert_close(logits_of(student, batch), logits_of(model, batch))
+    assert type(student) is type(model) and student is not model
+
+
+def test_attention_that_keeps_its_scores_keeps_their_scale() -> None:
+    """Query dimensions whose keys are zero add nothing, so leaving them out changes nothing."""
+    model = teacher()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            attention = layer.attention
+            for one in (attention.self.query, attention.self.key, attention.self.value):
+                one.weight.view(2, 8, 16)[:, 6:] = 0
+                one.bias.view(2, 8)[:, 6:] = 0
+            attention.output.dense.weight.view(16, 2, 8)[:, :, 6:] = 0
+    plan = plan_shrink(model, hidden_size=12)
+    for ids in (*plan.query_ids, *plan.value_ids):
+        assert ids == (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13)
+    student = shrink_model(model, plan)
+    embeddings = torch.randn(1, 5, 16)
+    outside = [n for n in range(16) if n not in plan.hidden_ids]
+    with torch.no_grad():
+        own, whole = student.bert.encoder.layer[0], model.bert.encoder.layer[0]
+        for linear in (whole.attention.self.query, whole.attention.self.key):
+            linear.weight[:, outside] = 0
+        whole.attention.self.value.weight[:, outside] = 0
+        wanted = whole.attention.self(embeddings)[0]
+        found = own.attention.self(embeddings[:, :, list(plan.hidden_ids)])[0]
+    torch.testing.assert_close(found, wanted[:, :, list(plan.value_ids[0])])
+
+
+def test_weights_are_those_of_the_mapped_layers_and_kept_dimensions() -> None:
+    model = teacher()
+    scores = random_scores(model)
+    plan = plan_shrink(model, **SMALL, scores=scores)
+    assert plan.layers == (1, 3)
+    student = shrink_model(model, plan)
+    hidden = torch.tensor(plan.hidden_ids)
+    for own, layer in zip(student.bert.encoder.layer, (1, 3), strict=True):
+        best = scores[layer].topk(20).indices.sort().values
+        whole = model.bert.encoder.layer[layer]
+        assert torch.equal(
+            own.intermediate.dense.weight, whole.intermediate.dense.weight[best][:, hidden]
+        )
+        assert torch.equal(own.intermediate.dense.bias, whole.intermediate.dense.bias[best])
+        assert torch.equal(own.output.dense.weight, whole.output.dense.weight[hidden][:, best])
+    assert torch.equal(student.classifier.weight, model.classifier.weight[:, hidden])
+    words = model.bert.embeddings.word_embeddings.weight
+    assert torch.equal(student.bert.embeddings.word_embeddings.weight, words[:, hidden])
+    kept = shrink_scores(scores, plan)
+    assert [tuple(score.shape) for score in kept] == [(20,), (20,)]
+    assert torch.equal(
+        kept[1],
+        scores[3].sort(descending=True).values[:20][kept[1].argsort(descending=True).argsort()],
+    )
+
+
+def test_truncation_keeps_the_first_and_random_keeps_no_weight() -> None:
+    model = teacher()
+    first = plan_shrink(model, **SMALL, init="truncate")
+    assert first.hidden_ids == tuple(range(12))
+    assert first.neuron_ids == (tuple(range(20)),) * 2
+    drawn = shrink_model(model, plan_shrink(model, **SMALL, init="random"), seed=1)
+    again = shrink_model(model, plan_shrink(model, **SMALL, init="random"), seed=1)
+    weight = drawn.bert.encoder.layer[0].intermediate.dense.weight
+    assert torch.equal(weight, again.bert.encoder.layer[0].intermediate.dense.weight)
+    assert not torch.equal(weight, model.bert.encoder.layer[1].intermediate.dense.weight[:20, :12])
+
+
+def test_importance_keeps_dimensions_that_weigh_more_than_others() -> None:
+    model = teacher()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and parameter.shape[-1] == 16:
+                parameter[:, 3] *= 0.01
+            if "output.dense.weight" in name:
+                parameter[3] *= 0.01
+    kept = plan_shrink(model, hidden_size=14, intermediate_size=20, scores=random_scores(model))
+    assert 3 not in kept.hidden_ids
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "expected"),
+    [
+        (4, "uniform", (2, 5, 8, 11)),
+        (6, "uniform", (1, 3, 5, 7, 9, 11)),
+        (12, "uniform", tuple(range(12))),
+        (5, "uniform", (1, 4, 6, 9, 11)),
+        (1, "uniform", (11,)),
+        (4, "last", (8, 9, 10, 11)),
+        (3, [0, 5, 11], (0, 5, 11)),
+    ],
+)
+def test_layer_maps(layers: int, kind: Any, expected: tuple[int, ...]) -> None:
+    assert map_layers(layers, 12, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "words"),
+    [
+        (13, "uniform", "does not fit a teacher of 12"),
+        (0, "uniform", "does not fit"),
+        (3, [0, 5], "no map for 3"),
+        (2, [5, 5], "no map for 2"),
+        (2, [5, 12], "does not have"),
+        (2, [-1, 5], "does not have"),
+    ],
+)
+def test_maps_that_do_not_fit_are_named(layers: int, kind: Any, words: str) -> None:
+    with pytest.raises(ConversionError, match=words):
+        map_layers(layers, 12, kind)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 17}, "student.hidden_size=17"),
+        ({"intermediate_size": 33}, "student.intermediate_size=33"),
+        ({"num_heads": 3}, "student.num_heads=3"),
+        ({"hidden_size": 15}, "not divisible by 2"),
+        ({"hidden_size": 12, "num_heads": 1}, "at least 2 heads"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConversionError) as caught:
+        plan_shrink(teacher(), init="truncate", **changes)
+    assert words in str(caught.value)
+
+
+def test_missing_scores_and_other_families_are_refused() -> None:
+    with pytest.raises(MissingInputError, match="scores"):
+        plan_shrink(teacher(), **SMALL)
+    with pytest.raises(ConversionError, match="only BERT"):
+        plan_shrink(tiny_model("gpt2"), num_layers=1)
+
+
+def test_a_small_student_can_be_split_into_experts() -> None:
+    model = teacher()
+    scores = random_scores(model)
+    plan = plan_shrink(model, **SMALL, scores=scores)
+    small = shrink_model(model, plan)
+    split = plan_partition(
+        shrink_scores(scores, plan), num_experts=2, expert_size=20, num_shared_neurons=20
+    )
+    student = dense_to_moe(small, split)
+    batch = token_batch()
+    torch.testing.assert_close(logits_of(student, batch), logits_of(small, batch))
+
+
+def test_the_published_student_has_its_published_size_and_cost() -> None:
+    """4 layers of width 312: 14.5M parameters, about 1.2 GFLOPs for 128 tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(num_labels=2, attn_implementation="eager")
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config).eval()
+    plan = plan_shrink(
+        model, num_layers=4, hidden_size=312, intermediate_size=1200, init="truncate"
+    )
+    student = shrink_model(model, plan)
+    assert next(student.parameters()).is_meta
+    assert count_parameters(student).total == pytest.approx(14.5e6, rel=0.015)
+    counted = 128 * flops_per_token(student, 128).total
+    assert 1.1e9 < counted < 1.3e9
+    ids = torch.zeros(1, 128, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as measured:
+        student(input_ids=ids)
+    assert counted == pytest.approx(measured.get_total_flops(), rel=0.02)

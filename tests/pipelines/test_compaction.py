@@ -1,0 +1,81 @@
+"""compact on a trained tiny student: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_dist.config import load_config
+from moe_dist.inference import load_model
+from moe_dist.inference.compact import moe_layers
+from pipelines.chain import run_chain
+from pipelines.cli import app
+from tests.pipelines.recorder import Recorder
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture
+def trained(write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path) -> Path:
+    """The directory of a student of four experts."""
+    tiny_settings["moe"] |= {"num_experts": 4, "expert_size": 14}
+    run_chain(load_config(write_recipe(tiny_settings)), Recorder(), until="distill")
+    return tmp_path / "outputs/tiny/distill/model"
+
+
+def test_a_student_is_compressed_repaired_and_measured(trained: Path) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    command = ["compact", str(trained), "--num-experts", "2", "--quiet"]
+    result = CliRunner().invoke(app, [*command, "--repair-steps", "4"])
+    assert result.exit_code == 0, result.output
+    output = trained.parent.parent / "compact-2"
+    found = json.loads((output / "compact.json").read_text())
+    for name in ("before", "compressed", "repaired"):
+        assert 0 <= found[name]["metrics"]["accuracy"] <= 1
+        assert name in result.output
+    assert found["before"]["retention"] == 1
+    assert found["repaired"]["parameters"]["total"] < found["before"]["parameters"]["total"]
+    assert found["repaired"]["parameters"]["active"] == found["before"]["parameters"]["active"]
+    for layer in found["layers"]:
+        assert sum(layer["use"]) == pytest.approx(1.0)
+        assert sorted(expert for group in layer["groups"] for expert in group) == [0, 1, 2, 3]
+    model = load_model(output / "model")
+    assert {layer.num_experts for layer in moe_layers(model)} == {2}
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert not (output / "checkpoints").exists()
+
+    again = CliRunner().invoke(
+        app, [*command, "--repair-steps", "0", "--method", "drop", "--tolerance", "9"]
+    )
+    assert again.exit_code == 0, again.output
+    found = json.loads((output / "compact.json").read_text())
+    assert found["num_fused_neurons"] > 0 and "repaired" not in found
+    assert "fused" in found and "fused" in again.output
+
+
+def test_what_cannot_be_compacted_is_one_message(
+    trained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def refused(*words: str) -> str:
+        result = CliRunner().invoke(app, ["compact", *words])
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        return result.output
+
+    assert "not fewer" in refused(str(trained), "--num-experts", "4")
+    assert "merge or drop" in refused(str(trained), "--num-experts", "2", "--method", "both")
+    teacher = trained.parent.parent / "finetune-teacher/model"
+    assert "no experts" in refused(str(teacher), "--num-experts", "2")
+    alone = tmp_path_factory.mktemp("alone")
+    assert "--recipe" in refused(str(alone), "--num-experts", "2")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    words = [str(trained), "--num-experts", "2", "--output", str(full)]
+    result = CliRunner().invoke(app, ["compact", *words])
+    assert result.exit_code != 0 and "not a compaction's" in result.output
+    assert (full / "thesis.txt").read_text() == "mine"
