@@ -112,7 +112,7 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
         MoeDistError: if the run cannot start, or a stage fails.
     """
     workspace = Workspace(config, console)
-    with _disk_errors(workspace.root):
+    with disk_errors(workspace.root):
         return _run_in(workspace, until)
 
 
@@ -129,7 +129,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
     except BaseException:
         files.remove_if_empty()
         raise
-    with _only_one(workspace.root), files.opened():
+    with only_one(workspace.root), files.opened():
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
             config.name, workspace.root, params=config.flatten(), tags=_tags()
@@ -228,8 +228,18 @@ def _tags() -> dict[str, str]:
 
 
 @contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Keep a second process from writing the same run at the same time."""
+def only_one(root: Path) -> Iterator[None]:
+    """Keep a second process from writing the same run at the same time.
+
+    Args:
+        root: the run's directory.
+
+    Yields:
+        Nothing, while the run is held.
+
+    Raises:
+        MoeDistError: if another process holds it.
+    """
     with (root / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,7 +256,18 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
+def disk_errors(root: Path) -> Iterator[None]:
+    """Say in plain words that the disk is full.
+
+    Args:
+        root: the run's directory.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MoeDistError: if it is.
+    """
     try:
         yield
     except OSError as error:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_dist.errors import (
-    ConfigError,
-    ConversionError,
-    DataError,
-    MissingInputError,
-    MoeDistError,
-    TrackingError,
+from .command_line import (
+    EXIT_FAILURE,
+    Debug,
+    DryRun,
+    Overrides,
+    Quiet,
+    Recipe,
+    clean_errors,
+    quieten_libraries,
+    send_warnings_to,
 )
-from moe_dist.redaction import hide_secrets
+from .search.commands import register as register_search
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
     from .console import Console
-
-EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="moe-dist",
@@ -42,20 +37,6 @@ benchmark_app = typer.Typer(
     help="Measure parts of the program on this machine.", no_args_is_help=True
 )
 app.add_typer(benchmark_app, name="benchmark")
-
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -157,15 +138,15 @@ def preflight(
     debug: Debug = False,
 ) -> None:
     """Check a recipe and the cluster before a long run: places, versions, storage, network."""
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
+    with clean_errors(debug=debug):
+        quieten_libraries()
         from moe_dist.config import load_config
 
         from .console import Console
 
         config = load_config(recipe, overrides or ())
         console = Console(quiet=as_json)
-        _send_warnings_to(console)
+        send_warnings_to(console)
         from .preflight import run_preflight
 
         if not run_preflight(config, console, as_json=as_json):
@@ -196,8 +177,8 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Run the whole chain as a job on a Ray cluster, and follow it."""
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
+    with clean_errors(debug=debug):
+        quieten_libraries()
         from .cluster_package import cluster_module
         from .console import Console
         from .preflight import check_before_submit
@@ -236,7 +217,7 @@ def benchmark_layer(
     debug: Debug = False,
 ) -> None:
     """Time the MoE layer against a dense layer of the same active FLOPs."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.layer import LayerBenchmark, main
 
         main(
@@ -272,7 +253,7 @@ def benchmark_importance(
     debug: Debug = False,
 ) -> None:
     """Time importance scoring against the loop over single samples."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.importance import ImportanceBenchmark, main
 
         main(
@@ -304,7 +285,7 @@ def benchmark_checkpoint(
     debug: Debug = False,
 ) -> None:
     """Time what checkpoints cost the training beside them."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.checkpoint import CheckpointBenchmark, main
 
         main(
@@ -330,7 +311,7 @@ def benchmark_expert_parallel(
     debug: Debug = False,
 ) -> None:
     """Time the expert-parallel layer against DeepSpeed's own, on two processes."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.expert_parallel import ExpertParallelBenchmark, main
 
         main(
@@ -355,7 +336,7 @@ def benchmark_throughput(
     debug: Debug = False,
 ) -> None:
     """Time two workers against two independent runs on this machine."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.throughput import ThroughputBenchmark, main
 
         main(
@@ -379,7 +360,7 @@ def benchmark_startup(
     debug: Debug = False,
 ) -> None:
     """Time the way from `compress` to the first training step."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.startup import DEMO, StartupBenchmark, main
 
         main(
@@ -387,6 +368,9 @@ def benchmark_startup(
                 recipe=recipe or DEMO, overrides=tuple(overrides or ()), num_repeats=repeats
             )
         )
+
+
+register_search(app, benchmark_app)
 
 
 def main() -> None:
@@ -403,8 +387,8 @@ def _run_until(
     quiet: bool,
     debug: bool,
 ) -> None:
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
+    with clean_errors(debug=debug):
+        quieten_libraries()
         from moe_dist.config import load_config
         from moe_dist.timeline import mark
 
@@ -423,7 +407,7 @@ def _run_until(
         lasting = cluster_module("lasting")
         if lasting.in_ray_job():
             lasting.check_job(config)
-        _send_warnings_to(console)
+        send_warnings_to(console)
         _run(stage, config, console)
 
 
@@ -451,47 +435,3 @@ def _run(stage: str, config: RunConfig, console: Console) -> None:
             console.result(f"{name}: {result.shown(path)}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
-
-
-def _quieten_libraries() -> None:
-    """Keep other libraries' bars and hints out of the progress display; workers inherit it."""
-    for variable, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ):
-        os.environ.setdefault(variable, value)
-
-
-def _send_warnings_to(console: Console) -> None:
-    """Show the library's warnings between the progress lines and not across them."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.warn(record.getMessage())
-
-    logger = logging.getLogger("moe_dist")
-    logger.addHandler(Handler(level=logging.WARNING))
-    logger.propagate = False
-
-
-@contextmanager
-def _clean_errors(*, debug: bool) -> Iterator[None]:
-    """Print a user's error as one message; leave the traceback to --debug."""
-    try:
-        yield
-    except MoeDistError as error:
-        if debug:
-            raise
-        typer.echo(hide_secrets(f"error: {error}"), err=True)
-        raise typer.Exit(_exit_code(error)) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues from here", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _exit_code(error: MoeDistError) -> int:
-    """Tell what the user can mend in recipe or surroundings from what failed on the way."""
-    mendable = ConfigError | ConversionError | DataError | MissingInputError | TrackingError
-    return EXIT_USER_ERROR if isinstance(error, mendable) else EXIT_FAILURE

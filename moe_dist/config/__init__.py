@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.run_config import RunConfig, dense_overrides
+from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     DataConfig,
     DistillConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "MoeConfig",
     "ParallelConfig",
     "RunConfig",
+    "SearchConfig",
     "TrackingConfig",
     "TrainConfig",
     "build_config",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from moe_dist.config.overrides import apply_overrides
+from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     NAME_PATTERN,
     DataConfig,
@@ -101,6 +102,10 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="Where runs are recorded."
     )
+    search: SearchConfig = Field(
+        default_factory=SearchConfig,
+        description="What `moe-dist search` tries; the other commands do not read it.",
+    )
 
     @property
     def run_dir(self) -> Path | str:
@@ -155,7 +160,9 @@ class RunConfig(Section):
         return yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True)
 
     def _plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json"))
+        # A recipe without a search says nothing of it.
+        left_out = None if self.search.space else {"search"}
+        plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json", exclude=left_out))
         return plain
 
 
@@ -181,6 +188,7 @@ def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
     pinned = {key: getattr(teacher, key) for key in FinetuneConfig.model_fields}
     raw = config.model_dump()
     raw["compare"] = {}
+    raw["search"] = {}
     raw["finetune"] = pinned
     if label == "dense":
         apply_overrides(raw, dense_overrides(config.moe))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance
@@ -30,35 +31,16 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     scores = inputs.result(score_importance.NAME)
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.conversion import dense_to_moe, plan_partition
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
         from moe_dist.training.results import load_scores
 
         from ..plots import plot_importance
 
-        moe = config.moe
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
         model = load_model(fetch(teacher.outputs["model"]))
-        plan = plan_partition(
-            importance,
-            num_experts=moe.num_experts,
-            expert_size=moe.expert_size,
-            num_shared_neurons=moe.num_shared_neurons,
-            method=moe.partition,
-            tie_shared=moe.tie_shared,
-            layers=moe.layers,
-            seed=config.seed,
-        )
-        student = dense_to_moe(
-            model,
-            plan,
-            router=moe.router,
-            top_k=moe.top_k,
-            seed=config.seed,
-            gate_scale=moe.gate_scale,
-        )
+        plan, student = convert(config, model, importance)
         plan.save(stage.directory / "plan.json")
         save_model(
             student,
@@ -94,6 +76,41 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         tracker=tracker,
         work=work,
     )
+
+
+def convert(config: RunConfig, teacher: Any, importance: Sequence[Any]) -> tuple[Any, Any]:
+    """Split a teacher into experts.
+
+    Args:
+        config: the configuration of one student.
+        teacher: the dense model; it is left as it was.
+        importance: (F,) scores for each feed-forward layer.
+
+    Returns:
+        The plan, and the student.
+    """
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    moe = config.moe
+    plan = plan_partition(
+        importance,
+        num_experts=moe.num_experts,
+        expert_size=moe.expert_size,
+        num_shared_neurons=moe.num_shared_neurons,
+        method=moe.partition,
+        tie_shared=moe.tie_shared,
+        layers=moe.layers,
+        seed=config.seed,
+    )
+    student = dense_to_moe(
+        teacher,
+        plan,
+        router=moe.router,
+        top_k=moe.top_k,
+        seed=config.seed,
+        gate_scale=moe.gate_scale,
+    )
+    return plan, student
 
 
 def _unread_keys(config: RunConfig) -> set[str]:
