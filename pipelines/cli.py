@@ -38,6 +38,7 @@ benchmark_app = typer.Typer(
 )
 app.add_typer(benchmark_app, name="benchmark")
 
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from moe_dist import __version__

@@ -49,6 +49,8 @@ _RULES = """\
 - `distill.load_balancing_weight` and `distill.z_loss_weight` need a router with a gate.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
+- `search.space` names keys that exist, with values that they may hold; points of it are checked as
+  whole recipes (docs/search.md).
 - A comparison may change `moe`, `distill`, `train` and `parallel`; the teacher and the data are the
   same for all students of a run.
 

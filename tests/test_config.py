@@ -284,7 +284,7 @@ def test_what_is_not_built_says_what_is(tmp_path: Path, override: str, now: str)
     assert fault.endswith(f"is not built yet; what exists now: {now}.")
 
 
-@pytest.mark.parametrize("section", ["search", "export"])
+@pytest.mark.parametrize("section", ["export"])
 def test_sections_that_are_not_built_are_refused(tmp_path: Path, section: str) -> None:
     assert "not built yet; remove the section" in only_fault(tmp_path, f"{section}={{}}")
 

@@ -157,5 +157,5 @@ def _sampled(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[P
         yield from grid_points(dimensions, config)
         return
     for number in range(NUM_SAMPLED_POINTS):
-        draw = random_draw(random.Random(f"check-{config.seed}-{number}"))  # noqa: S311
+        draw = random_draw(random.Random(f"check-{config.seed}-{number}"))
         yield sample_point(dimensions, config, draw)

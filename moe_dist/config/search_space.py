@@ -134,7 +134,9 @@ def sample_point(dimensions: tuple[Dimension, ...], config: RunConfig, draw: Dra
     for dimension in dimensions:
         if all(condition.holds(known(condition.path)) for condition in dimension.conditions):
             value = drawn[dimension.path] = draw(dimension)
-            overrides[dimension.path] = round(value * known(dimension.of)) if dimension.of else value
+            overrides[dimension.path] = (
+                round(value * known(dimension.of)) if dimension.of else value
+            )
         elif dimension.otherwise:
             overrides[dimension.path] = dimension.otherwise[0]
     return Point(drawn, overrides)

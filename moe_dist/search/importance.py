@@ -17,8 +17,8 @@ def key_importance(trials: Sequence[Trial], metric: str, seed: int = 0) -> dict[
     """Estimate how much each drawn key moves a measure.
 
     A random forest predicts the measure from the point; a key's importance is how much of the
-    prediction's R² is lost when its values are shuffled among the trials. A key that was not drawn in
-    a trial counts as a value of its own there.
+    prediction's R² is lost when its values are shuffled among the trials. Where a key was not
+    drawn, that counts as a value of its own.
 
     Args:
         trials: any; those without the measure are left out.

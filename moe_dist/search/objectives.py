@@ -61,7 +61,9 @@ def parse_goals(text: str) -> tuple[Goal, ...]:
     for part in re.split(r",|\band\b", text):
         found = _GOAL.match(part)
         if found is None:
-            faults.append(f"--goal {part.strip()!r} is no bound; write for example retention>=0.99.")
+            faults.append(
+                f"--goal {part.strip()!r} is no bound; write for example retention>=0.99."
+            )
             continue
         metric, sign, number, percent = found.groups()
         try:
@@ -125,9 +127,7 @@ def pareto_front(
         while it is better in one.
     """
     points = {
-        position: [
-            row[name] if mode == "max" else -row[name] for name, mode in objectives.items()
-        ]
+        position: [row[name] if mode == "max" else -row[name] for name, mode in objectives.items()]
         for position, row in enumerate(rows)
         if all(not math.isnan(row.get(name, math.nan)) for name in objectives)
     }

@@ -56,7 +56,7 @@ class RandomProposer:
 
     def propose(self, number: int) -> Point | None:
         """Draw until a point fits."""
-        draw = random_draw(random.Random(f"{self._config.seed}-{number}"))  # noqa: S311
+        draw = random_draw(random.Random(f"{self._config.seed}-{number}"))
         points = (sample_point(self._dimensions, self._config, draw) for _ in range(MAX_DRAWS))
         return next((point for point in points if self._fits(point)), None)
 

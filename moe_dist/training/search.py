@@ -1,10 +1,10 @@
 """Runs the trials of a search on Ray Tune.
 
-A trial is a function of a plain task, handed in from outside, that reports as it goes. Trials of one
-worker run in place: in an actor that holds their CPUs, keeps what it has loaded, and takes the next
-trial when one ends. Trials of several workers start them with the normal driver, from an actor that
-holds no CPU. Who proposes tasks and who keeps the results is the caller's affair too, so that a sweep
-continues from its own records and not from a pickle of Ray's.
+A trial is a function of a plain task, handed in from outside, that reports as it goes. Trials of
+one worker run in place: in an actor that holds their CPUs, keeps what it has loaded, and takes the
+next trial when one ends. Trials of several workers start them with the normal driver, from an actor
+that holds no CPU. Who proposes tasks and who keeps the results is the caller's affair too, so that
+a sweep continues from its own records and not from a pickle of Ray's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Task = Mapping[str, Any]
 """What a trial is told: plain values, with its ``number``."""
 Say = Callable[[Mapping[str, Any]], None]
 RunTrial = Callable[[Task, Say], None]
-"""Runs a trial, and says ``rung``, ``step``, ``num_steps``, ``seconds`` and ``metrics`` as it goes."""
+"""Runs a trial, and says ``rung``, ``step``, ``num_steps`` and ``metrics`` as it goes."""
 TIME, OBJECTIVE, FAILURE = "ruled_rung", "objective", "failure"
 _DRIVER_SHARE = 0.001
 _HEAD = "node:__internal_head__"

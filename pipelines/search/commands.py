@@ -83,8 +83,10 @@ def search(
 
 def benchmark_search(
     trials: Annotated[int, typer.Option(help="Trials of one worker in each sweep.")] = 16,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of one trial.")] = 40,
-    max_train_samples: Annotated[int, typer.Option(help="Training rows.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of one trial.")] = 24,
+    batch_size: Annotated[int, typer.Option(help="Sentences in one of them.")] = 16,
+    max_train_samples: Annotated[int, typer.Option(help="Training rows.")] = 1000,
+    max_dev_samples: Annotated[int, typer.Option(help="Rows that trials are measured on.")] = 256,
     asha: Annotated[bool, typer.Option(help="Compare ASHA with training all to the end.")] = True,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe with a search section; the demo's by default.")
@@ -102,7 +104,9 @@ def benchmark_search(
                 recipe=recipe or ROUTER_RECIPE,
                 num_trials=trials,
                 num_steps=steps,
+                batch_size=batch_size,
                 max_train_samples=max_train_samples,
+                max_dev_samples=max_dev_samples,
                 with_asha=asha,
                 overrides=tuple(overrides or ()),
             )

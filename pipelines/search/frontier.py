@@ -32,9 +32,7 @@ MEASURE_ROUNDS = 7
 SEVERAL = {"moe.num_experts": {"not": [1]}}
 
 
-def goal_config(
-    config: RunConfig, goals: Sequence[Goal], cost: str, console: Console
-) -> RunConfig:
+def goal_config(config: RunConfig, goals: Sequence[Goal], cost: str, console: Console) -> RunConfig:
     """Turn a recipe into the search for its cheapest model.
 
     Args:

@@ -148,7 +148,7 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
         return save_figure(figure, path)
 
 
-class _scale:  # noqa: N801
+class _scale:
     """Places the values of one key between 0 and 1; a key that was not drawn lies below."""
 
     def __init__(self, values: Sequence[Any]) -> None:
@@ -177,9 +177,7 @@ class _scale:  # noqa: N801
         return (value - self._low) / (self._high - self._low)
 
 
-def _label_axis(
-    axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]
-) -> None:
+def _label_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
     axes.axvline(place, color=FAINT, lw=1.0, zorder=0)
     axes.text(place, 1.0 + _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
     for height, text in ticks:
@@ -195,9 +193,7 @@ def _draw_front(
             continue
         done = trial.status == "finished"
         colour = INK if trial.number == BASELINE else COLOURS[0] if done else FAINT
-        axes.plot(
-            trial.value(cost), trial.value(metric), "o" if done else "x", color=colour, ms=6
-        )
+        axes.plot(trial.value(cost), trial.value(metric), "o" if done else "x", color=colour, ms=6)
     objectives: Mapping[str, Any] = {metric: "max" if maximise else "min", cost: "min"}
     front = [whole[i] for i in pareto_front([t.metrics for t in whole], objectives)]
     front.sort(key=lambda trial: trial.value(cost))
@@ -211,8 +207,11 @@ def _draw_front(
     )
     for trial in front:
         axes.annotate(
-            str(trial.number), (trial.value(cost), trial.value(metric)), xytext=(4, 4),
-            textcoords="offset points", fontsize=8,
+            str(trial.number),
+            (trial.value(cost), trial.value(metric)),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
         )
     axes.set(xlabel=_UNITS.get(cost, cost), ylabel=metric)
     axes.set_title(f"{metric} against {cost.replace('_', ' ')}")

@@ -98,8 +98,8 @@ def write_best(result: SweepResult, best: Trial) -> Path:
     Returns:
         The file.
     """
-    from ..workspace import Workspace
     from ..console import Console
+    from ..workspace import Workspace
 
     workspace = Workspace(result.config, Console(quiet=True))
     num_steps = workspace.num_steps(result.config.teacher_train)

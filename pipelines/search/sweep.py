@@ -265,9 +265,7 @@ def _open_sweep(workspace: Workspace, directory: Path) -> float:
     return 0.0
 
 
-def _note_sweep(
-    config: RunConfig, workspace: Workspace, directory: Path, seconds: float
-) -> None:
+def _note_sweep(config: RunConfig, workspace: Workspace, directory: Path, seconds: float) -> None:
     identity = _identity(config, workspace)
     write_json(directory / SWEEP_NAME, {"identity": identity, "seconds": round(seconds, 3)})
 

@@ -1,4 +1,4 @@
-"""What trials share, made once: a teacher and its scores for each set of trials that agree on them."""
+"""What trials share, made once: a teacher and its scores for all trials that agree on them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One trial of a search: from a point of the space to a trained and measured student.
 
-It runs on a worker. What trials share (rows, tokens, the teacher, its scores) is kept there from one
-trial to the next.
+It runs on a worker. What trials share (rows, tokens, the teacher, its scores) is kept there from
+one trial to the next.
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ class _OneTrial:
         measured = {"quality": quality, **dev, **costs}
         if self.facts.quality:
             measured["retention"] = quality / self.facts.quality
-        self.say(
-            {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}
-        )
+        self.say({"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured})
 
 
 def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> float:

@@ -1,4 +1,4 @@
-"""The driver's side of a sweep: proposes trials, keeps their records, and tells MLflow and people."""
+"""The driver's side of a sweep: proposes trials, keeps records, tells MLflow and people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Point
 from moe_dist.search.objectives import is_better
-from moe_dist.search.trials import BASELINE, Report, Trial, TrialLog
+from moe_dist.search.trials import BASELINE, Report, TrialLog
 
 from ..console import duration
 from ..fingerprints import value_digest
@@ -156,9 +156,7 @@ class Supervisor:
         status = "failed" if message else "finished" if is_whole else "stopped"
         self._log.ended(number, status, seconds, message)
         if trial.reports:
-            run.log_metrics(
-                trial.steps_done, {f"trial/{k}": v for k, v in trial.metrics.items()}
-            )
+            run.log_metrics(trial.steps_done, {f"trial/{k}": v for k, v in trial.metrics.items()})
         run.set_tags({"trial_status": status} | ({"failure": message[:500]} if message else {}))
         run.__exit__(RuntimeError if message else None, None, None)
         self._proposer.tell(trial)

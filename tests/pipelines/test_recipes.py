@@ -114,3 +114,17 @@ def test_the_demo_runs_expert_parallel_on_two_workers() -> None:
     assert (config.moe.num_experts, config.moe.expert_size) == (4, 384)
     dense = config.resolve_comparison("dense")
     assert (dense.moe.num_experts, dense.moe.expert_size, dense.parallel.ep_size) == (1, 384, 1)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "search").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_search_recipe_loads_and_has_a_space(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.search.space
+
+
+def test_the_expected_spaces_are_there() -> None:
+    expected = {"router", "sharing", "loss_weights", "all"}
+    assert expected <= {path.stem for path in (RECIPES / "search").glob("*.yaml")}
