@@ -209,5 +209,5 @@ def test_a_point_leaves_the_teacher_alone() -> None:
 
 
 def test_a_recipe_without_a_search_says_nothing_of_it() -> None:
-    assert "search" not in build_config(BASE).to_yaml()
+    assert "search:" not in build_config(BASE).to_yaml()
     assert "search.space" in build({"seed": {"choice": [0, 1]}}).flatten()

@@ -9,6 +9,7 @@ import random
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -182,11 +183,15 @@ def grid_points(dimensions: tuple[Dimension, ...], config: RunConfig) -> Iterato
     by_path = [dimension.path for dimension in dimensions]
     for values in itertools.product(*(dimension.choices or () for dimension in dimensions)):
         chosen = dict(zip(by_path, values, strict=True))
-        point = sample_point(dimensions, config, lambda dimension, c=chosen: c[dimension.path])
+        point = sample_point(dimensions, config, partial(_look_up, chosen))
         key = repr(sorted(point.overrides.items(), key=lambda item: item[0]))
         if key not in seen:
             seen.add(key)
             yield point
+
+
+def _look_up(chosen: Mapping[str, Any], dimension: Dimension) -> Any:
+    return chosen[dimension.path]
 
 
 def grid_size(dimensions: tuple[Dimension, ...]) -> float:
@@ -239,7 +244,7 @@ def known_paths() -> list[str]:
     for name, entry in RunConfig.model_fields.items():
         if name not in SEARCHABLE_SECTIONS:
             continue
-        kind = entry.annotation
+        kind: Any = entry.annotation
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
         paths += [f"{name}.{key}" for key in kind.model_fields] if is_section else [name]
     return paths
@@ -298,7 +303,7 @@ def _parse(path: str, entry: Any, faults: list[str]) -> Dimension | None:
     if not isinstance(of, str):
         faults.append(f"of={of!r} is not a key; write for example `of: moe.expert_size`.")
         return None
-    common = {"conditions": conditions, "otherwise": otherwise, "of": of}
+    common: dict[str, Any] = {"conditions": conditions, "otherwise": otherwise, "of": of}
     if kind in ("choice", "from"):
         values = _choices(kind, path, entry, faults)
         return None if values is None else Dimension(path, "choice", values, **common)

@@ -16,9 +16,9 @@ NUM_REPEATS = 20
 def key_importance(trials: Sequence[Trial], metric: str, seed: int = 0) -> dict[str, float]:
     """Estimate how much each drawn key moves a measure.
 
-    A random forest predicts the measure from the point; a key's importance is how much of the
-    prediction's R² is lost when its values are shuffled among the trials. Where a key was not
-    drawn, that counts as a value of its own.
+    A random forest predicts the measure, less its mean over all trials at the same rung, from the
+    point; a key's importance is how much of the prediction's R² is lost when its values are
+    shuffled among the trials. Where a key was not drawn, that counts as a value of its own.
 
     Args:
         trials: any; those without the measure are left out.
@@ -35,7 +35,7 @@ def key_importance(trials: Sequence[Trial], metric: str, seed: int = 0) -> dict[
 
     kept = [t for t in trials if t.drawn and not math.isnan(t.value(metric))]
     paths = sorted({path for trial in kept for path in trial.drawn})
-    values = np.array([trial.value(metric) for trial in kept])
+    values = np.array(_beside_peers(kept, metric))
     if len(kept) < MIN_TRIALS or not paths or float(values.std()) == 0.0:
         return {}
     columns = [_column([trial.drawn.get(path) for trial in kept]) for path in paths]
@@ -51,6 +51,21 @@ def key_importance(trials: Sequence[Trial], metric: str, seed: int = 0) -> dict[
         return {}
     shares = {path: float(share) / total for path, share in zip(paths, positive, strict=True)}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _beside_peers(trials: Sequence[Trial], metric: str) -> list[float]:
+    """Give each trial's last value less the mean of all trials at that rung.
+
+    Else a trial that was ended early would look bad for being short.
+    """
+    at_rung: dict[int, list[float]] = {}
+    for trial in trials:
+        for report in trial.reports:
+            value = report.metrics.get(metric, math.nan)
+            if not math.isnan(value):
+                at_rung.setdefault(report.rung, []).append(value)
+    means = {rung: sum(values) / len(values) for rung, values in at_rung.items()}
+    return [trial.value(metric) - means[trial.reports[-1].rung] for trial in trials]
 
 
 def _column(values: Sequence[Any]) -> list[float]:

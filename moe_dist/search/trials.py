@@ -86,11 +86,15 @@ class TrialLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.trials: dict[int, Trial] = {}
+        self._is_torn = False
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            # A killed driver may have left half a line.
+            self._is_torn = text != "" and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     self._apply(json.loads(line))
-                except (ValueError, KeyError, TypeError):  # half a line of a killed driver
+                except (ValueError, KeyError, TypeError):
                     continue
 
     def started(self, number: int, drawn: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
@@ -118,11 +122,10 @@ class TrialLog:
         self._apply(entry)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            # A killed driver may have left half a line.
-            torn = stream.tell() > 0 and self.path.read_bytes()[-1:] != b"\n"
-            stream.write(("\n" if torn else "") + json.dumps(entry) + "\n")
+            stream.write(("\n" if self._is_torn else "") + json.dumps(entry) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+        self._is_torn = False
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
         number, event = int(entry["number"]), entry["event"]

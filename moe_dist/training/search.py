@@ -275,14 +275,14 @@ def _searcher(here: _Here) -> Searcher:
 
 
 def _scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
     common = {"time_attr": TIME, "metric": OBJECTIVE, "mode": ruling.mode}
     if ruling.scheduler == "none" or ruling.last_rung == 1:
         return FIFOScheduler()
     scheduler: TrialScheduler
     if ruling.scheduler == "median":
-        scheduler = MedianStoppingRule(grace_period=1, min_samples_required=3, **common)
+        scheduler = _median(common)
     else:
         num_rungs = round(math.log(ruling.last_rung, ruling.reduction_factor)) + 1
         scheduler = AsyncHyperBandScheduler(
@@ -301,6 +301,18 @@ def _scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
             if math.isfinite(value):
                 scheduler.on_trial_result(None, stand_in, {TIME: report.rung, OBJECTIVE: value})
     return scheduler
+
+
+def _median(common: dict[str, Any]) -> TrialScheduler:
+    from ray.tune.schedulers import MedianStoppingRule
+
+    class Median(MedianStoppingRule):
+        def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
+            # Ray's would let the trial make room for others, and lose what it has trained.
+            action: str = self.CONTINUE
+            return action
+
+    return Median(grace_period=1, min_samples_required=3, **common)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def search(
     """Search over a recipe's choices on Ray Tune, or for the cheapest model that keeps a goal."""
     with clean_errors(debug=debug):
         quieten_libraries()
+        from ..cluster_package import cluster_module
         from ..console import Console
 
         console = Console(quiet=quiet or as_json)
@@ -75,6 +76,9 @@ def search(
 
             show_plan(config, console)
             return
+        lasting = cluster_module("lasting")
+        if lasting.in_ray_job():
+            lasting.check_job(config)
         send_warnings_to(console)
         is_met = _search(config, console, goals, minimize, as_json=as_json)
     if not is_met:

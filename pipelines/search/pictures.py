@@ -116,7 +116,7 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
 
     shown = [t for t in trials if t.drawn and not math.isnan(t.value(metric))]
     names = sorted({name for trial in shown for name in trial.drawn})[:MAX_AXES]
-    scales = [_scale([trial.drawn.get(name) for trial in shown]) for name in names]
+    scales = [_Scale([trial.drawn.get(name) for trial in shown]) for name in names]
     values = [trial.value(metric) for trial in shown]
     low, high = min(values, default=0.0), max(values, default=1.0)
     spread = (high - low) or 1.0
@@ -139,16 +139,16 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
             _label_axis(axes, place, name.rpartition(".")[2], scale.ticks)
         ticks = [(0.0, f"{low:.4g}"), (1.0, f"{high:.4g}")]
         _label_axis(axes, len(names), metric, ticks)
-        axes.set(xlim=(-0.3, len(names) + 0.5), ylim=(-0.12, 1.12))
+        axes.set(xlim=(-0.3, len(names) + 0.5), ylim=(-0.15, 1.22))
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        axes.set_title("Trials and what they reached", pad=22)
+        axes.set_title("Trials and what they reached")
         return save_figure(figure, path)
 
 
-class _scale:
+class _Scale:
     """Places the values of one key between 0 and 1; a key that was not drawn lies below."""
 
     def __init__(self, values: Sequence[Any]) -> None:
@@ -178,10 +178,12 @@ class _scale:
 
 
 def _label_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
-    axes.axvline(place, color=FAINT, lw=1.0, zorder=0)
-    axes.text(place, 1.0 + _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
+    axes.plot([place, place], [-2 * _GAP, 1.0 + _GAP], color=FAINT, lw=1.0, zorder=0)
+    axes.text(place, 1.0 + 2 * _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
+    # Upon the lines, which would else run through the words.
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for height, text in ticks:
-        axes.text(place + 0.04, height, text, fontsize=8, va="center", color=INK)
+        axes.text(place + 0.05, height, text, fontsize=8, va="center", color=INK, bbox=paper)
 
 
 def _draw_front(
@@ -205,14 +207,12 @@ def _draw_front(
         lw=1.6,
         zorder=0,
     )
+    labels: dict[tuple[float, float], list[str]] = {}
     for trial in front:
-        axes.annotate(
-            str(trial.number),
-            (trial.value(cost), trial.value(metric)),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        labels.setdefault((trial.value(cost), trial.value(metric)), []).append(str(trial.number))
+    for place, numbers in labels.items():
+        said = ", ".join(numbers[:4]) + (" …" if len(numbers) > 4 else "")
+        axes.annotate(said, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel=_UNITS.get(cost, cost), ylabel=metric)
     axes.set_title(f"{metric} against {cost.replace('_', ' ')}")
 

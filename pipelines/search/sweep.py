@@ -166,8 +166,11 @@ def _search_in(
             )
             if over:
                 console.note(f"{len(over)} trials are finished already; they are not run again")
-            _run_trials(config, directory, teachers, supervisor, room, session, over)
-            _note_sweep(config, workspace, directory, supervisor.seconds)
+            try:
+                _run_trials(config, directory, teachers, supervisor, room, session, over)
+            finally:
+                supervisor.close()
+                _note_sweep(config, workspace, directory, supervisor.seconds)
             # Ray's idle processes would disturb what is measured now.
             session.close()
             result = SweepResult(
@@ -203,11 +206,7 @@ def _run_trials(
     runner = TrialRunner(config, str(directory / TRIALS_DIRECTORY), times, teachers)
     ruling = Ruling(search.chosen_scheduler, metric, mode, times[-1], search.reduction_factor)
     room = replace(room, num_concurrent=min(room.num_concurrent, num_left))
-    try:
-        run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
-    except BaseException:
-        supervisor.interrupt()
-        raise
+    run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
 
 
 def _is_nested(config: RunConfig, dimensions: tuple[Dimension, ...]) -> bool:

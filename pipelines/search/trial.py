@@ -22,6 +22,7 @@ from .rungs import rung_steps
 
 if TYPE_CHECKING:
     from moe_dist.training.jobs import JobData
+    from moe_dist.training.payloads import DataJob
 
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
@@ -126,7 +127,7 @@ class _Warm:
         dense = load_model(Path(facts.model))
         on_cpu = device.type == "cpu"
         teacher = freeze(dense if on_cpu else load_model(Path(facts.model), device))
-        payload = {"max_length": config.model.max_length, "cache_dir": None}
+        payload: DataJob = {"max_length": config.model.max_length, "cache_dir": None}
         splits = load_splits(**data_arguments(config))
         data = JobData(splits, load_tokenizer(Path(facts.model)), payload)
         return cls(data, teacher, dense, load_scores(Path(facts.scores)))
@@ -174,9 +175,10 @@ class _OneTrial:
                 self._tell(record.step, record.metrics, steps, costs)
 
         parallel = self.config.parallel
+        job: Callable[[Any], Any] = distill_job
         try:
             run_on_workers(
-                distill_job,
+                job,
                 {
                     **self._payload(directory, list(steps)),
                     "student": str(directory / STUDENT),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Point
 from moe_dist.search.objectives import is_better
-from moe_dist.search.trials import BASELINE, Report, TrialLog
+from moe_dist.search.trials import BASELINE, Report, Status, TrialLog
 
 from ..console import duration
 from ..fingerprints import value_digest
@@ -119,15 +119,8 @@ class Supervisor:
         """Note that a trial runs, and open its run."""
         point = self._points[number]
         self._log.started(number, point.drawn, point.overrides)
-        directory = self._directory / TRIALS_DIRECTORY / trial_name(number)
         settings = point_settings(self._config, point.overrides)
-        run = self._tracker.stage(
-            trial_name(number),
-            directory,
-            params=point.drawn,
-            fingerprint=value_digest([number, point.overrides]),
-        )
-        self._runs[number] = run.__enter__()
+        run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
         tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
         run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
@@ -153,7 +146,7 @@ class Supervisor:
             run.__exit__(KeyboardInterrupt, None, None)
             return
         seconds = self._seconds.get(number, 0.0)
-        status = "failed" if message else "finished" if is_whole else "stopped"
+        status: Status = "failed" if message else "finished" if is_whole else "stopped"
         self._log.ended(number, status, seconds, message)
         if trial.reports:
             run.log_metrics(trial.steps_done, {f"trial/{k}": v for k, v in trial.metrics.items()})
@@ -177,8 +170,8 @@ class Supervisor:
             self._console.note(f"search.time_budget_s={budget:g} is spent; the sweep ends here")
         return self._time_is_up
 
-    def interrupt(self) -> None:
-        """Close the runs of trials that are under way; they go on with the same command."""
+    def close(self) -> None:
+        """Close the runs of trials that were cut off; they go on with the same command."""
         for number, run in self._runs.items():
             if self._log.trials[number].status == "running":
                 with suppress(Exception):
@@ -192,25 +185,28 @@ class Supervisor:
         """
         for number, trial in self._log.trials.items():
             run = self._runs.get(number)
+            mark = self._directory / TRIALS_DIRECTORY / trial_name(number) / "best"
             if run is None:
-                directory = self._directory / TRIALS_DIRECTORY / trial_name(number)
-                if number != best and not (directory / "best").exists():
-                    continue
-                run = self._tracker.stage(
-                    trial_name(number),
-                    directory,
-                    params=trial.drawn,
-                    fingerprint=value_digest([number, trial.overrides]),
-                )
-                with run:
-                    run.set_tags({"best": str(number == best).lower()})
+                # An earlier part of the sweep ran it, and may have marked it.
+                if number == best or mark.exists():
+                    with self._open_run(number, trial.drawn, trial.overrides) as run:
+                        run.set_tags({"best": str(number == best).lower()})
             elif number == best:
                 run.set_tags({"best": "true"})
-            mark = self._directory / TRIALS_DIRECTORY / trial_name(number) / "best"
             if number == best:
                 mark.touch()
             else:
                 mark.unlink(missing_ok=True)
+
+    def _open_run(
+        self, number: int, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> TrackedRun:
+        return self._tracker.stage(
+            trial_name(number),
+            self._directory / TRIALS_DIRECTORY / trial_name(number),
+            params=dict(drawn) or {"point": "the recipe as it stands"},
+            fingerprint=value_digest([number, dict(overrides)]),
+        )
 
     def _is_spent(self) -> bool:
         budget = self._config.search.worker_budget_s

@@ -1,4 +1,4 @@
-"""Sweeps on real Ray Tune: warm actors, early stops, failures, interruption, a small real search."""
+"""Sweeps on real Ray Tune: warm actors, early stops, failures, a small real search."""
 
 from __future__ import annotations
 
