@@ -310,7 +310,7 @@ def test_a_goal_is_answered_with_a_recipe(
     from pipelines.cli import app
 
     del settings["search"]["space"]
-    settings["search"] |= {"num_trials": 4, "rungs": 1}
+    settings["search"] |= {"num_trials": 2, "rungs": 1}
     recipe = str(write_recipe(settings))
     goal = ["--goal", "quality>=0", "--minimize", "latency"]
     done = CliRunner().invoke(app, ["search", recipe, "--quiet", *goal])
