@@ -196,10 +196,11 @@ def _start_early(config: RunConfig, workspace: Workspace, session: RaySession) -
     is_elsewhere = "RAY_ADDRESS" in os.environ
     if is_trained or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
         return
-    session.connect(beside=_import_heavy)
+    session.connect(beside=import_heavy)
 
 
-def _import_heavy() -> None:
+def import_heavy() -> None:
+    """Import what the driver of a training needs, once and for all."""
     for name in _HEAVY_IMPORTS:
         importlib.import_module(name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from moe_dist.training.capacity import read_capacity
 from moe_dist.training.driver import RaySession, ray_session
 from moe_dist.training.search import Ruling, TrialRoom, find_room, run_sweep
 
-from ..chain import disk_errors, only_one
+from ..chain import disk_errors, import_heavy, only_one
 from ..fingerprints import value_digest
 from ..preflight import check_before_start
 from ..stage import write_json
@@ -127,17 +128,19 @@ def _search_in(
 ) -> SweepResult:
     config, console = workspace.config, workspace.console
     tracking = config.tracking
-    try:
-        check_before_start(config, workspace)
-        tracker = build_tracker(
-            tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
-        )
-    except BaseException:
-        workspace.files.remove_if_empty()
-        raise
     directory = workspace.root / SEARCH_DIRECTORY
-    with only_one(workspace.root), ray_session(dashboard=_is_nested(config, dimensions)) as session:
-        room = _find_room(config, dimensions, session)
+    with ExitStack() as stack:
+        session = stack.enter_context(ray_session(dashboard=_is_nested(config, dimensions)))
+        try:
+            room = _find_room(config, dimensions, session)
+            check_before_start(config, workspace)
+            tracker = build_tracker(
+                tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+            )
+        except BaseException:
+            workspace.files.remove_if_empty()
+            raise
+        stack.enter_context(only_one(workspace.root))
         console.note(f"room for {room}")
         seconds_before = _open_sweep(workspace, directory)
         log = TrialLog(directory / LOG_NAME)
@@ -225,7 +228,8 @@ def _most(config: RunConfig, dimensions: tuple[Dimension, ...], key: str) -> int
 def _find_room(
     config: RunConfig, dimensions: tuple[Dimension, ...], session: RaySession
 ) -> TrialRoom:
-    session.connect()
+    # Ray mostly waits for its own processes while it starts.
+    session.connect(beside=import_heavy)
     parallel = config.parallel
     return find_room(
         read_capacity(),
