@@ -161,7 +161,7 @@ def run_sweep(
         os.environ.setdefault(variable, value)
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     bundle = room.placement.resources if room.in_place else {_HEAD: _DRIVER_SHARE}
     # Tune's own records are of no use: the watcher keeps what counts.
     here = _Here(watcher)
@@ -246,8 +246,8 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
             run_trial(task, say)
         except Exception as fault:  # The others go on; this one says what happened.
             error = user_error(fault) or fault
-            message = error.message if isinstance(error, MoeDistError) else None
-            text = message or f"{type(fault).__name__}: {first_line(fault)}"
+            said = error.message if isinstance(error, MoeDistError) else ""
+            text = said or f"{type(fault).__name__}: {first_line(fault)}"
             logger.warning("trial %s failed", task["number"], exc_info=True)
             tune.report({FAILURE: text, "seconds": time.monotonic() - begin})
 

@@ -119,7 +119,7 @@ def test_failed_and_dead_trials_say_so_and_the_others_go_on(session: RaySession)
         ]
     )
     sweep(session, notes, "none")
-    assert notes.ends[1] == "ValueError: the point is bad"
+    assert notes.ends[1].endswith("ValueError: the point is bad")
     assert notes.ends[2].startswith("its worker ended")
     assert notes.ends[3] == "" and notes.reports[3] == [1, 3, 9]
 
