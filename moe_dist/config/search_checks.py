@@ -81,6 +81,8 @@ def _measure_faults(config: RunConfig) -> Iterator[str]:
             close = difflib.get_close_matches(name, list(MEASURES), n=1)
             guess = f" Did you mean {close[0]}?" if close else ""
             yield f"search.{where}: {name} is not measured; use {', '.join(MEASURES)}.{guess}"
+    if search.confirm_seeds == 1:
+        yield "search.confirm_seeds=1 says nothing of noise; give 0, or at least 2."
     if search.objectives and search.metric != "quality":
         yield (
             f"search.metric={search.metric} and search.objectives are both given; keep one of them."

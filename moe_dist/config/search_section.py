@@ -89,6 +89,13 @@ class SearchConfig(Section):
     reduction_factor: Integer = Field(
         default=3, ge=2, description="`asha` and `hyperband` let about one in so many go on."
     )
+    confirm_seeds: Integer = Field(
+        default=0,
+        ge=0,
+        description="After the trials, train the best and the recipe as it stands again with so "
+        "many other seeds of the student, to tell the margin from the noise of seeds; 0 or at "
+        "least 2.",
+    )
     max_concurrent: Integer | None = Field(
         default=None,
         ge=1,

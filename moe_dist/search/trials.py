@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -139,3 +139,19 @@ class TrialLog:
         else:
             trial.status, trial.seconds = entry["status"], entry["seconds"]
             trial.message = entry["message"]
+
+
+def rank_trials(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
+    """Order the trials that were trained to the end, the best first.
+
+    Args:
+        trials: of the sweep.
+        metric: the objective.
+        mode: `max` or `min`.
+
+    Returns:
+        Those that have the measure; of equal ones the earlier first.
+    """
+    sign = -1.0 if mode == "max" else 1.0
+    whole = [t for t in trials if t.status == "finished" and not math.isnan(t.value(metric))]
+    return sorted(whole, key=lambda trial: (sign * trial.value(metric), trial.number))

@@ -158,6 +158,7 @@ def _search(
         summary = outcome["summary"] = write_results(result, run, chosen)
         if not goals:
             said.extend(verdict_lines(summary))
+            said.extend([] if result.confirmed is None else [str(result.confirmed)])
         best = summary["best"]
         return None if best is None else int(best["trial"])
 
@@ -166,7 +167,9 @@ def _search(
     if as_json:
         console.result(json.dumps(summary, indent=1))
         return bool(outcome["is_met"])
-    from .results import MAX_ROWS, rank_trials
+    from moe_dist.search.trials import rank_trials
+
+    from .results import MAX_ROWS
 
     metric, mode = next(iter(result.config.search.wanted.items()))
     ranked = rank_trials(list(result.trials.values()), metric, mode)

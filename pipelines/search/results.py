@@ -13,7 +13,7 @@ import yaml
 from moe_dist.config.search_section import MEASURES
 from moe_dist.search.importance import key_importance
 from moe_dist.search.objectives import pareto_front
-from moe_dist.search.trials import BASELINE, Trial
+from moe_dist.search.trials import BASELINE, Trial, rank_trials
 
 from ..console import duration
 from ..report import quantity
@@ -35,22 +35,6 @@ PICTURES = {
     "pareto.png": "Quality against cost",
     "curves.png": "Learning curves by rung",
 }
-
-
-def rank_trials(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
-    """Order the trials that were trained to the end, the best first.
-
-    Args:
-        trials: of the sweep.
-        metric: the objective.
-        mode: `max` or `min`.
-
-    Returns:
-        Those that have the measure; of equal ones the earlier first.
-    """
-    sign = -1.0 if mode == "max" else 1.0
-    whole = [t for t in trials if t.status == "finished" and not math.isnan(t.value(metric))]
-    return sorted(whole, key=lambda trial: (sign * trial.value(metric), trial.number))
 
 
 def write_results(
@@ -203,6 +187,7 @@ def summarise(result: SweepResult, ranked: Sequence[Trial], best: Trial | None) 
         "best": None if best is None else _entry(best),
         "baseline": _entry(result.trials[BASELINE]) if BASELINE in result.trials else None,
         "against_baseline": None if best is None else against_baseline(result, best),
+        "confirmed": None if result.confirmed is None else asdict(result.confirmed),
         "pareto_front": [trial.number for trial in front],
         "importance": key_importance(trials, metric, result.config.seed),
     }
@@ -274,6 +259,7 @@ def to_markdown(
         "at a time.",
         "",
         *(f"{line}\n" for line in verdict_lines(summary)),
+        *([f"{result.confirmed}\n"] if result.confirmed is not None else []),
         *table_lines(ranked[:MAX_ROWS], summary),
         "",
     ]

@@ -26,6 +26,7 @@ from ..fingerprints import value_digest
 from ..preflight import check_before_start
 from ..stage import write_json
 from ..workspace import Workspace
+from .confirming import Confirmation, confirm
 from .fitting import Fitting
 from .rungs import rung_times
 from .teachers import SharedWork, TeacherFacts
@@ -40,7 +41,14 @@ if TYPE_CHECKING:
 SEARCH_DIRECTORY = "search"
 SWEEP_NAME = "sweep.json"
 # They change how long a sweep goes on and how it is watched, but not what its trials are.
-_OPEN_KEYS = ("num_trials", "time_budget_s", "worker_budget_s", "max_concurrent", "baseline")
+_OPEN_KEYS = (
+    "num_trials",
+    "time_budget_s",
+    "worker_budget_s",
+    "max_concurrent",
+    "baseline",
+    "confirm_seeds",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class SweepResult:
         teachers: what trials were measured against, by key.
         open_hint: the line that opens the tracking UI.
         num_concurrent: trials at a time.
+        confirmed: the best and the recipe as it stands with other seeds; None where not asked for.
     """
 
     config: RunConfig
@@ -64,6 +73,7 @@ class SweepResult:
     teachers: dict[str, TeacherFacts]
     open_hint: str = ""
     num_concurrent: int = 1
+    confirmed: Confirmation | None = None
 
 
 Finish = Callable[[SweepResult, "TrackedRun"], int | None]
@@ -174,6 +184,7 @@ def _search_in(
             finally:
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
+            confirmed = confirm(config, directory, teachers, log, room, session, console)
             # Ray's idle processes would disturb what is measured now.
             session.close()
             result = SweepResult(
@@ -184,6 +195,7 @@ def _search_in(
                 teachers,
                 run.open_hint(),
                 room.num_concurrent,
+                confirmed,
             )
             best = finish(result, run)
             if best is not None:

@@ -71,7 +71,8 @@ class TrialRunner:
         """Run one trial.
 
         Args:
-            task: ``number``, ``overrides``, ``teacher`` (a key) and ``in_place``.
+            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, and ``seed`` where
+                the student's is another than the recipe's.
             say: takes what it measures at each rung.
         """
         import torch
@@ -84,7 +85,10 @@ class TrialRunner:
             # Another teacher's data would only fill the memory.
             self._warm.clear()
             warm = self._warm[key] = _Warm.load(config, self.teachers[key])
-        trial = _OneTrial(config, warm, self.teachers[key], self.rungs, say)
+        seed = task.get("seed", config.seed)
+        # Another seed of the student: rows and teacher stay those of the recipe's.
+        student = config.model_copy(update={"seed": seed})
+        trial = _OneTrial(student, config.seed, warm, self.teachers[key], self.rungs, say)
         directory = Path(self.directory) / trial_name(task["number"])
         directory.mkdir(parents=True, exist_ok=True)
         if task["in_place"]:
@@ -136,6 +140,7 @@ class _Warm:
 @dataclass(frozen=True)
 class _OneTrial:
     config: RunConfig
+    data_seed: int
     warm: _Warm
     facts: TeacherFacts
     rungs: tuple[int, ...]
@@ -216,6 +221,7 @@ class _OneTrial:
         payload = training_job(self.config, self.config.train, str(directory))
         payload["train"] |= {"eval_at": steps, "eval_every": None}
         payload["distill"] = self.config.distill.model_dump(mode="json")
+        payload["data"] |= {"seed": self.data_seed}
         payload["keep_predictions"] = True
         return payload
 

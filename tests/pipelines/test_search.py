@@ -228,6 +228,48 @@ def test_a_time_budget_ends_the_sweep_and_leaves_the_rest(
     assert len(search_recipe(rest, Recorder(), finish).trials) <= 2
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_the_best_is_confirmed_with_other_seeds(
+    write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pipelines.search import confirming
+
+    monkeypatch.setattr(confirming, "run_sweep", sweeping.run_sweep)
+    settings["search"] |= {"scheduler": "none", "rungs": 1, "num_trials": 1, "confirm_seeds": 2}
+    # With the recipe's own rate nothing is learned, so the trial cannot be worse.
+    settings["train"]["learning_rate"] = 1e-12
+    settings["finetune"] = {"learning_rate": 1e-3}
+    settings["search"]["space"] = {"train.learning_rate": {"choice": [1e-2]}}
+    settings["search"]["metric"] = "flops"
+    settings["search"]["baseline"] = False
+    result = search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+    assert result.confirmed is not None
+    assert len(result.confirmed.best_values) == len(result.confirmed.baseline_values) == 2
+    assert result.confirmed.difference == 0.0
+    report = json.loads((tmp_path / "outputs/tiny/search/report.json").read_text())
+    assert report["confirmed"]["best"] == 1
+    again = search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+    assert again.confirmed == result.confirmed
+
+
+def test_a_margin_is_compared_with_the_noise_of_seeds() -> None:
+    from pipelines.search.confirming import judge
+
+    def trials(*values: float) -> dict[int, Trial]:
+        return {
+            number: Trial(number, status="finished", reports=[Report(1, 1, {"quality": value})])
+            for number, value in enumerate(values)
+        }
+
+    clear = judge("quality", 7, trials(0.90, 0.80, 0.91, 0.80, 0.90, 0.81))
+    assert clear is not None and clear.low > 0
+    assert "more than the noise of seeds" in str(clear) and "trial 7" in str(clear)
+    noise = judge("quality", 7, trials(0.90, 0.80, 0.80, 0.90, 0.85, 0.85))
+    assert noise is not None and noise.low < 0 < noise.high
+    assert "cannot be told" in str(noise)
+    assert judge("quality", 7, trials(0.9, 0.8)) is None
+
+
 def test_a_search_without_a_space_is_refused(
     write_recipe: Write, tiny_settings: dict[str, Any]
 ) -> None:
