@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.search.trials import BASELINE, Report, Trial, TrialLog, rank_trials
@@ -52,7 +53,7 @@ class Confirmation:
     def __str__(self) -> str:
         """Say it in a sentence."""
         best, baseline = (
-            f"{_mean(values):.4f} ± {_deviation(values):.4f}"
+            f"{fmean(values):.4f} ± {stdev(values):.4f}"
             for values in (self.best_values, self.baseline_values)
         )
         claim = "it cannot be told from the noise of seeds"
@@ -208,16 +209,7 @@ def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation |
         return None
     ours, theirs = (tuple(values) for values in zip(*pairs, strict=True))
     gaps = [one - other for one, other in pairs]
-    mean = _mean(gaps)
-    spread = _deviation(gaps) / math.sqrt(len(gaps))
+    mean = fmean(gaps)
+    spread = stdev(gaps) / math.sqrt(len(gaps))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * spread
     return Confirmation(metric, best, ours, theirs, mean, mean - reach, mean + reach)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_dist.config.search_section import MEASURES
+from moe_dist.redaction import hide_secrets
 from moe_dist.search.importance import key_importance
 from moe_dist.search.objectives import pareto_front
 from moe_dist.search.trials import BASELINE, Trial, rank_trials
+from moe_dist.tracking import scrub
 
 from ..console import duration
 from ..report import quantity
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 BEST_NAME, PARQUET_NAME = "best.yaml", "trials.parquet"
 REPORT_NAME, SUMMARY_NAME = "report.md", "report.json"
+TRACKED_DIRECTORY = "tracked"
+"""Copies that go to the tracking server in place of files that name this machine."""
 MAX_ROWS = 10
 PICTURES = {
     "parallel.png": "Trials and what they reached",
@@ -58,7 +62,7 @@ def write_results(
     summary = summarise(result, ranked, best)
     write_table(trials, directory / PARQUET_NAME)
     if best is not None:
-        write_best(result, best)
+        run.log_artifact(write_best(result, best))
     pictures = _draw(trials, metric, mode, summary["importance"], directory)
     write_json(directory / SUMMARY_NAME, summary)
     text = to_markdown(result, summary, ranked, pictures)
@@ -80,7 +84,8 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         best: the trial.
 
     Returns:
-        The file.
+        The copy for the tracking server, without paths of this machine. In neither is a password
+        of `tracking.uri`: to run the file again, give the address anew.
     """
     from ..console import Console
     from ..workspace import Workspace
@@ -93,13 +98,14 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         f"# Trial {best.number} of the search over {result.config.name}: {reached}.\n"
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
-    path = result.directory / BEST_NAME
-    beside = path.with_name(BEST_NAME + ".partial")
-    beside.write_text(
-        head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    beside.replace(path)
-    return path
+    shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
+    shared.parent.mkdir(exist_ok=True)
+    for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
+        text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        beside = path.with_name(BEST_NAME + ".partial")
+        beside.write_text(hide_secrets(text), encoding="utf-8")
+        beside.replace(path)
+    return shared
 
 
 def write_table(trials: Sequence[Trial], path: Path) -> Path:
