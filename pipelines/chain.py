@@ -129,7 +129,7 @@ def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME
         MoeDistError: if the run cannot start, or a stage fails.
     """
     workspace = Workspace(config, console)
-    with _disk_errors(workspace.root):
+    with disk_errors(workspace.root):
         return _run_in(workspace, until)
 
 
@@ -149,7 +149,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         except BaseException:
             files.remove_if_empty()
             raise
-        stack.enter_context(_only_one(workspace.root))
+        stack.enter_context(only_one(workspace.root))
         stack.enter_context(files.opened())
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
@@ -208,10 +208,11 @@ def _start_early(config: RunConfig, workspace: Workspace, session: RaySession) -
     is_elsewhere = "RAY_ADDRESS" in os.environ
     if is_trained or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
         return
-    session.connect(beside=_import_heavy)
+    session.connect(beside=import_heavy)
 
 
-def _import_heavy() -> None:
+def import_heavy() -> None:
+    """Import what the driver of a training needs, once and for all."""
     for name in _HEAVY_IMPORTS:
         importlib.import_module(name)
 
@@ -266,8 +267,18 @@ def _tags() -> dict[str, str]:
 
 
 @contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Keep a second process from writing the same run at the same time."""
+def only_one(root: Path) -> Iterator[None]:
+    """Keep a second process from writing the same run at the same time.
+
+    Args:
+        root: the run's directory.
+
+    Yields:
+        Nothing, while the run is held.
+
+    Raises:
+        MoeDistError: if another process holds it.
+    """
     with (root / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,7 +295,18 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
+def disk_errors(root: Path) -> Iterator[None]:
+    """Say in plain words that the disk is full.
+
+    Args:
+        root: the run's directory.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MoeDistError: if it is.
+    """
     try:
         yield
     except OSError as error:

@@ -18,6 +18,7 @@ from .command_line import (
     quieten_libraries,
     send_warnings_to,
 )
+from .search.commands import register as register_search
 from .student_commands import register as register_students
 
 if TYPE_CHECKING:
@@ -384,6 +385,7 @@ def benchmark_startup(
 
 
 register_students(app, benchmark_app)
+register_search(app, benchmark_app)
 
 
 def main() -> None:

@@ -52,6 +52,8 @@ _RULES = """\
   `data.name`.
 - `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.
 - `distill.attention_weight` needs as many heads in the student as in the teacher.
+- `search.space` names keys that exist, with values that they may hold; points of it are checked as
+  whole recipes (docs/search.md).
 - A comparison may change `student`, `moe`, `distill`, `train` and `parallel`; the teacher and the
   data are the same for all students of a run.
 

@@ -62,8 +62,8 @@ def plot_importance(
     """
     import numpy as np
 
-    with _style():
-        figure = _new_figure(10.0, 4.4)
+    with plot_style():
+        figure = new_figure(10.0, 4.4)
         curves_axes, bars_axes = figure.subplots(1, 2, width_ratios=(3, 2))
         names = list(layer_names or [str(index) for index in range(len(scores))])
         shades = _shades(len(scores))
@@ -91,7 +91,7 @@ def plot_importance(
         )
         _draw_kept_bars(bars_axes, names, kept_shares, shades)
         bars_axes.set_title(f"Kept with {num_kept} of {num_neurons} neurons", pad=20)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_losses(records: Sequence[MetricRecord], path: Path, *, title: str = "Loss terms") -> Path:
@@ -111,8 +111,8 @@ def plot_losses(records: Sequence[MetricRecord], path: Path, *, title: str = "Lo
     if TOTAL_LOSS in names and len(terms) != 1:
         terms.append(TOTAL_LOSS)
     metrics = [name for name in names if name.startswith(DEV_PREFIX)]
-    with _style():
-        figure = _new_figure(8.0, 6.0 if metrics else 4.2)
+    with plot_style():
+        figure = new_figure(8.0, 6.0 if metrics else 4.2)
         if metrics:
             axes, metric_axes = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
         else:
@@ -129,7 +129,7 @@ def plot_losses(records: Sequence[MetricRecord], path: Path, *, title: str = "Lo
         if metric_axes is not None:
             _draw_metrics(metric_axes, kept, metrics)
         (metric_axes or axes).set_xlabel("optimizer step")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
@@ -151,9 +151,9 @@ def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
     # White is an even share, so that colour means imbalance and nothing else.
     relative = grid * num_experts
     spread = max(0.25, float(np.nanmax(np.abs(relative - 1.0), initial=0.0)))
-    with _style():
+    with plot_style():
         height = 1.9 + 0.42 * max(1, len(loads))
-        figure = _new_figure(min(12.0, 4.0 + 0.75 * num_experts), height)
+        figure = new_figure(min(12.0, 4.0 + 0.75 * num_experts), height)
         axes = figure.subplots()
         image = axes.imshow(
             relative, cmap="RdBu_r", vmin=1.0 - spread, vmax=1.0 + spread, aspect="auto"
@@ -171,23 +171,46 @@ def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
         bar.outline.set_visible(False)
         # The colours reach as far below an even share as above it; a share does not.
         bar.ax.set_ylim(bottom=max(0.0, 1.0 - spread))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
-def _style() -> Any:
+def plot_style() -> Any:
+    """Give all pictures one look.
+
+    Returns:
+        A context to draw in.
+    """
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        The figure.
+    """
     # Not pyplot, which keeps every figure alive and wants a main thread.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG, whole or not at all.
+
+    Args:
+        figure: what was drawn.
+        path: the file; its directory is made.
+
+    Returns:
+        The path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     figure.savefig(beside, format="png", dpi=150, facecolor="white")

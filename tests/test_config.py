@@ -292,7 +292,7 @@ def test_the_choices_are_those_of_the_tables() -> None:
     assert typing.get_args(PartitionName) == tuple(PARTITIONS)
 
 
-@pytest.mark.parametrize("section", ["search", "export"])
+@pytest.mark.parametrize("section", ["export"])
 def test_sections_that_are_not_built_are_refused(tmp_path: Path, section: str) -> None:
     assert "not built yet; remove the section" in only_fault(tmp_path, f"{section}={{}}")
 

@@ -6,6 +6,7 @@ from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.run_config import RunConfig, dense_overrides
+from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     DataConfig,
     DistillConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "ObjectivesConfig",
     "ParallelConfig",
     "RunConfig",
+    "SearchConfig",
     "StudentConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -23,8 +23,8 @@ _STAND_INS: dict[str, Any] = {
     "data.source": "hub",
 }
 _NOT_BUILT = {
-    "search": "the search over recipes",
     "export": "the export settings",
+    "search.scheduler": ("pbt",),
     "moe.router": ("merged_task", "merged_sequence", "merged_token"),
     "moe.combine": ("merge",),
 }
@@ -127,6 +127,11 @@ def _wrong_choice(shown: str, dotted: str, keys: tuple[str, ...], value: Any) ->
     now = ", ".join(_show(choice) for choice in choices)
     if dotted == "parallel.zero_stage" and value == 3:
         return f"{shown} cannot spread experts; use stage {now}."
+    if dotted == "search.algorithm" and value == "bohb":
+        return (
+            f"{shown} needs hpbandster, which has had no release since 2018; use "
+            "algorithm tpe with scheduler hyperband, which joins the same two ideas."
+        )
     if value in _NOT_BUILT.get(dotted, ()):
         return f"{shown} is not built yet; what exists now: {now}."
     return f"{shown} is not a choice; use one of {now}.{_did_you_mean(value, choices)}"

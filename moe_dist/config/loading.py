@@ -19,6 +19,7 @@ from moe_dist.config.run_config import (
     RunConfig,
     merge_comparison,
 )
+from moe_dist.config.search_checks import find_search_faults
 from moe_dist.config.sections import NAME_PATTERN
 from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
 from moe_dist.errors import ConfigError
@@ -78,6 +79,7 @@ def build_config(raw: Mapping[str, Any], source: str = "configuration") -> RunCo
     config, faults, faulty = check_keys(raw)
     faults += find_cross_faults(config, faulty)
     faults += _comparison_faults(config, frozenset(faults), faulty)
+    faults += _search_faults(config, frozenset(faults), faulty)
     if faults:
         raise ConfigError(faults, source=source)
     return _resolve(config)
@@ -134,6 +136,21 @@ def _comparison_faults(
             own_faults += find_cross_faults(other, faulty | faulty_in_main | {"finetune"})
             faults += [f"{path}: {fault}" for fault in own_faults if fault not in known]
     return faults
+
+
+def _search_faults(
+    config: RunConfig, known: frozenset[str], faulty_in_main: frozenset[str]
+) -> list[str]:
+    # What is wrong with the recipe itself has been said.
+    def key_faults(raw: Mapping[str, Any]) -> list[str]:
+        return [fault for fault in check_keys(raw)[1] if fault not in known]
+
+    def cross_faults(raw: Mapping[str, Any]) -> list[str]:
+        point, faults, faulty = check_keys(raw)
+        faults += find_cross_faults(point, faulty | faulty_in_main)
+        return [fault for fault in faults if fault not in known]
+
+    return find_search_faults(config, key_faults, cross_faults)
 
 
 def _resolve(config: RunConfig) -> RunConfig:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.overrides import apply_overrides
+from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     NAME_PATTERN,
     DataConfig,
@@ -107,6 +108,10 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="Where runs are recorded."
     )
+    search: SearchConfig = Field(
+        default_factory=SearchConfig,
+        description="What `moe-dist search` tries; the other commands do not read it.",
+    )
 
     @property
     def run_dir(self) -> Path | str:
@@ -161,7 +166,9 @@ class RunConfig(Section):
         return yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True)
 
     def _plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json"))
+        # A recipe without a search says nothing of it.
+        left_out = None if self.search.space else {"search"}
+        plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json", exclude=left_out))
         return plain
 
 
@@ -187,6 +194,7 @@ def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
     pinned = {key: getattr(teacher, key) for key in FinetuneConfig.model_fields}
     raw = config.model_dump()
     raw["compare"] = {}
+    raw["search"] = {}
     raw["finetune"] = pinned
     if label == "dense":
         apply_overrides(raw, dense_overrides(config.moe))

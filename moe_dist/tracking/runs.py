@@ -25,6 +25,7 @@ IDENTITY_IGNORES = (
     "compare",
     "output_dir",
     "parallel",
+    "search",
     "tracking",
     "train.checkpoint_every",
     "train.eval_batch_size",

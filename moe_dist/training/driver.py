@@ -107,7 +107,7 @@ class RaySession:
             self._started = False
             ray.shutdown()
 
-    def connect(self, *, beside: Callable[[], object] | None = None) -> None:
+    def connect(self, *, beside: Callable[[], None] | None = None) -> None:
         """Start or join Ray; does nothing if that was done.
 
         Args:

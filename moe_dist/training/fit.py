@@ -33,11 +33,19 @@ from moe_dist.training.loop import (
     train,
 )
 from moe_dist.training.payloads import TrainSection
-from moe_dist.training.results import CHECKPOINT_DIR, METRIC_LOG, MODEL_DIR, RESULT, write_json
+from moe_dist.training.results import (
+    CHECKPOINT_DIR,
+    METRIC_LOG,
+    MODEL_DIR,
+    PREDICTIONS,
+    RESULT,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from moe_dist.training.jobs import JobData
 
+Report = Callable[[int, dict[str, float]], None]
 EVAL_BATCH_SIZE = 64
 MAX_LOGGED_EXPERTS = 16
 """Layers of more experts have no metric for each of them; `moe/load_imbalance` tells of all."""
@@ -52,6 +60,8 @@ def fit(
     *,
     whole_model: str | None = None,
     companion: Companion | None = None,
+    report: Report | None = None,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Train a model as a payload says, and save it; collective.
 
@@ -64,6 +74,8 @@ def fit(
         whole_model: the directory the model came from; needed where experts are spread over
             ranks, to put them together again.
         companion: what learns beside the model and is not saved with it.
+        report: called after each log line and evaluation; what it raises ends the training.
+        keep: write checkpoints and the trained model; without, only figures remain.
 
     Returns:
         ``metrics`` of the dev split, ``train`` (the last line of the metric log), ``expert_load``
@@ -124,6 +136,8 @@ def fit(
         )
         loads.update(expert_load(answers.tokens_per_expert))
         metrics = data.metrics(answers.logits, data.dev)
+        if payload.get("keep_predictions", False) and engine.rank == 0:
+            data.save_dev_predictions(answers, stage_dir / PREDICTIONS)
         return {f"dev/{name}": value for name, value in metrics.items()} | load_metrics(loads)
 
     result = train(
@@ -132,14 +146,16 @@ def fit(
         compute_terms,
         weights_for(settings.num_steps),
         settings=settings,
-        checkpoint_dir=stage_dir / CHECKPOINT_DIR,
+        checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep else None,
         metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
         evaluate=evaluate,
+        report=report,
         after_step=None if companion is None else companion.after_step,
     )
-    enter_phase("saving of the model")
-    detach(engine.module)
-    _save_whole(engine, stage_dir / MODEL_DIR, data.tokenizer, whole_model)
+    if keep:
+        enter_phase("saving of the model")
+        detach(engine.module)
+        _save_whole(engine, stage_dir / MODEL_DIR, data.tokenizer, whole_model)
     summary = _summary(result, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
     if engine.rank == 0:
         write_json(stage_dir / RESULT, summary)
@@ -184,6 +200,7 @@ def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> 
         seed=seed,
         log_every=section.get("log_every", 10),
         eval_every=section.get("eval_every"),
+        eval_at=tuple(section.get("eval_at", ())),
         checkpoint_every=section.get("checkpoint_every"),
         keep_checkpoints=section.get("keep_checkpoints", 2),
     )

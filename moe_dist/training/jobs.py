@@ -27,8 +27,8 @@ from moe_dist.losses.total import LossWeight
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import build_companion, num_layers
-from moe_dist.training.evaluation import expert_load, predict
-from moe_dist.training.fit import fit
+from moe_dist.training.evaluation import Predictions, expert_load, predict
+from moe_dist.training.fit import Report, fit
 from moe_dist.training.hardware import pick_device
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
@@ -90,6 +90,21 @@ class JobData:
         """
         return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
 
+    def save_dev_predictions(self, answers: Predictions, path: Path) -> None:
+        """Write what a model says about the dev split.
+
+        Args:
+            answers: of all samples.
+            path: the file.
+        """
+        save_predictions(
+            path,
+            logits=answers.logits,
+            predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
+            labels=self.dev.labels,
+            sample_ids=self.dev.sample_ids,
+        )
+
     def _encode(self, rows: Any, split: str) -> Encoded:
         cache = self.payload.get("cache_dir")
         return encode(
@@ -147,8 +162,35 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
     device = pick_device(payload.get("use_gpu", "auto"))
     teacher = freeze(load_model(Path(payload["teacher"]), device))
     student = load_model(Path(payload["student"]))
-    section = payload["distill"]
     data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
+    return distill(student, teacher, data, payload, whole_model=payload["student"])
+
+
+def distill(
+    student: Any,
+    teacher: nn.Module,
+    data: JobData,
+    payload: Mapping[str, Any],
+    *,
+    whole_model: str | None = None,
+    report: Report | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """Train a student that is in memory already; see `distill_job`.
+
+    Args:
+        student: what is trained.
+        teacher: frozen, on the device that `pick_device` names.
+        data: the task's data.
+        payload: see `DistillPayload`; its directories of models are not read.
+        whole_model: see `fit`.
+        report: see `fit`.
+        keep: see `fit`.
+
+    Returns:
+        See `fit`.
+    """
+    section: DistillSection = payload["distill"]
     which = section.get("hidden_layers", "all")
     pairs = pair_states(payload.get("layers") or range(num_layers(student)), which)
     companion = build_companion(
@@ -179,8 +221,10 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
         terms,
         partial(distill_weights, section),
         payload,
-        whole_model=payload["student"],
+        whole_model=whole_model,
         companion=companion,
+        report=report,
+        keep=keep,
     )
 
 

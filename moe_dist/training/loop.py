@@ -73,6 +73,7 @@ class LoopSettings:
             that a resumed run equals an unbroken one.
         log_every: steps from one line of the metric log to the next.
         eval_every: steps from one evaluation to the next; None evaluates at the end only.
+        eval_at: further steps to evaluate after.
         checkpoint_every: steps from one checkpoint to the next; None saves at the end only.
         keep_checkpoints: how many of the newest stay.
     """
@@ -83,6 +84,7 @@ class LoopSettings:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    eval_at: tuple[int, ...] = ()
 
 
 @dataclass
@@ -227,7 +229,8 @@ def train(
                 }
                 window.clear()
                 publish(done, result.train)
-            if evaluate is not None and (is_last or _is_due(done, settings.eval_every)):
+            is_due = done in settings.eval_at or _is_due(done, settings.eval_every)
+            if evaluate is not None and (is_last or is_due):
                 enter_phase("evaluation")
                 result.evaluation = evaluate()
                 engine.module.train()

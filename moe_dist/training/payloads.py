@@ -14,6 +14,8 @@ from typing import Any, Literal, TypedDict
 class TrainSection(TypedDict, total=False):
     """How to train; see `LoopSettings` and `build_engine` for meanings and defaults.
 
+    ``eval_at`` lists further steps to evaluate after.
+
     ``precision`` may be ``auto``: bf16 where every worker's hardware is fast at it. The keys with
     ``_every`` count optimizer steps; None means only at the end.
     """
@@ -29,6 +31,7 @@ class TrainSection(TypedDict, total=False):
     max_grad_norm: float
     precision: Literal["auto", "fp32", "bf16"]
     eval_every: int | None
+    eval_at: list[int]
     eval_batch_size: int
     checkpoint_every: int | None
     keep_checkpoints: int
@@ -120,8 +123,11 @@ class DistillPayload(DataJob, total=False):
     """`distill_job`: ``student`` and ``teacher`` are model directories.
 
     Of a student of another shape ``layers`` is the teacher's layer of each of its own, and
-    ``hidden_ids`` the teacher's dimension of each of its own; None where they are the same.
+    ``hidden_ids`` the teacher's dimension of each of its own; None where they are the same. With
+    ``keep_predictions`` rank 0 writes the answers of the last evaluation.
     """
+
+    keep_predictions: bool
 
     student: str
     teacher: str

@@ -22,6 +22,7 @@ CHECKPOINT_DIR = "checkpoints"
 METRIC_LOG = "metrics.jsonl"
 RESULT = "result.json"
 SCORES = "scores.safetensors"
+PREDICTIONS = "predictions.npz"
 
 
 @dataclass(frozen=True)

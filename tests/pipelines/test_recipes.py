@@ -145,3 +145,17 @@ def test_small_students_have_the_published_shape(task: str) -> None:
     moe = micro.moe
     private = moe.expert_size - moe.num_shared_neurons
     assert moe.num_shared_neurons + moe.num_experts * private == 1200
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "search").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_search_recipe_loads_and_has_a_space(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.search.space
+
+
+def test_the_expected_spaces_are_there() -> None:
+    expected = {"router", "sharing", "loss_weights", "all"}
+    assert expected <= {path.stem for path in (RECIPES / "search").glob("*.yaml")}

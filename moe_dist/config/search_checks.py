@@ -1,0 +1,168 @@
+"""Checks a recipe's `search` section, down to whether the points of its space are valid recipes."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from moe_dist.config.overrides import apply_overrides
+from moe_dist.config.run_config import RunConfig
+from moe_dist.config.search_section import MEASURES
+from moe_dist.config.search_space import (
+    TEACHER_KEYS,
+    TEACHER_SECTIONS,
+    Dimension,
+    Point,
+    grid_points,
+    grid_size,
+    parse_space,
+    random_draw,
+    sample_point,
+)
+
+NUM_SAMPLED_POINTS = 48
+MAX_TEACHERS = 8
+Faults = Callable[[Mapping[str, Any]], list[str]]
+
+
+def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faults) -> list[str]:
+    """Check the `search` section of a recipe.
+
+    Args:
+        config: the recipe.
+        key_faults: lists what is wrong with single keys of raw settings, and not with the recipe's.
+        cross_faults: lists the rules across keys that they break, and the recipe does not.
+
+    Returns:
+        One line for each fault.
+    """
+    search = config.search
+    faults = list(_measure_faults(config))
+    if not search.space:
+        return faults
+    dimensions, space_faults = parse_space(search.space)
+    faults += space_faults
+    values = [fault for one in dimensions for fault in _value_faults(config, one, key_faults)]
+    faults += values
+    faults += _shape_faults(config, dimensions)
+    if not faults:
+        faults += _point_faults(config, dimensions, cross_faults)
+    return list(dict.fromkeys(faults))
+
+
+def point_settings(config: RunConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the raw settings of one trial.
+
+    The teacher's settings stay those of the recipe, whatever the point changes in `train`, so that
+    trials share a teacher; keys of `finetune` in the point change it.
+
+    Args:
+        config: the recipe.
+        overrides: the point's.
+
+    Returns:
+        Nested plain values, without search and comparisons.
+    """
+    teacher = config.teacher_train
+    raw = config.model_dump(exclude={"search", "compare"})
+    raw["finetune"] = {key: getattr(teacher, key) for key in type(config.finetune).model_fields}
+    apply_overrides(raw, dict(overrides))
+    return raw
+
+
+def _measure_faults(config: RunConfig) -> Iterator[str]:
+    search = config.search
+    names = list(search.objectives) or [search.metric]
+    where = "objectives" if search.objectives else "metric"
+    for name in names:
+        if name not in MEASURES:
+            close = difflib.get_close_matches(name, list(MEASURES), n=1)
+            guess = f" Did you mean {close[0]}?" if close else ""
+            yield f"search.{where}: {name} is not measured; use {', '.join(MEASURES)}.{guess}"
+    if search.confirm_seeds == 1:
+        yield "search.confirm_seeds=1 says nothing of noise; give 0, or at least 2."
+    if search.objectives and search.metric != "quality":
+        yield (
+            f"search.metric={search.metric} and search.objectives are both given; keep one of them."
+        )
+
+
+def _value_faults(config: RunConfig, dimension: Dimension, key_faults: Faults) -> list[str]:
+    """Check each value on its own: a key may hold it, whatever the others hold."""
+    drawn = dimension.values if not dimension.of else ()
+    return [
+        f"search.space.{fault}"
+        for value in (*drawn, *dimension.otherwise)
+        for fault in key_faults(point_settings(config, {dimension.path: value}))
+        if fault.startswith(dimension.path)
+    ]
+
+
+def _shape_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
+    search = config.search
+    if search.chosen_algorithm == "grid":
+        for dimension in dimensions:
+            if dimension.choices is None:
+                yield (
+                    f"search.space.{dimension.path}: a grid needs finitely many values, and "
+                    f"{dimension.kind} is a range; use choice, or search.algorithm tpe."
+                )
+    if config.student.is_smaller or any(one.path.startswith("student.") for one in dimensions):
+        yield (
+            "search: trials keep the teacher's depth and width; leave the `student` section out, "
+            "and compare smaller students with `compare`."
+        )
+    of_teacher = [one for one in dimensions if changes_teacher(one.path)]
+    num_teachers = grid_size(tuple(of_teacher))
+    if num_teachers > MAX_TEACHERS:
+        names = ", ".join(one.path for one in of_teacher)
+        count = "any number of" if num_teachers == float("inf") else f"{num_teachers:.0f}"
+        yield (
+            f"search.space: {names} ask for {count} teachers, since trials that differ there share "
+            f"none; keep their combinations to {MAX_TEACHERS}, as choices."
+        )
+    for dimension in of_teacher:
+        if dimension.of:
+            yield (
+                f"search.space.{dimension.path}: `of` does not go with a key that changes the "
+                "teacher; give the values themselves."
+            )
+
+
+def changes_teacher(path: str) -> bool:
+    """Tell whether trials that differ in a key need different teachers or scores.
+
+    Args:
+        path: the key's dotted name.
+
+    Returns:
+        Whether they do.
+    """
+    return path.split(".")[0] in TEACHER_SECTIONS or path in TEACHER_KEYS
+
+
+def _point_faults(
+    config: RunConfig, dimensions: tuple[Dimension, ...], cross_faults: Faults
+) -> list[str]:
+    """Resolve sample points, or all of a small space, as recipes."""
+    found: dict[str, str] = {}
+    for point in _sampled(config, dimensions):
+        for fault in cross_faults(point_settings(config, point.overrides)):
+            said = ", ".join(f"{path}={value}" for path, value in point.overrides.items())
+            # One example of each fault is enough, whatever its numbers are.
+            found.setdefault(
+                fault.split("=")[0],
+                f"search.space: at {said}: {fault} `when` and `of` keep such points out.",
+            )
+    return list(found.values())
+
+
+def _sampled(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[Point]:
+    if grid_size(dimensions) <= NUM_SAMPLED_POINTS:
+        yield from grid_points(dimensions, config)
+        return
+    for number in range(NUM_SAMPLED_POINTS):
+        draw = random_draw(random.Random(f"check-{config.seed}-{number}"))
+        yield sample_point(dimensions, config, draw)

@@ -1,0 +1,126 @@
+"""What a recipe says about searching: the space, what is measured, and how long."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moe_dist.config.sections import Integer, Number, Section, Switch
+
+MeasureMode = Literal["max", "min"]
+MEASURES: dict[str, MeasureMode] = {
+    "quality": "max",
+    "retention": "max",
+    "accuracy": "max",
+    "f1": "max",
+    "matthews": "max",
+    "pearson": "max",
+    "spearman": "max",
+    "latency": "min",
+    "flops": "min",
+    "parameters": "min",
+    "active_parameters": "min",
+}
+"""What a trial is measured by, and which way is better."""
+
+
+class SearchConfig(Section):
+    """What `moe-dist search` tries, and how."""
+
+    space: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What is tried: a mapping from a dotted key to one of `{choice: [...]}`, "
+        "`{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{integers: [low, high]}` or "
+        "`{from: TABLE}`, with conditions (`when`, `otherwise`); see docs/search.md.",
+    )
+    metric: str = Field(
+        default="quality",
+        description="What is searched for: `quality` (the main metric on the dev rows), "
+        "`retention` (quality over the teacher's), the name of another dev metric, `latency` (ms), "
+        "`flops` (for one token), `parameters` or `active_parameters`.",
+    )
+    mode: Literal["auto", "max", "min"] = Field(
+        default="auto", description="Which way is better; `auto` knows it for each metric."
+    )
+    objectives: dict[str, MeasureMode] = Field(
+        default_factory=dict,
+        description="Several metrics at once instead of `search.metric`, such as "
+        "`{quality: max, latency: min}`; the first one ranks the trials, and the report has the "
+        "Pareto front.",
+    )
+    num_trials: Integer = Field(
+        default=16, ge=1, description="Points of the space that are tried, beside the recipe's own."
+    )
+    baseline: Switch = Field(
+        default=True,
+        description="Train the recipe as it stands too, to the end: what the best must beat.",
+    )
+    time_budget_s: Number | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds after which the sweep ends, earlier parts of an interrupted one "
+        "included; what is not finished by then is left.",
+    )
+    worker_budget_s: Number | None = Field(
+        default=None,
+        gt=0,
+        description="What the sweep may cost: seconds of training summed over all workers of all "
+        "trials. No trial is started after it is spent.",
+    )
+    scheduler: Literal["auto", "none", "asha", "hyperband", "median"] = Field(
+        default="auto",
+        description="Who ends bad trials early: `asha`, `hyperband` (its asynchronous form, ASHA "
+        "with several brackets), `median` (below the median of the others), `none`. `auto` takes "
+        "`asha`, and `none` where there are several objectives.",
+    )
+    algorithm: Literal["auto", "random", "grid", "tpe"] = Field(
+        default="auto",
+        description="Who proposes points: `random`, `grid` (every combination), `tpe` (Optuna; "
+        "with several objectives its multi-objective form). `auto` takes `tpe`.",
+    )
+    rungs: Integer = Field(
+        default=3,
+        ge=1,
+        description="How often a trial is measured on the dev rows and may be ended; the last time "
+        "is its end. `asha` and `hyperband` put them at 1, 1/F, 1/F² … of the steps, where F is "
+        "`search.reduction_factor`, the others evenly.",
+    )
+    reduction_factor: Integer = Field(
+        default=3, ge=2, description="`asha` and `hyperband` let about one in so many go on."
+    )
+    confirm_seeds: Integer = Field(
+        default=0,
+        ge=0,
+        description="After the trials, train the best and the recipe as it stands again with so "
+        "many other seeds of the student, to tell the margin from the noise of seeds; 0 or at "
+        "least 2.",
+    )
+    max_concurrent: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="Trials at a time; as many as the cluster has places for when not given.",
+    )
+    latency_batch_size: Integer = Field(
+        default=1, ge=1, description="Sentences in a batch for `latency`."
+    )
+
+    @property
+    def wanted(self) -> dict[str, MeasureMode]:
+        """The objectives, the one that ranks trials first."""
+        if self.objectives:
+            return dict(self.objectives)
+        better = MEASURES.get(self.metric, "max") if self.mode == "auto" else self.mode
+        return {self.metric: better}
+
+    @property
+    def chosen_scheduler(self) -> str:
+        """The scheduler, `auto` resolved."""
+        if self.scheduler != "auto":
+            return self.scheduler
+        return "none" if len(self.wanted) > 1 else "asha"
+
+    @property
+    def chosen_algorithm(self) -> str:
+        """The algorithm, `auto` resolved."""
+        return "tpe" if self.algorithm == "auto" else self.algorithm

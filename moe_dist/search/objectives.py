@@ -1,0 +1,143 @@
+"""What trials are compared by: several objectives, the Pareto front, and a goal to be met."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_dist.config.search_section import MEASURES, MeasureMode
+from moe_dist.errors import ConfigError
+
+COSTS = tuple(name for name, mode in MEASURES.items() if mode == "min")
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_GOAL = re.compile(r"^\s*([A-Za-z_0-9]+)\s*(>=|<=|>|<)\s*([-+.0-9eE]+)\s*(%?)\s*$")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one measure.
+
+    Args:
+        metric: the measure.
+        sign: `>=`, `<=`, `>` or `<`.
+        bound: what it is compared with.
+    """
+
+    metric: str
+    sign: str
+    bound: float
+
+    def is_met(self, metrics: Mapping[str, float]) -> bool:
+        """Tell whether a trial meets it; one that was not measured does not."""
+        value = metrics.get(self.metric, math.nan)
+        return not math.isnan(value) and _OPERATORS[self.sign](value, self.bound)
+
+    def __str__(self) -> str:
+        """Write it as it was given."""
+        return f"{self.metric} {self.sign} {self.bound:g}"
+
+
+def parse_goals(text: str) -> tuple[Goal, ...]:
+    """Read what the command line gives, such as `retention>=0.99, parameters<2e7`.
+
+    Args:
+        text: bounds, with commas or `and` between them.
+
+    Returns:
+        The goals.
+
+    Raises:
+        ConfigError: with every part that cannot be read.
+    """
+    goals, faults = [], []
+    for part in re.split(r",|\band\b", text):
+        found = _GOAL.match(part)
+        if found is None:
+            faults.append(
+                f"--goal {part.strip()!r} is no bound; write for example retention>=0.99."
+            )
+            continue
+        metric, sign, number, percent = found.groups()
+        try:
+            bound = float(number) / (100 if percent else 1)
+        except ValueError:
+            faults.append(f"--goal {part.strip()!r} has no number; write for example 0.99.")
+            continue
+        if metric not in MEASURES:
+            faults.append(f"--goal: {metric} is not measured; use one of {', '.join(MEASURES)}.")
+        goals.append(Goal(metric, sign, bound))
+    if faults:
+        raise ConfigError(faults, source="--goal")
+    return tuple(goals)
+
+
+def check_cost(metric: str) -> str:
+    """See that a measure is one that is minimised.
+
+    Args:
+        metric: what `--minimize` names.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if metric not in COSTS:
+        fault = f"--minimize {metric} is no cost; use one of {', '.join(COSTS)}."
+        raise ConfigError([fault], source="--minimize")
+    return metric
+
+
+def is_better(mode: MeasureMode, value: float, other: float) -> bool:
+    """Compare two values; NaN is worse than anything.
+
+    Args:
+        mode: which way is better.
+        value: the one.
+        other: the other.
+
+    Returns:
+        Whether the one is better.
+    """
+    if math.isnan(value) or math.isnan(other):
+        return math.isnan(other) and not math.isnan(value)
+    return value > other if mode == "max" else value < other
+
+
+def pareto_front(
+    rows: Sequence[Mapping[str, float]], objectives: Mapping[str, MeasureMode]
+) -> list[int]:
+    """Find the trials that no other one beats.
+
+    Args:
+        rows: the measures of each trial.
+        objectives: which of them count, and which way is better.
+
+    Returns:
+        Positions of trials that have every objective and that no trial equals in all objectives
+        while it is better in one.
+    """
+    points = {
+        position: [row[name] if mode == "max" else -row[name] for name, mode in objectives.items()]
+        for position, row in enumerate(rows)
+        if all(not math.isnan(row.get(name, math.nan)) for name in objectives)
+    }
+    return [
+        position
+        for position, point in points.items()
+        if not any(_dominates(other, point) for other in points.values())
+    ]
+
+
+def _dominates(one: list[float], other: list[float]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)

@@ -1,0 +1,197 @@
+"""The commands `search` and `benchmark search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..command_line import (
+    EXIT_FAILURE,
+    Debug,
+    DryRun,
+    Overrides,
+    Quiet,
+    Recipe,
+    clean_errors,
+    quieten_libraries,
+    send_warnings_to,
+)
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+    from ..console import Console
+    from .sweep import SweepResult
+
+
+def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
+    """Add the commands to the program.
+
+    Args:
+        app: the program.
+        benchmark_app: its benchmarks.
+    """
+    app.command("search")(search)
+    benchmark_app.command("search")(benchmark_search)
+
+
+def search(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take the `search` section of another recipe."),
+    ] = None,
+    goal: Annotated[
+        str,
+        typer.Option(help="What the model must keep, such as 'retention>=0.99'; with --minimize."),
+    ] = "",
+    minimize: Annotated[
+        str,
+        typer.Option(help="With --goal: latency, flops, parameters or active_parameters."),
+    ] = "latency",
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search over a recipe's choices on Ray Tune, or for the cheapest model that keeps a goal."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from ..cluster_package import cluster_module
+        from ..console import Console
+
+        console = Console(quiet=quiet or as_json)
+        config = _load(recipe, overrides or [], space)
+        goals = _goals(goal, minimize)
+        if goals:
+            from .frontier import goal_config
+
+            config = goal_config(config, goals, minimize, console)
+        if dry_run:
+            from .plan import show_plan
+
+            show_plan(config, console)
+            return
+        lasting = cluster_module("lasting")
+        if lasting.in_ray_job():
+            lasting.check_job(config)
+        send_warnings_to(console)
+        is_met = _search(config, console, goals, minimize, as_json=as_json)
+    if not is_met:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def benchmark_search(
+    trials: Annotated[int, typer.Option(help="Trials of one worker in each sweep.")] = 16,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of one trial.")] = 24,
+    batch_size: Annotated[int, typer.Option(help="Sentences in one of them.")] = 16,
+    max_train_samples: Annotated[int, typer.Option(help="Training rows.")] = 1000,
+    max_dev_samples: Annotated[int, typer.Option(help="Rows that trials are measured on.")] = 256,
+    asha: Annotated[bool, typer.Option(help="Compare ASHA with training all to the end.")] = True,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe with a search section; the demo's by default.")
+    ] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Time a sweep of small trials, and count what ASHA saves."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from ..benchmarks.search import ROUTER_RECIPE, SearchBenchmark, main
+
+        main(
+            SearchBenchmark(
+                recipe=recipe or ROUTER_RECIPE,
+                num_trials=trials,
+                num_steps=steps,
+                batch_size=batch_size,
+                max_train_samples=max_train_samples,
+                max_dev_samples=max_dev_samples,
+                with_asha=asha,
+                overrides=tuple(overrides or ()),
+            )
+        )
+
+
+def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:
+    from moe_dist.config import build_config, read_settings
+    from moe_dist.config.overrides import apply_overrides, parse_overrides
+
+    raw = read_settings(recipe)
+    if space is not None:
+        raw["search"] = read_settings(space).get("search", {})
+    apply_overrides(raw, parse_overrides(overrides))
+    return build_config(raw, source=str(recipe))
+
+
+def _goals(goal: str, minimize: str) -> Any:
+    from moe_dist.search.objectives import check_cost, parse_goals
+
+    if not goal:
+        return ()
+    check_cost(minimize)
+    return parse_goals(goal)
+
+
+def _search(
+    config: RunConfig, console: Console, goals: Any, minimize: str, *, as_json: bool
+) -> bool:
+    import json
+    import signal
+
+    from .results import table_lines, verdict_lines, write_results
+    from .sweep import search_recipe
+
+    # A stop from outside ends a sweep as Ctrl-C does: Ray taken down, to be continued.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    said: list[str] = []
+    outcome: dict[str, Any] = {"is_met": True}
+
+    def finish(result: SweepResult, run: TrackedRun) -> int | None:
+        chosen = None
+        if goals:
+            chosen = _answer(result, goals, minimize, said, outcome)
+        summary = outcome["summary"] = write_results(result, run, chosen)
+        if not goals:
+            said.extend(verdict_lines(summary))
+            said.extend([] if result.confirmed is None else [str(result.confirmed)])
+        best = summary["best"]
+        return None if best is None else int(best["trial"])
+
+    result = search_recipe(config, console, finish)
+    summary = outcome["summary"]
+    if as_json:
+        console.result(json.dumps(summary, indent=1))
+        return bool(outcome["is_met"])
+    from moe_dist.search.trials import rank_trials
+
+    from .results import MAX_ROWS
+
+    metric, mode = next(iter(result.config.search.wanted.items()))
+    ranked = rank_trials(list(result.trials.values()), metric, mode)
+    for line in table_lines(ranked[:MAX_ROWS], summary):
+        console.result(line)
+    for line in said:
+        console.result(line)
+    console.result(f"\nreport: {result.directory / 'report.md'}")
+    if summary["best"] is not None:
+        console.result(f"recipe: {result.directory / 'best.yaml'}")
+    if result.open_hint:
+        console.result(f"MLflow: {result.open_hint}")
+    return bool(outcome["is_met"])
+
+
+def _answer(
+    result: SweepResult, goals: Any, minimize: str, said: list[str], outcome: dict[str, Any]
+) -> Any:
+    from .frontier import answer_goal, measure_again
+
+    again = measure_again(result, goals) if minimize == "latency" else {}
+    answer = answer_goal(result, goals, minimize, again)
+    said.extend(answer.lines)
+    outcome["is_met"] = answer.is_met
+    return answer.trial

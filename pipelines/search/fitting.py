@@ -1,0 +1,73 @@
+"""Whether a proposed point can be trained: it is a sound recipe, fits the model, and is new."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config import RunConfig
+from moe_dist.config.checks import find_cross_faults
+from moe_dist.config.search_checks import point_settings
+from moe_dist.config.search_space import Point, value_of
+from moe_dist.errors import ConversionError
+
+from ..fingerprints import value_digest
+from ..sizes import plan_skeleton, start_skeleton
+
+if TYPE_CHECKING:
+    from moe_dist.search.trials import TrialLog
+
+    from ..workspace import Workspace
+
+
+class Fitting:
+    """Tells whether a point is worth a trial.
+
+    How many neurons a layer has is known by the model alone, so a recipe can be sound and still ask
+    for more experts than its layers can fill. Such points are drawn again, as are those that were
+    tried: a trial of the same settings and seed would come out the same.
+
+    Args:
+        workspace: finds the start model.
+        log: trials that there are already.
+    """
+
+    def __init__(self, workspace: Workspace, log: TrialLog) -> None:
+        self._workspace, self._config = workspace, workspace.config
+        self._seen = {self._key(trial.overrides) for trial in log.trials.values()}
+        if self._config.search.baseline:
+            self._seen.add(self._key({}))
+        self.num_unfit = 0
+
+    def __call__(self, point: Point) -> bool:
+        """Look at a point; one that fits counts as tried from now on."""
+        key = self._key(point.overrides)
+        if key in self._seen:
+            return False
+        config = RunConfig.model_validate(point_settings(self._config, point.overrides))
+        if find_cross_faults(config) or not self._fits_model(config):
+            self._seen.add(key)
+            self.num_unfit += 1
+            return False
+        self._seen.add(key)
+        return True
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        return start_skeleton(self._workspace, self._workspace.splits.task.num_labels)
+
+    def _fits_model(self, config: RunConfig) -> bool:
+        try:
+            plan_skeleton(self._skeleton, config)
+        except ConversionError:
+            return False
+        return True
+
+    def _key(self, overrides: dict[str, Any]) -> str:
+        """Digest what a point changes; keys at the recipe's own value change nothing."""
+        changed = {
+            path: list(value) if isinstance(value, tuple) else value
+            for path, value in overrides.items()
+            if value != value_of(self._config, path)
+        }
+        return value_digest(changed)

@@ -1,0 +1,416 @@
+"""What a sweep leaves: best.yaml, trials.parquet, report.json, report.md and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from moe_dist.config.search_section import MEASURES
+from moe_dist.redaction import hide_secrets
+from moe_dist.search.importance import key_importance
+from moe_dist.search.objectives import pareto_front
+from moe_dist.search.trials import BASELINE, Trial, rank_trials
+from moe_dist.tracking import scrub
+
+from ..console import duration
+from ..report import quantity
+from ..stage import write_json
+from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
+from .sweep import SweepResult, best_settings
+from .trial import trial_name
+from .watching import TRIALS_DIRECTORY
+
+if TYPE_CHECKING:
+    from moe_dist.tracking import TrackedRun
+
+BEST_NAME, PARQUET_NAME = "best.yaml", "trials.parquet"
+REPORT_NAME, SUMMARY_NAME = "report.md", "report.json"
+TRACKED_DIRECTORY = "tracked"
+"""Copies that go to the tracking server in place of files that name this machine."""
+MAX_ROWS = 10
+PICTURES = {
+    "parallel.png": "Trials and what they reached",
+    "importance.png": "Which keys matter",
+    "pareto.png": "Quality against cost",
+    "curves.png": "Learning curves by rung",
+}
+
+
+def write_results(
+    result: SweepResult, run: TrackedRun, chosen: Trial | None = None
+) -> dict[str, Any]:
+    """Write everything that a sweep leaves, and hand it to the tracking server.
+
+    Args:
+        result: the sweep.
+        run: its run.
+        chosen: the trial of `best.yaml`; the best by the first objective when not given.
+
+    Returns:
+        The content of `report.json`.
+    """
+    trials = list(result.trials.values())
+    metric, mode = next(iter(result.config.search.wanted.items()))
+    ranked = rank_trials(trials, metric, mode)
+    best = chosen or (ranked[0] if ranked else None)
+    directory = result.directory
+    summary = summarise(result, ranked, best)
+    write_table(trials, directory / PARQUET_NAME)
+    if best is not None:
+        run.log_artifact(write_best(result, best))
+    pictures = _draw(trials, metric, mode, summary["importance"], directory)
+    write_json(directory / SUMMARY_NAME, summary)
+    text = to_markdown(result, summary, ranked, pictures)
+    (directory / REPORT_NAME).write_text(text, encoding="utf-8")
+    for name in (REPORT_NAME, SUMMARY_NAME, PARQUET_NAME):
+        run.log_artifact(directory / name)
+    for picture in pictures:
+        run.log_artifact(picture, folder="plots")
+    if best is not None:
+        run.set_tags({"best_trial": str(best.number)})
+    return summary
+
+
+def write_best(result: SweepResult, best: Trial) -> Path:
+    """Write the recipe of a trial, as `compress` takes it.
+
+    Args:
+        result: the sweep.
+        best: the trial.
+
+    Returns:
+        The copy for the tracking server, without paths of this machine. In neither is a password
+        of `tracking.uri`: to run the file again, give the address anew.
+    """
+    from ..console import Console
+    from ..workspace import Workspace
+
+    workspace = Workspace(result.config, Console(quiet=True))
+    num_steps = workspace.num_steps(result.config.teacher_train)
+    settings = best_settings(result.config, best, num_steps)
+    reached = ", ".join(f"{name} {value:.4g}" for name, value in best.metrics.items())
+    head = (
+        f"# Trial {best.number} of the search over {result.config.name}: {reached}.\n"
+        "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
+    )
+    shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
+    shared.parent.mkdir(exist_ok=True)
+    for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
+        text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        beside = path.with_name(BEST_NAME + ".partial")
+        beside.write_text(hide_secrets(text), encoding="utf-8")
+        beside.replace(path)
+    return shared
+
+
+def write_table(trials: Sequence[Trial], path: Path) -> Path:
+    """Write a row for each trial.
+
+    Args:
+        trials: of the sweep.
+        path: the Parquet file.
+
+    Returns:
+        The path.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    names = sorted({name for trial in trials for name in trial.overrides})
+    measures = sorted({name for trial in trials for name in trial.metrics})
+    columns: dict[str, list[Any]] = {
+        "trial": [trial.number for trial in trials],
+        "status": [trial.status for trial in trials],
+        "steps": [trial.steps_done for trial in trials],
+        "num_steps": [trial.num_steps for trial in trials],
+        "seconds": [trial.seconds for trial in trials],
+        "message": [trial.message for trial in trials],
+        "curve": [
+            [{"step": r.step, "metrics": list(r.metrics.items())} for r in trial.reports]
+            for trial in trials
+        ],
+    }
+    columns |= {name: _column([trial.overrides.get(name) for trial in trials]) for name in names}
+    columns |= {name: [trial.metrics.get(name) for trial in trials] for name in measures}
+    kinds = pyarrow.list_(
+        pyarrow.struct(
+            [
+                ("step", pyarrow.int64()),
+                ("metrics", pyarrow.map_(pyarrow.string(), pyarrow.float64())),
+            ]
+        )
+    )
+    table = pyarrow.table(
+        {
+            name: pyarrow.array(values, type=kinds if name == "curve" else None)
+            for name, values in columns.items()
+        }
+    )
+    beside = path.with_name(path.name + ".partial")
+    parquet.write_table(table, beside)
+    beside.replace(path)
+    return path
+
+
+def summarise(result: SweepResult, ranked: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+    """Say what a sweep found, in plain values.
+
+    Args:
+        result: the sweep.
+        ranked: its whole trials, the best first.
+        best: the one of `best.yaml`.
+
+    Returns:
+        The content of `report.json`.
+    """
+    trials, search = list(result.trials.values()), result.config.search
+    metric = next(iter(search.wanted))
+    counts = {
+        status: sum(trial.status == status for trial in trials)
+        for status in ("finished", "stopped", "failed", "running")
+    }
+    steps = sum(trial.steps_done for trial in trials)
+    whole = sum(trial.num_steps for trial in trials if trial.status != "failed")
+    training_s = sum(trial.seconds for trial in trials)
+    front = _front(trials, search.wanted) if len(search.wanted) > 1 else []
+    return {
+        "schema_version": 1,
+        "name": result.config.name,
+        "objectives": dict(search.wanted),
+        "algorithm": search.chosen_algorithm,
+        "scheduler": search.chosen_scheduler,
+        "trials": {**counts, "all": len(trials)},
+        "steps": {"taken": steps, "of_all_to_the_end": whole},
+        "seconds": round(result.seconds, 2),
+        "training_seconds": round(training_s, 2),
+        "num_concurrent": result.num_concurrent,
+        "teachers": {key: facts.quality for key, facts in result.teachers.items()},
+        "best": None if best is None else _entry(best),
+        "baseline": _entry(result.trials[BASELINE]) if BASELINE in result.trials else None,
+        "against_baseline": None if best is None else against_baseline(result, best),
+        "confirmed": None if result.confirmed is None else asdict(result.confirmed),
+        "pareto_front": [trial.number for trial in front],
+        "importance": key_importance(trials, metric, result.config.seed),
+    }
+
+
+def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
+    """Compare the best trial with the recipe as it stands, on the same dev rows.
+
+    Args:
+        result: the sweep.
+        best: the trial.
+
+    Returns:
+        `metric`, `difference`, `low`, `high`, `p_value` and `confidence`; None where there is no
+        such trial, or the two were measured on other rows.
+    """
+    from moe_dist.data.metrics import paired_bootstrap
+    from moe_dist.errors import CheckpointError
+    from moe_dist.training.results import PREDICTIONS, load_predictions
+
+    baseline = result.trials.get(BASELINE)
+    if baseline is None or baseline.status != "finished" or best.number == BASELINE:
+        return None
+    try:
+        ours, theirs = (
+            load_predictions(
+                result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / PREDICTIONS
+            )
+            for trial in (best, baseline)
+        )
+    except CheckpointError:
+        return None
+    if ours.sample_ids.tolist() != theirs.sample_ids.tolist():
+        return None
+    metric = next(name for name in best.metrics if name not in ("quality", "retention"))
+    compared = paired_bootstrap(
+        metric, ours.labels, ours.logits, theirs.logits, seed=result.config.seed
+    )
+    return {"metric": metric, **asdict(compared)}
+
+
+def to_markdown(
+    result: SweepResult,
+    summary: Mapping[str, Any],
+    ranked: Sequence[Trial],
+    pictures: Sequence[Path],
+) -> str:
+    """Write the report for people.
+
+    Args:
+        result: the sweep.
+        summary: what `summarise` returned.
+        ranked: its whole trials, the best first.
+        pictures: beside the report.
+
+    Returns:
+        A Markdown document.
+    """
+    counts, steps = summary["trials"], summary["steps"]
+    share = steps["taken"] / steps["of_all_to_the_end"] if steps["of_all_to_the_end"] else 1.0
+    lines = [
+        f"# Search over {result.config.name}",
+        "",
+        f"{counts['all']} trials ({summary['algorithm']}, {summary['scheduler']}): "
+        f"{counts['finished']} trained to the end, {counts['stopped']} ended early, "
+        f"{counts['failed']} failed. {steps['taken']} steps, {100 * share:.0f} % of what all of "
+        f"them to the end would take. {duration(summary['seconds'])} in all, "
+        f"{duration(summary['training_seconds'])} of trials, up to {summary['num_concurrent']} "
+        "at a time.",
+        "",
+        *(f"{line}\n" for line in verdict_lines(summary)),
+        *([f"{result.confirmed}\n"] if result.confirmed is not None else []),
+        *table_lines(ranked[:MAX_ROWS], summary),
+        "",
+    ]
+    if summary["pareto_front"]:
+        numbers = ", ".join(str(number) for number in summary["pareto_front"])
+        names = " and ".join(summary["objectives"])
+        lines += [f"Pareto front ({names}): trials {numbers}.", ""]
+    failed = [trial for trial in result.trials.values() if trial.status == "failed"]
+    if failed:
+        lines += ["Failed:", ""]
+        lines += [f"- trial {trial.number}: {trial.message}" for trial in failed]
+        lines.append("")
+    lines += [f"![{PICTURES[picture.name]}]({picture.name})\n" for picture in pictures]
+    lines.append(
+        "One training run stands behind each trial; the interval is from a paired bootstrap over "
+        "the dev rows, on which the best was chosen, so it is no unbiased estimate of new rows."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Say which trial is best, and what it is worth.
+
+    Args:
+        summary: what `summarise` returned.
+
+    Returns:
+        Sentences.
+    """
+    best, metric = summary["best"], next(iter(summary["objectives"]))
+    if best is None:
+        return ["No trial was trained to the end, so there is no best one."]
+    if best["trial"] == BASELINE:
+        return [
+            f"The recipe as it stands is the best ({metric} {best['metrics'][metric]:.4f}): no "
+            "trial beat it."
+        ]
+    lines = [f"Best: trial {best['trial']}, {metric} {best['metrics'][metric]:.4f}."]
+    versus = summary["against_baseline"]
+    if versus is not None:
+        surely = "it beats" if versus["low"] > 0 else "it cannot be told apart from"
+        surely = "it is worse than" if versus["high"] < 0 else surely
+        lines.append(
+            f"On the dev rows {surely} the recipe as it stands ({versus['metric']} "
+            f"{versus['difference']:+.4f}, {round(100 * versus['confidence'])} % interval "
+            f"{versus['low']:+.4f} to {versus['high']:+.4f})."
+        )
+    return lines
+
+
+def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str]:
+    """Lay trials out as a Markdown table.
+
+    Args:
+        trials: in the order of the rows.
+        summary: what `summarise` returned.
+
+    Returns:
+        Lines.
+    """
+    names = sorted({name for trial in trials for name in trial.overrides})
+    measures = [*summary["objectives"]]
+    measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
+    lines = [_row(["trial", *measures, *(name.rpartition(".")[2] for name in names), "time"])]
+    lines.append(_row(["---"] * (len(measures) + len(names) + 2)))
+    for trial in trials:
+        cells = [shown(name, trial.value(name)) for name in measures]
+        cells += [_plain(trial.overrides.get(name)) for name in names]
+        who = "as it stands" if trial.number == BASELINE else str(trial.number)
+        lines.append(_row([who, *cells, duration(trial.seconds)]))
+    return lines
+
+
+def shown(measure: str, value: float) -> str:
+    """Write one measure.
+
+    Args:
+        measure: its name.
+        value: its value.
+
+    Returns:
+        A few digits; empty where it is missing.
+    """
+    if math.isnan(value):
+        return ""
+    if measure == "latency":
+        return f"{value:.1f} ms"
+    return quantity(value) if MEASURES.get(measure) == "min" else f"{value:.4f}"
+
+
+def _entry(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "overrides": trial.overrides,
+        "metrics": trial.metrics,
+        "status": trial.status,
+        "steps": trial.steps_done,
+        "seconds": round(trial.seconds, 3),
+    }
+
+
+def _front(trials: Sequence[Trial], objectives: Mapping[str, Any]) -> list[Trial]:
+    whole = [trial for trial in trials if trial.status == "finished"]
+    return [whole[place] for place in pareto_front([t.metrics for t in whole], objectives)]
+
+
+def _draw(
+    trials: Sequence[Trial],
+    metric: str,
+    mode: str,
+    importance: Mapping[str, float],
+    directory: Path,
+) -> list[Path]:
+    if not any(trial.reports for trial in trials):
+        return []
+    pictures = [plot_parallel(trials, metric, directory / "parallel.png")]
+    if importance:
+        path = directory / "importance.png"
+        pictures.append(plot_importance_of_keys(importance, metric, path))
+    costs = [
+        name
+        for name in ("flops", "latency")
+        if name != metric and any(not math.isnan(trial.value(name)) for trial in trials)
+    ]
+    if costs:
+        path = directory / "pareto.png"
+        pictures.append(plot_fronts(trials, metric, costs, path, maximise=mode == "max"))
+    pictures.append(plot_curves(trials, metric, directory / "curves.png"))
+    return pictures
+
+
+def _column(values: Sequence[Any]) -> list[Any]:
+    kinds = {type(value) for value in values if value is not None}
+    numbers = kinds <= {int, float}
+    if numbers and float in kinds:
+        return [None if value is None else float(value) for value in values]
+    plain = len(kinds) <= 1 and kinds <= {int, float, str, bool}
+    return list(values) if plain else [None if v is None else str(v) for v in values]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,333 @@
+"""`moe-dist search`: shared work once, trials on Ray Tune, and what they found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config import RunConfig
+from moe_dist.config.search_checks import point_settings
+from moe_dist.config.search_space import Dimension, parse_space
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.search.proposers import build_proposer
+from moe_dist.search.trials import LOG_NAME, Trial, TrialLog
+from moe_dist.tracking import build_tracker
+from moe_dist.training.capacity import read_capacity
+from moe_dist.training.driver import RaySession, ray_session
+from moe_dist.training.search import Ruling, TrialRoom, find_room, run_sweep
+
+from ..chain import disk_errors, import_heavy, only_one
+from ..fingerprints import value_digest
+from ..preflight import check_before_start
+from ..stage import write_json
+from ..workspace import Workspace
+from .confirming import Confirmation, confirm
+from .fitting import Fitting
+from .rungs import rung_times
+from .teachers import SharedWork, TeacherFacts
+from .trial import TrialRunner
+from .watching import TRIALS_DIRECTORY, Supervisor
+
+if TYPE_CHECKING:
+    from moe_dist.tracking import TrackedRun
+
+    from ..console import Console
+
+SEARCH_DIRECTORY = "search"
+SWEEP_NAME = "sweep.json"
+# They change how long a sweep goes on and how it is watched, but not what its trials are.
+_OPEN_KEYS = (
+    "num_trials",
+    "time_budget_s",
+    "worker_budget_s",
+    "max_concurrent",
+    "baseline",
+    "confirm_seeds",
+)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep left.
+
+    Attributes:
+        config: the recipe, the teacher's settings pinned.
+        directory: `output_dir/NAME/search`.
+        trials: by number.
+        seconds: of the sweep, earlier parts of it included.
+        teachers: what trials were measured against, by key.
+        open_hint: the line that opens the tracking UI.
+        num_concurrent: trials at a time.
+        confirmed: the best and the recipe as it stands with other seeds; None where not asked for.
+    """
+
+    config: RunConfig
+    directory: Path
+    trials: dict[int, Trial]
+    seconds: float
+    teachers: dict[str, TeacherFacts]
+    open_hint: str = ""
+    num_concurrent: int = 1
+    confirmed: Confirmation | None = None
+
+
+Finish = Callable[[SweepResult, "TrackedRun"], int | None]
+"""Writes what a sweep found, and names its best trial."""
+
+
+def search_recipe(config: RunConfig, console: Console, finish: Finish) -> SweepResult:
+    """Run a sweep, or the rest of an interrupted one.
+
+    Args:
+        config: the recipe; its `search` section says what is tried.
+        console: where progress is shown.
+        finish: writes the results while the sweep's run is open.
+
+    Returns:
+        What it found.
+
+    Raises:
+        ConfigError: if there is no space, or the results cannot lie where they should.
+        MoeDistError: if the sweep cannot start or another one lies there.
+    """
+    if not config.search.space:
+        raise ConfigError(
+            [
+                "search.space is missing, which says what is tried; write one (docs/search.md), "
+                "or take one with --space pipelines/recipes/search/router.yaml."
+            ],
+            source=config.name,
+        )
+    if isinstance(config.run_dir, str):
+        raise ConfigError(
+            [
+                "output_dir is a URI, and a search keeps its trials in a directory; give one that "
+                "all nodes share."
+            ],
+            source=config.name,
+        )
+    dimensions, _ = parse_space(config.search.space)
+    config = pin_teacher(config)
+    workspace = Workspace(config, console)
+    with disk_errors(workspace.root):
+        workspace.files.prepare(config.name)
+        return _search_in(workspace, dimensions, finish)
+
+
+def pin_teacher(config: RunConfig) -> RunConfig:
+    """Write the teacher's settings out, so that no point of the space changes them by `train`.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        The same recipe, with everything in `finetune` given that may be.
+    """
+    teacher = config.teacher_train
+    pinned = {key: getattr(teacher, key) for key in type(config.finetune).model_fields}
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update=pinned)})
+
+
+def _search_in(
+    workspace: Workspace, dimensions: tuple[Dimension, ...], finish: Finish
+) -> SweepResult:
+    config, console = workspace.config, workspace.console
+    tracking = config.tracking
+    directory = workspace.root / SEARCH_DIRECTORY
+    with ExitStack() as stack:
+        session = stack.enter_context(ray_session(dashboard=_is_nested(config, dimensions)))
+        try:
+            room = _find_room(config, dimensions, session)
+            check_before_start(config, workspace)
+            tracker = build_tracker(
+                tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+            )
+        except BaseException:
+            workspace.files.remove_if_empty()
+            raise
+        stack.enter_context(only_one(workspace.root))
+        console.note(f"room for {room}")
+        seconds_before = _open_sweep(workspace, directory)
+        log = TrialLog(directory / LOG_NAME)
+        tags = sweep_tags(config)
+        with tracker.chain(
+            f"{config.name} search",
+            directory,
+            params=config.flatten(),
+            tags={**tags, "moe_dist.kind": "search"},
+        ) as run:
+            for dataset in workspace.dataset_inputs:
+                run.log_dataset(dataset)
+            workspace.session = session
+            teachers = SharedWork(workspace, run).prepare(dimensions)
+            over = [trial for trial in log.trials.values() if trial.is_over]
+            supervisor = Supervisor(
+                config,
+                directory,
+                log,
+                build_proposer(dimensions, config, Fitting(workspace, log), over),
+                run,
+                console,
+                seconds_before=seconds_before,
+                in_place=room.in_place,
+                tags=tags,
+            )
+            if over:
+                console.note(f"{len(over)} trials are finished already; they are not run again")
+            try:
+                _run_trials(config, directory, teachers, supervisor, room, session, over)
+            finally:
+                supervisor.close()
+                _note_sweep(config, workspace, directory, supervisor.seconds)
+            confirmed = confirm(config, directory, teachers, log, room, session, console)
+            # Ray's idle processes would disturb what is measured now.
+            session.close()
+            result = SweepResult(
+                config,
+                directory,
+                dict(sorted(log.trials.items())),
+                supervisor.seconds,
+                teachers,
+                run.open_hint(),
+                room.num_concurrent,
+                confirmed,
+            )
+            best = finish(result, run)
+            if best is not None:
+                supervisor.mark_best(best)
+            return result
+
+
+def _run_trials(
+    config: RunConfig,
+    directory: Path,
+    teachers: dict[str, TeacherFacts],
+    supervisor: Supervisor,
+    room: TrialRoom,
+    session: RaySession,
+    over: list[Trial],
+) -> None:
+    num_left = supervisor.num_left
+    if num_left == 0:
+        return
+    search = config.search
+    metric, mode = next(iter(search.wanted.items()))
+    times = rung_times(search)
+    runner = TrialRunner(config, str(directory / TRIALS_DIRECTORY), times, teachers)
+    ruling = Ruling(search.chosen_scheduler, metric, mode, times[-1], search.reduction_factor)
+    room = replace(room, num_concurrent=min(room.num_concurrent, num_left))
+    run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
+
+
+def _is_nested(config: RunConfig, dimensions: tuple[Dimension, ...]) -> bool:
+    return _most(config, dimensions, "num_workers") > 1
+
+
+def _most(config: RunConfig, dimensions: tuple[Dimension, ...], key: str) -> int:
+    """Find the largest value that a trial may have of a `parallel` key that counts things."""
+    values = [getattr(config.parallel, key)]
+    for dimension in dimensions:
+        if dimension.path == f"parallel.{key}":
+            values += [*dimension.values, *dimension.otherwise]
+    return max(max(value) if isinstance(value, list | tuple) else value for value in values)
+
+
+def _find_room(
+    config: RunConfig, dimensions: tuple[Dimension, ...], session: RaySession
+) -> TrialRoom:
+    # Ray mostly waits for its own processes while it starts.
+    session.connect(beside=import_heavy)
+    parallel = config.parallel
+    return find_room(
+        read_capacity(),
+        _most(config, dimensions, "num_workers"),
+        _most(config, dimensions, "cpus_per_worker"),
+        None if parallel.use_gpu == "auto" else parallel.use_gpu,
+        config.search.max_concurrent,
+    )
+
+
+def _identity(config: RunConfig, workspace: Workspace) -> str:
+    """Say which sweep this is: continuing another one's trials would mix two searches."""
+    settings = config.model_dump(
+        mode="json", exclude={"search", "output_dir", "tracking", "compare", "parallel"}
+    )
+    search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
+    return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
+
+
+def _open_sweep(workspace: Workspace, directory: Path) -> float:
+    """See that the directory is free or holds this sweep, and give the seconds it took so far."""
+    identity = _identity(workspace.config, workspace)
+    directory.mkdir(exist_ok=True)
+    path = directory / SWEEP_NAME
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if known.get("identity") != identity:
+            raise MoeDistError(
+                f"{directory} holds the trials of another search: its space, its recipe or its "
+                "data were not these.",
+                remedy="choose another `name` with --set name=NAME, or move that directory away. "
+                f"Only {', '.join(f'search.{key}' for key in _OPEN_KEYS)} may differ.",
+            )
+        return float(known.get("seconds", 0.0))
+    write_json(path, {"identity": identity, "seconds": 0.0})
+    return 0.0
+
+
+def _note_sweep(config: RunConfig, workspace: Workspace, directory: Path, seconds: float) -> None:
+    identity = _identity(config, workspace)
+    write_json(directory / SWEEP_NAME, {"identity": identity, "seconds": round(seconds, 3)})
+
+
+def sweep_tags(config: RunConfig) -> dict[str, str]:
+    """Give the tags that a sweep and its trials share.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        The version, the recipe's hash, and the commit of the source where it is known.
+    """
+    from moe_dist import __version__
+
+    recipe = config.model_dump(mode="json", exclude={"output_dir", "tracking"})
+    tags = {"moe_dist.version": __version__, "recipe_hash": value_digest(recipe)[:12]}
+    commit = _git_commit()
+    return tags | ({"git_commit": commit} if commit else {})
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # installed as a package, or no git
+    return done.stdout.strip()
+
+
+def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:
+    """Give the recipe of one trial, for `compress`.
+
+    Args:
+        config: the sweep's recipe, the teacher's settings pinned.
+        trial: the trial.
+        num_teacher_steps: what its teacher trains for.
+
+    Returns:
+        Nested plain values, as a recipe has them.
+    """
+    point = RunConfig.model_validate(point_settings(config, trial.overrides))
+    finetune = point.finetune
+    if finetune.max_steps is None and point.train.max_steps is not None:
+        # Else `train.max_steps` would cut the teacher too.
+        finetune = finetune.model_copy(update={"max_steps": num_teacher_steps})
+    settings: dict[str, Any] = point.model_copy(update={"finetune": finetune}).model_dump(
+        mode="json", exclude={"search", "compare"}
+    )
+    return settings

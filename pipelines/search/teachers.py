@@ -1,0 +1,145 @@
+"""What trials share, made once: a teacher and its scores for all trials that agree on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config import RunConfig
+from moe_dist.config.search_checks import changes_teacher, point_settings
+from moe_dist.config.search_space import Dimension, value_of
+
+from ..fingerprints import value_digest
+from ..stage import StageInputs, StageResult
+from ..stages import finetune_teacher, score_importance
+from ..workspace import Workspace
+from .trial import LATENCY_SEQ_LEN, TeacherFacts
+
+if TYPE_CHECKING:
+    from moe_dist.tracking import TrackedRun
+
+OWN = "own"
+"""The key of the recipe's own teacher."""
+SHARED_DIRECTORY = "shared"
+
+
+def teacher_key(config: RunConfig, overrides: Mapping[str, Any]) -> str:
+    """Name the teacher that a point needs.
+
+    Args:
+        config: the recipe.
+        overrides: the point's.
+
+    Returns:
+        `OWN`, or a short digest of what it changes of the teacher.
+    """
+    changed = {
+        path: value
+        for path, value in overrides.items()
+        if changes_teacher(path) and value != value_of(config, path)
+    }
+    return value_digest(changed)[:12] if changed else OWN
+
+
+def teacher_points(
+    config: RunConfig, dimensions: tuple[Dimension, ...]
+) -> Iterator[dict[str, Any]]:
+    """List what trials may change of the teacher; the checks keep these few.
+
+    Args:
+        config: the recipe.
+        dimensions: of the space.
+
+    Yields:
+        Overrides, one for each teacher.
+    """
+    concerned = [one for one in dimensions if changes_teacher(one.path)]
+    if config.search.baseline and concerned:
+        yield {}
+    values = []
+    for one in concerned:
+        resting = one.otherwise or (value_of(config, one.path),)
+        values.append([*(one.choices or ()), *(resting if one.conditions else ())])
+    for chosen in itertools.product(*values):
+        yield {one.path: value for one, value in zip(concerned, chosen, strict=True)}
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """Runs the stages that trials share.
+
+    Args:
+        workspace: the sweep's own.
+        tracker: the sweep's run.
+    """
+
+    workspace: Workspace
+    tracker: TrackedRun
+
+    def prepare(self, dimensions: tuple[Dimension, ...]) -> dict[str, TeacherFacts]:
+        """Make every teacher that trials may need; finished ones are skipped.
+
+        Args:
+            dimensions: of the space.
+
+        Returns:
+            Facts by key.
+        """
+        config = self.workspace.config
+        needed = {
+            teacher_key(config, overrides): overrides
+            for overrides in teacher_points(config, dimensions)
+        }
+        return {key: self._make(key, overrides) for key, overrides in needed.items()}
+
+    def _make(self, key: str, overrides: Mapping[str, Any]) -> TeacherFacts:
+        workspace = self.workspace
+        if key != OWN:
+            workspace = self._beside(key, overrides)
+        results: dict[str, StageResult] = {}
+        for stage in (finetune_teacher, score_importance):
+            inputs = StageInputs(workspace, results)
+            results[stage.NAME] = stage.run(workspace.config, inputs, self.tracker)
+        teacher = results[finetune_teacher.NAME]
+        model = teacher.outputs["model"]
+        return TeacherFacts(
+            model=str(model),
+            scores=str(results[score_importance.NAME].outputs["scores"]),
+            quality=teacher.metrics[workspace.splits.task.main_metric],
+            latency_ms=self._latency(model) if self._wants_latency else None,
+        )
+
+    def _beside(self, key: str, overrides: Mapping[str, Any]) -> Workspace:
+        """Open a place for another teacher, below the sweep's directory."""
+        config = self.workspace.config
+        changed = {path: value for path, value in overrides.items() if changes_teacher(path)}
+        own = RunConfig.model_validate(
+            point_settings(config, changed)
+            | {"name": key, "output_dir": self.workspace.root / "search" / SHARED_DIRECTORY}
+        )
+        workspace = Workspace(own, self.workspace.console)
+        workspace.session = self.workspace.session
+        workspace.files.prepare(config.name)
+        return workspace
+
+    @property
+    def _wants_latency(self) -> bool:
+        return "latency" in self.workspace.config.search.wanted
+
+    def _latency(self, model: Path) -> float:
+        """Time a teacher while nothing else of ours runs."""
+        from moe_dist.inference import load_model
+        from moe_dist.inference.latency import measure_latency
+
+        config = self.workspace.config
+        size = config.search.latency_batch_size
+        timed = measure_latency(
+            load_model(model),
+            batch_sizes=(size,),
+            seq_len=min(LATENCY_SEQ_LEN, config.model.max_length),
+            threads=config.parallel.cpus_per_worker,
+        )
+        return timed[size].median_ms

@@ -1,0 +1,298 @@
+"""One trial of a search: from a point of the space to a trained and measured student.
+
+It runs on a worker. What trials share (rows, tokens, the teacher, its scores) is kept there from
+one trial to the next.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config import RunConfig
+from moe_dist.config.search_checks import point_settings
+
+from ..payloads import data_arguments, training_job
+from ..stages.adapt import convert
+from .rungs import rung_steps
+
+if TYPE_CHECKING:
+    from moe_dist.training.jobs import JobData
+    from moe_dist.training.payloads import DataJob
+
+LATENCY_SEQ_LEN = 128
+LATENCY_ROUNDS = 5
+LATENCY_REPEATS = 2
+DEV_PREFIX = "dev/"
+STUDENT = "student"
+POLL_S = 0.5
+Say = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """A teacher that trials share, and what its students are measured against.
+
+    Args:
+        model: its directory.
+        scores: the file with its neurons' importance.
+        quality: its main dev metric.
+        latency_ms: measured alone; None where latency is not asked for.
+    """
+
+    model: str
+    scores: str
+    quality: float
+    latency_ms: float | None = None
+
+
+@dataclass
+class TrialRunner:
+    """Runs trials; it is sent to workers as it is, and stays there.
+
+    Args:
+        config: the recipe.
+        directory: where trials keep their files, seen by all workers.
+        rungs: times at which a trial is measured; see `rung_times`.
+        teachers: by key, which a task names.
+    """
+
+    config: RunConfig
+    directory: str
+    rungs: tuple[int, ...]
+    teachers: dict[str, TeacherFacts]
+    _warm: dict[str, _Warm] = field(default_factory=dict, repr=False)
+
+    def __call__(self, task: Mapping[str, Any], say: Say) -> None:
+        """Run one trial.
+
+        Args:
+            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, and ``seed`` where
+                the student's is another than the recipe's.
+            say: takes what it measures at each rung.
+        """
+        import torch
+
+        config = RunConfig.model_validate(point_settings(self.config, task["overrides"]))
+        torch.set_num_threads(config.parallel.cpus_per_worker)
+        key = task["teacher"]
+        warm = self._warm.get(key)
+        if warm is None:
+            # Another teacher's data would only fill the memory.
+            self._warm.clear()
+            warm = self._warm[key] = _Warm.load(config, self.teachers[key])
+        seed = task.get("seed", config.seed)
+        # Another seed of the student: rows and teacher stay those of the recipe's.
+        student = config.model_copy(update={"seed": seed})
+        trial = _OneTrial(student, config.seed, warm, self.teachers[key], self.rungs, say)
+        directory = Path(self.directory) / trial_name(task["number"])
+        directory.mkdir(parents=True, exist_ok=True)
+        if task["in_place"]:
+            trial.train_here(directory)
+        else:
+            trial.train_on_workers(directory)
+
+
+def trial_name(number: int) -> str:
+    """Name a trial's directory and run.
+
+    Args:
+        number: the trial's.
+
+    Returns:
+        For example `trial-0007`.
+    """
+    return f"trial-{number:04d}"
+
+
+@dataclass(frozen=True)
+class _Warm:
+    """What trials of one teacher share on a worker."""
+
+    data: JobData
+    teacher: Any
+    dense: Any
+    scores: list[Any]
+
+    @classmethod
+    def load(cls, config: RunConfig, facts: TeacherFacts) -> _Warm:
+        from moe_dist.data.sources import load_splits
+        from moe_dist.inference.saving import load_model, load_tokenizer
+        from moe_dist.training.hardware import pick_device
+        from moe_dist.training.jobs import JobData
+        from moe_dist.training.results import load_scores
+        from moe_dist.training.step import freeze
+
+        device = pick_device(config.parallel.use_gpu)
+        dense = load_model(Path(facts.model))
+        on_cpu = device.type == "cpu"
+        teacher = freeze(dense if on_cpu else load_model(Path(facts.model), device))
+        payload: DataJob = {"max_length": config.model.max_length, "cache_dir": None}
+        splits = load_splits(**data_arguments(config))
+        data = JobData(splits, load_tokenizer(Path(facts.model)), payload)
+        return cls(data, teacher, dense, load_scores(Path(facts.scores)))
+
+
+@dataclass(frozen=True)
+class _OneTrial:
+    config: RunConfig
+    data_seed: int
+    warm: _Warm
+    facts: TeacherFacts
+    rungs: tuple[int, ...]
+    say: Say
+
+    def train_here(self, directory: Path) -> None:
+        """Train in this process: no checkpoints, no saved model, only figures and answers."""
+        from moe_dist.training.jobs import distill
+
+        student = self._student()
+        costs, steps = self._costs(student), self._steps()
+        distill(
+            student,
+            self.warm.teacher,
+            self.warm.data,
+            self._payload(directory, list(steps)),
+            report=lambda step, metrics: self._tell(step, metrics, steps, costs),
+            keep=False,
+        )
+
+    def train_on_workers(self, directory: Path) -> None:
+        """Train with the normal driver; what the first rank measures comes by its metric log."""
+        import shutil
+
+        from moe_dist.inference.saving import save_model
+        from moe_dist.metric_log import MetricTail
+        from moe_dist.training.driver import run_on_workers
+        from moe_dist.training.jobs import distill_job
+
+        student = self._student()
+        costs, steps = self._costs(student), self._steps()
+        save_model(student, directory / STUDENT, tokenizer=self.warm.data.tokenizer)
+        tail = MetricTail(directory / "metrics.jsonl")
+
+        def on_poll() -> None:
+            for record in tail.poll():
+                self._tell(record.step, record.metrics, steps, costs)
+
+        parallel = self.config.parallel
+        job: Callable[[Any], Any] = distill_job
+        try:
+            run_on_workers(
+                job,
+                {
+                    **self._payload(directory, list(steps)),
+                    "student": str(directory / STUDENT),
+                    "teacher": self.facts.model,
+                },
+                num_workers=parallel.num_workers,
+                cpus_per_worker=parallel.cpus_per_worker,
+                use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
+                max_failures=parallel.max_failures,
+                step_timeout_s=self.config.train.step_timeout_s,
+                wait_s=parallel.wait_s,
+                storage_path=directory,
+                name="ray",
+                launcher="ray",
+                on_poll=on_poll,
+            )
+        finally:
+            for name in (STUDENT, "model", "checkpoints"):
+                shutil.rmtree(directory / name, ignore_errors=True)
+
+    def _student(self) -> Any:
+        import torch
+
+        # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
+        torch.manual_seed(self.config.seed)
+        warm = self.warm
+        return convert(self.config, warm.dense, warm.scores, lambda: warm.data.train)[1]
+
+    def _steps(self) -> dict[int, int]:
+        train = self.config.train
+        per_epoch = max(1, len(self.warm.data.splits.train) // train.batch_size)
+        total = per_epoch * train.num_epochs
+        return rung_steps(self.rungs, min(total, train.max_steps or total))
+
+    def _payload(self, directory: Path, steps: list[int]) -> dict[str, Any]:
+        payload = training_job(self.config, self.config.train, str(directory))
+        payload["train"] |= {"eval_at": steps, "eval_every": None}
+        payload["distill"] = self.config.distill.model_dump(mode="json")
+        payload["data"] |= {"seed": self.data_seed}
+        payload["keep_predictions"] = True
+        return payload
+
+    def _costs(self, student: Any) -> dict[str, float]:
+        """Count what the student costs; its weights do not matter for that."""
+        from moe_dist.inference.profile import count_parameters, flops_per_token
+
+        seq_len = min(LATENCY_SEQ_LEN, self.config.model.max_length)
+        parameters = count_parameters(student)
+        costs = {
+            "flops": float(flops_per_token(student, seq_len).total),
+            "parameters": float(parameters.total),
+            "active_parameters": float(parameters.active),
+        }
+        if self.facts.latency_ms is not None:
+            batch_size = self.config.search.latency_batch_size
+            device = next(self.warm.teacher.parameters()).device
+            ratio = latency_ratio(student.to(device), self.warm.teacher, batch_size, seq_len)
+            costs["latency"] = self.facts.latency_ms * ratio
+        return costs
+
+    def _tell(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        steps: Mapping[int, int],
+        costs: Mapping[str, float],
+    ) -> None:
+        dev = {
+            name.removeprefix(DEV_PREFIX): value
+            for name, value in metrics.items()
+            if name.startswith(DEV_PREFIX)
+        }
+        if step not in steps or not dev:
+            return
+        quality = next(iter(dev.values()))
+        measured = {"quality": quality, **dev, **costs}
+        if self.facts.quality:
+            measured["retention"] = quality / self.facts.quality
+        self.say({"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured})
+
+
+def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> float:
+    """Time a student and its teacher in turn, so that a busy machine slows both alike.
+
+    Args:
+        student: on the device to measure on.
+        teacher: on the same device.
+        batch_size: sentences in a batch.
+        seq_len: tokens in a sentence.
+
+    Returns:
+        The student's median over the teacher's.
+    """
+    from moe_dist.inference.latency import measure_latency
+
+    ratios = []
+    begin = time.monotonic()
+    for done in range(LATENCY_ROUNDS):
+        if done >= 2 and time.monotonic() - begin > 2.0:
+            break
+        times = [
+            measure_latency(
+                model,
+                batch_sizes=(batch_size,),
+                seq_len=seq_len,
+                repeats=LATENCY_REPEATS,
+                num_warmups=1,
+            )[batch_size].median_ms
+            for model in (student, teacher)
+        ]
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios)

@@ -1,0 +1,247 @@
+"""The driver's side of a sweep: proposes trials, keeps records, tells MLflow and people."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.config.search_checks import point_settings
+from moe_dist.config.search_space import Point
+from moe_dist.search.objectives import is_better
+from moe_dist.search.trials import BASELINE, Report, Status, TrialLog
+
+from ..console import duration
+from ..fingerprints import value_digest
+from .teachers import teacher_key
+from .trial import trial_name
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.search.proposers import Proposer
+    from moe_dist.tracking import TrackedRun
+
+    from ..console import Console
+
+TRIALS_DIRECTORY = "trials"
+TAGGED = ("moe.router", "moe.partition", "moe.num_shared_neurons", "seed")
+
+
+class Supervisor:
+    """Proposes trials and keeps what becomes of them; see `moe_dist.training.search.Watcher`.
+
+    Args:
+        config: the recipe.
+        directory: the sweep's.
+        log: its trials.
+        proposer: where points come from.
+        tracker: the sweep's run.
+        console: what people see.
+        seconds_before: what earlier parts of the sweep took.
+        in_place: whether a trial runs in its own actor.
+        tags: of every trial's run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        log: TrialLog,
+        proposer: Proposer,
+        tracker: TrackedRun,
+        console: Console,
+        *,
+        seconds_before: float = 0.0,
+        in_place: bool = True,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self._config, self._directory, self._log = config, directory, log
+        self._proposer, self._tracker, self._console = proposer, tracker, console
+        self._in_place, self._tags = in_place, dict(tags or {})
+        self._metric, self._mode = next(iter(config.search.wanted.items()))
+        self._points: dict[int, Point] = {}
+        self._runs: dict[int, TrackedRun] = {}
+        self._seconds: dict[int, float] = {}
+        self._again = [number for number, trial in log.trials.items() if not trial.is_over]
+        self._next = 1 + max(log.trials, default=BASELINE)
+        self._seconds_before = seconds_before
+        self._begin: float | None = None
+        self._time_is_up = False
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are still to be run, baseline included."""
+        search = self._config.search
+        new = max(0, search.num_trials - (self._next - 1))
+        baseline = int(search.baseline and BASELINE not in self._log.trials)
+        return new + baseline + len(self._again)
+
+    @property
+    def seconds(self) -> float:
+        """What the sweep has taken, earlier parts included."""
+        now = 0.0 if self._begin is None else time.monotonic() - self._begin
+        return self._seconds_before + now
+
+    def next_task(self) -> dict[str, Any] | None:
+        """Give the next trial's task: interrupted ones first, then the recipe's own."""
+        if self._begin is None:
+            self._begin = time.monotonic()
+        search = self._config.search
+        if self.is_time_up() or self._is_spent():
+            return None
+        if self._again:
+            number = self._again.pop(0)
+            trial = self._log.trials[number]
+            point: Point | None = Point(trial.drawn, trial.overrides)
+        elif search.baseline and not {BASELINE} & {*self._log.trials, *self._points}:
+            number, point = BASELINE, Point()
+        elif self._next <= search.num_trials:
+            number = self._next
+            point = self._proposer.propose(number)
+            self._next += 1
+        else:
+            return None
+        if point is None:
+            return None
+        self._points[number] = point
+        return {
+            "number": number,
+            "overrides": point.overrides,
+            "teacher": teacher_key(self._config, point.overrides),
+            "in_place": self._in_place,
+            "is_ruled": number != BASELINE,
+        }
+
+    def started(self, number: int) -> None:
+        """Note that a trial runs, and open its run."""
+        point = self._points[number]
+        self._log.started(number, point.drawn, point.overrides)
+        settings = point_settings(self._config, point.overrides)
+        run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
+        tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
+        run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
+        what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
+        self._console.note(f"{trial_name(number)}: {what}")
+
+    def reported(self, number: int, report: Report, num_steps: int, seconds: float) -> None:
+        """Note what a trial measured."""
+        self._seconds[number] = seconds
+        self._log.reported(number, report, num_steps)
+        value = report.metrics.get(self._metric, math.nan)
+        self._console.note(
+            f"{trial_name(number)}: step {report.step}/{num_steps}  {self._metric} {value:.4g}"
+            f"{self._best_words()}"
+        )
+
+    def ended(self, number: int, message: str = "") -> None:
+        """Note that a trial is over, or that it failed."""
+        trial = self._log.trials[number]
+        is_whole = trial.num_steps > 0 and trial.steps_done >= trial.num_steps
+        run = self._runs[number]
+        if not message and not is_whole and self._time_is_up:
+            # Not its fault: it goes on when the sweep does.
+            run.__exit__(KeyboardInterrupt, None, None)
+            return
+        seconds = self._seconds.get(number, 0.0)
+        status: Status = "failed" if message else "finished" if is_whole else "stopped"
+        self._log.ended(number, status, seconds, message)
+        if trial.reports:
+            run.log_metrics(trial.steps_done, {f"trial/{k}": v for k, v in trial.metrics.items()})
+        run.set_tags({"trial_status": status} | ({"failure": message[:500]} if message else {}))
+        run.__exit__(RuntimeError if message else None, None, None)
+        self._proposer.tell(trial)
+        best = self._log_best()
+        if best is not None:
+            over = sum(one.status != "running" for one in self._log.trials.values())
+            self._tracker.log_metrics(over, {f"best/{self._metric}": best})
+        if message:
+            self._console.warn(f"{trial_name(number)} failed: {message}")
+        elif status == "stopped":
+            self._console.note(f"{trial_name(number)}: ended early, after {duration(seconds)}")
+
+    def is_time_up(self) -> bool:
+        """Tell whether the time budget is spent."""
+        budget = self._config.search.time_budget_s
+        if not self._time_is_up and budget is not None and self.seconds > budget:
+            self._time_is_up = True
+            self._console.note(f"search.time_budget_s={budget:g} is spent; the sweep ends here")
+        return self._time_is_up
+
+    def close(self) -> None:
+        """Close the runs of trials that were cut off; they go on with the same command."""
+        for number, run in self._runs.items():
+            if self._log.trials[number].status == "running":
+                with suppress(Exception):
+                    run.__exit__(KeyboardInterrupt, None, None)
+
+    def mark_best(self, best: int) -> None:
+        """Mark one trial's run as the best, and no other.
+
+        Args:
+            best: its number.
+        """
+        for number, trial in self._log.trials.items():
+            run = self._runs.get(number)
+            mark = self._directory / TRIALS_DIRECTORY / trial_name(number) / "best"
+            if run is None:
+                # An earlier part of the sweep ran it, and may have marked it.
+                if number == best or mark.exists():
+                    with self._open_run(number, trial.drawn, trial.overrides) as run:
+                        run.set_tags({"best": str(number == best).lower()})
+            elif number == best:
+                run.set_tags({"best": "true"})
+            if number == best:
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+
+    def _open_run(
+        self, number: int, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> TrackedRun:
+        return self._tracker.stage(
+            trial_name(number),
+            self._directory / TRIALS_DIRECTORY / trial_name(number),
+            params=dict(drawn) or {"point": "the recipe as it stands"},
+            fingerprint=value_digest([number, dict(overrides)]),
+        )
+
+    def _is_spent(self) -> bool:
+        budget = self._config.search.worker_budget_s
+        if budget is None:
+            return False
+        workers = self._config.parallel.max_workers
+        spent = workers * sum(trial.seconds for trial in self._log.trials.values())
+        if spent >= budget:
+            self._console.note(
+                f"search.worker_budget_s={budget:g} is spent ({spent:.0f} s); no more trials"
+            )
+        return spent >= budget
+
+    def _log_best(self) -> float | None:
+        best: float | None = None
+        for trial in self._log.trials.values():
+            value = trial.value(self._metric)
+            if trial.status == "finished" and (best is None or is_better(self._mode, value, best)):
+                best = value
+        return best
+
+    def _best_words(self) -> str:
+        best = self._log_best()
+        return "" if best is None else f"  (best {best:.4g})"
+
+
+def _at(settings: Mapping[str, Any], path: str) -> Any:
+    value: Any = settings
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+def _said(drawn: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{path.rpartition('.')[2]} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for path, value in drawn.items()
+    )

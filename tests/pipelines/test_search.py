@@ -1,0 +1,365 @@
+"""A sweep without Ray: what is shared, resumed, failed and reported; Ray's part is in tests/ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_dist.config import load_config
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.search.objectives import parse_goals
+from moe_dist.search.trials import Report, Trial, TrialLog
+from moe_dist.training.placement import Placement, WorkerNeed
+from moe_dist.training.search import TrialRoom
+from pipelines.search import sweep as sweeping
+from pipelines.search.frontier import answer_goal, describe_student, goal_config
+from pipelines.search.results import write_results
+from pipelines.search.rungs import rung_steps, rung_times
+from pipelines.search.sweep import SweepResult, search_recipe
+from pipelines.search.trial import TrialRunner
+from tests.pipelines.recorder import Recorder
+
+Write = Callable[[dict[str, Any]], Path]
+SPACE = {
+    "moe.router": {"from": "routers"},
+    "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+}
+
+
+class Ended(BaseException):
+    """A trial that is stopped where it reports, as Tune does it."""
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run trials one after the other; the last measured stands for an early stop of odd ones."""
+
+    def run_sweep(
+        run_trial: Any,
+        watcher: Any,
+        ruling: Any,
+        room: Any,
+        session: Any,
+        *,
+        num_trials: int,
+        past: Iterable[Trial] = (),
+    ) -> None:
+        while (task := watcher.next_task()) is not None and not watcher.is_time_up():
+            number = task["number"]
+            watcher.started(number)
+            begin = time.monotonic()
+
+            def say(report: Any, number: int = number, begin: float = begin) -> None:
+                told = Report(report["rung"], report["step"], dict(report["metrics"]))
+                watcher.reported(number, told, report["num_steps"], time.monotonic() - begin)
+                if number % 2 and report["rung"] < ruling.last_rung:
+                    raise Ended
+
+            try:
+                run_trial(json.loads(json.dumps(task)), say)
+            except Ended:
+                watcher.ended(number)
+            except Exception as fault:
+                watcher.ended(number, str(fault))
+            else:
+                watcher.ended(number)
+
+    room = TrialRoom(Placement(1, 1, WorkerNeed(1)), 1, in_place=True)
+    monkeypatch.setattr(sweeping, "run_sweep", run_sweep)
+    monkeypatch.setattr(sweeping, "_find_room", lambda *_: room)
+
+
+def finish(result: SweepResult, run: Any) -> int | None:
+    summary = write_results(result, run)
+    return None if summary["best"] is None else summary["best"]["trial"]
+
+
+@pytest.fixture
+def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
+    tiny_settings["train"] |= {"num_epochs": 2}
+    tiny_settings["search"] = {"num_trials": 3, "space": SPACE, "algorithm": "random"}
+    return tiny_settings
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_sweep_shares_its_teacher_and_leaves_a_recipe(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from pyarrow import parquet
+
+    from pipelines.chain import run_chain
+
+    config = load_config(write_recipe(settings))
+    recorder = Recorder()
+    result = search_recipe(config, recorder, finish)
+    assert recorder.ran == ["finetune-teacher", "score-importance"]
+    assert [trial.status for trial in result.trials.values()] == [
+        "finished",
+        "stopped",
+        "finished",
+        "stopped",
+    ]
+    assert [len(result.trials[number].reports) for number in range(4)] == [3, 1, 3, 1]
+    directory = tmp_path / "outputs/tiny/search"
+    report = json.loads((directory / "report.json").read_text())
+    assert report["trials"]["all"] == 4
+    assert report["steps"]["taken"] < report["steps"]["of_all_to_the_end"]
+    assert report["best"]["trial"] in (0, 2)
+    text = (directory / "report.md").read_text()
+    for name in ("parallel.png", "pareto.png", "curves.png"):
+        assert (directory / name).stat().st_size > 1000 and name in text
+    table = parquet.read_table(directory / "trials.parquet")
+    assert table.num_rows == 4
+    assert {"trial", "status", "moe.router", "train.learning_rate", "quality", "flops"} <= set(
+        table.column_names
+    )
+
+    best = load_config(directory / "best.yaml")
+    assert best.train.learning_rate == report["best"]["overrides"].get(
+        "train.learning_rate", config.train.learning_rate
+    )
+    again = Recorder()
+    run_chain(best, again, until="distill")
+    assert again.skipped == ["finetune-teacher", "score-importance"]
+    assert again.ran == ["adapt", "distill"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(
+    write_recipe: Write,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config(write_recipe(settings))
+    ran: list[int] = []
+    whole = TrialRunner.__call__
+
+    def stop_at_two(self: TrialRunner, task: Any, say: Any) -> None:
+        ran.append(task["number"])
+        if task["number"] == 2:
+            raise KeyboardInterrupt
+        whole(self, task, say)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrialRunner, "__call__", stop_at_two)
+        with pytest.raises(KeyboardInterrupt):
+            search_recipe(config, Recorder(), finish)
+    log = tmp_path / "outputs/tiny/search/trials.jsonl"
+    point = TrialLog(log).trials[2].overrides
+
+    def note(self: TrialRunner, task: Any, say: Any) -> None:
+        ran.append(task["number"])
+        whole(self, task, say)
+
+    monkeypatch.setattr(TrialRunner, "__call__", note)
+    result = search_recipe(config, Recorder(), finish)
+    assert ran == [0, 1, 2, 2, 3]
+    assert result.trials[2].overrides == point
+    search_recipe(config, Recorder(), finish)
+    assert len(ran) == 5
+
+    more = load_config(write_recipe(settings), ["search.num_trials=4"])
+    search_recipe(more, Recorder(), finish)
+    assert ran[5:] == [4]
+    other = load_config(write_recipe(settings), ["train.batch_size=16"])
+    with pytest.raises(MoeDistError, match="another search"):
+        search_recipe(other, Recorder(), finish)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_failed_trial_says_so_and_the_others_go_on(
+    write_recipe: Write,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = TrialRunner.__call__
+
+    def fail_at_one(self: TrialRunner, task: Any, say: Any) -> None:
+        if task["number"] == 1:
+            raise ValueError("no memory left")
+        whole(self, task, say)
+
+    monkeypatch.setattr(TrialRunner, "__call__", fail_at_one)
+    recorder = Recorder()
+    warned: list[str] = []
+    monkeypatch.setattr(recorder, "warn", warned.append)
+    result = search_recipe(load_config(write_recipe(settings)), recorder, finish)
+    assert result.trials[1].status == "failed" and result.trials[2].status == "finished"
+    assert warned == ["trial-0001 failed: no memory left"]
+    text = (tmp_path / "outputs/tiny/search/report.md").read_text()
+    assert "- trial 1: no memory left" in text
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_trials_that_disagree_on_the_teacher_get_their_own(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["search"] |= {
+        "space": {"finetune.num_epochs": {"choice": [1, 3]}},
+        "algorithm": "grid",
+        "scheduler": "none",
+        "rungs": 1,
+        "baseline": False,
+    }
+    config = load_config(write_recipe(settings))
+    recorder = Recorder()
+    result = search_recipe(config, recorder, finish)
+    assert recorder.ran == ["finetune-teacher", "score-importance"] * 2
+    assert len(result.teachers) == 2 and len(result.trials) == 2
+    assert len(list((tmp_path / "outputs/tiny/search/shared").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_time_budget_ends_the_sweep_and_leaves_the_rest(
+    write_recipe: Write, settings: dict[str, Any]
+) -> None:
+    config = load_config(write_recipe(settings), ["search.time_budget_s=1e-6"])
+    result = search_recipe(config, Recorder(), finish)
+    assert len(result.trials) <= 1
+    rest = load_config(write_recipe(settings), ["search.worker_budget_s=1e-6"])
+    assert len(search_recipe(rest, Recorder(), finish).trials) <= 2
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_best_is_confirmed_with_other_seeds(
+    write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pipelines.search import confirming
+
+    monkeypatch.setattr(confirming, "run_sweep", sweeping.run_sweep)
+    settings["search"] |= {"scheduler": "none", "rungs": 1, "num_trials": 1, "confirm_seeds": 2}
+    # With the recipe's own rate nothing is learned, so the trial cannot be worse.
+    settings["train"]["learning_rate"] = 1e-12
+    settings["finetune"] = {"learning_rate": 1e-3}
+    settings["search"]["space"] = {"train.learning_rate": {"choice": [1e-2]}}
+    settings["search"]["metric"] = "flops"
+    settings["search"]["baseline"] = False
+    result = search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+    assert result.confirmed is not None
+    assert len(result.confirmed.best_values) == len(result.confirmed.baseline_values) == 2
+    assert result.confirmed.difference == 0.0
+    report = json.loads((tmp_path / "outputs/tiny/search/report.json").read_text())
+    assert report["confirmed"]["best"] == 1
+    again = search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+    assert again.confirmed == result.confirmed
+
+
+def test_a_margin_is_compared_with_the_noise_of_seeds() -> None:
+    from pipelines.search.confirming import judge
+
+    def trials(*values: float) -> dict[int, Trial]:
+        return {
+            number: Trial(number, status="finished", reports=[Report(1, 1, {"quality": value})])
+            for number, value in enumerate(values)
+        }
+
+    clear = judge("quality", 7, trials(0.90, 0.80, 0.91, 0.80, 0.90, 0.81))
+    assert clear is not None and clear.low > 0
+    assert "more than the noise of seeds" in str(clear) and "trial 7" in str(clear)
+    noise = judge("quality", 7, trials(0.90, 0.80, 0.80, 0.90, 0.85, 0.85))
+    assert noise is not None and noise.low < 0 < noise.high
+    assert "cannot be told" in str(noise)
+    assert judge("quality", 7, trials(0.9, 0.8)) is None
+
+
+def test_a_search_without_a_space_is_refused(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(ConfigError, match=r"search\.space is missing"):
+        search_recipe(config, Recorder(), finish)
+
+
+def test_rungs_follow_the_scheduler(write_recipe: Write, settings: dict[str, Any]) -> None:
+    halving = load_config(write_recipe(settings)).search
+    assert rung_times(halving) == (1, 3, 9)
+    assert rung_steps((1, 3, 9), 90) == {10: 1, 30: 3, 90: 9}
+    assert rung_steps((1, 3, 9), 2) == {1: 3, 2: 9}
+    even = load_config(write_recipe(settings), ["search.scheduler=median"]).search
+    assert rung_times(even) == (1, 2, 3)
+
+
+# Goals
+
+
+def tried(number: int, retention: float, flops: float, **overrides: Any) -> Trial:
+    metrics = {"quality": retention, "retention": retention, "flops": flops}
+    return Trial(number, overrides, overrides, "finished", [Report(1, 1, metrics)], 1)
+
+
+def sweep_of(*trials: Trial) -> Any:
+    return SweepResult(None, Path(), {trial.number: trial for trial in trials}, 0.0, {})  # type: ignore[arg-type]
+
+
+def test_the_cheapest_that_keeps_the_goal_is_named() -> None:
+    result = sweep_of(
+        tried(0, 1.0, 9.0),
+        tried(1, 0.97, 3.0),
+        tried(2, 0.995, 5.0, **{"moe.num_experts": 1}),
+        tried(3, 0.991, 6.0),
+    )
+    answer = answer_goal(result, parse_goals("retention>=0.99"), "flops")
+    assert answer.is_met and answer.num_meeting == 3 and answer.trial is result.trials[2]
+    assert "The cheapest of 3 models (of 4)" in answer.lines[0]
+    assert "the pruned dense student" in answer.lines[1]
+    remeasured = answer_goal(result, parse_goals("retention>=0.99"), "flops", {2: 8.0, 3: 7.0})
+    assert remeasured.trial is result.trials[3]
+
+
+def test_no_model_that_keeps_the_goal_is_said() -> None:
+    result = sweep_of(tried(1, 0.97, 3.0), tried(2, 0.98, 5.0))
+    answer = answer_goal(result, parse_goals("retention>=0.99"), "flops")
+    assert not answer.is_met and answer.trial is result.trials[2]
+    assert answer.lines[0] == "None of 2 models meets retention >= 0.99."
+    assert "closest is trial 2 with retention 0.9800" in answer.lines[1]
+
+
+def test_the_frontier_holds_dense_and_moe_students_of_the_tables(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from moe_dist.config.search_space import table_values
+
+    tiny_settings["distill"] = {"load_balancing_weight": 0.01}
+    tiny_settings["moe"]["router"] = "token_gate"
+    config = load_config(write_recipe(tiny_settings))
+    goal = goal_config(config, parse_goals("retention>=0.99"), "latency", Recorder())
+    space = goal.search.space
+    assert space["moe.num_experts"]["choice"][0] == 1
+    assert space["moe.expert_size"]["choice"] == [4, 8, 16, 24]
+    assert set(space["moe.router"]["choice"]) <= set(table_values("routers"))
+    assert {"hash_random", "token_gate"} <= set(space["moe.router"]["choice"])
+    assert "importance" in space["moe.partition"]["choice"]
+    assert space["distill.load_balancing_weight"]["otherwise"] == 0.0
+    assert goal.search.wanted == {"retention": "max", "latency": "min"}
+    assert goal.search.chosen_scheduler == "none"
+    assert describe_student(Trial(0)) == "the recipe as it stands"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_goal_is_answered_with_a_recipe(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    del settings["search"]["space"]
+    settings["search"] |= {"num_trials": 2, "rungs": 1}
+    recipe = str(write_recipe(settings))
+    goal = ["--goal", "quality>=0", "--minimize", "latency"]
+    done = CliRunner().invoke(app, ["search", recipe, "--quiet", *goal])
+    assert done.exit_code == 0, done.output
+    assert "The cheapest of" in done.output
+    best = yaml.safe_load((tmp_path / "outputs/tiny/search/best.yaml").read_text())
+    assert "search" not in best
+    other = ["--set", "name=other", "--goal", "quality>1", "--minimize", "flops"]
+    none = CliRunner().invoke(app, ["search", recipe, "--quiet", *other])
+    assert none.exit_code == 1 and "None of" in none.output

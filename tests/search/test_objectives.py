@@ -1,0 +1,50 @@
+"""Goals, costs and the Pareto front."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.search.objectives import check_cost, is_better, pareto_front, parse_goals
+
+
+def test_goals_are_read_and_met() -> None:
+    kept, small = parse_goals("retention >= 99%, parameters<2e7")
+    assert (kept.metric, kept.sign, kept.bound) == ("retention", ">=", 0.99)
+    assert kept.is_met({"retention": 0.99}) and not kept.is_met({"retention": 0.98})
+    assert not kept.is_met({}) and not kept.is_met({"retention": math.nan})
+    assert small.is_met({"parameters": 1.9e7}) and not small.is_met({"parameters": 2e7})
+
+
+def test_goals_that_cannot_be_read_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_goals("retention=0.99, speed>=2, quality>=1e")
+    said = "\n".join(caught.value.faults)
+    assert "'retention=0.99' is no bound" in said
+    assert "speed is not measured" in said
+    assert "'quality>=1e' has no number" in said
+
+
+def test_only_costs_are_minimised() -> None:
+    assert check_cost("flops") == "flops"
+    with pytest.raises(ConfigError, match="use one of latency, flops"):
+        check_cost("quality")
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    rows = [
+        {"quality": 0.9, "flops": 10.0},
+        {"quality": 0.8, "flops": 5.0},
+        {"quality": 0.8, "flops": 6.0},
+        {"quality": 0.7, "flops": 4.0},
+        {"quality": 0.95},
+        {"quality": 0.9, "flops": 10.0},
+    ]
+    assert pareto_front(rows, {"quality": "max", "flops": "min"}) == [0, 1, 3, 5]
+
+
+def test_nan_is_worse_than_anything() -> None:
+    assert is_better("max", 1.0, math.nan) and not is_better("min", math.nan, 1.0)
+    assert is_better("min", 1.0, 2.0) and not is_better("max", 1.0, 2.0)
