@@ -24,12 +24,13 @@ from __future__ import annotations
 
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
-from moe_dist.tracking.protocols import DatasetInput, TrackedRun, Tracker
+from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
 from moe_dist.tracking.runs import build_tracker
 
 __all__ = [
     "DatasetInput",
     "NullTracker",
+    "TrackedModel",
     "TrackedRun",
     "Tracker",
     "build_tracker",
