@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -154,22 +155,26 @@ def describe_model(
     import mlflow.pyfunc
     from mlflow.models import Model
 
-    mlflow.pyfunc.save_model(
-        path=str(target),
-        loader_module=LOADER_MODULE,
-        data_path=str(directory),
-        mlflow_model=Model(artifact_path=entry["name"], run_id=run_id, model_id=model_id),
-        signature=_signature(entry),
-        pip_requirements=_requirements(),
-        model_config={"max_length": entry["max_length"]},
-    )
+    with warnings.catch_warnings():
+        # It asks for an example input, with which it would load the model to try it.
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            loader_module=LOADER_MODULE,
+            data_path=str(directory),
+            mlflow_model=Model(artifact_path=entry["name"], run_id=run_id, model_id=model_id),
+            signature=_signature(entry),
+            pip_requirements=_requirements(),
+            model_config={"max_length": entry["max_length"]},
+        )
 
 
 def _signature(entry: Mapping[str, Any]) -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, Map, Schema
 
-    columns = [ColSpec(DataType.string, name) for name in entry["text_columns"]]
+    # Without names a plain list of texts is taken too, and any names of columns are.
+    columns = [ColSpec(DataType.string) for _ in range(entry["num_texts"])]
     if entry["labels"]:
         answers = [
             ColSpec(DataType.string, "label"),

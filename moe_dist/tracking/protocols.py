@@ -36,7 +36,7 @@ class TrackedModel:
         name: what it is called among the models of its run: `student`.
         directory: what `moe_dist.inference.save_model` wrote.
         digest: identifies its content; a model of the same name and digest is sent once.
-        text_columns: the one or two columns of text that it reads.
+        num_texts: 1, or 2 where it reads pairs.
         labels: its classes; empty for regression.
         max_length: tokens after which a text is cut.
         register_as: name in the model registry; empty to leave it out of there.
@@ -46,7 +46,7 @@ class TrackedModel:
     name: str
     directory: Path
     digest: str
-    text_columns: tuple[str, ...]
+    num_texts: int
     labels: tuple[str, ...]
     max_length: int
     register_as: str = ""

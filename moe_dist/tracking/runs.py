@@ -34,6 +34,9 @@ IDENTITY_IGNORES = (
     "train.step_timeout_s",
 )
 
+RECIPE_TAG = "recipe_hash"
+"""The same for runs of one recipe, wherever and on however many workers they run."""
+
 
 def build_tracker(uri: str, *, experiment: str = "moe-dist", enabled: bool = True) -> Tracker:
     """Connect to MLflow.
@@ -92,7 +95,7 @@ class MLflowTracker:
         journal = _open_journal(name, Path(directory), _chain_fingerprint(flat), None)
         with journal.changing() as wanted:
             wanted.params.update(flat)
-            wanted.tags.update(dict(tags or {}))
+            wanted.tags.update({RECIPE_TAG: journal.wanted.fingerprint[:12], **(tags or {})})
         return _MlflowRun(journal, Sender(self._store, journal))
 
 
