@@ -138,7 +138,9 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:
                 chain.log_dataset(dataset)
-            results = _run_steps(config, workspace, chain, plan_steps(config, until))
+            steps = plan_steps(config, until)
+            workspace.console.planned([step.key for step in steps])
+            results = _run_steps(config, workspace, chain, steps)
             log_models(config, workspace, chain, results)
             report_path = None
             if evaluate.NAME in results:

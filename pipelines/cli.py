@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moe_dist.errors import (
-    ConfigError,
-    ConversionError,
-    DataError,
-    MissingInputError,
-    MoeDistError,
-    TrackingError,
+from .command_line import (
+    EXIT_FAILURE,
+    AsJson,
+    Debug,
+    DryRun,
+    Overrides,
+    Quiet,
+    Recipe,
+    clean_errors,
+    quieten_libraries,
+    send_warnings_to,
 )
-from moe_dist.redaction import hide_secrets
-
-if TYPE_CHECKING:
-    from moe_dist.config import RunConfig
-
-    from .console import Console
-
-EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+from .comparison.commands import register
+from .running import run_until
 
 app = typer.Typer(
     name="moe-dist",
@@ -42,20 +34,7 @@ benchmark_app = typer.Typer(
     help="Measure parts of the program on this machine.", no_args_is_help=True
 )
 app.add_typer(benchmark_app, name="benchmark")
-
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
+register(app, benchmark_app)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -83,10 +62,19 @@ def compress(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run the whole chain: teacher, scores, experts, distillation, report."""
-    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "evaluate",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command("finetune-teacher")
@@ -95,10 +83,19 @@ def finetune_teacher(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune the dense teacher on the task."""
-    _run_until("finetune-teacher", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "finetune-teacher",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command("score-importance")
@@ -107,10 +104,19 @@ def score_importance(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Score the teacher's feed-forward neurons, after the stages before it."""
-    _run_until("score-importance", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "score-importance",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -119,10 +125,19 @@ def adapt(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Split the teacher into experts, after the stages before it."""
-    _run_until("adapt", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "adapt",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -131,10 +146,19 @@ def distill(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Distil the teacher into the student, after the stages before it."""
-    _run_until("distill", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "distill",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -143,10 +167,19 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students and write the report, after the stages before it."""
-    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "evaluate",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -157,15 +190,15 @@ def preflight(
     debug: Debug = False,
 ) -> None:
     """Check a recipe and the cluster before a long run: places, versions, storage, network."""
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
+    with clean_errors(debug=debug):
+        quieten_libraries()
         from moe_dist.config import load_config
 
         from .console import Console
 
         config = load_config(recipe, overrides or ())
         console = Console(quiet=as_json)
-        _send_warnings_to(console)
+        send_warnings_to(console)
         from .preflight import run_preflight
 
         if not run_preflight(config, console, as_json=as_json):
@@ -196,8 +229,8 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Run the whole chain as a job on a Ray cluster, and follow it."""
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
+    with clean_errors(debug=debug):
+        quieten_libraries()
         from .cluster_package import cluster_module
         from .console import Console
         from .preflight import check_before_submit
@@ -236,7 +269,7 @@ def benchmark_layer(
     debug: Debug = False,
 ) -> None:
     """Time the MoE layer against a dense layer of the same active FLOPs."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.layer import LayerBenchmark, main
 
         main(
@@ -272,7 +305,7 @@ def benchmark_importance(
     debug: Debug = False,
 ) -> None:
     """Time importance scoring against the loop over single samples."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.importance import ImportanceBenchmark, main
 
         main(
@@ -304,7 +337,7 @@ def benchmark_checkpoint(
     debug: Debug = False,
 ) -> None:
     """Time what checkpoints cost the training beside them."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.checkpoint import CheckpointBenchmark, main
 
         main(
@@ -330,7 +363,7 @@ def benchmark_expert_parallel(
     debug: Debug = False,
 ) -> None:
     """Time the expert-parallel layer against DeepSpeed's own, on two processes."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.expert_parallel import ExpertParallelBenchmark, main
 
         main(
@@ -355,7 +388,7 @@ def benchmark_throughput(
     debug: Debug = False,
 ) -> None:
     """Time two workers against two independent runs on this machine."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.throughput import ThroughputBenchmark, main
 
         main(
@@ -379,7 +412,7 @@ def benchmark_startup(
     debug: Debug = False,
 ) -> None:
     """Time the way from `compress` to the first training step."""
-    with _clean_errors(debug=debug):
+    with clean_errors(debug=debug):
         from .benchmarks.startup import DEMO, StartupBenchmark, main
 
         main(
@@ -392,106 +425,3 @@ def benchmark_startup(
 def main() -> None:
     """Run the program; the entry point of `moe-dist`."""
     app()
-
-
-def _run_until(
-    stage: str,
-    recipe: Path,
-    overrides: list[str] | None,
-    *,
-    dry_run: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
-    with _clean_errors(debug=debug):
-        _quieten_libraries()
-        from moe_dist.config import load_config
-        from moe_dist.timeline import mark
-
-        from .console import Console
-
-        config = load_config(recipe, overrides or ())
-        mark("command line and recipe")
-        console = Console(quiet=quiet)
-        if dry_run:
-            from .sizes import show_sizes
-
-            show_sizes(config, console)
-            return
-        from .cluster_package import cluster_module
-
-        lasting = cluster_module("lasting")
-        if lasting.in_ray_job():
-            lasting.check_job(config)
-        _send_warnings_to(console)
-        _run(stage, config, console)
-
-
-def _run(stage: str, config: RunConfig, console: Console) -> None:
-    import json
-    import signal
-
-    from .chain import run_chain
-
-    # A stop from outside ends a run as Ctrl-C does: noted as killed, Ray taken down, to be resumed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = run_chain(config, console, until=stage)
-    if result.report_path is not None:
-        from .report import to_tables, verdict_lines
-
-        report = json.loads(result.report_path.read_text(encoding="utf-8"))
-        for table in to_tables(report):
-            console.result(table)
-        for line in verdict_lines(report):
-            console.result(line)
-        console.result(f"\nreport: {result.shown(result.report_path)}")
-    else:
-        last = list(result.results.values())[-1]
-        for name, path in last.outputs.items():
-            console.result(f"{name}: {result.shown(path)}")
-    if result.open_hint:
-        console.result(f"MLflow: {result.open_hint}")
-
-
-def _quieten_libraries() -> None:
-    """Keep other libraries' bars and hints out of the progress display; workers inherit it."""
-    for variable, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ):
-        os.environ.setdefault(variable, value)
-
-
-def _send_warnings_to(console: Console) -> None:
-    """Show the library's warnings between the progress lines and not across them."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.warn(record.getMessage())
-
-    logger = logging.getLogger("moe_dist")
-    logger.addHandler(Handler(level=logging.WARNING))
-    logger.propagate = False
-
-
-@contextmanager
-def _clean_errors(*, debug: bool) -> Iterator[None]:
-    """Print a user's error as one message; leave the traceback to --debug."""
-    try:
-        yield
-    except MoeDistError as error:
-        if debug:
-            raise
-        typer.echo(hide_secrets(f"error: {error}"), err=True)
-        raise typer.Exit(_exit_code(error)) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues from here", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _exit_code(error: MoeDistError) -> int:
-    """Tell what the user can mend in recipe or surroundings from what failed on the way."""
-    mendable = ConfigError | ConversionError | DataError | MissingInputError | TrackingError
-    return EXIT_USER_ERROR if isinstance(error, mendable) else EXIT_FAILURE

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Job = Callable[[Any], Any]
 SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
+LOSS_PREFIX = "train/loss/"
 METRIC_LOG = "metrics.jsonl"
 RAY_DIRECTORY = "ray"
 MAX_TAG_LENGTH = 5000
@@ -186,16 +187,18 @@ def show_progress(log: Path, console: Console, num_steps: int | None) -> Callabl
     """
     tail = MetricTail(log)
     figures: dict[str, float] = {}
+    terms: dict[str, float] = {}
 
     def on_poll() -> None:
         shown_step: int | None = None
         for record in tail.poll():
             if new := shown_figures(record):
                 figures.update(new)
+                terms.update(loss_terms(record))
                 shown_step = record.step
         # A log that is continued comes whole at first; its old lines took no time now.
         if shown_step is not None:
-            console.progress(shown_step, num_steps, figures)
+            console.progress(shown_step, num_steps, figures, terms)
 
     return on_poll
 
@@ -216,3 +219,20 @@ def shown_figures(record: MetricRecord) -> dict[str, float]:
     if main is not None:
         chosen[f"dev {main.removeprefix(DEV_PREFIX)}"] = metrics[main]
     return chosen
+
+
+def loss_terms(record: MetricRecord) -> dict[str, float]:
+    """Pick what the loss is made of from a line of the metric log.
+
+    Args:
+        record: of training or of an evaluation.
+
+    Returns:
+        Values by the name that is shown; empty where the loss is one term, or not there.
+    """
+    terms = {
+        name.removeprefix(LOSS_PREFIX).replace("_", " "): value
+        for name, value in record.metrics.items()
+        if name.startswith(LOSS_PREFIX) and name not in SHOWN
+    }
+    return terms if len(terms) > 1 else {}

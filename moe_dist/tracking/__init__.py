@@ -25,11 +25,15 @@ from __future__ import annotations
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
 from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
+from moe_dist.tracking.reading import RecordedRun, RunReader, sort_runs
 from moe_dist.tracking.runs import build_tracker
+from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
     "DatasetInput",
     "NullTracker",
+    "RecordedRun",
+    "RunReader",
     "TrackedModel",
     "TrackedRun",
     "Tracker",
@@ -37,4 +41,6 @@ __all__ = [
     "flatten",
     "redact_uri",
     "scrub",
+    "shown_metrics",
+    "sort_runs",
 ]

@@ -1,0 +1,106 @@
+"""What the commands share: options, errors in one message, quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_dist.errors import (
+    ConfigError,
+    ConversionError,
+    DataError,
+    MissingInputError,
+    MoeDistError,
+    TrackingError,
+)
+from moe_dist.redaction import hide_secrets
+
+if TYPE_CHECKING:
+    from .console import Console
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON lines: what happens, and at last the results or the error."
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' bars and hints out of the progress display; workers inherit it."""
+    for variable, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ):
+        os.environ.setdefault(variable, value)
+
+
+def send_warnings_to(console: Console) -> None:
+    """Show the library's warnings between the progress lines and not across them.
+
+    Args:
+        console: where to show them.
+    """
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.warn(record.getMessage())
+
+    logger = logging.getLogger("moe_dist")
+    logger.addHandler(Handler(level=logging.WARNING))
+    logger.propagate = False
+
+
+@contextmanager
+def clean_errors(*, debug: bool) -> Iterator[None]:
+    """Print a user's error as one message; leave the traceback to --debug.
+
+    Args:
+        debug: show the traceback.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        typer.Exit: with the code of the error.
+    """
+    try:
+        yield
+    except MoeDistError as error:
+        if debug:
+            raise
+        typer.echo(hide_secrets(f"error: {error}"), err=True)
+        raise typer.Exit(_exit_code(error)) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command continues from here", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _exit_code(error: MoeDistError) -> int:
+    """Tell what the user can mend in recipe or surroundings from what failed on the way."""
+    mendable = ConfigError | ConversionError | DataError | MissingInputError | TrackingError
+    return EXIT_USER_ERROR if isinstance(error, mendable) else EXIT_FAILURE
