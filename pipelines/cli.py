@@ -36,6 +36,7 @@ benchmark_app = typer.Typer(
 app.add_typer(benchmark_app, name="benchmark")
 register(app, benchmark_app)
 
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from moe_dist import __version__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 from moe_dist.timeline import mark
 
 from .readiness import check_cluster_once
+from .stage import METRIC_LOG
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -25,7 +26,6 @@ Job = Callable[[Any], Any]
 SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
 LOSS_PREFIX = "train/loss/"
-METRIC_LOG = "metrics.jsonl"
 RAY_DIRECTORY = "ray"
 MAX_TAG_LENGTH = 5000
 TRAINING_SCRATCH = ("checkpoints",)
@@ -172,6 +172,21 @@ def draw_losses(work: StageWork, title: str) -> Path:
 
     records = MetricLog(work.directory / METRIC_LOG).read()
     return plot_losses(records, work.directory / "losses.png", title=title)
+
+
+def draw_load(work: StageWork, loads: Mapping[str, Sequence[float]]) -> tuple[Path, ...]:
+    """Draw how busy the experts are at the end of a training job.
+
+    Args:
+        work: the stage that ran it.
+        loads: each expert's share by layer; empty for a dense model.
+
+    Returns:
+        The picture, if there is one.
+    """
+    from .plots import plot_expert_load
+
+    return (plot_expert_load(loads, work.directory / "expert-load.png"),) if loads else ()
 
 
 def show_progress(log: Path, console: Console, num_steps: int | None) -> Callable[[], None]:

@@ -145,9 +145,7 @@ class JsonConsole(Console):
             seconds: what it took.
             metrics: its figures.
         """
-        self._progress_event(
-            "stage_finished", stage=stage, seconds=seconds, metrics=dict(metrics)
-        )
+        self._progress_event("stage_finished", stage=stage, seconds=seconds, metrics=dict(metrics))
 
     def _progress_event(self, kind: str, **fields: object) -> None:
         if not self._only_results:

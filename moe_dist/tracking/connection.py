@@ -73,6 +73,7 @@ def usable(uri: str) -> Iterator[None]:
     """
     # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     user_timeout = os.environ.get(_TIMEOUT_VARIABLE)
     os.environ[_TIMEOUT_VARIABLE] = str(CHECK_TIMEOUT_S)
     try:

@@ -32,7 +32,6 @@ from moe_dist.tracking.turns import Turns
 from moe_dist.tracking.view import shown_metrics
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 logger = logging.getLogger("moe_dist.tracking")

@@ -81,8 +81,8 @@ class RunReader:
         """Find runs, newest first.
 
         Args:
-            filter_string: in MLflow's language: `metrics.retention > 0.98 and
-                params.\\`moe.router\\` = 'token_gate'`.
+            filter_string: in MLflow's language: `metrics.retention > 0.98 and tags.router =
+                'token_gate'`.
             limit: at most so many; None for all.
             parents_only: leave out runs that are children of others.
 

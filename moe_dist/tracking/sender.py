@@ -7,8 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
 from moe_dist.tracking.connection import describe_fault
+from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
 from moe_dist.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger("moe_dist.tracking")

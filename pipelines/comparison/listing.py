@@ -121,7 +121,9 @@ def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
             name
             for entry in entries
             for name in entry.run.metrics
-            if name.startswith("student/") and "latency" not in name and "param" not in name
+            if name.startswith("student/")
+            and "latency" not in name
+            and "param" not in name
             and "flops" not in name
         }
     )
@@ -155,14 +157,18 @@ def comparison_tables(views: Sequence[RunView]) -> list[Table]:
     Returns:
         Two tables: settings, with a column for each run, and results, with a row for each student.
     """
-    settings = Table(title="what differs", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    settings = Table(
+        title="what differs", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     settings.add_column("setting")
     for view in views:
         settings.add_column(view.name, overflow="fold")
     for key in differing_params(views):
         settings.add_row(key, *(view.params.get(key, "") for view in views))
     columns, rows = result_rows(views, {})
-    results = Table(title="what came out", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    results = Table(
+        title="what came out", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     results.add_column("student", overflow="fold")
     for name in columns:
         results.add_column(name, justify="right")

@@ -22,7 +22,6 @@ from .views import ModelView, RunView, quality
 TEMPLATE = "page.html"
 MAX_SPANS = 60
 MAX_HEAT_MAPS = 24
-LOSS_PREFIX = "train/loss/"
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,20 @@ def result_rows(
         its state.
     """
     sizes = list(dict.fromkeys(size for view in views for size in _latencies(view.teacher)))
-    columns = ["state", "quality", "teacher", "retention", "interval", "worst imbalance"]
+    metrics = {view.main_metric for view in views if view.main_metric}
+    name = metrics.pop() if len(metrics) == 1 else ""
+    columns = ["state", name or "quality", "teacher", "retention", "interval", "worst imbalance"]
     columns += ["active", "FLOPs/token", *(f"ms, batch {size}" for size in sizes), "time"]
     rows = []
     for view in views:
         for model in view.models or (ModelView("", {}),):
             entry = model.entry
             value, base = quality(entry, view.main_metric), quality(view.teacher, view.main_metric)
+            # Where runs have several main metrics, each value says its own.
+            suffix = "" if name else f" {view.main_metric}"
             cells = [
                 Cell(view.status.lower()),
-                _number(value, lambda v: f"{v:.4f} {view.main_metric}"),
+                _number(value, lambda v, suffix=suffix: f"{v:.4f}{suffix}"),
                 _number(base, lambda v: f"{v:.4f}"),
                 _number(model.retention, lambda v: f"{v:.4f}"),
                 Cell("" if model.interval is None else "{:.3f} to {:.3f}".format(*model.interval)),
@@ -234,8 +237,21 @@ def curve_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[
         values = [y for line in lines[metric] for y in line.ys if math.isfinite(y)]
         wide = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
         drawing = line_chart(lines[metric], x_label="optimizer step", logarithmic=wide)
-        figures.append(Figure(metric.removeprefix(LOSS_PREFIX).replace("_", " "), drawing))
+        figures.append(Figure(curve_title(metric), drawing))
     return [figure for figure in figures if figure.drawing]
+
+
+def curve_title(metric: str) -> str:
+    """Say what a learning curve shows.
+
+    Args:
+        metric: its name in the metric log.
+
+    Returns:
+        For example `loss: hidden mse`.
+    """
+    kind, _, name = metric.removeprefix("train/").rpartition("/")
+    return f"{kind}: {name.replace('_', ' ')}"
 
 
 def _retention_figure(views: Sequence[RunView], colours: Mapping[str, str]) -> Markup:
@@ -253,9 +269,7 @@ def _retention_figure(views: Sequence[RunView], colours: Mapping[str, str]) -> M
     return spans(rows[:MAX_SPANS], reference=1.0)
 
 
-def _priced(
-    view: RunView, colours: Mapping[str, str]
-) -> list[tuple[str, Mapping[str, Any], str]]:
+def _priced(view: RunView, colours: Mapping[str, str]) -> list[tuple[str, Mapping[str, Any], str]]:
     colour = colours.get(view.name, "")
     found = [(_model_name(view, model), model.entry, colour) for model in view.models]
     if view.teacher:
@@ -276,10 +290,8 @@ def _verdict(views: Sequence[RunView]) -> str:
     rivals = [v for v in measured if v is not best and (v.models[0].retention or 0.0) >= low]
     if not rivals:
         return f"{text}, and no other reaches its interval."
-    return (
-        f"{text}. {len(rivals)} of the {len(measured) - 1} others lie within its interval "
-        f"(from {low:.4f}), so they may be as good."
-    )
+    others = "another run" if len(rivals) == 1 else f"{len(rivals)} other runs"
+    return f"{text}. But {others} reached its interval, which begins at {low:.4f}: no clear winner."
 
 
 def _rank(view: RunView) -> tuple[float, str]:

@@ -18,9 +18,7 @@ MAX_POINTS = 120
 NUM_TICKS = 5
 _ROW = 20
 # From fewer tokens than an even share (blue) to more (red), white between.
-_SHADES = (
-    "#2166ac #4393c3 #92c5de #d1e5f0 #ffffff #fddbc7 #f4a582 #d6604d #b2182b #8e0b22".split()
-)
+_SHADES = "#2166ac #4393c3 #92c5de #d1e5f0 #ffffff #fddbc7 #f4a582 #d6604d #b2182b #8e0b22".split()
 _EVEN = 4
 _STEPS = (0.25, 0.5, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 3.5)
 """Share divided by the even share at which the next shade begins."""
@@ -217,9 +215,7 @@ def heat_map(loads: Mapping[str, Sequence[float]]) -> Markup:
     parts = []
     for row, (layer, shares) in enumerate(loads.items()):
         name = escape(_cut(short_layer_name(layer), 10))
-        parts.append(
-            f'<text x="{left - 6}" y="{row * row_height + 12}" class="e">{name}</text>'
-        )
+        parts.append(f'<text x="{left - 6}" y="{row * row_height + 12}" class="e">{name}</text>')
         for column, share in enumerate(shares):
             colour = shade(share * len(shares))
             x = left + column * width
@@ -357,9 +353,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _thinned(line: Line) -> list[tuple[float, float]]:
-    points = [
-        (x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x + y)
-    ]
+    points = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x + y)]
     step = max(1, math.ceil(len(points) / MAX_POINTS))
     # The last value is the one that people look for.
     return points[:-1:step] + points[-1:]
@@ -375,9 +369,8 @@ def _circle(x: float, y: float, radius: float, colour: str, title: str) -> str:
 def _svg(parts: Sequence[str], *, height: int = HEIGHT) -> Markup:
     # Text from outside has been escaped where it was put in.
     body = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{body}</svg>')  # noqa: S704
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{body}</svg>')
 
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-

@@ -11,13 +11,15 @@ from typing import Any
 
 import yaml
 
+from moe_dist.config.run_config import flatten_settings
 from moe_dist.errors import MissingInputError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
 
 from .. import report
-from ..chain import METRICS_NAME, RECIPE_NAME
+from ..chain import RECIPE_NAME
 from ..replacement import FINISHED
+from ..stage import METRIC_LOG
 from ..stages import distill, evaluate
 from ..workspace import COMPARE_DIRECTORY
 
@@ -121,16 +123,15 @@ def read_directory(directory: Path) -> RunView:
         name=str(recipe.get("name", directory.name)),
         source=str(directory),
         status="FINISHED" if found else "UNFINISHED",
-        params=flatten(recipe),
+        # As the chain gives them to the tracking server, so that both sources can be compared.
+        params=flatten(flatten_settings(recipe)),
         found=found,
         measured=measured,
-        curves={label: _read_curves(path / METRICS_NAME) for label, path in places.items()},
+        curves={label: _read_curves(path / METRIC_LOG) for label, path in places.items()},
     )
 
 
-def read_recorded(
-    reader: RunReader, run: RecordedRun, children: Sequence[RecordedRun]
-) -> RunView:
+def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[RecordedRun]) -> RunView:
     """Read a run from the tracking server.
 
     Args:

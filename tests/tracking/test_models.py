@@ -157,7 +157,12 @@ def test_a_logged_model_can_be_served(store: str, student: Path, tmp_path: Path)
             command,
             stdout=output,
             stderr=output,
-            env={**os.environ, "MLFLOW_TRACKING_URI": store, "PYTHONPATH": os.getcwd(), "PATH": path},
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": store,
+                "PYTHONPATH": os.getcwd(),
+                "PATH": path,
+            },
             start_new_session=True,
         )
     try:
