@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHECK_TIMEOUT_S = 4
 REQUEST_TIMEOUT_S = 20
+REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
+"""The server understood and will never accept it: sending it again would block all that follows."""
 _TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _SQLITE = "sqlite:///"
 _DATABRICKS = "databricks"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from moe_dist.digests import file_digest
 from moe_dist.metric_log import MetricTail
 from moe_dist.tracking.connection import (
+    REJECTED,
     connect,
     database_path,
     describe_fault,
@@ -43,8 +44,6 @@ MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
 IDENTITY_TAG = "moe_dist.identity"
 _NAME_FAULTS = re.compile(r"[^\w.\- /:]")
-# The server understood and will never accept it: sending it again would block all that follows.
-_REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 _Item = TypeVar("_Item")
 
 
@@ -322,7 +321,7 @@ class MlflowStore:
         try:
             send(*args, **kwargs)
         except MlflowException as fault:
-            if fault.error_code not in _REJECTED:
+            if fault.error_code not in REJECTED:
                 raise
             logger.warning("MLflow refused an entry, which is left out: %s", describe_fault(fault))
 

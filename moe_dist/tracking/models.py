@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.tracking.connection import describe_fault
+from moe_dist.tracking.connection import REJECTED, describe_fault
 from moe_dist.tracking.journal import Journal
 from moe_dist.tracking.turns import Turns
 
@@ -28,7 +28,6 @@ LOADER_MODULE = "moe_dist.inference.serving"
 MODEL_TYPE = "moe-dist"
 # What the loader imports; MLflow would guess them by loading the model in another process.
 _REQUIREMENTS = ("moe-dist", "mlflow", "torch", "transformers", "tokenizers", "safetensors")
-_REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
 
 class ModelSender:
@@ -122,7 +121,7 @@ class ModelSender:
                     await_creation_for=0,
                 )
         except MlflowException as fault:
-            if fault.error_code not in _REJECTED:
+            if fault.error_code not in REJECTED:
                 raise
             logger.warning(
                 "MLflow does not register %s as %s: %s", entry["name"], name, describe_fault(fault)

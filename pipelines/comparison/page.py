@@ -154,7 +154,7 @@ def result_rows(
         Headings, and a row for each student of each run; for a run without results one that says
         its state.
     """
-    sizes = list(dict.fromkeys(size for view in views for size in _latencies(view.teacher)))
+    sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     metrics = {view.main_metric for view in views if view.main_metric}
     name = metrics.pop() if len(metrics) == 1 else ""
     columns = ["state", name or "quality", "teacher", "retention", "interval", "worst imbalance"]
@@ -192,7 +192,7 @@ def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[F
     Returns:
         A chart for FLOPs and one for each batch size that was timed.
     """
-    sizes = list(dict.fromkeys(size for view in views for size in _latencies(view.teacher)))
+    sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     costs: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "FLOPs per token": lambda entry: entry.get("flops_per_token")
     }
@@ -304,6 +304,12 @@ def _worst_imbalance(view: RunView, label: str) -> float | None:
     loads = view.loads.get(label or "student", {})
     values = [max(shares) * len(shares) for shares in loads.values() if shares]
     return max(values, default=None)
+
+
+def _sizes(view: RunView) -> list[str]:
+    """List the batch sizes that a run timed."""
+    entries = [view.teacher, *(model.entry for model in view.models)]
+    return [size for entry in entries for size in _latencies(entry)]
 
 
 def _latencies(entry: Mapping[str, Any]) -> Mapping[str, float]:

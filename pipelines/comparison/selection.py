@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_dist.errors import MissingInputError
 from moe_dist.tracking import RecordedRun, RunReader
 
-from .views import RunView, read_directory, read_recorded
+from .views import TRIAL_TAG, RunView, read_directory, read_recorded
 
 SHORT_ID = 6
 
@@ -62,7 +62,11 @@ def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:
     grandchildren = reader.children(below)
     chosen: dict[str, tuple[RecordedRun, list[RecordedRun]]] = {}
     for run in runs:
-        trials = [child for child in children[run.run_id] if grandchildren[child.run_id]]
+        trials = [
+            child
+            for child in children[run.run_id]
+            if TRIAL_TAG in child.tags or grandchildren[child.run_id]
+        ]
         for trial in trials:
             chosen[trial.run_id] = (trial, grandchildren[trial.run_id])
         if not trials:

@@ -174,15 +174,16 @@ def spans(rows: Sequence[Span], *, reference: float | None = None) -> Markup:
     height = BOTTOM + 2 * _ROW * len(rows)
     axes = _Axes(ends, [0.0, 1.0], left=8, height=height)
     parts = [axes.bottom("")]
-    if reference is not None:
-        x = axes.x(reference)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - BOTTOM}" stroke="#555" '
-            'stroke-dasharray="3 3"/>'
-        )
     for index, row in enumerate(rows):
         base = 2 * _ROW * index
         colour = row.colour or "#7a828e"
+        if reference is not None:
+            x = axes.x(reference)
+            # Not through the text above.
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{base + 20}" y2="{base + 38}" '
+                'stroke="#555" stroke-dasharray="3 3"/>'
+            )
         text = f"{row.value:.3f}"
         if row.low is not None and row.high is not None:
             text += f"  [{row.low:.3f}, {row.high:.3f}]"

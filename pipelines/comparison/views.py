@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from moe_dist.config.run_config import flatten_settings
+from moe_dist.data.metrics import METRICS
 from moe_dist.errors import MissingInputError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
@@ -22,6 +23,10 @@ from ..replacement import FINISHED
 from ..stage import METRIC_LOG
 from ..stages import distill, evaluate
 from ..workspace import COMPARE_DIRECTORY
+
+TRIAL_TAG = "trial"
+TRIAL_PREFIX = "trial/"
+QUALITY = "quality"
 
 Series = tuple[list[int], list[float]]
 CURVE_PREFIXES = ("train/loss/", "dev/", "moe/load_imbalance_worst")
@@ -152,16 +157,60 @@ def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[Record
                 for metric in child.metrics
                 if metric.startswith(CURVE_PREFIXES)
             }
+    if not curves:
+        # A trial of a sweep trains in its own run.
+        curves[""] = {
+            metric: _series(reader.history(run, metric))
+            for metric in run.metrics
+            if metric.startswith(CURVE_PREFIXES)
+        }
     evaluated = stages.get(evaluate.NAME)
+    is_trial = TRIAL_TAG in run.tags
     return _view(
         name=run.name,
         source=run.run_id,
         status=run.status,
         params=run.params,
-        found=reader.read_json(run, report.JSON_NAME),
+        found=trial_report(run) if is_trial else reader.read_json(run, report.JSON_NAME),
         measured={} if evaluated is None else reader.read_json(evaluated, FINISHED),
         curves=curves,
     )
+
+
+def trial_report(run: RecordedRun) -> dict[str, Any]:
+    """Bring what a sweep measured of a trial into the form of a chain's report.
+
+    Args:
+        run: the trial's run, with metrics such as `trial/accuracy` and `trial/flops`.
+
+    Returns:
+        What a view reads of a report; empty for a trial that measured nothing.
+    """
+    found = {
+        name.removeprefix(TRIAL_PREFIX): value
+        for name, value in run.metrics.items()
+        if name.startswith(TRIAL_PREFIX)
+    }
+    if QUALITY not in found:
+        return {}
+    # The sweep gives the main metric twice, once by its own name.
+    named = [name for name in METRICS if found.get(name) == found[QUALITY]]
+    metric = named[0] if named else QUALITY
+    entry: dict[str, Any] = {"metrics": {metric: found[QUALITY]}}
+    if "active_parameters" in found:
+        entry["parameters"] = {"active": found["active_parameters"]}
+    if "flops" in found:
+        entry["flops_per_token"] = found["flops"]
+    if "latency" in found:
+        entry["latency_ms"] = {run.params.get("search.latency_batch_size", "1"): found["latency"]}
+    if "retention" in found:
+        entry["retention"] = found["retention"]
+    return {
+        "main_metric": metric,
+        evaluate.STUDENT: entry,
+        "comparisons": [],
+        "differences": {},
+    }
 
 
 def _view(
