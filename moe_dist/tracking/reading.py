@@ -8,14 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from moe_dist.errors import TrackingError
-from moe_dist.tracking.connection import connect, describe_fault, usable
+from moe_dist.tracking.connection import connect, database_path, describe_fault, usable
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PARENT_TAG = "mlflow.parentRunId"
+FILE_SCHEME = "file://"
+FEW = 8
+"""Of more runs it is quicker to read all of a store than to ask for each."""
 _PAGE = 500
 
 
@@ -34,6 +38,7 @@ class RecordedRun:
         params: by name.
         metrics: the newest value of each.
         tags: those that people set, MLflow's own left out.
+        artifact_uri: where its artifacts lie.
     """
 
     run_id: str
@@ -46,6 +51,7 @@ class RecordedRun:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    artifact_uri: str = ""
 
 
 class RunReader:
@@ -61,6 +67,13 @@ class RunReader:
 
     def __init__(self, uri: str, experiment: str = "") -> None:
         self._uri = uri
+        path = database_path(uri)
+        if path is not None and not path.is_file():
+            # MLflow would make an empty one.
+            raise TrackingError(
+                f"there is no database {path}",
+                remedy="name the store with --uri or MLFLOW_TRACKING_URI, or start where it lies.",
+            )
         self._client = connect(uri)
         with usable(uri):
             if experiment:
@@ -116,22 +129,27 @@ class RunReader:
                 break
         return found[:limit]
 
-    def find(self, name_or_id: str) -> RecordedRun | None:
-        """Find a run by its id, the beginning of its id, or its name.
+    def find(self, names: Sequence[str]) -> dict[str, RecordedRun]:
+        """Find runs by their ids, the beginnings of their ids, or their names.
 
         Args:
-            name_or_id: of several runs of one name the newest that is no child counts.
+            names: of several runs of one name the newest that is no child counts.
 
         Returns:
-            The run, or None.
+            The runs that were found, by what they were asked for.
         """
-        quoted = name_or_id.replace("'", "")
-        by_name = self.search(f"attributes.run_name = '{quoted}'")
-        named = [run for run in by_name if not run.parent_id] or by_name
-        if named:
-            return named[0]
-        by_id = self.search(f"attributes.run_id LIKE '{quoted}%'", limit=2)
-        return by_id[0] if len(by_id) == 1 or (by_id and by_id[0].run_id == quoted) else None
+        everything = self.search() if len(names) > FEW else None
+        found: dict[str, RecordedRun] = {}
+        for name in names:
+            quoted = name.replace("'", "")
+            runs = everything
+            if runs is None:
+                runs = self.search(f"attributes.run_name = '{quoted}'")
+                runs = runs or self.search(f"attributes.run_id LIKE '{quoted}%'", limit=2)
+            run = _choose(name, runs)
+            if run is not None:
+                found[name] = run
+        return found
 
     def children(self, runs: Iterable[RecordedRun]) -> dict[str, list[RecordedRun]]:
         """Find the children of runs.
@@ -143,7 +161,12 @@ class RunReader:
             Children by the parent's id, oldest first; an empty list for a run without any.
         """
         found: dict[str, list[RecordedRun]] = {run.run_id: [] for run in runs}
-        for child in reversed(self.search(f"tags.`{PARENT_TAG}` != ''")):
+        if len(found) > FEW:
+            below = self.search(f"tags.`{PARENT_TAG}` != ''")
+        else:
+            conditions = [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in found]
+            below = [run for condition in conditions for run in self.search(condition)]
+        for child in reversed(below):
             if child.parent_id in found:
                 found[child.parent_id].append(child)
         return found
@@ -174,7 +197,11 @@ class RunReader:
         Returns:
             The document; empty where there is none.
         """
+        local = run.artifact_uri.removeprefix(FILE_SCHEME)
         try:
+            if local != run.artifact_uri:
+                content = json.loads((Path(unquote(local)) / name).read_text(encoding="utf-8"))
+                return content if isinstance(content, dict) else {}
             with tempfile.TemporaryDirectory(prefix="moe-dist-artifact-") as scratch:
                 path = self._client.download_artifacts(run.run_id, name, scratch)
                 content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -215,6 +242,15 @@ def sort_runs(
     return having + [run for run in runs if value(run) is None]
 
 
+def _choose(name: str, runs: Sequence[RecordedRun]) -> RecordedRun | None:
+    """Choose the run that a name or an id means."""
+    named = [run for run in runs if run.name == name]
+    if named:
+        return next((run for run in named if not run.parent_id), named[0])
+    begun = [run for run in runs if run.run_id.startswith(name)]
+    return begun[0] if len(begun) == 1 else None
+
+
 def _recorded(run: Run) -> RecordedRun:
     info, data = run.info, run.data
     return RecordedRun(
@@ -228,4 +264,5 @@ def _recorded(run: Run) -> RecordedRun:
         params=dict(data.params),
         metrics=dict(data.metrics),
         tags={key: text for key, text in data.tags.items() if not key.startswith("mlflow.")},
+        artifact_uri=info.artifact_uri or "",
     )

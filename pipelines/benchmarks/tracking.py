@@ -175,7 +175,8 @@ def _count(uri: str, settings: TrackingBenchmark) -> tuple[int, int]:
     num_lost, num_whole = 0, 0
     for number in range(settings.num_runs):
         parent = parents.get(f"run-{number:03d}")
-        stages = [] if parent is None else children[parent.run_id]
+        below = [] if parent is None else children[parent.run_id]
+        stages = [stage for stage in below if stage.name == STAGE]
         num_whole += len(stages) == 1 and stages[0].status == "FINISHED"
         for index, metric in enumerate(("train/loss/total", "dev/accuracy")):
             wanted = [

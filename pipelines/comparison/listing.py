@@ -132,7 +132,7 @@ def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
     columns = list(dict.fromkeys([*tags, *metrics, *extra, *listing.columns]))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "id", "state", "started", "time"):
-        table.add_column(name, no_wrap=name in ("id", "started"))
+        table.add_column(name, no_wrap=name in ("run", "id", "started"))
     for name in columns:
         table.add_column(name, justify="right" if name not in tags else "left")
     for entry in entries:

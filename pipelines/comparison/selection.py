@@ -31,29 +31,21 @@ def select_runs(names: Sequence[str], *, uri: str, experiment: str = "") -> list
         MissingInputError: naming every run that was not found.
         TrackingError: if the store cannot be used.
     """
-    views: list[RunView] = []
-    recorded: list[RecordedRun] = []
-    missing: list[str] = []
-    reader: RunReader | None = None
-    for name in dict.fromkeys(names):
-        if Path(name).is_dir():
-            views.append(read_directory(Path(name)))
-            continue
-        reader = reader or RunReader(uri, experiment)
-        run = reader.find(name)
-        if run is None:
-            missing.append(name)
-        else:
-            recorded.append(run)
+    wanted = list(dict.fromkeys(names))
+    views = [read_directory(Path(name)) for name in wanted if Path(name).is_dir()]
+    asked = [name for name in wanted if not Path(name).is_dir()]
+    if not asked:
+        return _told_apart(views)
+    reader = RunReader(uri, experiment)
+    found = reader.find(asked)
+    missing = [name for name in asked if name not in found]
     if missing:
         raise MissingInputError(
             f"no run is called {', '.join(map(repr, missing))}, and no directory is.",
             remedy="see `moe-dist runs` for names and ids; give an output directory as "
             "OUTPUT_DIR/NAME.",
         )
-    if reader is not None:
-        views += _read_all(reader, recorded)
-    return _told_apart(views)
+    return _told_apart([*views, *_read_all(reader, list(found.values()))])
 
 
 def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:

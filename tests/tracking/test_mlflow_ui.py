@@ -109,8 +109,7 @@ def test_comparing_runs_draws_a_chart(server: Server, page: Any, keep: Any) -> N
 def test_plots_of_a_run_open(server: Server, page: Any, keep: Any) -> None:
     from moe_dist.tracking import RunReader
 
-    run = RunReader(server.uri, EXPERIMENT).find("with-plot")
-    assert run is not None
+    run = RunReader(server.uri, EXPERIMENT).find(["with-plot"])["with-plot"]
     page.goto(
         f"{server.uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/plots/expert-load.png"
     )

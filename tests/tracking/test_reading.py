@@ -9,6 +9,7 @@ import pytest
 from moe_dist.errors import TrackingError
 from moe_dist.tracking import RunReader, build_tracker, sort_runs
 from moe_dist.tracking.connection import is_databricks
+from moe_dist.tracking.reading import FEW
 
 pytest.importorskip("mlflow")
 
@@ -50,13 +51,13 @@ def test_runs_are_found_with_children_curves_and_documents(store: str) -> None:
 
 def test_runs_are_found_by_name_and_by_the_beginning_of_their_id(store: str) -> None:
     reader = RunReader(store)
-    run = reader.find("run-1")
-    assert run is not None
-    assert reader.find(run.run_id) == run
-    assert reader.find(run.run_id[:10]) == run
-    assert reader.find("nobody") is None
-    stage = reader.find("distill")
-    assert stage is not None and stage.parent_id
+    run = reader.find(["run-1"])["run-1"]
+    some = ["run-1", run.run_id, run.run_id[:10], "nobody", "distill"]
+    for names in (some, [*some, *(f"unknown {number}" for number in range(FEW))]):
+        found = reader.find(names)
+        assert list(found) == ["run-1", run.run_id, run.run_id[:10], "distill"]
+        assert found["run-1"] == found[run.run_id] == found[run.run_id[:10]] == run
+        assert found["distill"].parent_id
 
 
 def test_filters_and_orders(store: str) -> None:
@@ -76,6 +77,12 @@ def test_an_unknown_experiment_is_named_with_the_others(store: str) -> None:
     with pytest.raises(TrackingError, match="no experiment 'other'") as caught:
         RunReader(store, "other")
     assert "reading" in str(caught.value)
+
+
+def test_reading_makes_no_store(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="there is no database"):
+        RunReader(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
 
 
 def test_databricks_without_credentials_is_one_error(
