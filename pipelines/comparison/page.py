@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def result_rows(
             suffix = "" if name else f" {view.main_metric}"
             cells = [
                 Cell(view.status.lower()),
-                _number(value, lambda v, suffix=suffix: f"{v:.4f}{suffix}"),
+                _number(value, partial(_with_suffix, suffix=suffix)),
                 _number(base, lambda v: f"{v:.4f}"),
                 _number(model.retention, lambda v: f"{v:.4f}"),
                 Cell("" if model.interval is None else "{:.3f} to {:.3f}".format(*model.interval)),
@@ -197,7 +198,7 @@ def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[F
         "FLOPs per token": lambda entry: entry.get("flops_per_token")
     }
     for size in sizes:
-        costs[f"ms for a batch of {size}"] = lambda entry, size=size: _latencies(entry).get(size)
+        costs[f"ms for a batch of {size}"] = partial(_latency, size=size)
     figures = []
     for label, cost in costs.items():
         dots = []
@@ -255,17 +256,13 @@ def curve_title(metric: str) -> str:
 
 
 def _retention_figure(views: Sequence[RunView], colours: Mapping[str, str]) -> Markup:
-    rows = [
-        Span(
-            _model_name(view, model),
-            model.retention,
-            *(model.interval or (None, None)),
-            colours.get(view.name, ""),
-        )
-        for view in views
-        for model in view.models
-        if model.retention is not None
-    ]
+    rows = []
+    for view in views:
+        for model in view.models:
+            if model.retention is not None:
+                low, high = model.interval or (None, None)
+                name, colour = _model_name(view, model), colours.get(view.name, "")
+                rows.append(Span(name, model.retention, low, high, colour))
     return spans(rows[:MAX_SPANS], reference=1.0)
 
 
@@ -315,6 +312,14 @@ def _sizes(view: RunView) -> list[str]:
 def _latencies(entry: Mapping[str, Any]) -> Mapping[str, float]:
     found: Mapping[str, float] = entry.get("latency_ms", {})
     return found
+
+
+def _latency(entry: Mapping[str, Any], size: str) -> float | None:
+    return _latencies(entry).get(size)
+
+
+def _with_suffix(value: float, suffix: str) -> str:
+    return f"{value:.4f}{suffix}"
 
 
 def _model_name(view: RunView, model: ModelView) -> str:

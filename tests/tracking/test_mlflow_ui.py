@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from moe_dist.tracking import build_tracker
 from pipelines.benchmarks.tracking_process import log_run
@@ -24,6 +26,9 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EXPERIMENT = "seen"
 PATIENCE_MS = 120_000
+SETTLING_MS = 1500
+ASSISTANT_MS = 20_000
+NUM_COLOURS = 64
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
@@ -54,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def page() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 800})
+        opened = browser.new_page(viewport={"width": 1200, "height": 720})
         opened.set_default_timeout(PATIENCE_MS)
         yield opened
         browser.close()
@@ -67,10 +72,21 @@ def keep() -> Callable[[Any, str], None]:
 
     def shoot(page: Any, name: str) -> None:
         if target:
-            page.wait_for_timeout(1500)
-            page.screenshot(path=str(Path(target) / f"{name}.png"))
+            page.wait_for_timeout(SETTLING_MS)
+            path = Path(target) / f"{name}.png"
+            page.screenshot(path=str(path))
+            with Image.open(path) as picture:
+                picture.convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
 
     return shoot
+
+
+def open_page(page: Any, url: str) -> None:
+    """Open a page of MLflow and put its assistant away."""
+    page.goto(url)
+    close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    with suppress(sync_api.TimeoutError):
+        close.click(timeout=ASSISTANT_MS)
 
 
 def runs_url(server: Server) -> str:
@@ -82,11 +98,10 @@ def runs_url(server: Server) -> str:
 
 
 def test_a_chain_unfolds_into_its_stages(server: Server, page: Any, keep: Any) -> None:
-    page.goto(runs_url(server))
-    page.get_by_role("link", name="run-002").first.wait_for()
+    open_page(page, runs_url(server))
+    page.get_by_role("link", name="run-2").first.wait_for()
     assert page.get_by_role("link", name="distill", exact=True).count() == 0
-    expander = page.locator("[data-testid='expander-button'], button[aria-label*='xpand']").first
-    expander.click()
+    page.locator(".ag-row", has=page.get_by_text("run-2")).locator("button").first.click()
     page.get_by_role("link", name="distill", exact=True).first.wait_for()
     keep(page, "mlflow-runs")
 
@@ -101,8 +116,8 @@ def test_comparing_runs_draws_a_chart(server: Server, page: Any, keep: Any) -> N
     runs = [run for run in reader.search() if run.name == "distill"]
     ids = quote(json.dumps([run.run_id for run in runs]))
     experiments = quote(json.dumps([runs[0].experiment_id]))
-    page.goto(f"{server.uri}/#/compare-runs?runs={ids}&experiments={experiments}")
-    page.locator(".js-plotly-plot svg.main-svg").first.wait_for()
+    open_page(page, f"{server.uri}/#/compare-runs?runs={ids}&experiments={experiments}")
+    page.locator(".js-plotly-plot .main-svg").first.wait_for()
     keep(page, "mlflow-compare")
 
 
@@ -110,9 +125,7 @@ def test_plots_of_a_run_open(server: Server, page: Any, keep: Any) -> None:
     from moe_dist.tracking import RunReader
 
     run = RunReader(server.uri, EXPERIMENT).find(["with-plot"])["with-plot"]
-    page.goto(
-        f"{server.uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/plots/expert-load.png"
-    )
-    picture = page.locator("img[src*='expert-load'], .image-outer-container img").first
-    picture.wait_for()
+    place = f"experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/plots/expert-load.png"
+    open_page(page, f"{server.uri}/#/{place}")
+    page.locator("img[alt='plots/expert-load.png']").wait_for()
     keep(page, "mlflow-artifact")
