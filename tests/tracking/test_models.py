@@ -74,10 +74,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def client(store: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     # Loading a model asks the store of the process.
-    previous = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store)
-    yield mlflow.MlflowClient(tracking_uri=store)
-    mlflow.set_tracking_uri(previous)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    return mlflow.MlflowClient(tracking_uri=store)
 
 
 def log(store: str, directory: Path, *models: TrackedModel) -> str:

@@ -48,8 +48,8 @@ def test_runs_are_listed_filtered_and_sorted(store: str) -> None:
 def test_children_stand_below_their_runs(store: str) -> None:
     table = invoke("runs", "--uri", store, "--all", "--column", "section.setting_3")
     lines = [line for line in table.splitlines() if line.strip()]
-    position = next(index for index, line in enumerate(lines) if line.startswith("run-1"))
-    assert lines[position + 1].startswith("  distill")
+    position = next(index for index, line in enumerate(lines) if line.startswith(" run-1"))
+    assert lines[position + 1].startswith("   distill")
 
 
 def test_runs_are_compared_in_the_terminal(store: str) -> None:
