@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +15,12 @@ from typing import TYPE_CHECKING
 from moe_dist.errors import MoeDistError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
-from moe_dist.training.driver import ray_session
+from moe_dist.training.driver import RaySession, ray_session, runs_here
 
 from . import report
 from .preflight import check_before_start
 from .recording import chain_tags, log_models
+from .replacement import FINISHED
 from .stage import StageInputs, StageResult, stage_key, write_json
 from .stages import adapt, distill, evaluate, finetune_teacher, score_importance
 from .workspace import Workspace
@@ -42,6 +45,8 @@ RECIPE_NAME = "recipe.yaml"
 SHARED_DIRECTORY = "shared"
 """Copies that go to the tracking server in place of files that name this machine."""
 PER_STUDENT = (adapt.NAME, distill.NAME)
+_HEAVY_IMPORTS = ("torch", "transformers.modeling_layers", "datasets", "mlflow")
+"""What the checks before a start need, and the tracker after them."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +127,19 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
     files = workspace.files
     files.prepare(config.name)
     tracking = config.tracking
-    try:
-        check_before_start(config, workspace)
-        tracker = build_tracker(
-            tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
-        )
-    except BaseException:
-        files.remove_if_empty()
-        raise
-    with _only_one(workspace.root), files.opened():
+    with ExitStack() as stack:
+        session = stack.enter_context(ray_session())
+        try:
+            _start_early(config, workspace, session)
+            check_before_start(config, workspace)
+            tracker = build_tracker(
+                tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
+            )
+        except BaseException:
+            files.remove_if_empty()
+            raise
+        stack.enter_context(_only_one(workspace.root))
+        stack.enter_context(files.opened())
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
             config.name, workspace.root, params=config.flatten(), tags=chain_tags(config)
@@ -140,7 +149,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
                 chain.log_dataset(dataset)
             steps = plan_steps(config, until)
             workspace.console.planned([step.key for step in steps])
-            results = _run_steps(config, workspace, chain, steps)
+            results = _run_steps(workspace, chain, steps, session)
             log_models(config, workspace, chain, results)
             report_path = None
             if evaluate.NAME in results:
@@ -184,9 +193,25 @@ def write_shared_recipe(config: RunConfig, root: Path) -> Path:
     return path
 
 
+def _start_early(config: RunConfig, workspace: Workspace, session: RaySession) -> None:
+    """Start a local Ray, which mostly waits for its processes, beside the slow imports."""
+    parallel = config.parallel
+    is_trained = (workspace.stage_directory(distill.NAME) / FINISHED).exists()
+    is_elsewhere = "RAY_ADDRESS" in os.environ
+    if is_trained or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
+        return
+    session.connect(beside=_import_heavy)
+
+
+def _import_heavy() -> None:
+    for name in _HEAVY_IMPORTS:
+        importlib.import_module(name)
+
+
 def _run_steps(
-    config: RunConfig, workspace: Workspace, chain: TrackedRun, steps: list[Step]
+    workspace: Workspace, chain: TrackedRun, steps: list[Step], session: RaySession
 ) -> dict[str, StageResult]:
+    config = workspace.config
     results: dict[str, StageResult] = {}
 
     def run(step: Step) -> None:
@@ -194,7 +219,8 @@ def _run_steps(
         inputs = StageInputs(workspace, results, step.label)
         results[step.key] = STAGES[step.stage](own, inputs, chain)
 
-    with ray_session() as workspace.session:
+    workspace.session = session
+    with session:
         for step in steps:
             if step.stage != evaluate.NAME:
                 run(step)

@@ -10,6 +10,7 @@ At every moment the newest complete checkpoint lies under a name that `list_chec
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -110,8 +111,10 @@ def write_checkpoint(
         _put_in_place(unfinished, place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        # safetensors wraps the system's error in text of its own.
+        reason = "the disk is full: " if os.strerror(errno.ENOSPC) in str(error) else ""
         raise CheckpointError(
-            f"{place} could not be written: {error}",
+            f"{place} could not be written: {reason}{error}",
             remedy="free space or fix the rights there, then start the same command again; "
             "older checkpoints are untouched",
         ) from error

@@ -33,7 +33,7 @@ class Sender:
         self._chain = chain
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._ending = False
+        self._ends_at: float | None = None
         self._away_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
 
@@ -58,9 +58,9 @@ class Sender:
 
     def finish(self) -> None:
         """Send the rest, for a limited time, and say what could not be sent."""
-        self._ending = True
+        self._ends_at = time.monotonic() + CLOSING_TIME_S
         self._wake.set()
-        deadline = time.monotonic() + CLOSING_TIME_S
+        deadline = self._ends_at + SEND_INTERVAL_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(CLOSING_POLL_S)
             if self.store.uploading:
@@ -82,11 +82,14 @@ class Sender:
         while True:
             self._wake.wait(pause_s)
             self._wake.clear()
-            ending = self._ending
+            ends_at = self._ends_at
             whole = self._pass()
-            if ending:
+            if ends_at is None:
+                pause_s = SEND_INTERVAL_S if whole else min(2 * pause_s, MAX_BACKOFF_S)
+            elif whole or time.monotonic() + SEND_INTERVAL_S > ends_at:
                 return
-            pause_s = SEND_INTERVAL_S if whole else min(2 * pause_s, MAX_BACKOFF_S)
+            else:  # A server that is being started again should get the end of the run too.
+                pause_s = SEND_INTERVAL_S
 
     def _pass(self) -> bool:
         """Bring every journal up to date.

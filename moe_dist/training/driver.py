@@ -107,16 +107,26 @@ class RaySession:
             self._started = False
             ray.shutdown()
 
-    def connect(self) -> None:
+    def connect(self, *, beside: Callable[[], object] | None = None) -> None:
         """Start or join Ray; does nothing if that was done.
+
+        Args:
+            beside: done in a thread meanwhile, since Ray mostly waits for its own processes.
 
         Raises:
             ClusterError: if the cluster cannot be reached, or a local Ray does not start.
         """
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
+        # Ray Train's workers have an environment of their own: those started early stay idle.
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        import ray  # Before `beside`: two threads must not import it at once.
 
+        if beside is not None:
+            with in_background(lambda _: beside(), "beside-ray"):
+                self.connect()
+            return
         if ray.is_initialized():
             return
         address = os.environ.get("RAY_ADDRESS")
@@ -332,16 +342,16 @@ def _run_on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s + 15)
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
+    from moe_dist.training.lean_trainer import LeanTorchTrainer
     from moe_dist.training.process_group import NodeTorchConfig
 
     scaling = placement.scaling()
-    trainer = TorchTrainer(
+    trainer = LeanTorchTrainer(
         run_worker,
         train_loop_config=config,
         scaling_config=scaling,

@@ -1,9 +1,10 @@
 """Time training with two workers against two independent one-worker runs on the same machine.
 
 The independent runs show what the machine can give: memory bandwidth and clock are shared, but
-nothing is exchanged. Each worker takes the same number of sentences a step in both ways. The pair
-and the two loners live side by side and take turns, a few steps each, so that a busy machine slows
-both alike. A step is the demo's: a frozen teacher, a sparse student, forward, backward, update.
+nothing is exchanged. Each of them takes the very batches of its twin in the pair, so that lengths
+and padding are alike. The pair and the two loners live side by side and take turns, a few steps
+each, so that a busy machine slows both alike. A step is the demo's: a frozen teacher, a sparse
+student, forward, backward, update.
 """
 
 from __future__ import annotations
@@ -218,20 +219,19 @@ class _Steps:
 
     Args:
         settings: what to train.
-        rank: in the pair; it seeds the sentences of a loner.
+        rank: in the pair; a loner takes the batches of this rank too.
         paired: whether the process group trains, or this process alone.
     """
 
     def __init__(self, settings: ThroughputBenchmark, *, rank: int, paired: bool) -> None:
-        world_size = 2 if paired else 1
         dense: Any = build_model(settings.sentences)
         student = _make_student(dense, settings)
         self._terms = partial(distill_terms, teacher=freeze(dense))
         self._batches = TrainBatches(
             draw_sentences(dense, settings.sentences),
-            batch_size=settings.batch_size * world_size,
-            world_size=world_size,
-            rank=rank if paired else 0,
+            batch_size=settings.batch_size * 2,
+            world_size=2,
+            rank=rank,
         )
         self._engine: TrainEngine = build_engine(
             student,

@@ -93,11 +93,13 @@ def fill_disk(run: Run, reached: Reached, draw: random.Random) -> None:
     """Fill the disk until the run gives up, make room, and give its command again."""
     filler = run.directory.parent / FILLER
     _fill(filler)
-    run.board.release(reached.mark)
-    code = run.wait_for_end(END_TIMEOUT_S)
-    if code == 0 or "disk is full" not in run.log_tail():
-        raise RunLost(f"a full disk ended the run with {code}:\n{run.log_tail()}")
-    filler.unlink()
+    try:
+        run.board.release(reached.mark)
+        code = run.wait_for_end(END_TIMEOUT_S)
+        if code == 0 or "disk is full" not in run.log_tail():
+            raise RunLost(f"a full disk ended the run with {code}:\n{run.log_tail()}")
+    finally:
+        filler.unlink()
     run.start()
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from moe_dist.distributed import (
     TrainEngine,
     build_engine,
+    checkpoint_files,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -149,6 +151,19 @@ def test_full_disk_is_a_clear_error(tmp_path: Path, engine: TrainEngine) -> None
         signal.signal(signal.SIGXFSZ, previous)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     verify_checkpoint(tmp_path / "step-00000001")
+
+
+def test_full_disk_is_named_in_the_words_of_safetensors(
+    tmp_path: Path, engine: TrainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"step-00000001 could not be .* the disk is full"):
+        save_checkpoint(tmp_path, engine, step=1, state={})
 
 
 def test_old_and_abandoned_checkpoints_go(tmp_path: Path, engine: TrainEngine) -> None:
