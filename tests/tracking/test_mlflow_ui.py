@@ -28,7 +28,7 @@ EXPERIMENT = "seen"
 PATIENCE_MS = 120_000
 SETTLING_MS = 1500
 ASSISTANT_MS = 20_000
-NUM_COLOURS = 64
+NUM_COLOURS = 256
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
