@@ -275,26 +275,30 @@ def _priced(view: RunView, colours: Mapping[str, str]) -> list[tuple[str, Mappin
 
 
 def _verdict(views: Sequence[RunView]) -> str:
-    measured = [view for view in views if view.models and view.models[0].retention is not None]
+    """Say which run is best, and whether the dev rows can tell."""
+    measured = [view for view in views if view.quality is not None]
     if not measured:
         return "None of these runs has been evaluated yet."
-    best = max(measured, key=lambda view: view.models[0].retention or 0.0)
+    if len({view.main_metric for view in measured}) > 1:
+        return "The runs are measured by different metrics; compare their retentions."
+    best = max(measured, key=lambda view: view.quality or 0.0)
     model = best.models[0]
-    text = f"{best.name} keeps most of its teacher's {best.main_metric}: {model.retention:.4f}"
-    if model.interval is None or len(measured) == 1:
+    text = f"{best.name} has the highest {best.main_metric}: {best.quality:.4f}"
+    if model.retention is not None:
+        text += f", {100 * model.retention:.1f} % of its teacher's"
+    base = quality(best.teacher, best.main_metric)
+    if model.interval is None or base is None or len(measured) == 1:
         return f"{text}."
-    low = model.interval[0]
-    rivals = [v for v in measured if v is not best and (v.models[0].retention or 0.0) >= low]
+    low = model.interval[0] * base
+    rivals = [view for view in measured if view is not best and (view.quality or 0.0) >= low]
     if not rivals:
-        return f"{text}, and no other reaches its interval."
-    others = "another run" if len(rivals) == 1 else f"{len(rivals)} other runs"
-    return f"{text}. But {others} reached its interval, which begins at {low:.4f}: no clear winner."
+        return f"{text}; no other run reaches its interval, which begins at {low:.4f}."
+    others = "another run reaches" if len(rivals) == 1 else f"{len(rivals)} other runs reach"
+    return f"{text}. But {others} its interval, which begins at {low:.4f}: no clear winner."
 
 
 def _rank(view: RunView) -> tuple[float, str]:
-    retention = view.models[0].retention if view.models else None
-    best = retention if retention is not None else view.quality
-    return (-best if best is not None else math.inf, view.name)
+    return (math.inf if view.quality is None else -view.quality, view.name)
 
 
 def _worst_imbalance(view: RunView, label: str) -> float | None:

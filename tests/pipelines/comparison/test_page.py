@@ -115,6 +115,8 @@ def test_the_page_loads_nothing_and_shows_differences_first(tmp_path: Path) -> N
     for part in ("Retention", "Quality against cost", "Learning curves", "Load of the experts"):
         assert f"<h2>{part}</h2>" in page
     assert "0.9891" in page  # retention of the better run
+    assert "gate&lt;b&gt; has the highest accuracy: 0.9100" in page
+    assert "no other run reaches its interval, which begins at 0.8900" in page
     assert 'name="viewport"' in page
 
 
