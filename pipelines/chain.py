@@ -19,6 +19,7 @@ from moe_dist.training.driver import RaySession, ray_session, runs_here
 
 from . import report
 from .preflight import check_before_start
+from .recording import chain_tags, log_models
 from .replacement import FINISHED
 from .stage import StageInputs, StageResult, stage_key, write_json
 from .stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
@@ -153,12 +154,15 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         stack.enter_context(files.opened())
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
-            config.name, workspace.root, params=config.flatten(), tags=_tags()
+            config.name, workspace.root, params=config.flatten(), tags=chain_tags(config)
         ) as chain:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:
                 chain.log_dataset(dataset)
-            results = _run_steps(workspace, chain, plan_steps(config, until), session)
+            steps = plan_steps(config, until)
+            workspace.console.planned([step.key for step in steps])
+            results = _run_steps(workspace, chain, steps, session)
+            log_models(config, workspace, chain, results)
             report_path = None
             if evaluate.NAME in results:
                 report_path = _report(config, workspace, chain, results)
@@ -258,12 +262,6 @@ def _report(
         for plot in sorted(result.directory.glob("*.png")):
             chain.log_artifact(plot, folder=f"plots/{key}")
     return path
-
-
-def _tags() -> dict[str, str]:
-    from moe_dist import __version__
-
-    return {"moe_dist.version": __version__}
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .command_line import (
     EXIT_FAILURE,
+    AsJson,
     Debug,
     DryRun,
     Overrides,
@@ -18,13 +19,10 @@ from .command_line import (
     quieten_libraries,
     send_warnings_to,
 )
+from .comparison.commands import register as register_comparison
+from .running import run_until
 from .search.commands import register as register_search
 from .student_commands import register as register_students
-
-if TYPE_CHECKING:
-    from moe_dist.config import RunConfig
-
-    from .console import Console
 
 app = typer.Typer(
     name="moe-dist",
@@ -38,6 +36,7 @@ benchmark_app = typer.Typer(
     help="Measure parts of the program on this machine.", no_args_is_help=True
 )
 app.add_typer(benchmark_app, name="benchmark")
+register_comparison(app, benchmark_app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,10 +65,19 @@ def compress(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run the whole chain: teacher, scores, experts, distillation, report."""
-    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "evaluate",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command("finetune-teacher")
@@ -78,10 +86,19 @@ def finetune_teacher(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune the dense teacher on the task."""
-    _run_until("finetune-teacher", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "finetune-teacher",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command("score-importance")
@@ -90,10 +107,19 @@ def score_importance(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Score the teacher's feed-forward neurons, after the stages before it."""
-    _run_until("score-importance", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "score-importance",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -102,10 +128,13 @@ def shrink(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Cut a smaller student from the teacher, after the stages before it."""
-    _run_until("shrink", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "shrink", recipe, overrides, dry_run=dry_run, quiet=quiet, as_json=as_json, debug=debug
+    )
 
 
 @app.command()
@@ -114,10 +143,19 @@ def adapt(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Split the teacher into experts, after the stages before it."""
-    _run_until("adapt", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "adapt",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -126,10 +164,19 @@ def distill(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Distil the teacher into the student, after the stages before it."""
-    _run_until("distill", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "distill",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -138,10 +185,19 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students and write the report, after the stages before it."""
-    _run_until("evaluate", recipe, overrides, dry_run=dry_run, quiet=quiet, debug=debug)
+    run_until(
+        "evaluate",
+        recipe,
+        overrides,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -391,62 +447,3 @@ register_search(app, benchmark_app)
 def main() -> None:
     """Run the program; the entry point of `moe-dist`."""
     app()
-
-
-def _run_until(
-    stage: str,
-    recipe: Path,
-    overrides: list[str] | None,
-    *,
-    dry_run: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
-    with clean_errors(debug=debug):
-        quieten_libraries()
-        from moe_dist.config import load_config
-        from moe_dist.timeline import mark
-
-        from .console import Console
-
-        config = load_config(recipe, overrides or ())
-        mark("command line and recipe")
-        console = Console(quiet=quiet)
-        if dry_run:
-            from .sizes import show_sizes
-
-            show_sizes(config, console)
-            return
-        from .cluster_package import cluster_module
-
-        lasting = cluster_module("lasting")
-        if lasting.in_ray_job():
-            lasting.check_job(config)
-        send_warnings_to(console)
-        _run(stage, config, console)
-
-
-def _run(stage: str, config: RunConfig, console: Console) -> None:
-    import json
-    import signal
-
-    from .chain import run_chain
-
-    # A stop from outside ends a run as Ctrl-C does: noted as killed, Ray taken down, to be resumed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = run_chain(config, console, until=stage)
-    if result.report_path is not None:
-        from .report import to_tables, verdict_lines
-
-        report = json.loads(result.report_path.read_text(encoding="utf-8"))
-        for table in to_tables(report):
-            console.result(table)
-        for line in verdict_lines(report):
-            console.result(line)
-        console.result(f"\nreport: {result.shown(result.report_path)}")
-    else:
-        last = list(result.results.values())[-1]
-        for name, path in last.outputs.items():
-            console.result(f"{name}: {result.shown(path)}")
-    if result.open_hint:
-        console.result(f"MLflow: {result.open_hint}")

@@ -39,6 +39,12 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON lines: what happens, and at last the results or the error."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -38,6 +38,7 @@ class Console:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._stage = ""
+        self._plan: list[str] = []
         self._started_s = 0.0
         self._first: tuple[float, int] | None = None
         self._last_line_s = float("-inf")
@@ -68,6 +69,23 @@ class Console:
         """
         shown = hide_secrets(renderable) if isinstance(renderable, str) else renderable
         self._out.print(shown, soft_wrap=isinstance(renderable, str))
+
+    def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """Show what came out.
+
+        Args:
+            content: the same as plain values, for programs.
+            show: draws it for people.
+        """
+        show()
+
+    def planned(self, stages: Sequence[str]) -> None:
+        """Take note of the stages to come, so that each says how many are left.
+
+        Args:
+            stages: their names, in their order.
+        """
+        self._plan = list(stages)
 
     def output(self, text: str) -> None:
         """Pass on what a job on a cluster printed, to standard output.
@@ -100,7 +118,7 @@ class Console:
         self._last_step = -1
         self._last_line_s = float("-inf")
         if not self._live:
-            self.note(f"{stage}: {'continuing' if resumed else 'started'}")
+            self.note(f"{self._placed(stage)}: {'continuing' if resumed else 'started'}")
             return
         self._progress = Progress(
             SpinnerColumn(),
@@ -111,11 +129,15 @@ class Console:
             transient=True,
         )
         figures = "continuing" if resumed else "starting"
-        self._task = self._progress.add_task(stage, total=None, figures=figures)
+        self._task = self._progress.add_task(self._placed(stage), total=None, figures=figures)
         self._progress.start()
 
     def progress(
-        self, step: int, total: int | None, figures: Mapping[str, float] | None = None
+        self,
+        step: int,
+        total: int | None,
+        figures: Mapping[str, float] | None = None,
+        terms: Mapping[str, float] | None = None,
     ) -> None:
         """Show how far the current stage is.
 
@@ -123,6 +145,7 @@ class Console:
             step: steps done.
             total: steps in all, where known.
             figures: values worth showing, such as the loss.
+            terms: what the loss is made of.
         """
         if self.quiet:
             return
@@ -130,11 +153,13 @@ class Console:
         if self._first is None or step < self._last_step:
             self._first = (now, step)
         text = self._figures(now, step, total, figures or {})
+        parts = "  ".join(f"{name} {_figure(value)}" for name, value in (terms or {}).items())
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, total=total, figures=text)
+            shown = f"{text}\n[dim]{escape(parts)}[/]" if parts else text
+            self._progress.update(self._task, completed=step, total=total, figures=shown)
         elif step != self._last_step and now - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = now
-            self.note(f"{self._stage}: {text}")
+            self.note(f"{self._stage}: {text}" + (f"  ({parts})" if parts else ""))
         self._last_step = step
 
     def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
@@ -155,6 +180,11 @@ class Console:
             self._progress.stop()
             self._progress = None
             self._task = None
+
+    def _placed(self, stage: str) -> str:
+        if stage not in self._plan:
+            return stage
+        return f"{stage} ({self._plan.index(stage) + 1} of {len(self._plan)})"
 
     def _print(self, markup: str) -> None:
         target = self._progress.console if self._progress is not None else self._err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
 from moe_dist.timeline import mark
 
 from .readiness import check_cluster_once
+from .stage import METRIC_LOG
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Job = Callable[[Any], Any]
 SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
-METRIC_LOG = "metrics.jsonl"
+LOSS_PREFIX = "train/loss/"
 RAY_DIRECTORY = "ray"
 MAX_TAG_LENGTH = 5000
 TRAINING_SCRATCH = ("checkpoints",)
@@ -173,6 +174,21 @@ def draw_losses(work: StageWork, title: str) -> Path:
     return plot_losses(records, work.directory / "losses.png", title=title)
 
 
+def draw_load(work: StageWork, loads: Mapping[str, Sequence[float]]) -> tuple[Path, ...]:
+    """Draw how busy the experts are at the end of a training job.
+
+    Args:
+        work: the stage that ran it.
+        loads: each expert's share by layer; empty for a dense model.
+
+    Returns:
+        The picture, if there is one.
+    """
+    from .plots import plot_expert_load
+
+    return (plot_expert_load(loads, work.directory / "expert-load.png"),) if loads else ()
+
+
 def show_progress(log: Path, console: Console, num_steps: int | None) -> Callable[[], None]:
     """Return a function that shows what a job wrote to its metric log since the last call.
 
@@ -186,16 +202,18 @@ def show_progress(log: Path, console: Console, num_steps: int | None) -> Callabl
     """
     tail = MetricTail(log)
     figures: dict[str, float] = {}
+    terms: dict[str, float] = {}
 
     def on_poll() -> None:
         shown_step: int | None = None
         for record in tail.poll():
             if new := shown_figures(record):
                 figures.update(new)
+                terms.update(loss_terms(record))
                 shown_step = record.step
         # A log that is continued comes whole at first; its old lines took no time now.
         if shown_step is not None:
-            console.progress(shown_step, num_steps, figures)
+            console.progress(shown_step, num_steps, figures, terms)
 
     return on_poll
 
@@ -216,3 +234,20 @@ def shown_figures(record: MetricRecord) -> dict[str, float]:
     if main is not None:
         chosen[f"dev {main.removeprefix(DEV_PREFIX)}"] = metrics[main]
     return chosen
+
+
+def loss_terms(record: MetricRecord) -> dict[str, float]:
+    """Pick what the loss is made of from a line of the metric log.
+
+    Args:
+        record: of training or of an evaluation.
+
+    Returns:
+        Values by the name that is shown; empty where the loss is one term, or not there.
+    """
+    terms = {
+        name.removeprefix(LOSS_PREFIX).replace("_", " "): value
+        for name, value in record.metrics.items()
+        if name.startswith(LOSS_PREFIX) and name not in SHOWN
+    }
+    return terms if len(terms) > 1 else {}

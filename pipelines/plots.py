@@ -162,7 +162,7 @@ def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks(_ticks(num_experts))
-        axes.set_yticks(range(len(loads)), [_short(name) for name in loads])
+        axes.set_yticks(range(len(loads)), [short_layer_name(name) for name in loads])
         axes.set(xlabel="expert", ylabel="layer")
         axes.set_title("Share of tokens for each expert")
         if num_experts <= MAX_LABELLED_EXPERTS:
@@ -325,8 +325,15 @@ def _ticks(count: int) -> list[int]:
     return list(range(0, count, step))
 
 
-def _short(layer: str) -> str:
-    """Keep what tells layers apart: `encoder 3` of `bert.encoder.layer.3.intermediate`."""
+def short_layer_name(layer: str) -> str:
+    """Keep what tells layers apart.
+
+    Args:
+        layer: a module's name, such as `bert.encoder.layer.3.intermediate`.
+
+    Returns:
+        For example `encoder 3`; just the number where there is no stack.
+    """
     number = re.search(r"\.(\d+)(?:\.|$)", layer)
     if number is None:
         return layer

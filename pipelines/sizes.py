@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -239,6 +239,11 @@ def show_sizes(config: RunConfig, console: Console) -> None:
         console: where to print.
     """
     sizes = derive_sizes(config, Workspace(config, console))
+    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
+    console.document(content, lambda: _show(config, sizes, console))
+
+
+def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
     console.result(f"{config.name}: the recipe is valid; nothing was run.")
     if sizes.models:
         console.result(_table(sizes))

@@ -29,6 +29,8 @@ from .replacement import (
     set_aside,
 )
 
+METRIC_LOG = "metrics.jsonl"
+
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
@@ -215,6 +217,9 @@ def execute(
             discard_previous(directory, files)
             _clear(directory, scratch, files)
             run.log_artifact(directory / FINISHED)
+            if (directory / METRIC_LOG).is_file():
+                # It has every layer's and expert's figures, of which MLflow shows a summary.
+                run.log_artifact(directory / METRIC_LOG)
             for plot in outcome.plots:
                 run.log_artifact(plot, folder="plots")
     except BaseException:

@@ -162,6 +162,12 @@ def test_tracking_uri_comes_from_recipe_then_environment_then_a_local_store(
     assert load(tmp_path, "tracking.uri=http://other").tracking.uri == "http://other"
 
 
+def test_databricks_takes_experiments_that_are_paths(tmp_path: Path) -> None:
+    for uri in ("databricks", "databricks://work"):
+        config = load(tmp_path, f"tracking.uri={uri}", "tracking.experiment=/Users/me/moe")
+        assert config.tracking.uri == uri
+
+
 def test_loading_imports_nothing_heavy() -> None:
     script = (
         "import sys, moe_dist.config\n"
@@ -363,6 +369,13 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             "parallel.launcher=local is one process",
         ),
         ({"tracking": {"uri": "./mlruns"}}, "is no store that MLflow keeps"),
+        ({"tracking": {"uri": "databricks://work"}}, "is no path, which names of experiments"),
+        (
+            {"tracking": {"register_model": "x", "log_models": False}},
+            "tracking.log_models=false logs none",
+        ),
+        ({"tracking": {"register_model": "x", "enabled": False}}, "tracking.enabled=false logs"),
+        ({"tracking": {"register_model": "a/b"}}, "holds a slash or a colon"),
         ({"output_dir": "s3://key:word@bucket/out"}, "output_dir holds a user or a password"),
         (
             {"data": {**FILES, "dev": "s3://key:word@bucket/dev.tsv"}},

@@ -303,6 +303,33 @@ def _tracking_uri_is_served(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _databricks_names(config: RunConfig) -> Iterator[str]:
+    tracking = config.tracking
+    if tracking.uri.partition(":")[0] == "databricks" and not tracking.experiment.startswith("/"):
+        yield (
+            f"tracking.experiment={tracking.experiment!r} is no path, which names of experiments "
+            f"on Databricks are; use for example /Users/me@example.com/{tracking.experiment}."
+        )
+
+
+def _registered_models_are_logged(config: RunConfig) -> Iterator[str]:
+    tracking = config.tracking
+    if not tracking.register_model:
+        return
+    for key in ("enabled", "log_models"):
+        if not getattr(tracking, key):
+            yield (
+                f"tracking.register_model={tracking.register_model!r} registers a logged model, "
+                f"and tracking.{key}=false logs none; set it to true, or leave register_model out."
+            )
+    if set(tracking.register_model) & set("/:"):
+        yield (
+            f"tracking.register_model={tracking.register_model!r} holds a slash or a colon, which "
+            "MLflow does not take in names of models; use letters, digits, dots, dashes and "
+            "underscores."
+        )
+
+
 def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
     places = {
         "output_dir": config.output_dir,
@@ -369,6 +396,11 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (_local_is_one_process, ("parallel.launcher", "parallel.num_workers")),
     (_tracking_uri_is_served, ("tracking.uri",)),
+    (_databricks_names, ("tracking.uri", "tracking.experiment")),
+    (
+        _registered_models_are_logged,
+        ("tracking.enabled", "tracking.log_models", "tracking.register_model"),
+    ),
     (_no_credentials_in_places, ("output_dir", "data.train", "data.dev")),
 )
 

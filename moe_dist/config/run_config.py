@@ -152,14 +152,7 @@ class RunConfig(Section):
         Returns:
             Plain values; lists and mappings as JSON, null as "null".
         """
-        flat: dict[str, str | int | float | bool] = {}
-        for key, value in self._plain().items():
-            entries = value if isinstance(value, dict) and key != "compare" else {"": value}
-            for name, entry in entries.items():
-                dotted = f"{key}.{name}" if name else key
-                plain = isinstance(entry, str | int | float | bool)
-                flat[dotted] = entry if plain else json.dumps(entry, sort_keys=True)
-        return flat
+        return flatten_settings(self._plain())
 
     def to_yaml(self) -> str:
         """Write the resolved recipe as YAML, without secrets."""
@@ -170,6 +163,25 @@ class RunConfig(Section):
         left_out = None if self.search.space else {"search"}
         plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json", exclude=left_out))
         return plain
+
+
+def flatten_settings(plain: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Give settings under their dotted keys.
+
+    Args:
+        plain: a resolved recipe as plain data, without secrets.
+
+    Returns:
+        Plain values; lists and mappings as JSON, null as "null".
+    """
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in plain.items():
+        entries = value if isinstance(value, dict) and key != "compare" else {"": value}
+        for name, entry in entries.items():
+            dotted = f"{key}.{name}" if name else key
+            is_plain = isinstance(entry, str | int | float | bool)
+            flat[dotted] = entry if is_plain else json.dumps(entry, sort_keys=True)
+    return flat
 
 
 def _without_secrets(value: Any) -> Any:

@@ -386,7 +386,23 @@ class TrackingConfig(Section):
     enabled: Switch = Field(default=True, description="Record the runs in MLflow.")
     uri: str = Field(
         default="",
-        description="MLflow tracking URI. When empty: the variable MLFLOW_TRACKING_URI, else "
+        description="MLflow tracking URI: a database, a server, `databricks` or "
+        "`databricks://PROFILE`. When empty: the variable MLFLOW_TRACKING_URI, else "
         "`sqlite:///mlflow.db` in the working directory.",
     )
-    experiment: str = Field(default="moe-dist", min_length=1, description="MLflow experiment name.")
+    experiment: str = Field(
+        default="moe-dist",
+        min_length=1,
+        description="MLflow experiment name; on Databricks a path such as `/Users/me/moe-dist`.",
+    )
+    log_models: Switch = Field(
+        default=True,
+        description="Log teacher and students as MLflow models, which `mlflow.pyfunc.load_model` "
+        "and `mlflow models serve` read. Each takes its size in the artifact store.",
+    )
+    register_model: str = Field(
+        default="",
+        max_length=250,
+        description="Name in MLflow's model registry under which the student becomes a new "
+        "version, also by a later run of the same command. When empty it is not registered.",
+    )

@@ -24,16 +24,23 @@ from __future__ import annotations
 
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
-from moe_dist.tracking.protocols import DatasetInput, TrackedRun, Tracker
+from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
+from moe_dist.tracking.reading import RecordedRun, RunReader, sort_runs
 from moe_dist.tracking.runs import build_tracker
+from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
     "DatasetInput",
     "NullTracker",
+    "RecordedRun",
+    "RunReader",
+    "TrackedModel",
     "TrackedRun",
     "Tracker",
     "build_tracker",
     "flatten",
     "redact_uri",
     "scrub",
+    "shown_metrics",
+    "sort_runs",
 ]

@@ -38,6 +38,8 @@ class Wanted:
     datasets: list[dict[str, Any]] = field(default_factory=list)
     artifacts: dict[str, str] = field(default_factory=dict)
     """Folder on the server by file path, relative to the run's directory where it lies in it."""
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The fields of a `TrackedModel` by its name, its directory as those of artifacts."""
     replaced: dict[str, str] = field(default_factory=dict)
     """Store by id, of runs that this directory held before and that may be left as running."""
 
@@ -56,6 +58,9 @@ class Sent:
     datasets: list[str] = field(default_factory=list)
     artifacts: dict[str, str] = field(default_factory=dict)
     """Size and time of change by file path, so that a file that changed is sent again."""
+    models: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By name, the `digest` and `model_id` of a model, whether it is `ready`, and the name that it
+    is `registered` as."""
     last_steps: dict[str, int] = field(default_factory=dict)
     last_values: dict[str, tuple[int, float]] = field(default_factory=dict)
     """A chain's newest values, each with the step that the metric log has it at."""
@@ -79,6 +84,8 @@ class Journal:
         self.sent = sent
         self.parent = parent
         self.lock = threading.RLock()
+        self.revision = 0
+        """Counts the changes of what is wanted, those of this process only."""
         self.attached = False
         """Whether this process has looked at what the server has of the run."""
 
@@ -92,6 +99,7 @@ class Journal:
         """Change the wanted state and write it down."""
         with self.lock:
             yield self.wanted
+            self.revision += 1
             self.sent.complete = False
             self.save()
 

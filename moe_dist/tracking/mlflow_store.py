@@ -1,6 +1,6 @@
 """The MLflow side of tracking: brings a server's run up to what a journal wants.
 
-The only file that imports mlflow, and it does so when a connection is made.
+mlflow is imported when a connection is made, and not before.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ import math
 import os
 import re
 import shlex
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from moe_dist.digests import file_digest
-from moe_dist.errors import TrackingError
 from moe_dist.metric_log import MetricTail
+from moe_dist.tracking.connection import (
+    REJECTED,
+    connect,
+    database_path,
+    describe_fault,
+    is_databricks,
+    usable,
+)
 from moe_dist.tracking.journal import RUNNING, Journal, Sent
+from moe_dist.tracking.models import ModelSender
 from moe_dist.tracking.privacy import redact_uri
+from moe_dist.tracking.turns import Turns
+from moe_dist.tracking.view import shown_metrics
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 logger = logging.getLogger("moe_dist.tracking")
 
-CHECK_TIMEOUT_S = 4
-REQUEST_TIMEOUT_S = 20
 # MLflow's own limits.
 MAX_PARAMS_PER_BATCH = 100
 MAX_METRICS_PER_BATCH = 1000
@@ -39,8 +44,6 @@ MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
 IDENTITY_TAG = "moe_dist.identity"
 _NAME_FAULTS = re.compile(r"[^\w.\- /:]")
-# The server understood and will never accept it: sending it again would block all that follows.
-_REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 _Item = TypeVar("_Item")
 
 
@@ -57,50 +60,35 @@ class MlflowStore:
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.shown_uri = redact_uri(uri)
-        self._local_root = _prepare_sqlite(uri)
-        if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-            raise TrackingError(
-                f"tracking.uri={self.shown_uri} names a directory; MLflow no longer stores runs so",
-                remedy="Use sqlite:///mlflow.db, or the URL of a tracking server.",
-            )
-        # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        user_timeout = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(CHECK_TIMEOUT_S)
-        try:
-            self._client, self.experiment_id = self._connect(uri, experiment)
-        finally:
-            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = user_timeout or str(REQUEST_TIMEOUT_S)
+        self._uri = uri
+        database = database_path(uri)
+        self._turns = Turns(database)
+        self._client = connect(uri, self._turns)
+        with usable(uri), self._turns.taken():
+            self.experiment_id = self._find_or_create(experiment, database)
+        self._models = ModelSender(self._client, self.experiment_id, self._turns)
         self._tails: dict[Path, _MetricFeed] = {}
 
-    def _connect(self, uri: str, experiment: str) -> tuple[MlflowClient, str]:
-        from mlflow import MlflowClient
+    def _find_or_create(self, name: str, database: Path | None) -> str:
+        from mlflow.exceptions import MlflowException
 
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        try:
-            client = MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(experiment)
-            if found is not None and found.lifecycle_stage == "deleted":
-                client.restore_experiment(found.experiment_id)
-            if found is not None:
-                return client, str(found.experiment_id)
-            return client, str(
-                client.create_experiment(experiment, artifact_location=self._artifact_root())
-            )
-        except Exception as fault:
-            raise TrackingError(
-                f"the tracking store {self.shown_uri} cannot be used: {describe_fault(fault, uri)}",
-                remedy=(
-                    "Start the server, or correct tracking.uri: sqlite:///mlflow.db needs no "
-                    "server, and tracking.enabled=false does without MLflow."
-                ),
-            ) from None
-
-    def _artifact_root(self) -> str | None:
-        # A database alone would put artifacts under the working directory, which on a cluster is
-        # a temporary copy; beside the database they stay.
-        return None if self._local_root is None else (self._local_root / "mlartifacts").as_uri()
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            # A database alone would put artifacts under the working directory, which on a cluster
+            # is a temporary copy; beside the database they stay.
+            root = None if database is None else database.parent.resolve() / "mlartifacts"
+            try:
+                return str(
+                    self._client.create_experiment(name, artifact_location=root and root.as_uri())
+                )
+            except MlflowException as fault:
+                if fault.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # Another process of a server's has just made it.
+            found = self._client.get_experiment_by_name(name)
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
     def sync(self, journal: Journal) -> None:
         """Send what the server lacks of a run; does nothing if it lacks nothing.
@@ -111,18 +99,27 @@ class MlflowStore:
         sent = journal.sent
         if sent.uri != self.shown_uri:
             journal.sent = sent = Sent(uri=self.shown_uri)
-        if sent.run_id is None:
-            self._create(journal)
-        elif not journal.attached:
-            self._reattach(journal)
-        journal.attached = True
-        run_id = journal.sent.run_id
-        assert run_id is not None
-        self._send_params_and_tags(journal, run_id)
-        self._send_datasets(journal, run_id)
+        revision = journal.revision
+        with self._turns.taken():
+            if sent.run_id is None:
+                self._create(journal)
+            elif not journal.attached:
+                self._reattach(journal)
+            journal.attached = True
+            run_id = journal.sent.run_id
+            assert run_id is not None
+            self._send_params_and_tags(journal, run_id)
+            self._send_datasets(journal, run_id)
         self._send_metrics(journal, run_id)
         self._send_artifacts(journal, run_id)
-        self._send_status(journal, run_id)
+        self._models.send(journal, run_id)
+        with self._turns.taken():
+            self._send_status(journal, run_id, revision)
+
+    @property
+    def uploading(self) -> str:
+        """The model that is on its way to the server; empty if none is."""
+        return self._models.uploading
 
     def run_location(self, run_id: str | None) -> str:
         """Say how a run is looked at.
@@ -136,6 +133,9 @@ class MlflowStore:
         if self.shown_uri.startswith("http"):
             base = self.shown_uri.rstrip("/")
             return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        if is_databricks(self._uri):
+            host = os.environ.get("DATABRICKS_HOST", "").rstrip("/")
+            return f"{host}/ml/experiments/{self.experiment_id}/runs/{run_id}"
         return f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)}"
 
     def count_pending(self, journal: Journal) -> int:
@@ -276,7 +276,8 @@ class MlflowStore:
         feed = self._feed(journal)
         while points := feed.next_points(MAX_METRICS_PER_BATCH):
             metrics = [point for point, _ in points]
-            self._offer(self._client.log_batch, run_id, metrics=metrics)
+            with self._turns.taken():
+                self._offer(self._client.log_batch, run_id, metrics=metrics)
             feed.confirm(points)
             for point, logged_step in points:
                 last = journal.sent.last_steps.get(point.key, -1)
@@ -299,7 +300,7 @@ class MlflowStore:
             journal.sent.artifacts[name] = version
             journal.save()
 
-    def _send_status(self, journal: Journal, run_id: str) -> None:
+    def _send_status(self, journal: Journal, run_id: str, revision: int) -> None:
         with journal.lock:
             status, ended_ms = journal.wanted.status, journal.wanted.ended_ms
         if status != journal.sent.status:
@@ -311,7 +312,7 @@ class MlflowStore:
         if status != RUNNING and not journal.sent.complete:
             with journal.lock:
                 # The caller may have asked for more while this was under way.
-                journal.sent.complete = journal.wanted.status == status
+                journal.sent.complete = journal.revision == revision
                 journal.save()
 
     def _offer(self, send: Callable[..., object], *args: object, **kwargs: object) -> None:
@@ -320,7 +321,7 @@ class MlflowStore:
         try:
             send(*args, **kwargs)
         except MlflowException as fault:
-            if fault.error_code not in _REJECTED:
+            if fault.error_code not in REJECTED:
                 raise
             logger.warning("MLflow refused an entry, which is left out: %s", describe_fault(fault))
 
@@ -363,7 +364,7 @@ class _MetricFeed:
         from mlflow.entities import Metric
 
         for record in self._tail.poll():
-            for name, value in record.metrics.items():
+            for name, value in shown_metrics(record.metrics).items():
                 key = _name(name)
                 step = self._free_step(key, record.step, value)
                 if step is not None:
@@ -383,41 +384,6 @@ class _MetricFeed:
         if step < logged_step or (step == logged_step and same):
             return None
         return max(step, queued_step + 1)
-
-
-def _prepare_sqlite(uri: str) -> Path | None:
-    """Open a sqlite store once, since MLflow would retry a hopeless one for a long time."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=CHECK_TIMEOUT_S)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            connection.rollback()
-    except (sqlite3.Error, OSError) as fault:
-        raise TrackingError(
-            f"the tracking database {path.name} cannot be opened: {fault}",
-            remedy="Name a file that can be written, for example tracking.uri=sqlite:///mlflow.db.",
-        ) from None
-    return path.parent.resolve()
-
-
-def describe_fault(fault: BaseException, uri: str = "") -> str:
-    """Say in one line why the server could not be used.
-
-    Args:
-        fault: what was raised.
-        uri: the tracking URI, whose credentials the fault may repeat.
-
-    Returns:
-        The line, without credentials.
-    """
-    text = str(fault).strip().splitlines() or [type(fault).__name__]
-    line = text[0].replace(uri, redact_uri(uri)) if uri else text[0]
-    line = re.sub(r"//[^/@\s]+@", "//", line)
-    return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def _name(name: str) -> str:

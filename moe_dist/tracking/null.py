@@ -8,7 +8,7 @@ from types import TracebackType
 
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking.journal import METRICS_NAME
-from moe_dist.tracking.protocols import DatasetInput, TrackedRun
+from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun
 
 
 class NullTracker:
@@ -44,6 +44,9 @@ class _LocalRun:
         pass
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def log_model(self, model: TrackedModel) -> None:
         pass
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

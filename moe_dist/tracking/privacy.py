@@ -55,7 +55,7 @@ def flatten(config: Mapping[str, object]) -> dict[str, str]:
     flat: dict[str, str] = {}
 
     def visit(prefix: str, value: object) -> None:
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and (value or not prefix):
             for name, inner in value.items():
                 visit(f"{prefix}.{name}", inner)
         else:

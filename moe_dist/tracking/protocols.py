@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -28,6 +28,31 @@ class DatasetInput:
     num_rows: int | None = None
 
 
+@dataclass(frozen=True)
+class TrackedModel:
+    """A model that a run made, as MLflow loads and serves it.
+
+    Args:
+        name: what it is called among the models of its run: `student`.
+        directory: what `moe_dist.inference.save_model` wrote.
+        digest: identifies its content; a model of the same name and digest is sent once.
+        num_texts: 1, or 2 where it reads pairs.
+        labels: its classes; empty for regression.
+        max_length: tokens after which a text is cut.
+        register_as: name in the model registry; empty to leave it out of there.
+        params: what people compare such models by.
+    """
+
+    name: str
+    directory: Path
+    digest: str
+    num_texts: int
+    labels: tuple[str, ...]
+    max_length: int
+    register_as: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
 class TrackedRun(Protocol):
     """One run, which ends with its `with` block."""
 
@@ -46,6 +71,9 @@ class TrackedRun(Protocol):
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Have a file uploaded, and again if it changes; it must not hold secrets (`scrub`)."""
+
+    def log_model(self, model: TrackedModel) -> None:
+        """Have a model directory logged as an MLflow model, and registered if it says so."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or change tags."""

@@ -15,7 +15,7 @@ from moe_dist.tracking.journal import RUNNING, Journal, Sent, Wanted, load_journ
 from moe_dist.tracking.mlflow_store import MlflowStore
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, scrub
-from moe_dist.tracking.protocols import DatasetInput, TrackedRun, Tracker
+from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
 from moe_dist.tracking.sender import Sender
 
 # Settings that change what is done beside the work, how it is spread or watched, but not which
@@ -34,6 +34,9 @@ IDENTITY_IGNORES = (
     "train.log_every",
     "train.step_timeout_s",
 )
+
+RECIPE_TAG = "recipe_hash"
+"""The same for runs of one recipe, wherever and on however many workers they run."""
 
 
 def build_tracker(uri: str, *, experiment: str = "moe-dist", enabled: bool = True) -> Tracker:
@@ -93,7 +96,7 @@ class MLflowTracker:
         journal = _open_journal(name, Path(directory), _chain_fingerprint(flat), None)
         with journal.changing() as wanted:
             wanted.params.update(flat)
-            wanted.tags.update(dict(tags or {}))
+            wanted.tags.update({RECIPE_TAG: journal.wanted.fingerprint[:12], **(tags or {})})
         return _MlflowRun(journal, Sender(self._store, journal))
 
 
@@ -123,11 +126,20 @@ class _MlflowRun:
                 wanted.datasets.append(entry)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
+        with self._journal.changing() as wanted:
+            wanted.artifacts[self._relative(path)] = folder
+
+    def log_model(self, model: TrackedModel) -> None:
+        entry = asdict(model) | {"directory": self._relative(model.directory)}
+        entry["params"] = flatten(model.params)
+        with self._journal.changing() as wanted:
+            wanted.models[model.name] = entry
+
+    def _relative(self, path: Path) -> str:
+        """Name a file as the journal does, so that the output directory may be moved."""
         path = Path(path).absolute()
         home = self._journal.directory.absolute()
-        name = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
-        with self._journal.changing() as wanted:
-            wanted.artifacts[name] = folder
+        return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         with self._journal.changing() as wanted:

@@ -7,14 +7,16 @@ import threading
 import time
 from pathlib import Path
 
+from moe_dist.tracking.connection import describe_fault
 from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
-from moe_dist.tracking.mlflow_store import MlflowStore, describe_fault
+from moe_dist.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger("moe_dist.tracking")
 
 SEND_INTERVAL_S = 2.0
 MAX_BACKOFF_S = 60.0
 CLOSING_TIME_S = 30.0
+CLOSING_POLL_S = 0.5
 
 
 class Sender:
@@ -58,8 +60,12 @@ class Sender:
         """Send the rest, for a limited time, and say what could not be sent."""
         self._ends_at = time.monotonic() + CLOSING_TIME_S
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSING_TIME_S + SEND_INTERVAL_S)
+        deadline = self._ends_at + SEND_INTERVAL_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(CLOSING_POLL_S)
+            if self.store.uploading:
+                # A model may take minutes; one whose server has gone away raises by itself.
+                deadline = max(deadline, time.monotonic() + CLOSING_TIME_S)
         if self._thread.is_alive() or self._away_since is not None:
             with self._lock:
                 journals = list(self._journals.values())

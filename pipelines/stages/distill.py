@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..jobs import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
+from ..jobs import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
 from ..payloads import distill_settings, training_job, training_settings
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from . import adapt, finetune_teacher, shrink
@@ -59,7 +59,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             outputs={"model": stage.directory / "model"},
             metrics=result["metrics"],
             details={key: result[key] for key in TRAINING_FACTS},
-            plots=(draw_losses(stage, stage_key(NAME, inputs.label)),),
+            plots=(
+                draw_losses(stage, stage_key(NAME, inputs.label)),
+                *draw_load(stage, result["expert_load"]),
+            ),
         )
 
     return execute(

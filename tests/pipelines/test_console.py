@@ -54,3 +54,17 @@ def test_a_live_bar_ends_with_its_stage(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_lines_say_which_stage_of_how_many_and_what_the_loss_is_made_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(live=False)
+    console.planned(["adapt", "distill", "evaluate"])
+    console.stage_started("distill", resumed=False)
+    console.progress(10, 100, {"loss": 0.5}, {"task": 0.3, "kl": 0.2})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "distill (2 of 3): started",
+        "distill: step 10/100  loss 0.5  (task 0.3  kl 0.2)",
+    ]

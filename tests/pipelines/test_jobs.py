@@ -59,7 +59,9 @@ def test_progress_shows_loss_speed_and_the_last_dev_metric(tmp_path: Path) -> No
     shown: list[tuple[int, dict[str, float]]] = []
 
     class Recorder(Console):
-        def progress(self, step: int, total: int | None, figures: Any = None) -> None:
+        def progress(
+            self, step: int, total: int | None, figures: Any = None, terms: Any = None
+        ) -> None:
             shown.append((step, dict(figures)))
 
     log = MetricLog(tmp_path / "metrics.jsonl")
@@ -80,7 +82,9 @@ def test_old_lines_of_a_continued_log_are_one_position(tmp_path: Path) -> None:
     shown: list[int] = []
 
     class Recorder(Console):
-        def progress(self, step: int, total: int | None, figures: Any = None) -> None:
+        def progress(
+            self, step: int, total: int | None, figures: Any = None, terms: Any = None
+        ) -> None:
             shown.append(step)
 
     log = MetricLog(tmp_path / "metrics.jsonl")

@@ -100,9 +100,9 @@ def test_expert_load_of_unequal_layers(tmp_path: Path) -> None:
 
 
 def test_layer_names_are_short() -> None:
-    assert plots._short("bert.encoder.layer.3.intermediate") == "encoder 3"
-    assert plots._short("transformer.h.11.mlp") == "11"
-    assert plots._short("moe") == "moe"
+    assert plots.short_layer_name("bert.encoder.layer.3.intermediate") == "encoder 3"
+    assert plots.short_layer_name("transformer.h.11.mlp") == "11"
+    assert plots.short_layer_name("moe") == "moe"
 
 
 def test_smoothing_keeps_constant_series() -> None:

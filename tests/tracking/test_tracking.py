@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +26,7 @@ from moe_dist.tracking import (
     scrub,
 )
 from moe_dist.tracking.sender import Sender
+from tests.tracking.servers import Server
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -376,47 +373,6 @@ def test_flatten_and_scrub() -> None:
     assert redact_uri("mlflow.db") == "mlflow.db"
 
 
-class Server:
-    """An MLflow server on the loopback interface that can be stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port"]
-        command += [str(self.port), "--workers", "1", "--backend-store-uri"]
-        command += [f"sqlite:///{self._directory}/server.db", "--serve-artifacts"]
-        command += ["--artifacts-destination", str(self._directory / "artifacts")]
-        with (self._directory / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                cwd=self._directory,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.3)
-        pytest.fail((self._directory / "server.log").read_text()[-2000:])
-
-    def stop(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, 9)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     directory = tmp_path / "server"
@@ -442,7 +398,9 @@ def test_end_of_a_run_waits_for_a_server_that_is_being_started(
         if 1 < len(calls) <= 1 + num_refusals:
             raise ConnectionError("refused")
 
-    store = SimpleNamespace(sync=sync, shown_uri="http://here", count_pending=lambda _: 1)
+    store = SimpleNamespace(
+        sync=sync, shown_uri="http://here", count_pending=lambda _: 1, uploading=""
+    )
     sender = Sender(cast("Any", store), cast("Any", chain))
     sender.follow(cast("Any", chain))
     sender.start()

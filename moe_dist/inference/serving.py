@@ -1,0 +1,125 @@
+"""A model that takes texts and gives labels: what MLflow loads and serves.
+
+MLflow's description of a logged model names this module; `_load_pyfunc` is the name it looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.errors import DataError
+from moe_dist.inference.saving import load_model, load_tokenizer
+
+BATCH_SIZE = 32
+MAX_LENGTH = 512
+
+
+class TextModel:
+    """A trained model with its tokenizer.
+
+    Args:
+        model: a classifier or regressor in evaluation mode.
+        tokenizer: the one it was trained with.
+        max_length: tokens after which a text is cut.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Answer for each text, or pair of texts.
+
+        Args:
+            model_input: a DataFrame with one or two columns of texts, whatever their names, or a
+                list of texts or of pairs of them.
+            params: not used; MLflow passes it.
+
+        Returns:
+            A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
+            to 1; of a regression the `value`.
+
+        Raises:
+            DataError: if these are no texts.
+        """
+        import pandas
+
+        columns = text_columns(model_input)
+        num_texts = len(columns[0])
+        rows: list[dict[str, Any]] = []
+        for first in range(0, num_texts, BATCH_SIZE):
+            rows += self._answers([column[first : first + BATCH_SIZE] for column in columns])
+        return pandas.DataFrame(rows, columns=None if rows else self._names())
+
+    def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        encoded = self._tokenizer(
+            *[list(column) for column in columns],
+            truncation=True,
+            max_length=self._max_length,
+            padding=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+        with torch.no_grad():
+            logits_BC = self._model(**encoded).logits.float().cpu()
+        config = self._model.config
+        if config.problem_type == "regression":
+            return [{"value": value} for value in logits_BC[:, 0].tolist()]
+        rows = []
+        for scores in logits_BC.softmax(dim=-1).tolist():
+            named = {str(config.id2label[index]): score for index, score in enumerate(scores)}
+            label = max(named, key=lambda name: named[name])
+            rows.append({"label": label, "score": named[label], "scores": named})
+        return rows
+
+    def _names(self) -> list[str]:
+        is_regression = self._model.config.problem_type == "regression"
+        return ["value"] if is_regression else ["label", "score", "scores"]
+
+
+def text_columns(model_input: Any) -> list[list[str]]:
+    """Bring what MLflow hands over into columns of texts.
+
+    Args:
+        model_input: see `TextModel.predict`.
+
+    Returns:
+        One or two columns.
+
+    Raises:
+        DataError: if these are no texts, or more than two columns.
+    """
+    if hasattr(model_input, "columns"):
+        columns = [model_input[name].tolist() for name in model_input.columns]
+    else:
+        entries = model_input.tolist() if hasattr(model_input, "tolist") else list(model_input)
+        rows = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
+        columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]]
+    if not 1 <= len(columns) <= 2 or not all(isinstance(t, str) for c in columns for t in c):
+        raise DataError(
+            "the model reads one or two columns of texts",
+            remedy='send for example {"inputs": ["a fine film", "a dull one"]}',
+        )
+    return columns
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
+    """Load a model directory; MLflow calls it.
+
+    Args:
+        path: the directory.
+        model_config: `max_length`, in tokens.
+
+    Returns:
+        The model.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TextModel(
+        load_model(Path(path), device),
+        load_tokenizer(Path(path)),
+        max_length=int((model_config or {}).get("max_length", MAX_LENGTH)),
+    )

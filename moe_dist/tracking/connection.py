@@ -1,0 +1,160 @@
+"""Reaching a tracking store: one error at once where it cannot be used, and no endless retries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_dist.errors import TrackingError
+from moe_dist.tracking.privacy import redact_uri
+from moe_dist.tracking.turns import Turns
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHECK_TIMEOUT_S = 4
+REQUEST_TIMEOUT_S = 20
+REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
+"""The server understood and will never accept it: sending it again would block all that follows."""
+_TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_SQLITE = "sqlite:///"
+_DATABRICKS = "databricks"
+
+
+def connect(uri: str, turns: Turns | None = None) -> MlflowClient:
+    """Connect to a store and ask it something.
+
+    Args:
+        uri: `http(s)://...`, `sqlite:///FILE` or another database URI, `databricks` or
+            `databricks://PROFILE`.
+        turns: the line in front of a sqlite database, for who is going to write.
+
+    Returns:
+        MLflow's client.
+
+    Raises:
+        TrackingError: if the server does not answer, or the store cannot be used.
+    """
+    if uri.startswith("file:") or ("://" not in uri and uri != _DATABRICKS):
+        raise TrackingError(
+            f"tracking.uri={redact_uri(uri)} names a directory; MLflow no longer stores runs so",
+            remedy="Use sqlite:///mlflow.db, or the URL of a tracking server.",
+        )
+    path = database_path(uri)
+    if path is not None:
+        _open_sqlite(path)
+    from mlflow import MlflowClient
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Two processes that first open a database would both try to make its tables.
+    with usable(uri), (turns or Turns(path)).taken():
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+
+
+@contextmanager
+def usable(uri: str) -> Iterator[None]:
+    """Turn what goes wrong with a store into one error, and hurry.
+
+    Args:
+        uri: the store's.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrackingError: if anything goes wrong within.
+    """
+    # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    user_timeout = os.environ.get(_TIMEOUT_VARIABLE)
+    os.environ[_TIMEOUT_VARIABLE] = str(CHECK_TIMEOUT_S)
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as fault:
+        raise TrackingError(
+            f"the tracking store {redact_uri(uri)} cannot be used: {describe_fault(fault, uri)}",
+            remedy=_remedy(uri),
+        ) from None
+    finally:
+        os.environ[_TIMEOUT_VARIABLE] = user_timeout or str(REQUEST_TIMEOUT_S)
+
+
+def is_databricks(uri: str) -> bool:
+    """Say whether a URI names a Databricks workspace.
+
+    Args:
+        uri: a tracking URI.
+
+    Returns:
+        True for `databricks` and `databricks://PROFILE`.
+    """
+    return uri == _DATABRICKS or uri.startswith(f"{_DATABRICKS}://")
+
+
+def database_path(uri: str) -> Path | None:
+    """Find the file of a sqlite store.
+
+    Args:
+        uri: a tracking URI.
+
+    Returns:
+        The file; None for other stores.
+    """
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+
+
+def describe_fault(fault: BaseException, uri: str = "") -> str:
+    """Say in one line why the server could not be used.
+
+    Args:
+        fault: what was raised.
+        uri: the tracking URI, whose credentials the fault may repeat.
+
+    Returns:
+        The line, without credentials.
+    """
+    text = str(fault).strip().splitlines() or [type(fault).__name__]
+    line = text[0].replace(uri, redact_uri(uri)) if uri else text[0]
+    line = re.sub(r"//[^/@\s]+@", "//", line)
+    return line if len(line) <= 300 else line[:300] + " ..."
+
+
+def _remedy(uri: str) -> str:
+    if is_databricks(uri):
+        return (
+            "Set DATABRICKS_HOST and DATABRICKS_TOKEN, or name a profile of ~/.databrickscfg as "
+            "databricks://PROFILE; an experiment's name there is a path such as /Users/me/moe-dist."
+        )
+    return (
+        "Start the server, or correct tracking.uri: sqlite:///mlflow.db needs no server, and "
+        "tracking.enabled=false does without MLflow."
+    )
+
+
+def _open_sqlite(path: Path) -> None:
+    """Open a sqlite store once, since MLflow would retry a hopeless one for a long time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=REQUEST_TIMEOUT_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            connection.rollback()
+    except (sqlite3.Error, OSError) as fault:
+        raise TrackingError(
+            f"the tracking database {path.name} cannot be opened: {fault}",
+            remedy="Name a file that can be written, for example tracking.uri=sqlite:///mlflow.db.",
+        ) from None

@@ -1,0 +1,196 @@
+"""Models as MLflow knows them: a model directory with MLflow's description beside it.
+
+`mlflow.pyfunc.load_model` and `mlflow models serve` read it through a loader of our own
+(`moe_dist.inference.serving`), so that nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_dist.tracking.connection import REJECTED, describe_fault
+from moe_dist.tracking.journal import Journal
+from moe_dist.tracking.turns import Turns
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+
+logger = logging.getLogger("moe_dist.tracking")
+
+LOADER_MODULE = "moe_dist.inference.serving"
+MODEL_TYPE = "moe-dist"
+# What the loader imports; MLflow would guess them by loading the model in another process.
+_REQUIREMENTS = ("moe-dist", "mlflow", "torch", "transformers", "tokenizers", "safetensors")
+
+
+class ModelSender:
+    """Sends the models that a journal wants and the server lacks.
+
+    Args:
+        client: the connection.
+        experiment_id: where the runs are.
+        turns: the line in front of a database.
+    """
+
+    def __init__(self, client: MlflowClient, experiment_id: str, turns: Turns) -> None:
+        self._client = client
+        self._experiment_id = experiment_id
+        self._turns = turns
+        self.uploading = ""
+        """The name of the model that is on its way; empty if none is."""
+
+    def send(self, journal: Journal, run_id: str) -> None:
+        """Log and register what is new.
+
+        Args:
+            journal: of the run that made the models.
+            run_id: the run.
+        """
+        with journal.lock:
+            wanted = {name: dict(entry) for name, entry in journal.wanted.models.items()}
+        for name, entry in wanted.items():
+            directory = journal.directory / entry["directory"]
+            sent = journal.sent.models.get(name, {})
+            if sent.get("digest") != entry["digest"]:
+                if not directory.is_dir():
+                    continue
+                sent = {"digest": entry["digest"]}
+                journal.sent.models[name] = sent
+            if not sent.get("ready"):
+                self.uploading = name
+                try:
+                    self._upload(directory, entry, sent, journal, run_id)
+                finally:
+                    self.uploading = ""
+            if entry["register_as"] and sent.get("registered") != entry["register_as"]:
+                self._register(entry, sent, run_id)
+                journal.save()
+
+    def _upload(
+        self,
+        directory: Path,
+        entry: Mapping[str, Any],
+        sent: dict[str, str],
+        journal: Journal,
+        run_id: str,
+    ) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        if "model_id" not in sent:
+            with self._turns.taken():
+                model = self._client.create_logged_model(
+                    self._experiment_id,
+                    name=entry["name"],
+                    source_run_id=run_id,
+                    params=dict(entry["params"]) or None,
+                    model_type=MODEL_TYPE,
+                )
+                self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+            sent["model_id"] = model.model_id
+            # An upload that breaks off is taken up again for the same model.
+            journal.save()
+        with tempfile.TemporaryDirectory(prefix="moe-dist-model-") as scratch:
+            described = Path(scratch) / "model"
+            describe_model(directory, described, entry, run_id=run_id, model_id=sent["model_id"])
+            self._client.log_model_artifacts(sent["model_id"], str(described))
+        with self._turns.taken():
+            self._client.finalize_logged_model(sent["model_id"], "READY")
+        sent["ready"] = "yes"
+        journal.save()
+
+    def _register(self, entry: Mapping[str, Any], sent: dict[str, str], run_id: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name = entry["register_as"]
+        try:
+            with self._turns.taken():
+                self._ensure_registered(name)
+                self._client.create_model_version(
+                    name,
+                    source=f"models:/{sent['model_id']}",
+                    run_id=run_id,
+                    model_id=sent["model_id"],
+                    tags=dict(entry["params"]) or None,
+                    await_creation_for=0,
+                )
+        except MlflowException as fault:
+            if fault.error_code not in REJECTED:
+                raise
+            logger.warning(
+                "MLflow does not register %s as %s: %s", entry["name"], name, describe_fault(fault)
+            )
+        # What was refused once would be refused again, and hold up what follows.
+        sent["registered"] = name
+
+    def _ensure_registered(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as fault:
+            if fault.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def describe_model(
+    directory: Path, target: Path, entry: Mapping[str, Any], *, run_id: str, model_id: str
+) -> None:
+    """Write a model directory as an MLflow model.
+
+    Args:
+        directory: what `moe_dist.inference.save_model` wrote.
+        target: where to write; must not exist.
+        entry: the fields of a `TrackedModel`.
+        run_id: the run that made it.
+        model_id: the model's id on the server.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    with warnings.catch_warnings():
+        # It asks for an example input, with which it would load the model to try it.
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            loader_module=LOADER_MODULE,
+            data_path=str(directory),
+            mlflow_model=Model(artifact_path=entry["name"], run_id=run_id, model_id=model_id),
+            signature=_signature(entry),
+            pip_requirements=_requirements(),
+            model_config={"max_length": entry["max_length"]},
+        )
+
+
+def _signature(entry: Mapping[str, Any]) -> ModelSignature:
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, Map, Schema
+
+    # Without names a plain list of texts is taken too, and any names of columns are.
+    columns = [ColSpec(DataType.string) for _ in range(entry["num_texts"])]
+    if entry["labels"]:
+        answers = [
+            ColSpec(DataType.string, "label"),
+            ColSpec(DataType.double, "score"),
+            ColSpec(Map(DataType.double), "scores"),
+        ]
+    else:
+        answers = [ColSpec(DataType.double, "value")]
+    return ModelSignature(inputs=Schema(columns), outputs=Schema(answers))
+
+
+def _requirements() -> list[str]:
+    found = []
+    for name in _REQUIREMENTS:
+        try:
+            # What follows a + names a build, such as +cpu, which no index need have.
+            found.append(f"{name}=={version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            found.append(name)
+    return found

@@ -1,0 +1,165 @@
+"""The commands `runs`, `report` and `benchmark tracking`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..command_line import Debug, clean_errors, quieten_libraries
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+REPORT_NAME = "runs.html"
+
+TrackingUri = Annotated[
+    str,
+    typer.Option(
+        "--uri",
+        help="MLflow tracking URI; when empty MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.",
+    ),
+]
+Experiment = Annotated[str, typer.Option(help="Only runs of this experiment.")]
+
+
+def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
+    """Add the commands to the program.
+
+    Args:
+        app: the program.
+        benchmark_app: its benchmarks.
+    """
+    app.command("runs")(runs)
+    app.command("report")(report)
+    benchmark_app.command("tracking")(benchmark_tracking)
+
+
+def runs(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Compare these: ids, names or directories."),
+    ] = None,
+    uri: TrackingUri = "",
+    experiment: Experiment = "",
+    where: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            help="MLflow's search, e.g. \"metrics.retention > 0.98 and tags.router = "
+            "'token_gate'\".",
+        ),
+    ] = "",
+    sort: Annotated[
+        str, typer.Option(help="A metric, parameter or tag, or name, status, started.")
+    ] = "started",
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 30,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show stages and trials too, below their runs.")
+    ] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another metric, parameter or tag; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs of an MLflow store, or compare some of them."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from ..console import Console
+        from .listing import Listing, comparison_json, comparison_tables, list_runs, list_tables
+        from .selection import select_runs
+
+        console = Console()
+        store = tracking_uri(uri)
+        if names:
+            views = select_runs(names, uri=store, experiment=experiment)
+            if as_json:
+                typer.echo(json.dumps(comparison_json(views), indent=1))
+                return
+            for table in comparison_tables(views):
+                console.result(table)
+            return
+        listing = Listing(
+            where=where,
+            sort=sort,
+            ascending=ascending,
+            limit=limit,
+            everything=everything,
+            columns=tuple(column or ()),
+        )
+        found = list_runs(store, experiment, listing)
+        if as_json:
+            typer.echo(json.dumps([entry.as_plain() for entry in found], indent=1))
+            return
+        for table in list_tables(found, listing):
+            console.result(table)
+
+
+def report(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Ids, names or output directories.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path(REPORT_NAME),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Runs compared",
+    uri: TrackingUri = "",
+    experiment: Experiment = "",
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page that compares runs; it loads nothing and can be sent."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from .page import render_page
+        from .selection import select_runs
+
+        views = select_runs(names, uri=tracking_uri(uri), experiment=experiment)
+        page = render_page(views, title)
+        write_page(page, output)
+        typer.echo(f"{output}: {len(views)} runs, {len(page.encode()) / 1e6:.2f} MB")
+
+
+def benchmark_tracking(
+    num_runs: Annotated[int, typer.Option("--runs", help="Runs of all processes.")] = 200,
+    processes: Annotated[int, typer.Option(help="Processes that log at once.")] = 8,
+    steps: Annotated[int, typer.Option(help="Lines of each run's metric log.")] = 50,
+    directory: Annotated[Path | None, typer.Option(help="Where to write, then kept.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Log runs from many processes at once, count what is lost, and time a report on 100 runs."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from ..benchmarks.tracking import TrackingBenchmark, main
+
+        main(
+            TrackingBenchmark(
+                num_runs=num_runs, num_processes=processes, num_steps=steps, directory=directory
+            )
+        )
+
+
+def tracking_uri(given: str) -> str:
+    """Choose the store, as a recipe does.
+
+    Args:
+        given: on the command line.
+
+    Returns:
+        Its URI.
+    """
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write a page, whole or not at all.
+
+    Args:
+        page: the document.
+        path: the file; its directory is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,286 @@
+"""What a comparison knows of one run, whether its directory or the tracking server tells it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_dist.config.run_config import flatten_settings
+from moe_dist.data.metrics import METRICS
+from moe_dist.errors import MissingInputError
+from moe_dist.metric_log import MetricLog
+from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
+
+from .. import report
+from ..chain import RECIPE_NAME
+from ..replacement import FINISHED
+from ..stage import METRIC_LOG
+from ..stages import distill, evaluate
+from ..workspace import COMPARE_DIRECTORY
+
+TRIAL_TAG = "trial"
+TRIAL_PREFIX = "trial/"
+QUALITY = "quality"
+
+Series = tuple[list[int], list[float]]
+CURVE_PREFIXES = ("train/loss/", "dev/", "moe/load_imbalance_worst")
+# They say where and under which name a run was recorded, not what it did.
+PRIVATE_PARAMS = ("name", "output_dir", "tracking")
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One student of a run.
+
+    Attributes:
+        label: the comparison; empty for the main student.
+        entry: its part of the run's report.
+        retention: the main metric divided by the teacher's; None where it is not known.
+        interval: of the retention, from the paired bootstrap, the teacher held fixed.
+    """
+
+    label: str
+    entry: Mapping[str, Any]
+    retention: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run.
+
+    Attributes:
+        name: its name, made different from those of the other runs.
+        source: its directory or its id.
+        status: in MLflow's words.
+        params: settings by dotted name.
+        main_metric: what quality is measured by; empty where nothing was evaluated.
+        teacher: the teacher's part of the report.
+        models: the students, the main one first.
+        curves: steps and values by label and metric.
+        loads: each expert's share by model and layer.
+        seconds: working time of each stage.
+    """
+
+    name: str
+    source: str
+    status: str
+    params: Mapping[str, str]
+    main_metric: str = ""
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+    models: Sequence[ModelView] = ()
+    curves: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
+    loads: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def quality(self) -> float | None:
+        """The main student's main metric; None where it was not evaluated."""
+        return quality(self.models[0].entry, self.main_metric) if self.models else None
+
+
+def quality(entry: Mapping[str, Any], metric: str) -> float | None:
+    """Read a model's quality.
+
+    Args:
+        entry: its part of a report.
+        metric: the main metric.
+
+    Returns:
+        The value; None where it is missing or no number.
+    """
+    value = entry.get("metrics", {}).get(metric)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_directory(directory: Path) -> RunView:
+    """Read a run from its output directory.
+
+    Args:
+        directory: `output_dir/name`.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        MissingInputError: if no run left its files there.
+    """
+    if not (directory / RECIPE_NAME).is_file():
+        raise MissingInputError(
+            f"{directory} is no run's directory: it has no {RECIPE_NAME}.",
+            remedy="give OUTPUT_DIR/NAME of a run, its MLflow run id, or its name.",
+        )
+    recipe = yaml.safe_load((directory / RECIPE_NAME).read_text(encoding="utf-8"))
+    found = _read_json(directory / report.JSON_NAME)
+    measured = _read_json(directory / evaluate.NAME / FINISHED)
+    places = {"": directory / distill.NAME}
+    places |= {
+        path.parent.name: path
+        for path in sorted((directory / COMPARE_DIRECTORY).glob(f"*/{distill.NAME}"))
+    }
+    return _view(
+        name=str(recipe.get("name", directory.name)),
+        source=str(directory),
+        status="FINISHED" if found else "UNFINISHED",
+        # As the chain gives them to the tracking server, so that both sources can be compared.
+        params=flatten(flatten_settings(recipe)),
+        found=found,
+        measured=measured,
+        curves={label: _read_curves(path / METRIC_LOG) for label, path in places.items()},
+    )
+
+
+def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[RecordedRun]) -> RunView:
+    """Read a run from the tracking server.
+
+    Args:
+        reader: the connection.
+        run: the chain's run.
+        children: those of its stages; of several for one stage the newest counts.
+
+    Returns:
+        What the server knows.
+    """
+    stages = {child.name: child for child in children}
+    curves: dict[str, dict[str, Series]] = {}
+    for name, child in stages.items():
+        stage, _, label = name.partition("/")
+        if stage == distill.NAME:
+            curves[label] = {
+                metric: _series(reader.history(child, metric))
+                for metric in child.metrics
+                if metric.startswith(CURVE_PREFIXES)
+            }
+    if not curves:
+        # A trial of a sweep trains in its own run.
+        curves[""] = {
+            metric: _series(reader.history(run, metric))
+            for metric in run.metrics
+            if metric.startswith(CURVE_PREFIXES)
+        }
+    evaluated = stages.get(evaluate.NAME)
+    is_trial = TRIAL_TAG in run.tags
+    return _view(
+        name=run.name,
+        source=run.run_id,
+        status=run.status,
+        params=run.params,
+        found=trial_report(run) if is_trial else reader.read_json(run, report.JSON_NAME),
+        measured={} if evaluated is None else reader.read_json(evaluated, FINISHED),
+        curves=curves,
+    )
+
+
+def trial_report(run: RecordedRun) -> dict[str, Any]:
+    """Bring what a sweep measured of a trial into the form of a chain's report.
+
+    Args:
+        run: the trial's run, with metrics such as `trial/accuracy` and `trial/flops`.
+
+    Returns:
+        What a view reads of a report; empty for a trial that measured nothing.
+    """
+    found = {
+        name.removeprefix(TRIAL_PREFIX): value
+        for name, value in run.metrics.items()
+        if name.startswith(TRIAL_PREFIX)
+    }
+    if QUALITY not in found:
+        return {}
+    # The sweep gives the main metric twice, once by its own name.
+    named = [name for name in METRICS if found.get(name) == found[QUALITY]]
+    metric = named[0] if named else QUALITY
+    entry: dict[str, Any] = {"metrics": {metric: found[QUALITY]}}
+    if "active_parameters" in found:
+        entry["parameters"] = {"active": found["active_parameters"]}
+    if "flops" in found:
+        entry["flops_per_token"] = found["flops"]
+    if "latency" in found:
+        entry["latency_ms"] = {run.params.get("search.latency_batch_size", "1"): found["latency"]}
+    if "retention" in found:
+        entry["retention"] = found["retention"]
+    return {
+        "main_metric": metric,
+        evaluate.STUDENT: entry,
+        "comparisons": [],
+        "differences": {},
+    }
+
+
+def _view(
+    *,
+    name: str,
+    source: str,
+    status: str,
+    params: Mapping[str, str],
+    found: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    curves: Mapping[str, Mapping[str, Series]],
+) -> RunView:
+    teacher = found.get(evaluate.TEACHER, {})
+    metric = str(found.get("main_metric", ""))
+    models = []
+    if found:
+        labels = {evaluate.STUDENT: "", **{label: label for label in found["comparisons"]}}
+        main = found[evaluate.STUDENT]
+        for key, label in labels.items():
+            entry = found[key]
+            difference = found["differences"].get(evaluate.TEACHER) if entry is main else None
+            models.append(
+                ModelView(label, entry, entry.get("retention"), _interval(teacher, difference))
+            )
+    return RunView(
+        name=name,
+        source=source,
+        status=status,
+        params={key: text for key, text in params.items() if not _is_private(key)},
+        main_metric=metric,
+        teacher=teacher,
+        models=tuple(models),
+        curves={label: dict(series) for label, series in curves.items() if series},
+        loads=measured.get("details", {}).get("expert_loads", {}),
+        seconds=found.get("seconds", {}),
+    )
+
+
+def _interval(
+    teacher: Mapping[str, Any], difference: Mapping[str, Any] | None
+) -> tuple[float, float] | None:
+    """Turn the interval of a difference to the teacher into one of the retention."""
+    if difference is None:
+        return None
+    base = quality(teacher, difference["metric"])
+    if not base:
+        return None
+    return 1 + difference["low"] / base, 1 + difference["high"] / base
+
+
+def _is_private(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in PRIVATE_PARAMS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_curves(log: Path) -> dict[str, Series]:
+    points: dict[str, dict[int, float]] = {}
+    for record in MetricLog(log).read():
+        for name, value in shown_metrics(record.metrics).items():
+            if name.startswith(CURVE_PREFIXES):
+                points.setdefault(name, {})[record.step] = value
+    return {name: _series(list(values.items())) for name, values in points.items()}
+
+
+def _series(points: Sequence[tuple[int, float]]) -> Series:
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,193 @@
+"""What a program sees while a chain runs: one JSON object a line, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from moe_dist.errors import MoeDistError
+from moe_dist.redaction import hide_secrets
+
+from .console import Console
+
+STANDARD_OUTPUT = 1
+STANDARD_ERROR = 2
+
+
+class JsonConsole(Console):
+    """Writes events as JSON lines.
+
+    Args:
+        stream: where to.
+        quiet: write warnings, results and errors only.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
+        super().__init__(quiet=True, live=False)
+        self._stream = stream
+        self._only_results = quiet
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Write one event.
+
+        Args:
+            kind: its name.
+            **fields: what belongs to it.
+        """
+        line = json.dumps(_finite({"event": kind, **fields}), default=str)
+        self._stream.write(hide_secrets(line) + "\n")
+        self._stream.flush()
+
+    def note(self, message: str) -> None:
+        """Write a note, unless quiet.
+
+        Args:
+            message: the line.
+        """
+        self._progress_event("note", message=message)
+
+    def warn(self, message: str) -> None:
+        """Write a warning.
+
+        Args:
+            message: what the user should know.
+        """
+        self.event("warning", message=message)
+
+    def result(self, renderable: Any) -> None:
+        """Write a result that is text; tables are for people, and a document comes at the end.
+
+        Args:
+            renderable: text, or what rich draws.
+        """
+        if isinstance(renderable, str):
+            self.event("result", message=renderable)
+
+    def output(self, text: str) -> None:
+        """Pass on what a job on a cluster printed.
+
+        Args:
+            text: as it came.
+        """
+        self._progress_event("output", message=text)
+
+    def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """Write what came out, as one object.
+
+        Args:
+            content: with its `event`.
+            show: draws the same for people; not called.
+        """
+        fields = dict(content)
+        self.event(str(fields.pop("event")), **fields)
+
+    def planned(self, stages: Sequence[str]) -> None:
+        """Write which stages there are.
+
+        Args:
+            stages: in their order.
+        """
+        self._progress_event("planned", stages=list(stages))
+
+    def stage_skipped(self, stage: str, seconds: float) -> None:
+        """Write that a stage was already finished.
+
+        Args:
+            stage: its name.
+            seconds: what it took when it ran.
+        """
+        self._progress_event("stage_skipped", stage=stage, seconds=seconds)
+
+    def stage_started(self, stage: str, *, resumed: bool) -> None:
+        """Write that a stage begins.
+
+        Args:
+            stage: its name.
+            resumed: whether it continues an earlier attempt.
+        """
+        self._stage = stage
+        self._progress_event("stage_started", stage=stage, resumed=resumed)
+
+    def progress(
+        self,
+        step: int,
+        total: int | None,
+        figures: Mapping[str, float] | None = None,
+        terms: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write how far the current stage is.
+
+        Args:
+            step: steps done.
+            total: steps in all, where known.
+            figures: values worth showing, such as the loss.
+            terms: of the loss.
+        """
+        self._progress_event(
+            "progress",
+            stage=self._stage,
+            step=step,
+            total=None if total is None else math.ceil(total),
+            figures=dict(figures or {}),
+            terms=dict(terms or {}),
+        )
+
+    def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Write that a stage finished.
+
+        Args:
+            stage: its name.
+            seconds: what it took.
+            metrics: its figures.
+        """
+        self._progress_event("stage_finished", stage=stage, seconds=seconds, metrics=dict(metrics))
+
+    def _progress_event(self, kind: str, **fields: object) -> None:
+        if not self._only_results:
+            self.event(kind, **fields)
+
+
+@contextmanager
+def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
+    """Keep standard output for JSON, whatever libraries and workers print.
+
+    Args:
+        quiet: write warnings, results and errors only.
+
+    Yields:
+        The console.
+    """
+    sys.stdout.flush()
+    kept = os.dup(STANDARD_OUTPUT)
+    os.dup2(STANDARD_ERROR, STANDARD_OUTPUT)
+    try:
+        with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as stream:
+            console = JsonConsole(stream, quiet=quiet)
+            try:
+                yield console
+            except MoeDistError as error:
+                console.event("error", message=error.message, remedy=error.remedy)
+                raise
+            except KeyboardInterrupt:
+                console.event("stopped", message="the same command continues from here")
+                raise
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, STANDARD_OUTPUT)
+        os.close(kept)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
