@@ -106,7 +106,7 @@ def test_conditions_follow_other_keys() -> None:
             "moe.expert_size": {"choice": [100, 200]},
             "distill.load_balancing_weight": {
                 "uniform": [0.1, 0.2],
-                "when": {"moe.router": {"not": "hash_random"}},
+                "when": {"moe.router": {"not": ["hash_random", "hash_balanced"]}},
             },
             "moe.router": {"from": "routers"},
         }
@@ -118,7 +118,8 @@ def test_conditions_follow_other_keys() -> None:
             assert shared in (0, point["moe.expert_size"] // 2)
         else:
             assert shared == 0
-        assert ("distill.load_balancing_weight" in point) is (point["moe.router"] != "hash_random")
+        has_gate = not point["moe.router"].startswith("hash_")
+        assert ("distill.load_balancing_weight" in point) is has_gate
     assert {point["moe.partition"] for point in drawn} == set(table_values("partitions"))
 
 
