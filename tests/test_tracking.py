@@ -13,7 +13,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -28,6 +29,7 @@ from moe_dist.tracking import (
     redact_uri,
     scrub,
 )
+from moe_dist.tracking.sender import Sender
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -424,6 +426,32 @@ def server(tmp_path: Path) -> Iterator[Server]:
     instance.stop()
 
 
+@pytest.mark.parametrize("num_refusals", [0, 2])
+def test_end_of_a_run_waits_for_a_server_that_is_being_started(
+    num_refusals: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moe_dist.tracking.sender.SEND_INTERVAL_S", 0.01)
+    chain = SimpleNamespace(directory=tmp_path, parent=None, sent=SimpleNamespace(complete=False))
+    calls = []
+
+    def sync(journal: object) -> None:
+        calls.append(journal)
+        if 1 < len(calls) <= 1 + num_refusals:
+            raise ConnectionError("refused")
+
+    store = SimpleNamespace(sync=sync, shown_uri="http://here", count_pending=lambda _: 1)
+    sender = Sender(cast("Any", store), cast("Any", chain))
+    sender.follow(cast("Any", chain))
+    sender.start()
+    sender.finish()
+    assert len(calls) >= 2 + num_refusals
+    assert "still away" not in caplog.text
+    assert ("answers again" in caplog.text) == bool(num_refusals)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_server_that_goes_away_loses_and_doubles_nothing(
@@ -434,6 +462,7 @@ def test_server_that_goes_away_loses_and_doubles_nothing(
 ) -> None:
     monkeypatch.setattr("moe_dist.tracking.sender.SEND_INTERVAL_S", 0.2)
     monkeypatch.setattr("moe_dist.tracking.sender.MAX_BACKOFF_S", 0.5)
+    monkeypatch.setattr("moe_dist.tracking.sender.CLOSING_TIME_S", 3.0)
     outputs = tmp_path / "outputs"
     stage_dir = outputs / "distill"
     log = MetricLog(stage_dir / "metrics.jsonl")

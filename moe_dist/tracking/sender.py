@@ -31,7 +31,7 @@ class Sender:
         self._chain = chain
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._ending = False
+        self._ends_at: float | None = None
         self._away_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-sender", daemon=True)
 
@@ -56,10 +56,10 @@ class Sender:
 
     def finish(self) -> None:
         """Send the rest, for a limited time, and say what could not be sent."""
-        self._ending = True
+        self._ends_at = time.monotonic() + CLOSING_TIME_S
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(CLOSING_TIME_S)
+            self._thread.join(CLOSING_TIME_S + SEND_INTERVAL_S)
         if self._thread.is_alive() or self._away_since is not None:
             with self._lock:
                 journals = list(self._journals.values())
@@ -76,11 +76,14 @@ class Sender:
         while True:
             self._wake.wait(pause_s)
             self._wake.clear()
-            ending = self._ending
+            ends_at = self._ends_at
             whole = self._pass()
-            if ending:
+            if ends_at is None:
+                pause_s = SEND_INTERVAL_S if whole else min(2 * pause_s, MAX_BACKOFF_S)
+            elif whole or time.monotonic() + SEND_INTERVAL_S > ends_at:
                 return
-            pause_s = SEND_INTERVAL_S if whole else min(2 * pause_s, MAX_BACKOFF_S)
+            else:  # A server that is being started again should get the end of the run too.
+                pause_s = SEND_INTERVAL_S
 
     def _pass(self) -> bool:
         """Bring every journal up to date.

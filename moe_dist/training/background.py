@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def in_background(work: Callable[[threading.Event], None], name: str) -> Iterator[None]:
+def in_background(work: Callable[[threading.Event], object], name: str) -> Iterator[None]:
     """Run something in a thread while a `with` block lasts, and wait for its end.
 
     Args:

@@ -342,16 +342,16 @@ def _run_on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * step_timeout_s + 15)
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from moe_dist.distributed.watchdog import group_timeout_s
     from moe_dist.training.attempts import read_restarts
+    from moe_dist.training.lean_trainer import LeanTorchTrainer
     from moe_dist.training.process_group import NodeTorchConfig
 
     scaling = placement.scaling()
-    trainer = TorchTrainer(
+    trainer = LeanTorchTrainer(
         run_worker,
         train_loop_config=config,
         scaling_config=scaling,
