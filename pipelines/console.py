@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from moe_dist.redaction import hide_secrets
 PIPED_WIDTH = 160
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""
+RATE_WINDOW_S = 120.0
+"""How far back the speed is looked at: a resumed run shows steps that took no time now."""
 
 
 class Console:
@@ -40,7 +43,7 @@ class Console:
         self._stage = ""
         self._plan: list[str] = []
         self._started_s = 0.0
-        self._first: tuple[float, int] | None = None
+        self._recent: deque[tuple[float, int]] = deque()
         self._last_line_s = float("-inf")
         self._last_step = -1
 
@@ -114,7 +117,7 @@ class Console:
         """
         self._stage = stage
         self._started_s = time.monotonic()
-        self._first = None
+        self._recent.clear()
         self._last_step = -1
         self._last_line_s = float("-inf")
         if not self._live:
@@ -150,8 +153,11 @@ class Console:
         if self.quiet:
             return
         now = time.monotonic()
-        if self._first is None or step < self._last_step:
-            self._first = (now, step)
+        if step < self._last_step:
+            self._recent.clear()
+        self._recent.append((now, step))
+        while now - self._recent[0][0] > RATE_WINDOW_S and len(self._recent) > 2:
+            self._recent.popleft()
         text = self._figures(now, step, total, figures or {})
         parts = "  ".join(f"{name} {_figure(value)}" for name, value in (terms or {}).items())
         if self._progress is not None and self._task is not None:
@@ -195,8 +201,7 @@ class Console:
     ) -> str:
         parts = [f"step {step}/{total}" if total else f"step {step}"]
         parts += [f"{name} {_figure(value)}" for name, value in figures.items()]
-        assert self._first is not None
-        first_s, first_step = self._first
+        first_s, first_step = self._recent[0]
         if total and step > first_step:
             left_s = (now - first_s) / (step - first_step) * (total - step)
             parts.append(f"ETA {duration(left_s)}")

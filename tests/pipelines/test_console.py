@@ -28,6 +28,19 @@ def test_a_log_file_gets_plain_lines_with_step_loss_and_eta(
     ]
 
 
+def test_eta_forgets_the_steps_that_a_resumed_run_shows_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 100.0, 101.0, 200.0, 300.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    console = Console(live=False)
+    console.stage_started("distill", resumed=True)
+    for step in (10, 2000, 2100, 2200):
+        console.progress(step, 3000)
+    # A hundred steps took a hundred seconds.
+    assert capsys.readouterr().err.splitlines()[-1].endswith("ETA 13 min 20 s")
+
+
 def test_quiet_keeps_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True)
     console.note("chatter")
