@@ -66,7 +66,10 @@ class MlflowStore:
         self._client = connect(uri, self._turns)
         with usable(uri), self._turns.taken():
             self.experiment_id = self._find_or_create(experiment, database)
-        self._models = ModelSender(self._client, self.experiment_id, self._turns)
+        is_served = uri.startswith("http") or is_databricks(uri)
+        self._models = ModelSender(
+            self._client, self.experiment_id, self._turns, is_served=is_served
+        )
         self._tails: dict[Path, _MetricFeed] = {}
 
     def _find_or_create(self, name: str, database: Path | None) -> str:

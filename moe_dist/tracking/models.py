@@ -37,10 +37,14 @@ class ModelSender:
         client: the connection.
         experiment_id: where the runs are.
         turns: the line in front of a database.
+        is_served: whether a server answers, and not a database.
     """
 
-    def __init__(self, client: MlflowClient, experiment_id: str, turns: Turns) -> None:
+    def __init__(
+        self, client: MlflowClient, experiment_id: str, turns: Turns, *, is_served: bool
+    ) -> None:
         self._client = client
+        self._is_served = is_served
         self._experiment_id = experiment_id
         self._turns = turns
         self.uploading = ""
@@ -108,15 +112,19 @@ class ModelSender:
     def _register(self, entry: Mapping[str, Any], sent: dict[str, str], run_id: str) -> None:
         from mlflow.exceptions import MlflowException
 
-        name = entry["register_as"]
+        name, model_id = entry["register_as"], sent["model_id"]
+        source = f"models:/{model_id}"
+        if not self._is_served:
+            # MLflow would look the id up in the default store of this process, not in this one.
+            source = self._client.get_logged_model(model_id).artifact_location
         try:
             with self._turns.taken():
                 self._ensure_registered(name)
                 self._client.create_model_version(
                     name,
-                    source=f"models:/{sent['model_id']}",
+                    source=source,
                     run_id=run_id,
-                    model_id=sent["model_id"],
+                    model_id=model_id if self._is_served else None,
                     tags=dict(entry["params"]) or None,
                     await_creation_for=0,
                 )

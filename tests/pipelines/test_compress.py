@@ -114,7 +114,13 @@ def test_what_goes_to_a_tracking_server_names_neither_places_nor_secrets(
     run(config)
 
     texts = {path.name: path.read_text() for path in sent if path.suffix != ".png"}
-    assert texts.keys() == {"recipe.yaml", "report.json", "report.md", "stage.json"}
+    assert texts.keys() == {
+        "metrics.jsonl",
+        "recipe.yaml",
+        "report.json",
+        "report.md",
+        "stage.json",
+    }
     for path in sent:
         content = path.read_bytes().decode("utf-8", "replace")
         for word in (str(tmp_path), tiny_settings["model"]["teacher"], "hf_abcdef", "ann:"):
