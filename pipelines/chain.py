@@ -7,12 +7,12 @@ import fcntl
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ClusterError, ConfigError, MoeDistError
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import RaySession, ray_session, runs_here
@@ -212,7 +212,9 @@ def _start_early(config: RunConfig, workspace: Workspace, session: RaySession) -
     is_elsewhere = "RAY_ADDRESS" in os.environ
     if is_trained or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
         return
-    session.connect(beside=import_heavy)
+    # The checks come first: what is wrong with Ray is said when a job needs it.
+    with suppress(ClusterError):
+        session.connect(beside=import_heavy)
 
 
 def import_heavy() -> None:

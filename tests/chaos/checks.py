@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.inference.saving import load_model
 from moe_dist.metric_log import MetricLog
 from tests.chaos.places import wait_until_clean
+from tests.chaos.recipe import CHECKPOINT_EVERY
 
 if TYPE_CHECKING:
     from tests.chaos.run import Run
@@ -114,12 +115,13 @@ def course_problems(
             continue
         if steps != list(range(steps[0], steps[0] + len(steps))):
             problems.append(f"rank {attempt.rank} took the steps {steps}")
+        taken = max((step for step, rank in course if rank == attempt.rank), default=0)
+        allowed = _resumable(attempt, incidents, taken=taken)
         # A later attempt's steps replace those of the course that was left.
         later = [key for key in course if key[1] == attempt.rank and key[0] >= steps[0]]
         for key in later:
             del course[key]
         course |= {(step, attempt.rank): ids for step, ids in attempt.samples.items()}
-        allowed = _resumable(attempt, incidents)
         if steps[0] - 1 not in allowed:
             problems.append(
                 f"rank {attempt.rank} went on from step {steps[0] - 1}, not from {sorted(allowed)}"
@@ -154,9 +156,14 @@ def tracking_problems(store: str, experiment: str, expected: dict[int, float]) -
     return problems
 
 
-def _resumable(attempt: Attempt, incidents: list[Incident]) -> set[int]:
+def _resumable(attempt: Attempt, incidents: list[Incident], *, taken: int) -> set[int]:
     before = [incident for incident in incidents if incident.struck < attempt.began]
-    return before[-1].resumable if before else {0}
+    if not before:
+        return {0}
+    # Whoever loses its raylet goes on for a moment, and may complete one checkpoint more.
+    known = before[-1].resumable
+    later = {step for step in range(max(known), taken + 1) if step % CHECKPOINT_EVERY == 0}
+    return known | later
 
 
 def _logged(run: Run) -> list[tuple[int, float]]:

@@ -54,7 +54,7 @@ def test_faults_of_a_course_are_named() -> None:
     assert problems(other) == ["rank 0 had other samples in the steps [3]"]
     killed = incident(5.5, 2)
     early = problems(attempt(1, 4, began=0), attempt(1, 6, began=6), incidents=(killed,))
-    assert early == ["rank 0 went on from step 0, not from [2]"]
+    assert early == ["rank 0 went on from step 0, not from [2, 4]"]
     late = problems(attempt(1, 4, began=0), attempt(6, 6, began=6), incidents=(killed,))
     assert "the steps [5] are missing" in late
 
