@@ -118,7 +118,7 @@ def test_no_expert_is_said_to_have_less_than_nothing(
         figures.append(figure)
         return path
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     plots.plot_expert_load({"encoder.block.0": [0.9, 0.1, 0.0, 0.0]}, tmp_path / "load.png")
     heat_map, bar = figures[0].axes
     low, high = bar.get_ylim()
