@@ -46,6 +46,7 @@ RECIPE_NAME = "recipe.yaml"
 SHARED_DIRECTORY = "shared"
 """Copies that go to the tracking server in place of files that name this machine."""
 PER_STUDENT = (shrink.NAME, adapt.NAME, distill.NAME)
+_TRAINING = (finetune_teacher.NAME, distill.NAME)
 _HEAVY_IMPORTS = ("torch", "transformers.modeling_layers", "datasets", "mlflow")
 """What the checks before a start need, and the tracker after them."""
 
@@ -139,10 +140,11 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
     files = workspace.files
     files.prepare(config.name)
     tracking = config.tracking
+    steps = plan_steps(config, until)
     with ExitStack() as stack:
         session = stack.enter_context(ray_session())
         try:
-            _start_early(config, workspace, session)
+            _start_early(workspace, steps, session)
             check_before_start(config, workspace)
             tracker = build_tracker(
                 tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
@@ -159,7 +161,6 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:
                 chain.log_dataset(dataset)
-            steps = plan_steps(config, until)
             workspace.console.planned([step.key for step in steps])
             results = _run_steps(workspace, chain, steps, session)
             log_models(config, workspace, chain, results)
@@ -205,12 +206,16 @@ def write_shared_recipe(config: RunConfig, root: Path) -> Path:
     return path
 
 
-def _start_early(config: RunConfig, workspace: Workspace, session: RaySession) -> None:
+def _start_early(workspace: Workspace, steps: list[Step], session: RaySession) -> None:
     """Start a local Ray, which mostly waits for its processes, beside the slow imports."""
-    parallel = config.parallel
-    is_trained = (workspace.stage_directory(distill.NAME) / FINISHED).exists()
+    parallel = workspace.config.parallel
+    trains = any(
+        not (workspace.stage_directory(step.stage, step.label) / FINISHED).exists()
+        for step in steps
+        if step.stage in _TRAINING
+    )
     is_elsewhere = "RAY_ADDRESS" in os.environ
-    if is_trained or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
+    if not trains or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
         return
     # The checks come first: what is wrong with Ray is said when a job needs it.
     with suppress(ClusterError):

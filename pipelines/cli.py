@@ -59,145 +59,53 @@ def program(
     """Turn a dense Transformer into a distilled mixture of experts."""
 
 
-@app.command()
-def compress(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Run the whole chain: teacher, scores, experts, distillation, report."""
-    run_until(
+_CHAIN_COMMANDS = (
+    (
+        "compress",
         "evaluate",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
-
-
-@app.command("finetune-teacher")
-def finetune_teacher(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Fine-tune the dense teacher on the task."""
-    run_until(
-        "finetune-teacher",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
-
-
-@app.command("score-importance")
-def score_importance(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Score the teacher's feed-forward neurons, after the stages before it."""
-    run_until(
+        "Run the whole chain: teacher, scores, experts, distillation, report.",
+    ),
+    ("finetune-teacher", "finetune-teacher", "Fine-tune the dense teacher on the task."),
+    (
         "score-importance",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
-
-
-@app.command()
-def shrink(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Cut a smaller student from the teacher, after the stages before it."""
-    run_until(
-        "shrink", recipe, overrides, dry_run=dry_run, quiet=quiet, as_json=as_json, debug=debug
-    )
-
-
-@app.command()
-def adapt(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Split the teacher into experts, after the stages before it."""
-    run_until(
-        "adapt",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
-
-
-@app.command()
-def distill(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Distil the teacher into the student, after the stages before it."""
-    run_until(
-        "distill",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
-
-
-@app.command()
-def evaluate(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Measure teacher and students and write the report, after the stages before it."""
-    run_until(
+        "score-importance",
+        "Score the teacher's feed-forward neurons, after the stages before it.",
+    ),
+    ("shrink", "shrink", "Cut a smaller student from the teacher, after the stages before it."),
+    ("adapt", "adapt", "Split the teacher into experts, after the stages before it."),
+    ("distill", "distill", "Distil the teacher into the student, after the stages before it."),
+    (
         "evaluate",
-        recipe,
-        overrides,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
-        debug=debug,
-    )
+        "evaluate",
+        "Measure teacher and students and write the report, after the stages before it.",
+    ),
+)
+"""Name, last stage to run, and help."""
+
+
+def _add_chain_command(name: str, until: str, summary: str) -> None:
+    @app.command(name, help=summary)
+    def run(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        run_until(
+            until,
+            recipe,
+            overrides,
+            dry_run=dry_run,
+            quiet=quiet,
+            as_json=as_json,
+            debug=debug,
+        )
+
+
+for _name, _until, _summary in _CHAIN_COMMANDS:
+    _add_chain_command(_name, _until, _summary)
 
 
 @app.command()

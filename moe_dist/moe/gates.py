@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
-from moe_dist.moe.hash_router import check_table, fixed_routing
+from moe_dist.moe.hash_router import TableRouter
 from moe_dist.moe.routing import Routing, RoutingContext
 
 GATE_SCALES = ("straight_through", "probability")
@@ -259,7 +259,7 @@ class TaskGate(Gate):
         return _repeated(routing, hidden_TD.shape[0] // max(1, tasks_B.numel()))
 
 
-class TaskTable(nn.Module):
+class TaskTable(TableRouter):
     """Sends all tokens of a task to fixed experts; the table is saved with the model.
 
     Args:
@@ -269,15 +269,6 @@ class TaskTable(nn.Module):
     Raises:
         ConversionError: if the table holds no rows or ids that are not experts.
     """
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, num_experts: int) -> None:
-        super().__init__()
-        check_table(table, num_experts)
-        self.num_experts = num_experts
-        self.top_k = 1 if table.dim() == 1 else table.shape[1]
-        self.register_buffer("table", table.to(torch.int64))
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Look the experts of each sample's task up.
@@ -294,7 +285,7 @@ class TaskTable(nn.Module):
         """
         tasks_B = _task_ids(hidden_TD, context, self.table.shape[0])
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
-        return fixed_routing(self.table, tasks_B.repeat_interleave(length), hidden_TD)
+        return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
 
 
 def spread_tasks(num_tasks: int, num_experts: int, top_k: int, *, seed: int) -> Tensor:

@@ -13,7 +13,49 @@ from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.routing import Routing, RoutingContext
 
 
-class HashRouter(nn.Module):
+class TableRouter(nn.Module):
+    """Gives each token the experts of a row; the table is saved with the model.
+
+    Args:
+        table: (N,) or (N, K) int64 expert ids.
+        num_experts: experts to choose from, E.
+
+    Raises:
+        ConversionError: if the table holds no rows or ids that are not experts.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, num_experts: int) -> None:
+        super().__init__()
+        _check_table(table, num_experts)
+        self.num_experts = num_experts
+        self.top_k = 1 if table.dim() == 1 else table.shape[1]
+        self.register_buffer("table", table.to(torch.int64))
+
+    def look_up(self, rows_T: Tensor, hidden_TD: Tensor) -> Routing:
+        """Give each token the experts of its row, equally weighted.
+
+        Args:
+            rows_T: the row of each token.
+            hidden_TD: the tokens; tells dtype and device.
+
+        Returns:
+            The routing, without logits.
+        """
+        num_tokens = hidden_TD.shape[0]
+        weight = torch.full(
+            (1, 1), 1.0 / self.top_k, dtype=compute_dtype(hidden_TD), device=hidden_TD.device
+        )
+        return Routing(
+            self.table.index_select(0, rows_T).view(num_tokens, self.top_k),
+            weight.expand(num_tokens, self.top_k),
+            None,
+            unit_weights=self.top_k == 1,
+        )
+
+
+class HashRouter(TableRouter):
     """Sends each token id to fixed experts; the table is saved with the model.
 
     The K experts of a token share its output equally. An id beyond the table, of a token that was
@@ -26,15 +68,6 @@ class HashRouter(nn.Module):
     Raises:
         ConversionError: if the table holds no rows or ids that are not experts.
     """
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, num_experts: int) -> None:
-        super().__init__()
-        check_table(table, num_experts)
-        self.num_experts = num_experts
-        self.top_k = 1 if table.dim() == 1 else table.shape[1]
-        self.register_buffer("table", table.to(torch.int64))
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None) -> Routing:
         """Look the experts of each token id up.
@@ -70,10 +103,10 @@ class HashRouter(nn.Module):
                 f"token id {int(ids_T.min())} is not in the hash table",
                 remedy="pass the ids that the embedding reads; labels mark padding with -100",
             )
-        return fixed_routing(self.table, ids_T.remainder(self.table.shape[0]), hidden_TD)
+        return self.look_up(ids_T.remainder(self.table.shape[0]), hidden_TD)
 
 
-def check_table(table: Tensor, num_experts: int) -> None:
+def _check_table(table: Tensor, num_experts: int) -> None:
     """Check that a table names experts only.
 
     Args:
@@ -92,27 +125,3 @@ def check_table(table: Tensor, num_experts: int) -> None:
             f"{num_experts - 1} for each token id",
             remedy="build the table with the model's own num_experts and vocab_size",
         )
-
-
-def fixed_routing(table: Tensor, rows_T: Tensor, hidden_TD: Tensor) -> Routing:
-    """Give each token the experts of its row, equally weighted.
-
-    Args:
-        table: (N,) or (N, K) expert ids.
-        rows_T: the row of each token.
-        hidden_TD: the tokens; tells dtype and device.
-
-    Returns:
-        The routing, without logits.
-    """
-    num_tokens = hidden_TD.shape[0]
-    top_k = 1 if table.dim() == 1 else table.shape[1]
-    weight = torch.full(
-        (1, 1), 1.0 / top_k, dtype=compute_dtype(hidden_TD), device=hidden_TD.device
-    )
-    return Routing(
-        table.index_select(0, rows_T).view(num_tokens, top_k),
-        weight.expand(num_tokens, top_k),
-        None,
-        unit_weights=top_k == 1,
-    )
