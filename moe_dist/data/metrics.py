@@ -170,23 +170,72 @@ def paired_bootstrap(
     Raises:
         DataError: for an unknown metric, different lengths, no examples, or non-finite values.
     """
+    return seeded_bootstrap(
+        metric,
+        labels,
+        [predictions_a],
+        [predictions_b],
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def seeded_bootstrap(
+    metric: str,
+    labels: ArrayLike,
+    runs_a: Sequence[ArrayLike],
+    runs_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the mean of metric(a) - metric(b) over seeds; examples and seeds resampled.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        runs_a: the answers of a, trained with each seed; as in `compute_metrics`.
+        runs_b: those of b with the same seeds, for the same examples in the same order.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, percentile interval and two-sided p-value.
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+    """
     _known([metric])
     score = METRICS[metric]
-    true, first = _checked(metric, predictions_a, labels)
-    _, second = _checked(metric, predictions_b, labels)
+    pairs = []
+    for run_a, run_b in zip(runs_a, runs_b, strict=True):
+        true, first = _checked(metric, run_a, labels)
+        pairs.append((first, _checked(metric, run_b, labels)[1]))
+
+    def difference(seeds: ArrayLike, chosen: NDArray[np.int64]) -> float:
+        truth = true[chosen]
+        gaps = [
+            score(truth, pairs[one][0][chosen]) - score(truth, pairs[one][1][chosen])
+            for one in np.asarray(seeds)
+        ]
+        return float(np.mean(gaps))
+
     rng = np.random.default_rng(seed)
     differences = np.empty(num_resamples)
     for i in range(num_resamples):
         chosen = rng.integers(0, len(true), len(true))
-        truth = true[chosen]
-        differences[i] = score(truth, first[chosen]) - score(truth, second[chosen])
+        seeds = rng.integers(0, len(pairs), len(pairs)) if len(pairs) > 1 else [0]
+        differences[i] = difference(seeds, chosen)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     # One is added to both counts, so that a finite number of samples never claims p = 0.
     below = (np.sum(differences <= 0) + 1) / (num_resamples + 1)
     above = (np.sum(differences >= 0) + 1) / (num_resamples + 1)
     return Interval(
-        difference=score(true, first) - score(true, second),
+        difference=difference(range(len(pairs)), np.arange(len(true))),
         low=float(low),
         high=float(high),
         p_value=float(min(1.0, 2 * min(below, above))),
