@@ -80,8 +80,9 @@ def fit(
 
     Returns:
         ``metrics`` of the measured split, ``train`` (the last line of the metric log),
-        ``expert_load`` by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``, ``resumed_from``,
-        ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the directory).
+        ``expert_load`` by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``,
+        ``resumed_from``, ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the
+        directory).
     """
     section: TrainSection = payload["train"]
     parallel: Mapping[str, Any] = payload.get("parallel", {})

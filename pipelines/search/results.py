@@ -319,8 +319,9 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
         surely = "it is worse than" if versus["high"] < 0 else surely
         lines.append(
             f"On the {ROWS[summary['chosen_on']]} {surely} the recipe as it stands "
-            f"({versus['metric']} {versus['difference']:+.4f}, {round(100 * versus['confidence'])} % interval "
-            f"{versus['low']:+.4f} to {versus['high']:+.4f})."
+            f"({versus['metric']} {versus['difference']:+.4f}, "
+            f"{round(100 * versus['confidence'])} % interval {versus['low']:+.4f} to "
+            f"{versus['high']:+.4f})."
         )
     return lines
 
