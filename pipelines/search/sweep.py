@@ -16,6 +16,7 @@ from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import LOG_NAME, Trial, TrialLog
+from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker
 from moe_dist.training.capacity import read_capacity
 from moe_dist.training.driver import RaySession, ray_session
@@ -143,7 +144,9 @@ def _search_in(
         session = stack.enter_context(ray_session(dashboard=_is_nested(config, dimensions)))
         try:
             room = _find_room(config, dimensions, session)
+            mark("Ray")
             check_before_start(config, workspace)
+            mark("checks")
             tracker = build_tracker(
                 tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
             )
@@ -165,6 +168,7 @@ def _search_in(
                 run.log_dataset(dataset)
             workspace.session = session
             teachers = SharedWork(workspace, run).prepare(dimensions)
+            mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
             supervisor = Supervisor(
                 config,
@@ -184,6 +188,7 @@ def _search_in(
             finally:
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
+            mark("trials")
             confirmed = confirm(config, directory, teachers, log, room, session, console)
             # Ray's idle processes would disturb what is measured now.
             session.close()
@@ -197,7 +202,9 @@ def _search_in(
                 room.num_concurrent,
                 confirmed,
             )
+            mark("end of Ray")
             best = finish(result, run)
+            mark("report")
             if best is not None:
                 supervisor.mark_best(best)
             return result

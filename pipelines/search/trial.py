@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
+from moe_dist.timeline import mark
 
 from ..payloads import data_arguments, training_job
 from ..stages.adapt import convert
@@ -107,6 +108,7 @@ class TrialRunner:
         """
         import torch
 
+        mark("first trial on a worker")
         config = RunConfig.model_validate(point_settings(self.config, task["overrides"]))
         torch.set_num_threads(config.parallel.cpus_per_worker)
         key = task["teacher"]
@@ -115,6 +117,7 @@ class TrialRunner:
             # Another teacher's data would only fill the memory.
             self._warm.clear()
             warm = self._warm[key] = _Warm.load(config, self.teachers[key])
+            mark("rows and teacher on a worker")
         seed = task.get("seed", config.seed)
         # Another seed of the student: rows and teacher stay those of the recipe's.
         student = config.model_copy(update={"seed": seed})
