@@ -170,8 +170,46 @@ def paired_bootstrap(
     Raises:
         DataError: for an unknown metric, different lengths, no examples, or non-finite values.
     """
+    return seeded_bootstrap(
+        metric,
+        labels,
+        [predictions_a],
+        [predictions_b],
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def seeded_bootstrap(
+    metric: str,
+    labels: ArrayLike,
+    runs_a: Sequence[ArrayLike],
+    runs_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the mean of metric(a) - metric(b) over seeds; examples and seeds resampled.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        runs_a: the answers of a, trained with each seed; as in `compute_metrics`.
+        runs_b: those of b with the same seeds, for the same examples in the same order.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, percentile interval and two-sided p-value.
+
+    Raises:
+        DataError: as `resample_differences`.
+    """
     observed, differences = resample_differences(
-        metric, labels, [predictions_a], [predictions_b], num_resamples=num_resamples, seed=seed
+        metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
     )
     return percentile_interval(observed, differences, confidence)
 
