@@ -206,36 +206,88 @@ def seeded_bootstrap(
         Difference, percentile interval and two-sided p-value.
 
     Raises:
-        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+        DataError: as `resample_differences`.
+    """
+    observed, differences = resample_differences(
+        metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
+    )
+    return percentile_interval(observed, differences, confidence)
+
+
+def resample_differences(
+    metric: str,
+    labels: ArrayLike,
+    predictions_a: Sequence[ArrayLike],
+    predictions_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, NDArray[np.float64]]:
+    """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
+
+    Each draws S seeds and N examples with replacement; both models answer the same ones.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        predictions_a: S entries as in `compute_metrics`, one for each seed.
+        predictions_b: S entries of the same seeds and examples.
+        num_resamples: R, bootstrap samples to draw.
+        seed: fixes them.
+
+    Returns:
+        Mean over the seeds of metric(a) - metric(b) on the examples as they are, and the samples
+        (R,).
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no seeds or examples, or non-finite
+            values.
     """
     _known([metric])
+    if not predictions_a or len(predictions_a) != len(predictions_b):
+        raise DataError(
+            f"{metric}: {len(predictions_a)} and {len(predictions_b)} seeds cannot be compared",
+            remedy="give both models' predictions for each seed",
+        )
     score = METRICS[metric]
-    pairs = []
-    for run_a, run_b in zip(runs_a, runs_b, strict=True):
-        true, first = _checked(metric, run_a, labels)
-        pairs.append((first, _checked(metric, run_b, labels)[1]))
-
-    def difference(seeds: ArrayLike, chosen: NDArray[np.int64]) -> float:
-        truth = true[chosen]
-        gaps = [
-            score(truth, pairs[one][0][chosen]) - score(truth, pairs[one][1][chosen])
-            for one in np.asarray(seeds)
-        ]
-        return float(np.mean(gaps))
-
+    pairs = [
+        (_checked(metric, first, labels)[1], _checked(metric, second, labels)[1])
+        for first, second in zip(predictions_a, predictions_b, strict=True)
+    ]
+    true = np.asarray(labels)
     rng = np.random.default_rng(seed)
     differences = np.empty(num_resamples)
     for i in range(num_resamples):
-        chosen = rng.integers(0, len(true), len(true))
+        # A single seed draws nothing for itself.
         seeds = rng.integers(0, len(pairs), len(pairs)) if len(pairs) > 1 else [0]
-        differences[i] = difference(seeds, chosen)
+        chosen = rng.integers(0, len(true), len(true))
+        truth = true[chosen]
+        differences[i] = np.mean(
+            [score(truth, pairs[k][0][chosen]) - score(truth, pairs[k][1][chosen]) for k in seeds]
+        )
+    return float(np.mean([score(true, a) - score(true, b) for a, b in pairs])), differences
+
+
+def percentile_interval(
+    observed: float, differences: NDArray[np.float64], confidence: float = 0.95
+) -> Interval:
+    """Turn bootstrap samples into an interval.
+
+    Args:
+        observed: the difference on the examples as they are.
+        differences: bootstrap samples of it (R,).
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, interval and two-sided p-value.
+    """
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     # One is added to both counts, so that a finite number of samples never claims p = 0.
-    below = (np.sum(differences <= 0) + 1) / (num_resamples + 1)
-    above = (np.sum(differences >= 0) + 1) / (num_resamples + 1)
+    below = (np.sum(differences <= 0) + 1) / (len(differences) + 1)
+    above = (np.sum(differences >= 0) + 1) / (len(differences) + 1)
     return Interval(
-        difference=difference(range(len(pairs)), np.arange(len(true))),
+        difference=observed,
         low=float(low),
         high=float(high),
         p_value=float(min(1.0, 2 * min(below, above))),
