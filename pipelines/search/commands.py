@@ -21,9 +21,11 @@ from ..command_line import (
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.search.trials import Trial
     from moe_dist.tracking import TrackedRun
 
     from ..console import Console
+    from .frontier import Answer
     from .sweep import SweepResult
 
 
@@ -51,8 +53,11 @@ def search(
     ] = "",
     minimize: Annotated[
         str,
-        typer.Option(help="With --goal: latency, flops, parameters or active_parameters."),
-    ] = "latency",
+        typer.Option(
+            help="With --goal: latency (also when not given), flops, parameters or "
+            "active_parameters."
+        ),
+    ] = "",
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
@@ -66,7 +71,7 @@ def search(
 
         console = Console(quiet=quiet or as_json)
         config = _load(recipe, overrides or [], space)
-        goals = _goals(goal, minimize)
+        goals, minimize = _goals(goal, minimize)
         if goals:
             from .frontier import goal_config
 
@@ -128,13 +133,23 @@ def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:
     return build_config(raw, source=str(recipe))
 
 
-def _goals(goal: str, minimize: str) -> Any:
+def _goals(goal: str, minimize: str) -> tuple[Any, str]:
+    from moe_dist.errors import ConfigError
     from moe_dist.search.objectives import check_cost, parse_goals
 
     if not goal:
-        return ()
+        if minimize:
+            raise ConfigError(
+                [
+                    f"--minimize {minimize} needs a --goal, what the model must keep; give for "
+                    "example --goal 'retention>=0.99'."
+                ],
+                source="the command line",
+            )
+        return (), ""
+    minimize = minimize or "latency"
     check_cost(minimize)
-    return parse_goals(goal)
+    return parse_goals(goal), minimize
 
 
 def _search(
@@ -149,24 +164,26 @@ def _search(
     # A stop from outside ends a sweep as Ctrl-C does: Ray taken down, to be continued.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     said: list[str] = []
-    outcome: dict[str, Any] = {"is_met": True}
+    outcome: dict[str, Any] = {}
+
+    def choose(result: SweepResult) -> Trial | None:
+        answer = outcome["answer"] = _answer(result, goals, minimize)
+        return answer.trial
 
     def finish(result: SweepResult, run: TrackedRun) -> int | None:
-        chosen = None
-        if goals:
-            chosen = _answer(result, goals, minimize, said, outcome)
-        summary = outcome["summary"] = write_results(result, run, chosen)
-        if not goals:
-            said.extend(verdict_lines(summary))
-            said.extend([] if result.confirmed is None else [str(result.confirmed)])
+        answer = outcome.get("answer")
+        summary = outcome["summary"] = write_results(result, run, answer)
+        said.extend(verdict_lines(summary))
+        said.extend([] if result.confirmed is None else [str(result.confirmed)])
         best = summary["best"]
         return None if best is None else int(best["trial"])
 
-    result = search_recipe(config, console, finish)
+    result = search_recipe(config, console, finish, choose if goals else None)
+    is_met = not goals or bool(outcome["answer"].is_met)
     summary = outcome["summary"]
     if as_json:
         console.result(json.dumps(summary, indent=1))
-        return bool(outcome["is_met"])
+        return is_met
     from moe_dist.search.trials import rank_trials
 
     from .results import MAX_ROWS
@@ -182,16 +199,11 @@ def _search(
         console.result(f"recipe: {result.directory / 'best.yaml'}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
-    return bool(outcome["is_met"])
+    return is_met
 
 
-def _answer(
-    result: SweepResult, goals: Any, minimize: str, said: list[str], outcome: dict[str, Any]
-) -> Any:
+def _answer(result: SweepResult, goals: Any, minimize: str) -> Answer:
     from .frontier import answer_goal, measure_again
 
     again = measure_again(result, goals) if minimize == "latency" else {}
-    answer = answer_goal(result, goals, minimize, again)
-    said.extend(answer.lines)
-    outcome["is_met"] = answer.is_met
-    return answer.trial
+    return answer_goal(result, goals, minimize, again)

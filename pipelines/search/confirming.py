@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.search.trials import BASELINE, Report, Trial, TrialLog, rank_trials
+from moe_dist.search.trials import BASELINE, Report, Trial, TrialLog
 from moe_dist.training.driver import RaySession
 from moe_dist.training.search import Ruling, TrialRoom, run_sweep
 
@@ -140,7 +140,7 @@ def confirm(
     config: RunConfig,
     directory: Path,
     teachers: dict[str, TeacherFacts],
-    log: TrialLog,
+    best: Trial | None,
     room: TrialRoom,
     session: RaySession,
     console: Console,
@@ -151,7 +151,7 @@ def confirm(
         config: the sweep's recipe.
         directory: the sweep's.
         teachers: facts by key.
-        log: the sweep's trials.
+        best: the sweep's best trial.
         room: where trials run.
         session: the connection to Ray.
         console: what people see.
@@ -162,10 +162,8 @@ def confirm(
     """
     search = config.search
     metric, mode = next(iter(search.wanted.items()))
-    ranked = rank_trials(list(log.trials.values()), metric, mode)
-    if not search.confirm_seeds or not ranked or ranked[0].number == BASELINE:
+    if not search.confirm_seeds or best is None or best.number == BASELINE:
         return None
-    best = ranked[0]
     console.note(
         f"trial {best.number} and the recipe as it stands, with {search.confirm_seeds} other seeds"
     )

@@ -47,7 +47,10 @@ def goal_config(config: RunConfig, goals: Sequence[Goal], cost: str, console: Co
     """
     kept = next((goal.metric for goal in goals if MEASURES[goal.metric] == "max"), "quality")
     search = config.search.model_dump()
-    search |= {"metric": "quality", "mode": "auto", "objectives": {kept: "max", cost: "min"}}
+    # What a goal bounds must be measured, latency above all, which costs time.
+    bounded = {goal.metric: MEASURES[goal.metric] for goal in goals}
+    objectives = {kept: "max", cost: "min"} | bounded
+    search |= {"metric": "quality", "mode": "auto", "objectives": objectives}
     if not config.search.space:
         search["space"] = frontier_space(config, _ffn_size(config, console))
     raw = config.model_dump() | {"search": search, "compare": {}}
@@ -147,12 +150,14 @@ class Answer:
         is_met: whether it meets it.
         num_meeting: how many do.
         lines: the same in words.
+        goals: what was asked for.
     """
 
     trial: Trial | None
     is_met: bool
     num_meeting: int
     lines: tuple[str, ...]
+    goals: tuple[Goal, ...] = ()
 
 
 def answer_goal(
@@ -177,7 +182,8 @@ def answer_goal(
     meeting = [trial for trial in whole if all(goal.is_met(trial.metrics) for goal in goals)]
     said = " and ".join(str(goal) for goal in goals)
     if not whole:
-        return Answer(None, False, 0, (f"No trial was trained to the end: {said} is open.",))
+        open_words = f"No trial was trained to the end: {said} is open."
+        return Answer(None, False, 0, (open_words,), tuple(goals))
     if not meeting:
         closest = min(whole, key=lambda trial: _distance(trial, goals))
         reached = ", ".join(
@@ -192,6 +198,7 @@ def answer_goal(
                 f"The closest is trial {closest.number} with {reached}, at {cost} "
                 f"{shown(cost, closest.value(cost))}: {describe_student(closest)}.",
             ),
+            tuple(goals),
         )
     pool = [trial for trial in meeting if trial.number in again] or meeting
     best = min(pool, key=lambda trial: (again.get(trial.number, trial.value(cost)), trial.number))
@@ -208,6 +215,7 @@ def answer_goal(
             f"{best.number}, {cost} {shown(cost, price)}, {kept}.",
             f"It is {describe_student(best)}.",
         ),
+        tuple(goals),
     )
 
 

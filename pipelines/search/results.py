@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -28,6 +29,8 @@ from .watching import TRIALS_DIRECTORY
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
+    from .frontier import Answer
+
 BEST_NAME, PARQUET_NAME = "best.yaml", "trials.parquet"
 REPORT_NAME, SUMMARY_NAME = "report.md", "report.json"
 TRACKED_DIRECTORY = "tracked"
@@ -43,14 +46,15 @@ PICTURES = {
 
 
 def write_results(
-    result: SweepResult, run: TrackedRun, chosen: Trial | None = None
+    result: SweepResult, run: TrackedRun, answer: Answer | None = None
 ) -> dict[str, Any]:
     """Write everything that a sweep leaves, and hand it to the tracking server.
 
     Args:
         result: the sweep.
         run: its run.
-        chosen: the trial of `best.yaml`; the best by the first objective when not given.
+        answer: what a goal came to; its trial is that of `best.yaml`, which is the best by the
+            first objective when there was no goal.
 
     Returns:
         The content of `report.json`.
@@ -58,9 +62,13 @@ def write_results(
     trials = list(result.trials.values())
     metric, mode = next(iter(result.config.search.wanted.items()))
     ranked = rank_trials(trials, metric, mode)
-    best = chosen or (ranked[0] if ranked else None)
+    best = (ranked[0] if ranked else None) if answer is None else answer.trial
     directory = result.directory
-    summary = summarise(result, ranked, best)
+    summary = summarise(result, best)
+    if answer is not None:
+        lines = [*answer.lines, *_confirmed_goals(answer, result)]
+        summary["goal"] = {"is_met": answer.is_met, "num_meeting": answer.num_meeting}
+        summary["goal"] |= {"said": lines}
     write_table(trials, directory / PARQUET_NAME)
     if best is not None:
         run.log_artifact(write_best(result, best))
@@ -159,12 +167,11 @@ def write_table(trials: Sequence[Trial], path: Path) -> Path:
     return path
 
 
-def summarise(result: SweepResult, ranked: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
     """Say what a sweep found, in plain values.
 
     Args:
         result: the sweep.
-        ranked: its whole trials, the best first.
         best: the one of `best.yaml`.
 
     Returns:
@@ -305,6 +312,8 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
         Sentences.
     """
     best, metric = summary["best"], next(iter(summary["objectives"]))
+    if "goal" in summary:
+        return list(summary["goal"]["said"])
     if best is None:
         return ["No trial was trained to the end, so there is no best one."]
     if best["trial"] == BASELINE:
@@ -324,6 +333,20 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{versus['high']:+.4f})."
         )
     return lines
+
+
+def _confirmed_goals(answer: Answer, result: SweepResult) -> list[str]:
+    """Say whether the goals hold with other seeds, where these measured them."""
+    found = result.confirmed
+    if found is None:
+        return []
+    mean = fmean(found.best_values)
+    return [
+        f"With other seeds and on the dev rows its {found.metric} is {mean:.4f}: {goal} is "
+        f"{'kept' if goal.is_met({found.metric: mean}) else 'not kept'}."
+        for goal in answer.goals
+        if goal.metric == found.metric
+    ]
 
 
 def dev_words(summary: Mapping[str, Any]) -> str:

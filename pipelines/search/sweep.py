@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
+from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
-from moe_dist.search.trials import LOG_NAME, Trial, TrialLog
+from moe_dist.search.trials import LOG_NAME, Trial, TrialLog, rank_trials
 from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker
 from moe_dist.training.capacity import read_capacity
@@ -79,15 +80,20 @@ class SweepResult:
 
 Finish = Callable[[SweepResult, "TrackedRun"], int | None]
 """Writes what a sweep found, and names its best trial."""
+Choose = Callable[[SweepResult], Trial | None]
+"""Chooses a trial, once Ray is down, where that is not the best by the first objective."""
 
 
-def search_recipe(config: RunConfig, console: Console, finish: Finish) -> SweepResult:
+def search_recipe(
+    config: RunConfig, console: Console, finish: Finish, choose: Choose | None = None
+) -> SweepResult:
     """Run a sweep, or the rest of an interrupted one.
 
     Args:
         config: the recipe; its `search` section says what is tried.
         console: where progress is shown.
         finish: writes the results while the sweep's run is open.
+        choose: which trial other seeds confirm; the best by the first objective if None.
 
     Returns:
         What it found.
@@ -117,7 +123,7 @@ def search_recipe(config: RunConfig, console: Console, finish: Finish) -> SweepR
     workspace = Workspace(config, console)
     with disk_errors(workspace.root):
         workspace.files.prepare(config.name)
-        return _search_in(workspace, dimensions, finish)
+        return _search_in(workspace, dimensions, finish, choose)
 
 
 def pin_teacher(config: RunConfig) -> RunConfig:
@@ -135,7 +141,10 @@ def pin_teacher(config: RunConfig) -> RunConfig:
 
 
 def _search_in(
-    workspace: Workspace, dimensions: tuple[Dimension, ...], finish: Finish
+    workspace: Workspace,
+    dimensions: tuple[Dimension, ...],
+    finish: Finish,
+    choose: Choose | None,
 ) -> SweepResult:
     config, console = workspace.config, workspace.console
     tracking = config.tracking
@@ -146,6 +155,7 @@ def _search_in(
             room = _find_room(config, dimensions, session)
             mark("Ray")
             check_before_start(config, workspace)
+            _check_metrics(config, workspace)
             mark("checks")
             tracker = build_tracker(
                 tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
@@ -189,9 +199,6 @@ def _search_in(
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
             mark("trials")
-            confirmed = confirm(config, directory, teachers, log, room, session, console)
-            # Ray's idle processes would disturb what is measured now.
-            session.close()
             result = SweepResult(
                 config,
                 directory,
@@ -200,14 +207,52 @@ def _search_in(
                 teachers,
                 run.open_hint(),
                 room.num_concurrent,
-                confirmed,
             )
+            chosen = best_trial(result)
+            if choose is not None:
+                # What it measures, Ray's idle processes would disturb.
+                session.close()
+                chosen = choose(result)
+            confirmed = confirm(config, directory, teachers, chosen, room, session, console)
+            session.close()
+            result = replace(result, confirmed=confirmed, seconds=supervisor.seconds)
             mark("end of Ray")
             best = finish(result, run)
             mark("report")
             if best is not None:
                 supervisor.mark_best(best)
             return result
+
+
+def best_trial(result: SweepResult) -> Trial | None:
+    """Find the best trial by the first objective.
+
+    Args:
+        result: the sweep.
+
+    Returns:
+        The trial; None if none was trained to the end.
+    """
+    metric, mode = next(iter(result.config.search.wanted.items()))
+    ranked = rank_trials(list(result.trials.values()), metric, mode)
+    return ranked[0] if ranked else None
+
+
+def _check_metrics(config: RunConfig, workspace: Workspace) -> None:
+    """Refuse what the task does not measure: every trial would end without a value."""
+    task = workspace.splits.task
+    missing = [
+        name for name in config.search.wanted if name in METRICS and name not in task.metrics
+    ]
+    if missing:
+        raise ConfigError(
+            [
+                f"search: {name} is no metric of these data, which have {', '.join(task.metrics)}; "
+                "add it to data.metrics, or search for another."
+                for name in missing
+            ],
+            source=config.name,
+        )
 
 
 def _run_trials(

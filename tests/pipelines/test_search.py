@@ -424,3 +424,45 @@ def test_a_goal_is_answered_with_a_recipe(
     other = ["--set", "name=other", "--goal", "quality>1", "--minimize", "flops"]
     none = CliRunner().invoke(app, ["search", recipe, "--quiet", *other])
     assert none.exit_code == 1 and "None of" in none.output
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_other_seeds_confirm_the_answer_to_a_goal(
+    write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+    from pipelines.search import confirming
+
+    monkeypatch.setattr(confirming, "run_sweep", sweeping.run_sweep)
+    settings["data"]["holdout_samples"] = 12
+    settings["search"] |= {"num_trials": 1, "rungs": 1, "confirm_seeds": 2}
+    settings["search"]["space"] = {"moe.num_experts": {"choice": [1]}}
+    goal = ["--goal", "quality>=0, parameters<1e9", "--minimize", "flops"]
+    done = CliRunner().invoke(app, ["search", str(write_recipe(settings)), "--quiet", *goal])
+    assert done.exit_code == 0, done.output
+    directory = tmp_path / "outputs/tiny/search"
+    report = json.loads((directory / "report.json").read_text())
+    assert report["objectives"] == {"quality": "max", "flops": "min", "parameters": "min"}
+    assert report["goal"]["is_met"] and report["confirmed"]["best"] == report["best"]["trial"] == 1
+    said = "With other seeds and on the dev rows its quality is"
+    assert said in " ".join(done.output.split()) and said in (directory / "report.md").read_text()
+    assert "The cheapest of" in (directory / "report.md").read_text()
+
+
+def test_what_a_goal_lacks_is_said_before_anything_runs(
+    write_recipe: Write, settings: dict[str, Any], in_this_process: None
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    recipe = str(write_recipe(settings))
+    for options, said in (
+        (["--minimize", "flops"], "needs a --goal"),
+        (["--goal", "f1>=0.9"], "f1 is no metric of these data, which have accuracy"),
+        (["--goal", "quality>=0.9", "--minimize", "quality"], "quality"),
+    ):
+        done = CliRunner().invoke(app, ["search", recipe, "--quiet", *options])
+        assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
