@@ -19,7 +19,7 @@ from rich.table import Table
 from moe_dist.config import RunConfig, build_config, read_settings
 from moe_dist.config.overrides import apply_overrides, parse_overrides
 from moe_dist.data.metrics import paired_bootstrap
-from moe_dist.search.trials import rank_trials
+from moe_dist.search.trials import LOG_NAME, rank_trials
 from moe_dist.training.results import PREDICTIONS, RESULT, load_predictions
 
 from ..chain import run_chain
@@ -77,6 +77,9 @@ class SweepFigures:
         steps: optimizer steps taken.
         all_steps: those of all trials to the end.
         result: the sweep itself.
+        before_s: until the first trial's worker was there.
+        beside_s: in all trials together, beside their training: loading and converting.
+        after_s: since the last trial was over.
     """
 
     scheduler: str
@@ -87,6 +90,9 @@ class SweepFigures:
     steps: int
     all_steps: int
     result: SweepResult
+    before_s: float = 0.0
+    beside_s: float = 0.0
+    after_s: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -178,6 +184,12 @@ def main(settings: SearchBenchmark | None = None) -> None:
     figures = run(settings)
     console = RichConsole(highlight=False)
     console.print(to_table(figures))
+    for one in filter(None, (figures.whole, figures.asha)):
+        console.print(
+            f"{one.scheduler}: {one.before_s:.1f} s before the first trial, "
+            f"{one.beside_s:.1f} s in trials beside their training, "
+            f"{one.after_s:.1f} s after the last"
+        )
     ratio = figures.whole.ratio
     verdict = "reached" if ratio <= GOAL_RATIO else "missed"
     console.print(
@@ -235,22 +247,28 @@ def _sweep(config: RunConfig, scheduler: str) -> SweepFigures:
         summary = write_results(result, run)
         return None if summary["best"] is None else int(summary["best"]["trial"])
 
-    begin = time.monotonic()
+    begin = time.time()
     result = search_recipe(config, Console(quiet=True), finish)
-    seconds = time.monotonic() - begin
+    end = time.time()
+    log = (result.directory / LOG_NAME).read_text(encoding="utf-8")
+    times = [float(json.loads(line)["time"]) for line in log.splitlines()]
     place = result.directory.with_name(f"search-{scheduler}")
     result.directory.rename(place)
     result = replace(result, directory=place)
     trials = list(result.trials.values())
+    training_s = sum(_loop_seconds(result, trial) for trial in trials)
     return SweepFigures(
         scheduler,
         len(trials),
-        seconds,
-        sum(_loop_seconds(result, trial) for trial in trials),
+        end - begin,
+        training_s,
         result.num_concurrent,
         sum(trial.steps_done for trial in trials),
         sum(trial.num_steps for trial in trials),
         result,
+        before_s=times[0] - begin,
+        beside_s=sum(trial.seconds for trial in trials) - training_s,
+        after_s=end - times[-1],
     )
 
 

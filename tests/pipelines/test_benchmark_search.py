@@ -20,7 +20,7 @@ from pipelines.benchmarks.search import (
 
 def figures(scheduler: str, seconds: float, steps: int) -> SweepFigures:
     result: Any = None
-    return SweepFigures(scheduler, 16, seconds, 80.0, 2, steps, 400, result)
+    return SweepFigures(scheduler, 16, seconds, 80.0, 2, steps, 400, result, before_s=12.0)
 
 
 def test_the_ratio_counts_everything_beside_the_training() -> None:
@@ -39,6 +39,7 @@ def test_the_table_and_the_verdicts(
     monkeypatch.setattr(benchmark, "run", lambda settings: found)
     main()
     printed = " ".join(capsys.readouterr().out.split())
+    assert "asha: 12.0 s before the first trial" in printed
     assert "2.25 × the training time" in printed and "2 × is missed" in printed
     assert "ASHA took 40 % of the steps" in printed and printed.endswith("is reached")
     clearly = Interval(difference=-0.03, low=-0.05, high=-0.01, p_value=0.01, confidence=0.95)
