@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import ClusterError, ConfigError, MoeDistError
+from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import RaySession, ray_session, runs_here
@@ -315,7 +315,7 @@ def disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise
         raise MoeDistError(
             f"the disk is full: {error.filename or root} could not be written whole.",
