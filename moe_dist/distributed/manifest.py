@@ -122,16 +122,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         json.dump(value, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush_to_disk(path: Path) -> None:
-    """Ask the system to write a file or a directory's entries to the disk.
-
-    Args:
-        path: the file or directory.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

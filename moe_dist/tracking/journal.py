@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.metric_log import MetricLog
+from moe_dist.whole_files import whole_file
 
 JOURNAL_NAME = "tracking.json"
 METRICS_NAME = "metrics.jsonl"
@@ -107,10 +108,8 @@ class Journal:
         """Write the journal beside its file, then move it into place."""
         with self.lock:
             text = json.dumps({"wanted": asdict(self.wanted), "sent": asdict(self.sent)}, indent=1)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            beside = self.directory / (JOURNAL_NAME + ".partial")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.directory / JOURNAL_NAME)
+            with whole_file(self.directory / JOURNAL_NAME) as beside:
+                beside.write_text(text, encoding="utf-8")
 
 
 def load_journal(directory: Path, parent: Journal | None = None) -> Journal | None:

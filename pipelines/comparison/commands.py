@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moe_dist.whole_files import whole_file
+
 from ..command_line import Debug, clean_errors, quieten_libraries
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -159,7 +161,5 @@ def write_page(page: str, path: Path) -> None:
         page: the document.
         path: the file; its directory is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    with whole_file(path) as beside:
+        beside.write_text(page, encoding="utf-8")

@@ -16,6 +16,7 @@ from moe_dist.search.importance import key_importance
 from moe_dist.search.objectives import pareto_front
 from moe_dist.search.trials import BASELINE, Trial, rank_trials
 from moe_dist.tracking import scrub
+from moe_dist.whole_files import whole_file
 
 from ..console import duration
 from ..report import quantity
@@ -99,12 +100,10 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
     shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
-    shared.parent.mkdir(exist_ok=True)
     for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
         text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        beside = path.with_name(BEST_NAME + ".partial")
-        beside.write_text(hide_secrets(text), encoding="utf-8")
-        beside.replace(path)
+        with whole_file(path) as beside:
+            beside.write_text(hide_secrets(text), encoding="utf-8")
     return shared
 
 
@@ -151,9 +150,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> Path:
             for name, values in columns.items()
         }
     )
-    beside = path.with_name(path.name + ".partial")
-    parquet.write_table(table, beside)
-    beside.replace(path)
+    with whole_file(path) as beside:
+        parquet.write_table(table, beside)
     return path
 
 
