@@ -358,7 +358,7 @@ def _uris_are_whole(config: RunConfig) -> Iterator[str]:
             scheme = match.group(1)
             yield (
                 f"{key} has one slash behind {scheme}:, where a URI has two; write {scheme}://..., "
-                f"or ./{scheme}:/... for a directory of that name."
+                "or an absolute path for a directory of that name."
             )
 
 

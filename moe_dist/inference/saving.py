@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from moe_dist.digests import file_digest
+from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError, is_full_disk
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.digests import expert_digests, numbered
@@ -28,7 +28,6 @@ from moe_dist.uris import is_uri
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path:

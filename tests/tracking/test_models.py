@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.digests import PICKLES
 from moe_dist.inference import save_model
-from moe_dist.inference.saving import PICKLES
 from moe_dist.tracking import TrackedModel, build_tracker
 
 mlflow = pytest.importorskip("mlflow")
