@@ -13,6 +13,7 @@ from typing import Any
 
 import moe_dist.errors
 from moe_dist.errors import MoeDistError, TrainingError, is_full_disk
+from moe_dist.redaction import hide_secrets
 
 STOPPED_NAME = "stopped.json"
 ROOM_NAME = "room"
@@ -43,8 +44,12 @@ def note_stop(records: Path, error: MoeDistError) -> None:
     """
     note = {
         "kind": type(error).__name__,
-        "args": [str(part) for part in error.args],
-        "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
+        "args": [hide_secrets(str(part)) for part in error.args],
+        "state": {
+            key: hide_secrets(value) if isinstance(value, str) else value
+            for key, value in vars(error).items()
+            if isinstance(value, str | int | float)
+        },
     }
     try:
         write_first(records / STOPPED_NAME, note)
