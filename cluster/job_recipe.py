@@ -56,7 +56,7 @@ class JobRecipe:
             ),
             *self._path_faults(),
             *self._source_faults(),
-            *_credential_faults(self.settings, uri),
+            *(list(_credential_faults(self.settings, uri)) or self._file_faults()),
         ]
 
     @property
@@ -115,6 +115,13 @@ class JobRecipe:
         teacher = str(self._section("model").get("teacher", ""))
         if teacher.startswith(("/", "~", ".")) or (self.package.root / teacher).is_dir():
             yield "model.teacher", Path(teacher)
+
+    def _file_faults(self) -> Iterator[str]:
+        if _is_secret(self.path.read_text(encoding="utf-8")):
+            yield (
+                f"{self.path.name} is sent as it is, and holds a credential in what --set replaces "
+                "or in a comment, which everyone on the cluster could read; take it out of the file."
+            )
 
     def _source_faults(self) -> Iterator[str]:
         # A job imports from its working directory first: half a program hides an installed one.

@@ -62,6 +62,13 @@ def test_without_the_source_the_image_has_the_program(make: Make, tmp_path: Path
     assert words[:3] == ["python", "-m", "moe_dist._pipelines"]
 
 
+def test_a_credential_that_an_override_replaces_is_sent_all_the_same(make: Make) -> None:
+    planted = {"uri": "http://ann:planted@host:5000"}
+    settings = LASTING | {"data": DATA, "tracking": planted}
+    (fault,) = make(settings, ["tracking.uri=http://host:5000"]).faults()
+    assert fault.startswith("mine.yaml is sent as it is") and "planted" not in fault
+
+
 def test_half_a_program_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "checkout/moe_dist").mkdir()
     (tmp_path / "checkout/moe_dist/__init__.py").touch()
