@@ -119,8 +119,8 @@ class JobRecipe:
     def _file_faults(self) -> Iterator[str]:
         if _is_secret(self.path.read_text(encoding="utf-8")):
             yield (
-                f"{self.path.name} is sent as it is, and holds a credential, in what --set replaces "
-                "or in a comment, that everyone on the cluster could read; take it out of the file."
+                f"{self.path.name} is sent as it is, and what --set replaces or a comment holds a "
+                "credential that everyone on the cluster could read; take it out of the file."
             )
 
     def _source_faults(self) -> Iterator[str]:
