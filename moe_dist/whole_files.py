@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -31,7 +31,9 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
             flush_to_disk(beside)
         beside.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        # What went wrong is worth more than a second error of the same disk.
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
 
 
