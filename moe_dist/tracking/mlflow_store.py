@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -155,10 +155,12 @@ class MlflowStore:
             tags = {IDENTITY_TAG: wanted.identity}
             if journal.parent is not None:
                 tags["mlflow.parentRunId"] = str(journal.parent.sent.run_id)
-                self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])
+                if not journal.parent.is_new:
+                    self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])
             run = self._client.create_run(
                 self.experiment_id, wanted.started_ms, tags=tags, run_name=wanted.name
             )
+            journal.is_new = True
         journal.sent = Sent(uri=self.shown_uri, run_id=run.info.run_id)
         journal.save()
 
@@ -233,13 +235,15 @@ class MlflowStore:
             if sent.params.get(key, value) != value:
                 tags[f"changed.{key}"] = value
         new_params = [Param(k, v) for k, v in params.items() if k not in sent.params]
-        for batch in _batches(new_params, MAX_PARAMS_PER_BATCH):
-            self._offer(self._client.log_batch, run_id, params=batch)
-            sent.params.update({param.key: param.value for param in batch})
         new_tags = [RunTag(k, v) for k, v in tags.items() if sent.tags.get(k) != v]
-        for batch in _batches(new_tags, MAX_PARAMS_PER_BATCH):
-            self._offer(self._client.log_batch, run_id, tags=batch)
-            sent.tags.update({tag.key: tag.value for tag in batch})
+        for param_batch, tag_batch in zip_longest(
+            _batches(new_params, MAX_PARAMS_PER_BATCH),
+            _batches(new_tags, MAX_PARAMS_PER_BATCH),
+            fillvalue=[],
+        ):
+            self._offer(self._client.log_batch, run_id, params=param_batch, tags=tag_batch)
+            sent.params.update({param.key: param.value for param in param_batch})
+            sent.tags.update({tag.key: tag.value for tag in tag_batch})
         if new_params or new_tags:
             journal.save()
 

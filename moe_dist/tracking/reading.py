@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from moe_dist.errors import TrackingError
 from moe_dist.tracking.connection import connect, database_path, describe_fault, usable
+from moe_dist.tracking.histories import Points, read_histories
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -75,6 +76,7 @@ class RunReader:
                 remedy="name the store with --uri or MLFLOW_TRACKING_URI, or start where it lies.",
             )
         self._client = connect(uri)
+        self._all: list[RecordedRun] | None = None
         with usable(uri):
             if experiment:
                 found = self._client.get_experiment_by_name(experiment)
@@ -138,7 +140,7 @@ class RunReader:
         Returns:
             The runs that were found, by what they were asked for.
         """
-        everything = self.search() if len(names) > FEW else None
+        everything = self._everything() if len(names) > FEW else None
         found: dict[str, RecordedRun] = {}
         for name in names:
             quoted = name.replace("'", "")
@@ -162,7 +164,7 @@ class RunReader:
         """
         found: dict[str, list[RecordedRun]] = {run.run_id: [] for run in runs}
         if len(found) > FEW:
-            below = self.search(f"tags.`{PARENT_TAG}` != ''")
+            below = [run for run in self._everything() if run.parent_id]
         else:
             conditions = [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in found]
             below = [run for condition in conditions for run in self.search(condition)]
@@ -171,7 +173,13 @@ class RunReader:
                 found[child.parent_id].append(child)
         return found
 
-    def history(self, run: RecordedRun, metric: str) -> list[tuple[int, float]]:
+    def _everything(self) -> list[RecordedRun]:
+        """Read all runs, once."""
+        if self._all is None:
+            self._all = self.search()
+        return self._all
+
+    def history(self, run: RecordedRun, metric: str) -> Points:
         """Read how a metric went.
 
         Args:
@@ -181,11 +189,24 @@ class RunReader:
         Returns:
             Steps and values, in the order of the steps; empty if it was not logged.
         """
-        if metric not in run.metrics:
-            return []
+        return self.histories([(run, [metric])])[run.run_id].get(metric, [])
+
+    def histories(
+        self, wanted: Iterable[tuple[RecordedRun, Iterable[str]]]
+    ) -> dict[str, dict[str, Points]]:
+        """Read how metrics of several runs went, at once.
+
+        Args:
+            wanted: runs, each with names of metrics; those that were not logged are left out.
+
+        Returns:
+            Steps and values in the order of the steps, by run id and metric.
+        """
+        names = {
+            run.run_id: [name for name in metrics if name in run.metrics] for run, metrics in wanted
+        }
         with usable(self._uri):
-            points = self._client.get_metric_history(run.run_id, metric)
-        return sorted((point.step, point.value) for point in points)
+            return read_histories(self._uri, self._client, names)
 
     def read_json(self, run: RecordedRun, name: str) -> dict[str, Any]:
         """Read an artifact that is a JSON document.

@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_dist.errors import MissingInputError
 from moe_dist.tracking import RecordedRun, RunReader
 
-from .views import TRIAL_TAG, RunView, read_directory, read_recorded
+from .views import TRIAL_TAG, RunView, curve_metrics, read_directory, read_recorded
 
 SHORT_ID = 6
 
@@ -63,7 +63,10 @@ def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:
             chosen[trial.run_id] = (trial, grandchildren[trial.run_id])
         if not trials:
             chosen[run.run_id] = (run, children[run.run_id])
-    return [read_recorded(reader, run, stages) for run, stages in chosen.values()]
+    histories = reader.histories(
+        (one, curve_metrics(one)) for run, stages in chosen.values() for one in (run, *stages)
+    )
+    return [read_recorded(reader, run, stages, histories) for run, stages in chosen.values()]
 
 
 def _told_apart(views: Sequence[RunView]) -> list[RunView]:

@@ -20,12 +20,12 @@ from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
 from .. import report
 from ..chain import RECIPE_NAME
 from ..replacement import FINISHED
+from ..search.trial_stages import TRIAL_PREFIX
 from ..stage import METRIC_LOG
 from ..stages import distill, evaluate
 from ..workspace import COMPARE_DIRECTORY
 
 TRIAL_TAG = "trial"
-TRIAL_PREFIX = "trial/"
 QUALITY = "quality"
 
 Series = tuple[list[int], list[float]]
@@ -136,13 +136,31 @@ def read_directory(directory: Path) -> RunView:
     )
 
 
-def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[RecordedRun]) -> RunView:
+def curve_metrics(run: RecordedRun) -> list[str]:
+    """List the metrics that are drawn as learning curves.
+
+    Args:
+        run: a run, or a stage of one.
+
+    Returns:
+        Their names.
+    """
+    return [name for name in run.metrics if name.startswith(CURVE_PREFIXES)]
+
+
+def read_recorded(
+    reader: RunReader,
+    run: RecordedRun,
+    children: Sequence[RecordedRun],
+    histories: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+) -> RunView:
     """Read a run from the tracking server.
 
     Args:
         reader: the connection.
         run: the chain's run.
         children: those of its stages; of several for one stage the newest counts.
+        histories: how the `curve_metrics` of all of them went, by run id.
 
     Returns:
         What the server knows.
@@ -152,18 +170,10 @@ def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[Record
     for name, child in stages.items():
         stage, _, label = name.partition("/")
         if stage == distill.NAME:
-            curves[label] = {
-                metric: _series(reader.history(child, metric))
-                for metric in child.metrics
-                if metric.startswith(CURVE_PREFIXES)
-            }
+            curves[label] = _curves(histories[child.run_id])
     if not curves:
-        # A trial of a sweep trains in its own run.
-        curves[""] = {
-            metric: _series(reader.history(run, metric))
-            for metric in run.metrics
-            if metric.startswith(CURVE_PREFIXES)
-        }
+        # Trials of earlier versions trained in their own run.
+        curves[""] = _curves(histories[run.run_id])
     evaluated = stages.get(evaluate.NAME)
     is_trial = TRIAL_TAG in run.tags
     return _view(
@@ -172,7 +182,7 @@ def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[Record
         status=run.status,
         params=run.params,
         found=trial_report(run) if is_trial else reader.read_json(run, report.JSON_NAME),
-        measured={} if evaluated is None else reader.read_json(evaluated, FINISHED),
+        measured={} if evaluated is None or is_trial else reader.read_json(evaluated, FINISHED),
         curves=curves,
     )
 
@@ -280,6 +290,10 @@ def _read_curves(log: Path) -> dict[str, Series]:
             if name.startswith(CURVE_PREFIXES):
                 points.setdefault(name, {})[record.step] = value
     return {name: _series(list(values.items())) for name, values in points.items()}
+
+
+def _curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Series]:
+    return {metric: _series(points) for metric, points in history.items()}
 
 
 def _series(points: Sequence[tuple[int, float]]) -> Series:

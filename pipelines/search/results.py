@@ -22,7 +22,7 @@ from ..report import quantity
 from ..stage import write_json
 from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
-from .trial import trial_name
+from .trial import training_directory
 from .watching import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
     try:
         ours, theirs = (
             load_predictions(
-                result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / PREDICTIONS
+                training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / PREDICTIONS
             )
             for trial in (best, baseline)
         )
