@@ -31,11 +31,18 @@ from moe_dist.tracking.protocols import (
     TrackedRun,
     Tracker,
 )
-from moe_dist.tracking.reading import RecordedRun, RunReader, sort_runs
+from moe_dist.tracking.reading import (
+    SORT_PROPERTIES,
+    RecordedRun,
+    RunReader,
+    recorded_id,
+    sort_runs,
+)
 from moe_dist.tracking.runs import build_tracker
 from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
+    "SORT_PROPERTIES",
     "DatasetInput",
     "NullTracker",
     "RecordedRun",
@@ -46,6 +53,7 @@ __all__ = [
     "Tracker",
     "build_tracker",
     "flatten",
+    "recorded_id",
     "redact_uri",
     "scrub",
     "shown_metrics",

@@ -1,7 +1,7 @@
 """How metrics of many runs went, read at once.
 
-MLflow's client asks for one metric of one run at a time and makes an object of each point. A report on a
-hundred runs is read hundreds of times as fast with one query, where the store is a database.
+MLflow's client asks for one metric of one run at a time and makes an object of each point. Where
+the store is a database, one query reads the curves of a hundred runs tens of times as fast.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def read_histories(
     return _from_client(client, wanted)
 
 
-def _from_database(
-    uri: str, wanted: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Points]]:
+def _from_database(uri: str, wanted: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Points]]:
     from sqlalchemy import column, create_engine, select, table
 
     points = table(

@@ -263,9 +263,7 @@ class _OneTrial:
         if self.facts.latency_ms is not None:
             batch_size = self.config.search.latency_batch_size
             device = next(self.warm.teacher.parameters()).device
-            ratio = latency_ratio(
-                student.to(device), self.warm.teacher, batch_size, self._seq_len
-            )
+            ratio = latency_ratio(student.to(device), self.warm.teacher, batch_size, self._seq_len)
             costs["latency"] = self.facts.latency_ms * ratio
         return costs
 

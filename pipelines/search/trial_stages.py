@@ -1,7 +1,7 @@
 """The stages of a trial: its worker notes them in a file, and the driver makes runs of them.
 
-The worker appends to `stages.jsonl` in the trial's directory, as it does to the metric log: it talks
-to nobody, and a trial never waits for a tracking server.
+The worker appends to `stages.jsonl` in the trial's directory, as it does to the metric log: it
+talks to nobody, and a trial never waits for a tracking server.
 """
 
 from __future__ import annotations
