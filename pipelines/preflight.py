@@ -96,6 +96,11 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     workspace.console.note(
         f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
     )
+    if splits.holdout is not None:
+        workspace.console.note(
+            f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
+            f"{splits.num_overlapping} rows that share text with them left out"
+        )
     model = start_skeleton(workspace, splits.task.num_labels)
     faults = length_faults(model, config)
     for label in ("", *config.compare):

@@ -169,9 +169,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
         f"Made {report['created_at']}.",
         "",
-        _markdown_row(_headings(report)),
-        _markdown_row(["---"] * len(_headings(report))),
-        *(_markdown_row(_row(report, name)) for name in model_names(report)),
+        markdown_row(_headings(report)),
+        markdown_row(["---"] * len(_headings(report))),
+        *(markdown_row(_row(report, name)) for name in model_names(report)),
         "",
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
         f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
@@ -184,7 +184,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         "| stage | time |",
         "| --- | --- |",
-        *(_markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
+        *(markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
         "",
     ]
     if report["mlflow"]["run_id"]:
@@ -276,7 +276,15 @@ def quantity(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """Write a row of a table.
+
+    Args:
+        cells: its texts.
+
+    Returns:
+        Markdown.
+    """
     return "| " + " | ".join(cells) + " |"
 
 

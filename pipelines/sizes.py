@@ -281,7 +281,10 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
             raise
         sizes.unknown.append(f"training steps: {error.message}")
         return num_labels
-    sizes.facts.append(("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev"))
+    withheld = "" if splits.holdout is None else f", {len(splits.holdout)} to choose recipes on"
+    sizes.facts.append(
+        ("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev{withheld}")
+    )
     for name, train in (("teacher", config.teacher_train), ("student", config.train)):
         steps = workspace.num_steps(train)
         sizes.facts.append((f"steps, {name}", str(steps)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moe_dist.uris import redact_uri
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
     from moe_dist.training.driver import RaySession
+    from moe_dist.training.payloads import Split
 
     from .console import Console
 
@@ -60,7 +61,7 @@ class Workspace:
 
         return load_splits(**self.data_arguments)
 
-    def encoded(self, part: Literal["train", "dev"], tokenizer: Any) -> Encoded:
+    def encoded(self, part: Split, tokenizer: Any) -> Encoded:
         """Tokenise a split in this process, as workers do: the cache entry is theirs too.
 
         Args:
@@ -72,8 +73,10 @@ class Workspace:
         """
         from moe_dist.data.loaders import encode
 
+        rows = getattr(self.splits, part)
+        assert rows is not None, "who asks for the hold-out has seen that there is one"
         return encode(
-            getattr(self.splits, part),
+            rows,
             tokenizer,
             max_length=self.config.model.max_length,
             cache_dir=None,
@@ -99,7 +102,9 @@ class Workspace:
         from moe_dist.tracking import DatasetInput
 
         splits = self.splits
-        parts = (("train", "training", splits.train), ("dev", "evaluation", splits.dev))
+        parts = [("train", "training", splits.train), ("dev", "evaluation", splits.dev)]
+        if splits.holdout is not None:
+            parts.append(("holdout", "selection", splits.holdout))
         return [
             DatasetInput(
                 f"{self.data_name} ({part})",

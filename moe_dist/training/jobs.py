@@ -44,6 +44,7 @@ from moe_dist.training.payloads import (
     FinetunePayload,
     ImportancePayload,
     PredictPayload,
+    Split,
 )
 from moe_dist.training.results import SCORES, save_predictions, save_scores
 from moe_dist.training.step import distill_terms, finetune_terms, freeze
@@ -73,6 +74,24 @@ class JobData:
         """The split that is measured on."""
         return self._encode(self.splits.dev, "dev")
 
+    @cached_property
+    def holdout(self) -> Encoded:
+        """The training rows that recipes are chosen on; only where the data have some."""
+        assert self.splits.holdout is not None, "who asks for it has seen that there is one"
+        return self._encode(self.splits.holdout, "holdout")
+
+    def part(self, name: Split) -> Encoded:
+        """Give a split by its name.
+
+        Args:
+            name: which.
+
+        Returns:
+            Its samples.
+        """
+        encoded: Encoded = getattr(self, name)
+        return encoded
+
     @property
     def pad_token_id(self) -> int:
         """What fills up shorter samples."""
@@ -90,19 +109,20 @@ class JobData:
         """
         return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
 
-    def save_dev_predictions(self, answers: Predictions, path: Path) -> None:
-        """Write what a model says about the dev split.
+    def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
+        """Write what a model says about a split.
 
         Args:
             answers: of all samples.
+            encoded: the split.
             path: the file.
         """
         save_predictions(
             path,
             logits=answers.logits,
             predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
-            labels=self.dev.labels,
-            sample_ids=self.dev.sample_ids,
+            labels=encoded.labels,
+            sample_ids=encoded.sample_ids,
         )
 
     def _encode(self, rows: Any, split: str) -> Encoded:
@@ -293,7 +313,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     device = pick_device(payload.get("use_gpu", "auto"))
     model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
-    encoded = data.train if payload.get("split", "dev") == "train" else data.dev
+    encoded = data.part(payload.get("split", "dev"))
     enter_phase("prediction")
     answers = predict(
         model,
@@ -304,13 +324,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     )
     path = Path(payload["stage_dir"]) / f"{payload.get('output_name', 'predictions')}.npz"
     if own_rank() == 0:
-        save_predictions(
-            path,
-            logits=answers.logits,
-            predictions=answers.values(is_regression=splits.task.kind == "regression"),
-            labels=encoded.labels,
-            sample_ids=encoded.sample_ids,
-        )
+        data.save_answers(answers, encoded, path)
     wait_for_ranks()
     return {
         "predictions": answers.logits.numpy(),

@@ -129,8 +129,8 @@ def read_directory(directory: Path) -> RunView:
             remedy="give OUTPUT_DIR/NAME of a run, its MLflow run id, or its name.",
         )
     recipe = _read_recipe(directory / RECIPE_NAME)
-    found = _read_json(directory / report.JSON_NAME)
-    measured = _read_json(directory / evaluate.NAME / FINISHED)
+    found = read_json(directory / report.JSON_NAME)
+    measured = read_json(directory / evaluate.NAME / FINISHED)
     places = {"": directory / distill.NAME}
     places |= {
         path.parent.name: path
@@ -299,7 +299,15 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content; empty where there is no such file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
