@@ -249,7 +249,9 @@ def curve_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[
             name = f"{view.name} · {label}" if label else view.name
             for metric, (steps, values) in curves.items():
                 lines.setdefault(metric, []).append(Line(name, steps, values, colour))
-    ordered = sorted(lines, key=lambda name: (not name.startswith("dev/"), "total" not in name))
+    ordered = sorted(
+        lines, key=lambda name: (not name.startswith(("dev/", "holdout/")), "total" not in name)
+    )
     figures = []
     for metric in ordered:
         values = [y for line in lines[metric] for y in line.ys if math.isfinite(y)]

@@ -30,7 +30,7 @@ TRIAL_TAG = "trial"
 QUALITY = "quality"
 
 Series = tuple[list[int], list[float]]
-CURVE_PREFIXES = ("train/loss/", "dev/", "moe/load_imbalance_worst")
+CURVE_PREFIXES = ("train/loss/", "dev/", "holdout/", "moe/load_imbalance_worst")
 # They say where and under which name a run was recorded, not what it did.
 PRIVATE_PARAMS = ("name", "output_dir", "tracking")
 
