@@ -21,6 +21,7 @@ from moe_dist.metric_log import MetricLog
 JOURNAL_NAME = "tracking.json"
 METRICS_NAME = "metrics.jsonl"
 RUNNING = "RUNNING"
+NO_PARENT = "."
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Wanted:
     name: str
     fingerprint: str
     parent: str = ""
-    """The parent's directory as seen from this one; empty for a chain."""
+    """The parent's directory as seen from this one; `NO_PARENT` for a chain, and empty in journals
+    of earlier versions, which do not say."""
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     ended_ms: int | None = None

@@ -230,9 +230,9 @@ def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal 
             if journal.sent.run_id is not None:
                 wanted.replaced[journal.sent.run_id] = journal.sent.uri
         journal = Journal(directory, wanted, Sent(), parent)
-    if parent is not None:
-        # In this form the output directory may be moved.
-        journal.wanted.parent = os.path.relpath(parent.directory.absolute(), directory)
+    # In this form the output directory may be moved.
+    above = directory if parent is None else parent.directory.absolute()
+    journal.wanted.parent = os.path.relpath(above, directory)
     journal.wanted.status = RUNNING
     journal.wanted.ended_ms = None
     return journal

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from moe_dist.tracking.connection import describe_fault
-from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
+from moe_dist.tracking.journal import JOURNAL_NAME, NO_PARENT, Journal, load_journal
 from moe_dist.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger("moe_dist.tracking")
@@ -87,8 +87,8 @@ class Sender:
         paths = [path.parent for path in home.rglob(JOURNAL_NAME) if path.parent != home]
         for directory in sorted(paths, key=lambda path: len(path.parts)):
             journal = load_journal(directory)
-            if journal is None:
-                continue
+            if journal is None or journal.wanted.parent == NO_PARENT:
+                continue  # A search lies below the chain's directory, and is a chain of its own.
             # Journals of earlier versions name no parent: theirs was the chain.
             above = home if not journal.wanted.parent else directory / journal.wanted.parent
             journal.parent = known.get(Path(os.path.normpath(above)))
