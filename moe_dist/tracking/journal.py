@@ -22,6 +22,7 @@ from moe_dist.whole_files import whole_file
 JOURNAL_NAME = "tracking.json"
 METRICS_NAME = "metrics.jsonl"
 RUNNING = "RUNNING"
+NO_PARENT = "."
 
 
 @dataclass
@@ -30,6 +31,9 @@ class Wanted:
 
     name: str
     fingerprint: str
+    parent: str = ""
+    """The parent's directory as seen from this one; `NO_PARENT` for a chain, and empty in journals
+    of earlier versions, which do not say."""
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     ended_ms: int | None = None
@@ -89,6 +93,13 @@ class Journal:
         """Counts the changes of what is wanted, those of this process only."""
         self.attached = False
         """Whether this process has looked at what the server has of the run."""
+        self.is_new = False
+        """Whether this process made the run, so that no earlier one left children open below it."""
+
+    @property
+    def depth(self) -> int:
+        """0 for a chain, 1 for its stages and trials, 2 for the stages of a trial."""
+        return 0 if self.parent is None else self.parent.depth + 1
 
     @property
     def metric_log(self) -> MetricLog:

@@ -73,6 +73,7 @@ def runs(
     with clean_errors(debug=debug):
         quieten_libraries()
         from ..console import Console
+        from ..json_console import finite
         from .listing import Listing, comparison_json, comparison_tables, list_runs, list_tables
         from .selection import select_runs
 
@@ -81,7 +82,7 @@ def runs(
         if names:
             views = select_runs(names, uri=store, experiment=experiment)
             if as_json:
-                typer.echo(json.dumps(comparison_json(views), indent=1))
+                typer.echo(json.dumps(finite(comparison_json(views)), indent=1))
                 return
             for table in comparison_tables(views):
                 console.result(table)
@@ -96,7 +97,7 @@ def runs(
         )
         found = list_runs(store, experiment, listing)
         if as_json:
-            typer.echo(json.dumps([entry.as_plain() for entry in found], indent=1))
+            typer.echo(json.dumps(finite([entry.as_plain() for entry in found]), indent=1))
             return
         for table in list_tables(found, listing):
             console.result(table)

@@ -23,7 +23,7 @@ from ..report import quantity
 from ..stage import write_json
 from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
-from .trial import choosing_split, main_metric, trial_name
+from .trial import choosing_split, main_metric, training_directory
 from .watching import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
     try:
         ours, theirs = (
             load_predictions(
-                result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / PREDICTIONS
+                training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / PREDICTIONS
             )
             for trial in (best, baseline)
         )
