@@ -6,7 +6,9 @@ skipped only when one of the keys it reads is itself at fault.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.sections import Metric
@@ -18,6 +20,7 @@ _METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
     "regression": ("pearson", "spearman"),
 }
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 def find_cross_faults(config: RunConfig, faulty: frozenset[str] = frozenset()) -> list[str]:
@@ -330,18 +333,32 @@ def _registered_models_are_logged(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
-    places = {
+def _places(config: RunConfig) -> dict[str, Path | str | None]:
+    return {
         "output_dir": config.output_dir,
         "data.train": config.data.train,
         "data.dev": config.data.dev,
     }
-    for key, place in places.items():
+
+
+def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
         # Ray shows what workers are told, and the resolved recipe lies beside the results.
         if is_uri(place) and "@" in str(place).partition("?")[0]:
             yield (
                 f"{key} holds a user or a password; give credentials in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of the URI."
+            )
+
+
+def _uris_are_whole(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
+        match = _ONE_SLASH.match(str(place or ""))
+        if match:
+            scheme = match.group(1)
+            yield (
+                f"{key} has one slash behind {scheme}:, where a URI has two; write {scheme}://..., "
+                "or an absolute path for a directory of that name."
             )
 
 
@@ -355,6 +372,8 @@ _LESSONS = (
     "alignment_weight",
     "mapping_weight",
 )
+
+_PLACES = ("output_dir", "data.train", "data.dev")
 
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
@@ -401,7 +420,8 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         _registered_models_are_logged,
         ("tracking.enabled", "tracking.log_models", "tracking.register_model"),
     ),
-    (_no_credentials_in_places, ("output_dir", "data.train", "data.dev")),
+    (_no_credentials_in_places, _PLACES),
+    (_uris_are_whole, _PLACES),
 )
 
 
