@@ -11,13 +11,13 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from moe_dist.config.data_section import TASK_KEYS, DataConfig
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     NAME_PATTERN,
-    DataConfig,
     FinetuneConfig,
     Integer,
     ModelConfig,
@@ -162,6 +162,8 @@ class RunConfig(Section):
         # A recipe without a search says nothing of it.
         left_out = None if self.search.space else {"search"}
         plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json", exclude=left_out))
+        if self.data.tasks is None:
+            plain["data"] = {k: v for k, v in plain["data"].items() if k not in TASK_KEYS}
         return plain
 
 

@@ -61,6 +61,21 @@ class Splits:
     source: str
     num_near_copies: int = 0
 
+    @property
+    def parts(self) -> dict[str, Splits]:
+        """These rows as those of a run of one task, which has no name."""
+        return {"": self}
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that retention and comparisons are about."""
+        return self.task.main_metric
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head."""
+        return self.task.num_labels
+
 
 @dataclass(frozen=True)
 class _Sample:

@@ -123,7 +123,7 @@ class _Warm:
         from moe_dist.data.sources import load_splits
         from moe_dist.inference.saving import load_model, load_tokenizer
         from moe_dist.training.hardware import pick_device
-        from moe_dist.training.jobs import JobData
+        from moe_dist.training.job_data import JobData
         from moe_dist.training.results import load_scores
         from moe_dist.training.step import freeze
 
