@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.errors import DataError
 from moe_dist.uris import redact_uri
 
 from .files import open_files
@@ -13,8 +14,9 @@ from .fingerprints import path_digest
 from .payloads import data_arguments
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig, TrainConfig
+    from moe_dist.config import RunConfig, TaskDataConfig, TrainConfig
     from moe_dist.data.loaders import Encoded
+    from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
     from moe_dist.training.driver import RaySession
@@ -54,13 +56,30 @@ class Workspace:
         return self.root / COMPARE_DIRECTORY / label / stage if label else self.root / stage
 
     @cached_property
+    def rows(self) -> Rows:
+        """The training and dev data of all tasks, fetched and read on first use."""
+        from moe_dist.data.mixture import load_rows
+
+        return load_rows(self.data_arguments)
+
+    @property
     def splits(self) -> Splits:
-        """The training and dev data, fetched and read on first use."""
-        from moe_dist.data.sources import load_splits
+        """The data of a run of one task.
 
-        return load_splits(**self.data_arguments)
+        Raises:
+            DataError: if the run has several.
+        """
+        from moe_dist.data.sources import Splits
 
-    def encoded(self, part: Literal["train", "dev"], tokenizer: Any) -> Encoded:
+        rows = self.rows
+        if not isinstance(rows, Splits):
+            raise DataError(
+                f"this works on one task, and the recipe has {len(rows.parts)}",
+                remedy="give a recipe with one data set",
+            )
+        return rows
+
+    def encoded(self, part: Literal["train", "dev"], tokenizer: Any) -> dict[str, Encoded]:
         """Tokenise a split in this process, as workers do: the cache entry is theirs too.
 
         Args:
@@ -68,48 +87,53 @@ class Workspace:
             tokenizer: the teacher's.
 
         Returns:
-            The samples.
+            The samples of each task by its name, which is "" where there is one task.
         """
         from moe_dist.data.loaders import encode
 
-        return encode(
-            getattr(self.splits, part),
-            tokenizer,
-            max_length=self.config.model.max_length,
-            cache_dir=None,
-            digest=f"{self.splits.digest}-{part}",
-        )
+        return {
+            name: encode(
+                getattr(splits, part),
+                tokenizer,
+                max_length=self.config.model.max_length,
+                cache_dir=None,
+                digest=f"{splits.digest}-{part}",
+            )
+            for name, splits in self.rows.parts.items()
+        }
 
     @cached_property
     def data_arguments(self) -> dict[str, Any]:
-        """The arguments of `load_splits`, also handed to workers."""
+        """The arguments of `load_rows`, also handed to workers."""
         return data_arguments(self.config)
 
     @property
     def data_name(self) -> str:
         """What the data are called, without a path of this machine."""
         data = self.config.data
-        if data.name:
-            return f"{data.name}/{data.subset}" if data.subset else data.name
-        return Path(redact_uri(data.train)).name if data.train else data.source
+        return "+".join(data.tasks) if data.tasks else _name_of(data)
 
     @cached_property
     def dataset_inputs(self) -> list[DatasetInput]:
         """The data as the tracking server names it."""
         from moe_dist.tracking import DatasetInput
 
-        splits = self.splits
-        parts = (("train", "training", splits.train), ("dev", "evaluation", splits.dev))
-        return [
-            DatasetInput(
-                f"{self.data_name} ({part})",
-                digest=splits.digest,
-                source=self.config.data.source,
-                context=context,
-                num_rows=len(rows),
-            )
-            for part, context, rows in parts
-        ]
+        found = []
+        for task, splits in self.rows.parts.items():
+            data = (self.config.data.tasks or {}).get(task, self.config.data)
+            name = f"{task}: {_name_of(data)}" if task else _name_of(data)
+            parts = (("train", "training", splits.train), ("dev", "evaluation", splits.dev))
+            found += [
+                DatasetInput(
+                    f"{name} ({part})",
+                    digest=splits.digest,
+                    source=data.source,
+                    context=context,
+                    num_rows=len(rows),
+                )
+                for part, context, rows in parts
+            ]
+        return found
 
     @cached_property
     def start_model(self) -> str:
@@ -142,6 +166,15 @@ class Workspace:
         Returns:
             Steps over all epochs, within `max_steps`.
         """
-        # As `TrainBatches` cuts an epoch.
-        steps = max(1, len(self.splits.train) // train.batch_size) * train.num_epochs
+        from moe_dist.data.mixture import mixture_steps
+
+        # As `TrainBatches` cuts an epoch too.
+        num_rows = [len(splits.train) for splits in self.rows.parts.values()]
+        steps = mixture_steps(num_rows, train.batch_size) * train.num_epochs
         return min(steps, train.max_steps or steps)
+
+
+def _name_of(data: TaskDataConfig) -> str:
+    if data.name:
+        return f"{data.name}/{data.subset}" if data.subset else data.name
+    return Path(redact_uri(data.train)).name if data.train else data.source

@@ -143,6 +143,23 @@ def compute_metrics(
     return {name: METRICS[name](*_checked(name, predictions, labels)) for name in _known(names)}
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """Two models' answers to the same examples.
+
+    Attributes:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        predictions_a: as in `compute_metrics`.
+        predictions_b: as in `compute_metrics`, of the same examples in the same order.
+    """
+
+    metric: str
+    labels: ArrayLike
+    predictions_a: ArrayLike
+    predictions_b: ArrayLike
+
+
 def paired_bootstrap(
     metric: str,
     labels: ArrayLike,
@@ -170,23 +187,53 @@ def paired_bootstrap(
     Raises:
         DataError: for an unknown metric, different lengths, no examples, or non-finite values.
     """
-    _known([metric])
-    score = METRICS[metric]
-    true, first = _checked(metric, predictions_a, labels)
-    _, second = _checked(metric, predictions_b, labels)
-    rng = np.random.default_rng(seed)
-    differences = np.empty(num_resamples)
-    for i in range(num_resamples):
-        chosen = rng.integers(0, len(true), len(true))
-        truth = true[chosen]
-        differences[i] = score(truth, first[chosen]) - score(truth, second[chosen])
+    pairing = Pairing(metric, labels, predictions_a, predictions_b)
+    return mean_bootstrap([pairing], num_resamples=num_resamples, seed=seed, confidence=confidence)
+
+
+def mean_bootstrap(
+    pairings: Sequence[Pairing],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean over tasks of metric(a) - metric(b).
+
+    Args:
+        pairings: of each task; the examples of each are resampled on their own.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, interval and two-sided p-value.
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+    """
+    differences = np.zeros(num_resamples)
+    difference = 0.0
+    for number, pairing in enumerate(pairings):
+        metric = pairing.metric
+        _known([metric])
+        score = METRICS[metric]
+        true, first = _checked(metric, pairing.predictions_a, pairing.labels)
+        _, second = _checked(metric, pairing.predictions_b, pairing.labels)
+        rng = np.random.default_rng([seed, number] if number else seed)
+        for i in range(num_resamples):
+            chosen = rng.integers(0, len(true), len(true))
+            truth = true[chosen]
+            differences[i] += score(truth, first[chosen]) - score(truth, second[chosen])
+        difference += score(true, first) - score(true, second)
+    differences /= len(pairings)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     # One is added to both counts, so that a finite number of samples never claims p = 0.
     below = (np.sum(differences <= 0) + 1) / (num_resamples + 1)
     above = (np.sum(differences >= 0) + 1) / (num_resamples + 1)
     return Interval(
-        difference=score(true, first) - score(true, second),
+        difference=difference / len(pairings),
         low=float(low),
         high=float(high),
         p_value=float(min(1.0, 2 * min(below, above))),

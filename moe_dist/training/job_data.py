@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.conversion.heads import TaskHead
 from moe_dist.data.loaders import Encoded, TrainBatches, encode
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
@@ -185,6 +186,18 @@ def job_data(rows: Rows, tokenizer: Any, payload: DataJob) -> AnyJobData:
         parts = {name: JobData(part, tokenizer, payload) for name, part in rows.parts.items()}
         return MixtureData(parts, rows.shares)
     return JobData(rows, tokenizer, payload)
+
+
+def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
+    """Give a head to each task of a mixture.
+
+    Args:
+        mixture: the tasks.
+
+    Returns:
+        The heads, in the order of the tasks' numbers.
+    """
+    return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
 
 
 def measure(data: AnyJobData, predict: Predict) -> Measured:

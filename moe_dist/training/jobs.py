@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe_dist.conversion import score_importance
-from moe_dist.conversion.heads import TaskHead, set_heads
+from moe_dist.conversion.heads import set_heads
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import Mixture, load_rows
 from moe_dist.data.sources import load_splits
@@ -31,7 +31,7 @@ from moe_dist.training.companion import build_companion, num_layers
 from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.fit import Report, fit
 from moe_dist.training.hardware import pick_device
-from moe_dist.training.job_data import AnyJobData, JobData, job_data
+from moe_dist.training.job_data import AnyJobData, JobData, job_data, task_heads
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
     ObjectiveSettings,
@@ -82,18 +82,6 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
         lambda num_steps: {"task": LossWeight(1.0)},
         payload,
     )
-
-
-def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
-    """Give a head to each task of a mixture.
-
-    Args:
-        mixture: the tasks.
-
-    Returns:
-        The heads, in the order of the tasks' numbers.
-    """
-    return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
 
 
 def distill_job(payload: DistillPayload) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..stages.adapt import convert
 from .rungs import rung_steps
 
 if TYPE_CHECKING:
-    from moe_dist.training.jobs import JobData
+    from moe_dist.training.job_data import JobData
     from moe_dist.training.payloads import DataJob
 
 LATENCY_SEQ_LEN = 128
@@ -210,7 +210,7 @@ class _OneTrial:
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
         warm = self.warm
-        return convert(self.config, warm.dense, warm.scores, lambda: warm.data.train)[1]
+        return convert(self.config, warm.dense, warm.scores, lambda: {"": warm.data.train})[1]
 
     def _steps(self) -> dict[int, int]:
         train = self.config.train
