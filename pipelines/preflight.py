@@ -104,6 +104,11 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
             f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
             f"{len(splits.dev)} for dev{left_out}"
         )
+        if splits.holdout is not None:
+            workspace.console.note(
+                f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
+                f"{splits.num_overlapping} rows that share text with them left out"
+            )
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
         set_heads(model, task_heads(rows))

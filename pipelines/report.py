@@ -204,9 +204,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
         f"Made {report['created_at']}.",
         "",
-        _markdown_row(_headings(report)),
-        _markdown_row(["---"] * len(_headings(report))),
-        *(_markdown_row(_row(report, name)) for name in model_names(report)),
+        markdown_row(_headings(report)),
+        markdown_row(["---"] * len(_headings(report))),
+        *(markdown_row(_row(report, name)) for name in model_names(report)),
         "",
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
@@ -220,7 +220,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         "| stage | time |",
         "| --- | --- |",
-        *(_markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
+        *(markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
         "",
     ]
     if report["mlflow"]["run_id"]:
@@ -233,8 +233,8 @@ def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
     if "tasks" not in report:
         return []
     headings = _task_headings(report)
-    lines = [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
-    lines += [_markdown_row(_task_row(report, task)) for task in report["tasks"]]
+    lines = [markdown_row(headings), markdown_row(["---"] * len(headings))]
+    lines += [markdown_row(_task_row(report, task)) for task in report["tasks"]]
     lines.append("")
     for task, entry in report["tasks"].items():
         lines += [
@@ -352,7 +352,15 @@ def quantity(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """Write a row of a table.
+
+    Args:
+        cells: its texts.
+
+    Returns:
+        Markdown.
+    """
     return "| " + " | ".join(cells) + " |"
 
 

@@ -282,6 +282,8 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
     for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
         counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.holdout is not None:
+            counts += f", {len(splits.holdout)} to choose recipes on"
         if name:
             counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
         sizes.facts.append((f"samples, {name}" if name else "samples", counts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import DataError
 from moe_dist.uris import redact_uri
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_dist.data.sources import Splits
     from moe_dist.tracking import DatasetInput
     from moe_dist.training.driver import RaySession
+    from moe_dist.training.payloads import Split
 
     from .console import Console
 
@@ -79,7 +80,19 @@ class Workspace:
             )
         return rows
 
-    def encoded(self, part: Literal["train", "dev"], tokenizer: Any) -> dict[str, Encoded]:
+    def encoded(self, part: Split, tokenizer: Any) -> Encoded:
+        """Tokenise a split of a run of one task; see `encoded_tasks`.
+
+        Args:
+            part: which split.
+            tokenizer: the teacher's.
+
+        Returns:
+            The samples.
+        """
+        return self._encode(self.splits, part, tokenizer)
+
+    def encoded_tasks(self, part: Split, tokenizer: Any) -> dict[str, Encoded]:
         """Tokenise a split in this process, as workers do: the cache entry is theirs too.
 
         Args:
@@ -89,18 +102,22 @@ class Workspace:
         Returns:
             The samples of each task by its name, which is "" where there is one task.
         """
+        return {
+            name: self._encode(splits, part, tokenizer) for name, splits in self.rows.parts.items()
+        }
+
+    def _encode(self, splits: Splits, part: Split, tokenizer: Any) -> Encoded:
         from moe_dist.data.loaders import encode
 
-        return {
-            name: encode(
-                getattr(splits, part),
-                tokenizer,
-                max_length=self.config.model.max_length,
-                cache_dir=None,
-                digest=f"{splits.digest}-{part}",
-            )
-            for name, splits in self.rows.parts.items()
-        }
+        rows = getattr(splits, part)
+        assert rows is not None, "who asks for the hold-out has seen that there is one"
+        return encode(
+            rows,
+            tokenizer,
+            max_length=self.config.model.max_length,
+            cache_dir=None,
+            digest=f"{splits.digest}-{part}",
+        )
 
     @cached_property
     def data_arguments(self) -> dict[str, Any]:
@@ -122,7 +139,9 @@ class Workspace:
         for task, splits in self.rows.parts.items():
             data = (self.config.data.tasks or {}).get(task, self.config.data)
             name = f"{task}: {_name_of(data)}" if task else _name_of(data)
-            parts = (("train", "training", splits.train), ("dev", "evaluation", splits.dev))
+            parts = [("train", "training", splits.train), ("dev", "evaluation", splits.dev)]
+            if splits.holdout is not None:
+                parts.append(("holdout", "selection", splits.holdout))
             found += [
                 DatasetInput(
                     f"{name} ({part})",

@@ -82,8 +82,8 @@ def _keys_fit_source(config: RunConfig) -> Iterator[str]:
                     f"{data.source}; remove it."
                 )
     if config.data.source == "tasks":
-        for key in TaskDataConfig.model_fields:
-            if key != "source" and getattr(config.data, key) is not None:
+        for key, field in TaskDataConfig.model_fields.items():
+            if key != "source" and getattr(config.data, key) != field.default:
                 yield (
                     f"data.{key} is not read with data.source=tasks, since each task has its own; "
                     f"move it into data.tasks.NAME.{key}."

@@ -112,6 +112,14 @@ class TaskDataConfig(Section):
     max_dev_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many dev rows, drawn by the seed."
     )
+    holdout_samples: Integer = Field(
+        default=0,
+        ge=0,
+        description="Withhold so many whole sentences from the training rows, before they are "
+        "drawn; `moe-dist search` chooses on them in place of the dev rows. Drawn by the seed, by "
+        "sentence and never by row: training rows that lie in one, equal one or share a text of a "
+        "pair are dropped too.",
+    )
 
 
 class DataConfig(TaskDataConfig):

@@ -114,6 +114,11 @@ def _shape_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Itera
             "search: trials keep the teacher's depth and width; leave the `student` section out, "
             "and compare smaller students with `compare`."
         )
+    if any(one.path == "data.holdout_samples" for one in dimensions):
+        yield (
+            "search.space.data.holdout_samples: trials that are measured on different rows cannot "
+            "be ranked; set it for all of them."
+        )
     of_teacher = [one for one in dimensions if changes_teacher(one.path)]
     num_teachers = grid_size(tuple(of_teacher))
     if num_teachers > MAX_TEACHERS:

@@ -36,9 +36,10 @@ class SearchConfig(Section):
     )
     metric: str = Field(
         default="quality",
-        description="What is searched for: `quality` (the main metric on the dev rows), "
-        "`retention` (quality over the teacher's), the name of another dev metric, `latency` (ms), "
-        "`flops` (for one token), `parameters` or `active_parameters`.",
+        description="What is searched for: `quality` (the main metric on the rows of "
+        "`data.holdout_samples`, else on the dev rows), `retention` (quality over the teacher's), "
+        "the name of another metric of the task, `latency` (ms), `flops` (for one token), "
+        "`parameters` or `active_parameters`.",
     )
     mode: Literal["auto", "max", "min"] = Field(
         default="auto", description="Which way is better; `auto` knows it for each metric."
@@ -82,8 +83,8 @@ class SearchConfig(Section):
     rungs: Integer = Field(
         default=3,
         ge=1,
-        description="How often a trial is measured on the dev rows and may be ended; the last time "
-        "is its end. `asha` and `hyperband` put them at 1, 1/F, 1/F² … of the steps, where F is "
+        description="How often a trial is measured and may be ended; the last time is its end. "
+        "`asha` and `hyperband` put them at 1, 1/F, 1/F² … of the steps, where F is "
         "`search.reduction_factor`, the others evenly.",
     )
     reduction_factor: Integer = Field(
@@ -93,8 +94,8 @@ class SearchConfig(Section):
         default=0,
         ge=0,
         description="After the trials, train the best and the recipe as it stands again with so "
-        "many other seeds of the student, to tell the margin from the noise of seeds; 0 or at "
-        "least 2.",
+        "many other seeds of the student, measured on the dev rows, to tell the margin from the "
+        "noise of seeds; 0 or at least 2.",
     )
     max_concurrent: Integer | None = Field(
         default=None,

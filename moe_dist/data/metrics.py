@@ -187,8 +187,48 @@ def paired_bootstrap(
     Raises:
         DataError: for an unknown metric, different lengths, no examples, or non-finite values.
     """
-    pairing = Pairing(metric, labels, predictions_a, predictions_b)
-    return mean_bootstrap([pairing], num_resamples=num_resamples, seed=seed, confidence=confidence)
+    return seeded_bootstrap(
+        metric,
+        labels,
+        [predictions_a],
+        [predictions_b],
+        num_resamples=num_resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def seeded_bootstrap(
+    metric: str,
+    labels: ArrayLike,
+    runs_a: Sequence[ArrayLike],
+    runs_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the mean of metric(a) - metric(b) over seeds; examples and seeds resampled.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        runs_a: the answers of a, trained with each seed; as in `compute_metrics`.
+        runs_b: those of b with the same seeds, for the same examples in the same order.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, percentile interval and two-sided p-value.
+
+    Raises:
+        DataError: as `resample_differences`.
+    """
+    observed, differences = resample_differences(
+        metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
+    )
+    return percentile_interval(observed, differences, confidence)
 
 
 def mean_bootstrap(
@@ -210,30 +250,98 @@ def mean_bootstrap(
         Difference, interval and two-sided p-value.
 
     Raises:
-        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+        DataError: as `resample_differences`.
     """
-    differences = np.zeros(num_resamples)
-    difference = 0.0
-    for number, pairing in enumerate(pairings):
-        metric = pairing.metric
-        _known([metric])
-        score = METRICS[metric]
-        true, first = _checked(metric, pairing.predictions_a, pairing.labels)
-        _, second = _checked(metric, pairing.predictions_b, pairing.labels)
-        rng = np.random.default_rng([seed, number] if number else seed)
-        for i in range(num_resamples):
-            chosen = rng.integers(0, len(true), len(true))
-            truth = true[chosen]
-            differences[i] += score(truth, first[chosen]) - score(truth, second[chosen])
-        difference += score(true, first) - score(true, second)
-    differences /= len(pairings)
+    drawn = [
+        resample_differences(
+            one.metric,
+            one.labels,
+            [one.predictions_a],
+            [one.predictions_b],
+            num_resamples=num_resamples,
+            seed=seed + number,
+        )
+        for number, one in enumerate(pairings)
+    ]
+    observed = float(np.mean([difference for difference, _ in drawn]))
+    samples = np.mean([differences for _, differences in drawn], axis=0)
+    return percentile_interval(observed, samples, confidence)
+
+
+def resample_differences(
+    metric: str,
+    labels: ArrayLike,
+    predictions_a: Sequence[ArrayLike],
+    predictions_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, NDArray[np.float64]]:
+    """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
+
+    Each draws S seeds and N examples with replacement; both models answer the same ones.
+
+    Args:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        predictions_a: S entries as in `compute_metrics`, one for each seed.
+        predictions_b: S entries of the same seeds and examples.
+        num_resamples: R, bootstrap samples to draw.
+        seed: fixes them.
+
+    Returns:
+        Mean over the seeds of metric(a) - metric(b) on the examples as they are, and the samples
+        (R,).
+
+    Raises:
+        DataError: for an unknown metric, different lengths, no seeds or examples, or non-finite
+            values.
+    """
+    _known([metric])
+    if not predictions_a or len(predictions_a) != len(predictions_b):
+        raise DataError(
+            f"{metric}: {len(predictions_a)} and {len(predictions_b)} seeds cannot be compared",
+            remedy="give both models' predictions for each seed",
+        )
+    score = METRICS[metric]
+    pairs = [
+        (_checked(metric, first, labels)[1], _checked(metric, second, labels)[1])
+        for first, second in zip(predictions_a, predictions_b, strict=True)
+    ]
+    true = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    differences = np.empty(num_resamples)
+    for i in range(num_resamples):
+        # A single seed draws nothing for itself.
+        seeds = rng.integers(0, len(pairs), len(pairs)) if len(pairs) > 1 else [0]
+        chosen = rng.integers(0, len(true), len(true))
+        truth = true[chosen]
+        differences[i] = np.mean(
+            [score(truth, pairs[k][0][chosen]) - score(truth, pairs[k][1][chosen]) for k in seeds]
+        )
+    return float(np.mean([score(true, a) - score(true, b) for a, b in pairs])), differences
+
+
+def percentile_interval(
+    observed: float, differences: NDArray[np.float64], confidence: float = 0.95
+) -> Interval:
+    """Turn bootstrap samples into an interval.
+
+    Args:
+        observed: the difference on the examples as they are.
+        differences: bootstrap samples of it (R,).
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, interval and two-sided p-value.
+    """
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     # One is added to both counts, so that a finite number of samples never claims p = 0.
-    below = (np.sum(differences <= 0) + 1) / (num_resamples + 1)
-    above = (np.sum(differences >= 0) + 1) / (num_resamples + 1)
+    below = (np.sum(differences <= 0) + 1) / (len(differences) + 1)
+    above = (np.sum(differences >= 0) + 1) / (len(differences) + 1)
     return Interval(
-        difference=difference / len(pairings),
+        difference=observed,
         low=float(low),
         high=float(high),
         p_value=float(min(1.0, 2 * min(below, above))),

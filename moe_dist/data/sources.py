@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_dist.data.files import Row, read_rows, row_error
+from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import read_hub, resolve_model
 from moe_dist.data.metrics import METRICS
 from moe_dist.data.packages import fetch_data_package, fetch_model_package
@@ -51,6 +52,8 @@ class Splits:
             not what is measured.
         source: where the rows came from, in words.
         num_near_copies: training rows that were left out as near copies of held-out dev rows.
+        holdout: training rows that are withheld, for recipes to be chosen on; None without them.
+        num_overlapping: training rows that were left out since they share text with these.
     """
 
     train: Dataset
@@ -60,6 +63,8 @@ class Splits:
     train_digest: str
     source: str
     num_near_copies: int = 0
+    holdout: Dataset | None = None
+    num_overlapping: int = 0
 
     @property
     def parts(self) -> dict[str, Splits]:
@@ -113,6 +118,7 @@ def load_splits(
     dev_size: int | float | None = None,
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
+    holdout_samples: int = 0,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
@@ -137,6 +143,8 @@ def load_splits(
         dev_size: rows (int), or share of the training rows (float below 1), to hold out.
         max_train_samples: draw at most so many training rows.
         max_dev_samples: draw at most so many dev rows.
+        holdout_samples: withhold so many whole sentences from the training rows, see `withhold`;
+            before they are drawn.
         seed: of the draws.
         cache_dir: the cache, or None for `default_cache_dir()`.
         revision: of the hub's data set.
@@ -181,16 +189,23 @@ def load_splits(
         dropped = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
         train_samples = [train_samples[row] for row in train_rows]
+    num_before = len(train_samples)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    num_overlapping = num_before - len(train_samples) - len(withheld)
     train_samples = _draw(train_samples, max_train_samples, seed)
     dev_samples = _draw(dev_samples, max_dev_samples, seed)
+    # Without a hold-out the digest is what it was before there were any.
+    parts = [train_samples, dev_samples, *([withheld] if withheld else [])]
     return Splits(
         train=_to_dataset(train_samples, task),
         dev=_to_dataset(dev_samples, task),
         task=task,
-        digest=_digest([task.kind, task.label_names, task.metrics], train_samples, dev_samples),
+        digest=_digest([task.kind, task.label_names, task.metrics], *parts),
         train_digest=_digest([task.kind, task.label_names], train_samples),
         source=words,
         num_near_copies=dropped,
+        holdout=_to_dataset(withheld, task) if withheld else None,
+        num_overlapping=num_overlapping,
     )
 
 
@@ -435,6 +450,15 @@ def _regression_label(origin: Path, line: int, label: Any) -> float:
             origin, line, f"label {label!r} is not a finite number", "mend or drop the line"
         )
     return number
+
+
+def _withhold(
+    samples: list[_Sample], num_samples: int, seed: int
+) -> tuple[list[_Sample], list[_Sample]]:
+    if not num_samples:
+        return samples, []
+    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    return [samples[row] for row in kept], [samples[row] for row in held]
 
 
 def _draw(samples: list[_Sample], limit: int | None, seed: int) -> list[_Sample]:

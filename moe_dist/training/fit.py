@@ -33,7 +33,7 @@ from moe_dist.training.loop import (
     planned_steps,
     train,
 )
-from moe_dist.training.payloads import TrainSection
+from moe_dist.training.payloads import Split, TrainSection
 from moe_dist.training.results import (
     CHECKPOINT_DIR,
     METRIC_LOG,
@@ -68,7 +68,8 @@ def fit(
         data: of one task or several.
         compute_terms: the loss terms of a micro-batch.
         weights_for: from the number of steps to a weight for each term.
-        payload: with ``train``, ``parallel``, ``seed`` and ``stage_dir``.
+        payload: with ``train``, ``parallel``, ``seed`` and ``stage_dir``; ``eval_split``
+            names the split that is measured, the dev rows when not given.
         whole_model: the directory the model came from; needed where experts are spread over
             ranks, to put them together again.
         companion: what learns beside the model and is not saved with it.
@@ -76,9 +77,10 @@ def fit(
         keep: write checkpoints and the trained model; without, only figures remain.
 
     Returns:
-        ``metrics`` of the dev rows, ``train`` (the last line of the metric log), ``expert_load``
-        by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``, ``resumed_from``,
-        ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the directory).
+        ``metrics`` of the measured split, ``train`` (the last line of the metric log),
+        ``expert_load`` by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``,
+        ``resumed_from``, ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the
+        directory).
     """
     section: TrainSection = payload["train"]
     parallel: Mapping[str, Any] = payload.get("parallel", {})
@@ -114,6 +116,7 @@ def fit(
     )
     mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
+    split: Split = payload.get("eval_split", "dev")
 
     def answer(encoded: Encoded) -> Predictions:
         return predict(
@@ -126,14 +129,14 @@ def fit(
         )
 
     def evaluate() -> dict[str, float]:
-        measured = measure(data, answer)
+        measured = measure(data, answer, split)
         loads.update(expert_load(measured.tokens_per_expert))
         if payload.get("keep_predictions", False) and engine.rank == 0:
             for name, part in data.parts.items():
                 path = stage_dir / PREDICTIONS
                 path = path.with_stem(f"{path.stem}-{name}") if name else path
-                part.save_dev_predictions(measured.answers[name], path)
-        metrics = {f"dev/{name}": value for name, value in measured.metrics.items()}
+                part.save_answers(measured.answers[name], part.part(split), path)
+        metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
 
     result = train(
@@ -152,7 +155,7 @@ def fit(
         enter_phase("saving of the model")
         detach(engine.module)
         _save_whole(engine, stage_dir / MODEL_DIR, data.tokenizer, whole_model)
-    summary = _summary(result, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
+    summary = _summary(result, split, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
     if engine.rank == 0:
         write_json(stage_dir / RESULT, summary)
     wait_for_ranks()
@@ -205,9 +208,9 @@ def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> 
     return settings
 
 
-def _summary(result: TrainResult, device: torch.device) -> dict[str, Any]:
+def _summary(result: TrainResult, split: Split, device: torch.device) -> dict[str, Any]:
     memory = torch.tensor(peak_memory_gib(), dtype=torch.float64, device=device)
-    prefix, load_prefix = "dev/", "moe/expert_load/"
+    prefix, load_prefix = f"{split}/", "moe/expert_load/"
     loads: dict[str, list[float]] = {}
     for name, share in result.evaluation.items():
         if name.startswith(load_prefix):

@@ -19,7 +19,7 @@ from moe_dist.data.sources import Splits
 from moe_dist.moe.routing import use_task
 from moe_dist.training.collectives import num_ranks, own_rank
 from moe_dist.training.evaluation import Predictions
-from moe_dist.training.payloads import DataJob, TrainSection
+from moe_dist.training.payloads import DataJob, Split, TrainSection
 from moe_dist.training.results import save_predictions
 
 Predict = Callable[[Encoded], Predictions]
@@ -27,12 +27,12 @@ Predict = Callable[[Encoded], Predictions]
 
 @dataclass(frozen=True)
 class Measured:
-    """How well a model does on the dev rows.
+    """How well a model does on a split.
 
     Args:
         metrics: by name; see `joined_metrics`.
         tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
-        answers: to each task's dev rows, by its name ("" where there is one task).
+        answers: to each task's rows, by its name ("" where there is one task).
     """
 
     metrics: dict[str, float]
@@ -63,6 +63,24 @@ class JobData:
     def dev(self) -> Encoded:
         """The split that is measured on."""
         return self._encode(self.splits.dev, "dev")
+
+    @cached_property
+    def holdout(self) -> Encoded:
+        """The training rows that recipes are chosen on; only where the data have some."""
+        assert self.splits.holdout is not None, "who asks for it has seen that there is one"
+        return self._encode(self.splits.holdout, "holdout")
+
+    def part(self, name: Split) -> Encoded:
+        """Give a split by its name.
+
+        Args:
+            name: which.
+
+        Returns:
+            Its samples.
+        """
+        encoded: Encoded = getattr(self, name)
+        return encoded
 
     @property
     def parts(self) -> dict[str, JobData]:
@@ -106,19 +124,20 @@ class JobData:
         """
         return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
 
-    def save_dev_predictions(self, answers: Predictions, path: Path) -> None:
-        """Write what a model says about the dev split.
+    def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
+        """Write what a model says about a split.
 
         Args:
             answers: of all samples.
+            encoded: the split.
             path: the file.
         """
         save_predictions(
             path,
             logits=answers.logits,
             predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
-            labels=self.dev.labels,
-            sample_ids=self.dev.sample_ids,
+            labels=encoded.labels,
+            sample_ids=encoded.sample_ids,
         )
 
     def _encode(self, rows: Any, split: str) -> Encoded:
@@ -200,12 +219,13 @@ def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
     return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
 
 
-def measure(data: AnyJobData, predict: Predict) -> Measured:
-    """Measure a model on the dev rows, task by task.
+def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
+    """Measure a model task by task.
 
     Args:
         data: of one task or several.
         predict: runs the model over a split.
+        split: what it is measured on.
 
     Returns:
         Metrics, loads and answers.
@@ -215,10 +235,11 @@ def measure(data: AnyJobData, predict: Predict) -> Measured:
     parts = data.parts
     for number, (name, part) in enumerate(parts.items()):
         with use_task(number if name else None):
-            answers[name] = predict(part.dev)
+            answers[name] = predict(part.part(split))
         for layer, count_E in answers[name].tokens_per_expert.items():
             loads[layer] = loads[layer] + count_E if layer in loads else count_E
     metrics = {
-        name: parts[name].metrics(one.logits, parts[name].dev) for name, one in answers.items()
+        name: parts[name].metrics(one.logits, parts[name].part(split))
+        for name, one in answers.items()
     }
     return Measured(joined_metrics(metrics), loads, answers)

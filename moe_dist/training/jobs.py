@@ -46,7 +46,7 @@ from moe_dist.training.payloads import (
     ImportancePayload,
     PredictPayload,
 )
-from moe_dist.training.results import SCORES, save_predictions, save_scores
+from moe_dist.training.results import SCORES, save_scores
 from moe_dist.training.step import distill_terms, finetune_terms, freeze
 
 
@@ -249,7 +249,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     device = pick_device(payload.get("use_gpu", "auto"))
     model = load_model(Path(payload["model"]), device)
     data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
-    encoded = data.train if payload.get("split", "dev") == "train" else data.dev
+    encoded = data.part(payload.get("split", "dev"))
     enter_phase("prediction")
     answers = predict(
         model,
@@ -260,13 +260,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     )
     path = Path(payload["stage_dir"]) / f"{payload.get('output_name', 'predictions')}.npz"
     if own_rank() == 0:
-        save_predictions(
-            path,
-            logits=answers.logits,
-            predictions=answers.values(is_regression=splits.task.kind == "regression"),
-            labels=encoded.labels,
-            sample_ids=encoded.sample_ids,
-        )
+        data.save_answers(answers, encoded, path)
     wait_for_ranks()
     return {
         "predictions": answers.logits.numpy(),

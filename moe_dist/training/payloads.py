@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
+Split = Literal["train", "dev", "holdout"]
+
 
 class TrainSection(TypedDict, total=False):
     """How to train; see `LoopSettings` and `build_engine` for meanings and defaults.
@@ -124,10 +126,12 @@ class DistillPayload(DataJob, total=False):
 
     Of a student of another shape ``layers`` is the teacher's layer of each of its own, and
     ``hidden_ids`` the teacher's dimension of each of its own; None where they are the same. With
-    ``keep_predictions`` rank 0 writes the answers of the last evaluation.
+    ``keep_predictions`` rank 0 writes the answers of the last evaluation, which is on the dev split
+    where ``eval_split`` does not say otherwise.
     """
 
     keep_predictions: bool
+    eval_split: Split
 
     student: str
     teacher: str
@@ -142,6 +146,6 @@ class PredictPayload(DataJob, total=False):
     """`predict_job`: scores ``model`` (a directory) on one split."""
 
     model: str
-    split: Literal["train", "dev"]
+    split: Split
     batch_size: int
     output_name: str

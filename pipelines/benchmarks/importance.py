@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.errors import ConfigError
 
-from .sizes import below_one
+from .sizes import below_one, cpu_threads
 
 GOAL_RATIO = 8.0
 TOLERANCE = 1e-5
@@ -151,7 +150,7 @@ def run(settings: ImportanceBenchmark | None = None) -> ImportanceResult:
     }
     seconds = dict.fromkeys(ways, float("inf"))
     gflop: dict[str, float] = {}
-    with _threads(settings.num_threads):
+    with cpu_threads(settings.num_threads):
         expected = score_importance(model, looped_batches)
         scores = {name: score() for name, (_, score) in list(ways.items())[1:]}
         for name, (count, score) in ways.items():
@@ -380,16 +379,6 @@ def _difference(scores: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
         float((one - other).abs().max() / other.abs().max())
         for one, other in zip(scores, reference, strict=True)
     )
-
-
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _wait(device: torch.device) -> None:

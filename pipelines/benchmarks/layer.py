@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 
-from .sizes import below_one
+from .sizes import below_one, cpu_threads
 
 VOCAB_SIZE = 30_000
 GOAL_RATIO = 1.15
@@ -93,7 +92,7 @@ def run(settings: LayerBenchmark | None = None) -> list[LayerTiming]:
     _check(settings)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timings: list[LayerTiming] = []
-    with _threads(settings.num_threads):
+    with cpu_threads(settings.num_threads):
         for precision in settings.precisions:
             calls = _build_calls(settings, DTYPES[precision], device)
             seconds = _time_interleaved(calls, settings.num_repeats, device)
@@ -164,16 +163,6 @@ def _check(settings: LayerBenchmark) -> None:
         faults.append(f"num_experts is {settings.num_experts}; routing needs at least 2")
     if faults:
         raise ConfigError(faults, source="benchmark layer")
-
-
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _build_calls(

@@ -1,6 +1,9 @@
-"""The check that every benchmark makes of its sizes."""
+"""What benchmarks share: the check of their sizes, and the number of CPU threads."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def below_one(settings: object, *names: str) -> list[str]:
@@ -18,3 +21,23 @@ def below_one(settings: object, *names: str) -> list[str]:
         for name in names
         if getattr(settings, name) < 1
     ]
+
+
+@contextmanager
+def cpu_threads(num_threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads in this process.
+
+    Args:
+        num_threads: CPU threads; torch's own choice if None.
+
+    Yields:
+        Nothing.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

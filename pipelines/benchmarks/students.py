@@ -131,7 +131,7 @@ def to_table(report: StudentReport, settings: StudentBenchmark) -> Table:
         title=f"{settings.num_layers} layers of width {settings.hidden_size}: "
         f"{total[1] / 1e6:.1f} M parameters of {total[0] / 1e6:.1f} M, {flops[1] / 1e9:.2f} of "
         f"{flops[0] / 1e9:.2f} GFLOPs for a sentence of {settings.seq_len} tokens; "
-        f"{torch.get_num_threads()} threads"
+        f"{settings.num_threads or torch.get_num_threads()} threads"
     )
     for heading in ("batch", "teacher, ms", "student, ms", "speed-up"):
         table.add_column(heading, justify="right")

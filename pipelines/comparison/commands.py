@@ -1,4 +1,4 @@
-"""The commands `runs`, `report` and `benchmark tracking`."""
+"""The commands `runs`, `report`, `seeds` and `benchmark tracking`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
     """
     app.command("runs")(runs)
     app.command("report")(report)
+    app.command("seeds")(seeds)
     benchmark_app.command("tracking")(benchmark_tracking)
 
 
@@ -119,6 +120,36 @@ def report(
         page = render_page(views, title)
         write_page(page, output)
         typer.echo(f"{output}: {len(views)} runs, {len(page.encode()) / 1e6:.2f} MB")
+
+
+def seeds(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Finished runs: OUTPUT_DIR/NAME.")
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Compare all models with this one (teacher, student, or a name of `compare`); "
+            "repeatable. By default `dense` where every run has it, else the teacher.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the table here too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare models over runs that differ in their seed, on one task or several."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from .seeds import compare_seeds, read_run, to_markdown, to_plain
+
+        rows = compare_seeds([read_run(path) for path in directories], against or ())
+        table = to_markdown(rows)
+        if output is not None:
+            write_page(table, output)
+        typer.echo(json.dumps([to_plain(row) for row in rows], indent=1) if as_json else table)
 
 
 def benchmark_tracking(

@@ -117,8 +117,8 @@ def read_directory(directory: Path) -> RunView:
             remedy="give OUTPUT_DIR/NAME of a run, its MLflow run id, or its name.",
         )
     recipe = yaml.safe_load((directory / RECIPE_NAME).read_text(encoding="utf-8"))
-    found = _read_json(directory / report.JSON_NAME)
-    measured = _read_json(directory / evaluate.NAME / FINISHED)
+    found = read_json(directory / report.JSON_NAME)
+    measured = read_json(directory / evaluate.NAME / FINISHED)
     places = {"": directory / distill.NAME}
     places |= {
         path.parent.name: path
@@ -265,7 +265,15 @@ def _is_private(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in PRIVATE_PARAMS)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content; empty where there is no such file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,14 +1,15 @@
 """The best trial and the recipe as it stands once more, with other seeds of the student.
 
 The best of many trials is in part the luckiest. Other seeds (order of the rows, dropout, new gates)
-on the same rows and from the same teacher tell what of its margin is left.
+on the same rows and from the same teacher tell what of its margin is left. They are measured on the
+dev rows: where trials are chosen on a hold-out of the training rows, these decide only here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from moe_dist.training.driver import RaySession
 from moe_dist.training.search import Ruling, TrialRoom, run_sweep
 
 from .teachers import TeacherFacts, teacher_key
-from .trial import TrialRunner
+from .trial import TrialRunner, main_metric, trial_name
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -40,6 +41,10 @@ class Confirmation:
         difference: mean of best minus baseline, seed by seed.
         low: lower end of its interval (Student's t over seeds).
         high: upper end.
+        on_examples: the same difference on a metric of the task, with the interval of the paired
+            bootstrap over examples and seeds (`metric`, `difference`, `low`, `high`, `p_value`,
+            `confidence`, `num_examples`); None where the answers are not there.
+        num_asked: how many different best trials the dev rows have judged so far.
     """
 
     metric: str
@@ -49,9 +54,11 @@ class Confirmation:
     difference: float
     low: float
     high: float
+    on_examples: dict[str, Any] | None = None
+    num_asked: int = 1
 
     def __str__(self) -> str:
-        """Say it in a sentence."""
+        """Say it in a few sentences."""
         best, baseline = (
             f"{fmean(values):.4f} ± {stdev(values):.4f}"
             for values in (self.best_values, self.baseline_values)
@@ -59,12 +66,27 @@ class Confirmation:
         claim = "it cannot be told from the noise of seeds"
         if self.low > 0 or self.high < 0:
             claim = "it is more than the noise of seeds"
-        return (
-            f"With {len(self.best_values)} other seeds trial {self.best} has {self.metric} {best}, "
-            f"the recipe as it stands {baseline}; difference {self.difference:+.4f}, "
-            f"{round(100 * CONFIDENCE)} % interval over seeds {self.low:+.4f} to {self.high:+.4f}: "
-            f"{claim}."
-        )
+        lines = [
+            f"With {len(self.best_values)} other seeds trial {self.best} has {self.metric} {best} "
+            f"on the dev rows, the recipe as it stands {baseline}; difference "
+            f"{self.difference:+.4f}, {round(100 * CONFIDENCE)} % interval over seeds "
+            f"{self.low:+.4f} to {self.high:+.4f}: {claim}."
+        ]
+        found = self.on_examples
+        if found is not None:
+            is_clear = found["low"] > 0 or found["high"] < 0
+            lines.append(
+                f"Over {found['num_examples']} dev rows and the seeds together (paired bootstrap): "
+                f"{found['metric']} {found['difference']:+.4f}, "
+                f"{round(100 * found['confidence'])} % interval {found['low']:+.4f} to "
+                f"{found['high']:+.4f}, which {'leaves out' if is_clear else 'holds'} zero."
+            )
+        if self.num_asked > 1:
+            lines.append(
+                f"The dev rows have judged {self.num_asked} best trials of this search by now, so "
+                "they are no longer untouched."
+            )
+        return " ".join(lines)
 
 
 class Rerun:
@@ -158,7 +180,17 @@ def confirm(
         room = replace(room, num_concurrent=min(room.num_concurrent, watcher.num_left))
         ruling = Ruling("none", metric, mode, 1, search.reduction_factor)
         run_sweep(runner, watcher, ruling, room, session, num_trials=watcher.num_left)
-    return judge(metric, best.number, TrialLog(place / "trials.jsonl").trials)
+    trials = TrialLog(place / "trials.jsonl").trials
+    confirmation = judge(metric, best.number, trials)
+    if confirmation is None:
+        return None
+    return replace(
+        confirmation,
+        on_examples=compare_answers(
+            place, main_metric(best), measured_pairs(metric, trials), config.seed
+        ),
+        num_asked=len([path for path in place.parent.iterdir() if path.is_dir()]),
+    )
 
 
 def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dict[str, Any]]:
@@ -186,6 +218,45 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
     ]
 
 
+def compare_answers(
+    directory: Path, metric: str, pairs: Sequence[int], seed: int
+) -> dict[str, Any] | None:
+    """Compare what the two say of each dev row, over all seeds.
+
+    Args:
+        directory: where `confirm_tasks` were trained.
+        metric: of the task.
+        pairs: what `measured_pairs` found.
+        seed: of the bootstrap.
+
+    Returns:
+        See `Confirmation.on_examples`.
+    """
+    from moe_dist.data.metrics import seeded_bootstrap
+    from moe_dist.errors import CheckpointError
+    from moe_dist.training.results import PREDICTIONS, load_predictions
+
+    try:
+        answers = [
+            load_predictions(directory / trial_name(number + is_baseline) / PREDICTIONS)
+            for number in pairs
+            for is_baseline in (False, True)
+        ]
+    except CheckpointError:
+        return None
+    rows = answers[0].sample_ids.tolist()
+    if any(one.sample_ids.tolist() != rows for one in answers):
+        return None
+    compared = seeded_bootstrap(
+        metric,
+        answers[0].labels,
+        [one.logits for one in answers[0::2]],
+        [one.logits for one in answers[1::2]],
+        seed=seed,
+    )
+    return {"metric": metric, "num_examples": len(rows), **asdict(compared)}
+
+
 def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation | None:
     """Compare the two, seed by seed.
 
@@ -201,10 +272,8 @@ def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation |
 
     pairs = [
         (trials[number].value(metric), trials[number + 1].value(metric))
-        for number in sorted(trials)
-        if number % 2 == 0 and number + 1 in trials
+        for number in measured_pairs(metric, trials)
     ]
-    pairs = [pair for pair in pairs if not any(math.isnan(value) for value in pair)]
     if len(pairs) < 2:
         return None
     ours, theirs = (tuple(values) for values in zip(*pairs, strict=True))
@@ -213,3 +282,17 @@ def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation |
     spread = stdev(gaps) / math.sqrt(len(gaps))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * spread
     return Confirmation(metric, best, ours, theirs, mean, mean - reach, mean + reach)
+
+
+def measured_pairs(metric: str, trials: Mapping[int, Trial]) -> list[int]:
+    """Find the seeds with which both were measured.
+
+    Args:
+        metric: the objective.
+        trials: what `confirm_tasks` became.
+
+    Returns:
+        The numbers of the best's trials; the next of each is the recipe's as it stands.
+    """
+    measured = {number for number, one in trials.items() if not math.isnan(one.value(metric))}
+    return sorted(n for n in measured if n % 2 == 0 and n + 1 in measured)

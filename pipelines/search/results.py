@@ -22,7 +22,7 @@ from ..report import quantity
 from ..stage import write_json
 from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
-from .trial import trial_name
+from .trial import choosing_split, main_metric, trial_name
 from .watching import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ REPORT_NAME, SUMMARY_NAME = "report.md", "report.json"
 TRACKED_DIRECTORY = "tracked"
 """Copies that go to the tracking server in place of files that name this machine."""
 MAX_ROWS = 10
+ROWS = {"dev": "dev rows", "holdout": "rows withheld from training"}
 PICTURES = {
     "parallel.png": "Trials and what they reached",
     "importance.png": "Which keys matter",
@@ -95,7 +96,8 @@ def write_best(result: SweepResult, best: Trial) -> Path:
     settings = best_settings(result.config, best, num_steps)
     reached = ", ".join(f"{name} {value:.4g}" for name, value in best.metrics.items())
     head = (
-        f"# Trial {best.number} of the search over {result.config.name}: {reached}.\n"
+        f"# Trial {best.number} of the search over {result.config.name}: {reached}, on the "
+        f"{ROWS[choosing_split(result.config)]}.\n"
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
     shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
@@ -189,9 +191,13 @@ def summarise(result: SweepResult, ranked: Sequence[Trial], best: Trial | None) 
         "seconds": round(result.seconds, 2),
         "training_seconds": round(training_s, 2),
         "num_concurrent": result.num_concurrent,
-        "teachers": {key: facts.quality for key, facts in result.teachers.items()},
+        "teachers": {
+            key: facts.quality_on(choosing_split(result.config))
+            for key, facts in result.teachers.items()
+        },
         "best": None if best is None else _entry(best),
         "baseline": _entry(result.trials[BASELINE]) if BASELINE in result.trials else None,
+        "chosen_on": choosing_split(result.config),
         "against_baseline": None if best is None else against_baseline(result, best),
         "confirmed": None if result.confirmed is None else asdict(result.confirmed),
         "pareto_front": [trial.number for trial in front],
@@ -200,7 +206,7 @@ def summarise(result: SweepResult, ranked: Sequence[Trial], best: Trial | None) 
 
 
 def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
-    """Compare the best trial with the recipe as it stands, on the same dev rows.
+    """Compare the best trial with the recipe as it stands, on the same rows.
 
     Args:
         result: the sweep.
@@ -228,7 +234,7 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
         return None
     if ours.sample_ids.tolist() != theirs.sample_ids.tolist():
         return None
-    metric = next(name for name in best.metrics if name not in ("quality", "retention"))
+    metric = main_metric(best)
     compared = paired_bootstrap(
         metric, ours.labels, ours.logits, theirs.logits, seed=result.config.seed
     )
@@ -280,9 +286,12 @@ def to_markdown(
         lines.append("")
     lines += [f"![{PICTURES[picture.name]}]({picture.name})\n" for picture in pictures]
     lines.append(
-        "One training run stands behind each trial; the interval is from a paired bootstrap over "
-        "the dev rows, on which the best was chosen, so it is no unbiased estimate of new rows."
+        "One training run stands behind each trial; the interval of the best is from a paired "
+        f"bootstrap over the {ROWS[summary['chosen_on']]}, on which it was chosen, so it is no "
+        "unbiased estimate of new rows."
     )
+    if summary["chosen_on"] != "dev":
+        lines.append(f"\n{dev_words(summary)}")
     return "\n".join(lines) + "\n"
 
 
@@ -309,11 +318,26 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
         surely = "it beats" if versus["low"] > 0 else "it cannot be told apart from"
         surely = "it is worse than" if versus["high"] < 0 else surely
         lines.append(
-            f"On the dev rows {surely} the recipe as it stands ({versus['metric']} "
-            f"{versus['difference']:+.4f}, {round(100 * versus['confidence'])} % interval "
-            f"{versus['low']:+.4f} to {versus['high']:+.4f})."
+            f"On the {ROWS[summary['chosen_on']]} {surely} the recipe as it stands "
+            f"({versus['metric']} {versus['difference']:+.4f}, "
+            f"{round(100 * versus['confidence'])} % interval {versus['low']:+.4f} to "
+            f"{versus['high']:+.4f})."
         )
     return lines
+
+
+def dev_words(summary: Mapping[str, Any]) -> str:
+    """Say what the dev rows were used for, where trials were chosen on other rows.
+
+    Args:
+        summary: what `summarise` returned.
+
+    Returns:
+        A sentence.
+    """
+    if summary["confirmed"] is not None:
+        return "The dev rows had no part in the choice; they judged the seeds alone."
+    return "The dev rows judged no trial; `moe-dist compress best.yaml` measures on them."
 
 
 def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str]:

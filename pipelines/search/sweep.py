@@ -31,7 +31,7 @@ from .confirming import Confirmation, confirm
 from .fitting import Fitting
 from .rungs import rung_times
 from .teachers import SharedWork, TeacherFacts
-from .trial import TrialRunner
+from .trial import TrialRunner, choosing_split
 from .watching import TRIALS_DIRECTORY, Supervisor
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _search_in(
             f"{config.name} search",
             directory,
             params=config.flatten(),
-            tags={**tags, "moe_dist.kind": "search"},
+            tags={**tags, "moe_dist.kind": "search", "chosen_on": choosing_split(config)},
         ) as run:
             for dataset in workspace.dataset_inputs:
                 run.log_dataset(dataset)
@@ -219,7 +219,8 @@ def _run_trials(
     search = config.search
     metric, mode = next(iter(search.wanted.items()))
     times = rung_times(search)
-    runner = TrialRunner(config, str(directory / TRIALS_DIRECTORY), times, teachers)
+    split = choosing_split(config)
+    runner = TrialRunner(config, str(directory / TRIALS_DIRECTORY), times, teachers, split)
     ruling = Ruling(search.chosen_scheduler, metric, mode, times[-1], search.reduction_factor)
     room = replace(room, num_concurrent=min(room.num_concurrent, num_left))
     run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
@@ -260,6 +261,8 @@ def _identity(config: RunConfig, workspace: Workspace) -> str:
     )
     # A search has one task; these keys are younger than sweeps that may be continued.
     settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
+    # The rows' digest covers it; sweeps from before there was one go on.
+    settings["data"].pop("holdout_samples")
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
     return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
 

@@ -16,7 +16,7 @@ from ..fingerprints import value_digest
 from ..stage import StageInputs, StageResult
 from ..stages import finetune_teacher, score_importance
 from ..workspace import Workspace
-from .trial import LATENCY_SEQ_LEN, TeacherFacts
+from .trial import LATENCY_SEQ_LEN, TeacherFacts, choosing_split
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -105,10 +105,12 @@ class SharedWork:
             results[stage.NAME] = stage.run(workspace.config, inputs, self.tracker)
         teacher = results[finetune_teacher.NAME]
         model = teacher.outputs["model"]
+        has_holdout = choosing_split(workspace.config) == "holdout"
         return TeacherFacts(
             model=str(model),
             scores=str(results[score_importance.NAME].outputs["scores"]),
             quality=teacher.metrics[workspace.splits.task.main_metric],
+            holdout_quality=self._holdout_quality(workspace, model) if has_holdout else None,
             latency_ms=self._latency(model) if self._wants_latency else None,
         )
 
@@ -124,6 +126,26 @@ class SharedWork:
         workspace.session = self.workspace.session
         workspace.files.prepare(config.name)
         return workspace
+
+    def _holdout_quality(self, workspace: Workspace, model: Path) -> float:
+        """Measure a teacher on the rows that its students are chosen on."""
+        from moe_dist.data.metrics import compute_metrics
+        from moe_dist.inference.saving import load_model, load_tokenizer
+        from moe_dist.training.evaluation import predict
+        from moe_dist.training.hardware import pick_device
+
+        device = pick_device(workspace.config.parallel.use_gpu)
+        tokenizer = load_tokenizer(model)
+        encoded = workspace.encoded("holdout", tokenizer)
+        answers = predict(
+            load_model(model, device),
+            encoded,
+            batch_size=workspace.config.train.eval_batch_size,
+            pad_token_id=int(tokenizer.pad_token_id),
+            device=device,
+        )
+        metric = workspace.splits.task.main_metric
+        return compute_metrics([metric], answers.logits.numpy(), encoded.labels)[metric]
 
     @property
     def _wants_latency(self) -> bool:

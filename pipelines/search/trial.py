@@ -21,13 +21,13 @@ from ..stages.adapt import convert
 from .rungs import rung_steps
 
 if TYPE_CHECKING:
+    from moe_dist.search.trials import Trial
     from moe_dist.training.job_data import JobData
-    from moe_dist.training.payloads import DataJob
+    from moe_dist.training.payloads import DataJob, Split
 
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
 LATENCY_REPEATS = 2
-DEV_PREFIX = "dev/"
 STUDENT = "student"
 POLL_S = 0.5
 Say = Callable[[Mapping[str, Any]], None]
@@ -40,14 +40,42 @@ class TeacherFacts:
     Args:
         model: its directory.
         scores: the file with its neurons' importance.
-        quality: its main dev metric.
+        quality: its main metric on the dev rows.
+        holdout_quality: the same on the rows that recipes are chosen on; None without such.
         latency_ms: measured alone; None where latency is not asked for.
     """
 
     model: str
     scores: str
     quality: float
+    holdout_quality: float | None = None
     latency_ms: float | None = None
+
+    def quality_on(self, split: Split) -> float:
+        """Give its main metric on a split.
+
+        Args:
+            split: `dev`, or `holdout` where there is one.
+
+        Returns:
+            Its value.
+        """
+        if split == "holdout":
+            assert self.holdout_quality is not None, "measured where there is a hold-out"
+            return self.holdout_quality
+        return self.quality
+
+
+def choosing_split(config: RunConfig) -> Split:
+    """Name the rows that trials are ranked on.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        The hold-out of the training rows where the recipe has one, else the dev rows.
+    """
+    return "holdout" if config.data.holdout_samples else "dev"
 
 
 @dataclass
@@ -59,12 +87,14 @@ class TrialRunner:
         directory: where trials keep their files, seen by all workers.
         rungs: times at which a trial is measured; see `rung_times`.
         teachers: by key, which a task names.
+        split: what trials are measured on.
     """
 
     config: RunConfig
     directory: str
     rungs: tuple[int, ...]
     teachers: dict[str, TeacherFacts]
+    split: Split = "dev"
     _warm: dict[str, _Warm] = field(default_factory=dict, repr=False)
 
     def __call__(self, task: Mapping[str, Any], say: Say) -> None:
@@ -88,7 +118,8 @@ class TrialRunner:
         seed = task.get("seed", config.seed)
         # Another seed of the student: rows and teacher stay those of the recipe's.
         student = config.model_copy(update={"seed": seed})
-        trial = _OneTrial(student, config.seed, warm, self.teachers[key], self.rungs, say)
+        facts = self.teachers[key]
+        trial = _OneTrial(student, config.seed, warm, facts, self.rungs, self.split, say)
         directory = Path(self.directory) / trial_name(task["number"])
         directory.mkdir(parents=True, exist_ok=True)
         if task["in_place"]:
@@ -107,6 +138,18 @@ def trial_name(number: int) -> str:
         For example `trial-0007`.
     """
     return f"trial-{number:04d}"
+
+
+def main_metric(trial: Trial) -> str:
+    """Find the task's main metric in what a trial measured.
+
+    Args:
+        trial: with a report.
+
+    Returns:
+        Its name.
+    """
+    return next(name for name in trial.metrics if name not in ("quality", "retention"))
 
 
 @dataclass(frozen=True)
@@ -144,6 +187,7 @@ class _OneTrial:
     warm: _Warm
     facts: TeacherFacts
     rungs: tuple[int, ...]
+    split: Split
     say: Say
 
     def train_here(self, directory: Path) -> None:
@@ -223,7 +267,7 @@ class _OneTrial:
         payload["train"] |= {"eval_at": steps, "eval_every": None}
         payload["distill"] = self.config.distill.model_dump(mode="json")
         payload["data"] |= {"seed": self.data_seed}
-        payload["keep_predictions"] = True
+        payload |= {"keep_predictions": True, "eval_split": self.split}
         return payload
 
     def _costs(self, student: Any) -> dict[str, float]:
@@ -251,17 +295,19 @@ class _OneTrial:
         steps: Mapping[int, int],
         costs: Mapping[str, float],
     ) -> None:
-        dev = {
-            name.removeprefix(DEV_PREFIX): value
+        prefix = f"{self.split}/"
+        found = {
+            name.removeprefix(prefix): value
             for name, value in metrics.items()
-            if name.startswith(DEV_PREFIX)
+            if name.startswith(prefix)
         }
-        if step not in steps or not dev:
+        if step not in steps or not found:
             return
-        quality = next(iter(dev.values()))
-        measured = {"quality": quality, **dev, **costs}
-        if self.facts.quality:
-            measured["retention"] = quality / self.facts.quality
+        quality = next(iter(found.values()))
+        measured = {"quality": quality, **found, **costs}
+        teacher_quality = self.facts.quality_on(self.split)
+        if teacher_quality:
+            measured["retention"] = quality / teacher_quality
         self.say({"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured})
 
 

@@ -56,7 +56,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             config,
             model,
             importance,
-            lambda: inputs.workspace.encoded("train", tokenizer),
+            lambda: inputs.workspace.encoded_tasks("train", tokenizer),
         )
         plan.save(stage.directory / "plan.json")
         save_model(

@@ -241,9 +241,9 @@ def predict_all(
 
         found = measure(data, answer)
         for task, part in data.parts.items():
-            file = "-".join(filter(None, (name.replace("/", "-"), task)))
-            path = stage.directory / PREDICTIONS / f"{file}.npz"
-            part.save_dev_predictions(found.answers[task], path)
+            # Without a task's name it is the directory itself.
+            path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
+            part.save_answers(found.answers[task], part.dev, path)
             tasks[task].logits[name] = found.answers[task].logits.numpy()
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)

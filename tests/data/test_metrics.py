@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
-from moe_dist.data.metrics import compute_metrics, paired_bootstrap
+from moe_dist.data.metrics import compute_metrics, paired_bootstrap, seeded_bootstrap
 from moe_dist.errors import DataError
 
 
@@ -100,3 +100,21 @@ def test_pairs_make_the_interval_narrow() -> None:
     second[:4] = 1 - second[:4]
     interval = paired_bootstrap("matthews", labels, first, second, num_resamples=300)
     assert interval.high - interval.low < 0.05
+
+
+def test_seeds_widen_the_interval_and_one_seed_does_not() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 300)
+
+    def answers(wrong: float) -> np.ndarray:
+        return np.where(rng.random(300) < wrong, 1 - labels, labels)
+
+    ours, theirs = [answers(w) for w in (0.05, 0.25, 0.1)], [answers(0.2) for _ in range(3)]
+    found = seeded_bootstrap("accuracy", labels, ours, theirs, num_resamples=500)
+    alone = [paired_bootstrap("accuracy", labels, a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert found.difference == pytest.approx(np.mean([one.difference for one in alone]))
+    # The middle seed loses, the others win: over examples alone this would be clear.
+    assert found.low < 0 < found.high
+    assert alone[0] == seeded_bootstrap("accuracy", labels, ours[:1], theirs[:1])
+    with pytest.raises(DataError):
+        seeded_bootstrap("accuracy", labels, ours, [labels[:5]] * 3)

@@ -162,6 +162,26 @@ def test_limits_draw_by_seed(tmp_path: Path) -> None:
     assert again.train["sample_id"][:] == splits.train["sample_id"][:]
 
 
+def test_a_holdout_leaves_the_dev_rows_and_comes_before_the_limit(tmp_path: Path) -> None:
+    rows = [(f"sentence number {i} of {i * i}", str(i % 2)) for i in range(60)]
+    rows += [(f"number {i} of", str(i % 2)) for i in range(60)]
+    whole = load(tmp_path, rows, dev=None, dev_size=20)
+    assert whole.holdout is None and whole.num_overlapping == 0
+    splits = load(tmp_path, rows, dev=None, dev_size=20, holdout_samples=10)
+    assert splits.holdout is not None and len(splits.holdout) == 10
+    assert splits.dev[:] == whole.dev[:]
+    assert len(splits.train) + 10 + splits.num_overlapping == len(whole.train)
+    less = load(tmp_path, rows, dev=None, dev_size=20, holdout_samples=10, max_train_samples=5)
+    assert less.holdout is not None and less.holdout[:] == splits.holdout[:]
+    assert len(less.train) == 5
+    held = set(splits.holdout["sample_id"][:])
+    assert not held & set(splits.train["sample_id"][:]) and not held & set(
+        less.train["sample_id"][:]
+    )
+    assert len({whole.digest, splits.digest, less.digest}) == 3
+    assert whole.train_digest != splits.train_digest
+
+
 def test_digest_follows_the_content(tmp_path: Path) -> None:
     changed = [*ROWS[:2], ("fine acting there", "pos")]
     assert load(tmp_path).digest == load(tmp_path).digest

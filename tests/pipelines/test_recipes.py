@@ -11,6 +11,7 @@ from moe_dist.config import load_config
 from pipelines.cli import app
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
+SIZES = {"quarter": 2, "sixteenth": 0.5}
 
 # Learning rate, batch size, epochs, weight decay, distillation weight; MoEBERT, NAACL 2022.
 PAPER = {
@@ -37,15 +38,26 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     for label in config.compare:
-        assert config.resolve_comparison(label).moe.active_neurons == config.moe.active_neurons
+        size = SIZES.get(label.partition("_")[2], 1) * config.moe.active_neurons
+        assert config.resolve_comparison(label).moe.active_neurons == size
 
 
 def test_ablations_differ_in_their_comparisons_alone() -> None:
     """So that they share a teacher and a main student where they are run under one name."""
-    configs = [load_config(path, ("name=one",)) for path in sorted(RECIPES.glob("ablation_*.yaml"))]
-    assert len(configs) == 4
+    paths = sorted(set(RECIPES.glob("ablation_*.yaml")) - {RECIPES / "ablation_size.yaml"})
+    configs = [load_config(path, ("name=one",)) for path in paths]
+    assert len(configs) == 3
     first, *others = (config.model_copy(update={"compare": {}}) for config in configs)
     assert all(other == first for other in others)
+
+
+def test_the_ablation_of_sizes_has_a_dense_student_of_each() -> None:
+    config = load_config(RECIPES / "ablation_size.yaml")
+    for size in SIZES:
+        dense = config.resolve_comparison(f"dense_{size}").moe
+        mixture = config.resolve_comparison(f"moe_{size}").moe
+        assert dense.active_neurons == mixture.active_neurons
+        assert (dense.num_experts, mixture.num_experts) == (1, config.moe.num_experts)
 
 
 @pytest.fixture

@@ -252,6 +252,67 @@ def test_the_best_is_confirmed_with_other_seeds(
     assert again.confirmed == result.confirmed
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_withheld_rows_choose_and_the_dev_rows_confirm(
+    write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from moe_dist.data.sources import load_splits
+    from moe_dist.training.results import load_predictions
+    from pipelines.chain import run_chain
+    from pipelines.payloads import data_arguments
+    from pipelines.search import confirming
+
+    monkeypatch.setattr(confirming, "run_sweep", sweeping.run_sweep)
+    settings["data"]["holdout_samples"] = 12
+    settings["train"]["learning_rate"] = 1e-12
+    settings["finetune"] = {"learning_rate": 1e-3}
+    settings["search"] |= {"num_trials": 1, "scheduler": "none", "rungs": 1, "confirm_seeds": 2}
+    settings["search"]["space"] = {"moe.num_experts": {"choice": [1]}}
+    # One expert is cheaper, whatever it has learned, so the trial is the best.
+    settings["search"]["metric"] = "parameters"
+    config = load_config(write_recipe(settings))
+    result = search_recipe(config, Recorder(), finish)
+    splits = load_splits(**data_arguments(config))
+    assert splits.holdout is not None
+
+    directory = tmp_path / "outputs/tiny/search"
+    chosen = load_predictions(directory / "trials/trial-0001/predictions.npz")
+    assert chosen.sample_ids.tolist() == splits.holdout["sample_id"][:]
+    confirmed = [
+        load_predictions(directory / f"confirm/trial-0001/trial-000{number}/predictions.npz")
+        for number in range(4)
+    ]
+    assert all(one.sample_ids.tolist() == splits.dev["sample_id"][:] for one in confirmed)
+    quality = result.trials[1].metrics["quality"]
+    teacher = result.teachers["own"]
+    assert quality == (chosen.logits.argmax(1) == chosen.labels).mean()
+    assert teacher.holdout_quality is not None
+    assert result.trials[1].metrics["retention"] == pytest.approx(quality / teacher.holdout_quality)
+
+    report = json.loads((directory / "report.json").read_text())
+    assert report["chosen_on"] == "holdout"
+    assert report["confirmed"]["on_examples"]["num_examples"] == 16
+    assert report["confirmed"]["num_asked"] == 1
+    text = (directory / "report.md").read_text()
+    assert "On the rows withheld from training" in text
+    assert "Over 16 dev rows and the seeds together" in text
+    assert "The dev rows had no part in the choice" in text
+    again = Recorder()
+    run_chain(load_config(directory / "best.yaml"), again, until="distill")
+    assert again.skipped == ["finetune-teacher", "score-importance"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_without_other_seeds_the_dev_rows_judge_nothing(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["data"]["holdout_samples"] = 12
+    settings["search"] |= {"num_trials": 1, "scheduler": "none", "rungs": 1}
+    search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+    text = (tmp_path / "outputs/tiny/search/report.md").read_text()
+    assert "The dev rows judged no trial" in text
+
+
 def test_a_margin_is_compared_with_the_noise_of_seeds() -> None:
     from pipelines.search.confirming import judge
 

@@ -1,0 +1,150 @@
+"""Runs that differ in their seed: means, intervals over examples and seeds, and over tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_dist.errors import DataError, MissingInputError
+from moe_dist.training.results import save_predictions
+from pipelines.cli import app
+from pipelines.comparison.seeds import MEAN, SeededRun, compare_seeds, read_run, to_markdown
+
+NUM_EXAMPLES = 200
+
+
+def write_run(
+    directory: Path, *, right: Mapping[str, int], task: str = "toy", ids: str = "dev"
+) -> Path:
+    """Write what a finished run leaves, each model right on its first so many examples."""
+    labels = np.arange(NUM_EXAMPLES) % 2
+    for label, count in right.items():
+        answers = np.where(np.arange(NUM_EXAMPLES) < count, labels, 1 - labels)
+        save_predictions(
+            directory / "evaluate" / "predictions" / f"{label.replace('/', '-')}.npz",
+            logits=torch.zeros(NUM_EXAMPLES, 2),
+            predictions=torch.from_numpy(answers),
+            labels=labels,
+            sample_ids=[f"{ids}-{number}" for number in range(NUM_EXAMPLES)],
+        )
+    names = [name for name in right if "/" not in name]
+    report = {
+        "main_metric": "accuracy",
+        "data": {"name": task},
+        "comparisons": [name for name in names if name not in ("teacher", "student")],
+    }
+    report |= {name: {"ffn_flops_ratio": 0.25} for name in names if name != "teacher"}
+    report["teacher"] = {}
+    (directory / "report.json").write_text(json.dumps(report))
+    return directory
+
+
+def seeds_of(
+    root: Path, students: list[int], *, dense: int = 150, task: str = "toy"
+) -> list[SeededRun]:
+    return [
+        read_run(
+            write_run(
+                root / f"{task}{seed}",
+                right={
+                    "teacher": 180,
+                    "student": count,
+                    "student/before_distillation": 100,
+                    "dense": dense,
+                },
+                task=task,
+            )
+        )
+        for seed, count in enumerate(students)
+    ]
+
+
+def test_means_are_those_of_the_runs(tmp_path: Path) -> None:
+    rows = {row.label: row for row in compare_seeds(seeds_of(tmp_path, [150, 160, 170]))}
+    assert list(rows) == ["teacher", "student", "dense"]
+    student = rows["student"]
+    assert student.num_seeds == 3
+    assert student.quality == pytest.approx(0.8)
+    assert student.spread == pytest.approx(0.05)
+    assert student.before == pytest.approx(0.5)
+    assert student.retention == pytest.approx(0.8 / 0.9)
+    assert student.differences["dense"].difference == pytest.approx(0.05)
+    assert rows["dense"].differences == {}
+    assert rows["teacher"].before is rows["teacher"].retention is None
+
+
+def test_the_spread_of_seeds_widens_the_interval(tmp_path: Path) -> None:
+    steady = compare_seeds(seeds_of(tmp_path / "a", [160, 160, 160]))
+    lucky = compare_seeds(seeds_of(tmp_path / "b", [140, 160, 180]))
+    (narrow, wide) = (
+        next(row for row in rows if row.label == "student").differences["dense"]
+        for rows in (steady, lucky)
+    )
+    assert narrow.difference == pytest.approx(wide.difference)
+    assert narrow.low > 0 > wide.low
+
+
+def test_tasks_are_averaged_and_the_mean_is_surer_than_each(tmp_path: Path) -> None:
+    runs = seeds_of(tmp_path, [160, 161], task="one") + seeds_of(tmp_path, [156, 155], task="two")
+    rows = compare_seeds(runs, ["dense"])
+    found = {row.task: row for row in rows if row.label == "student"}
+    assert list(found) == ["one", "two", MEAN]
+    assert found[MEAN].quality == pytest.approx((found["one"].quality + found["two"].quality) / 2)
+    mean = found[MEAN].differences["dense"]
+    single = found["one"].differences["dense"]
+    assert mean.difference == pytest.approx(0.04)
+    assert mean.high - mean.low < single.high - single.low
+    assert "mean over tasks | student | 2 | × 0.250" in to_markdown(rows)
+
+
+def test_a_model_that_some_runs_lack_is_compared_where_it_is(tmp_path: Path) -> None:
+    runs = seeds_of(tmp_path, [160, 160])
+    extra = {"teacher": 180, "student": 160, "dense": 150, "gate": 170}
+    runs.append(read_run(write_run(tmp_path / "more", right=extra)))
+    gate = next(row for row in compare_seeds(runs) if row.label == "gate")
+    assert (gate.num_seeds, gate.spread) == (1, None)
+    assert gate.differences["dense"].difference == pytest.approx(0.1)
+
+
+def test_without_a_dense_student_the_teacher_is_the_reference(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / "run", right={"teacher": 180, "student": 160}))]
+    student = compare_seeds(runs)[1]
+    assert student.differences["teacher"].difference == pytest.approx(-0.1)
+
+
+def test_an_unknown_reference_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"called gate(.|\n)*teacher, student, dense"):
+        compare_seeds(seeds_of(tmp_path, [160]), ["gate"])
+
+
+def test_different_dev_rows_are_not_compared(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160}
+    runs = [
+        read_run(write_run(tmp_path / name, right=right, ids=name)) for name in ("first", "second")
+    ]
+    with pytest.raises(DataError, match="different dev rows of toy"):
+        compare_seeds(runs)
+
+
+def test_the_command_prints_and_writes_the_table(tmp_path: Path) -> None:
+    seeds_of(tmp_path, [160, 162])
+    runs = [str(tmp_path / "toy0"), str(tmp_path / "toy1")]
+    page = tmp_path / "table.md"
+    result = CliRunner().invoke(app, ["seeds", *runs, "--against", "teacher", "-o", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "| toy | student | 2 | × 0.250 | 50.0 | 80.5 ± 0.7 |" in result.output
+    assert page.read_text() in result.output
+    plain = json.loads(CliRunner().invoke(app, ["seeds", *runs, "--json"]).output)
+    assert plain[1]["differences"]["dense"]["difference"] == pytest.approx(0.055)
+
+
+def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["seeds", str(tmp_path)])
+    assert result.exit_code != 0
+    assert "holds no finished run" in result.output
