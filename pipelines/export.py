@@ -8,6 +8,8 @@ from typing import Any
 
 from moe_dist.errors import ConversionError, MoeDistError
 
+from .replacement import FINISHED
+
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest, that rounding may explain."""
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 32
@@ -30,6 +32,22 @@ class Exported:
     num_parameters: int
     ffn_size: int
     difference: float
+
+
+def default_output(directory: Path, task: str | None) -> Path:
+    """Choose a place for the dense model of a task.
+
+    Args:
+        directory: of the model.
+        task: its name; None for a model of one task.
+
+    Returns:
+        A directory beside the model's; beside its stage where a stage made it, since a stage's own
+        directory is cleared when it is done again.
+    """
+    stage = directory.parent
+    beside = stage.parent if (stage / FINISHED).is_file() else stage
+    return beside / f"export-{task or 'dense'}"
 
 
 def export_task(directory: Path, task: str | None, output: Path) -> Exported:

@@ -28,7 +28,8 @@ def export(
         str | None, typer.Option(help="The task; not needed for a model of one task.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where the dense model goes; beside DIR if not given.")
+        Path | None,
+        typer.Option(help="Where the dense model goes; beside its stage, or DIR, if not given."),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -37,12 +38,12 @@ def export(
     with clean_errors(debug=debug):
         quieten_libraries()
         from .console import Console
-        from .export import export_task
+        from .export import default_output, export_task
 
         console = Console(quiet=quiet)
         send_warnings_to(console)
-        beside = directory.absolute().parent / f"export-{task or 'dense'}"
-        found = export_task(directory.absolute(), task, (output or beside).absolute())
+        source = directory.absolute()
+        found = export_task(source, task, (output or default_output(source, task)).absolute())
         console.result(
             f"{found.kind}, {found.num_parameters:,} parameters, {found.ffn_size} neurons in each "
             f"feed-forward layer; its outputs differ by at most {found.difference:.1e}"

@@ -107,7 +107,7 @@ def test_the_chain_trains_measures_and_exports_each_task(
     for number, (task, text_pair) in enumerate({"mood": None, "grades": "a great plot"}.items()):
         result = CliRunner().invoke(app, ["export", str(directory), "--task", task])
         assert result.exit_code == 0, result.output
-        dense = load_model(root / f"distill/export-{task}")
+        dense = load_model(root / f"export-{task}")
         assert type(dense).__name__ == "BertForSequenceClassification"
         assert dense.config.intermediate_size == 10
         batch = tokenizer("the film was fine", text_pair, return_tensors="pt")
