@@ -23,7 +23,7 @@ demo: $(STAMP) ## compress a small encoder on movie reviews, with two workers
 	$(BIN)/moe-dist compress pipelines/recipes/demo.yaml
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --durations=20
 
 test-full: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q

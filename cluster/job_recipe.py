@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from moe_dist.redaction import hide_secrets
 
 from .lasting import RAY_DIRECTORY, count_nodes, lasting_faults
 from .packing import Package
@@ -16,7 +17,7 @@ from .packing import Package
 CARRIED_RECIPE = ".moe-dist/recipe.yaml"
 """Where a recipe goes that lies outside the working directory."""
 _TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
-_CREDENTIALS = re.compile(r"://[^/\s]*@|[?&;](?:password|token|access_key|secret)=", re.IGNORECASE)
+_PROGRAM = "pipelines/__main__.py"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class JobRecipe:
                 count_nodes=count_nodes,
             ),
             *self._path_faults(),
-            *_credential_faults(self.settings, uri),
+            *self._source_faults(),
+            *(list(_credential_faults(self.settings, uri)) or self._file_faults()),
         ]
 
     @property
     def command(self) -> str:
         """The job's entry point, for a shell."""
         # A working directory without the source needs an image that has the package installed.
-        carried = "pipelines/__main__.py" in self.package.sizes
+        carried = _PROGRAM in self.package.sizes
         module = "pipelines" if carried else "moe_dist._pipelines"
         words = ["python", "-m", module, "compress", self._name_in_job]
         for text in (*self.overrides, *self._pinned):
@@ -114,6 +116,22 @@ class JobRecipe:
         if teacher.startswith(("/", "~", ".")) or (self.package.root / teacher).is_dir():
             yield "model.teacher", Path(teacher)
 
+    def _file_faults(self) -> Iterator[str]:
+        if _is_secret(self.path.read_text(encoding="utf-8")):
+            yield (
+                f"{self.path.name} is sent as it is, and what --set replaces or a comment holds a "
+                "credential that everyone on the cluster could read; take it out of the file."
+            )
+
+    def _source_faults(self) -> Iterator[str]:
+        # A job imports from its working directory first: half a program hides an installed one.
+        sizes = self.package.sizes
+        if "moe_dist/__init__.py" in sizes and _PROGRAM not in sizes:
+            yield (
+                "the working directory would be sent with moe_dist/ and without pipelines/, which "
+                "cannot run; send both, or leave both out for an image that has moe-dist installed."
+            )
+
     def _path_faults(self) -> Iterator[str]:
         root = self.package.root
         for key, path in self._paths():
@@ -138,21 +156,34 @@ class JobRecipe:
 
 def _credential_faults(settings: Mapping[str, Any], uri: str | None) -> Iterator[str]:
     """The command line of a job, and the recipe beside it, are shown to all users of a cluster."""
-    if uri is not None and _CREDENTIALS.search(uri):
+    if uri is not None and _is_secret(uri):
         yield (
             "tracking.uri holds a user name, password or token, which everyone on the cluster "
             "could read; leave them out, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) on the head node."
         )
-    for section, values in settings.items():
-        entries = values.items() if isinstance(values, Mapping) else [("", values)]
-        for key, value in entries:
-            name = f"{section}.{key}" if key else section
-            if name != "tracking.uri" and isinstance(value, str) and _CREDENTIALS.search(value):
-                yield (
-                    f"{name} holds a credential, which everyone on the cluster could read; leave "
-                    "it out, and give it to the nodes instead."
-                )
+    for name in dict.fromkeys(name for name, text in _texts(settings) if _is_secret(text)):
+        if name != "tracking.uri":
+            yield (
+                f"{hide_secrets(name)} holds a credential, which everyone on the cluster could "
+                "read; leave it out, and give it to the nodes instead."
+            )
+
+
+def _is_secret(text: str) -> bool:
+    return hide_secrets(text) != text
+
+
+def _texts(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Give every text of nested settings, with its dotted key."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _texts(value, name)
+    elif isinstance(settings, str):
+        yield name, settings
 
 
 def _without_query(text: str) -> str:

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from moe_dist.errors import ClusterError
+from moe_dist.errors import ClusterError, ConfigError
 from moe_dist.tracking.privacy import redact_uri
+from moe_dist.training.job_errors import first_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -36,15 +37,36 @@ def normal_address(address: str) -> str:
 
     Returns:
         The address as Ray wants it.
+
+    Raises:
+        ConfigError: if it names no host, or a port that cannot be.
     """
-    address = address.rstrip("/")
-    return address if "://" in address or address == "auto" else f"http://{address}"
+    if address == "auto":
+        return address
+    complete = address if "://" in address else f"http://{address}"
+    if not _names_host(complete):
+        raise ConfigError(
+            [
+                f"--address {redact_uri(complete)!r} names no host, or a port that cannot be; give "
+                "the dashboard's address, such as http://127.0.0.1:8265."
+            ],
+            source="submit",
+        )
+    return complete.rstrip("/")
 
 
 def sends_token_in_the_clear(address: str) -> bool:
     """Say whether the token would cross a network unencrypted."""
     parts = urlsplit(address)
     return parts.scheme == "http" and parts.hostname not in _LOOPBACK
+
+
+def _names_host(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -97,7 +119,7 @@ def connect(address: str) -> JobSubmissionClient:
             "here, or name a file that holds it in RAY_AUTH_TOKEN_PATH.",
         ) from None
     except (OSError, RuntimeError, ValueError) as fault:
-        line = (str(fault).splitlines() or [type(fault).__name__])[0].replace(address, shown)
+        line = first_line(fault).replace(address, shown)
         raise ClusterError(
             f"no Ray cluster answers at {shown}: {line}",
             remedy="Give the dashboard's address, such as http://127.0.0.1:8265; `ray dashboard "
@@ -123,7 +145,7 @@ def send(
         client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=runtime_env)
     except (OSError, RuntimeError) as fault:
         raise ClusterError(
-            f"the cluster did not take the job: {str(fault).splitlines()[0]}",
+            f"the cluster did not take the job: {first_line(fault)}",
             remedy="See the head node's dashboard and its logs; nothing was started.",
         ) from fault
 

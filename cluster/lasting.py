@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import ConfigError
+from moe_dist.uris import is_uri
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 RAY_DIRECTORY = Path("/tmp/ray")
 _COPIES = "runtime_resources"
-_SQLITE = "sqlite:///"
-# With one slash too, as a path makes of it.
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _GIVE_STORAGE = (
     "name storage that all nodes share and that outlives the job, for example "
     "--set output_dir=/shared/outputs."
@@ -96,10 +93,11 @@ def count_nodes() -> int:
 
 
 def _output_faults(output_dir: str, temporary: Sequence[Path]) -> Iterator[str]:
-    if not output_dir:
+    place = output_dir.removeprefix("file://")
+    if not place:
         yield f"output_dir is not given, and a job's own directory ends with it; {_GIVE_STORAGE}"
-    elif not _URI.match(output_dir):
-        why = _why_lost(output_dir, temporary)
+    elif not is_uri(place):
+        why = _why_lost(place, temporary)
         if why:
             yield f"output_dir={output_dir} {why}; {_GIVE_STORAGE}"
 
@@ -109,9 +107,12 @@ def _tracking_faults(
 ) -> Iterator[str]:
     if not uri:
         yield f"tracking.uri is not given, and a job's own database ends with it; {_GIVE_SERVER}"
-    if not uri.startswith(_SQLITE):
+    # A driver may follow the dialect, as in sqlite+pysqlite.
+    scheme, _, rest = uri.partition(":")
+    if scheme.partition("+")[0] != "sqlite":
         return
-    why = _why_lost(uri.removeprefix(_SQLITE).partition("?")[0], temporary)
+    path = rest.removeprefix("///") if rest.startswith("///") else ""
+    why = _why_lost(path.partition("?")[0], temporary)
     if why:
         yield f"tracking.uri={uri} {why}; {_GIVE_SERVER}"
     elif (num_nodes := count_nodes()) > 1:

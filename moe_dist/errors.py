@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 class MoeDistError(Exception):
@@ -77,6 +81,22 @@ class ClusterError(MoeDistError):
 
 class TrackingError(MoeDistError):
     """The MLflow server or store cannot be used."""
+
+
+def is_full_disk(fault: BaseException | str) -> bool:
+    """Say whether something failed because a disk is full or a quota is used up.
+
+    Args:
+        fault: what was raised, or what another program printed.
+
+    Returns:
+        Whether that is so. Libraries such as safetensors leave only the system's words, since they
+        wrap its error in one of their own.
+    """
+    if isinstance(fault, OSError) and fault.errno in _FULL_DISK:
+        return True
+    text = str(fault)
+    return any(words in text for words in _FULL_DISK_WORDS)
 
 
 def _rebuild(

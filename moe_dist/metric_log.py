@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.whole_files import whole_file
+
 
 @dataclass(frozen=True)
 class MetricRecord:
@@ -69,13 +71,11 @@ class MetricLog:
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record.step <= step]
-        beside = self.path.with_name(self.path.name + ".partial")
-        with beside.open("w", encoding="utf-8") as stream:
+        with whole_file(self.path) as beside, beside.open("w", encoding="utf-8") as stream:
             for record in kept:
                 values = {name: _finite(value) for name, value in record.metrics.items()}
                 line = {"step": record.step, "time": record.time, "metrics": values}
                 stream.write(json.dumps(line) + "\n")
-        beside.replace(self.path)
 
     def read(self) -> list[MetricRecord]:
         """Read every whole record; lines that a killed writer left torn are passed over.

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import ClusterError, ConfigError, MoeDistError
+from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.training.driver import RaySession, ray_session, runs_here
+from moe_dist.whole_files import whole_file
 
 from . import report
 from .preflight import check_before_start
@@ -179,9 +180,8 @@ def write_resolved_recipe(config: RunConfig, root: Path) -> None:
         config: the run's configuration.
         root: the run's directory.
     """
-    beside = root / (RECIPE_NAME + ".partial")
-    beside.write_text(config.to_yaml(), encoding="utf-8")
-    beside.replace(root / RECIPE_NAME)
+    with whole_file(root / RECIPE_NAME) as beside:
+        beside.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def write_shared_recipe(config: RunConfig, root: Path) -> Path:
@@ -198,11 +198,9 @@ def write_shared_recipe(config: RunConfig, root: Path) -> Path:
     import yaml
 
     path = root / SHARED_DIRECTORY / RECIPE_NAME
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(RECIPE_NAME + ".partial")
     content = scrub(yaml.safe_load(config.to_yaml()))
-    beside.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "utf-8")
-    beside.replace(path)
+    with whole_file(path) as beside:
+        beside.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "utf-8")
     return path
 
 
@@ -315,7 +313,7 @@ def disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise
         raise MoeDistError(
             f"the disk is full: {error.filename or root} could not be written whole.",

@@ -145,7 +145,7 @@ def submit(
         typer.Option(metavar="PATTERN", help="Files not to send, as in .gitignore; repeatable."),
     ] = None,
     max_package_mib: Annotated[
-        int, typer.Option(help="The largest working directory to send.")
+        int, typer.Option(min=1, help="The largest working directory to send.")
     ] = 100,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not follow the job; say how to.")

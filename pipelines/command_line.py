@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,8 +80,11 @@ def send_warnings_to(console: Console) -> None:
 def clean_errors(*, debug: bool) -> Iterator[None]:
     """Print a user's error as one message; leave the traceback to --debug.
 
+    Of any other error, which is a fault of the program, the traceback is printed. Credentials are
+    taken out of all of it.
+
     Args:
-        debug: show the traceback.
+        debug: show the traceback of a user's error too.
 
     Yields:
         Nothing.
@@ -91,13 +95,17 @@ def clean_errors(*, debug: bool) -> Iterator[None]:
     try:
         yield
     except MoeDistError as error:
-        if debug:
-            raise
-        typer.echo(hide_secrets(f"error: {error}"), err=True)
+        told = traceback.format_exc() if debug else f"error: {error}"
+        typer.echo(hide_secrets(told), err=True)
         raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues from here", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception:
+        typer.echo(hide_secrets(traceback.format_exc()), err=True)
+        raise typer.Exit(EXIT_FAILURE) from None
 
 
 def _exit_code(error: MoeDistError) -> int:

@@ -39,7 +39,7 @@ class JsonConsole(Console):
             kind: its name.
             **fields: what belongs to it.
         """
-        line = json.dumps(_finite({"event": kind, **fields}), default=str)
+        line = json.dumps(finite({"event": kind, **fields}), default=str)
         self._stream.write(hide_secrets(line) + "\n")
         self._stream.flush()
 
@@ -182,12 +182,19 @@ def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
         os.close(kept)
 
 
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for."""
+def finite(value: Any) -> Any:
+    """Replace what JSON has no word for.
+
+    Args:
+        value: plain values.
+
+    Returns:
+        A copy with None in place of NaN and infinity.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -21,6 +21,7 @@ from moe_dist.errors import ConfigError, StorageError
 from moe_dist.storage import MANIFEST, Entry, Store, delete_tree, move_tree, upload_tree
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.uris import join_uri, redact_uri
+from moe_dist.whole_files import PARTIAL, whole_file
 
 from .files import ResultFiles
 from .fingerprints import path_digest
@@ -273,9 +274,8 @@ class MirroredFiles(ResultFiles):
                     with path.open("ab") as stream:
                         stream.write(content[len(known) :])
                 else:
-                    beside = path.with_name(path.name + ".partial")
-                    beside.write_bytes(content)
-                    beside.replace(path)
+                    with whole_file(path) as beside:
+                        beside.write_bytes(content)
             self._note(path)
 
     def _receive_records(self, directory: Path) -> None:
@@ -316,7 +316,7 @@ class MirroredFiles(ResultFiles):
             for path in sorted(directory.rglob("*"))
             if path.is_file()
             and path.name not in _LOCAL_ONLY
-            and path.suffix != ".partial"
+            and path.suffix != PARTIAL
             and self._synced.get(self._name(path)) != _state(path)
         ]
 

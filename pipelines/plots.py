@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.metric_log import MetricRecord, series
+from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,10 +212,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Returns:
         The path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=150, facecolor="white")
-    beside.replace(path)
+    with whole_file(path) as beside:
+        figure.savefig(beside, format="png", dpi=150, facecolor="white")
     return path
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
 from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistError
+from moe_dist.redaction import hide_secrets
 
 from .cluster_package import cluster_module
 from .report import RESERVED_LABELS
@@ -227,5 +228,5 @@ def _findings_table(findings: list[Finding]) -> Table:
     table = Table("check", "", "found", box=box.SIMPLE_HEAD, pad_edge=False)
     for finding in findings:
         state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.check, state, escape(finding.found))
+        table.add_row(finding.check, state, escape(hide_secrets(finding.found)))
     return table

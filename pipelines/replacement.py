@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import StorageError
+from moe_dist.whole_files import PARTIAL
 
 if TYPE_CHECKING:
     from .files import ResultFiles
@@ -16,7 +17,7 @@ FINISHED = "stage.json"
 STARTED = "started.json"
 _CHECKPOINTS = "checkpoints/step-*"
 # All that a process stopped in its first moment may have left.
-_FIRST_FILES = frozenset({STARTED + ".partial"})
+_FIRST_FILES = frozenset({STARTED + PARTIAL})
 
 
 def recover(directory: Path, fingerprint: str, files: ResultFiles) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.redaction import hide_secrets
 from moe_dist.tracking import flatten
+from moe_dist.whole_files import whole_file
 
 from .fingerprints import stage_fingerprint
 from .replacement import (
@@ -271,13 +271,9 @@ def write_json(path: Path, value: Any) -> None:
         path: the file.
         value: anything that JSON can hold.
     """
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as stream:
-        text = json.dumps(value, indent=2, sort_keys=False, default=str)
-        stream.write(hide_secrets(text) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    text = json.dumps(value, indent=2, sort_keys=False, default=str)
+    with whole_file(path, durable=True) as beside:
+        beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
 
 def _prepare(

@@ -8,6 +8,8 @@ from pathlib import Path
 # Before torch is imported anywhere: several test processes on few cores are slower with more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray's workers, which it gives a low priority, would starve where other programs compute too.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 # A store of the user's own must not be written to by tests.

@@ -532,6 +532,18 @@ def test_flatten_gives_plain_values_under_dotted_keys(tmp_path: Path) -> None:
     assert all(isinstance(value, str | int | float | bool) for value in flat.values())
 
 
+@pytest.mark.parametrize("key", ["output_dir", "data.train"])
+def test_a_uri_with_one_slash_is_no_directory(tmp_path: Path, key: str) -> None:
+    text = RECIPE.partition("data:")[0]
+    files = ["data.source=files", "data.train=train.tsv", "data.dev=dev.tsv"]
+    columns = ["data.text_columns=text", "data.label_column=label"]
+    place = f"{key}=s3:/ann:planted@bucket/x"
+    fault = only_fault(tmp_path, *files, *columns, place, text=text)
+    assert fault.startswith(f"{key} has one slash") and "write s3://" in fault
+    assert "planted" not in fault
+    assert load(tmp_path, f"output_dir={tmp_path}/s3:/x").output_dir == tmp_path / "s3:/x"
+
+
 @pytest.mark.parametrize(
     ("uri", "written"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from moe_dist.config.data_section import TASK_KEYS, Metric, TaskDataConfig
 from moe_dist.config.faults import either
@@ -27,6 +28,7 @@ _KEYS_OF_SOURCES = {
     "dev": ("hub", "files"),
 }
 _LISTS = ("label_names", "column_names", "text_columns", "metrics")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _ONE_TASK_PARTITIONS = ("coactivation", "clustered_importance")
 
 
@@ -120,18 +122,32 @@ def _names_once(config: RunConfig) -> Iterator[str]:
                 yield f"{path}.{key}={list(names)} holds a name twice; give each one once."
 
 
-def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
-    places = {"output_dir": config.output_dir} | {
+def _places(config: RunConfig) -> dict[str, Path | str | None]:
+    return {"output_dir": config.output_dir} | {
         f"{path}.{key}": getattr(data, key)
         for path, data in data_sections(config).items()
         for key in ("train", "dev")
     }
-    for key, place in places.items():
+
+
+def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
         # Ray shows what workers are told, and the resolved recipe lies beside the results.
         if is_uri(place) and "@" in str(place).partition("?")[0]:
             yield (
                 f"{key} holds a user or a password; give credentials in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of the URI."
+            )
+
+
+def _uris_are_whole(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
+        match = _ONE_SLASH.match(str(place or ""))
+        if match:
+            scheme = match.group(1)
+            yield (
+                f"{key} has one slash behind {scheme}:, where a URI has two; write {scheme}://..., "
+                "or an absolute path for a directory of that name."
             )
 
 
@@ -190,6 +206,7 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
 
 
 _SETS = ("data.source", "data.tasks")
+_PLACES = (*_SETS, "output_dir", "data.train", "data.dev")
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, (*_SETS, "data.train", "data.name")),
@@ -198,7 +215,8 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
     (_metrics_fit_kind, (*_SETS, "data.kind", "data.metrics")),
     (_names_once, (*_SETS, *(f"data.{key}" for key in _LISTS))),
-    (_no_credentials_in_places, (*_SETS, "output_dir", "data.train", "data.dev")),
+    (_no_credentials_in_places, _PLACES),
+    (_uris_are_whole, _PLACES),
     (_tasks_are_named, (*_SETS, "data.mixing", "data.mixing_temperature")),
     (
         _tasks_fit_the_rest,

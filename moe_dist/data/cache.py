@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, is_full_disk
 
 _LOCK_TIMEOUT_S = 900.0
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _ABANDONED_AFTER_S = 24 * 3600.0
 
@@ -95,7 +94,7 @@ def _clear_disk_errors(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL_DISK:
+        if is_full_disk(error):
             raise full_disk_error(final.parent) from error
         if error.errno in _NOT_WRITABLE:
             raise DataError(

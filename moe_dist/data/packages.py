@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error
 from moe_dist.digests import file_digest
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, is_full_disk
 
 MODEL_PREFIX = "package:"
 _MANIFEST = "package.json"
@@ -236,7 +236,7 @@ def _download(package: Package, scratch: Path) -> Path:
 
 
 def _not_to_be_had(pinned: str, output: str, scratch: Path) -> DataError:
-    if "No space left on device" in output or "Disk quota exceeded" in output:
+    if is_full_disk(output):
         return full_disk_error(scratch.parent.parent)
     if "No module named pip" in output:
         return DataError(

@@ -102,8 +102,14 @@ def verify_checkpoint(step_dir: Path) -> None:
     step_dir = Path(step_dir)
     if not step_dir.is_dir():
         raise CheckpointError(f"{step_dir} is not a checkpoint", remedy="check the path")
-    check_manifest(step_dir)
-    check_file(step_dir / MODEL_FILE, read_experts(step_dir))
+    try:
+        check_manifest(step_dir)
+        check_file(step_dir / MODEL_FILE, read_experts(step_dir))
+    except OSError as error:
+        raise CheckpointError(
+            f"{step_dir} cannot be read: {error}",
+            remedy="look after the disk and the rights there, or use another checkpoint",
+        ) from error
 
 
 def _choose(directory: Path) -> str | None:

@@ -10,7 +10,6 @@ At every moment the newest complete checkpoint lies under a name that `list_chec
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -24,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_dist.distributed.manifest import flush_to_disk, write_json, write_manifest
-from moe_dist.errors import CheckpointError
+from moe_dist.distributed.manifest import write_json, write_manifest
+from moe_dist.errors import CheckpointError, is_full_disk
+from moe_dist.whole_files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def write_checkpoint(
         _put_in_place(unfinished, place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        # safetensors wraps the system's error in text of its own.
-        reason = "the disk is full: " if os.strerror(errno.ENOSPC) in str(error) else ""
+        reason = "the disk is full: " if is_full_disk(error) else ""
         raise CheckpointError(
             f"{place} could not be written: {reason}{error}",
             remedy="free space or fix the rights there, then start the same command again; "

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_dist.digests import file_digest
+from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError
+from moe_dist.moe.digests import by_layer
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _REMEDY = "use another checkpoint, or delete this one and train again from the one before"
 
 
@@ -42,16 +42,9 @@ def check_manifest(directory: Path) -> None:
     Raises:
         CheckpointError: naming the first missing, damaged or unsafe file.
     """
-    manifest = read_json(directory / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("format_version") != FORMAT_VERSION or not isinstance(files, dict):
-        raise CheckpointError(
-            f"{directory / MANIFEST} has format_version {manifest.get('format_version')!r}, "
-            f"not {FORMAT_VERSION}",
-            remedy="load it with the release of moe-dist that wrote it",
-        )
+    files = _read_files(directory / MANIFEST)
     for path in sorted(directory.iterdir()):
-        if path.suffix in PICKLE_SUFFIXES:
+        if path.suffix.lower() in PICKLES:
             raise CheckpointError(
                 f"{path} may be a pickle, which could run code when loaded",
                 remedy="remove the file; checkpoints of moe-dist are safetensors and JSON only",
@@ -60,19 +53,38 @@ def check_manifest(directory: Path) -> None:
             raise CheckpointError(
                 f"{path} is not in the manifest", remedy="remove the file if it is not needed"
             )
-    for name, expected in files.items():
+    for name, (expected_digest, expected_size) in files.items():
         path = directory / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path} is missing", remedy=_REMEDY)
         size = path.stat().st_size
-        if size != expected["bytes"]:
+        if size != expected_size:
             raise CheckpointError(
-                f"{path} is damaged: {size} bytes instead of {expected['bytes']}", remedy=_REMEDY
+                f"{path} is damaged: {size} bytes instead of {expected_size}", remedy=_REMEDY
             )
-        if file_digest(path) != expected["sha256"]:
+        if file_digest(path) != expected_digest:
             raise CheckpointError(
                 f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", remedy=_REMEDY
             )
+
+
+def _read_files(path: Path) -> dict[str, tuple[str, int]]:
+    """Read each file's digest and size from a manifest, which may be damaged too."""
+    manifest = read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, not {FORMAT_VERSION}",
+            remedy="load it with the release of moe-dist that wrote it",
+        )
+    try:
+        by_layer(manifest["experts"])
+        return {
+            name: (str(entry["sha256"]), int(entry["bytes"]))
+            for name, entry in manifest["files"].items()
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}", remedy=_REMEDY) from error
 
 
 def read_experts(directory: Path) -> dict[str, str]:
@@ -122,16 +134,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         json.dump(value, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush_to_disk(path: Path) -> None:
-    """Ask the system to write a file or a directory's entries to the disk.
-
-    Args:
-        path: the file or directory.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

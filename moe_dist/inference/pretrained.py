@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
+from moe_dist.inference.skeleton import UNTRUSTED
 
 
 def load_pretrained(
@@ -44,7 +46,7 @@ def load_pretrained(
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
             config.num_labels = num_labels
             config.problem_type = "regression" if names is None else "single_label_classification"
             if names is not None:
@@ -59,9 +61,10 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,
                 # Without it transformers would read a pickle where there is nothing else.
                 use_safetensors=True,
+                **UNTRUSTED,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **UNTRUSTED)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = "directory" if Path(source).is_dir() else "hub model"
         raise ConversionError(

@@ -6,7 +6,6 @@ Dense and converted models alike. The directory is one that transformers reads, 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,8 +20,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moe_dist.conversion.heads import choose_task, install_heads
-from moe_dist.digests import file_digest
-from moe_dist.errors import CheckpointError
+from moe_dist.digests import PICKLES, file_digest
+from moe_dist.errors import CheckpointError, is_full_disk
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.digests import expert_digests, numbered
 from moe_dist.moe.layer import MoELayer
@@ -30,7 +29,6 @@ from moe_dist.uris import is_uri
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path:
@@ -67,11 +65,10 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
             (unfinished / MANIFEST).write_text(text + "\n", encoding="utf-8")
             _put_in_place(unfinished, target)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         raise CheckpointError(
             f"cannot write the model to {target}: {error}",
             remedy="free space there, or write elsewhere"
-            if full
+            if is_full_disk(error)
             else "check the path and its permissions",
         ) from error
     return target

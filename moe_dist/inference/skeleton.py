@@ -10,6 +10,9 @@ import torch
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
 
+UNTRUSTED = {"trust_remote_code": False}
+"""Said to transformers, which would otherwise ask on the terminal whether to run a model's code."""
+
 
 def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = None) -> Any:
     """Build a sequence classifier on the meta device from its configuration alone.
@@ -29,7 +32,7 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
 
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
         config.num_labels = num_labels
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config).eval()

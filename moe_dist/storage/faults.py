@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moe_dist.errors import StorageError
+from moe_dist.errors import StorageError, is_full_disk
 from moe_dist.uris import redact_uri
 
 _CREDENTIALS = (
@@ -44,7 +43,6 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         "check the network, and AWS_ENDPOINT_URL (or `?endpoint_override=` in the URI)",
     ),
 )
-_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -64,7 +62,7 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+        if isinstance(error, OSError) and is_full_disk(error):
             raise
         raise explain(error, uri, doing) from None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.storage.faults import storage_errors
 from moe_dist.uris import join_uri
+from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -165,16 +166,14 @@ class Store:
 
         def fetch(pair: tuple[str, Path]) -> None:
             name, target = pair
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(target.name + ".partial")
-            with storage_errors(join_uri(self.uri, name), "read"):
+            doing = storage_errors(join_uri(self.uri, name), "read")
+            with whole_file(target) as beside, doing:
                 copy_files(
                     self._path(name),
                     str(beside),
                     source_filesystem=self.filesystem,
                     destination_filesystem=local,
                 )
-            beside.replace(target)
 
         _in_parallel(fetch, pairs)
 

@@ -24,21 +24,36 @@ from __future__ import annotations
 
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
-from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
-from moe_dist.tracking.reading import RecordedRun, RunReader, sort_runs
+from moe_dist.tracking.protocols import (
+    DatasetInput,
+    StageNote,
+    TrackedModel,
+    TrackedRun,
+    Tracker,
+)
+from moe_dist.tracking.reading import (
+    SORT_PROPERTIES,
+    RecordedRun,
+    RunReader,
+    recorded_id,
+    sort_runs,
+)
 from moe_dist.tracking.runs import build_tracker
 from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
+    "SORT_PROPERTIES",
     "DatasetInput",
     "NullTracker",
     "RecordedRun",
     "RunReader",
+    "StageNote",
     "TrackedModel",
     "TrackedRun",
     "Tracker",
     "build_tracker",
     "flatten",
+    "recorded_id",
     "redact_uri",
     "scrub",
     "shown_metrics",

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.metric_log import MetricLog
+from moe_dist.whole_files import whole_file
 
 JOURNAL_NAME = "tracking.json"
 METRICS_NAME = "metrics.jsonl"
 RUNNING = "RUNNING"
+NO_PARENT = "."
 
 
 @dataclass
@@ -29,6 +31,9 @@ class Wanted:
 
     name: str
     fingerprint: str
+    parent: str = ""
+    """The parent's directory as seen from this one; `NO_PARENT` for a chain, and empty in journals
+    of earlier versions, which do not say."""
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     ended_ms: int | None = None
@@ -88,6 +93,13 @@ class Journal:
         """Counts the changes of what is wanted, those of this process only."""
         self.attached = False
         """Whether this process has looked at what the server has of the run."""
+        self.is_new = False
+        """Whether this process made the run, so that no earlier one left children open below it."""
+
+    @property
+    def depth(self) -> int:
+        """0 for a chain, 1 for its stages and trials, 2 for the stages of a trial."""
+        return 0 if self.parent is None else self.parent.depth + 1
 
     @property
     def metric_log(self) -> MetricLog:
@@ -107,10 +119,8 @@ class Journal:
         """Write the journal beside its file, then move it into place."""
         with self.lock:
             text = json.dumps({"wanted": asdict(self.wanted), "sent": asdict(self.sent)}, indent=1)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            beside = self.directory / (JOURNAL_NAME + ".partial")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.directory / JOURNAL_NAME)
+            with whole_file(self.directory / JOURNAL_NAME) as beside:
+                beside.write_text(text, encoding="utf-8")
 
 
 def load_journal(directory: Path, parent: Journal | None = None) -> Journal | None:

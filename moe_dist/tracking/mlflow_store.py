@@ -11,10 +11,9 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from moe_dist.digests import file_digest
 from moe_dist.metric_log import MetricTail
@@ -44,7 +43,6 @@ MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
 IDENTITY_TAG = "moe_dist.identity"
 _NAME_FAULTS = re.compile(r"[^\w.\- /:]")
-_Item = TypeVar("_Item")
 
 
 class MlflowStore:
@@ -155,10 +153,12 @@ class MlflowStore:
             tags = {IDENTITY_TAG: wanted.identity}
             if journal.parent is not None:
                 tags["mlflow.parentRunId"] = str(journal.parent.sent.run_id)
-                self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])
+                if not journal.parent.is_new:
+                    self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])
             run = self._client.create_run(
                 self.experiment_id, wanted.started_ms, tags=tags, run_name=wanted.name
             )
+            journal.is_new = True
         journal.sent = Sent(uri=self.shown_uri, run_id=run.info.run_id)
         journal.save()
 
@@ -233,13 +233,13 @@ class MlflowStore:
             if sent.params.get(key, value) != value:
                 tags[f"changed.{key}"] = value
         new_params = [Param(k, v) for k, v in params.items() if k not in sent.params]
-        for batch in _batches(new_params, MAX_PARAMS_PER_BATCH):
-            self._offer(self._client.log_batch, run_id, params=batch)
-            sent.params.update({param.key: param.value for param in batch})
         new_tags = [RunTag(k, v) for k, v in tags.items() if sent.tags.get(k) != v]
-        for batch in _batches(new_tags, MAX_PARAMS_PER_BATCH):
-            self._offer(self._client.log_batch, run_id, tags=batch)
-            sent.tags.update({tag.key: tag.value for tag in batch})
+        for first in range(0, max(len(new_params), len(new_tags)), MAX_PARAMS_PER_BATCH):
+            param_batch = new_params[first : first + MAX_PARAMS_PER_BATCH]
+            tag_batch = new_tags[first : first + MAX_PARAMS_PER_BATCH]
+            self._offer(self._client.log_batch, run_id, params=param_batch, tags=tag_batch)
+            sent.params.update({param.key: param.value for param in param_batch})
+            sent.tags.update({tag.key: tag.value for tag in tag_batch})
         if new_params or new_tags:
             journal.save()
 
@@ -395,9 +395,3 @@ def _name(name: str) -> str:
 
 def _value(value: str) -> str:
     return value if len(value) <= MAX_VALUE_LENGTH else value[: MAX_VALUE_LENGTH - 4] + " ..."
-
-
-def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking.journal import METRICS_NAME
-from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun
+from moe_dist.tracking.protocols import DatasetInput, StageNote, TrackedModel, TrackedRun
 
 
 class NullTracker:
@@ -61,6 +61,9 @@ class _LocalRun:
         fingerprint: str = "",
     ) -> TrackedRun:
         return _LocalRun(directory)
+
+    def note_stage(self, note: StageNote) -> TrackedRun:
+        return _LocalRun(note.directory)
 
     def open_hint(self) -> str:
         return ""

@@ -55,6 +55,29 @@ class TrackedModel:
     task: str = ""
 
 
+@dataclass(frozen=True)
+class StageNote:
+    """What is known of a stage that runs elsewhere, or has run there.
+
+    Args:
+        name: what it is called below its run.
+        directory: where its `metrics.jsonl` lies, which who runs it writes.
+        fingerprint: the same one continues an earlier run of that directory.
+        params: its settings, nested or flat.
+        started_s: Unix time.
+        ended_s: Unix time; None while it runs.
+        status: `RUNNING`, `FINISHED`, `FAILED` or `KILLED`.
+    """
+
+    name: str
+    directory: Path
+    fingerprint: str
+    started_s: float
+    ended_s: float | None = None
+    status: str = "RUNNING"
+    params: Mapping[str, object] = field(default_factory=dict)
+
+
 class TrackedRun(Protocol):
     """One run, which ends with its `with` block."""
 
@@ -89,6 +112,9 @@ class TrackedRun(Protocol):
         fingerprint: str = "",
     ) -> TrackedRun:
         """Open a child run; an unfinished one of the same fingerprint is continued."""
+
+    def note_stage(self, note: StageNote) -> TrackedRun:
+        """Bring a child run up to what is known of it; it needs no `with` block."""
 
     def open_hint(self) -> str:
         """A URL or a command that shows the run; empty without MLflow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,21 @@ from urllib.parse import unquote
 
 from moe_dist.errors import TrackingError
 from moe_dist.tracking.connection import connect, database_path, describe_fault, usable
+from moe_dist.tracking.histories import Points, read_histories
+from moe_dist.tracking.journal import load_journal
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 PARENT_TAG = "mlflow.parentRunId"
 FILE_SCHEME = "file://"
 FEW = 8
 """Of more runs it is quicker to read all of a store than to ask for each."""
+SORT_PROPERTIES = {"name": "name", "status": "status", "started": "started_s"}
+"""What runs are sorted by beside metrics, parameters and tags: the attribute of each."""
 _PAGE = 500
+_ID = re.compile(r"[0-9a-f]{1,32}")
+_QUOTABLE = re.compile(r"[\w .,:/()+=-]+")
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,35 @@ class RunReader:
                 remedy="name the store with --uri or MLFLOW_TRACKING_URI, or start where it lies.",
             )
         self._client = connect(uri)
+        self._all: list[RecordedRun] | None = None
         with usable(uri):
             if experiment:
                 found = self._client.get_experiment_by_name(experiment)
                 if found is None:
-                    names = ", ".join(e.name for e in self._client.search_experiments())
+                    names = ", ".join(e.name for e in self._search_experiments())
                     raise TrackingError(
                         f"there is no experiment {experiment!r} in the store",
                         remedy=f"It has: {names}.",
                     )
+                if found.lifecycle_stage == "deleted":
+                    raise TrackingError(
+                        f"the experiment {experiment!r} is deleted",
+                        remedy="Restore it: mlflow experiments restore --experiment-id "
+                        f"{found.experiment_id}.",
+                    )
                 self._experiments = [found.experiment_id]
             else:
-                self._experiments = [e.experiment_id for e in self._client.search_experiments()]
+                self._experiments = [e.experiment_id for e in self._search_experiments()]
+
+    def _search_experiments(self) -> list[Experiment]:
+        found: list[Experiment] = []
+        token = None
+        while True:
+            page = self._client.search_experiments(page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
 
     def search(
         self, filter_string: str = "", *, limit: int | None = None, parents_only: bool = False
@@ -138,14 +162,15 @@ class RunReader:
         Returns:
             The runs that were found, by what they were asked for.
         """
-        everything = self.search() if len(names) > FEW else None
         found: dict[str, RecordedRun] = {}
         for name in names:
-            quoted = name.replace("'", "")
-            runs = everything
-            if runs is None:
-                runs = self.search(f"attributes.run_name = '{quoted}'")
-                runs = runs or self.search(f"attributes.run_id LIKE '{quoted}%'", limit=2)
+            # MLflow's language has no way to write every name.
+            if len(names) > FEW or not _QUOTABLE.fullmatch(name):
+                runs = self._everything()
+            else:
+                runs = self.search(f"attributes.run_name = '{name}'")
+                if not runs and _ID.fullmatch(name):
+                    runs = self.search(f"attributes.run_id LIKE '{name}%'", limit=2)
             run = _choose(name, runs)
             if run is not None:
                 found[name] = run
@@ -162,7 +187,7 @@ class RunReader:
         """
         found: dict[str, list[RecordedRun]] = {run.run_id: [] for run in runs}
         if len(found) > FEW:
-            below = self.search(f"tags.`{PARENT_TAG}` != ''")
+            below = [run for run in self._everything() if run.parent_id]
         else:
             conditions = [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in found]
             below = [run for condition in conditions for run in self.search(condition)]
@@ -171,7 +196,13 @@ class RunReader:
                 found[child.parent_id].append(child)
         return found
 
-    def history(self, run: RecordedRun, metric: str) -> list[tuple[int, float]]:
+    def _everything(self) -> list[RecordedRun]:
+        """Read all runs, once."""
+        if self._all is None:
+            self._all = self.search()
+        return self._all
+
+    def history(self, run: RecordedRun, metric: str) -> Points:
         """Read how a metric went.
 
         Args:
@@ -181,11 +212,24 @@ class RunReader:
         Returns:
             Steps and values, in the order of the steps; empty if it was not logged.
         """
-        if metric not in run.metrics:
-            return []
+        return self.histories([(run, [metric])])[run.run_id].get(metric, [])
+
+    def histories(
+        self, wanted: Iterable[tuple[RecordedRun, Iterable[str]]]
+    ) -> dict[str, dict[str, Points]]:
+        """Read how metrics of several runs went, at once.
+
+        Args:
+            wanted: runs, each with names of metrics; those that were not logged are left out.
+
+        Returns:
+            Steps and values in the order of the steps, by run id and metric.
+        """
+        names = {
+            run.run_id: [name for name in metrics if name in run.metrics] for run, metrics in wanted
+        }
         with usable(self._uri):
-            points = self._client.get_metric_history(run.run_id, metric)
-        return sorted((point.step, point.value) for point in points)
+            return read_histories(self._uri, self._client, names)
 
     def read_json(self, run: RecordedRun, name: str) -> dict[str, Any]:
         """Read an artifact that is a JSON document.
@@ -210,6 +254,19 @@ class RunReader:
         return content if isinstance(content, dict) else {}
 
 
+def recorded_id(directory: Path) -> str:
+    """Tell under which id a store has the run that a directory holds.
+
+    Args:
+        directory: of a chain, a stage, a sweep or a trial.
+
+    Returns:
+        The id; empty where no run was recorded.
+    """
+    journal = load_journal(directory)
+    return "" if journal is None else journal.sent.run_id or ""
+
+
 def sort_runs(
     runs: Sequence[RecordedRun], key: str, *, ascending: bool = False
 ) -> list[RecordedRun]:
@@ -223,13 +280,12 @@ def sort_runs(
     Returns:
         The runs; those that lack it come last.
     """
-    properties = {"name": "name", "status": "status", "started": "started_s"}
 
     def value(run: RecordedRun) -> Any:
         if key in run.metrics:
             return run.metrics[key]
-        if key in properties:
-            return getattr(run, properties[key])
+        if key in SORT_PROPERTIES:
+            return getattr(run, SORT_PROPERTIES[key])
         text = run.params.get(key, run.tags.get(key))
         try:
             return None if text is None else float(text)
@@ -257,7 +313,7 @@ def _recorded(run: Run) -> RecordedRun:
         run_id=info.run_id,
         name=info.run_name or info.run_id[:8],
         status=info.status,
-        started_s=info.start_time / 1000,
+        started_s=(info.start_time or 0) / 1000,
         ended_s=None if info.end_time is None else info.end_time / 1000,
         parent_id=data.tags.get(PARENT_TAG, ""),
         experiment_id=info.experiment_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +16,13 @@ from moe_dist.tracking.journal import RUNNING, Journal, Sent, Wanted, load_journ
 from moe_dist.tracking.mlflow_store import MlflowStore
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, scrub
-from moe_dist.tracking.protocols import DatasetInput, TrackedModel, TrackedRun, Tracker
+from moe_dist.tracking.protocols import (
+    DatasetInput,
+    StageNote,
+    TrackedModel,
+    TrackedRun,
+    Tracker,
+)
 from moe_dist.tracking.sender import Sender
 
 # Settings that change what is done beside the work, how it is spread or watched, but not which
@@ -106,6 +113,7 @@ class _MlflowRun:
     def __init__(self, journal: Journal, sender: Sender) -> None:
         self._journal = journal
         self._sender = sender
+        self._noted: dict[Path, Journal] = {}
 
     @property
     def run_id(self) -> str | None:
@@ -117,6 +125,10 @@ class _MlflowRun:
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._journal.metric_log.append(step, metrics)
+        if self._journal.wanted.status != RUNNING:
+            # Its end has been sent perhaps, and nobody looks at its log any more.
+            with self._journal.changing():
+                pass
 
     def log_dataset(self, dataset: DatasetInput) -> None:
         entry = asdict(dataset)
@@ -156,6 +168,20 @@ class _MlflowRun:
         child = _open_journal(name, Path(directory), fingerprint, self._journal)
         with child.changing() as wanted:
             wanted.params.update(flatten(params or {}))
+        return _MlflowRun(child, self._sender)
+
+    def note_stage(self, note: StageNote) -> TrackedRun:
+        directory = note.directory.absolute()
+        child = self._noted.get(directory)
+        if child is None:
+            child = _open_journal(note.name, directory, note.fingerprint, self._journal)
+            self._noted[directory] = child
+        with child.changing() as wanted:
+            wanted.params.update(flatten(note.params))
+            wanted.started_ms = int(note.started_s * 1000)
+            wanted.ended_ms = None if note.ended_s is None else int(note.ended_s * 1000)
+            wanted.status = note.status
+        self._sender.follow(child)
         return _MlflowRun(child, self._sender)
 
     def open_hint(self) -> str:
@@ -204,6 +230,9 @@ def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal 
             if journal.sent.run_id is not None:
                 wanted.replaced[journal.sent.run_id] = journal.sent.uri
         journal = Journal(directory, wanted, Sent(), parent)
+    # In this form the output directory may be moved.
+    above = directory if parent is None else parent.directory.absolute()
+    journal.wanted.parent = os.path.relpath(above, directory)
     journal.wanted.status = RUNNING
     journal.wanted.ended_ms = None
     return journal

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from pathlib import Path
 
 from moe_dist.tracking.connection import describe_fault
-from moe_dist.tracking.journal import JOURNAL_NAME, Journal, load_journal
+from moe_dist.tracking.journal import JOURNAL_NAME, NO_PARENT, Journal, load_journal
 from moe_dist.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger("moe_dist.tracking")
@@ -39,16 +40,18 @@ class Sender:
 
     def follow(self, journal: Journal) -> None:
         """Send what this journal gains from now on."""
+        directory = journal.directory.absolute()
         with self._lock:
-            self._journals[journal.directory.absolute()] = journal
+            for other in self._journals.values():
+                if other.parent is not None and other.parent.directory.absolute() == directory:
+                    other.parent = journal
+            self._journals[directory] = journal
         self._wake.set()
 
     def start(self) -> None:
         """Send what earlier processes left behind, and go on in the background."""
-        for path in sorted(self._chain.directory.rglob(JOURNAL_NAME)):
-            left = load_journal(path.parent, self._chain)
-            if path.parent != self._chain.directory and left is not None and not left.sent.complete:
-                self.follow(left)
+        for left in self._left_behind():
+            self.follow(left)
         self._pass()
         self._thread.start()
 
@@ -77,6 +80,22 @@ class Sender:
                 pending,
             )
 
+    def _left_behind(self) -> list[Journal]:
+        """Load the journals below the chain's that were not sent to their end."""
+        home = self._chain.directory.absolute()
+        known = {home: self._chain}
+        paths = [path.parent for path in home.rglob(JOURNAL_NAME) if path.parent != home]
+        for directory in sorted(paths, key=lambda path: len(path.parts)):
+            journal = load_journal(directory)
+            if journal is None or journal.wanted.parent == NO_PARENT:
+                continue  # A search lies below the chain's directory, and is a chain of its own.
+            # Journals of earlier versions name no parent: theirs was the chain.
+            above = home if not journal.wanted.parent else directory / journal.wanted.parent
+            journal.parent = known.get(Path(os.path.normpath(above)))
+            if journal.parent is not None:
+                known[directory] = journal
+        return [left for left in known.values() if left.parent and not left.sent.complete]
+
     def _work(self) -> None:
         pause_s = SEND_INTERVAL_S
         while True:
@@ -98,7 +117,7 @@ class Sender:
             False if the server is away.
         """
         with self._lock:
-            journals = sorted(self._journals.values(), key=lambda j: j.parent is not None)
+            journals = sorted(self._journals.values(), key=lambda journal: journal.depth)
         try:
             for journal in journals:
                 if journal.sent.complete:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import moe_dist.errors
-from moe_dist.errors import ClusterError, MoeDistError, TrainingError
+from moe_dist.errors import MoeDistError, TrainingError, is_full_disk
+from moe_dist.redaction import hide_secrets
 
 STOPPED_NAME = "stopped.json"
 ROOM_NAME = "room"
@@ -44,8 +44,12 @@ def note_stop(records: Path, error: MoeDistError) -> None:
     """
     note = {
         "kind": type(error).__name__,
-        "args": [str(part) for part in error.args],
-        "state": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float)},
+        "args": [hide_secrets(str(part)) for part in error.args],
+        "state": {
+            key: hide_secrets(value) if isinstance(value, str) else value
+            for key, value in vars(error).items()
+            if isinstance(value, str | int | float)
+        },
     }
     try:
         write_first(records / STOPPED_NAME, note)
@@ -107,8 +111,7 @@ def user_error(fault: BaseException) -> MoeDistError | None:
     """
     if isinstance(fault, MoeDistError):
         return fault
-    text = str(fault)
-    if getattr(fault, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    if is_full_disk(fault):
         return TrainingError(
             f"the disk is full: {first_line(fault)}",
             remedy="Free space, or give another output_dir; the same command then continues.",
@@ -117,7 +120,7 @@ def user_error(fault: BaseException) -> MoeDistError | None:
         return None
     trace = "".join(traceback.format_exception(fault))
     return TrainingError(
-        f"a worker failed: {type(fault).__name__}: {text}",
+        f"a worker failed: {type(fault).__name__}: {fault}",
         remedy=f"This looks like a fault of moe-dist; please report it with this trace:\n{trace}",
     )
 
@@ -137,8 +140,8 @@ def explain(fault: BaseException, max_failures: int, reasons: Sequence[str] = ()
     causes = [_cause(failure) for failure in failures.values()]
     for cause in causes:
         error = user_error(cause)
-        if isinstance(cause, MoeDistError) or (error is not None and "disk is full" in str(error)):
-            return error or ClusterError(str(cause))
+        if error is not None and (isinstance(cause, MoeDistError) or is_full_disk(cause)):
+            return error
     lines = [f"rank {rank}: {last_line(failure)}" for rank, failure in failures.items()]
     reason = reasons[-1] if reasons else "; ".join(lines) or last_line(fault)
     return TrainingError(

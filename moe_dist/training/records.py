@@ -18,6 +18,7 @@ from moe_dist.errors import StorageError
 from moe_dist.storage import Store
 from moe_dist.training.background import in_background
 from moe_dist.uris import is_uri, join_uri
+from moe_dist.whole_files import whole_file
 
 SYNC_INTERVAL_S = 1.0
 _GROWING = ".jsonl"
@@ -116,9 +117,8 @@ class RemoteRecords(Records):
                 continue
             content = self._store.read(entry.name)
             if content is not None:
-                beside = self.directory / f".{entry.name}.partial"
-                beside.write_bytes(content)
-                beside.replace(self.directory / entry.name)
+                with whole_file(self.directory / entry.name) as beside:
+                    beside.write_bytes(content)
                 self._known[entry.name] = content
 
     def push(self) -> None:

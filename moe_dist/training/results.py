@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_dist.errors import CheckpointError
+from moe_dist.whole_files import whole_file
 
 MODEL_DIR = "model"
 CHECKPOINT_DIR = "checkpoints"
@@ -49,13 +49,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         path: the file; its directory is made.
         value: plain values.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    with whole_file(path, durable=True) as beside:
+        beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:
@@ -65,12 +60,10 @@ def save_scores(scores: Sequence[Tensor], path: Path) -> None:
         scores: (F,) for each feed-forward network, in the model's order.
         path: the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
     named = {f"{index:04d}": score.contiguous().cpu() for index, score in enumerate(scores)}
-    # Not `save_file`, which lets none but the owner read; stages are shared.
-    beside.write_bytes(save(named))
-    beside.replace(path)
+    with whole_file(path) as beside:
+        # Not `save_file`, which lets none but the owner read; stages are shared.
+        beside.write_bytes(save(named))
 
 
 def load_scores(path: Path) -> list[Tensor]:
@@ -107,9 +100,7 @@ def save_predictions(
         labels: (N,).
         sample_ids: (N,).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    with beside.open("wb") as stream:
+    with whole_file(path) as beside, beside.open("wb") as stream:
         np.savez(
             stream,
             logits=logits.numpy(),
@@ -117,7 +108,6 @@ def save_predictions(
             labels=np.asarray(labels),
             sample_ids=np.asarray(sample_ids),
         )
-    beside.replace(path)
 
 
 def load_predictions(path: Path) -> SavedPredictions:

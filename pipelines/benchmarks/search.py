@@ -26,7 +26,7 @@ from ..chain import run_chain
 from ..console import Console
 from ..search.results import write_results
 from ..search.sweep import SweepResult, search_recipe
-from ..search.trial import trial_name
+from ..search.trial import training_directory
 from ..search.watching import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _sweep(config: RunConfig, scheduler: str) -> SweepFigures:
 
 def _loop_seconds(result: SweepResult, trial: Trial) -> float:
     """Read what a trial's training loop took; of one that was ended early, all of its time."""
-    path = result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / RESULT
+    path = training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / RESULT
     if not path.exists():
         return trial.seconds
     return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
@@ -268,7 +268,7 @@ def _difference(whole: SweepResult, asha: SweepResult) -> Any:
         return None
     answers = [
         load_predictions(
-            result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / PREDICTIONS
+            training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / PREDICTIONS
         )
         for result, trial in ((asha, ours), (whole, theirs))
     ]

@@ -28,6 +28,7 @@ from .sizes import below_one
 
 EXPERIMENT = "benchmark"
 STAGE = "distill"
+METRICS = ("train/loss/total", "dev/accuracy")
 GOAL_REPORT_S = 5.0
 GOAL_REPORT_MB = 5.0
 MAX_REPORTED = 100
@@ -172,17 +173,21 @@ def _count(uri: str, settings: TrackingBenchmark) -> tuple[int, int]:
     finished = {run.name: run for run in reader.search("attributes.status = 'FINISHED'")}
     parents = {name: run for name, run in finished.items() if not run.parent_id}
     children = reader.children(parents.values())
+    written = [
+        (stage, METRICS) for stages in children.values() for stage in stages if stage.name == STAGE
+    ]
+    histories = reader.histories(written)
     num_lost, num_whole = 0, 0
     for number in range(settings.num_runs):
         parent = parents.get(f"run-{number:03d}")
         below = [] if parent is None else children[parent.run_id]
         stages = [stage for stage in below if stage.name == STAGE]
         num_whole += len(stages) == 1 and stages[0].status == "FINISHED"
-        for index, metric in enumerate(("train/loss/total", "dev/accuracy")):
+        for index, metric in enumerate(METRICS):
             wanted = [
                 (step, expected(number, step)[index]) for step in range(1, settings.num_steps + 1)
             ]
-            found = reader.history(stages[0], metric) if len(stages) == 1 else []
+            found = histories[stages[0].run_id].get(metric, []) if len(stages) == 1 else []
             num_lost += len(set(wanted) - set(found)) + len(found) - len(set(found))
     return num_whole, num_lost
 

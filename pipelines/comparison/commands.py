@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moe_dist.whole_files import whole_file
+
 from ..command_line import Debug, clean_errors, quieten_libraries
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -71,6 +73,7 @@ def runs(
     with clean_errors(debug=debug):
         quieten_libraries()
         from ..console import Console
+        from ..json_console import finite
         from .listing import Listing, comparison_json, comparison_tables, list_runs, list_tables
         from .selection import select_runs
 
@@ -79,7 +82,7 @@ def runs(
         if names:
             views = select_runs(names, uri=store, experiment=experiment)
             if as_json:
-                typer.echo(json.dumps(comparison_json(views), indent=1))
+                typer.echo(json.dumps(finite(comparison_json(views)), indent=1))
                 return
             for table in comparison_tables(views):
                 console.result(table)
@@ -94,7 +97,7 @@ def runs(
         )
         found = list_runs(store, experiment, listing)
         if as_json:
-            typer.echo(json.dumps([entry.as_plain() for entry in found], indent=1))
+            typer.echo(json.dumps(finite([entry.as_plain() for entry in found]), indent=1))
             return
         for table in list_tables(found, listing):
             console.result(table)
@@ -190,7 +193,5 @@ def write_page(page: str, path: Path) -> None:
         page: the document.
         path: the file; its directory is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    with whole_file(path) as beside:
+        beside.write_text(page, encoding="utf-8")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from moe_dist.errors import MissingInputError
-from moe_dist.tracking import RecordedRun, RunReader, sort_runs
+from moe_dist.tracking import SORT_PROPERTIES, RecordedRun, RunReader, sort_runs
 
 from ..console import duration
+from .documents import shown
 from .page import differing_params, result_rows
 from .views import RunView
 
@@ -75,7 +78,14 @@ def list_runs(uri: str, experiment: str, listing: Listing) -> list[Entry]:
         TrackingError: if the store cannot be used, or the filter is not understood.
     """
     reader = RunReader(uri, experiment)
-    found = reader.search(listing.where, parents_only=not listing.everything)
+    newest = listing.sort == "started" and not listing.ascending and not listing.everything
+    found = reader.search(
+        listing.where,
+        limit=listing.limit if newest else None,
+        parents_only=not listing.everything,
+    )
+    if found:
+        _check_key(listing.sort, found)
     ordered = sort_runs(found, listing.sort, ascending=listing.ascending)
     if not listing.everything:
         return [Entry(run) for run in ordered[: listing.limit]]
@@ -94,6 +104,20 @@ def list_runs(uri: str, experiment: str, listing: Listing) -> list[Entry]:
     for run in roots[: listing.limit]:
         visit(run, 0)
     return entries
+
+
+def _check_key(key: str, runs: Sequence[RecordedRun]) -> None:
+    known = {*SORT_PROPERTIES}
+    for run in runs:
+        known |= {*run.metrics, *run.params, *run.tags}
+    if key not in known:
+        near = get_close_matches(key, known)
+        raise MissingInputError(
+            f"none of these runs has {key!r}, which they are to be sorted by.",
+            remedy=f"did you mean {' or '.join(near)}?"
+            if near
+            else "name a metric, a parameter or a tag of theirs.",
+        )
 
 
 def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
@@ -134,16 +158,16 @@ def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
     for name in ("run", "id", "state", "started", "time"):
         table.add_column(name, no_wrap=name in ("run", "id", "started"))
     for name in columns:
-        table.add_column(name, justify="right" if name not in tags else "left")
+        table.add_column(_text(name), justify="right" if name not in tags else "left")
     for entry in entries:
         run = entry.run
         table.add_row(
-            f"{'  ' * entry.depth}{run.name}",
-            run.run_id[:SHORT_ID],
+            _text(f"{'  ' * entry.depth}{run.name}"),
+            _text(run.run_id[:SHORT_ID]),
             run.status.lower(),
             datetime.fromtimestamp(run.started_s).strftime("%Y-%m-%d %H:%M"),
             "" if run.ended_s is None else duration(run.ended_s - run.started_s),
-            *(_shown(run, name) for name in columns),
+            *(_text(_shown(run, name)) for name in columns),
         )
     return [table]
 
@@ -162,18 +186,18 @@ def comparison_tables(views: Sequence[RunView]) -> list[Table]:
     )
     settings.add_column("setting")
     for view in views:
-        settings.add_column(view.name, overflow="fold")
+        settings.add_column(_text(view.name), overflow="fold")
     for key in differing_params(views):
-        settings.add_row(key, *(view.params.get(key, "") for view in views))
+        settings.add_row(_text(key), *(_text(view.params.get(key, "")) for view in views))
     columns, rows = result_rows(views, {})
     results = Table(
         title="what came out", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     results.add_column("student", overflow="fold")
     for name in columns:
-        results.add_column(name, justify="right")
+        results.add_column(_text(name), justify="right")
     for row in rows:
-        results.add_row(row.name, *(cell.text for cell in row.cells))
+        results.add_row(_text(row.name), *(_text(cell.text) for cell in row.cells))
     return [settings, results]
 
 
@@ -212,6 +236,11 @@ def _plain_model(label: str, model: Any) -> Mapping[str, Any]:
         "interval": model.interval,
         **model.entry,
     }
+
+
+def _text(text: str) -> Text:
+    """Show a foreign text as it is, and not as markup."""
+    return Text(shown(text))
 
 
 def _shown(run: RecordedRun, name: str) -> str:

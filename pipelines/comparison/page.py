@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from moe_dist.redaction import hide_secrets
 from ..console import duration
 from ..plots import COLOURS
 from ..report import quantity
+from .documents import shown
 from .svg import Dot, Line, Span, heat_map, line_chart, scatter, spans
 from .views import ModelView, RunView, quality
 
@@ -89,6 +92,7 @@ def render_page(views: Sequence[RunView], title: str = "Runs compared") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["csp_source"] = csp_source
     with_loads = [view for view in views if view.loads]
     page = environment.get_template(TEMPLATE).render(
         title=title,
@@ -119,7 +123,20 @@ def render_page(views: Sequence[RunView], title: str = "Runs compared") -> str:
         num_without_heat_map=max(0, len(with_loads) - MAX_HEAT_MAPS),
         num_coloured=min(len(views), len(COLOURS)),
     )
-    return hide_secrets(page)
+    return shown(hide_secrets(page), kept="\n")
+
+
+def csp_source(script: str) -> str:
+    """Name a script in a content security policy, so that the browser runs no other.
+
+    Args:
+        script: its text.
+
+    Returns:
+        The source expression, without quotes.
+    """
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def differing_params(views: Sequence[RunView]) -> list[str]:
@@ -232,7 +249,9 @@ def curve_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[
             name = f"{view.name} · {label}" if label else view.name
             for metric, (steps, values) in curves.items():
                 lines.setdefault(metric, []).append(Line(name, steps, values, colour))
-    ordered = sorted(lines, key=lambda name: (not name.startswith("dev/"), "total" not in name))
+    ordered = sorted(
+        lines, key=lambda name: (not name.startswith(("dev/", "holdout/")), "total" not in name)
+    )
     figures = []
     for metric in ordered:
         values = [y for line in lines[metric] for y in line.ys if math.isfinite(y)]

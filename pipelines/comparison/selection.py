@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moe_dist.errors import MissingInputError
-from moe_dist.tracking import RecordedRun, RunReader
+from moe_dist.tracking import RecordedRun, RunReader, recorded_id
 
-from .views import TRIAL_TAG, RunView, read_directory, read_recorded
+from .views import (
+    TRIAL_TAG,
+    RunView,
+    curve_metrics,
+    holds_run,
+    read_directory,
+    read_recorded,
+)
 
 SHORT_ID = 6
 
@@ -20,7 +28,7 @@ def select_runs(names: Sequence[str], *, uri: str, experiment: str = "") -> list
 
     Args:
         names: output directories, ids (their beginning is enough) or names of runs. A sweep
-            stands for its trials.
+            stands for its trials; its directory and a trial's are looked up in the store.
         uri: the tracking store, asked for what is no directory.
         experiment: where to look there; empty for everywhere.
 
@@ -31,21 +39,36 @@ def select_runs(names: Sequence[str], *, uri: str, experiment: str = "") -> list
         MissingInputError: naming every run that was not found.
         TrackingError: if the store cannot be used.
     """
-    wanted = list(dict.fromkeys(names))
-    views = [read_directory(Path(name)) for name in wanted if Path(name).is_dir()]
-    asked = [name for name in wanted if not Path(name).is_dir()]
+    views: dict[Path, RunView] = {}
+    asked: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        path = Path(name)
+        known = recorded_id(path) if _is_directory(path) else ""
+        if _is_directory(path) and (holds_run(path) or (os.sep in name and not known)):
+            views.setdefault(path.resolve(), read_directory(path))
+        else:
+            # A sweep and a trial have no recipe of their own, but the store knows them. And a run
+            # may be called like a directory that has nothing to do with it.
+            asked[name] = known or name
     if not asked:
-        return _told_apart(views)
+        return _told_apart(list(views.values()))
     reader = RunReader(uri, experiment)
-    found = reader.find(asked)
-    missing = [name for name in asked if name not in found]
+    found = reader.find(list(asked.values()))
+    missing = [name for name, key in asked.items() if key not in found]
     if missing:
         raise MissingInputError(
             f"no run is called {', '.join(map(repr, missing))}, and no directory is.",
-            remedy="see `moe-dist runs` for names and ids; give an output directory as "
-            "OUTPUT_DIR/NAME.",
+            remedy="see `moe-dist runs` for names and ids, of which a beginning that no other has "
+            "is enough; give an output directory as OUTPUT_DIR/NAME.",
         )
-    return _told_apart([*views, *_read_all(reader, list(found.values()))])
+    return _told_apart([*views.values(), *_read_all(reader, list(found.values()))])
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # Longer than a file's name may be.
+        return False
 
 
 def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:
@@ -63,7 +86,10 @@ def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:
             chosen[trial.run_id] = (trial, grandchildren[trial.run_id])
         if not trials:
             chosen[run.run_id] = (run, children[run.run_id])
-    return [read_recorded(reader, run, stages) for run, stages in chosen.values()]
+    histories = reader.histories(
+        (one, curve_metrics(one)) for run, stages in chosen.values() for one in (run, *stages)
+    )
+    return [read_recorded(reader, run, stages, histories) for run, stages in chosen.values()]
 
 
 def _told_apart(views: Sequence[RunView]) -> list[RunView]:

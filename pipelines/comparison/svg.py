@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
+from rich.cells import cell_len, set_cell_size
 
 from ..plots import short_layer_name
 
@@ -374,4 +375,7 @@ def _svg(parts: Sequence[str], *, height: int = HEIGHT) -> Markup:
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Shorten a text to so many columns; wide characters take two."""
+    if cell_len(text) <= length:
+        return text
+    return set_cell_size(text, length - 1).rstrip() + "…"

@@ -20,16 +20,17 @@ from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
 from .. import report
 from ..chain import RECIPE_NAME
 from ..replacement import FINISHED
+from ..search.trial_stages import TRIAL_PREFIX
 from ..stage import METRIC_LOG
 from ..stages import distill, evaluate
 from ..workspace import COMPARE_DIRECTORY
+from .documents import clean_loads, clean_report, number
 
 TRIAL_TAG = "trial"
-TRIAL_PREFIX = "trial/"
 QUALITY = "quality"
 
 Series = tuple[list[int], list[float]]
-CURVE_PREFIXES = ("train/loss/", "dev/", "moe/load_imbalance_worst")
+CURVE_PREFIXES = ("train/loss/", "dev/", "holdout/", "moe/load_imbalance_worst")
 # They say where and under which name a run was recorded, not what it did.
 PRIVATE_PARAMS = ("name", "output_dir", "tracking")
 
@@ -95,8 +96,19 @@ def quality(entry: Mapping[str, Any], metric: str) -> float | None:
     Returns:
         The value; None where it is missing or no number.
     """
-    value = entry.get("metrics", {}).get(metric)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return number(entry.get("metrics", {}).get(metric))
+
+
+def holds_run(directory: Path) -> bool:
+    """Tell whether a directory is the output of a chain.
+
+    Args:
+        directory: any.
+
+    Returns:
+        Whether it has a recipe.
+    """
+    return (directory / RECIPE_NAME).is_file()
 
 
 def read_directory(directory: Path) -> RunView:
@@ -111,12 +123,12 @@ def read_directory(directory: Path) -> RunView:
     Raises:
         MissingInputError: if no run left its files there.
     """
-    if not (directory / RECIPE_NAME).is_file():
+    if not holds_run(directory):
         raise MissingInputError(
             f"{directory} is no run's directory: it has no {RECIPE_NAME}.",
             remedy="give OUTPUT_DIR/NAME of a run, its MLflow run id, or its name.",
         )
-    recipe = yaml.safe_load((directory / RECIPE_NAME).read_text(encoding="utf-8"))
+    recipe = _read_recipe(directory / RECIPE_NAME)
     found = read_json(directory / report.JSON_NAME)
     measured = read_json(directory / evaluate.NAME / FINISHED)
     places = {"": directory / distill.NAME}
@@ -136,13 +148,31 @@ def read_directory(directory: Path) -> RunView:
     )
 
 
-def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[RecordedRun]) -> RunView:
+def curve_metrics(run: RecordedRun) -> list[str]:
+    """List the metrics that are drawn as learning curves.
+
+    Args:
+        run: a run, or a stage of one.
+
+    Returns:
+        Their names.
+    """
+    return [name for name in run.metrics if name.startswith(CURVE_PREFIXES)]
+
+
+def read_recorded(
+    reader: RunReader,
+    run: RecordedRun,
+    children: Sequence[RecordedRun],
+    histories: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+) -> RunView:
     """Read a run from the tracking server.
 
     Args:
         reader: the connection.
         run: the chain's run.
         children: those of its stages; of several for one stage the newest counts.
+        histories: how the `curve_metrics` of all of them went, by run id.
 
     Returns:
         What the server knows.
@@ -152,18 +182,10 @@ def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[Record
     for name, child in stages.items():
         stage, _, label = name.partition("/")
         if stage == distill.NAME:
-            curves[label] = {
-                metric: _series(reader.history(child, metric))
-                for metric in child.metrics
-                if metric.startswith(CURVE_PREFIXES)
-            }
+            curves[label] = _curves(histories[child.run_id])
     if not curves:
-        # A trial of a sweep trains in its own run.
-        curves[""] = {
-            metric: _series(reader.history(run, metric))
-            for metric in run.metrics
-            if metric.startswith(CURVE_PREFIXES)
-        }
+        # Trials of earlier versions trained in their own run.
+        curves[""] = _curves(histories[run.run_id])
     evaluated = stages.get(evaluate.NAME)
     is_trial = TRIAL_TAG in run.tags
     return _view(
@@ -172,7 +194,7 @@ def read_recorded(reader: RunReader, run: RecordedRun, children: Sequence[Record
         status=run.status,
         params=run.params,
         found=trial_report(run) if is_trial else reader.read_json(run, report.JSON_NAME),
-        measured={} if evaluated is None else reader.read_json(evaluated, FINISHED),
+        measured={} if evaluated is None or is_trial else reader.read_json(evaluated, FINISHED),
         curves=curves,
     )
 
@@ -223,15 +245,14 @@ def _view(
     measured: Mapping[str, Any],
     curves: Mapping[str, Mapping[str, Series]],
 ) -> RunView:
+    found = clean_report(found)
     teacher = found.get(evaluate.TEACHER, {})
-    metric = str(found.get("main_metric", ""))
+    metric = found.get("main_metric", "")
     models = []
     if found:
-        labels = {evaluate.STUDENT: "", **{label: label for label in found["comparisons"]}}
-        main = found[evaluate.STUDENT]
-        for key, label in labels.items():
-            entry = found[key]
-            difference = found["differences"].get(evaluate.TEACHER) if entry is main else None
+        for label in ("", *found["comparisons"]):
+            entry = found[label or evaluate.STUDENT]
+            difference = None if label else found["differences"].get(evaluate.TEACHER)
             models.append(
                 ModelView(label, entry, entry.get("retention"), _interval(teacher, difference))
             )
@@ -244,7 +265,7 @@ def _view(
         teacher=teacher,
         models=tuple(models),
         curves={label: dict(series) for label, series in curves.items() if series},
-        loads=measured.get("details", {}).get("expert_loads", {}),
+        loads=clean_loads(measured),
         seconds=found.get("seconds", {}),
     )
 
@@ -255,7 +276,7 @@ def _interval(
     """Turn the interval of a difference to the teacher into one of the retention."""
     if difference is None:
         return None
-    base = quality(teacher, difference["metric"])
+    base = quality(teacher, str(difference.get("metric")))
     if not base:
         return None
     return 1 + difference["low"] / base, 1 + difference["high"] / base
@@ -263,6 +284,19 @@ def _interval(
 
 def _is_private(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in PRIVATE_PARAMS)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise MissingInputError(
+            f"{path} is no recipe that can be read.",
+            remedy="give the output directory of another run, or a run's id or name.",
+        )
+    return recipe
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -290,5 +324,10 @@ def _read_curves(log: Path) -> dict[str, Series]:
     return {name: _series(list(values.items())) for name, values in points.items()}
 
 
+def _curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Series]:
+    return {metric: _series(points) for metric, points in history.items()}
+
+
 def _series(points: Sequence[tuple[int, float]]) -> Series:
-    return [step for step, _ in points], [value for _, value in points]
+    finite = [(step, number(value)) for step, value in points]
+    return [step for step, _ in points], [math.nan if y is None else y for _, y in finite]

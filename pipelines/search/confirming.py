@@ -19,7 +19,7 @@ from moe_dist.training.driver import RaySession
 from moe_dist.training.search import Ruling, TrialRoom, run_sweep
 
 from .teachers import TeacherFacts, teacher_key
-from .trial import TrialRunner, main_metric, trial_name
+from .trial import TrialRunner, main_metric, training_directory
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -238,7 +238,7 @@ def compare_answers(
 
     try:
         answers = [
-            load_predictions(directory / trial_name(number + is_baseline) / PREDICTIONS)
+            load_predictions(training_directory(directory, number + is_baseline) / PREDICTIONS)
             for number in pairs
             for is_baseline in (False, True)
         ]

@@ -16,13 +16,14 @@ from moe_dist.search.importance import key_importance
 from moe_dist.search.objectives import pareto_front
 from moe_dist.search.trials import BASELINE, Trial, rank_trials
 from moe_dist.tracking import scrub
+from moe_dist.whole_files import whole_file
 
 from ..console import duration
 from ..report import quantity
 from ..stage import write_json
 from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
-from .trial import choosing_split, main_metric, trial_name
+from .trial import choosing_split, main_metric, training_directory
 from .watching import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
@@ -101,12 +102,10 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
     shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
-    shared.parent.mkdir(exist_ok=True)
     for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
         text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        beside = path.with_name(BEST_NAME + ".partial")
-        beside.write_text(hide_secrets(text), encoding="utf-8")
-        beside.replace(path)
+        with whole_file(path) as beside:
+            beside.write_text(hide_secrets(text), encoding="utf-8")
     return shared
 
 
@@ -153,9 +152,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> Path:
             for name, values in columns.items()
         }
     )
-    beside = path.with_name(path.name + ".partial")
-    parquet.write_table(table, beside)
-    beside.replace(path)
+    with whole_file(path) as beside:
+        parquet.write_table(table, beside)
     return path
 
 
@@ -226,7 +224,7 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
     try:
         ours, theirs = (
             load_predictions(
-                result.directory / TRIALS_DIRECTORY / trial_name(trial.number) / PREDICTIONS
+                training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / PREDICTIONS
             )
             for trial in (best, baseline)
         )

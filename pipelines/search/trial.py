@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
 
-from ..payloads import data_arguments, training_job
-from ..stages.adapt import convert
+from ..payloads import data_arguments, distill_settings, training_job, training_settings
+from ..stages.adapt import adapt_settings, convert
 from .rungs import rung_steps
+from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import Trial
@@ -120,12 +121,7 @@ class TrialRunner:
         student = config.model_copy(update={"seed": seed})
         facts = self.teachers[key]
         trial = _OneTrial(student, config.seed, warm, facts, self.rungs, self.split, say)
-        directory = Path(self.directory) / trial_name(task["number"])
-        directory.mkdir(parents=True, exist_ok=True)
-        if task["in_place"]:
-            trial.train_here(directory)
-        else:
-            trial.train_on_workers(directory)
+        trial.run(Path(self.directory) / trial_name(task["number"]), in_place=task["in_place"])
 
 
 def trial_name(number: int) -> str:
@@ -138,6 +134,19 @@ def trial_name(number: int) -> str:
         For example `trial-0007`.
     """
     return f"trial-{number:04d}"
+
+
+def training_directory(trials: Path, number: int) -> Path:
+    """Name the place of what a trial's training left: metric log, figures, dev predictions.
+
+    Args:
+        trials: the directory of the sweep's trials.
+        number: the trial's.
+
+    Returns:
+        The directory.
+    """
+    return trials / trial_name(number) / DISTILL
 
 
 def main_metric(trial: Trial) -> str:
@@ -190,12 +199,24 @@ class _OneTrial:
     split: Split
     say: Say
 
-    def train_here(self, directory: Path) -> None:
+    def run(self, directory: Path, *, in_place: bool) -> None:
+        """Make a student, count what it costs, and train it: each a stage of the trial."""
+        stages = StageLog(directory)
+        with stages.stage(ADAPT, adapt_settings(self.config)):
+            student = self._student()
+        with stages.stage(EVALUATE, {"seq_len": self._seq_len}):
+            costs = self._costs(student)
+        train = self._train_here if in_place else self._train_on_workers
+        settings = training_settings(self.config, self.config.train)
+        settings["distill"] = distill_settings(self.config.distill)
+        with stages.stage(DISTILL, settings) as place:
+            train(student, costs, place)
+
+    def _train_here(self, student: Any, costs: Mapping[str, float], directory: Path) -> None:
         """Train in this process: no checkpoints, no saved model, only figures and answers."""
         from moe_dist.training.jobs import distill
 
-        student = self._student()
-        costs, steps = self._costs(student), self._steps()
+        steps = self._steps()
         distill(
             student,
             self.warm.teacher,
@@ -205,7 +226,7 @@ class _OneTrial:
             keep=False,
         )
 
-    def train_on_workers(self, directory: Path) -> None:
+    def _train_on_workers(self, student: Any, costs: Mapping[str, float], directory: Path) -> None:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
         import shutil
 
@@ -214,8 +235,7 @@ class _OneTrial:
         from moe_dist.training.driver import run_on_workers
         from moe_dist.training.jobs import distill_job
 
-        student = self._student()
-        costs, steps = self._costs(student), self._steps()
+        steps = self._steps()
         save_model(student, directory / STUDENT, tokenizer=self.warm.data.tokenizer)
         tail = MetricTail(directory / "metrics.jsonl")
 
@@ -270,21 +290,24 @@ class _OneTrial:
         payload |= {"keep_predictions": True, "eval_split": self.split}
         return payload
 
+    @property
+    def _seq_len(self) -> int:
+        return min(LATENCY_SEQ_LEN, self.config.model.max_length)
+
     def _costs(self, student: Any) -> dict[str, float]:
         """Count what the student costs; its weights do not matter for that."""
         from moe_dist.inference.profile import count_parameters, flops_per_token
 
-        seq_len = min(LATENCY_SEQ_LEN, self.config.model.max_length)
         parameters = count_parameters(student)
         costs = {
-            "flops": float(flops_per_token(student, seq_len).total),
+            "flops": float(flops_per_token(student, self._seq_len).total),
             "parameters": float(parameters.total),
             "active_parameters": float(parameters.active),
         }
         if self.facts.latency_ms is not None:
             batch_size = self.config.search.latency_batch_size
             device = next(self.warm.teacher.parameters()).device
-            ratio = latency_ratio(student.to(device), self.warm.teacher, batch_size, seq_len)
+            ratio = latency_ratio(student.to(device), self.warm.teacher, batch_size, self._seq_len)
             costs["latency"] = self.facts.latency_ms * ratio
         return costs
 

@@ -18,6 +18,7 @@ from ..console import duration
 from ..fingerprints import value_digest
 from .teachers import teacher_key
 from .trial import trial_name
+from .trial_stages import TRIAL_PREFIX, TrialStages, clear_stages
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 TRIALS_DIRECTORY = "trials"
+FOLLOW_S = 1.0
 TAGGED = ("moe.router", "moe.partition", "moe.num_shared_neurons", "seed")
 
 
@@ -64,6 +66,8 @@ class Supervisor:
         self._metric, self._mode = next(iter(config.search.wanted.items()))
         self._points: dict[int, Point] = {}
         self._runs: dict[int, TrackedRun] = {}
+        self._stages: dict[int, TrialStages] = {}
+        self._followed = 0.0
         self._seconds: dict[int, float] = {}
         self._again = [number for number, trial in log.trials.items() if not trial.is_over]
         self._next = 1 + max(log.trials, default=BASELINE)
@@ -107,6 +111,7 @@ class Supervisor:
         if point is None:
             return None
         self._points[number] = point
+        clear_stages(self._trial_directory(number))
         return {
             "number": number,
             "overrides": point.overrides,
@@ -121,6 +126,9 @@ class Supervisor:
         self._log.started(number, point.drawn, point.overrides)
         settings = point_settings(self._config, point.overrides)
         run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
+        self._stages[number] = TrialStages(
+            run, self._trial_directory(number), _fingerprint(number, point.overrides)
+        )
         tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
         run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
@@ -130,6 +138,9 @@ class Supervisor:
         """Note what a trial measured."""
         self._seconds[number] = seconds
         self._log.reported(number, report, num_steps)
+        self._stages[number].measured(report.step, report.metrics)
+        measured = {f"{TRIAL_PREFIX}{name}": value for name, value in report.metrics.items()}
+        self._runs[number].log_metrics(report.step, measured)
         value = report.metrics.get(self._metric, math.nan)
         self._console.note(
             f"{trial_name(number)}: step {report.step}/{num_steps}  {self._metric} {value:.4g}"
@@ -140,16 +151,16 @@ class Supervisor:
         """Note that a trial is over, or that it failed."""
         trial = self._log.trials[number]
         is_whole = trial.num_steps > 0 and trial.steps_done >= trial.num_steps
-        run = self._runs[number]
+        run, stages = self._runs[number], self._stages.pop(number)
         if not message and not is_whole and self._time_is_up:
             # Not its fault: it goes on when the sweep does.
+            stages.end("KILLED")
             run.__exit__(KeyboardInterrupt, None, None)
             return
         seconds = self._seconds.get(number, 0.0)
         status: Status = "failed" if message else "finished" if is_whole else "stopped"
         self._log.ended(number, status, seconds, message)
-        if trial.reports:
-            run.log_metrics(trial.steps_done, {f"trial/{k}": v for k, v in trial.metrics.items()})
+        stages.end("FAILED" if message else "FINISHED")
         run.set_tags({"trial_status": status} | ({"failure": message[:500]} if message else {}))
         run.__exit__(RuntimeError if message else None, None, None)
         self._proposer.tell(trial)
@@ -163,7 +174,11 @@ class Supervisor:
             self._console.note(f"{trial_name(number)}: ended early, after {duration(seconds)}")
 
     def is_time_up(self) -> bool:
-        """Tell whether the time budget is spent."""
+        """Tell whether the time budget is spent; asked all the time while trials run."""
+        if time.monotonic() - self._followed > FOLLOW_S:
+            for stages in self._stages.values():
+                stages.follow()
+            self._followed = time.monotonic()
         budget = self._config.search.time_budget_s
         if not self._time_is_up and budget is not None and self.seconds > budget:
             self._time_is_up = True
@@ -175,6 +190,8 @@ class Supervisor:
         for number, run in self._runs.items():
             if self._log.trials[number].status == "running":
                 with suppress(Exception):
+                    if number in self._stages:
+                        self._stages[number].end("KILLED")
                     run.__exit__(KeyboardInterrupt, None, None)
 
     def mark_best(self, best: int) -> None:
@@ -185,7 +202,7 @@ class Supervisor:
         """
         for number, trial in self._log.trials.items():
             run = self._runs.get(number)
-            mark = self._directory / TRIALS_DIRECTORY / trial_name(number) / "best"
+            mark = self._trial_directory(number) / "best"
             if run is None:
                 # An earlier part of the sweep ran it, and may have marked it.
                 if number == best or mark.exists():
@@ -203,10 +220,13 @@ class Supervisor:
     ) -> TrackedRun:
         return self._tracker.stage(
             trial_name(number),
-            self._directory / TRIALS_DIRECTORY / trial_name(number),
+            self._trial_directory(number),
             params=dict(drawn) or {"point": "the recipe as it stands"},
-            fingerprint=value_digest([number, dict(overrides)]),
+            fingerprint=_fingerprint(number, overrides),
         )
+
+    def _trial_directory(self, number: int) -> Path:
+        return self._directory / TRIALS_DIRECTORY / trial_name(number)
 
     def _is_spent(self) -> bool:
         budget = self._config.search.worker_budget_s
@@ -231,6 +251,10 @@ class Supervisor:
     def _best_words(self) -> str:
         best = self._log_best()
         return "" if best is None else f"  (best {best:.4g})"
+
+
+def _fingerprint(number: int, overrides: Mapping[str, Any]) -> str:
+    return value_digest([number, dict(overrides)])
 
 
 def _at(settings: Mapping[str, Any], path: str) -> Any:

@@ -99,6 +99,7 @@ class Place:
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.directory),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
             "OMP_NUM_THREADS": "1",
             MARKER: self._id,
         }

@@ -62,7 +62,7 @@ class Run:
         self.board = MarkBoard(records)
         self.board.plan(marks)
         shutil.copytree(prepared, self.directory)
-        tracking = {"uri": place.tracking_uri, "experiment": name}
+        tracking = {"uri": place.tracking_uri, "experiment": name, "log_models": False}
         self._recipe = records / "recipe.yaml"
         settings = recipe | {"output_dir": str(output_dir), "tracking": tracking}
         self._recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")

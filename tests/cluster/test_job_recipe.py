@@ -62,6 +62,22 @@ def test_without_the_source_the_image_has_the_program(make: Make, tmp_path: Path
     assert words[:3] == ["python", "-m", "moe_dist._pipelines"]
 
 
+def test_a_credential_that_an_override_replaces_is_sent_all_the_same(make: Make) -> None:
+    planted = {"uri": "http://ann:planted@host:5000"}
+    settings = LASTING | {"data": DATA, "tracking": planted}
+    (fault,) = make(settings, ["tracking.uri=http://host:5000"]).faults()
+    assert fault.startswith("mine.yaml is sent as it is") and "planted" not in fault
+
+
+def test_half_a_program_is_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "checkout/moe_dist").mkdir()
+    (tmp_path / "checkout/moe_dist/__init__.py").touch()
+    assert make(LASTING | {"data": DATA}).faults() == []
+    (tmp_path / "checkout/pipelines/__main__.py").unlink()
+    (fault,) = make(LASTING | {"data": DATA}).faults()
+    assert "without pipelines/" in fault
+
+
 def test_a_tracking_uri_of_the_environment_is_handed_on(make: Make) -> None:
     settings = {"output_dir": "/shared", "data": DATA}
     recipe = make(settings, MLFLOW_TRACKING_URI="http://host:1")
@@ -112,10 +128,14 @@ def test_files_that_only_the_cluster_has_are_named(make: Make) -> None:
         "tracking.uri=http://host/?token=planted",
         "data.train=/shared/train.tsv?token=planted",
         "output_dir=s3://bucket/x?secret=planted",
+        "data.name=hf_plantedplantedplanted",
+        "compare.other={data.train: 'https://ann:planted@host/x'}",
+        "data.text_columns=[text, 'https://ann:planted@host/x']",
     ],
 )
 def test_credentials_are_refused_and_not_repeated(make: Make, override: str) -> None:
     faults = make(LASTING | {"data": DATA}, [override]).faults()
     assert len(faults) == 1
     assert faults[0].startswith(override.partition("=")[0])
+    assert "holds a" in faults[0]
     assert "planted" not in faults[0]

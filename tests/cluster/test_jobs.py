@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import jobs
-from moe_dist.errors import ClusterError
+from moe_dist.errors import ClusterError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,18 @@ from moe_dist.errors import ClusterError
 )
 def test_addresses_are_completed(given: str, normal: str) -> None:
     assert jobs.normal_address(given) == normal
+
+
+@pytest.mark.parametrize("address", ["", "http://", "//", "http://:8265", "head:99999", "a:b:c"])
+def test_an_address_without_a_host_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"--address .* names no host"):
+        jobs.normal_address(address)
+
+
+def test_a_password_in_a_wrong_address_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        jobs.normal_address("ann:planted@head:99999")
+    assert "planted" not in str(caught.value)
 
 
 def test_only_plain_http_to_elsewhere_shows_the_token() -> None:

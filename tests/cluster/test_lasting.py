@@ -27,7 +27,8 @@ def faults(output_dir: str, uri: str | None, num_nodes: int = 1) -> list[str]:
     [
         ("/shared/outputs", "http://10.0.0.1:5000", 3),
         ("s3://bucket/outputs", "https://tracking", 3),
-        ("gs:/bucket/outputs", None, 3),
+        ("gs://bucket/outputs", None, 3),
+        ("file:///shared/outputs", None, 3),
         ("/shared/outputs", "postgresql://db/mlflow", 3),
         ("/shared/outputs", "sqlite:////shared/mlflow.db", 1),
         ("/job/copy-of-another", None, 3),
@@ -47,6 +48,9 @@ def test_what_lasts_is_accepted(output_dir: str, uri: str | None, num_nodes: int
         ("/job/copy/outputs", "lies in /job/copy"),
         ("/job/other/../copy/outputs", "lies in /job/copy"),
         ("/tmp/ray/outputs", "lies in /tmp/ray"),
+        ("file:///job/copy/outputs", "lies in /job/copy"),
+        ("file://outputs", "not an absolute path"),
+        ("s3:/bucket/outputs", "not an absolute path"),
     ],
 )
 def test_results_that_end_with_the_job_are_refused(output_dir: str, words: str) -> None:
@@ -61,6 +65,9 @@ def test_results_that_end_with_the_job_are_refused(output_dir: str, words: str) 
         ("sqlite:///mlflow.db", 1, "not an absolute path"),
         ("sqlite:////job/copy/mlflow.db", 1, "lies in /job/copy"),
         ("sqlite:////shared/mlflow.db", 2, "the cluster has 2 nodes"),
+        ("sqlite+pysqlite:///mlflow.db", 1, "not an absolute path"),
+        ("sqlite+pysqlite:////shared/mlflow.db", 2, "the cluster has 2 nodes"),
+        ("sqlite://", 1, "not an absolute path"),
     ],
 )
 def test_records_that_end_with_the_job_are_refused(uri: str, num_nodes: int, words: str) -> None:

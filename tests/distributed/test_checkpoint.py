@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from moe_dist.distributed import (
     checkpoint_files,
     list_checkpoints,
     load_checkpoint,
+    manifest,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -61,14 +63,14 @@ def test_directory_holds_what_is_documented(tmp_path: Path, engine: TrainEngine)
     moments = load_file(place / "optimizer.safetensors")
     trained = {n for n, p in engine.module.named_parameters() if p.requires_grad}
     assert moments.keys() == {f"{m}.{n}" for n in trained for m in ("exp_avg", "exp_avg_sq")}
-    manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest["experts"].keys() == {
+    written = json.loads((place / "manifest.json").read_text())
+    assert written["experts"].keys() == {
         f"{layer}.{expert}" for layer in ("gated", "hashed") for expert in range(4)
     }
     changed = {**model, "gated.experts.w_in": model["gated.experts.w_in"].clone()}
     changed["gated.experts.w_in"][2, 0, 0] += 1
     before, after = (numbered(stored_digests(state, ["gated"])) for state in (model, changed))
-    assert before.items() <= manifest["experts"].items()
+    assert before.items() <= written["experts"].items()
     assert {key for key in before if before[key] != after[key]} == {"gated.2"}
 
 
@@ -95,6 +97,49 @@ def test_damaged_file_is_named_and_the_one_before_is_used(
     assert f"{newest / name} is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "damaged"),
+    [
+        ('"bytes"', '"bytfs"'),
+        ('"sha256"', '"sha25"'),
+        ('"files": {', '"filfs": {'),
+        ('"experts": {', '"experts_": {'),
+        ('"gated.2"', '"gated.x"'),
+        ('"format_version": 1', '"format_version": 7'),
+    ],
+)
+def test_a_damaged_manifest_is_a_damaged_checkpoint(
+    tmp_path: Path, engine: TrainEngine, text: str, damaged: str
+) -> None:
+    save_checkpoint(tmp_path, engine, step=1, state={})
+    path = save_checkpoint(tmp_path, engine, step=2, state={}) / "manifest.json"
+    content = path.read_text()
+    assert text in content
+    path.write_text(content.replace(text, damaged))
+    with pytest.raises(CheckpointError, match=r"manifest\.json (is damaged|has format_version 7)"):
+        verify_checkpoint(path.parent)
+    assert load_checkpoint(tmp_path, engine) == {"step": 1}
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_checkpoint(
+    tmp_path: Path, engine: TrainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with bad blocks."""
+    save_checkpoint(tmp_path, engine, step=1, state={})
+    newest = save_checkpoint(tmp_path, engine, step=2, state={})
+    read = manifest.file_digest
+
+    def bad_block(path: Path) -> str:
+        if path.parent == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(manifest, "file_digest", bad_block)
+    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read: .*Input/output"):
+        verify_checkpoint(newest)
+    assert load_checkpoint(tmp_path, engine) == {"step": 1}
+
+
 def test_truncated_missing_and_all_damaged(tmp_path: Path, engine: TrainEngine) -> None:
     """A cut file says its sizes, a lost one that it is lost; with no good one left, an error."""
     place = save_checkpoint(tmp_path, engine, step=1, state={})
@@ -110,10 +155,11 @@ def test_truncated_missing_and_all_damaged(tmp_path: Path, engine: TrainEngine) 
         load_checkpoint(place, engine)
 
 
-def test_pickles_are_refused(tmp_path: Path, engine: TrainEngine) -> None:
+@pytest.mark.parametrize("name", ["extra.pt", "model.BIN"])
+def test_pickles_are_refused(tmp_path: Path, engine: TrainEngine, name: str) -> None:
     """A file that could run code is not even tolerated beside the others."""
     place = save_checkpoint(tmp_path, engine, step=1, state={})
-    (place / "extra.pt").write_bytes(b"anything")
+    (place / name).write_bytes(b"anything")
     with pytest.raises(CheckpointError, match="may be a pickle"):
         load_checkpoint(place, engine)
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from moe_dist.errors import ConfigError
 from pipelines.cli import app
+from pipelines.command_line import clean_errors
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -120,3 +123,22 @@ def test_a_dry_run_says_what_it_could_not_know(
     assert result.exit_code == 0, result.output
     assert "not known: parameters" in result.output
     assert "steps, student" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "debug", "code"),
+    [
+        (ConfigError(["data.train=https://me:hunter2@host/x"]), True, 2),
+        (ConfigError(["data.train=https://me:hunter2@host/x"]), False, 2),
+        (RuntimeError("GET https://me:hunter2@host/x"), False, 1),
+    ],
+)
+def test_errors_and_tracebacks_tell_no_credentials(
+    error: Exception, debug: bool, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as stopped, clean_errors(debug=debug):
+        raise error
+    said = capsys.readouterr().err
+    assert stopped.value.exit_code == code
+    assert "host/x" in said and "hunter2" not in said
+    assert ("Traceback" in said) == (debug or code == 1)

@@ -65,6 +65,16 @@ def test_a_table_names_the_remedy(write_recipe: Write, tiny_settings: dict[str, 
     assert "missing.jsonl" in result.stdout and "not ready" in result.stdout
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_no_secret_is_listed(
+    flags: list[str], write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    tiny_settings["data"]["dev"] = "/gone?token=planted"
+    result = CliRunner().invoke(app, ["preflight", str(write_recipe(tiny_settings)), *flags])
+    assert result.exit_code == 1
+    assert "/gone?token=***" in result.stdout and "planted" not in result.output
+
+
 def config_of(write_recipe: Write, settings: dict[str, Any], **parallel: Any) -> RunConfig:
     return load_config(write_recipe(settings | {"parallel": {"launcher": "ray", **parallel}}))
 

@@ -276,10 +276,12 @@ def test_withheld_rows_choose_and_the_dev_rows_confirm(
     assert splits.holdout is not None
 
     directory = tmp_path / "outputs/tiny/search"
-    chosen = load_predictions(directory / "trials/trial-0001/predictions.npz")
+    chosen = load_predictions(directory / "trials/trial-0001/distill/predictions.npz")
     assert chosen.sample_ids.tolist() == splits.holdout["sample_id"][:]
     confirmed = [
-        load_predictions(directory / f"confirm/trial-0001/trial-000{number}/predictions.npz")
+        load_predictions(
+            directory / f"confirm/trial-0001/trial-000{number}/distill/predictions.npz"
+        )
         for number in range(4)
     ]
     assert all(one.sample_ids.tolist() == splits.dev["sample_id"][:] for one in confirmed)

@@ -163,9 +163,11 @@ def check_runs(directory: Path, best: int) -> None:
     experiment = client.get_experiment_by_name("moe-dist")
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = [run for run in runs if run is not parent]
     assert parent.info.run_name == "tiny search"
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    below: dict[str, list[Any]] = {}
+    for run in runs:
+        below.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run)
+    children = below[parent.info.run_id]
     trials = {int(run.data.tags["trial"]): run for run in children if "trial" in run.data.tags}
     assert set(trials) == {0, 1, 2, 3, 4} and len(children) == 7
     marked = [number for number, run in trials.items() if run.data.tags["best"] == "true"]
@@ -175,5 +177,12 @@ def check_runs(directory: Path, best: int) -> None:
         assert {"router", "partition", "num_shared_neurons", "seed", "recipe_hash"} <= set(
             run.data.tags
         )
-        assert client.get_metric_history(run.info.run_id, "dev/accuracy")
+        assert client.get_metric_history(run.info.run_id, "trial/quality")
+        stages = {stage.info.run_name: stage for stage in below[run.info.run_id]}
+        assert set(stages) == {"adapt", "evaluate", "distill"}
+        assert {stage.info.status for stage in stages.values()} == {"FINISHED"}
+        began = [stages[name].info.start_time for name in ("adapt", "evaluate", "distill")]
+        assert began == sorted(began) and stages["distill"].info.end_time >= began[-1]
+        assert client.get_metric_history(stages["distill"].info.run_id, "dev/accuracy")
+        assert client.get_metric_history(stages["evaluate"].info.run_id, "student/flops")
     assert "best/quality" in parent.data.metrics

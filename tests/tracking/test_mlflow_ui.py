@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moe_dist.tracking import build_tracker
+from moe_dist.tracking import StageNote, build_tracker
 from pipelines.benchmarks.tracking_process import log_run
 from pipelines.plots import plot_expert_load
 from tests.tracking.servers import Server
@@ -24,7 +25,7 @@ pytest.importorskip("mlflow")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-EXPERIMENT = "seen"
+EXPERIMENT, SWEEPS = "seen", "searched"
 PATIENCE_MS = 120_000
 SETTLING_MS = 1500
 ASSISTANT_MS = 20_000
@@ -51,8 +52,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         chain.log_artifact(picture, folder="plots")
         (root / "with-plot/report.md").write_text("# what came out")
         chain.log_artifact(root / "with-plot/report.md")
+    log_sweep(instance, root / "search")
     yield instance
     instance.stop()
+
+
+def log_sweep(server: Server, directory: Path) -> None:
+    """A sweep of three trials, each with its stages."""
+    tracker = build_tracker(server.uri, experiment=SWEEPS)
+    begin = time.time()
+    with tracker.chain("demo search", directory, params={"search.num_trials": 3}) as sweep:
+        for number in range(3):
+            place = directory / f"trial-000{number}"
+            with sweep.stage(place.name, place, params={"moe.top_k": number + 1}) as trial:
+                trial.set_tags({"trial": str(number), "best": str(number == 2).lower()})
+                trial.log_metrics(10, {"trial/accuracy": 0.7 + number / 20})
+                for order, name in enumerate(("adapt", "evaluate", "distill")):
+                    began = begin + 10 * number + order
+                    note = StageNote(name, place / name, "", began, began + 1, "FINISHED")
+                    trial.note_stage(note).log_metrics(10, {"dev/accuracy": 0.7 + number / 20})
 
 
 @pytest.fixture
@@ -89,11 +107,11 @@ def open_page(page: Any, url: str) -> None:
         close.click(timeout=ASSISTANT_MS)
 
 
-def runs_url(server: Server) -> str:
+def runs_url(server: Server, name: str = EXPERIMENT) -> str:
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=server.uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(name)
     return f"{server.uri}/#/experiments/{experiment.experiment_id}/runs"
 
 
@@ -104,6 +122,20 @@ def test_a_chain_unfolds_into_its_stages(server: Server, page: Any, keep: Any) -
     page.locator(".ag-row", has=page.get_by_text("run-2")).locator("button").first.click()
     page.get_by_role("link", name="distill", exact=True).first.wait_for()
     keep(page, "mlflow-runs")
+
+
+def test_a_sweep_unfolds_into_trials_and_these_into_stages(
+    server: Server, page: Any, keep: Any
+) -> None:
+    open_page(page, runs_url(server, SWEEPS))
+    page.get_by_role("link", name="demo search").first.wait_for()
+    assert page.get_by_role("link", name="trial-0002", exact=True).count() == 0
+    for parent, child in (("demo search", "trial-0002"), ("trial-0002", "distill")):
+        page.locator(".ag-row", has=page.get_by_text(parent)).locator("button").first.click()
+        page.get_by_role("link", name=child, exact=True).first.wait_for()
+    stages = [page.get_by_role("link", name=name, exact=True) for name in ("adapt", "evaluate")]
+    assert [stage.count() for stage in stages] == [1, 1]
+    keep(page, "mlflow-sweep")
 
 
 def test_comparing_runs_draws_a_chart(server: Server, page: Any, keep: Any) -> None:

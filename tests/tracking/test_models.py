@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_dist.config import load_config
 from moe_dist.conversion import dense_to_moe, plan_partition
-from moe_dist.inference import save_model
-from moe_dist.inference.saving import PICKLES
+from moe_dist.digests import PICKLES
+from moe_dist.inference import load_model, save_model
+from moe_dist.inference.saving import load_tokenizer
 from moe_dist.tracking import TrackedModel, build_tracker
+from pipelines.chain import run_chain
+from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe  # noqa: F401
+from tests.pipelines.recorder import Recorder
+from tests.tracking.servers import Server, ask_served_model
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -143,52 +141,48 @@ def test_a_model_is_sent_once_and_registered_also_later(
 @pytest.mark.timeout(600)
 def test_a_logged_model_can_be_served(store: str, student: Path, tmp_path: Path) -> None:
     run_id = log(store, tmp_path, tracked(student))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["--model-uri", f"runs:/{run_id}/student", "--port", str(port), "--workers", "1"]
-    # MLflow starts uvicorn by its name.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    with (tmp_path / "serve.log").open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env={
-                **os.environ,
-                "MLFLOW_TRACKING_URI": store,
-                "PYTHONPATH": os.getcwd(),
-                "PATH": path,
-            },
-            start_new_session=True,
-        )
-    try:
-        answer = _ask(f"http://127.0.0.1:{port}", {"inputs": ["a good film", "dull"]}, process)
-    except OSError:
-        pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    question = {"inputs": ["a good film", "dull"]}
+    answer = ask_served_model(store, f"runs:/{run_id}/student", question, tmp_path)
     assert len(answer["predictions"]) == 2
     assert set(answer["predictions"][0]) == {"label", "score", "scores"}
 
 
-def _ask(url: str, question: Any, process: subprocess.Popen[bytes]) -> Any:
-    deadline = time.monotonic() + 400
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/ping", timeout=5):
-                break
-        except OSError:
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise
-            time.sleep(0.5)
-    request = urllib.request.Request(
-        f"{url}/invocations",
-        data=json.dumps(question).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_chain_registers_a_model_that_a_server_hands_out(
+    write_recipe: Callable[[dict[str, Any]], Path],  # noqa: F811
+    tiny_settings: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    server = Server(tmp_path)
+    server.start()
+    try:
+        tiny_settings["tracking"] = {"uri": server.uri, "register_model": "tiny-sentiment"}
+        run_chain(load_config(write_recipe(tiny_settings)), Recorder())
+        client = mlflow.MlflowClient(tracking_uri=server.uri)
+        (version,) = client.search_model_versions("name = 'tiny-sentiment'")
+        parent = client.get_run(version.run_id)
+        assert "mlflow.parentRunId" not in parent.data.tags
+        named = f"models:/tiny-sentiment/{version.version}"
+        texts = ["the film was good", "a dull plot", "music"]
+
+        # Loading a model asks the store of the process.
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        loaded = mlflow.pyfunc.load_model(named).predict(texts)
+        served = ask_served_model(server.uri, named, {"inputs": texts}, tmp_path)["predictions"]
+    finally:
+        server.stop()
+
+    directory = tmp_path / "outputs/tiny/distill/model"
+    model = load_model(directory)
+    encoded = load_tokenizer(directory)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        chances = model(**encoded).logits.softmax(dim=-1)
+    labels = [model.config.id2label[index] for index in chances.argmax(dim=-1).tolist()]
+    scores = chances.max(dim=-1).values.tolist()
+    assert loaded["label"].tolist() == [row["label"] for row in served] == labels
+    assert loaded["score"].tolist() == pytest.approx(scores, abs=1e-5)
+    assert [row["score"] for row in served] == pytest.approx(scores, abs=1e-5)

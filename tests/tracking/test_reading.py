@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
                 for step in (1, 2, 3):
                     stage.log_metrics(step, {"train/loss/total": float(number + step)})
             chain.log_metrics(0, {"retention": 0.9 + 0.01 * number})
+            if number == 2:
+                chain.log_metrics(4, {"odd": math.nan})
             (directory / "report.json").write_text('{"name": "x"}')
             chain.log_artifact(directory / "report.json")
     return uri
@@ -45,8 +48,33 @@ def test_runs_are_found_with_children_curves_and_documents(store: str) -> None:
     stage = children[run.run_id][0]
     assert reader.history(stage, "train/loss/total") == [(1, 3.0), (2, 4.0), (3, 5.0)]
     assert reader.history(stage, "no such metric") == []
+    assert reader.history(run, "odd")[0][0] == 4 and math.isnan(reader.history(run, "odd")[0][1])
+    wanted = [(one, [*one.metrics, "other"]) for one in reader.search()]
+    at_once = reader.histories(wanted)
+    assert len(at_once) == 6 and at_once[stage.run_id] == {
+        "train/loss/total": [(1, 3.0), (2, 4.0), (3, 5.0)]
+    }
     assert reader.read_json(run, "report.json") == {"name": "x"}
     assert reader.read_json(run, "other.json") == {}
+
+
+def test_a_store_of_other_tables_is_read_by_mlflows_own_client(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    reader = RunReader(store, "reading")
+    wanted = [(run, list(run.metrics)) for run in reader.search()]
+    expected = reader.histories(wanted)
+
+    def missing(*_: object) -> None:
+        raise OperationalError("no such column", None, Exception())
+
+    monkeypatch.setattr("moe_dist.tracking.histories._from_database", missing)
+    found = reader.histories(wanted)
+    assert repr(found) == repr(
+        {run.run_id: {n: expected[run.run_id][n] for n in run.metrics} for run, _ in wanted}
+    )
 
 
 def test_runs_are_found_by_name_and_by_the_beginning_of_their_id(store: str) -> None:

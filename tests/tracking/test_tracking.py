@@ -390,7 +390,9 @@ def test_end_of_a_run_waits_for_a_server_that_is_being_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("moe_dist.tracking.sender.SEND_INTERVAL_S", 0.01)
-    chain = SimpleNamespace(directory=tmp_path, parent=None, sent=SimpleNamespace(complete=False))
+    chain = SimpleNamespace(
+        directory=tmp_path, parent=None, depth=0, sent=SimpleNamespace(complete=False)
+    )
     calls = []
 
     def sync(journal: object) -> None:

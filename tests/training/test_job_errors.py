@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from moe_dist.errors import CheckpointError
-from moe_dist.training.job_errors import ROOM_NAME, keep_room, last_line, note_stop, read_stop
+from moe_dist.errors import CheckpointError, DataError
+from moe_dist.training.job_errors import (
+    ROOM_NAME,
+    STOPPED_NAME,
+    keep_room,
+    last_line,
+    note_stop,
+    read_stop,
+)
 
 
 def test_the_last_word_takes_the_room_that_was_kept(
@@ -29,6 +36,13 @@ def test_the_last_word_takes_the_room_that_was_kept(
     error = read_stop(tmp_path)
     assert isinstance(error, CheckpointError) and error.remedy == "free space"
     assert [path.name for path in tmp_path.iterdir()] == ["stopped.json"]
+
+
+def test_the_last_word_holds_no_secret(tmp_path: Path) -> None:
+    note_stop(tmp_path, DataError("no /d?token=planted", remedy="see http://ann:planted@host"))
+    assert "planted" not in (tmp_path / STOPPED_NAME).read_text()
+    error = read_stop(tmp_path)
+    assert isinstance(error, DataError) and error.message == "no /d?token=***"
 
 
 def test_an_error_is_told_by_the_line_that_says_what_happened() -> None:

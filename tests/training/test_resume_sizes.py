@@ -25,13 +25,13 @@ from moe_dist.distributed import (
     spawn_gloo,
 )
 from moe_dist.distributed.gathering import gather_model, gather_moments
-from moe_dist.distributed.manifest import flush_to_disk
 from moe_dist.losses.total import LossWeight
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.evaluation import predict
 from moe_dist.training.loop import LoopSettings, TrainResult, train
 from moe_dist.training.step import finetune_terms
+from moe_dist.whole_files import flush_to_disk
 from tests.training.tiny import PAD, tiny_batches, tiny_bert, tiny_data, tiny_student
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]

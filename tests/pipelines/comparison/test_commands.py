@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moe_dist.tracking import build_tracker
+from moe_dist.tracking import StageNote, build_tracker
 from pipelines.benchmarks.tracking_process import log_run
 from pipelines.cli import app
 
@@ -79,8 +79,8 @@ def test_an_empty_list_says_so(store: str) -> None:
     assert result.exit_code == 2 and "no run matches" in result.output
 
 
-def test_a_sweep_stands_for_its_trials(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_a_sweep_stands_for_its_trials(store: str, tmp_path: Path) -> None:
+    uri = store
     tracker = build_tracker(uri, experiment="sweeps")
     with tracker.chain("sweep", tmp_path / "sweep", params={"a": 1}) as sweep:
         for number in range(2):
@@ -88,7 +88,10 @@ def test_a_sweep_stands_for_its_trials(tmp_path: Path) -> None:
             directory = tmp_path / "sweep" / name
             with sweep.stage(name, directory, params={"moe.top_k": number}) as trial:
                 trial.set_tags({"trial": str(number)})
-                trial.log_metrics(1, {"train/loss/total": 1.0, "dev/accuracy": 0.8})
+                for stage in ("adapt", "distill"):
+                    note = StageNote(stage, directory / stage, "", 1.7e9, 1.7e9 + 5, "FINISHED")
+                    run = trial.note_stage(note)
+                run.log_metrics(1, {"train/loss/total": 1.0, "dev/accuracy": 0.8})
                 measured = {"quality": 0.8, "accuracy": 0.8, "retention": 0.9 + number / 100}
                 costs = {"flops": 1e7, "latency": 5.0, "active_parameters": 1e6}
                 trial.log_metrics(2, {f"trial/{k}": v for k, v in (measured | costs).items()})
@@ -100,3 +103,8 @@ def test_a_sweep_stands_for_its_trials(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     invoke("report", "sweep", "--uri", uri, "-o", str(page))
     assert "loss: total" in page.read_text() and "Quality against cost" in page.read_text()
+    assert "adapt" not in page.read_text()
+    here = ("runs", "--uri", uri, "--experiment", "sweeps")
+    assert "trial" not in invoke(*here)
+    lines = [line.split()[0] for line in invoke(*here, "--all").splitlines()[3:8]]
+    assert lines == ["sweep", "trial-0", "adapt", "distill", "trial-1"]

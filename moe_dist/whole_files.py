@@ -1,0 +1,50 @@
+"""Files that a reader sees whole or not at all, whenever their writer dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written."""
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Write a file beside its place and move it there in the end.
+
+    Args:
+        path: the file; its directory is made, and a file that is there is replaced.
+        durable: the content is on the disk before the file takes its place, so that it outlives
+            the machine too, and not only the process.
+
+    Yields:
+        Where to write. What is there after an error is removed, and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + PARTIAL)
+    try:
+        yield beside
+        if durable:
+            flush_to_disk(beside)
+        beside.replace(path)
+    except BaseException:
+        # What went wrong is worth more than a second error of the same disk.
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to write a file or a directory's entries to the disk.
+
+    Args:
+        path: the file or directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

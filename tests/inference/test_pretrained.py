@@ -1,0 +1,42 @@
+"""Start models that are damaged, unsafe or incomplete are refused in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.errors import ConversionError
+from moe_dist.inference.pretrained import load_pretrained
+from tests.training.tiny_task import write_bert
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    return Path(write_bert(tmp_path / "bert"))
+
+
+def test_a_cut_file_is_refused(bert: Path) -> None:
+    os.truncate(bert / "model.safetensors", 1000)
+    with pytest.raises(ConversionError, match=r"model\.teacher: .* cannot be loaded"):
+        load_pretrained(str(bert), num_labels=2)
+
+
+def test_a_pickle_is_not_read(bert: Path) -> None:
+    (bert / "model.safetensors").unlink()
+    torch.save({}, bert / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"model\.teacher: .* cannot be loaded") as caught:
+        load_pretrained(str(bert), num_labels=2)
+    assert "model.safetensors" in caught.value.remedy
+
+
+def test_code_that_comes_with_a_model_is_not_run(bert: Path) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (bert / "config.json").write_text(json.dumps(config))
+    (bert / "evil.py").write_text("raise SystemExit('this ran')\n")
+    with pytest.raises(ConversionError, match=r"model\.teacher: .* cannot be loaded"):
+        load_pretrained(str(bert), num_labels=2)

@@ -1,0 +1,30 @@
+"""A file that is written beside its place is there whole, or the old one is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist.whole_files import whole_file
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_the_file_takes_its_place_in_the_end(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "new" / "note.json"
+    for text in ("first", "second"):
+        with whole_file(path, durable=durable) as beside:
+            beside.write_text(text, encoding="utf-8")
+            assert beside.parent == path.parent
+            assert not path.exists() or path.read_text(encoding="utf-8") == "first"
+        assert path.read_text(encoding="utf-8") == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(UnicodeEncodeError), whole_file(path) as beside:
+        beside.write_text("ha\ud800", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
