@@ -587,6 +587,9 @@ def test_each_task_has_a_data_set_of_its_own(tmp_path: Path) -> None:
     config = build_config(tasks_recipe())
     assert config.data.tasks is not None
     assert config.data.tasks["sst2"].train == str(Path("a.tsv").absolute())
+    flat = config.flatten()
+    assert flat["data.tasks.sst2.train"] == str(Path("a.tsv").absolute())
+    assert "data.tasks" not in flat and flat["data.tasks.mrpc.subset"] == "mrpc"
     path = tmp_path / "two.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path).data == config.data
