@@ -179,10 +179,11 @@ def flatten_settings(plain: Mapping[str, Any]) -> dict[str, str | int | float | 
     flat: dict[str, str | int | float | bool] = {}
     for key, value in plain.items():
         entries = value if isinstance(value, dict) and key != "compare" else {"": value}
-        entries = dict(entries)
-        # Each under a key of its own, where a path can be recognised as one.
-        for task, own in (entries.pop("tasks", None) or {}).items() if key == "data" else ():
-            entries |= {f"tasks.{task}.{name}": entry for name, entry in own.items()}
+        if key == "data":
+            entries = dict(entries)
+            # Each task's under keys of their own, where a path can be recognised as one.
+            for task, own in (entries.pop("tasks", None) or {}).items():
+                entries |= {f"tasks.{task}.{name}": entry for name, entry in own.items()}
         for name, entry in entries.items():
             dotted = f"{key}.{name}" if name else key
             is_plain = isinstance(entry, str | int | float | bool)
