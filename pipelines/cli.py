@@ -20,6 +20,7 @@ from .command_line import (
     send_warnings_to,
 )
 from .comparison.commands import register as register_comparison
+from .export_command import register as register_export
 from .running import run_until
 from .search.commands import register as register_search
 from .student_commands import register as register_students
@@ -37,6 +38,7 @@ benchmark_app = typer.Typer(
 )
 app.add_typer(benchmark_app, name="benchmark")
 register_comparison(app, benchmark_app)
+register_export(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -94,6 +94,11 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     from moe_dist.inference.compact import check_reduction, compact_experts, fuse_neurons
     from moe_dist.training.jobs import distill_job
 
+    if config.data.source == "tasks":
+        raise MoeDistError(
+            "a student of several tasks cannot be compacted so far.",
+            remedy="take one task's sub-network with `moe-dist export DIR --task NAME`.",
+        )
     student = load_model(settings.directory)
     check_reduction(student, settings.num_experts)
     _make_room(settings.output)

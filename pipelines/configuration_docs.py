@@ -48,6 +48,10 @@ _RULES = """\
   `parallel.num_workers` × `train.accumulation`; of a pair, its larger number counts.
 - `distill.load_balancing_weight`, `distill.z_loss_weight`, `distill.entropy_weight`,
   `moe.gate_noise` and `moe.gate_jitter` need a router with a gate.
+- `data.source: tasks` needs two or more `data.tasks`, and no other key of `data` but `data.mixing`
+  and `data.mixing_temperature`. It cannot be joined with `search.space`,
+  `distill.adversarial_weight`, the partitions `coactivation` and `clustered_importance`, or, under
+  `task_gate`, `distill.load_balancing_weight`.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
 - `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config.data_section import TASK_KEYS
+
 if TYPE_CHECKING:
     from moe_dist.config import ObjectivesConfig, RunConfig, TrainConfig
 
@@ -25,15 +27,17 @@ _EXPERT_KEYS = frozenset({"expert_learning_rate_scale"})
 
 
 def data_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the keyword arguments of `load_splits`.
+    """Return the arguments of `load_rows`.
 
     Args:
         config: the run's configuration.
 
     Returns:
-        Plain values.
+        Plain values; without `tasks` they are those of `load_splits`.
     """
-    return {**config.data.model_dump(mode="json"), "seed": config.seed}
+    data = config.data.model_dump(mode="json")
+    kept = TASK_KEYS if config.data.source == "tasks" else set(data) - set(TASK_KEYS)
+    return {**{key: data[key] for key in data if key in kept}, "seed": config.seed}
 
 
 def data_job(config: RunConfig, directory: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from moe_dist.config.data_checks import data_sections
 from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistError
 from moe_dist.redaction import hide_secrets
 
@@ -73,7 +74,7 @@ def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
     _check_labels(config)
     teacher = config.model.teacher
     travels = teacher.startswith("package:") or Path(teacher).is_dir()
-    if config.data.source == "hub" or not travels:
+    if any(data.source == "hub" for data in data_sections(config).values()) or not travels:
         workspace.console.note("data or model come from the hub: the job checks them")
         return
     _check_data_and_model(config, workspace)
@@ -92,17 +93,26 @@ def _check_labels(config: RunConfig) -> None:
 
 def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     """Check them against each other and give the model's number of parameters."""
-    splits = workspace.splits
-    left_out = f", {splits.num_near_copies} near copies left out" if splits.num_near_copies else ""
-    workspace.console.note(
-        f"data: {splits.source}; {len(splits.train)} to train, {len(splits.dev)} for dev{left_out}"
-    )
-    if splits.holdout is not None:
+    from moe_dist.conversion.heads import set_heads
+    from moe_dist.data.mixture import Mixture
+    from moe_dist.training.job_data import task_heads
+
+    rows = workspace.rows
+    for task, splits in rows.parts.items():
+        near_copies = splits.num_near_copies
+        left_out = f", {near_copies} near copies left out" if near_copies else ""
         workspace.console.note(
-            f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
-            f"{splits.num_overlapping} rows that share text with them left out"
+            f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
+            f"{len(splits.dev)} for dev{left_out}"
         )
-    model = start_skeleton(workspace, splits.task.num_labels)
+        if splits.holdout is not None:
+            workspace.console.note(
+                f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
+                f"{splits.num_overlapping} rows that share text with them left out"
+            )
+    model = start_skeleton(workspace, rows.num_labels)
+    if isinstance(rows, Mixture):
+        set_heads(model, task_heads(rows))
     faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:

@@ -58,7 +58,8 @@ def log_models(
 ) -> None:
     """Log the trained models of a chain, and register the student where the recipe asks for it.
 
-    A stage that was skipped counts too, so that a finished chain can still be registered.
+    A stage that was skipped counts too, so that a finished chain can still be registered. A model
+    of several tasks is logged once for each, since what it takes and gives differs.
 
     Args:
         config: the run's configuration.
@@ -71,24 +72,25 @@ def log_models(
         return
     owners = {evaluate.TEACHER: finetune_teacher.NAME, evaluate.STUDENT: distill.NAME}
     owners |= {label: stage_key(distill.NAME, label) for label in config.compare}
-    task = workspace.splits.task
     for name, key in owners.items():
         if key not in results:
             continue
         result = results[key]
-        is_student = name == evaluate.STUDENT
-        chain.log_model(
-            TrackedModel(
-                name=name,
-                directory=workspace.files.fetch(result.outputs[MODEL_OUTPUT]),
-                digest=result.digests[MODEL_OUTPUT],
-                num_texts=len(task.text_columns),
-                labels=tuple(task.label_names or ()),
-                max_length=config.model.max_length,
-                register_as=tracking.register_model if is_student else "",
-                params=_model_params(config, name),
+        register_as = tracking.register_model if name == evaluate.STUDENT else ""
+        for task, splits in workspace.rows.parts.items():
+            chain.log_model(
+                TrackedModel(
+                    name=f"{name}-{task}" if task else name,
+                    directory=workspace.files.fetch(result.outputs[MODEL_OUTPUT]),
+                    digest=result.digests[MODEL_OUTPUT],
+                    num_texts=len(splits.task.text_columns),
+                    labels=tuple(splits.task.label_names or ()),
+                    max_length=config.model.max_length,
+                    register_as=f"{register_as}-{task}" if register_as and task else register_as,
+                    params=_model_params(config, name) | ({"task": task} if task else {}),
+                    task=task,
+                )
             )
-        )
 
 
 def _model_params(config: RunConfig, name: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ RESERVED_LABELS = frozenset(
         "seq_len",
         "num_threads",
         "training",
+        "tasks",
         "comparisons",
         "differences",
         "verdicts",
@@ -62,9 +63,10 @@ def build_report(
     models = {name: dict(entry) for name, entry in measured["models"].items()}
     metric = measured["main_metric"]
     teacher = models[evaluate.TEACHER]
+    tasks = measured.get("tasks", {})
     for name, entry in models.items():
         if name != evaluate.TEACHER:
-            entry["retention"] = _ratio(entry["metrics"][metric], teacher["metrics"][metric])
+            entry |= _retention(entry["metrics"], teacher["metrics"], metric, tasks)
             entry["ffn_flops_ratio"] = _ratio(
                 entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
             )
@@ -85,6 +87,7 @@ def build_report(
         },
         "mlflow": {"run_id": run_id, "experiment": config.tracking.experiment},
         **models,
+        **({"tasks": tasks} if tasks else {}),
         "comparisons": [name for name in config.compare if name in models],
         "differences": measured["differences"],
         "verdicts": {
@@ -92,6 +95,35 @@ def build_report(
             for name, entry in measured["differences"].items()
         },
     }
+
+
+def _retention(
+    own: Mapping[str, float],
+    teacher: Mapping[str, float],
+    metric: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The student's part of the teacher's main metric; of several tasks the mean of theirs."""
+    if not tasks:
+        return {"retention": _ratio(own[metric], teacher[metric])}
+    keys = {task: metric_key(task, entry) for task, entry in tasks.items()}
+    by_task = {task: _ratio(own[key], teacher[key]) for task, key in keys.items()}
+    known = [value for value in by_task.values() if value is not None]
+    mean = sum(known) / len(known) if len(known) == len(by_task) else None
+    return {"retention": mean, "retention_by_task": by_task}
+
+
+def metric_key(task: str, entry: Mapping[str, Any]) -> str:
+    """Name a task's main metric among a model's metrics.
+
+    Args:
+        task: its name.
+        entry: of the report's `tasks`.
+
+    Returns:
+        For example `sst2/accuracy`.
+    """
+    return f"{task}/{entry['main_metric']}"
 
 
 def verdict(other: str, entry: Mapping[str, Any], num_samples: int) -> str:
@@ -130,6 +162,9 @@ def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     chosen: dict[str, float] = {}
     if report["retention"] is not None:
         chosen["retention"] = report["retention"]
+    for task, value in report[evaluate.STUDENT].get("retention_by_task", {}).items():
+        if value is not None:
+            chosen[f"retention/{task}"] = value
     for name in model_names(report):
         entry = report[name]
         for metric, value in entry["metrics"].items():
@@ -173,6 +208,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         markdown_row(["---"] * len(_headings(report))),
         *(markdown_row(_row(report, name)) for name in model_names(report)),
         "",
+        *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
         f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
         "timed in turn in one process.",
@@ -192,6 +228,38 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return hide_secrets("\n".join(lines))
 
 
+def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
+    """A table of the tasks, and how the student stands on each; nothing where there is one."""
+    if "tasks" not in report:
+        return []
+    headings = _task_headings(report)
+    lines = [markdown_row(headings), markdown_row(["---"] * len(headings))]
+    lines += [markdown_row(_task_row(report, task)) for task in report["tasks"]]
+    lines.append("")
+    for task, entry in report["tasks"].items():
+        lines += [
+            f"- {task}: {verdict(name, found, entry['num_dev_samples'])}."
+            for name, found in entry["differences"].items()
+        ]
+    return [*lines, ""]
+
+
+def _task_headings(report: Mapping[str, Any]) -> list[str]:
+    return ["task", "metric", "dev samples", *model_names(report), "retention"]
+
+
+def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
+    entry = report["tasks"][task]
+    key = metric_key(task, entry)
+    return [
+        task,
+        entry["main_metric"],
+        str(entry["num_dev_samples"]),
+        *(f"{report[name]['metrics'][key]:.4f}" for name in model_names(report)),
+        _optional(report[evaluate.STUDENT]["retention_by_task"][task]),
+    ]
+
+
 def to_tables(report: Mapping[str, Any]) -> list[Table]:
     """Draw a report for the console.
 
@@ -199,20 +267,28 @@ def to_tables(report: Mapping[str, Any]) -> list[Table]:
         report: what `build_report` returned.
 
     Returns:
-        The models' table and the stages' table.
+        The models' table, that of the tasks where there are several, and the stages'.
     """
     models = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, heading in enumerate(_headings(report)):
         models.add_column(heading, justify="left" if position == 0 else "right")
     for name in model_names(report):
         models.add_row(*_row(report, name), style="bold" if name == evaluate.STUDENT else "")
+    tables = [models]
+    if "tasks" in report:
+        tasks = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for position, heading in enumerate(_task_headings(report)):
+            tasks.add_column(heading, justify="left" if position < 2 else "right")
+        for task in report["tasks"]:
+            tasks.add_row(*_task_row(report, task))
+        tables.append(tasks)
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     stages.add_column("stage")
     stages.add_column("time", justify="right")
     for key, seconds in report["seconds"].items():
         stages.add_row(key, duration(seconds))
     stages.add_row("all", duration(sum(report["seconds"].values())), style="bold")
-    return [models, stages]
+    return [*tables, stages]
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
+from moe_dist.config.data_checks import data_sections
 from moe_dist.distributed.topology import fitting_ep_size
 from moe_dist.errors import ConfigError, MoeDistError
 
@@ -18,7 +20,7 @@ from .stages.adapt import keeps_all_neurons, router_options
 from .workspace import Workspace
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig
+    from moe_dist.config import RunConfig, TaskDataConfig
 
     from .console import Console
 
@@ -256,39 +258,55 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
-    from moe_dist.data.sources import missing_files
+    from moe_dist.data.mixture import Mixture
 
-    data = config.data
-    num_labels = len(data.label_names) if data.label_names else 2
-    if data.source == "hub":
-        sizes.unknown.append(
-            f"training steps: they need the rows of {data.name!r}, which is not "
-            "downloaded for a dry run."
-        )
-        return num_labels
-    missing = missing_files(data.train, data.dev) if data.source == "files" else []
-    if missing:
-        # A recipe can be checked before its data are at hand; to run it without is an error.
-        sizes.unknown.append(
-            f"training steps: they need the rows of {' and '.join(missing)}, which is not there "
-            "(give your files with --set data.train=FILE and --set data.dev=FILE)."
-        )
+    data_sets = data_sections(config)
+    num_labels = sum(
+        1 if data.kind == "regression" else len(data.label_names or (0, 1))
+        for data in data_sets.values()
+    )
+    if config.data.tasks:
+        shown = ", ".join(f"{name} ({data.source})" for name, data in config.data.tasks.items())
+        sizes.facts.append(("tasks", shown))
+    unread = list(_unread_data(data_sets))
+    if unread:
+        sizes.unknown.append(f"training steps: they need the rows of {', and of '.join(unread)}.")
         return num_labels
     try:
-        splits = workspace.splits
+        rows = workspace.rows
     except MoeDistError as error:
-        if data.source == "files":
+        if any(data.source == "files" for data in data_sets.values()):
             raise
         sizes.unknown.append(f"training steps: {error.message}")
         return num_labels
-    withheld = "" if splits.holdout is None else f", {len(splits.holdout)} to choose recipes on"
-    sizes.facts.append(
-        ("samples", f"{len(splits.train)} to train, {len(splits.dev)} for dev{withheld}")
-    )
+    shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
+    for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
+        counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.holdout is not None:
+            counts += f", {len(splits.holdout)} to choose recipes on"
+        if name:
+            counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
+        sizes.facts.append((f"samples, {name}" if name else "samples", counts))
     for name, train in (("teacher", config.teacher_train), ("student", config.train)):
         steps = workspace.num_steps(train)
         sizes.facts.append((f"steps, {name}", str(steps)))
-    return splits.task.num_labels
+    return rows.num_labels
+
+
+def _unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
+    """Name the rows that a dry run does not read, and why."""
+    from moe_dist.data.sources import missing_files
+
+    for path, data in data_sets.items():
+        if data.source == "hub":
+            yield f"{data.name!r}, which is not downloaded for a dry run"
+        missing = missing_files(data.train, data.dev, path) if data.source == "files" else []
+        if missing:
+            # A recipe can be checked before its data are at hand; to run it without is an error.
+            yield (
+                f"{' and '.join(missing)}, which is not there (give your files with --set "
+                f"{path}.train=FILE and --set {path}.dev=FILE)"
+            )
 
 
 def _measure(name: str, model: Any, seq_len: int, config: RunConfig, *, frozen: int) -> ModelSize:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from moe_dist.config.data_section import DataConfig, TaskDataConfig
 from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.run_config import RunConfig, dense_overrides
 from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
-    DataConfig,
     DistillConfig,
     FinetuneConfig,
     ModelConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "StudentConfig",
+    "TaskDataConfig",
     "TrackingConfig",
     "TrainConfig",
     "build_config",

@@ -6,21 +6,13 @@ skipped only when one of the keys it reads is itself at fault.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
+from moe_dist.config.data_checks import DATA_RULES, Rule
+from moe_dist.config.faults import either
 from moe_dist.config.run_config import RunConfig
-from moe_dist.config.sections import Metric
-from moe_dist.uris import is_uri
 
-Rule = Callable[[RunConfig], Iterator[str]]
-_METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
-    "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman"),
-}
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
-_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 def find_cross_faults(config: RunConfig, faulty: frozenset[str] = frozenset()) -> list[str]:
@@ -49,10 +41,10 @@ def _experts_over_ranks(config: RunConfig) -> Iterator[str]:
     experts, ranks = config.moe.num_experts, config.parallel.ep_size
     if experts % ranks:
         below = experts - experts % ranks
-        more = _or([n for n in (below, below + ranks) if n > 0])
+        more = either([n for n in (below, below + ranks) if n > 0])
         yield (
             f"moe.num_experts={experts} is not divisible by parallel.ep_size={ranks}; "
-            f"use {more} experts, or ep_size {_or(_divisors(experts))}."
+            f"use {more} experts, or ep_size {either(_divisors(experts))}."
         )
 
 
@@ -65,13 +57,13 @@ def _ranks_over_workers(config: RunConfig) -> Iterator[str]:
             yield (
                 f"parallel.num_workers={_plain(workers)} holds no number that is divisible by "
                 f"parallel.ep_size={ranks}; raise its most to {ranks * -(-workers[1] // ranks)}, "
-                f"or use ep_size {_or(fitting)}."
+                f"or use ep_size {either(fitting)}."
             )
     elif workers % ranks:
         more = ranks * -(-workers // ranks)
         yield (
             f"parallel.num_workers={workers} is not divisible by parallel.ep_size={ranks}; "
-            f"use {more} workers, or ep_size {_or(_divisors(workers))}."
+            f"use {more} workers, or ep_size {either(_divisors(workers))}."
         )
 
 
@@ -114,7 +106,7 @@ def _layers_once(config: RunConfig) -> Iterator[str]:
     layers = config.moe.layers or ()
     negative = sorted({layer for layer in layers if layer < 0})
     if negative:
-        yield f"moe.layers has {_or(negative)}; layers are numbered from 0."
+        yield f"moe.layers has {either(negative)}; layers are numbered from 0."
     if len(set(layers)) < len(layers):
         yield f"moe.layers={list(layers)} names a layer twice; name each one once."
 
@@ -163,7 +155,7 @@ def _heads_divide_width(config: RunConfig) -> Iterator[str]:
         yield (
             f"student.hidden_size={width} is not divisible by student.num_heads={heads}; use "
             f"{width - width % heads or heads} or {heads * -(-width // heads)}, or "
-            f"{_or([n for n in _divisors(width) if n <= 2 * heads])} heads."
+            f"{either([n for n in _divisors(width) if n <= 2 * heads])} heads."
         )
 
 
@@ -215,79 +207,6 @@ def _batch_fault(section: str, batch_size: int, accumulation: int, workers: int)
         )
 
 
-def _data_is_named(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.source == "files" and data.train is None:
-        yield "data.train is missing, which data.source=files needs; give the training file's path."
-    if data.source != "files" and data.name is None:
-        example = "nyu-mll/glue" if data.source == "hub" else "vader-movie-reviews"
-        yield (
-            f"data.name is missing, which data.source={data.source} needs; "
-            f"name the data set, for example {example}."
-        )
-
-
-def _dev_rows_exist(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.source == "files" and data.dev is None and data.dev_size is None:
-        yield (
-            "data.dev and data.dev_size are both missing; "
-            "give the dev file, or how many training rows to hold out (data.dev_size=0.1)."
-        )
-    if data.source != "package" and data.dev is not None and data.dev_size is not None:
-        yield (
-            "data.dev_size holds rows out of the training rows, and data.dev gives dev rows "
-            "already; keep one of them."
-        )
-
-
-# Keys that only some sources read; given elsewhere they would be ignored in silence.
-_KEYS_OF_SOURCES = {
-    "subset": ("hub",),
-    "revision": ("hub",),
-    "column_names": ("files",),
-    "train": ("hub", "files"),
-    "dev": ("hub", "files"),
-}
-
-
-def _keys_fit_source(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    for key, sources in _KEYS_OF_SOURCES.items():
-        if data.source not in sources and getattr(data, key) is not None:
-            yield (
-                f"data.{key} belongs to data.source={' or '.join(sources)}, not {data.source}; "
-                "remove it."
-            )
-
-
-def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
-    if config.data.kind == "regression" and config.data.label_names is not None:
-        yield (
-            "data.label_names names classes, and data.kind=regression has none; "
-            "remove label_names, or use kind classification."
-        )
-
-
-def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.kind is None:
-        return
-    fitting = _METRICS_OF_KINDS[data.kind]
-    wrong = [metric for metric in data.metrics or () if metric not in fitting]
-    if wrong:
-        yield (
-            f"data.metrics={wrong} cannot measure data.kind={data.kind}; use {_or(list(fitting))}."
-        )
-
-
-def _names_once(config: RunConfig) -> Iterator[str]:
-    for key in ("label_names", "column_names", "text_columns", "metrics"):
-        names = getattr(config.data, key) or ()
-        if len(set(names)) < len(names):
-            yield f"data.{key}={list(names)} holds a name twice; give each one once."
-
-
 def _local_is_one_process(config: RunConfig) -> Iterator[str]:
     if config.parallel.launcher == "local" and config.parallel.max_workers > 1:
         yield (
@@ -333,35 +252,6 @@ def _registered_models_are_logged(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _places(config: RunConfig) -> dict[str, Path | str | None]:
-    return {
-        "output_dir": config.output_dir,
-        "data.train": config.data.train,
-        "data.dev": config.data.dev,
-    }
-
-
-def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
-    for key, place in _places(config).items():
-        # Ray shows what workers are told, and the resolved recipe lies beside the results.
-        if is_uri(place) and "@" in str(place).partition("?")[0]:
-            yield (
-                f"{key} holds a user or a password; give credentials in the environment "
-                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of the URI."
-            )
-
-
-def _uris_are_whole(config: RunConfig) -> Iterator[str]:
-    for key, place in _places(config).items():
-        match = _ONE_SLASH.match(str(place or ""))
-        if match:
-            scheme = match.group(1)
-            yield (
-                f"{key} has one slash behind {scheme}:, where a URI has two; write {scheme}://..., "
-                "or an absolute path for a directory of that name."
-            )
-
-
 # What teaches a student something by itself; the router's own losses and the discriminator do not.
 _LESSONS = (
     "task_weight",
@@ -373,16 +263,9 @@ _LESSONS = (
     "mapping_weight",
 )
 
-_PLACES = ("output_dir", "data.train", "data.dev")
-
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
-    (_data_is_named, ("data.source", "data.train", "data.name")),
-    (_dev_rows_exist, ("data.source", "data.dev", "data.dev_size")),
-    (_keys_fit_source, ("data.source", *(f"data.{key}" for key in _KEYS_OF_SOURCES))),
-    (_regression_has_no_classes, ("data.kind", "data.label_names")),
-    (_metrics_fit_kind, ("data.kind", "data.metrics")),
-    (_names_once, ("data.label_names", "data.column_names", "data.text_columns", "data.metrics")),
+    *DATA_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
     (_shared_in_expert, ("moe.num_shared_neurons", "moe.expert_size")),
@@ -420,8 +303,6 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         _registered_models_are_logged,
         ("tracking.enabled", "tracking.log_models", "tracking.register_model"),
     ),
-    (_no_credentials_in_places, _PLACES),
-    (_uris_are_whole, _PLACES),
 )
 
 
@@ -431,8 +312,3 @@ def _plain(workers: int | tuple[int, int]) -> object:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _or(values: Sequence[object]) -> str:
-    words = [str(value) for value in values]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

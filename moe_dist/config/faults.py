@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -75,6 +75,19 @@ def check_keys(raw: Mapping[str, Any]) -> tuple[RunConfig, list[str], frozenset[
                 path = keys[: _depth(keys)]
                 faulty.add(".".join(path))
                 _replace(pruned, path)
+
+
+def either(values: Sequence[object]) -> str:
+    """Join choices for a remedy.
+
+    Args:
+        values: at least one.
+
+    Returns:
+        For example `1, 2 or 4`.
+    """
+    words = [str(value) for value in values]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _depth(keys: tuple[str, ...]) -> int:
@@ -164,10 +177,11 @@ def _annotation(keys: tuple[str, ...]) -> Any:
     section: type[BaseModel] = RunConfig
     annotation: Any = RunConfig
     for key in keys:
+        entry = _entry_of(annotation)
         field = section.model_fields.get(key)
-        if field is None:
+        if entry is None and field is None:
             break
-        annotation = field.annotation
+        annotation = entry if field is None or entry is not None else field.annotation
         section = _section_of(annotation) or section
     return annotation
 
@@ -181,6 +195,16 @@ def _description(keys: tuple[str, ...]) -> str:
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return annotation if is_section else None
+
+
+def _entry_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a mapping from names to sections holds, None allowed beside it."""
+    for part in (annotation, *typing.get_args(annotation)):
+        # `Annotated` hides what it annotates.
+        inner = typing.get_args(part)[0] if hasattr(part, "__metadata__") else part
+        if typing.get_origin(inner) is dict:
+            return _section_of(typing.get_args(inner)[1])
+    return None
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

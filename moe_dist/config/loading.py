@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from moe_dist.config.checks import find_cross_faults
+from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.config.faults import check_keys
 from moe_dist.config.overrides import apply_overrides, parse_overrides
 from moe_dist.config.run_config import (
@@ -24,6 +25,8 @@ from moe_dist.config.sections import NAME_PATTERN
 from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.uris import is_uri
+
+AnyData = TypeVar("AnyData", bound=TaskDataConfig)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -155,10 +158,10 @@ def _search_faults(
 
 def _resolve(config: RunConfig) -> RunConfig:
     """Make paths absolute, since a Ray worker has another working directory."""
-    data, model = config.data, config.model
-    if data.source == "files":
-        files = {key: _absolute(getattr(data, key)) for key in ("train", "dev")}
-        data = data.model_copy(update=files)
+    data, model = _with_absolute_files(config.data), config.model
+    if data.tasks is not None:
+        tasks = {name: _with_absolute_files(task) for name, task in data.tasks.items()}
+        data = data.model_copy(update={"tasks": tasks})
     if not is_uri(model.teacher) and Path(model.teacher).expanduser().is_dir():
         model = model.model_copy(update={"teacher": _absolute(model.teacher)})
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -170,6 +173,12 @@ def _resolve(config: RunConfig) -> RunConfig:
             "tracking": config.tracking.model_copy(update={"uri": _absolute_sqlite(uri)}),
         }
     )
+
+
+def _with_absolute_files(data: AnyData) -> AnyData:
+    if data.source != "files":
+        return data
+    return data.model_copy(update={key: _absolute(getattr(data, key)) for key in ("train", "dev")})
 
 
 def _absolute_directory(place: Path | str) -> Path | str:

@@ -62,7 +62,7 @@ class MoeConfig(Section):
         description="How tokens find experts: `hash_random` fixes a random expert for each token "
         "id, `hash_balanced` spreads the ids by their counts in the training rows, `token_gate` "
         "learns the choice for each token, `sentence_gate` for each sentence, `task_gate` for each "
-        "task (a recipe has one task, whose tokens then all go to the same experts).",
+        "task, all of whose tokens go to the same experts (`data.source: tasks`).",
     )
     combine: Literal["dispatch"] = Field(
         default="dispatch", description="How experts come together: tokens travel to them."

@@ -11,13 +11,13 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from moe_dist.config.data_section import TASK_KEYS, DataConfig
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     NAME_PATTERN,
-    DataConfig,
     FinetuneConfig,
     Integer,
     ModelConfig,
@@ -162,6 +162,8 @@ class RunConfig(Section):
         # A recipe without a search says nothing of it.
         left_out = None if self.search.space else {"search"}
         plain: dict[str, Any] = _without_secrets(self.model_dump(mode="json", exclude=left_out))
+        if self.data.tasks is None:
+            plain["data"] = {k: v for k, v in plain["data"].items() if k not in TASK_KEYS}
         return plain
 
 
@@ -177,6 +179,11 @@ def flatten_settings(plain: Mapping[str, Any]) -> dict[str, str | int | float | 
     flat: dict[str, str | int | float | bool] = {}
     for key, value in plain.items():
         entries = value if isinstance(value, dict) and key != "compare" else {"": value}
+        if key == "data":
+            entries = dict(entries)
+            # Each task's under keys of their own, where a path can be recognised as one.
+            for task, own in (entries.pop("tasks", None) or {}).items():
+                entries |= {f"tasks.{task}.{name}": entry for name, entry in own.items()}
         for name, entry in entries.items():
             dotted = f"{key}.{name}" if name else key
             is_plain = isinstance(entry, str | int | float | bool)

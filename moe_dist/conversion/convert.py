@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
+from moe_dist.conversion.heads import read_heads
 from moe_dist.conversion.partition import LayerPartition, PartitionPlan
 from moe_dist.conversion.replacement import MoeSettings, router_for
 from moe_dist.errors import ConversionError
@@ -49,7 +50,7 @@ def dense_to_moe(
         top_k: experts for each token; their weights are renormalised to sum 1.
         seed: of hash tables and gates.
         token_counts: (V,) counts on the training split, for hash_balanced.
-        num_tasks: for task_gate.
+        num_tasks: for task_gate; those of the model's heads when not given.
         gate_scale: weight of the chosen expert for top_k 1: "straight_through" has the value 1
             and a gradient, "probability" is the papers' and scales the output.
         gate_noise: standard deviation of noise on a gate's scores, in training.
@@ -69,6 +70,8 @@ def dense_to_moe(
     slots = find_slots(model)
     _check_plan(slots, plan)
     routed = plan.num_experts > 1
+    if num_tasks is None:
+        num_tasks = len(read_heads(model)) or None
     settings = MoeSettings(
         num_experts=plan.num_experts,
         expert_size=plan.expert_size,

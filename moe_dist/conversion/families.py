@@ -45,6 +45,8 @@ class FamilySpec:
             and after which no position sees another; needed for those heads.
         attention: class of the self-attention modules with linear layers `query` and `key`; empty
             where attention scores cannot be read yet.
+        size_keys: configuration entries that hold F.
+        task_head: in a sequence classifier the path of the linear layer that gives the logits.
     """
 
     model_type: str
@@ -66,6 +68,8 @@ class FamilySpec:
     first_token_heads: tuple[str, ...] = ()
     attention_out: str = ""
     attention: str = ""
+    size_keys: tuple[str, ...] = ()
+    task_head: str = ""
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -91,6 +95,8 @@ FAMILIES: dict[str, FamilySpec] = {
         first_token_heads=("BertForSequenceClassification",),
         attention_out="attention.output",
         attention="BertSelfAttention",
+        size_keys=("intermediate_size",),
+        task_head="classifier",
     ),
     "gpt2": FamilySpec(
         model_type="gpt2",
@@ -112,6 +118,8 @@ FAMILIES: dict[str, FamilySpec] = {
         },
         transposed=True,
         causal_stacks=("GPT2Model",),
+        size_keys=("n_inner",),
+        task_head="score",
     ),
     "t5": FamilySpec(
         model_type="t5",
@@ -135,6 +143,8 @@ FAMILIES: dict[str, FamilySpec] = {
         gated_in="DenseReluDense.wi_1",
         gate="DenseReluDense.wi_0",
         dropout="DenseReluDense.dropout",
+        size_keys=("d_ff",),
+        task_head="classification_head.out_proj",
     ),
     "bart": FamilySpec(
         model_type="bart",
@@ -156,6 +166,8 @@ FAMILIES: dict[str, FamilySpec] = {
         },
         dropout="activation_dropout",
         causal_stacks=("BartDecoder",),
+        size_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
+        task_head="classification_head.out_proj",
     ),
 }
 

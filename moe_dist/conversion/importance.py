@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.conversion.heads import read_heads
 from moe_dist.errors import ConversionError, MissingInputError
 
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
@@ -121,6 +122,8 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
         return _token_losses(model, logits, labels)
     config: Any = model.config
     kind = config.problem_type
+    if read_heads(model):
+        kind = "regression" if labels.is_floating_point() else "single_label_classification"
     if kind is None and config.num_labels > 1 and labels.is_floating_point():
         kind = "multi_label_classification"
     if kind == "regression" or (kind is None and config.num_labels == 1):

@@ -17,6 +17,7 @@ from transformers import initialization as init
 
 from moe_dist.conversion.configurations import config_class
 from moe_dist.conversion.families import FAMILIES, FamilySpec
+from moe_dist.conversion.heads import install_heads
 from moe_dist.conversion.replacement import MoeSettings, replace_ffns
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
@@ -48,6 +49,7 @@ class MoeModel(PreTrainedModel):
         settings = MoeSettings.from_dict(config.moe)
         super().__init__(config, *inputs, **kwargs)
         replace_ffns(self, _spec_of(config), settings, token_counts=token_counts)
+        install_heads(self)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

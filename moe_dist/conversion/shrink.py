@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.families import family_of, find_slots
+from moe_dist.conversion.heads import install_heads
 from moe_dist.errors import ConversionError, MissingInputError
 
 StudentInit = Literal["importance", "truncate", "random"]
@@ -225,6 +226,7 @@ def shrink_model(model: Any, plan: ShrinkPlan, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device(first.device):
         torch.manual_seed(seed)
         student = type(model)(config)
+    install_heads(student)
     student.to(dtype=first.dtype)
     if plan.init != "random":
         _copy_weights(model, student, plan)

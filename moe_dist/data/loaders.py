@@ -30,12 +30,16 @@ class StepBatch:
         num_samples: of the whole step, over all ranks and micro-batches.
         num_tokens: real tokens of the whole step, over all ranks and micro-batches.
         sample_ids: of this rank's samples.
+        task: number of the task that all samples are of; None in a run of one task.
+        task_name: its name.
     """
 
     micro_batches: list[dict[str, Tensor]]
     num_samples: int
     num_tokens: int
     sample_ids: list[int]
+    task: int | None = None
+    task_name: str = ""
 
 
 class TrainBatches:

@@ -143,6 +143,23 @@ def compute_metrics(
     return {name: METRICS[name](*_checked(name, predictions, labels)) for name in _known(names)}
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """Two models' answers to the same examples.
+
+    Attributes:
+        metric: a name out of METRICS.
+        labels: class ids or values (N,).
+        predictions_a: as in `compute_metrics`.
+        predictions_b: as in `compute_metrics`, of the same examples in the same order.
+    """
+
+    metric: str
+    labels: ArrayLike
+    predictions_a: ArrayLike
+    predictions_b: ArrayLike
+
+
 def paired_bootstrap(
     metric: str,
     labels: ArrayLike,
@@ -212,6 +229,43 @@ def seeded_bootstrap(
         metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
     )
     return percentile_interval(observed, differences, confidence)
+
+
+def mean_bootstrap(
+    pairings: Sequence[Pairing],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean over tasks of metric(a) - metric(b).
+
+    Args:
+        pairings: of each task; the examples of each are resampled on their own.
+        num_resamples: bootstrap samples to draw.
+        seed: fixes the samples.
+        confidence: the interval's coverage.
+
+    Returns:
+        Difference, interval and two-sided p-value.
+
+    Raises:
+        DataError: as `resample_differences`.
+    """
+    drawn = [
+        resample_differences(
+            one.metric,
+            one.labels,
+            [one.predictions_a],
+            [one.predictions_b],
+            num_resamples=num_resamples,
+            seed=seed + number,
+        )
+        for number, one in enumerate(pairings)
+    ]
+    observed = float(np.mean([difference for difference, _ in drawn]))
+    samples = np.mean([differences for _, differences in drawn], axis=0)
+    return percentile_interval(observed, samples, confidence)
 
 
 def resample_differences(

@@ -66,6 +66,21 @@ class Splits:
     holdout: Dataset | None = None
     num_overlapping: int = 0
 
+    @property
+    def parts(self) -> dict[str, Splits]:
+        """These rows as those of a run of one task, which has no name."""
+        return {"": self}
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that retention and comparisons are about."""
+        return self.task.main_metric
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head."""
+        return self.task.num_labels
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -194,17 +209,20 @@ def load_splits(
     )
 
 
-def missing_files(train: str | Path | None, dev: str | Path | None) -> list[str]:
+def missing_files(
+    train: str | Path | None, dev: str | Path | None, section: str = "data"
+) -> list[str]:
     """Name the data files that are not on this machine; one at a URI is not looked for.
 
     Args:
         train: the training file.
         dev: the dev file; None where dev rows are held out of the training file.
+        section: path of the two keys in the recipe.
 
     Returns:
         Key and path of each, such as `data.train=/home/me/train.tsv`.
     """
-    given = (("data.train", train), ("data.dev", dev))
+    given = ((f"{section}.train", train), (f"{section}.dev", dev))
     return [
         f"{key}={path}"
         for key, path in given

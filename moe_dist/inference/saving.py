@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from moe_dist.conversion.heads import choose_task, install_heads
 from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError, is_full_disk
 from moe_dist.inference.silence import quiet_transformers
@@ -73,12 +74,19 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
     return target
 
 
-def load_model(directory: Path | str, device: torch.device | str | None = None) -> Any:
+def load_model(
+    directory: Path | str,
+    device: torch.device | str | None = None,
+    *,
+    task: str | None = None,
+) -> Any:
     """Read a model that `save_model` wrote, after checking every file.
 
     Args:
         directory: where it is; a URI such as `s3://bucket/model` is downloaded for the moment.
         device: where the weights go; the CPU by default.
+        task: of a model of several tasks the one to answer; without it a forward call must be
+            inside `moe_dist.moe.routing.use_task`.
 
     Returns:
         The model, in eval mode.
@@ -86,12 +94,13 @@ def load_model(directory: Path | str, device: torch.device | str | None = None) 
     Raises:
         CheckpointError: if a file is damaged (the message names it), missing, a pickle, or does
             not fit the model.
+        MissingInputError: if the model has no such task.
     """
     if is_uri(directory):
         from moe_dist.storage import local_copy
 
         with local_copy(str(directory)) as local:
-            return load_model(local, device)
+            return load_model(local, device, task=task)
     source = Path(directory).absolute()
     verify_model(source)
     kind = _class_named_in(source)
@@ -112,6 +121,9 @@ def load_model(directory: Path | str, device: torch.device | str | None = None) 
                 f"{sorted(map(str, info[fault]))[:5]}",
                 remedy="save the model again with save_model",
             )
+    install_heads(model)
+    if task is not None:
+        choose_task(model, task)
     return model.to(device or "cpu").eval()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.conversion.heads import chosen_head
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
 
@@ -66,19 +67,28 @@ class TextModel:
         ).to(self._model.device)
         with torch.no_grad():
             logits_BC = self._model(**encoded).logits.float().cpu()
-        config = self._model.config
-        if config.problem_type == "regression":
+        labels = self._labels()
+        if labels is None:
             return [{"value": value} for value in logits_BC[:, 0].tolist()]
         rows = []
         for scores in logits_BC.softmax(dim=-1).tolist():
-            named = {str(config.id2label[index]): score for index, score in enumerate(scores)}
+            named = dict(zip(labels, scores, strict=True))
             label = max(named, key=lambda name: named[name])
             rows.append({"label": label, "score": named[label], "scores": named})
         return rows
 
     def _names(self) -> list[str]:
-        is_regression = self._model.config.problem_type == "regression"
-        return ["value"] if is_regression else ["label", "score", "scores"]
+        return ["value"] if self._labels() is None else ["label", "score", "scores"]
+
+    def _labels(self) -> list[str] | None:
+        """The classes in the order of their ids; None for a regression."""
+        head = chosen_head(self._model)
+        if head is not None:
+            return None if head.label_names is None else list(head.label_names)
+        config = self._model.config
+        if config.problem_type == "regression":
+            return None
+        return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 
 def text_columns(model_input: Any) -> list[list[str]]:
@@ -112,14 +122,15 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Te
 
     Args:
         path: the directory.
-        model_config: `max_length`, in tokens.
+        model_config: `max_length`, in tokens; `task`, of a model of several.
 
     Returns:
         The model.
     """
+    settings = model_config or {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TextModel(
-        load_model(Path(path), device),
+        load_model(Path(path), device, task=settings.get("task")),
         load_tokenizer(Path(path)),
-        max_length=int((model_config or {}).get("max_length", MAX_LENGTH)),
+        max_length=int(settings.get("max_length", MAX_LENGTH)),
     )

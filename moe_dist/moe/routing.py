@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
 
+CHOSEN_TASK = "chosen_task"
+"""Attribute of a stack: the number of the task that it is used for where no context names one."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -152,6 +155,23 @@ def use_context(context: RoutingContext) -> Iterator[RoutingContext]:
 
 
 @contextmanager
+def use_task(task: int | None) -> Iterator[None]:
+    """Name the task of every forward call inside the `with` block, in this thread only.
+
+    Args:
+        task: its number among the model's tasks; None changes nothing.
+
+    Yields:
+        Nothing.
+    """
+    if task is None:
+        yield
+        return
+    with use_context(RoutingContext(task_ids=torch.tensor([task], device="cpu"))):
+        yield
+
+
+@contextmanager
 def record_routing() -> Iterator[RoutingRecord]:
     """Collect the routing of every MoE layer that runs inside the `with` block.
 
@@ -269,7 +289,11 @@ def _open_context(
     if task_ids is None and outer is not None:
         # Task heads pass only what the stack's forward accepts; the caller's context has the task.
         task_ids = outer.context.task_ids
+    if task_ids is None and getattr(stack, CHOSEN_TASK, None) is not None:
+        task_ids = torch.tensor([getattr(stack, CHOSEN_TASK)], device="cpu")
     token_ids = given.get("input_ids")
+    if task_ids is not None and task_ids.numel() == 1 and isinstance(token_ids, Tensor):
+        task_ids = task_ids.reshape(1).expand(token_ids.shape[0])
     has_past = causal and _num_past(given) > 0
     mask = _padding_mask(given, token_ids)
     context = RoutingContext(token_ids, mask, task_ids, causal, has_past)

@@ -162,6 +162,9 @@ def describe_model(
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    settings = {"max_length": entry["max_length"]}
+    if entry.get("task"):
+        settings["task"] = entry["task"]
     with warnings.catch_warnings():
         # It asks for an example input, with which it would load the model to try it.
         warnings.simplefilter("ignore")
@@ -172,7 +175,7 @@ def describe_model(
             mlflow_model=Model(artifact_path=entry["name"], run_id=run_id, model_id=model_id),
             signature=_signature(entry),
             pip_requirements=_requirements(),
-            model_config={"max_length": entry["max_length"]},
+            model_config=settings,
         )
 
 

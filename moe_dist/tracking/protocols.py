@@ -41,6 +41,7 @@ class TrackedModel:
         max_length: tokens after which a text is cut.
         register_as: name in the model registry; empty to leave it out of there.
         params: what people compare such models by.
+        task: which of its tasks it answers; empty for a model of one task.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TrackedModel:
     max_length: int
     register_as: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
+    task: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.data.loaders import TrainBatches
+from moe_dist.data.loaders import Encoded
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
 from moe_dist.distributed.position import enter_phase
@@ -19,11 +19,12 @@ from moe_dist.inference.saving import load_model, save_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
-from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
+from moe_dist.training.collectives import sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
-from moe_dist.training.evaluation import expert_load, predict
+from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.expert_groups import settle_ep_size
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
+from moe_dist.training.job_data import AnyJobData, measure
 from moe_dist.training.loop import (
     ComputeTerms,
     LoopSettings,
@@ -42,9 +43,6 @@ from moe_dist.training.results import (
     write_json,
 )
 
-if TYPE_CHECKING:
-    from moe_dist.training.jobs import JobData
-
 Report = Callable[[int, dict[str, float]], None]
 EVAL_BATCH_SIZE = 64
 MAX_LOGGED_EXPERTS = 16
@@ -53,7 +51,7 @@ MAX_LOGGED_EXPERTS = 16
 
 def fit(
     model: Any,
-    data: JobData,
+    data: AnyJobData,
     compute_terms: ComputeTerms,
     weights_for: Callable[[int], StepWeights],
     payload: Mapping[str, Any],
@@ -67,7 +65,7 @@ def fit(
 
     Args:
         model: a whole Hugging Face model, alike on every rank.
-        data: the task's data.
+        data: of one task or several.
         compute_terms: the loss terms of a micro-batch.
         weights_for: from the number of steps to a weight for each term.
         payload: with ``train``, ``parallel``, ``seed`` and ``stage_dir``; ``eval_split``
@@ -88,15 +86,7 @@ def fit(
     parallel: Mapping[str, Any] = payload.get("parallel", {})
     stage_dir = Path(payload["stage_dir"])
     ep_size = settle_ep_size(model, int(parallel.get("ep_size", 1)))
-    batches = TrainBatches(
-        data.train,
-        batch_size=section.get("batch_size", 32),
-        world_size=num_ranks(),
-        rank=own_rank(),
-        accumulation=section.get("accumulation", 1),
-        seed=payload["seed"],
-        pad_token_id=data.pad_token_id,
-    )
+    batches = data.batches(section, seed=payload["seed"])
     mark("tokens")
     settings = loop_settings(section, batches.steps_per_epoch, seed=payload["seed"])
     if section.get("gradient_checkpointing", False):
@@ -128,21 +118,26 @@ def fit(
     loads: dict[str, list[float]] = {}
     split: Split = payload.get("eval_split", "dev")
 
-    def evaluate() -> dict[str, float]:
-        measured = data.part(split)
-        answers = predict(
+    def answer(encoded: Encoded) -> Predictions:
+        return predict(
             engine.module,
-            measured,
+            encoded,
             batch_size=section.get("eval_batch_size", EVAL_BATCH_SIZE),
             pad_token_id=data.pad_token_id,
             device=engine.device,
             autocast=engine.autocast,
         )
-        loads.update(expert_load(answers.tokens_per_expert))
-        metrics = data.metrics(answers.logits, measured)
+
+    def evaluate() -> dict[str, float]:
+        measured = measure(data, answer, split)
+        loads.update(expert_load(measured.tokens_per_expert))
         if payload.get("keep_predictions", False) and engine.rank == 0:
-            data.save_answers(answers, measured, stage_dir / PREDICTIONS)
-        return {f"{split}/{name}": value for name, value in metrics.items()} | load_metrics(loads)
+            for name, part in data.parts.items():
+                path = stage_dir / PREDICTIONS
+                path = path.with_stem(f"{path.stem}-{name}") if name else path
+                part.save_answers(measured.answers[name], part.part(split), path)
+        metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
+        return metrics | load_metrics(loads)
 
     result = train(
         engine,

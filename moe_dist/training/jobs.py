@@ -8,8 +8,7 @@ into the stage's directory; results come back as plain values, equal on every ra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,22 @@ import torch
 from torch import nn
 
 from moe_dist.conversion import score_importance
-from moe_dist.data.loaders import Encoded, encode, eval_batches
-from moe_dist.data.metrics import compute_metrics
-from moe_dist.data.sources import Splits, load_splits
+from moe_dist.conversion.heads import set_heads
+from moe_dist.data.loaders import Encoded, eval_batches
+from moe_dist.data.mixture import Mixture, load_rows
+from moe_dist.data.sources import load_splits
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.losses.total import LossWeight
+from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import build_companion, num_layers
-from moe_dist.training.evaluation import Predictions, expert_load, predict
+from moe_dist.training.evaluation import expert_load, predict
 from moe_dist.training.fit import Report, fit
 from moe_dist.training.hardware import pick_device
+from moe_dist.training.job_data import AnyJobData, JobData, job_data, task_heads
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
     ObjectiveSettings,
@@ -38,106 +40,18 @@ from moe_dist.training.objectives import (
     pair_states,
 )
 from moe_dist.training.payloads import (
-    DataJob,
     DistillPayload,
     DistillSection,
     FinetunePayload,
     ImportancePayload,
     PredictPayload,
-    Split,
 )
-from moe_dist.training.results import SCORES, save_predictions, save_scores
+from moe_dist.training.results import SCORES, save_scores
 from moe_dist.training.step import distill_terms, finetune_terms, freeze
 
 
-@dataclass(frozen=True)
-class JobData:
-    """The data that a payload names, tokenised on first use.
-
-    Args:
-        splits: rows and task.
-        tokenizer: the model's own.
-        payload: what the job was told.
-    """
-
-    splits: Splits
-    tokenizer: Any
-    payload: DataJob
-
-    @cached_property
-    def train(self) -> Encoded:
-        """The training split."""
-        return self._encode(self.splits.train, "train")
-
-    @cached_property
-    def dev(self) -> Encoded:
-        """The split that is measured on."""
-        return self._encode(self.splits.dev, "dev")
-
-    @cached_property
-    def holdout(self) -> Encoded:
-        """The training rows that recipes are chosen on; only where the data have some."""
-        assert self.splits.holdout is not None, "who asks for it has seen that there is one"
-        return self._encode(self.splits.holdout, "holdout")
-
-    def part(self, name: Split) -> Encoded:
-        """Give a split by its name.
-
-        Args:
-            name: which.
-
-        Returns:
-            Its samples.
-        """
-        encoded: Encoded = getattr(self, name)
-        return encoded
-
-    @property
-    def pad_token_id(self) -> int:
-        """What fills up shorter samples."""
-        return int(self.tokenizer.pad_token_id)
-
-    def metrics(self, logits: torch.Tensor, encoded: Encoded) -> dict[str, float]:
-        """Compute the task's metrics.
-
-        Args:
-            logits: (N, C) of all samples.
-            encoded: the samples.
-
-        Returns:
-            Values by name, the task's main metric first.
-        """
-        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
-
-    def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
-        """Write what a model says about a split.
-
-        Args:
-            answers: of all samples.
-            encoded: the split.
-            path: the file.
-        """
-        save_predictions(
-            path,
-            logits=answers.logits,
-            predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
-            labels=encoded.labels,
-            sample_ids=encoded.sample_ids,
-        )
-
-    def _encode(self, rows: Any, split: str) -> Encoded:
-        cache = self.payload.get("cache_dir")
-        return encode(
-            rows,
-            self.tokenizer,
-            max_length=self.payload["max_length"],
-            cache_dir=Path(cache) if cache else None,
-            digest=f"{self.splits.digest}-{split}",
-        )
-
-
 def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
-    """Fine-tune a pre-trained encoder on the task: the teacher.
+    """Fine-tune a pre-trained encoder on the task, or on several at once: the teacher.
 
     Args:
         payload: see `FinetunePayload`.
@@ -145,18 +59,22 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
     Returns:
         See `fit`.
     """
-    splits = load_splits(**payload["data"])
+    rows = load_rows(payload["data"])
     mark("rows")
-    task = splits.task
+    heads = task_heads(rows) if isinstance(rows, Mixture) else ()
     model, tokenizer = load_pretrained(
         payload["model"],
-        num_labels=task.num_labels,
-        label_names=task.label_names,
+        num_labels=rows.num_labels,
+        label_names=[name for head in heads for name in head.output_names]
+        if isinstance(rows, Mixture)
+        else rows.task.label_names,
         revision=payload.get("revision"),
         seed=payload["seed"],
     )
+    if heads:
+        set_heads(model, heads)
     mark("model")
-    data = JobData(splits, tokenizer, payload)
+    data = job_data(rows, tokenizer, payload)
     return fit(
         model,
         data,
@@ -177,19 +95,19 @@ def distill_job(payload: DistillPayload) -> dict[str, Any]:
     Returns:
         See `fit`.
     """
-    splits = load_splits(**payload["data"])
+    rows = load_rows(payload["data"])
     # The engine takes this device too, and the two must meet in the losses.
     device = pick_device(payload.get("use_gpu", "auto"))
     teacher = freeze(load_model(Path(payload["teacher"]), device))
     student = load_model(Path(payload["student"]))
-    data = JobData(splits, load_tokenizer(Path(payload["student"])), payload)
+    data = job_data(rows, load_tokenizer(Path(payload["student"])), payload)
     return distill(student, teacher, data, payload, whole_model=payload["student"])
 
 
 def distill(
     student: Any,
     teacher: nn.Module,
-    data: JobData,
+    data: AnyJobData,
     payload: Mapping[str, Any],
     *,
     whole_model: str | None = None,
@@ -270,37 +188,55 @@ def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
 def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     """Score the teacher's feed-forward neurons on training samples, summed over workers.
 
+    Tasks count alike: of several, each layer's scores are divided by their sum before they are
+    added, whatever the losses and the number of rows.
+
     Args:
         payload: see `ImportancePayload`.
 
     Returns:
         ``scores``: the file that rank 0 wrote; ``num_samples``: how many were scored.
     """
-    splits = load_splits(**payload["data"])
+    rows = load_rows(payload["data"])
     device = pick_device(payload.get("use_gpu", "auto"))
     model = load_model(Path(payload["model"]), device)
-    data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
-    encoded = data.train
-    encoded = encoded.draw(payload.get("num_samples"), seed=payload["seed"])
-    # Fewer samples than workers: every worker scores all of them instead of some scoring none.
-    shared = len(encoded) >= num_ranks() > 1
-    mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded
-    batches = eval_batches(
-        mine, batch_size=payload.get("batch_size", 32), pad_token_id=data.pad_token_id
-    )
+    data = job_data(rows, load_tokenizer(Path(payload["model"])), payload)
+    limit = payload.get("num_samples")
     enter_phase("scoring of importance")
-    scores = score_importance(model, advancing(batches))
-    if shared:
-        scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
+    scores: list[torch.Tensor] = []
+    num_samples = 0
+    for number, (name, part) in enumerate(data.parts.items()):
+        share = None if limit is None else -(-limit // len(data.parts))
+        encoded = part.train.draw(share, seed=payload["seed"])
+        num_samples += len(encoded)
+        with use_task(number if name else None):
+            own = _score(model, encoded, part.pad_token_id, device, payload.get("batch_size", 32))
+        if name:
+            own = [score_F / score_F.sum().clamp(min=1e-30) for score_F in own]
+        scores = [a + b for a, b in zip(scores, own, strict=True)] if scores else own
     path = Path(payload["stage_dir"]) / SCORES
     if own_rank() == 0:
         save_scores(scores, path)
     wait_for_ranks()
-    return {"scores": str(path), "num_samples": len(encoded)}
+    return {"scores": str(path), "num_samples": num_samples}
+
+
+def _score(
+    model: nn.Module, encoded: Encoded, pad_token_id: int, device: torch.device, batch_size: int
+) -> list[torch.Tensor]:
+    """Score the neurons on one task's samples, each rank on its share."""
+    # Fewer samples than workers: every worker scores all of them instead of some scoring none.
+    shared = len(encoded) >= num_ranks() > 1
+    mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded
+    batches = eval_batches(mine, batch_size=batch_size, pad_token_id=pad_token_id)
+    scores = score_importance(model, advancing(batches))
+    if shared:
+        scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
+    return scores
 
 
 def predict_job(payload: PredictPayload) -> dict[str, Any]:
-    """Run a saved model over a split.
+    """Run a saved model of one task over a split.
 
     Args:
         payload: see `PredictPayload`.

@@ -27,6 +27,7 @@ from moe_dist.distributed.position import (
 )
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
+from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.step import StepTerms
@@ -340,7 +341,7 @@ def _take_step(
     last = len(batch.micro_batches) - 1
     losses: list[dict[str, Tensor]] = []
     for position, micro_batch in enumerate(batch.micro_batches):
-        with engine.autocast():
+        with engine.autocast(), use_task(batch.task):
             computed = compute_terms(engine.module, micro_batch)
             total, values = weighted_total(computed.terms, coefficients, counts)
         engine.backward(
@@ -348,6 +349,8 @@ def _take_step(
         )
         losses.append(values)
         weighted = {name: coefficients[name] * values[name] for name in computed.terms}
+        if batch.task_name:
+            values = values | {f"task/{batch.task_name}": values["task"]}
         window.add_micro_batch(
             values,
             computed.tokens_per_expert,

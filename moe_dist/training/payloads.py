@@ -82,7 +82,7 @@ class DataJob(TypedDict, total=False):
     """What all jobs share.
 
     Args:
-        data: keyword arguments of `moe_dist.data.sources.load_splits`.
+        data: arguments of `moe_dist.data.mixture.load_rows`.
         max_length: tokens per sample; longer ones are cut.
         cache_dir: where tokenised data is cached; None for the default.
         stage_dir: where rank 0 writes results, checkpoints and the metric log.

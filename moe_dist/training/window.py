@@ -33,6 +33,8 @@ class LogWindow:
         self._loads: dict[str, Tensor] = {}
         self._routing: dict[str, Tensor] = {}
         self._figures: dict[str, float] = {}
+        self._steps_with: dict[str, int] = {}
+        self._names: set[str] = set()
 
     def add_micro_batch(
         self,
@@ -50,6 +52,7 @@ class LogWindow:
             weighted: the same losses as they enter the total.
             routing_sums: by layer what `moe_dist.training.step.routing_sums` gives.
         """
+        self._names.update(losses)
         _add(self._losses, losses, self._device)
         _add(self._weighted, weighted or {}, self._device)
         _add(self._loads, tokens_per_expert, self._device)
@@ -73,6 +76,9 @@ class LogWindow:
         """
         for name, value in (figures or {}).items():
             self._figures[name] = self._figures.get(name, 0.0) + value
+        for name in self._names:
+            self._steps_with[name] = self._steps_with.get(name, 0) + 1
+        self._names.clear()
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.seconds += seconds
@@ -82,17 +88,15 @@ class LogWindow:
         """Reduce over ranks and name the values; collective.
 
         Returns:
-            Means over the window's steps; empty if it has none.
+            Means over the window's steps (of a loss, over those that had it); empty if it has
+            none.
         """
         if self.num_steps == 0:
             return {}
         values = {
-            f"train/loss/{name}": float(total) / self.num_steps
-            for name, total in self._reduced(self._losses).items()
-        }
-        values |= {
-            f"train/weighted_loss/{name}": float(total) / self.num_steps
-            for name, total in self._reduced(self._weighted).items()
+            f"train/{kind}/{name}": float(total) / self._steps_with.get(name, self.num_steps)
+            for kind, sums in (("loss", self._losses), ("weighted_loss", self._weighted))
+            for name, total in self._reduced(sums).items()
         }
         values |= {f"train/{name}": total / self.num_steps for name, total in self._figures.items()}
         values["train/grad_norm"] = self.grad_norm / self.num_steps
@@ -125,6 +129,7 @@ class LogWindow:
             "losses": {name: float(value) for name, value in losses.items()},
             "weighted": {name: float(value) for name, value in weighted.items()},
             "figures": dict(self._figures),
+            "steps_with": dict(self._steps_with),
             "loads": {name: count_E.tolist() for name, count_E in loads.items()},
             "routing": {name: sums.tolist() for name, sums in self._reduced(self._routing).items()},
         }
@@ -148,6 +153,9 @@ class LogWindow:
             for key in ("losses", "weighted", "loads", "routing")
         )
         self._figures = dict(state.get("figures", {}))
+        self._steps_with = dict(
+            state.get("steps_with", dict.fromkeys(self._losses, self.num_steps))
+        )
 
     def _restored(self, sums: Mapping[str, Any], share: float) -> dict[str, Tensor]:
         return {

@@ -111,6 +111,7 @@ def read_run(directory: Path) -> SeededRun:
 
     Raises:
         MissingInputError: if the run is not finished.
+        DataError: if it has several tasks.
         CheckpointError: if a file is damaged.
     """
     from moe_dist.training.results import load_predictions
@@ -119,6 +120,11 @@ def read_run(directory: Path) -> SeededRun:
     if not report:
         raise MissingInputError(
             f"{directory} holds no finished run", remedy="let `moe-dist compress` finish it"
+        )
+    if "tasks" in report:
+        raise DataError(
+            f"{directory} has several tasks in one run, which are not compared over seeds so far",
+            remedy="read the intervals of each task in its report.md, or give runs of one task",
         )
     place = directory / evaluate.NAME / evaluate.PREDICTIONS
     names = [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]

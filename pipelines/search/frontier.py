@@ -286,7 +286,7 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
             config,
             load_model(Path(facts.model)),
             scores,
-            partial(workspace.encoded, "train", tokenizer),
+            partial(workspace.encoded_tasks, "train", tokenizer),
         )[1]
     size = result.config.search.latency_batch_size
     times: dict[int, list[float]] = {number: [] for number in models}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
+from moe_dist.config.data_section import TASK_KEYS
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS
@@ -310,6 +311,8 @@ def _identity(config: RunConfig, workspace: Workspace) -> str:
     settings = config.model_dump(
         mode="json", exclude={"search", "output_dir", "tracking", "compare", "parallel"}
     )
+    # A search has one task; these keys are younger than sweeps that may be continued.
+    settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
     # The rows' digest covers it; sweeps from before there was one go on.
     settings["data"].pop("holdout_samples")
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))

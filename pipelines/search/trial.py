@@ -24,7 +24,7 @@ from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import Trial
-    from moe_dist.training.jobs import JobData
+    from moe_dist.training.job_data import JobData
     from moe_dist.training.payloads import DataJob, Split
 
 LATENCY_SEQ_LEN = 128
@@ -178,7 +178,7 @@ class _Warm:
         from moe_dist.data.sources import load_splits
         from moe_dist.inference.saving import load_model, load_tokenizer
         from moe_dist.training.hardware import pick_device
-        from moe_dist.training.jobs import JobData
+        from moe_dist.training.job_data import JobData
         from moe_dist.training.results import load_scores
         from moe_dist.training.step import freeze
 
@@ -277,7 +277,7 @@ class _OneTrial:
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
         warm = self.warm
-        return convert(self.config, warm.dense, warm.scores, lambda: warm.data.train)[1]
+        return convert(self.config, warm.dense, warm.scores, lambda: {"": warm.data.train})[1]
 
     def _steps(self) -> dict[int, int]:
         train = self.config.train

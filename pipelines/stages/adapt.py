@@ -5,7 +5,7 @@ They are the teacher's, or those of the smaller student that the stage shrink ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
@@ -53,7 +53,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         model = load_model(fetch(source.outputs["model"]))
         tokenizer = load_tokenizer(source.outputs["model"])
         plan, student = convert(
-            config, model, importance, lambda: inputs.workspace.encoded("train", tokenizer)
+            config,
+            model,
+            importance,
+            lambda: inputs.workspace.encoded_tasks("train", tokenizer),
         )
         plan.save(stage.directory / "plan.json")
         save_model(
@@ -78,7 +81,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     input_digests = {"teacher": source.digests["model"], "scores": scores.digests["scores"]}
     if reads_rows(config):
-        input_digests["data"] = inputs.workspace.splits.train_digest
+        input_digests["data"] = inputs.workspace.rows.train_digest
     return execute(
         NAME,
         settings=adapt_settings(config),
@@ -93,7 +96,7 @@ def convert(
     config: RunConfig,
     dense: Any,
     importance: Sequence[Any],
-    rows: Callable[[], Encoded] | None = None,
+    rows: Callable[[], Mapping[str, Encoded]] | None = None,
 ) -> tuple[Any, Any]:
     """Split a dense model into experts.
 
@@ -101,7 +104,8 @@ def convert(
         config: the configuration of one student.
         dense: the model; it is left as it was.
         importance: (F,) scores for each feed-forward layer.
-        rows: gives the tokenised training rows; asked only where `reads_rows` says so.
+        rows: gives the tokenised training rows of each task by its name; asked only where
+            `reads_rows` says so.
 
     Returns:
         The plan, and the student; the model itself where a small student keeps all its neurons.
@@ -112,12 +116,13 @@ def convert(
     from moe_dist.conversion import dense_to_moe, plan_partition
 
     moe = config.moe
-    encoded = rows() if rows is not None and reads_rows(config) else None
+    parts = list(rows().values()) if rows is not None and reads_rows(config) else None
     batches, token_counts = None, None
-    if encoded is not None and _splits_by_data(config):
-        batches = _scored_batches(config, encoded, int(dense.config.pad_token_id or 0))
-    if encoded is not None and _counts_tokens(config):
-        token_counts = _token_counts(encoded, dense)
+    if parts is not None and _splits_by_data(config):
+        assert len(parts) == 1, "such partitions are refused for several tasks"
+        batches = _scored_batches(config, parts[0], int(dense.config.pad_token_id or 0))
+    if parts is not None and _counts_tokens(config):
+        token_counts = sum(_token_counts(encoded, dense) for encoded in parts)
     plan = plan_partition(
         importance,
         num_experts=moe.num_experts,
@@ -160,6 +165,7 @@ def router_options(config: RunConfig) -> dict[str, Any]:
         Keyword arguments.
     """
     moe = config.moe
+    num_tasks = len(config.data.tasks) if config.data.tasks else 1
     return {
         "router": moe.router,
         "top_k": moe.top_k,
@@ -169,8 +175,7 @@ def router_options(config: RunConfig) -> dict[str, Any]:
         "capacity_factor": moe.capacity_factor,
         "drop_policy": moe.drop_policy,
         "task_map": moe.task_map,
-        # A recipe has one task.
-        "num_tasks": 1 if moe.router == "task_gate" else None,
+        "num_tasks": num_tasks if moe.router == "task_gate" else None,
     }
 
 

@@ -73,7 +73,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             **origin,
         },
         input_digests={
-            "data": inputs.workspace.splits.train_digest,
+            "data": inputs.workspace.rows.train_digest,
             "teacher": teacher.digests["model"],
             "student": student.digests["model"],
         },

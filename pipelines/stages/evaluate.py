@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.metrics import Pairing
     from moe_dist.tracking import TrackedRun
+    from moe_dist.training.payloads import DataJob
 
     from ..workspace import Workspace
 
@@ -50,16 +52,15 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     def work(stage: StageWork) -> StageOutcome:
         workspace = inputs.workspace
-        task = workspace.splits.task
         for path, _ in models.values():
             workspace.files.fetch(path)
         loaded = load_all(models, use_gpu=config.parallel.use_gpu)
         answers = predict_all(loaded, models, workspace, stage)
-        labels, loads = answers.labels, answers.expert_loads
-        entries = measure_quality(answers.logits, labels, task.metrics)
+        loads = answers.expert_loads
+        entries = measure_quality(answers)
         for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
             entries[name] |= cost
-        differences = compare_students(answers.logits, labels, task.main_metric, config.seed)
+        main_metric = workspace.rows.main_metric
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -70,15 +71,16 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             outputs={"predictions": stage.directory / PREDICTIONS},
             metrics=metrics,
             details={
-                "main_metric": task.main_metric,
-                "num_dev_samples": len(labels),
+                "main_metric": main_metric,
+                "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "seq_len": seq_len,
                 "models": entries,
-                "differences": differences,
-                "data": {"name": workspace.data_name, "digest": workspace.splits.digest},
+                "differences": compare_students(answers, main_metric, config.seed),
+                "data": {"name": workspace.data_name, "digest": workspace.rows.digest},
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
-            },
+            }
+            | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),
         )
 
@@ -90,7 +92,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
         },
         input_digests={
-            "data": inputs.workspace.splits.digest,
+            "data": inputs.workspace.rows.digest,
             **{name: digest for name, (_, digest) in models.items()},
         },
         inputs=inputs,
@@ -151,18 +153,45 @@ def load_all(
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What all models say about the dev split.
+class TaskAnswers:
+    """What all models say about one task's dev rows.
 
     Attributes:
+        metrics: names, the main one first.
         labels: (N,).
         logits: (N, C) by model name.
+    """
+
+    metrics: tuple[str, ...]
+    labels: Any
+    logits: dict[str, Any]
+
+    def pairing(self, first: str, second: str) -> Pairing:
+        """Put two models' answers side by side.
+
+        Args:
+            first: the model whose metric is the minuend.
+            second: the other.
+
+        Returns:
+            The pairing, for the main metric.
+        """
+        from moe_dist.data.metrics import Pairing
+
+        return Pairing(self.metrics[0], self.labels, self.logits[first], self.logits[second])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What all models say about the dev rows.
+
+    Attributes:
+        tasks: by task name; the one name "" where there is one task.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
     """
 
-    labels: Any
-    logits: dict[str, Any]
+    tasks: dict[str, TaskAnswers]
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
 
@@ -173,7 +202,7 @@ def predict_all(
     workspace: Workspace,
     stage: StageWork,
 ) -> Answers:
-    """Run every model over the dev split, and keep what they say.
+    """Run every model over the dev rows, and keep what they say.
 
     Args:
         loaded: model by name.
@@ -186,35 +215,40 @@ def predict_all(
     """
     import torch
 
+    from moe_dist.data.loaders import Encoded
     from moe_dist.inference.saving import load_tokenizer
-    from moe_dist.training.evaluation import expert_load, predict
-    from moe_dist.training.results import save_predictions
+    from moe_dist.training.evaluation import Predictions, expert_load, predict
+    from moe_dist.training.job_data import job_data, measure
 
-    splits = workspace.splits
     tokenizer = load_tokenizer(models[TEACHER][0])
-    encoded = workspace.encoded("dev", tokenizer)
-    logits: dict[str, Any] = {}
+    payload: DataJob = {"max_length": workspace.config.model.max_length, "cache_dir": None}
+    data = job_data(workspace.rows, tokenizer, payload)
+    tasks = {
+        name: TaskAnswers(part.splits.task.metrics, part.dev.labels, {})
+        for name, part in data.parts.items()
+    }
     loads: dict[str, dict[str, list[float]]] = {}
     for done, (name, model) in enumerate(loaded.items(), start=1):
-        found = predict(
-            model,
-            encoded,
-            batch_size=PREDICT_BATCH_SIZE,
-            pad_token_id=int(tokenizer.pad_token_id),
-            device=next(model.parameters()).device,
-        )
-        save_predictions(
-            stage.directory / PREDICTIONS / f"{name.replace('/', '-')}.npz",
-            logits=found.logits,
-            predictions=found.values(is_regression=splits.task.kind == "regression"),
-            labels=encoded.labels,
-            sample_ids=encoded.sample_ids,
-        )
-        logits[name] = found.logits.numpy()
+
+        def answer(encoded: Encoded, model: Any = model) -> Predictions:
+            return predict(
+                model,
+                encoded,
+                batch_size=PREDICT_BATCH_SIZE,
+                pad_token_id=data.pad_token_id,
+                device=next(model.parameters()).device,
+            )
+
+        found = measure(data, answer)
+        for task, part in data.parts.items():
+            # Without a task's name it is the directory itself.
+            path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
+            part.save_answers(found.answers[task], part.dev, path)
+            tasks[task].logits[name] = found.answers[task].logits.numpy()
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         stage.console.progress(done, len(loaded) + LATENCY_ROUNDS)
-    return Answers(encoded.labels, logits, loads, torch.get_num_threads())
+    return Answers(tasks, loads, torch.get_num_threads())
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
@@ -235,26 +269,27 @@ def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) 
     )
 
 
-def measure_quality(
-    predictions: Mapping[str, Any], labels: Any, metrics: tuple[str, ...]
-) -> dict[str, dict[str, Any]]:
+def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
     """Compute the dev metrics of each model.
 
     Args:
-        predictions: outputs by model name.
-        labels: the dev labels.
-        metrics: names, the main one first.
+        answers: of all models.
 
     Returns:
         For each final model `metrics`, and for students `metrics_before_distillation`.
     """
     from moe_dist.data.metrics import compute_metrics
+    from moe_dist.data.mixture import joined_metrics
 
     entries: dict[str, dict[str, Any]] = {}
-    for name, outputs in predictions.items():
+    for name in next(iter(answers.tasks.values())).logits:
         owner, _, before = name.partition("/")
         key = f"metrics_{before}" if before else "metrics"
-        entries.setdefault(owner, {})[key] = compute_metrics(metrics, outputs, labels)
+        by_task = {
+            task: compute_metrics(own.metrics, own.logits[name], own.labels)
+            for task, own in answers.tasks.items()
+        }
+        entries.setdefault(owner, {})[key] = joined_metrics(by_task)
     return entries
 
 
@@ -272,8 +307,10 @@ def measure_cost(
         For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token` and
         `latency_ms`.
     """
+    from moe_dist.conversion.heads import read_heads
     from moe_dist.inference.latency import measure_latency
     from moe_dist.inference.profile import count_parameters, flops_per_token, model_shape
+    from moe_dist.moe.routing import use_task
 
     medians: dict[str, dict[int, list[float]]] = {
         name: {size: [] for size in LATENCY_BATCH_SIZES} for name in loaded
@@ -284,13 +321,15 @@ def measure_cost(
         if done >= MIN_LATENCY_ROUNDS and time.monotonic() - begin > LATENCY_BUDGET_S:
             break
         for name, model in loaded.items():
-            timed = measure_latency(
-                model,
-                batch_sizes=LATENCY_BATCH_SIZES,
-                seq_len=seq_len,
-                repeats=LATENCY_REPEATS,
-                num_warmups=1,
-            )
+            # All tasks cost alike.
+            with use_task(0 if read_heads(model) else None):
+                timed = measure_latency(
+                    model,
+                    batch_sizes=LATENCY_BATCH_SIZES,
+                    seq_len=seq_len,
+                    repeats=LATENCY_REPEATS,
+                    num_warmups=1,
+                )
             for size, latency in timed.items():
                 medians[name][size].append(latency.median_ms)
         stage.console.progress(done + 1, LATENCY_ROUNDS)
@@ -311,31 +350,58 @@ def measure_cost(
     return costs
 
 
-def compare_students(
-    predictions: Mapping[str, Any], labels: Any, metric: str, seed: int
-) -> dict[str, dict[str, Any]]:
+def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict[str, Any]]:
     """Compare the student with teacher and comparisons on the same examples.
 
     Args:
-        predictions: outputs by model name.
-        labels: the dev labels.
-        metric: the main metric.
+        answers: of all models.
+        metric: what the report calls the main metric; the mean over tasks where there are several.
         seed: of the bootstrap.
 
     Returns:
         For each other final model the student's metric minus its own, with an interval.
     """
-    from moe_dist.data.metrics import paired_bootstrap
+    from moe_dist.data.metrics import mean_bootstrap
 
-    others = [name for name in predictions if "/" not in name and name != STUDENT]
+    names = next(iter(answers.tasks.values())).logits
     return {
         name: {
             "metric": metric,
             **asdict(
-                paired_bootstrap(metric, labels, predictions[STUDENT], predictions[name], seed=seed)
+                mean_bootstrap(
+                    [task.pairing(STUDENT, name) for task in answers.tasks.values()], seed=seed
+                )
             ),
         }
-        for name in others
+        for name in names
+        if "/" not in name and name != STUDENT
+    }
+
+
+def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
+    """Say for each of several tasks what it is measured by, and how the student stands there.
+
+    Args:
+        answers: of all models.
+        seed: of the bootstrap.
+
+    Returns:
+        `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
+        of one task.
+    """
+    if set(answers.tasks) == {""}:
+        return {}
+    return {
+        "tasks": {
+            name: {
+                "main_metric": task.metrics[0],
+                "num_dev_samples": len(task.labels),
+                "differences": compare_students(
+                    replace(answers, tasks={name: task}), task.metrics[0], seed
+                ),
+            }
+            for name, task in answers.tasks.items()
+        }
     }
 
 

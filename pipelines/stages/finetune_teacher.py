@@ -56,7 +56,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings=training_settings(config, train, has_experts=False),
         input_digests={
-            "data": workspace.splits.train_digest,
+            "data": workspace.rows.train_digest,
             "start_model": workspace.start_model_digest,
         },
         inputs=inputs,

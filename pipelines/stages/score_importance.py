@@ -60,7 +60,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "num_samples": config.moe.importance_samples,
         },
         input_digests={
-            "data": inputs.workspace.splits.train_digest,
+            "data": inputs.workspace.rows.train_digest,
             "teacher": teacher.digests["model"],
         },
         inputs=inputs,

@@ -1,0 +1,233 @@
+"""Rules across the keys of the `data` section, and of what several tasks can be combined with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moe_dist.config.data_section import TASK_KEYS, Metric, TaskDataConfig
+from moe_dist.config.faults import either
+from moe_dist.config.run_config import RunConfig
+from moe_dist.config.sections import NAME_PATTERN
+from moe_dist.uris import is_uri
+
+Rule = Callable[[RunConfig], Iterator[str]]
+RESERVED_TASK = "mean"
+"""Reports call the mean over all tasks so."""
+_METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
+# Keys that only some sources read; given elsewhere they would be ignored in silence.
+_KEYS_OF_SOURCES = {
+    "subset": ("hub",),
+    "revision": ("hub",),
+    "column_names": ("files",),
+    "train": ("hub", "files"),
+    "dev": ("hub", "files"),
+}
+_LISTS = ("label_names", "column_names", "text_columns", "metrics")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+_ONE_TASK_PARTITIONS = ("coactivation", "clustered_importance")
+
+
+def data_sections(config: RunConfig) -> dict[str, TaskDataConfig]:
+    """Give each data set of a recipe by the path of its keys.
+
+    Args:
+        config: the recipe.
+
+    Returns:
+        `data`, or `data.tasks.NAME` for each task.
+    """
+    if config.data.source != "tasks":
+        return {"data": config.data}
+    return {f"data.tasks.{name}": task for name, task in (config.data.tasks or {}).items()}
+
+
+def _data_is_named(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.source == "files" and data.train is None:
+            yield (
+                f"{path}.train is missing, which {path}.source=files needs; give the training "
+                "file's path."
+            )
+        if data.source != "files" and data.name is None:
+            example = "nyu-mll/glue" if data.source == "hub" else "vader-movie-reviews"
+            yield (
+                f"{path}.name is missing, which {path}.source={data.source} needs; "
+                f"name the data set, for example {example}."
+            )
+
+
+def _dev_rows_exist(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.source == "files" and data.dev is None and data.dev_size is None:
+            yield (
+                f"{path}.dev and {path}.dev_size are both missing; "
+                f"give the dev file, or how many training rows to hold out ({path}.dev_size=0.1)."
+            )
+        if data.source != "package" and data.dev is not None and data.dev_size is not None:
+            yield (
+                f"{path}.dev_size holds rows out of the training rows, and {path}.dev gives dev "
+                "rows already; keep one of them."
+            )
+
+
+def _keys_fit_source(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        for key, sources in _KEYS_OF_SOURCES.items():
+            if data.source not in sources and getattr(data, key) is not None:
+                yield (
+                    f"{path}.{key} belongs to {path}.source={' or '.join(sources)}, not "
+                    f"{data.source}; remove it."
+                )
+    if config.data.source == "tasks":
+        for key, field in TaskDataConfig.model_fields.items():
+            if key != "source" and getattr(config.data, key) != field.default:
+                yield (
+                    f"data.{key} is not read with data.source=tasks, since each task has its own; "
+                    f"move it into data.tasks.NAME.{key}."
+                )
+
+
+def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.kind == "regression" and data.label_names is not None:
+            yield (
+                f"{path}.label_names names classes, and {path}.kind=regression has none; "
+                "remove label_names, or use kind classification."
+            )
+
+
+def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.kind is None:
+            continue
+        fitting = _METRICS_OF_KINDS[data.kind]
+        wrong = [metric for metric in data.metrics or () if metric not in fitting]
+        if wrong:
+            yield (
+                f"{path}.metrics={wrong} cannot measure {path}.kind={data.kind}; use "
+                f"{either(list(fitting))}."
+            )
+
+
+def _names_once(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        for key in _LISTS:
+            names = getattr(data, key) or ()
+            if len(set(names)) < len(names):
+                yield f"{path}.{key}={list(names)} holds a name twice; give each one once."
+
+
+def _places(config: RunConfig) -> dict[str, Path | str | None]:
+    return {"output_dir": config.output_dir} | {
+        f"{path}.{key}": getattr(data, key)
+        for path, data in data_sections(config).items()
+        for key in ("train", "dev")
+    }
+
+
+def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
+        # Ray shows what workers are told, and the resolved recipe lies beside the results.
+        if is_uri(place) and "@" in str(place).partition("?")[0]:
+            yield (
+                f"{key} holds a user or a password; give credentials in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of the URI."
+            )
+
+
+def _uris_are_whole(config: RunConfig) -> Iterator[str]:
+    for key, place in _places(config).items():
+        match = _ONE_SLASH.match(str(place or ""))
+        if match:
+            scheme = match.group(1)
+            yield (
+                f"{key} has one slash behind {scheme}:, where a URI has two; write {scheme}://..., "
+                "or an absolute path for a directory of that name."
+            )
+
+
+def _tasks_are_named(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source != "tasks":
+        for key in TASK_KEYS:
+            if getattr(data, key) is not None:
+                yield (
+                    f"data.{key} belongs to data.source=tasks, not {data.source}; remove it, or "
+                    "set data.source to tasks."
+                )
+        return
+    names = list(data.tasks or {})
+    if len(names) < 2:
+        yield (
+            f"data.source=tasks needs two tasks or more, and data.tasks names {len(names)}; name "
+            "them, or give the one data set in data itself."
+        )
+    for name in names:
+        if name == RESERVED_TASK or not re.fullmatch(NAME_PATTERN, name):
+            yield (
+                f"data.tasks.{name} cannot be a task's name; use letters, digits, dots, dashes and "
+                f"underscores, and not {RESERVED_TASK!r}."
+            )
+    if data.mixing_temperature is not None and data.mixing != "temperature":
+        yield (
+            f"data.mixing_temperature={data.mixing_temperature:g} is read with "
+            f"data.mixing=temperature, not {data.mixing or 'size'}; set mixing, or remove it."
+        )
+
+
+def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
+    if config.data.source != "tasks":
+        return
+    moe, distill = config.moe, config.distill
+    if distill.adversarial_weight > 0:
+        yield (
+            f"distill.adversarial_weight={distill.adversarial_weight:g} needs one task, since the "
+            "discriminator reads logits of one size; set it to 0."
+        )
+    routed = moe.num_experts > 1 and moe.router == "task_gate"
+    if routed and distill.load_balancing_weight > 0:
+        yield (
+            f"distill.load_balancing_weight={distill.load_balancing_weight:g} evens out the load "
+            "within a batch, and with moe.router=task_gate a batch is of one task; set it to 0 (a "
+            "task's experts start spread)."
+        )
+    if moe.num_experts > 1 and moe.partition in _ONE_TASK_PARTITIONS:
+        yield (
+            f"moe.partition={moe.partition} looks at the rows of one task, and there are several; "
+            "use importance, or kmeans."
+        )
+    if config.search.space:
+        yield "search.space works on one task, and data.source is tasks; search on one of them."
+
+
+_SETS = ("data.source", "data.tasks")
+_PLACES = (*_SETS, "output_dir", "data.train", "data.dev")
+# Each rule with the keys it reads, so that it runs whenever those are sound.
+DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (_data_is_named, (*_SETS, "data.train", "data.name")),
+    (_dev_rows_exist, (*_SETS, "data.dev", "data.dev_size")),
+    (_keys_fit_source, (*_SETS, *(f"data.{key}" for key in TaskDataConfig.model_fields))),
+    (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
+    (_metrics_fit_kind, (*_SETS, "data.kind", "data.metrics")),
+    (_names_once, (*_SETS, *(f"data.{key}" for key in _LISTS))),
+    (_no_credentials_in_places, _PLACES),
+    (_uris_are_whole, _PLACES),
+    (_tasks_are_named, (*_SETS, "data.mixing", "data.mixing_temperature")),
+    (
+        _tasks_fit_the_rest,
+        (
+            *_SETS,
+            "moe.router",
+            "moe.num_experts",
+            "moe.partition",
+            "distill.adversarial_weight",
+            "distill.load_balancing_weight",
+            "search.space",
+        ),
+    ),
+)

@@ -1,0 +1,150 @@
+"""The recipe's `data` section: one data set, or one for each of several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+from moe_dist.config.sections import Integer, Number, Section
+
+TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
+"""Keys that only a recipe of several tasks has."""
+
+
+def _one_or_many(value: Any) -> Any:
+    values = [value] if isinstance(value, str | int) else value
+    if not isinstance(values, list | tuple):
+        return values
+    # Classes are often called 0 and 1; true and false stay faults, since they may be a slip.
+    return [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+
+
+def _rows_or_fraction(value: float) -> float:
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError("is neither a fraction nor a number of rows; give for example 0.1 or 500.")
+    return int(value)
+
+
+def _text_keys(value: Any) -> Any:
+    # YAML keys may be numbers; as text they are names like any other.
+    return (
+        {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
+    )
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+# Written as it is, since 1500 rows would else become 1500.0.
+RowsOrFraction = Annotated[
+    Number, AfterValidator(_rows_or_fraction), PlainSerializer(lambda value: value)
+]
+
+
+class TaskDataConfig(Section):
+    """One data set: the sentences of one task."""
+
+    source: Literal["hub", "files", "package"] = Field(
+        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON lines or "
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+    )
+    name: str | None = Field(
+        default=None,
+        description="Data set name: hub name for `hub`, package data set for `package`; for "
+        "`files` optionally a GLUE task (`sst2`), whose columns, labels and metrics it takes over.",
+    )
+    subset: str | None = Field(
+        default=None, description="Configuration of a hub data set, such as `rte` of GLUE."
+    )
+    revision: str | None = Field(
+        default=None, description="Hub commit, tag or branch of the data set."
+    )
+    train: str | None = Field(
+        default=None,
+        description="`files`: path of the training file. `hub`: name of the training split "
+        "(`train` when not given).",
+    )
+    dev: str | None = Field(
+        default=None,
+        description="`files`: path of the dev file. `hub`: name of the dev split (that of the task "
+        "when neither it nor `data.dev_size` is given).",
+    )
+    dev_size: RowsOrFraction | None = Field(
+        default=None,
+        gt=0,
+        description="Held out of the training rows by the seed, when there is no `data.dev`: a "
+        "number of rows, or a fraction below 1. A package has its own default.",
+    )
+    column_names: Names | None = Field(
+        default=None, description="Column names of TSV or CSV files that have no header line."
+    )
+    text_columns: Names | None = Field(
+        default=None,
+        max_length=2,
+        description="One text column, or two for sentence pairs; known for GLUE tasks and package "
+        "data sets.",
+    )
+    label_column: str | None = Field(
+        default=None,
+        description="Column that holds the label; known for GLUE tasks and package data sets.",
+    )
+    label_names: Names | None = Field(
+        default=None,
+        description="Names of the classes in the order of their numbers, as the label column has "
+        "them (`[negative, positive]`, `[0, 1]`; `true` and `false` in quotes); the task's, or "
+        "found in the training rows (sorted) when not given.",
+    )
+    kind: Literal["classification", "regression"] | None = Field(
+        default=None,
+        description="What the label is; classification when neither given nor known from the task.",
+    )
+    metrics: Metrics | None = Field(
+        default=None,
+        description="Metrics on the dev rows, the main one first; the task's when not given.",
+    )
+    max_train_samples: Integer | None = Field(
+        default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
+    )
+    max_dev_samples: Integer | None = Field(
+        default=None, ge=1, description="Take at most so many dev rows, drawn by the seed."
+    )
+    holdout_samples: Integer = Field(
+        default=0,
+        ge=0,
+        description="Withhold so many whole sentences from the training rows, before they are "
+        "drawn; `moe-dist search` chooses on them in place of the dev rows. Drawn by the seed, by "
+        "sentence and never by row: training rows that lie in one, equal one or share a text of a "
+        "pair are dropped too.",
+    )
+
+
+class DataConfig(TaskDataConfig):
+    """The sentences to train and measure on."""
+
+    source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
+        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON lines or "
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
+        "several of these, one for each task that one model learns, in `data.tasks`."
+    )
+    tasks: Annotated[dict[str, TaskDataConfig], BeforeValidator(_text_keys)] | None = Field(
+        default=None,
+        description="With `data.source: tasks`: a mapping from each task's name to its own "
+        "`source`, `name`, `train` and so on, the keys of this section. The model has one encoder "
+        "and one head for each task; each step is of one task, drawn by the seed.",
+    )
+    mixing: Literal["size", "temperature"] | None = Field(
+        default=None,
+        description="How often a task is drawn: by its number of training rows (`size`, also when "
+        "not given), or by that number to the power of 1 / `data.mixing_temperature`, which draws "
+        "small tasks more often.",
+    )
+    mixing_temperature: Number | None = Field(
+        default=None,
+        ge=1,
+        description="Of `data.mixing: temperature`: 1 is by size, and the larger it is, the more "
+        "alike tasks are drawn; 2 when not given.",
+    )

@@ -1,0 +1,185 @@
+"""The sub-network of one task as a plain dense model, for `task_gate` and unrouted students.
+
+All tokens of a task go to the same experts with the same weights, so nothing of a layer depends on
+the input: its shared neurons and those of the chosen experts, their output weights scaled, are one
+dense feed-forward network.
+
+Source: task-level extraction, arXiv:2110.03742.
+
+Shapes: D model, F FFN, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.conversion.families import FamilySpec, FFNSlot, FFNWeights, find_slots
+from moe_dist.conversion.heads import (
+    KEY,
+    TaskHead,
+    family_spec,
+    head_rows,
+    read_heads,
+    task_head,
+    task_index,
+)
+from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.gates import TaskGate, TaskTable
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routing import RoutingContext
+
+_MOE_ENTRIES = ("moe", "model_type", "architectures", "transformers_version", KEY)
+
+
+def extract_task(model: Any, task: str | None = None) -> Any:
+    """Make the dense model of one task.
+
+    Args:
+        model: of one or several tasks: dense, or converted with `task_gate` or a single expert;
+            it is left as it was.
+        task: the task's name; None for a model of one task.
+
+    Returns:
+        A model of the architecture's own class, with the outputs of that task and as many neurons
+        as one token uses. Where layers differ in them (`moe.layers`), the smaller ones are filled
+        up with zeros, since the architecture knows one number.
+
+    Raises:
+        MissingInputError: if the task is not named, or not the model's.
+        ConversionError: if the tokens of a task go to different experts.
+    """
+    spec = family_spec(model)
+    heads = read_heads(model)
+    if task is None and heads:
+        raise MissingInputError(
+            f"the model has {len(heads)} tasks, and none is named",
+            remedy=f"choose from {', '.join(head.name for head in heads)}",
+        )
+    index = 0 if task is None else task_index(model, task)
+    layers = {layer.name: layer for layer in model.modules() if isinstance(layer, MoELayer)}
+    with torch.no_grad():
+        networks = [
+            dense_weights(layers[slot.name], index) if slot.name in layers else slot.weights()
+            for slot in find_slots(model, spec)
+        ]
+        size = max(network.w_in.shape[0] for network in networks)
+        dense = _fresh_dense(model, spec, size, heads[index] if heads else None)
+        slots = find_slots(dense, spec)
+        for slot, network in zip(slots, networks, strict=True):
+            _fill(slot, network)
+        _copy_rest(model, dense, slots, head_rows(heads, index) if heads else slice(None))
+    return dense
+
+
+def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
+    """Join what a layer computes for one task.
+
+    Args:
+        layer: with its experts whole.
+        task: the task's number.
+
+    Returns:
+        The weights of a dense FFN: the shared neurons first, then each chosen expert's.
+
+    Raises:
+        ConversionError: if its router looks at more than the task.
+    """
+    experts = layer.experts
+    chosen, scales = [0], torch.ones(1)
+    if layer.router is not None:
+        if not isinstance(layer.router, TaskGate | TaskTable):
+            raise ConversionError(
+                f"{type(layer.router).__name__} sends the tokens of one task to different experts, "
+                "so no dense model does the same",
+                remedy="extract from a student with moe.router=task_gate",
+            )
+        first = next(layer.router.parameters(), next(layer.router.buffers(), torch.empty(0)))
+        where = first.device
+        context = RoutingContext(task_ids=torch.tensor([task], device=where))
+        was_training = layer.router.training
+        layer.router.eval()
+        routing = layer.router(torch.zeros(1, experts.d_model, device=where), context)
+        layer.router.train(was_training)
+        chosen, scales = routing.expert_ids[0].tolist(), routing.expert_weights[0]
+    parts = [_part(experts, expert, scale) for expert, scale in zip(chosen, scales, strict=True)]
+    if layer.shared is not None:
+        parts.insert(0, _part(layer.shared, 0, torch.ones(())))
+    joined = {
+        name: torch.cat([part[name] for part in parts if name in part])
+        for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out")
+        if any(name in part for part in parts)
+    }
+    biases = [part["b_out"] for part in parts if "b_out" in part]
+    return FFNWeights(
+        w_in=joined["w_in"],
+        b_in=joined.get("b_in"),
+        w_gate=joined.get("w_gate"),
+        b_gate=joined.get("b_gate"),
+        w_out=joined["w_out"].t(),
+        b_out=torch.stack(biases).sum(dim=0) if biases else None,
+    )
+
+
+def _part(experts: Experts, expert: int, scale: Tensor) -> dict[str, Tensor]:
+    """One expert's weights with neurons in the first dimension, its outputs scaled."""
+    part = {name: value[expert] for name, value in experts.named_parameters(recurse=False)}
+    for name in ("w_out", "b_out"):
+        if name in part:
+            part[name] = part[name] * scale.to(part[name])
+    if "w_out" in part:
+        part["w_out"] = part["w_out"].t()
+    return part
+
+
+def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None) -> nn.Module:
+    import transformers
+
+    values = copy.deepcopy(model.config.to_dict())
+    activation = (values.get("moe") or {}).get("activation", {})
+    values = {name: value for name, value in values.items() if name not in _MOE_ENTRIES}
+    values |= activation | dict.fromkeys(spec.size_keys, size)
+    if head is not None:
+        labels = head.label_names or ("LABEL_0",)
+        values["id2label"] = dict(enumerate(labels))
+        values["label2id"] = {name: index for index, name in enumerate(labels)}
+        is_regression = head.label_names is None
+        values["problem_type"] = "regression" if is_regression else "single_label_classification"
+    kind = getattr(transformers, type(model).__name__.removeprefix("Moe"))
+    config = getattr(transformers, spec.config_class)(**values)
+    config.architectures = [kind.__name__]
+    config._attn_implementation = model.config._attn_implementation
+    first = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):  # the start values are all overwritten
+        dense: nn.Module = kind(config)
+    return dense.to(device=first.device, dtype=first.dtype).eval()
+
+
+def _fill(slot: FFNSlot, network: FFNWeights) -> None:
+    target = slot.weights()
+    for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out"):
+        into, value = getattr(target, name), getattr(network, name)
+        assert (into is None) == (value is None), f"{slot.name}: {name}"
+        if into is not None:
+            into.zero_()
+            into[tuple(slice(0, length) for length in value.shape)].copy_(value)
+
+
+def _copy_rest(model: nn.Module, dense: nn.Module, slots: list[FFNSlot], rows: slice) -> None:
+    """Copy what lies outside the feed-forward networks, and the rows of the task's head."""
+    filled = {
+        id(parameter)
+        for slot in slots
+        for linear in (slot.linear_in, slot.gate, slot.linear_out)
+        if linear is not None
+        for parameter in linear.parameters()
+    }
+    source = dict(model.state_dict())
+    head = set() if rows == slice(None) else {id(one) for one in task_head(dense).parameters()}
+    for name, value in dense.state_dict(keep_vars=True).items():
+        if id(value) not in filled:
+            value.copy_(source[name][rows] if id(value) in head else source[name])
