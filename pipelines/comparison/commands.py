@@ -137,6 +137,9 @@ def seeds(
             "repeatable. By default `dense` where every run has it, else the teacher.",
         ),
     ] = None,
+    before: Annotated[
+        bool, typer.Option("--before", help="Compare the students before their distillation.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the table here too.")
     ] = None,
@@ -148,7 +151,7 @@ def seeds(
         quieten_libraries()
         from .seeds import compare_seeds, read_run, to_markdown, to_plain
 
-        rows = compare_seeds([read_run(path) for path in directories], against or ())
+        rows = compare_seeds([read_run(path, before=before) for path in directories], against or ())
         table = to_markdown(rows)
         if output is not None:
             write_page(table, output)

@@ -100,11 +100,12 @@ class _Difference:
     samples: np.ndarray
 
 
-def read_run(directory: Path) -> SeededRun:
+def read_run(directory: Path, *, before: bool = False) -> SeededRun:
     """Read what `evaluate` kept of a finished run.
 
     Args:
         directory: OUTPUT_DIR/NAME.
+        before: take the students as they were before distillation.
 
     Returns:
         Its models' answers.
@@ -128,10 +129,11 @@ def read_run(directory: Path) -> SeededRun:
         )
     place = directory / evaluate.NAME / evaluate.PREDICTIONS
     names = [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
-    answers = {name: load_predictions(place / f"{name}.npz") for name in names}
+    answers = {evaluate.TEACHER: load_predictions(place / f"{evaluate.TEACHER}.npz")}
     for name in names[1:]:
         early = place / f"{name}-{evaluate.BEFORE}.npz"
-        if early.exists():
+        answers[name] = load_predictions(early if before else place / f"{name}.npz")
+        if early.exists() and not before:
             answers[f"{name}/{evaluate.BEFORE}"] = load_predictions(early)
     return SeededRun(
         directory=directory,
@@ -185,7 +187,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
         Markdown; qualities and differences in hundredths.
     """
     references = list(dict.fromkeys(name for row in rows for name in row.differences))
-    head = ["task", "model", "seeds", "FFN FLOPs", "before", "after", "retention"]
+    has_before = any(row.before is not None for row in rows)
+    quality = ["before", "after"] if has_before else ["quality"]
+    head = ["task", "model", "seeds", "FFN FLOPs", *quality, "retention"]
     head += [f"minus {name} (95 %)" for name in references]
     lines = [markdown_row(head), "|---" * len(head) + "|"]
     for row in rows:
@@ -195,7 +199,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
             row.label,
             str(row.num_seeds),
             "" if row.flops_ratio is None else f"× {row.flops_ratio:.3f}",
-            "" if row.before is None else f"{100 * row.before:.1f}",
+            *([_hundredths(row.before)] if has_before else []),
             f"{100 * row.quality:.1f}{spread}",
             "" if row.retention is None else f"{row.retention:.3f}",
         ]
@@ -215,6 +219,10 @@ def to_plain(row: Row) -> dict[str, Any]:
     """
     plain = {key: value for key, value in vars(row).items() if key != "differences"}
     return plain | {"differences": {name: vars(found) for name, found in row.differences.items()}}
+
+
+def _hundredths(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _told(interval: Interval | None) -> str:

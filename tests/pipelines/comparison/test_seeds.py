@@ -144,6 +144,16 @@ def test_the_command_prints_and_writes_the_table(tmp_path: Path) -> None:
     assert plain[1]["differences"]["dense"]["difference"] == pytest.approx(0.055)
 
 
+def test_students_are_compared_before_distillation_when_asked(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160, "student/before_distillation": 100}
+    right |= {"dense": 150, "dense/before_distillation": 90}
+    run = read_run(write_run(tmp_path / "run", right=right), before=True)
+    rows = {row.label: row for row in compare_seeds([run], ["dense"])}
+    assert (rows["student"].quality, rows["student"].before) == (0.5, None)
+    assert rows["student"].differences["dense"].difference == pytest.approx(0.05)
+    assert rows["teacher"].quality == pytest.approx(0.9)
+
+
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["seeds", str(tmp_path)])
     assert result.exit_code != 0
