@@ -50,12 +50,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def quieten_libraries() -> None:
-    """Keep other libraries' bars and hints out of the progress display; workers inherit it."""
+    """Keep other libraries' bars and hints out of the progress display; workers inherit it.
+
+    MLflow's reports of use to its makers are off too, as Ray's are, unless the user wants them.
+    """
     for variable, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ):
         os.environ.setdefault(variable, value)
 

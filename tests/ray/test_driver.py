@@ -159,6 +159,7 @@ def test_error_of_the_job_comes_back_as_itself(run: Any, tmp_path: Path) -> None
     assert (tmp_path / "calls-1").read_text() == "x"  # it was not tried again
 
 
+@pytest.mark.slow
 def test_deaths_beyond_the_limit_are_one_error(run: Any) -> None:
     def job(payload: dict[str, Any]) -> None:
         import os

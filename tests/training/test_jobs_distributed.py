@@ -162,6 +162,7 @@ def distil_half_then_all(rank: int, world_size: int, payload: dict[str, Any]) ->
     assert result["train"]["train/adversarial/active"] == 1.0
 
 
+@pytest.mark.slow
 def test_every_loss_resumes_at_another_size_with_its_discriminator(
     runs: dict[str, Any], tmp_path: Path
 ) -> None:

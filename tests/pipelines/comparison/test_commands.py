@@ -88,8 +88,8 @@ def test_a_sweep_stands_for_its_trials(store: str, tmp_path: Path) -> None:
             directory = tmp_path / "sweep" / name
             with sweep.stage(name, directory, params={"moe.top_k": number}) as trial:
                 trial.set_tags({"trial": str(number)})
-                for stage in ("adapt", "distill"):
-                    note = StageNote(stage, directory / stage, "", 1.7e9, 1.7e9 + 5, "FINISHED")
+                for stage, begun in (("adapt", 1.7e9), ("distill", 1.7e9 + 5)):
+                    note = StageNote(stage, directory / stage, "", begun, begun + 5, "FINISHED")
                     run = trial.note_stage(note)
                 run.log_metrics(1, {"train/loss/total": 1.0, "dev/accuracy": 0.8})
                 measured = {"quality": 0.8, "accuracy": 0.8, "retention": 0.9 + number / 100}
