@@ -86,11 +86,11 @@ class MetricLog:
         return MetricTail(self.path).poll()
 
 
-class MetricTail:
-    """Follows a metric log that another process writes.
+class LineTail:
+    """Follows a file of lines that another process writes.
 
     Args:
-        path: the log's file, which need not exist yet.
+        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -98,14 +98,11 @@ class MetricTail:
         self._position = 0
         self._inode: int | None = None
 
-    def poll(self) -> list[MetricRecord]:
-        """Read what was written since the last call.
-
-        After `MetricLog.truncate_after` the whole file is delivered again: who counts points must
-        know which of them it has had.
+    def poll(self) -> list[bytes]:
+        """Read what was written since the last call; a file in its place is read from its start.
 
         Returns:
-            The new whole records, oldest first; empty if there are none.
+            The new whole lines, oldest first; empty if there are none.
         """
         try:
             with self.path.open("rb") as stream:
@@ -118,7 +115,29 @@ class MetricTail:
             return []
         whole = block[: block.rfind(b"\n") + 1]
         self._position += len(whole)
-        parsed = (_parse(line) for line in whole.splitlines())
+        return whole.splitlines()
+
+
+class MetricTail:
+    """Follows a metric log that another process writes.
+
+    Args:
+        path: the log's file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._lines = LineTail(path)
+
+    def poll(self) -> list[MetricRecord]:
+        """Read what was written since the last call.
+
+        After `MetricLog.truncate_after` the whole file is delivered again: who counts points must
+        know which of them it has had.
+
+        Returns:
+            The new whole records, oldest first; empty if there are none.
+        """
+        parsed = (_parse(line) for line in self._lines.poll())
         return [record for record in parsed if record is not None]
 
 

@@ -13,41 +13,9 @@ import pydantic
 import pytest
 import yaml
 
-from moe_dist.config import RunConfig, build_config, load_config
+from moe_dist.config import build_config, load_config
 from moe_dist.errors import ConfigError
-
-RECIPE = """\
-name: tiny
-model:
-  teacher: some/encoder
-data:
-  source: hub
-  name: nyu-mll/glue
-  subset: rte
-"""
-
-
-def write(folder: Path, text: str = RECIPE) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def load(folder: Path, *overrides: str) -> RunConfig:
-    return load_config(write(folder), overrides)
-
-
-def faults(folder: Path, *overrides: str, text: str = RECIPE) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(write(folder, text), overrides)
-    return caught.value.faults
-
-
-def only_fault(folder: Path, *overrides: str, text: str = RECIPE) -> str:
-    found = faults(folder, *overrides, text=text)
-    assert len(found) == 1, found
-    return found[0]
-
+from tests.config_recipes import RECIPE, faults, load, only_fault, write
 
 # Reading
 
@@ -436,84 +404,6 @@ def test_a_rule_is_silent_where_its_own_key_is_at_fault(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-# Comparisons
-
-
-def test_dense_is_one_expert_of_the_same_active_size(tmp_path: Path) -> None:
-    config = load(
-        tmp_path,
-        "compare=[dense]",
-        "moe={expert_size: 384, num_shared_neurons: 256, tie_shared: true, top_k: 2}",
-        "moe.router=token_gate",
-        "moe.partition=random",
-        "moe.gate_noise=0.1",
-        "moe.capacity_factor=1.25",
-        "distill.load_balancing_weight=0.1",
-        "distill.entropy_weight=0.1",
-        "train.expert_learning_rate_scale=2",
-        "parallel={num_workers: 2, ep_size: 2}",
-    )
-    dense = config.resolve_comparison("dense")
-    assert config.moe.active_neurons == 256 + 2 * 128
-    assert dense.moe.active_neurons == dense.moe.expert_size == 512
-    assert (dense.moe.num_experts, dense.moe.top_k, dense.moe.num_shared_neurons) == (1, 1, 0)
-    assert dense.moe.tie_shared is False
-    assert dense.moe.partition == "importance"
-    assert (dense.parallel.num_workers, dense.parallel.ep_size) == (2, 1)
-    assert dense.distill.load_balancing_weight == dense.distill.entropy_weight == 0
-    assert dense.train.expert_learning_rate_scale == 1
-    assert dense.compare == {}
-    assert (dense.name, dense.run_dir, dense.data) == (config.name, config.run_dir, config.data)
-
-
-def test_untied_active_size_counts_every_chosen_expert(tmp_path: Path) -> None:
-    config = load(tmp_path, "compare=dense", "moe.top_k=2")
-    assert config.resolve_comparison("dense").moe.expert_size == 2 * 768
-
-
-def test_comparisons_take_nested_and_dotted_overrides_and_more_from_the_command_line(
-    tmp_path: Path,
-) -> None:
-    text = RECIPE + (
-        "compare:\n  dense:\n  gate: {moe.router: token_gate, train: {num_epochs: 7}}\n"
-    )
-    config = load_config(write(tmp_path, text), ["compare.gate.moe.top_k=2"])
-    gate = config.resolve_comparison("gate")
-    assert (gate.moe.router, gate.moe.top_k, gate.train.num_epochs) == ("token_gate", 2, 7)
-    assert config.moe.top_k == 1
-    assert list(config.compare) == ["dense", "gate"]
-
-
-def test_a_comparison_keeps_the_teacher_of_the_main_run(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, "train.learning_rate=1e-5", "compare={fast: {train.learning_rate: 1e-3}}"
-    )
-    fast = config.resolve_comparison("fast")
-    assert fast.train.learning_rate == 1e-3
-    assert fast.teacher_train.learning_rate == config.teacher_train.learning_rate == 1e-5
-
-
-@pytest.mark.parametrize(
-    ("compare", "words"),
-    [
-        ("[dens]", "compare.dens changes nothing and is not built in"),
-        ("{x: {data.name: other}}", "compare.x.data.name cannot differ"),
-        ("{x: {finetune: {num_epochs: 1}}}", "compare.x.finetune cannot differ"),
-        ("{x: {moe.top_k: 9}}", "compare.x: moe.top_k=9 is more than moe.num_experts=4"),
-        ("{x: {moe.topk: 2}}", "compare.x: moe.topk is an unknown key"),
-        ("{../x: {moe.top_k: 2}}", "compare.../x cannot name a directory"),
-        ("{x: 3}", "compare.x=3 is not a mapping"),
-    ],
-)
-def test_a_wrong_comparison_is_named(tmp_path: Path, compare: str, words: str) -> None:
-    assert words in only_fault(tmp_path, f"compare={compare}")
-
-
-def test_an_unknown_comparison_cannot_be_resolved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"compare\.gate is not in the recipe; it has: dense"):
-        load(tmp_path, "compare=[dense]").resolve_comparison("gate")
-
-
 # Plain forms
 
 
@@ -562,79 +452,8 @@ def test_secrets_of_the_tracking_uri_are_not_written(
     assert config.flatten()["tracking.uri"] == written
 
 
-# Several tasks
-
-
-TASKS: dict[str, Any] = {
-    "sst2": {"source": "files", "train": "a.tsv", "dev": "b.tsv"},
-    "mrpc": {"source": "hub", "name": "nyu-mll/glue", "subset": "mrpc"},
-}
-
-
-def tasks_recipe(**changes: Any) -> dict[str, Any]:
-    """Raw settings of a recipe of two tasks."""
-    data = {"source": "tasks", "tasks": TASKS} | changes.pop("data", {})
-    return {"name": "two", "model": {"teacher": "some/encoder"}, "data": data} | changes
-
-
-def tasks_faults(**changes: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        build_config(tasks_recipe(**changes))
-    return "\n".join(caught.value.faults)
-
-
-def test_each_task_has_a_data_set_of_its_own(tmp_path: Path) -> None:
-    config = build_config(tasks_recipe())
-    assert config.data.tasks is not None
-    assert config.data.tasks["sst2"].train == str(Path("a.tsv").absolute())
-    flat = config.flatten()
-    assert flat["data.tasks.sst2.train"] == str(Path("a.tsv").absolute())
-    assert "data.tasks" not in flat and flat["data.tasks.mrpc.subset"] == "mrpc"
-    path = tmp_path / "two.yaml"
-    path.write_text(config.to_yaml())
-    assert load_config(path).data == config.data
-    changed = load_config(path, ["data.tasks.mrpc.subset=rte", "data.mixing=temperature"])
-    assert changed.data.tasks is not None and changed.data.tasks["mrpc"].subset == "rte"
-
-
 def test_a_recipe_of_one_task_says_nothing_of_tasks(tmp_path: Path) -> None:
     config = load(tmp_path)
     young = {"tasks", "mixing", "mixing_temperature"}
     assert not young & set(yaml.safe_load(config.to_yaml())["data"])
     assert not {f"data.{key}" for key in young} & set(config.flatten())
-
-
-def test_faults_of_tasks_name_their_keys() -> None:
-    bad = {
-        "sst2": TASKS["sst2"] | {"trian": "x"},
-        "mrpc": {"source": "files", "train": "a"},
-        "mean": {"source": "tasks"},
-    }
-    found = tasks_faults(data={"tasks": bad}, moe={"top_k": 9})
-    assert "data.tasks.sst2.trian is an unknown key" in found and "Did you mean train?" in found
-    assert "data.tasks.mean.source=tasks is not a choice" in found
-    assert "moe.top_k=9" in found
-    # What the keys say together is checked once each of them is sound.
-    found = tasks_faults(data={"tasks": bad | {"sst2": TASKS["sst2"], "mean": TASKS["mrpc"]}})
-    assert "data.tasks.mrpc.dev and data.tasks.mrpc.dev_size are both missing" in found
-    assert "data.tasks.mean cannot be a task's name" in found
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"data": {"tasks": {"sst2": TASKS["sst2"]}}}, "needs two tasks or more"),
-        ({"data": {"train": "x.tsv"}}, "data.train is not read with data.source=tasks"),
-        ({"data": {"mixing_temperature": 3}}, "data.mixing_temperature=3 is read with"),
-        ({"data": {"source": "hub", "name": "glue"}}, "data.tasks belongs to data.source=tasks"),
-        ({"distill": {"adversarial_weight": 1}}, "discriminator reads logits of one size"),
-        (
-            {"moe": {"router": "task_gate"}, "distill": {"load_balancing_weight": 1}},
-            "a batch is of one task",
-        ),
-        ({"moe": {"partition": "coactivation"}}, "moe.partition=coactivation looks at"),
-        ({"search": {"space": {"moe.top_k": [1, 2]}}}, "search.space works on one task"),
-    ],
-)
-def test_what_does_not_go_with_several_tasks_is_said(changes: dict[str, Any], fault: str) -> None:
-    assert fault in tasks_faults(**changes)

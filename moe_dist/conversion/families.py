@@ -294,6 +294,19 @@ class FFNSlot:
         return (weight.t() if self.spec.transposed else weight), bias
 
 
+def known_family(model: nn.Module) -> FamilySpec | None:
+    """Find the family of a model, whether it is converted or not.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        Its family; None if the architecture is not known.
+    """
+    config: Any = getattr(model, "config", None)
+    return FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
+
+
 def family_of(model: nn.Module) -> FamilySpec:
     """Find the family of a model.
 
@@ -306,19 +319,19 @@ def family_of(model: nn.Module) -> FamilySpec:
     Raises:
         ConversionError: if the architecture is not known, or the model is converted already.
     """
+    spec = known_family(model)
     config: Any = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", ""))
-    if model_type.startswith("moe_") and model_type[4:] in FAMILIES:
+    if spec is not None and config.model_type != spec.model_type:
         raise ConversionError(
             f"{type(model).__name__} is a mixture of experts already",
             remedy="give the dense model that it was made from",
         )
-    if model_type not in FAMILIES:
+    if spec is None:
         raise ConversionError(
             f"{type(model).__name__} has no feed-forward networks that moe-dist knows",
             remedy=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
         )
-    return FAMILIES[model_type]
+    return spec
 
 
 def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot]:

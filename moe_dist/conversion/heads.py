@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.conversion.families import FAMILIES, FamilySpec, find_stacks
+from moe_dist.conversion.families import FAMILIES, FamilySpec, find_stacks, known_family
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.routing import CHOSEN_TASK, current_context
 
@@ -208,14 +208,13 @@ def family_spec(model: nn.Module) -> FamilySpec:
     Raises:
         ConversionError: if the architecture is not known.
     """
-    config: Any = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", "")).removeprefix("moe_")
-    if model_type not in FAMILIES:
+    spec = known_family(model)
+    if spec is None:
         raise ConversionError(
             f"{type(model).__name__} is of no family that moe-dist knows",
             remedy=f"use a model of one of these: {', '.join(sorted(FAMILIES))}",
         )
-    return FAMILIES[model_type]
+    return spec
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -144,6 +144,41 @@ def compute_metrics(
 
 
 @dataclass(frozen=True)
+class Resampled:
+    """Bootstrap samples of a difference.
+
+    Attributes:
+        observed: the difference on the examples as they are.
+        samples: on resampled ones (R,).
+    """
+
+    observed: float
+    samples: NDArray[np.float64]
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Turn the samples into a percentile interval.
+
+        Args:
+            confidence: its coverage.
+
+        Returns:
+            Difference, interval and two-sided p-value.
+        """
+        tail = (1.0 - confidence) / 2.0
+        low, high = np.quantile(self.samples, [tail, 1.0 - tail])
+        # One is added to both counts, so that a finite number of samples never claims p = 0.
+        below = (np.sum(self.samples <= 0) + 1) / (len(self.samples) + 1)
+        above = (np.sum(self.samples >= 0) + 1) / (len(self.samples) + 1)
+        return Interval(
+            difference=self.observed,
+            low=float(low),
+            high=float(high),
+            p_value=float(min(1.0, 2 * min(below, above))),
+            confidence=confidence,
+        )
+
+
+@dataclass(frozen=True)
 class Pairing:
     """Two models' answers to the same examples.
 
@@ -225,10 +260,9 @@ def seeded_bootstrap(
     Raises:
         DataError: as `resample_differences`.
     """
-    observed, differences = resample_differences(
+    return resample_differences(
         metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
-    )
-    return percentile_interval(observed, differences, confidence)
+    ).interval(confidence)
 
 
 def mean_bootstrap(
@@ -263,9 +297,22 @@ def mean_bootstrap(
         )
         for number, one in enumerate(pairings)
     ]
-    observed = float(np.mean([difference for difference, _ in drawn]))
-    samples = np.mean([differences for _, differences in drawn], axis=0)
-    return percentile_interval(observed, samples, confidence)
+    return mean_over_tasks(drawn).interval(confidence)
+
+
+def mean_over_tasks(parts: Sequence[Resampled]) -> Resampled:
+    """Average what was found on several tasks, each resampled on its own.
+
+    Args:
+        parts: of each task, with as many samples as the others.
+
+    Returns:
+        The mean difference and its samples.
+    """
+    return Resampled(
+        float(np.mean([part.observed for part in parts])),
+        np.mean([part.samples for part in parts], axis=0),
+    )
 
 
 def resample_differences(
@@ -276,7 +323,7 @@ def resample_differences(
     *,
     num_resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, NDArray[np.float64]]:
+) -> Resampled:
     """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
 
     Each draws S seeds and N examples with replacement; both models answer the same ones.
@@ -290,8 +337,7 @@ def resample_differences(
         seed: fixes them.
 
     Returns:
-        Mean over the seeds of metric(a) - metric(b) on the examples as they are, and the samples
-        (R,).
+        The mean over the seeds of metric(a) - metric(b), and R samples of it.
 
     Raises:
         DataError: for an unknown metric, different lengths, no seeds or examples, or non-finite
@@ -310,43 +356,17 @@ def resample_differences(
     ]
     true = np.asarray(labels)
     rng = np.random.default_rng(seed)
-    differences = np.empty(num_resamples)
+    samples = np.empty(num_resamples)
     for i in range(num_resamples):
         # A single seed draws nothing for itself.
         seeds = rng.integers(0, len(pairs), len(pairs)) if len(pairs) > 1 else [0]
         chosen = rng.integers(0, len(true), len(true))
         truth = true[chosen]
-        differences[i] = np.mean(
+        samples[i] = np.mean(
             [score(truth, pairs[k][0][chosen]) - score(truth, pairs[k][1][chosen]) for k in seeds]
         )
-    return float(np.mean([score(true, a) - score(true, b) for a, b in pairs])), differences
-
-
-def percentile_interval(
-    observed: float, differences: NDArray[np.float64], confidence: float = 0.95
-) -> Interval:
-    """Turn bootstrap samples into an interval.
-
-    Args:
-        observed: the difference on the examples as they are.
-        differences: bootstrap samples of it (R,).
-        confidence: the interval's coverage.
-
-    Returns:
-        Difference, interval and two-sided p-value.
-    """
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(differences, [tail, 1.0 - tail])
-    # One is added to both counts, so that a finite number of samples never claims p = 0.
-    below = (np.sum(differences <= 0) + 1) / (len(differences) + 1)
-    above = (np.sum(differences >= 0) + 1) / (len(differences) + 1)
-    return Interval(
-        difference=observed,
-        low=float(low),
-        high=float(high),
-        p_value=float(min(1.0, 2 * min(below, above))),
-        confidence=confidence,
-    )
+    observed = float(np.mean([score(true, a) - score(true, b) for a, b in pairs]))
+    return Resampled(observed, samples)
 
 
 def _known(names: Sequence[str]) -> Sequence[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_dist.conversion.families import FAMILIES, FamilySpec
+from moe_dist.conversion.families import FAMILIES, FamilySpec, known_family
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -129,14 +129,13 @@ def model_shape(model: nn.Module) -> dict[str, int]:
 
 
 def _family(model: nn.Module) -> FamilySpec:
-    config: Any = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", "")).removeprefix("moe_")
-    if model_type not in FAMILIES:
+    spec = known_family(model)
+    if spec is None:
         raise ConversionError(
             f"the FLOPs of {type(model).__name__} cannot be counted",
             remedy=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
         )
-    return FAMILIES[model_type]
+    return spec
 
 
 def _ffn_names(model: nn.Module, spec: FamilySpec) -> Iterator[str]:

@@ -17,8 +17,9 @@ import numpy as np
 
 from moe_dist.data.metrics import (
     Interval,
+    Resampled,
     compute_metrics,
-    percentile_interval,
+    mean_over_tasks,
     resample_differences,
 )
 from moe_dist.errors import DataError, MissingInputError
@@ -94,12 +95,6 @@ class Row:
     differences: Mapping[str, Interval]
 
 
-@dataclass(frozen=True)
-class _Difference:
-    observed: float
-    samples: np.ndarray
-
-
 def read_run(directory: Path, *, before: bool = False) -> SeededRun:
     """Read what `evaluate` kept of a finished run.
 
@@ -166,7 +161,7 @@ def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> lis
     references = list(against) or [default]
     _check(tasks, references)
     rows: list[Row] = []
-    by_task: list[dict[str, tuple[Row, dict[str, _Difference]]]] = []
+    by_task: list[dict[str, tuple[Row, dict[str, Resampled]]]] = []
     for number, (task, members) in enumerate(tasks.items()):
         labels = dict.fromkeys(label for run in members for label in run.labels)
         found = {label: _over_seeds(task, label, members, references, number) for label in labels}
@@ -255,7 +250,7 @@ def _check(tasks: Mapping[str, Sequence[SeededRun]], references: Sequence[str]) 
 
 def _over_seeds(
     task: str, label: str, runs: Sequence[SeededRun], references: Sequence[str], number: int
-) -> tuple[Row, dict[str, _Difference]]:
+) -> tuple[Row, dict[str, Resampled]]:
     mine = [run for run in runs if label in run.answers]
     metric = mine[0].metric
     qualities = [run.qualities[label] for run in mine]
@@ -266,18 +261,17 @@ def _over_seeds(
     ]
     is_teacher = label == evaluate.TEACHER
     teachers = [run.qualities[evaluate.TEACHER] for run in mine]
-    differences: dict[str, _Difference] = {}
+    differences: dict[str, Resampled] = {}
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            observed, samples = resample_differences(
+            differences[name] = resample_differences(
                 metric,
                 paired[0].answers[label].labels,
                 [run.answers[label].predictions for run in paired],
                 [run.answers[name].predictions for run in paired],
                 seed=number,
             )
-            differences[name] = _Difference(observed, samples)
     row = Row(
         task=task,
         label=label,
@@ -289,15 +283,12 @@ def _over_seeds(
         retention=None
         if is_teacher or not all(teachers)
         else fmean(q / t for q, t in zip(qualities, teachers, strict=True)),
-        differences={
-            name: percentile_interval(found.observed, found.samples)
-            for name, found in differences.items()
-        },
+        differences={name: found.interval() for name, found in differences.items()},
     )
     return row, differences
 
 
-def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, _Difference]]]]) -> list[Row]:
+def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]]) -> list[Row]:
     """Average the models that every task has; tasks are resampled each by itself."""
     rows = []
     for label in by_task[0]:
@@ -319,10 +310,7 @@ def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, _Difference]
                 spread=None,
                 retention=fmean(retentions) if len(retentions) == len(own) else None,
                 differences={
-                    name: percentile_interval(
-                        fmean(other[name].observed for _, other in members),
-                        np.mean([other[name].samples for _, other in members], axis=0),
-                    )
+                    name: mean_over_tasks([other[name] for _, other in members]).interval()
                     for name in shared
                 },
             )

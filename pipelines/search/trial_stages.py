@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.metric_log import LineTail
 from moe_dist.tracking import StageNote
 
 from ..stages import adapt, distill, evaluate
@@ -86,14 +87,14 @@ class TrialStages:
 
     def __init__(self, run: TrackedRun, directory: Path, fingerprint: str) -> None:
         self._run, self._directory, self._fingerprint = run, directory, fingerprint
-        self._position = 0
+        self._lines = LineTail(directory / STAGES_NAME)
         self._notes: dict[str, StageNote] = {}
         self._runs: dict[str, TrackedRun] = {}
         self._measured: list[tuple[int, Mapping[str, float]]] = []
 
     def follow(self) -> None:
         """Take note of what the worker has noted since the last call."""
-        for entry in self._read():
+        for entry in map(json.loads, self._lines.poll()):
             name = entry["stage"]
             if "started_s" in entry:
                 note = StageNote(
@@ -140,14 +141,3 @@ class TrialStages:
     def _note(self, note: StageNote) -> None:
         self._notes[note.name] = note
         self._runs[note.name] = self._run.note_stage(note)
-
-    def _read(self) -> list[dict[str, Any]]:
-        try:
-            with (self._directory / STAGES_NAME).open("rb") as stream:
-                stream.seek(self._position)
-                block = stream.read()
-        except FileNotFoundError:
-            return []
-        whole = block[: block.rfind(b"\n") + 1]
-        self._position += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
