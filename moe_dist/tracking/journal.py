@@ -7,6 +7,7 @@ after an outage, knows what is still to be sent.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -95,6 +96,7 @@ class Journal:
         """Whether this process has looked at what the server has of the run."""
         self.is_new = False
         """Whether this process made the run, so that no earlier one left children open below it."""
+        self._retired = False
 
     @property
     def depth(self) -> int:
@@ -115,9 +117,35 @@ class Journal:
             self.sent.complete = False
             self.save()
 
+    @contextmanager
+    def confirming(self) -> Iterator[Sent]:
+        """Change the sent state and write it down."""
+        with self.lock:
+            yield self.sent
+            self.save()
+
+    def place_below(self, parent: Journal | None) -> None:
+        """Make this the journal of a parent's child, or of a chain.
+
+        Args:
+            parent: the parent's journal; None for a chain.
+        """
+        above = self.directory if parent is None else parent.directory
+        with self.lock:
+            self.parent = parent
+            # In this form the output directory may be moved.
+            self.wanted.parent = os.path.relpath(above, self.directory)
+
+    def retire(self) -> None:
+        """Leave the directory to another journal; what still happens to this one is not kept."""
+        with self.lock:
+            self._retired = True
+
     def save(self) -> None:
         """Write the journal beside its file, then move it into place."""
         with self.lock:
+            if self._retired:
+                return
             text = json.dumps({"wanted": asdict(self.wanted), "sent": asdict(self.sent)}, indent=1)
             with whole_file(self.directory / JOURNAL_NAME) as beside:
                 beside.write_text(text, encoding="utf-8")

@@ -159,6 +159,7 @@ class MlflowStore:
                 self.experiment_id, wanted.started_ms, tags=tags, run_name=wanted.name
             )
             journal.is_new = True
+        self._tails.pop(journal.directory, None)
         journal.sent = Sent(uri=self.shown_uri, run_id=run.info.run_id)
         journal.save()
 
@@ -207,18 +208,19 @@ class MlflowStore:
             run = None
         if run is None or run.info.lifecycle_stage == "deleted":
             journal.sent = Sent(uri=self.shown_uri)
-            self._tails.pop(journal.directory, None)
             self._create(journal)
             return
         sent.status = run.info.status
         sent.params = dict(run.data.params)
+        last_steps, last_values = dict(sent.last_steps), dict(sent.last_values)
         for name in {*run.data.metrics, *sent.last_steps}:
             history = self._client.get_metric_history(run.info.run_id, name)
-            sent.last_steps[name] = max((point.step for point in history), default=-1)
+            last_steps[name] = max((point.step for point in history), default=-1)
             if journal.parent is None and history:
                 newest = max(history, key=lambda point: point.step)
-                logged_step, _ = sent.last_values.get(name, (newest.step, 0.0))
-                sent.last_values[name] = (logged_step, newest.value)
+                logged_step, _ = last_values.get(name, (newest.step, 0.0))
+                last_values[name] = (logged_step, newest.value)
+        sent.last_steps, sent.last_values = last_steps, last_values
         self._tails.pop(journal.directory, None)
 
     def _send_params_and_tags(self, journal: Journal, run_id: str) -> None:
@@ -238,10 +240,9 @@ class MlflowStore:
             param_batch = new_params[first : first + MAX_PARAMS_PER_BATCH]
             tag_batch = new_tags[first : first + MAX_PARAMS_PER_BATCH]
             self._offer(self._client.log_batch, run_id, params=param_batch, tags=tag_batch)
-            sent.params.update({param.key: param.value for param in param_batch})
-            sent.tags.update({tag.key: tag.value for tag in tag_batch})
-        if new_params or new_tags:
-            journal.save()
+            with journal.confirming() as sent:
+                sent.params.update({param.key: param.value for param in param_batch})
+                sent.tags.update({tag.key: tag.value for tag in tag_batch})
 
     def _send_datasets(self, journal: Journal, run_id: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -262,8 +263,8 @@ class MlflowStore:
             tag = InputTag("mlflow.data.context", entry["context"])
             given = DatasetInput(dataset, [tag])
             self._offer(self._client.log_inputs, run_id, [given])
-            journal.sent.datasets.append(label)
-            journal.save()
+            with journal.confirming() as sent:
+                sent.datasets.append(label)
 
     def _feed(self, journal: Journal) -> _MetricFeed:
         if journal.directory not in self._tails:
@@ -282,12 +283,12 @@ class MlflowStore:
             with self._turns.taken():
                 self._offer(self._client.log_batch, run_id, metrics=metrics)
             feed.confirm(points)
-            for point, logged_step in points:
-                last = journal.sent.last_steps.get(point.key, -1)
-                journal.sent.last_steps[point.key] = max(last, point.step)
-                if journal.parent is None:
-                    journal.sent.last_values[point.key] = (logged_step, point.value)
-            journal.save()
+            with journal.confirming() as sent:
+                for point, logged_step in points:
+                    last = sent.last_steps.get(point.key, -1)
+                    sent.last_steps[point.key] = max(last, point.step)
+                    if journal.parent is None:
+                        sent.last_values[point.key] = (logged_step, point.value)
 
     def _send_artifacts(self, journal: Journal, run_id: str) -> None:
         with journal.lock:
@@ -300,8 +301,8 @@ class MlflowStore:
             if journal.sent.artifacts.get(name) == version:
                 continue
             self._offer(self._client.log_artifact, run_id, str(path), folder or None)
-            journal.sent.artifacts[name] = version
-            journal.save()
+            with journal.confirming() as sent:
+                sent.artifacts[name] = version
 
     def _send_status(self, journal: Journal, run_id: str, revision: int) -> None:
         with journal.lock:

@@ -65,8 +65,8 @@ class ModelSender:
             if sent.get("digest") != entry["digest"]:
                 if not directory.is_dir():
                     continue
-                sent = {"digest": entry["digest"]}
-                journal.sent.models[name] = sent
+                with journal.lock:
+                    sent = journal.sent.models[name] = {"digest": entry["digest"]}
             if not sent.get("ready"):
                 self.uploading = name
                 try:
@@ -74,8 +74,10 @@ class ModelSender:
                 finally:
                     self.uploading = ""
             if entry["register_as"] and sent.get("registered") != entry["register_as"]:
-                self._register(entry, sent, run_id)
-                journal.save()
+                self._register(entry, sent["model_id"], run_id)
+                # What was refused once would be refused again, and hold up what follows.
+                with journal.confirming():
+                    sent["registered"] = entry["register_as"]
 
     def _upload(
         self,
@@ -97,22 +99,22 @@ class ModelSender:
                     model_type=MODEL_TYPE,
                 )
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-            sent["model_id"] = model.model_id
             # An upload that breaks off is taken up again for the same model.
-            journal.save()
+            with journal.confirming():
+                sent["model_id"] = model.model_id
         with tempfile.TemporaryDirectory(prefix="moe-dist-model-") as scratch:
             described = Path(scratch) / "model"
             describe_model(directory, described, entry, run_id=run_id, model_id=sent["model_id"])
             self._client.log_model_artifacts(sent["model_id"], str(described))
         with self._turns.taken():
             self._client.finalize_logged_model(sent["model_id"], "READY")
-        sent["ready"] = "yes"
-        journal.save()
+        with journal.confirming():
+            sent["ready"] = "yes"
 
-    def _register(self, entry: Mapping[str, Any], sent: dict[str, str], run_id: str) -> None:
+    def _register(self, entry: Mapping[str, Any], model_id: str, run_id: str) -> None:
         from mlflow.exceptions import MlflowException
 
-        name, model_id = entry["register_as"], sent["model_id"]
+        name = entry["register_as"]
         source = f"models:/{model_id}"
         if not self._is_served:
             # MLflow would look the id up in the default store of this process, not in this one.
@@ -134,8 +136,6 @@ class ModelSender:
             logger.warning(
                 "MLflow does not register %s as %s: %s", entry["name"], name, describe_fault(fault)
             )
-        # What was refused once would be refused again, and hold up what follows.
-        sent["registered"] = name
 
     def _ensure_registered(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -113,7 +112,6 @@ class _MlflowRun:
     def __init__(self, journal: Journal, sender: Sender) -> None:
         self._journal = journal
         self._sender = sender
-        self._noted: dict[Path, Journal] = {}
 
     @property
     def run_id(self) -> str | None:
@@ -165,17 +163,14 @@ class _MlflowRun:
         params: Mapping[str, object] | None = None,
         fingerprint: str = "",
     ) -> TrackedRun:
-        child = _open_journal(name, Path(directory), fingerprint, self._journal)
+        child = self._open_child(name, Path(directory), fingerprint)
         with child.changing() as wanted:
             wanted.params.update(flatten(params or {}))
+            wanted.status, wanted.ended_ms = RUNNING, None
         return _MlflowRun(child, self._sender)
 
     def note_stage(self, note: StageNote) -> TrackedRun:
-        directory = note.directory.absolute()
-        child = self._noted.get(directory)
-        if child is None:
-            child = _open_journal(note.name, directory, note.fingerprint, self._journal)
-            self._noted[directory] = child
+        child = self._open_child(note.name, note.directory, note.fingerprint)
         with child.changing() as wanted:
             wanted.params.update(flatten(note.params))
             wanted.started_ms = int(note.started_s * 1000)
@@ -183,6 +178,16 @@ class _MlflowRun:
             wanted.status = note.status
         self._sender.follow(child)
         return _MlflowRun(child, self._sender)
+
+    def _open_child(self, name: str, directory: Path, fingerprint: str) -> Journal:
+        """Continue or begin a child's journal; only one writes to a directory at any time."""
+        followed = self._sender.followed(directory)
+        if followed is not None and followed.wanted.fingerprint == fingerprint:
+            followed.place_below(self._journal)
+            return followed
+        if followed is not None:
+            followed.retire()
+        return _open_journal(name, directory, fingerprint, self._journal)
 
     def open_hint(self) -> str:
         return self._sender.store.run_location(self.run_id)
@@ -230,9 +235,7 @@ def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal 
             if journal.sent.run_id is not None:
                 wanted.replaced[journal.sent.run_id] = journal.sent.uri
         journal = Journal(directory, wanted, Sent(), parent)
-    # In this form the output directory may be moved.
-    above = directory if parent is None else parent.directory.absolute()
-    journal.wanted.parent = os.path.relpath(above, directory)
+    journal.place_below(parent)
     journal.wanted.status = RUNNING
     journal.wanted.ended_ms = None
     return journal

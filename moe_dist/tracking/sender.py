@@ -48,6 +48,18 @@ class Sender:
             self._journals[directory] = journal
         self._wake.set()
 
+    def followed(self, directory: Path) -> Journal | None:
+        """Give the journal of a directory that is being sent.
+
+        Args:
+            directory: a run's directory.
+
+        Returns:
+            The one journal that this process may write there; None if there is none yet.
+        """
+        with self._lock:
+            return self._journals.get(directory.absolute())
+
     def start(self) -> None:
         """Send what earlier processes left behind, and go on in the background."""
         for left in self._left_behind():

@@ -10,6 +10,7 @@ import pytest
 
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import NullTracker, RunReader, StageNote, TrackedRun, build_tracker
+from moe_dist.tracking.journal import load_journal
 from moe_dist.tracking.mlflow_store import MlflowStore
 from moe_dist.tracking.sender import Sender
 
@@ -98,6 +99,37 @@ def test_a_reopened_parent_takes_its_childrens_place(uri: str, tmp_path: Path) -
     reader = RunReader(uri, "reopened")
     (trial_run,) = reader.search("tags.best = 'true'")
     assert trial_run.status == "FINISHED" and len(reader.search()) == 4
+
+
+def test_a_run_is_reopened_while_it_is_sent(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two writers of one journal would lose what the other wrote."""
+    tracker = build_tracker(uri, experiment="reopened often")
+    directory = tmp_path / "trial"
+    with tracker.chain("s", tmp_path, params={}) as sweep:
+        for count in range(20):
+            with sweep.stage("trial", directory, fingerprint="same") as trial:
+                trial.set_tags({f"tag{count}": "set"})
+                time.sleep(0.01)  # The sender is at work for most of the time.
+    assert "takes nothing" not in caplog.text
+    (run,) = RunReader(uri, "reopened often").search("tags.tag0 = 'set'")
+    assert {f"tag{count}" for count in range(20)} <= run.tags.keys()
+    assert run.status == "FINISHED"
+
+
+def test_a_directory_that_begins_anew_forgets_the_run_before(uri: str, tmp_path: Path) -> None:
+    tracker = build_tracker(uri, experiment="anew")
+    directory = tmp_path / "trial"
+    with tracker.chain("s", tmp_path, params={}) as sweep:
+        for fingerprint in ("first", "second"):
+            with sweep.stage("trial", directory, fingerprint=fingerprint) as trial:
+                trial.set_tags({fingerprint: "set"})
+                trial.log_metrics(1, {"x": 1.0})
+    (run,) = RunReader(uri, "anew").search("tags.second = 'set'")
+    assert "first" not in run.tags and run.status == "FINISHED"
+    journal = load_journal(directory)
+    assert journal is not None and journal.sent.run_id == run.run_id
 
 
 def test_without_mlflow_the_metric_file_is_kept(tmp_path: Path) -> None:
