@@ -52,6 +52,8 @@ _RULES = """\
   and `data.mixing_temperature`. It cannot be joined with `search.space`,
   `distill.adversarial_weight`, the partitions `coactivation` and `clustered_importance`, or, under
   `task_gate`, `distill.load_balancing_weight`.
+- `moe.partition: task_importance` needs `data.source: tasks`, `moe.router: task_gate`, and no more
+  experts than tasks times `moe.top_k`.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
 - `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.

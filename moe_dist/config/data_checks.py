@@ -181,9 +181,26 @@ def _tasks_are_named(config: RunConfig) -> Iterator[str]:
 
 
 def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
-    if config.data.source != "tasks":
-        return
     moe, distill = config.moe, config.distill
+    by_task = moe.num_experts > 1 and moe.partition == "task_importance"
+    if config.data.source != "tasks":
+        if by_task:
+            yield (
+                "moe.partition=task_importance splits by several tasks, and there is one; set "
+                "data.source to tasks, or use importance."
+            )
+        return
+    if by_task and moe.router != "task_gate":
+        yield (
+            f"moe.partition=task_importance gives experts to tasks, and moe.router={moe.router} "
+            "sends any task's tokens to them; set moe.router to task_gate, or use importance."
+        )
+    num_places = len(config.data.tasks or {}) * moe.top_k
+    if by_task and 0 < num_places < moe.num_experts:
+        yield (
+            f"moe.num_experts={moe.num_experts} is more than the {num_places} that "
+            "moe.partition=task_importance makes of these tasks; set it so, or lower."
+        )
     if distill.adversarial_weight > 0:
         yield (
             f"distill.adversarial_weight={distill.adversarial_weight:g} needs one task, since the "
@@ -199,7 +216,7 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
     if moe.num_experts > 1 and moe.partition in _ONE_TASK_PARTITIONS:
         yield (
             f"moe.partition={moe.partition} looks at the rows of one task, and there are several; "
-            "use importance, or kmeans."
+            "use importance, task_importance or kmeans."
         )
     if config.search.space:
         yield "search.space works on one task, and data.source is tasks; search on one of them."
@@ -224,6 +241,7 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             *_SETS,
             "moe.router",
             "moe.num_experts",
+            "moe.top_k",
             "moe.partition",
             "distill.adversarial_weight",
             "distill.load_balancing_weight",

@@ -18,6 +18,7 @@ PartitionName = Literal[
     "kmeans",
     "coactivation",
     "clustered_importance",
+    "task_importance",
     "full_copy",
 ]
 
@@ -51,8 +52,9 @@ class MoeConfig(Section):
         description="How neurons are handed out: in turn by `importance`, at `random`, or the "
         "least important first (`inverse`); the most important ones grouped by their input weights "
         "(`kmeans`) or by firing together on training rows (`coactivation`); by their importance "
-        "for one cluster of training rows each (`clustered_importance`); or all of them to every "
-        "expert (`full_copy`).",
+        "for one cluster of training rows each (`clustered_importance`); by their importance for "
+        "the tasks that `task_gate` sends to an expert, one neuron perhaps to several experts "
+        "(`task_importance`); or all of them to every expert (`full_copy`).",
     )
     layers: Annotated[tuple[Integer, ...], Field(min_length=1)] | None = Field(
         default=None, description="Numbers of the layers to convert, from 0; all when not given."
@@ -105,7 +107,8 @@ class MoeConfig(Section):
         default=4096,
         ge=1,
         description="Training rows that neurons are scored on, drawn by the seed; null for all. "
-        "The partitions `coactivation` and `clustered_importance` look at the same rows.",
+        "The partitions `coactivation`, `clustered_importance` and `task_importance` look at the "
+        "same rows.",
     )
 
     @property

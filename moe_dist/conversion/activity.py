@@ -1,11 +1,12 @@
-"""What a dense model does on training data: neurons that fire together, importance by cluster.
+"""What a dense model does on training data: neurons that fire together, importance by part of it.
 
-Shapes: B batch, S sequence, D model, F FFN, E clusters (one for each expert), N chosen neurons.
+Shapes: B batch, S sequence, D model, F FFN, E experts (each with a cluster of the data, or some
+tasks), N chosen neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from moe_dist.conversion.importance import (
     on_device,
     score_importance,
 )
-from moe_dist.errors import MissingInputError
+from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.moe.gates import spread_tasks
+from moe_dist.moe.routing import use_task
 
 
 def coactivation(
@@ -102,6 +105,50 @@ def cluster_importance(
         ]
         by_cluster.append(score_importance(model, own))
     return [torch.stack(of_layer) for of_layer in zip(*by_cluster, strict=True)]
+
+
+def task_importance(
+    model: nn.Module,
+    batches: Sequence[Iterable[Mapping[str, Any]]],
+    num_experts: int,
+    *,
+    top_k: int = 1,
+) -> list[Tensor]:
+    """Score each neuron's importance for the tasks that `task_gate` sends to each expert at first.
+
+    Tasks count alike: a task's scores are divided by their sum in each FFN before they are added.
+
+    Args:
+        model: the fine-tuned dense model, with a head for each task; evaluated, and left as it was.
+        batches: for each task, batches as `score_importance` takes them.
+        num_experts: E.
+        top_k: experts for each task.
+
+    Returns:
+        For each FFN (E, F) float32.
+
+    Raises:
+        ConversionError: if a task has no batches, or an expert has no task.
+    """
+    experts_NK = spread_tasks(len(batches), num_experts, top_k)
+    if experts_NK.unique().numel() < num_experts:
+        raise ConversionError(
+            f"{len(batches)} tasks with {top_k} experts each leave some of {num_experts} experts "
+            "without a task, whose neurons they could take",
+            remedy=f"set num_experts to {len(batches) * top_k} or less",
+        )
+    by_task = []
+    for task, own in enumerate(batches):
+        with use_task(task):
+            scores = score_importance(model, own)
+        by_task.append([score_F / score_F.sum().clamp(min=1e-30) for score_F in scores])
+    found = []
+    for of_layer in zip(*by_task, strict=True):
+        scores_EF = torch.zeros(num_experts, of_layer[0].numel())
+        for score_F, experts_K in zip(of_layer, experts_NK, strict=True):
+            scores_EF[experts_K] += score_F
+        found.append(scores_EF)
+    return found
 
 
 class _PairCounter:

@@ -33,6 +33,7 @@ def plan_partition(
     seed: int = 0,
     model: nn.Module | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
+    expert_scores: Sequence[Tensor] | None = None,
 ) -> PartitionPlan:
     """Plan the split of every FFN that shall become a mixture of experts.
 
@@ -51,6 +52,8 @@ def plan_partition(
         model: the dense model; its FFNs are checked against the scores. Needed by kmeans,
             coactivation and clustered_importance.
         batches: training batches as `score_importance` takes them; needed by the last two.
+        expert_scores: one (E, F) tensor for each FFN of the model, the importance for the tasks of
+            each expert, from `task_importance`; needed by task_importance.
 
     Returns:
         The plan.
@@ -70,7 +73,7 @@ def plan_partition(
     if num_experts == 1:
         num_shared_neurons, tie_shared = 0, False
     row = PARTITIONS[method]
-    if num_experts == 1 and row.needs_model:
+    if num_experts == 1 and row.reads != "scores":
         # One expert has nobody to be told from: it takes what matters most.
         row = PARTITIONS["importance"]
     for index in chosen:
@@ -88,6 +91,8 @@ def plan_partition(
         )
         for index in chosen
     ]
+    if row.reads == "tasks":
+        requests = _with_expert_scores(requests, checked, expert_scores)
     requests = _with_evidence(requests, method, row, model, batches, seed)
     return PartitionPlan(
         num_experts=num_experts,
@@ -130,7 +135,27 @@ def _with_evidence(
         together = coactivation(model, batches, {one.layer: one.dealt_ids for one in requests})
         return [replace(one, coactivation_NN=together[one.layer]) for one in requests]
     by_layer = cluster_importance(model, batches, requests[0].num_experts, seed=seed)
-    return [replace(one, cluster_scores_EF=by_layer[one.layer]) for one in requests]
+    return [replace(one, expert_scores_EF=by_layer[one.layer]) for one in requests]
+
+
+def _with_expert_scores(
+    requests: list[PartitionRequest], scores: Sequence[Tensor], given: Sequence[Tensor] | None
+) -> list[PartitionRequest]:
+    """Add the importance for each expert's tasks, which must be of the right shape."""
+    if given is None:
+        raise MissingInputError(
+            "partition method 'task_importance' reads the importance for each expert's tasks, and "
+            "there is none",
+            remedy="pass expert_scores=, from moe_dist.conversion.activity.task_importance",
+        )
+    wanted = [(requests[0].num_experts, one.numel()) for one in scores]
+    shapes = [tuple(one.shape) for one in given]
+    if shapes != wanted:
+        raise ConversionError(
+            f"expert_scores are of the shapes {shapes}, but {wanted} are needed",
+            remedy="score this model with task_importance, for as many experts",
+        )
+    return [replace(one, expert_scores_EF=given[one.layer]) for one in requests]
 
 
 def _checked_scores(index: int, scores: Tensor) -> Tensor:

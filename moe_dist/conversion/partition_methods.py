@@ -17,7 +17,7 @@ from moe_dist.conversion.families import FFNWeights
 from moe_dist.conversion.partition_plan import LayerPartition
 from moe_dist.errors import ConversionError
 
-Source = Literal["scores", "weights", "activations", "clusters"]
+Source = Literal["scores", "weights", "activations", "clusters", "tasks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,8 @@ class PartitionRequest:
         weights: the FFN's weights, for methods that read them.
         coactivation_NN: how much the neurons of `dealt_ids`, in this order, fire together
             (cosine of their activations), for methods that read activations.
-        cluster_scores_EF: importance by cluster of the data, for methods that read it.
+        expert_scores_EF: importance for the data of each expert, a cluster of the training rows or
+            its tasks, for methods that read it.
     """
 
     layer: int
@@ -45,7 +46,7 @@ class PartitionRequest:
     generator: torch.Generator
     weights: FFNWeights | None = None
     coactivation_NN: Tensor | None = None
-    cluster_scores_EF: Tensor | None = None
+    expert_scores_EF: Tensor | None = None
 
     @property
     def num_private(self) -> int:
@@ -71,7 +72,7 @@ class PartitionMethod:
     Args:
         split: from a request to the FFN's split.
         reads: what it needs beside the scores: "weights" needs the model; "activations" and
-            "clusters" need training batches too.
+            "clusters" need training batches too; "tasks" needs the importance for each expert.
         distinct: no neuron is in two experts, shared ones excepted.
     """
 
@@ -82,12 +83,17 @@ class PartitionMethod:
     @property
     def needs_model(self) -> bool:
         """Whether `plan_partition` must be given the dense model."""
-        return self.reads != "scores"
+        return self.reads in ("weights", "activations", "clusters")
 
     @property
     def needs_batches(self) -> bool:
         """Whether `plan_partition` must be given training batches."""
         return self.reads in ("activations", "clusters")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether training rows decide the split, beside those that the scores come from."""
+        return self.needs_batches or self.reads == "tasks"
 
 
 def by_importance(request: PartitionRequest) -> LayerPartition:
@@ -218,10 +224,7 @@ def by_clustered_importance(request: PartitionRequest) -> LayerPartition:
 
     Source: importance as in MoEBERT, 2022.naacl-main.116; the exact assignment is ours.
     """
-    assert request.cluster_scores_EF is not None
-    scores_EF = request.cluster_scores_EF.double()
-    # Clusters count alike, whatever their losses.
-    scores_EF = scores_EF / scores_EF.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    scores_EF = _evened_scores(request)
     order = torch.argsort(scores_EF.sum(dim=0), descending=True, stable=True)
     shared, rest = order.split(
         [request.num_shared_neurons, order.numel() - request.num_shared_neurons]
@@ -243,6 +246,33 @@ def by_clustered_importance(request: PartitionRequest) -> LayerPartition:
     )
 
 
+def by_task_importance(request: PartitionRequest) -> LayerPartition:
+    """Give each expert the neurons that matter most for its own tasks.
+
+    Shared are the neurons that matter most in sum. Beside them every expert takes what its tasks
+    need most, whatever the others take: a neuron may be in several experts.
+
+    Args:
+        request: the FFN, with scores for each expert.
+
+    Returns:
+        Its split; private neurons of an expert by falling importance for its tasks.
+
+    Source: importance as in MoEBERT, 2022.naacl-main.116; by task, for task_gate, is ours.
+    """
+    scores_EF = _evened_scores(request)
+    order = torch.argsort(scores_EF.sum(dim=0), descending=True, stable=True)
+    shared, rest = order[: request.num_shared_neurons], order[request.num_shared_neurons :]
+    best_EN = torch.argsort(scores_EF[:, rest], dim=1, descending=True, stable=True)
+    own_EN = rest[best_EN[:, : request.num_private]]
+    return LayerPartition(
+        layer=request.layer,
+        num_neurons=order.numel(),
+        shared_ids=shared,
+        expert_ids=torch.cat([shared.expand(request.num_experts, -1), own_EN], dim=1),
+    )
+
+
 PARTITIONS: dict[str, PartitionMethod] = {
     "importance": PartitionMethod(by_importance),
     "random": PartitionMethod(at_random),
@@ -250,8 +280,16 @@ PARTITIONS: dict[str, PartitionMethod] = {
     "kmeans": PartitionMethod(by_weights, reads="weights"),
     "coactivation": PartitionMethod(by_coactivation, reads="activations"),
     "clustered_importance": PartitionMethod(by_clustered_importance, reads="clusters"),
+    "task_importance": PartitionMethod(by_task_importance, reads="tasks", distinct=False),
     "full_copy": PartitionMethod(full_copy, distinct=False),
 }
+
+
+def _evened_scores(request: PartitionRequest) -> Tensor:
+    """Importance for each expert's data, which count alike whatever their losses."""
+    assert request.expert_scores_EF is not None
+    scores_EF = request.expert_scores_EF.double()
+    return scores_EF / scores_EF.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def _deal(request: PartitionRequest, order: Tensor) -> LayerPartition:

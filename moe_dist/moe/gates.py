@@ -211,7 +211,7 @@ class TaskGate(Gate):
         top_k: experts for each task, K.
         gate_scale: see `Gate`.
         noise: see `Gate`; drawn once for a sample.
-        seed: of the start, at which tasks are spread over the experts.
+        seed: of the start, at which a task's own experts (`spread_tasks`) lie far ahead.
 
     Source: task-level routing, arXiv:2110.03742; a table of scores, in place of a gate on a task
         embedding, is ours.
@@ -234,7 +234,7 @@ class TaskGate(Gate):
             start = _random_start(num_tasks, num_experts, seed)
             start.scatter_add_(
                 1,
-                spread_tasks(num_tasks, num_experts, top_k, seed=seed),
+                spread_tasks(num_tasks, num_experts, top_k),
                 torch.full((num_tasks, top_k), TASK_START),
             )
             with torch.no_grad():
@@ -288,22 +288,19 @@ class TaskTable(TableRouter):
         return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
 
 
-def spread_tasks(num_tasks: int, num_experts: int, top_k: int, *, seed: int) -> Tensor:
-    """Give every task its experts, all experts in turn.
+def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:
+    """Give every task its experts, all experts in turn, in every layer alike.
 
     Args:
         num_tasks: N.
         num_experts: experts to choose from, E.
         top_k: different experts for each task, K.
-        seed: of the order of the experts.
 
     Returns:
         (N, K) int64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(num_experts, generator=generator, device="cpu")
-    turns = torch.arange(num_tasks * top_k, device="cpu").view(num_tasks, top_k)
-    return order[turns % num_experts]
+    turns_NK = torch.arange(num_tasks * top_k, device="cpu").view(num_tasks, top_k)
+    return turns_NK % num_experts
 
 
 def _random_start(rows: int, columns: int, seed: int) -> Tensor:

@@ -179,9 +179,7 @@ def _task_gate(options: RouterOptions) -> nn.Module:
             remedy="pass num_tasks; with one task all tokens go to the same experts",
         )
     if options.task_map == "fixed":
-        table = spread_tasks(
-            options.num_tasks, options.num_experts, options.top_k, seed=options.seed
-        )
+        table = spread_tasks(options.num_tasks, options.num_experts, options.top_k)
         return TaskTable(table, options.num_experts)
     return TaskGate(
         options.num_tasks,

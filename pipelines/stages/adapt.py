@@ -113,14 +113,22 @@ def convert(
     Raises:
         MissingInputError: if the training rows are needed, and there are none.
     """
-    from moe_dist.conversion import dense_to_moe, plan_partition
+    from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
+    from moe_dist.conversion.activity import task_importance
 
     moe = config.moe
     parts = list(rows().values()) if rows is not None and reads_rows(config) else None
-    batches, token_counts = None, None
+    batches, expert_scores, token_counts = None, None, None
     if parts is not None and _splits_by_data(config):
-        assert len(parts) == 1, "such partitions are refused for several tasks"
-        batches = _scored_batches(config, parts[0], int(dense.config.pad_token_id or 0))
+        scored = [
+            _scored_batches(config, part, len(parts), int(dense.config.pad_token_id or 0))
+            for part in parts
+        ]
+        if PARTITIONS[moe.partition].reads == "tasks":
+            expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
+        else:
+            assert len(parts) == 1, "such partitions are refused for several tasks"
+            (batches,) = scored
     if parts is not None and _counts_tokens(config):
         token_counts = sum(_token_counts(encoded, dense) for encoded in parts)
     plan = plan_partition(
@@ -134,6 +142,7 @@ def convert(
         seed=config.seed,
         model=dense,
         batches=batches,
+        expert_scores=expert_scores,
     )
     if config.student.is_smaller and keeps_all_neurons(plan):
         return plan, dense
@@ -229,7 +238,7 @@ def _unread_keys(config: RunConfig) -> set[str]:
 def _splits_by_data(config: RunConfig) -> bool:
     from moe_dist.conversion import PARTITIONS
 
-    return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].needs_batches
+    return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].reads_rows
 
 
 def _counts_tokens(config: RunConfig) -> bool:
@@ -237,12 +246,14 @@ def _counts_tokens(config: RunConfig) -> bool:
 
 
 def _scored_batches(
-    config: RunConfig, encoded: Encoded, pad_token_id: int
+    config: RunConfig, encoded: Encoded, num_tasks: int, pad_token_id: int
 ) -> Iterator[dict[str, Any]]:
-    """The training rows that neurons were scored on."""
+    """The training rows of one task that neurons were scored on."""
     from moe_dist.data.loaders import eval_batches
 
-    drawn = encoded.draw(config.moe.importance_samples, seed=config.seed)
+    limit = config.moe.importance_samples
+    share = None if limit is None else -(-limit // num_tasks)
+    drawn = encoded.draw(share, seed=config.seed)
     return eval_batches(drawn, batch_size=score_importance.BATCH_SIZE, pad_token_id=pad_token_id)
 
 

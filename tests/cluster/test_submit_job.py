@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -198,11 +200,15 @@ def test_ctrl_c_leaves_the_job_or_stops_it_as_asked(
             stderr=subprocess.PIPE,
             text=True,
             stdout=subprocess.PIPE,
+            # A shell's background jobs, of which this test may be one, ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            if "finetune-teacher: started" in line:
-                break
+        watchdog = threading.Timer(300, process.kill)
+        watchdog.start()
+        begun = any(re.search("finetune-teacher.*: started", line) for line in process.stdout)
+        watchdog.cancel()
+        assert begun, f"the job {name} did not begin"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=180)
         assert process.returncode == 130

@@ -184,6 +184,7 @@ def test_the_table_holds_what_the_design_names_so_far() -> None:
         "kmeans",
         "coactivation",
         "clustered_importance",
+        "task_importance",
         "full_copy",
     ]
 
@@ -220,6 +221,40 @@ def test_what_a_method_reads_must_be_given(method: str) -> None:
     assert torch.equal(alone.partitions[0].expert_ids, one.partitions[0].expert_ids)
 
 
+def test_tasks_get_the_neurons_they_need_most() -> None:
+    # Tasks count alike: the second one's larger losses do not decide what is shared.
+    scores_EF = torch.tensor([[4.0, 3.0, 2.0, 0.5, 0.4, 0.1], [0.0, 10.0, 50.0, 40.0, 0.0, 0.0]])
+    plan = plan_partition(
+        [scores_EF.sum(0)] * 2,
+        num_experts=2,
+        expert_size=3,
+        num_shared_neurons=1,
+        method="task_importance",
+        expert_scores=[scores_EF, scores_EF.flip(1)],
+    )
+    first, second = plan.partitions
+    assert first.shared_ids.tolist() == [2]
+    assert first.expert_ids.tolist() == [[2, 0, 1], [2, 3, 1]]
+    assert second.expert_ids.tolist() == [[3, 5, 4], [3, 2, 4]]
+    single = plan_partition(
+        [scores_EF.sum(0)],
+        num_experts=1,
+        expert_size=3,
+        num_shared_neurons=0,
+        method="task_importance",
+    )
+    assert single.partitions[0].expert_ids.tolist() == [[2, 3, 1]]
+
+
+def test_task_importance_says_what_it_lacks() -> None:
+    given: dict[str, Any] = SIZES | {"method": "task_importance"}
+    with pytest.raises(MissingInputError, match="each expert's tasks") as found:
+        plan_partition(SCORES[:2], **given)
+    assert "expert_scores=" in found.value.remedy
+    with pytest.raises(ConversionError, match="of the shapes"):
+        plan_partition(SCORES[:2], **given, expert_scores=[torch.rand(2, 3)])
+
+
 def test_clusters_of_data_get_their_own_neurons() -> None:
     """Every other assignment of one FFN's neurons is worth no more (brute force)."""
     generator = torch.Generator().manual_seed(4)
@@ -231,7 +266,7 @@ def test_clusters_of_data_get_their_own_neurons() -> None:
         expert_size=3,
         num_shared_neurons=1,
         generator=generator,
-        cluster_scores_EF=scores_EF,
+        expert_scores_EF=scores_EF,
     )
     part = PARTITIONS["clustered_importance"].split(request)
     share_EF = scores_EF / scores_EF.sum(1, keepdim=True)

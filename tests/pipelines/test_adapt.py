@@ -23,10 +23,14 @@ from tests.pipelines.recorder import Recorder
 Write = Callable[[dict[str, Any]], Path]
 
 
+# The other one needs several tasks: test_tasks.py.
+ONE_TASK = [name for name, method in PARTITIONS.items() if method.reads != "tasks"]
+
+
 def students() -> dict[str, dict[str, Any]]:
     """Settings for each row of both tables, two rows at a time."""
     found: dict[str, dict[str, Any]] = {}
-    for split, router in itertools.zip_longest(PARTITIONS, ROUTERS, fillvalue="hash_random"):
+    for split, router in itertools.zip_longest(ONE_TASK, ROUTERS, fillvalue="hash_random"):
         found[f"{split}-{router}"] = {"partition": split, "router": router}
         if split == "full_copy":
             found[f"{split}-{router}"] |= {"expert_size": 32}
@@ -54,7 +58,7 @@ def test_the_chain_adapts_with_every_router_and_partition(
             for layer in (one for one in model.modules() if isinstance(one, MoELayer)):
                 loads = counts.new_zeros(2).index_add_(0, layer.router.table, counts)
                 assert abs(int(loads[0] - loads[1])) <= int(counts.max()), name
-    assert len(splits) == len(PARTITIONS)
+    assert len(splits) == len(ONE_TASK)
 
 
 @pytest.mark.parametrize(

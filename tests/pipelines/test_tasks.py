@@ -12,10 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from moe_dist.config import load_config
+from moe_dist.conversion import PartitionPlan, score_importance
+from moe_dist.data.loaders import eval_batches
+from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model, load_tokenizer
 from moe_dist.metric_log import MetricLog, series
+from moe_dist.moe.routing import use_task
 from pipelines.chain import run_chain
 from pipelines.cli import app
+from pipelines.console import Console
+from pipelines.workspace import Workspace
 from tests.pipelines.conftest import WORDS, write_sentences
 from tests.pipelines.recorder import Recorder
 
@@ -125,6 +131,59 @@ def test_the_chain_trains_measures_and_exports_each_task(
     mixing = ["data.mixing=temperature", "data.mixing_temperature=5", "compare=[]"]
     run_chain(load_config(recipe, mixing), changed, until="finetune-teacher")
     assert changed.ran == ["finetune-teacher"]
+
+
+def test_experts_start_with_the_neurons_of_their_own_task(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Against the scores of each task alone, with all rows scored."""
+    moe = settings["moe"] | {
+        "num_experts": 2,
+        "num_shared_neurons": 0,
+        "tie_shared": False,
+        "partition": "task_importance",
+        "importance_samples": None,
+    }
+    config = load_config(write_recipe(settings | {"moe": moe, "compare": []}))
+    run_chain(config, Recorder(), until="adapt")
+    root = tmp_path / "outputs/tiny"
+    plan = PartitionPlan.load(root / "adapt/plan.json")
+    teacher = load_model(root / "finetune-teacher/model")
+    workspace = Workspace(config, Console(quiet=True))
+    parts = workspace.encoded_tasks("train", load_tokenizer(root / "finetune-teacher/model"))
+    for task, encoded in enumerate(parts.values()):
+        with use_task(task):
+            scores = score_importance(teacher, eval_batches(encoded, batch_size=1))
+        for part, score_F in zip(plan.partitions, scores, strict=True):
+            assert set(part.expert_ids[task].tolist()) == set(score_F.topk(10).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ({"router": "token_gate"}, r"set moe\.router to task_gate"),
+        ({"num_experts": 3}, r"more than the 2 that moe\.partition=task_importance"),
+        ({"num_experts": 3, "top_k": 2}, ""),
+    ],
+)
+def test_task_importance_is_for_task_gate(
+    write_recipe: Write, settings: dict[str, Any], moe: dict[str, Any], said: str
+) -> None:
+    settings["moe"] |= {"num_experts": 2, "partition": "task_importance"} | moe
+    recipe = write_recipe(settings)
+    if not said:
+        assert load_config(recipe).moe.partition == "task_importance"
+        return
+    with pytest.raises(ConfigError, match=said):
+        load_config(recipe)
+
+
+def test_task_importance_needs_several_tasks(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    moe = tiny_settings["moe"] | {"partition": "task_importance"}
+    with pytest.raises(ConfigError, match=r"set data\.source to tasks"):
+        load_config(write_recipe(tiny_settings | {"moe": moe}))
 
 
 def test_a_dry_run_shows_the_tasks(
