@@ -326,7 +326,9 @@ def resample_differences(
 ) -> Resampled:
     """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
 
-    Each draws S seeds and N examples with replacement; both models answer the same ones.
+    Each draws S seeds and N examples with replacement; both models answer the same ones. Which
+    seeds are drawn depends on S alone, so that tasks that one model learned together stay together
+    in `mean_over_tasks`.
 
     Args:
         metric: a name out of METRICS.
@@ -334,7 +336,7 @@ def resample_differences(
         predictions_a: S entries as in `compute_metrics`, one for each seed.
         predictions_b: S entries of the same seeds and examples.
         num_resamples: R, bootstrap samples to draw.
-        seed: fixes them.
+        seed: fixes the examples.
 
     Returns:
         The mean over the seeds of metric(a) - metric(b), and R samples of it.
@@ -356,10 +358,9 @@ def resample_differences(
     ]
     true = np.asarray(labels)
     rng = np.random.default_rng(seed)
+    drawn_RS = np.random.default_rng(0).integers(0, len(pairs), (num_resamples, len(pairs)))
     samples = np.empty(num_resamples)
-    for i in range(num_resamples):
-        # A single seed draws nothing for itself.
-        seeds = rng.integers(0, len(pairs), len(pairs)) if len(pairs) > 1 else [0]
+    for i, seeds in enumerate(drawn_RS):
         chosen = rng.integers(0, len(true), len(true))
         truth = true[chosen]
         samples[i] = np.mean(

@@ -149,9 +149,10 @@ def seeds(
     """Compare models over runs that differ in their seed, on one task or several."""
     with clean_errors(debug=debug):
         quieten_libraries()
-        from .seeds import compare_seeds, read_run, to_markdown, to_plain
+        from .seeds import compare_seeds, read_runs, to_markdown, to_plain
 
-        rows = compare_seeds([read_run(path, before=before) for path in directories], against or ())
+        found = [run for path in directories for run in read_runs(path, before=before)]
+        rows = compare_seeds(found, against or ())
         table = to_markdown(rows)
         if output is not None:
             write_page(table, output)

@@ -37,7 +37,7 @@ MEAN = "mean over tasks"
 
 @dataclass(frozen=True)
 class SeededRun:
-    """One run of a recipe.
+    """One run of a recipe, or one task of a run with several.
 
     Attributes:
         directory: where it lies.
@@ -95,7 +95,7 @@ class Row:
     differences: Mapping[str, Interval]
 
 
-def read_run(directory: Path, *, before: bool = False) -> SeededRun:
+def read_runs(directory: Path, *, before: bool = False) -> list[SeededRun]:
     """Read what `evaluate` kept of a finished run.
 
     Args:
@@ -103,47 +103,55 @@ def read_run(directory: Path, *, before: bool = False) -> SeededRun:
         before: take the students as they were before distillation.
 
     Returns:
-        Its models' answers.
+        Its models' answers, for each of its tasks.
 
     Raises:
         MissingInputError: if the run is not finished.
-        DataError: if it has several tasks.
         CheckpointError: if a file is damaged.
     """
-    from moe_dist.training.results import load_predictions
-
     report = read_json(directory / JSON_NAME)
     if not report:
         raise MissingInputError(
             f"{directory} holds no finished run", remedy="let `moe-dist compress` finish it"
         )
-    if "tasks" in report:
-        raise DataError(
-            f"{directory} has several tasks in one run, which are not compared over seeds so far",
-            remedy="read the intervals of each task in its report.md, or give runs of one task",
-        )
     place = directory / evaluate.NAME / evaluate.PREDICTIONS
     names = [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
+    ratios = {name: report[name].get("ffn_flops_ratio") for name in names}
+    if "tasks" not in report:
+        answers = _load_answers(place, names, before=before)
+        task, metric = str(report["data"]["name"]), str(report["main_metric"])
+        return [SeededRun(directory, task, metric, answers, ratios)]
+    return [
+        SeededRun(
+            directory=directory,
+            task=task,
+            metric=str(about["main_metric"]),
+            answers=_load_answers(place / task, names, before=before),
+            flops_ratios=ratios,
+        )
+        for task, about in report["tasks"].items()
+    ]
+
+
+def _load_answers(
+    place: Path, names: Sequence[str], *, before: bool
+) -> dict[str, SavedPredictions]:
+    from moe_dist.training.results import load_predictions
+
     answers = {evaluate.TEACHER: load_predictions(place / f"{evaluate.TEACHER}.npz")}
     for name in names[1:]:
         early = place / f"{name}-{evaluate.BEFORE}.npz"
         answers[name] = load_predictions(early if before else place / f"{name}.npz")
         if early.exists() and not before:
             answers[f"{name}/{evaluate.BEFORE}"] = load_predictions(early)
-    return SeededRun(
-        directory=directory,
-        task=str(report["data"]["name"]),
-        metric=str(report["main_metric"]),
-        answers=answers,
-        flops_ratios={name: report[name].get("ffn_flops_ratio") for name in names},
-    )
+    return answers
 
 
 def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> list[Row]:
     """Compare models over all seeds of each task, and over the tasks.
 
     Args:
-        runs: finished runs; those of one task differ in their seed.
+        runs: finished runs, or their tasks; those of one task differ in their seed.
         against: labels that all others are compared with; `dense` where every run has it, else
             the teacher, when empty.
 
@@ -289,7 +297,7 @@ def _over_seeds(
 
 
 def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]]) -> list[Row]:
-    """Average the models that every task has; tasks are resampled each by itself."""
+    """Average the models that every task has; the rows of each task are drawn by themselves."""
     rows = []
     for label in by_task[0]:
         if not all(label in found for found in by_task):

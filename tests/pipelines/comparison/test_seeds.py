@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.training.results import save_predictions
 from pipelines.cli import app
-from pipelines.comparison.seeds import MEAN, SeededRun, compare_seeds, read_run, to_markdown
+from pipelines.comparison.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown
 
 NUM_EXAMPLES = 200
 
@@ -45,11 +45,16 @@ def write_run(
     return directory
 
 
+def read_one(directory: Path, *, before: bool = False) -> SeededRun:
+    (run,) = read_runs(directory, before=before)
+    return run
+
+
 def seeds_of(
     root: Path, students: list[int], *, dense: int = 150, task: str = "toy"
 ) -> list[SeededRun]:
     return [
-        read_run(
+        read_one(
             write_run(
                 root / f"{task}{seed}",
                 right={
@@ -103,17 +108,40 @@ def test_tasks_are_averaged_and_the_mean_is_surer_than_each(tmp_path: Path) -> N
     assert "mean over tasks | student | 2 | × 0.250" in to_markdown(rows)
 
 
+def test_each_task_of_a_run_counts_by_itself_and_seeds_stay_together(tmp_path: Path) -> None:
+    runs = []
+    for seed, (first, second) in enumerate([(140, 170), (170, 140)]):
+        directory = tmp_path / f"both{seed}"
+        for task, count in (("one", first), ("two", second)):
+            write_run(tmp_path / "part", right={"teacher": 180, "student": count, "dense": 150})
+            place = directory / "evaluate" / "predictions" / task
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "part/evaluate/predictions").rename(place)
+        report = json.loads((tmp_path / "part/report.json").read_text())
+        about = {"main_metric": "accuracy"}
+        report |= {"main_metric": "mean", "tasks": {"one": about, "two": about}}
+        (directory / "report.json").write_text(json.dumps(report))
+        runs += read_runs(directory)
+    found = {row.task: row for row in compare_seeds(runs) if row.label == "student"}
+    assert list(found) == ["one", "two", MEAN]
+    assert found["one"].quality == found[MEAN].quality == pytest.approx(0.775)
+    # A seed that is good at one task is bad at the other, and their mean hardly differs.
+    alone, both = found["one"].differences["dense"], found[MEAN].differences["dense"]
+    assert alone.difference == both.difference == pytest.approx(0.025)
+    assert both.high - both.low < 0.7 * (alone.high - alone.low)
+
+
 def test_a_model_that_some_runs_lack_is_compared_where_it_is(tmp_path: Path) -> None:
     runs = seeds_of(tmp_path, [160, 160])
     extra = {"teacher": 180, "student": 160, "dense": 150, "gate": 170}
-    runs.append(read_run(write_run(tmp_path / "more", right=extra)))
+    runs.append(read_one(write_run(tmp_path / "more", right=extra)))
     gate = next(row for row in compare_seeds(runs) if row.label == "gate")
     assert (gate.num_seeds, gate.spread) == (1, None)
     assert gate.differences["dense"].difference == pytest.approx(0.1)
 
 
 def test_without_a_dense_student_the_teacher_is_the_reference(tmp_path: Path) -> None:
-    runs = [read_run(write_run(tmp_path / "run", right={"teacher": 180, "student": 160}))]
+    runs = [read_one(write_run(tmp_path / "run", right={"teacher": 180, "student": 160}))]
     student = compare_seeds(runs)[1]
     assert student.differences["teacher"].difference == pytest.approx(-0.1)
 
@@ -126,7 +154,7 @@ def test_an_unknown_reference_is_named_with_the_known_ones(tmp_path: Path) -> No
 def test_different_dev_rows_are_not_compared(tmp_path: Path) -> None:
     right = {"teacher": 180, "student": 160}
     runs = [
-        read_run(write_run(tmp_path / name, right=right, ids=name)) for name in ("first", "second")
+        read_one(write_run(tmp_path / name, right=right, ids=name)) for name in ("first", "second")
     ]
     with pytest.raises(DataError, match="different dev rows of toy"):
         compare_seeds(runs)
@@ -147,7 +175,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path: Path) -> None:
 def test_students_are_compared_before_distillation_when_asked(tmp_path: Path) -> None:
     right = {"teacher": 180, "student": 160, "student/before_distillation": 100}
     right |= {"dense": 150, "dense/before_distillation": 90}
-    run = read_run(write_run(tmp_path / "run", right=right), before=True)
+    run = read_one(write_run(tmp_path / "run", right=right), before=True)
     rows = {row.label: row for row in compare_seeds([run], ["dense"])}
     assert (rows["student"].quality, rows["student"].before) == (0.5, None)
     assert rows["student"].differences["dense"].difference == pytest.approx(0.05)
