@@ -214,7 +214,7 @@ def _search_in(
                 # What it measures, Ray's idle processes would disturb.
                 session.close()
                 chosen = choose(result)
-            confirmed = confirm(config, directory, teachers, chosen, room, session, console)
+            confirmed = confirm(workspace, directory, teachers, chosen, room, session, run, tags)
             session.close()
             result = replace(result, confirmed=confirmed, seconds=supervisor.seconds)
             mark("end of Ray")

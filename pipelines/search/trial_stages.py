@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 STAGES_NAME = "stages.jsonl"
 TRIAL_PREFIX = "trial/"
 """In front of what a trial measured at its rungs, among its run's metrics."""
+CONFIRMS_TAG = "confirms"
+"""The tag of a run with another seed; its value is the trial that the seeds judge."""
 ADAPT, EVALUATE, DISTILL = adapt.NAME, evaluate.NAME, distill.NAME
 
 
@@ -117,13 +119,17 @@ class TrialStages:
             self._measured.clear()
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give `evaluate` what the trial measured.
+        """Note what the trial measured: in its own run, and as a result of `evaluate`.
 
         Args:
             step: optimizer steps done.
             metrics: values by name.
         """
-        named = {f"{evaluate.STUDENT}/{name}": value for name, value in metrics.items()}
+        own, named = (
+            {f"{prefix}{name}": value for name, value in metrics.items()}
+            for prefix in (TRIAL_PREFIX, f"{evaluate.STUDENT}/")
+        )
+        self._run.log_metrics(step, own)
         self._measured.append((step, named))
         self.follow()
 

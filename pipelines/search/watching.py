@@ -18,7 +18,7 @@ from ..console import duration
 from ..fingerprints import value_digest
 from .teachers import teacher_key
 from .trial import trial_name
-from .trial_stages import TRIAL_PREFIX, TrialStages, clear_stages
+from .trial_stages import TrialStages, clear_stages
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -124,13 +124,12 @@ class Supervisor:
         """Note that a trial runs, and open its run."""
         point = self._points[number]
         self._log.started(number, point.drawn, point.overrides)
-        settings = point_settings(self._config, point.overrides)
         run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
         self._stages[number] = TrialStages(
             run, self._trial_directory(number), _fingerprint(number, point.overrides)
         )
-        tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
-        run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
+        tags = {**self._tags, **point_tags(self._config, point.overrides)}
+        run.set_tags({**tags, "trial": str(number), "best": "false"})
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
         self._console.note(f"{trial_name(number)}: {what}")
 
@@ -139,8 +138,6 @@ class Supervisor:
         self._seconds[number] = seconds
         self._log.reported(number, report, num_steps)
         self._stages[number].measured(report.step, report.metrics)
-        measured = {f"{TRIAL_PREFIX}{name}": value for name, value in report.metrics.items()}
-        self._runs[number].log_metrics(report.step, measured)
         value = report.metrics.get(self._metric, math.nan)
         self._console.note(
             f"{trial_name(number)}: step {report.step}/{num_steps}  {self._metric} {value:.4g}"
@@ -251,6 +248,20 @@ class Supervisor:
     def _best_words(self) -> str:
         best = self._log_best()
         return "" if best is None else f"  (best {best:.4g})"
+
+
+def point_tags(config: RunConfig, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Give what people filter trials by.
+
+    Args:
+        config: the sweep's recipe.
+        overrides: of the trial.
+
+    Returns:
+        Tags.
+    """
+    settings = point_settings(config, overrides)
+    return {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
 
 
 def _fingerprint(number: int, overrides: Mapping[str, Any]) -> str:

@@ -48,7 +48,9 @@ def test_stages_are_followed_while_they_run(run: Run, tmp_path: Path) -> None:
     with log.stage("evaluate", {}):
         pass
     stages.measured(9, {"accuracy": 0.75})
-    assert run.measured == [(1, {"student/accuracy": 0.5}), (9, {"student/accuracy": 0.75})]
+    own = [(1, {"trial/accuracy": 0.5}), (9, {"trial/accuracy": 0.75})]
+    of_stage = [(1, {"student/accuracy": 0.5}), (9, {"student/accuracy": 0.75})]
+    assert run.measured == [*own, *of_stage]
     note = run.notes["adapt"]
     assert note.status == "FINISHED" and note.ended_s is not None
     assert note.started_s <= note.ended_s <= run.notes["evaluate"].started_s
