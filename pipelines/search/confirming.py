@@ -8,7 +8,7 @@ dev rows: where trials are chosen on a hold-out of the training rows, these deci
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -127,9 +127,9 @@ def confirm(
     )
     place = directory / "confirm" / f"trial-{best.number:04d}"
     tasks = confirm_tasks(config, best, in_place=room.in_place)
-    watcher = Rerun(config, place, tasks, best, run, console, tags)
+    watcher = Rerun(config, place, tasks, best, run, console, workspace.files, tags)
     if watcher.num_left:
-        runner = TrialRunner(config, str(place), (1,), teachers)
+        runner = TrialRunner(config, workspace.files.address(place), (1,), teachers)
         room = replace(room, num_concurrent=min(room.num_concurrent, watcher.num_left))
         ruling = Ruling("none", metric, mode, 1, search.reduction_factor)
         try:
@@ -143,7 +143,11 @@ def confirm(
     return replace(
         confirmation,
         on_examples=compare_answers(
-            place, main_metric(best), measured_pairs(metric, trials), config.seed
+            place,
+            main_metric(best),
+            measured_pairs(metric, trials),
+            config.seed,
+            workspace.files.fetch,
         ),
         num_asked=len([path for path in place.parent.iterdir() if path.is_dir()]),
     )
@@ -175,7 +179,11 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
 
 
 def compare_answers(
-    directory: Path, metric: str, pairs: Sequence[int], seed: int
+    directory: Path,
+    metric: str,
+    pairs: Sequence[int],
+    seed: int,
+    fetch: Callable[[Path], Path],
 ) -> dict[str, Any] | None:
     """Compare what the two say of each dev row, over all seeds.
 
@@ -184,6 +192,7 @@ def compare_answers(
         metric: of the task.
         pairs: what `measured_pairs` found.
         seed: of the bootstrap.
+        fetch: sees to it that a file is on this machine.
 
     Returns:
         See `Confirmation.on_examples`.
@@ -194,7 +203,9 @@ def compare_answers(
 
     try:
         answers = [
-            load_predictions(training_directory(directory, number + is_baseline) / PREDICTIONS)
+            load_predictions(
+                fetch(training_directory(directory, number + is_baseline) / PREDICTIONS)
+            )
             for number in pairs
             for is_baseline in (False, True)
         ]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.search.trials import BASELINE, Report, Status, TrialLog
+from moe_dist.search.trials import BASELINE, LOG_NAME, Report, Status, TrialLog
 
 from ..fingerprints import value_digest
 from .trial import trial_name
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from ..console import Console
+    from ..files import ResultFiles
 
 
 class Rerun:
@@ -32,6 +33,7 @@ class Rerun:
         best: the trial that they confirm.
         tracker: the sweep's run.
         console: what people see.
+        files: the sweep's.
         tags: of every run.
     """
 
@@ -43,11 +45,13 @@ class Rerun:
         best: Trial,
         tracker: TrackedRun,
         console: Console,
+        files: ResultFiles,
         tags: Mapping[str, str],
     ) -> None:
         self._config, self._directory, self._best = config, directory, best
-        self._tracker, self._console, self._tags = tracker, console, tags
-        self.log = TrialLog(directory / "trials.jsonl")
+        self._tracker, self._console = tracker, console
+        self._files, self._tags = files, tags
+        self.log = TrialLog(directory / LOG_NAME)
         done = {number for number, trial in self.log.trials.items() if trial.is_over}
         self._tasks = {task["number"]: task for task in tasks if task["number"] not in done}
         self._waiting = list(self._tasks)
@@ -64,7 +68,7 @@ class Rerun:
         if not self._waiting:
             return None
         number = self._waiting.pop(0)
-        clear_stages(self._place(number))
+        clear_stages(self._place(number), self._files)
         return self._tasks[number]
 
     def started(self, number: int) -> None:
@@ -80,7 +84,8 @@ class Rerun:
             params={"seed": seed, **overrides},
             fingerprint=fingerprint,
         ).__enter__()
-        self._open[number] = run, TrialStages(run, self._place(number), fingerprint)
+        stages = TrialStages(run, self._place(number), fingerprint, self._files)
+        self._open[number] = run, stages
         own = {"seed": str(seed), "trial": str(of), CONFIRMS_TAG: trial_name(self._best.number)}
         run.set_tags({**self._tags, **point_tags(self._config, overrides), **own})
 

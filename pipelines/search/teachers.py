@@ -110,12 +110,13 @@ class SharedWork:
         teacher = results[finetune_teacher.NAME]
         model = teacher.outputs["model"]
         has_holdout = choosing_split(workspace.config) == "holdout"
+        address = workspace.files.address
         return TeacherFacts(
-            model=str(model),
-            scores=str(results[score_importance.NAME].outputs["scores"]),
+            model=address(model),
+            scores=address(results[score_importance.NAME].outputs["scores"]),
             quality=teacher.metrics[workspace.splits.task.main_metric],
             holdout_quality=self._holdout_quality(key, workspace, teacher) if has_holdout else None,
-            latency_ms=self._latency(model) if self._wants_latency else None,
+            latency_ms=self._latency(address(model)) if self._wants_latency else None,
         )
 
     def _beside(self, key: str, overrides: Mapping[str, Any]) -> Workspace:
@@ -128,7 +129,9 @@ class SharedWork:
         )
         workspace = Workspace(own, self.workspace.console)
         workspace.session = self.workspace.session
-        workspace.files.prepare(config.name)
+        # What lies below the sweep's directory goes where the sweep's files go.
+        workspace.files = self.workspace.files
+        workspace.root.mkdir(parents=True, exist_ok=True)
         return workspace
 
     def _holdout_quality(self, key: str, workspace: Workspace, teacher: StageResult) -> float:
@@ -142,8 +145,10 @@ class SharedWork:
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["fingerprint"] == fingerprint:
                 return float(known[metric])
-        quality = self._measure(workspace, teacher.outputs["model"], metric)
+        model = workspace.files.fetch(teacher.outputs["model"])
+        quality = self._measure(workspace, model, metric)
         write_json(path, {"fingerprint": fingerprint, metric: quality})
+        self.workspace.files.publish(path.parent)
         return quality
 
     def _measure(self, workspace: Workspace, model: Path, metric: str) -> float:
@@ -168,7 +173,7 @@ class SharedWork:
     def _wants_latency(self) -> bool:
         return "latency" in self.workspace.config.search.wanted
 
-    def _latency(self, model: Path) -> float:
+    def _latency(self, model: str) -> float:
         """Time a teacher while nothing else of ours runs."""
         from moe_dist.inference import load_model
         from moe_dist.inference.latency import measure_latency

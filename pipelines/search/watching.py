@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from ..console import Console
+    from ..files import ResultFiles
 
 TRIALS_DIRECTORY = "trials"
 FOLLOW_S = 1.0
@@ -42,6 +43,7 @@ class Supervisor:
         proposer: where points come from.
         tracker: the sweep's run.
         console: what people see.
+        files: the sweep's.
         seconds_before: what earlier parts of the sweep took.
         in_place: whether a trial runs in its own actor.
         tags: of every trial's run.
@@ -55,6 +57,7 @@ class Supervisor:
         proposer: Proposer,
         tracker: TrackedRun,
         console: Console,
+        files: ResultFiles,
         *,
         seconds_before: float = 0.0,
         in_place: bool = True,
@@ -62,7 +65,7 @@ class Supervisor:
     ) -> None:
         self._config, self._directory, self._log = config, directory, log
         self._proposer, self._tracker, self._console = proposer, tracker, console
-        self._in_place, self._tags = in_place, dict(tags or {})
+        self._files, self._in_place, self._tags = files, in_place, dict(tags or {})
         self._metric, self._mode = next(iter(config.search.wanted.items()))
         self._points: dict[int, Point] = {}
         self._runs: dict[int, TrackedRun] = {}
@@ -111,7 +114,7 @@ class Supervisor:
         if point is None:
             return None
         self._points[number] = point
-        clear_stages(self._trial_directory(number))
+        clear_stages(self._trial_directory(number), self._files)
         return {
             "number": number,
             "overrides": point.overrides,
@@ -126,7 +129,7 @@ class Supervisor:
         self._log.started(number, point.drawn, point.overrides)
         run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
         self._stages[number] = TrialStages(
-            run, self._trial_directory(number), _fingerprint(number, point.overrides)
+            run, self._trial_directory(number), _fingerprint(number, point.overrides), self._files
         )
         tags = {**self._tags, **point_tags(self._config, point.overrides)}
         run.set_tags({**tags, "trial": str(number), "best": "false"})
@@ -209,8 +212,9 @@ class Supervisor:
                 run.set_tags({"best": "true"})
             if number == best:
                 mark.touch()
-            else:
-                mark.unlink(missing_ok=True)
+            elif mark.exists():
+                self._files.removed(mark)
+                mark.unlink()
 
     def _open_run(
         self, number: int, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
