@@ -162,12 +162,15 @@ def test_several_teachers_of_a_sweep_lie_in_the_bucket(
 def test_trials_on_ray_tune_see_the_bucket_alone(
     place: Store, write_recipe: Write, settings: dict[str, Any], num_workers: int
 ) -> None:
-    settings["parallel"] = {"num_workers": num_workers, "ep_size": 1}
-    settings["search"] |= {"num_trials": 2, "rungs": 2, "confirm_seeds": 0, "scheduler": "asha"}
+    settings["parallel"] = {"num_workers": num_workers}
+    settings["search"] |= {"num_trials": 3 - num_workers, "baseline": num_workers == 1}
+    settings["search"] |= {"scheduler": "asha", "rungs": 2}
     result = search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
-    statuses = {trial.status for trial in result.trials.values()}
-    assert len(result.trials) == 3 and statuses <= {"finished", "stopped"}
-    assert all(len(trial.reports) >= 1 for trial in result.trials.values())
+    statuses = {number: trial.status for number, trial in result.trials.items()}
+    assert set(statuses) == ({0, 1, 2} if num_workers == 1 else {1}), statuses
+    first = result.trials[min(statuses)]
+    assert first.status == "finished" and [one.rung for one in first.reports] == [1, 3]
     names = {entry.name for entry in place.list()}
-    assert {"report.json", "best.yaml", "trials/trial-0000/distill/predictions.npz"} <= names
+    trial = f"trials/trial-000{first.number}"
+    assert {"report.json", f"{trial}/distill/predictions.npz", f"{trial}/stages.jsonl"} <= names
     assert not [name for name in names if name.endswith("safetensors")]
