@@ -49,6 +49,7 @@ class StageLog:
 
     def __init__(self, directory: Path | str) -> None:
         self._directory = directory
+        self._store = Store(directory) if isinstance(directory, str) else None
         self._lines: list[str] = []
 
     @contextmanager
@@ -78,13 +79,13 @@ class StageLog:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry, default=str) + "\n"
-        if isinstance(self._directory, Path):
-            with (self._directory / STAGES_NAME).open("a", encoding="utf-8") as stream:
+        if self._store is None:
+            with (Path(self._directory) / STAGES_NAME).open("a", encoding="utf-8") as stream:
                 stream.write(line)
             return
         self._lines.append(line)
         try:
-            Store(self._directory).write(STAGES_NAME, "".join(self._lines).encode())
+            self._store.write(STAGES_NAME, "".join(self._lines).encode())
         except StorageError as error:
             # What a trial finds is worth more than when its stages ran; the next note has all.
             logger.warning("%s", error.message)
