@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
@@ -32,6 +33,19 @@ def join_uri(uri: str, *names: str) -> str:
     place, mark, query = uri.partition("?")
     parts = [place.rstrip("/"), *(name.strip("/") for name in names if name)]
     return "/".join(parts) + mark + query
+
+
+def below(place: Path | str, name: str) -> Path | str:
+    """Name something below a place.
+
+    Args:
+        place: a path, or a URI as text.
+        name: one part.
+
+    Returns:
+        A place of the same kind.
+    """
+    return join_uri(place, name) if isinstance(place, str) else place / name
 
 
 def redact_uri(uri: str) -> str:

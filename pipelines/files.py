@@ -127,6 +127,13 @@ class ResultFiles:
             records: the directory of its records.
         """
 
+    def follow(self, path: Path) -> None:
+        """Bring a file of lines up to date that a worker writes.
+
+        Args:
+            path: below the root.
+        """
+
     def received(self, directory: Path) -> None:
         """Take note of what workers wrote into a stage's directory.
 

@@ -18,10 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.errors import ConfigError, StorageError
-from moe_dist.storage import MANIFEST, Entry, Store, delete_tree, move_tree, upload_tree
+from moe_dist.search.trials import LOG_NAME
+from moe_dist.storage import (
+    MANIFEST,
+    Entry,
+    Store,
+    delete_tree,
+    move_tree,
+    receive_lines,
+    upload_tree,
+)
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.uris import join_uri, redact_uri
-from moe_dist.whole_files import PARTIAL, whole_file
+from moe_dist.whole_files import PARTIAL
 
 from .files import ResultFiles
 from .fingerprints import path_digest
@@ -32,7 +41,7 @@ SMALL_BYTES = 1 << 16
 INPUTS = "inputs"
 _ALWAYS_SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".md", ".png"})
 # What this process changes while a stage runs, and what another machine needs to go on.
-_JOURNALS = frozenset({"tracking.json", "metrics.jsonl", STARTED})
+_JOURNALS = frozenset({"tracking.json", "metrics.jsonl", LOG_NAME, STARTED})
 _LOCAL_ONLY = frozenset({".lock"})
 _WORKERS_OWN = "ray"
 _COMPLETE = ".complete"
@@ -167,6 +176,17 @@ class MirroredFiles(ResultFiles):
         except StorageError as error:
             logger.warning("%s; progress is shown later", error.message)
 
+    def follow(self, path: Path) -> None:
+        """Bring a file of lines up to date that a worker writes.
+
+        Args:
+            path: below the root.
+        """
+        try:
+            self._receive_log(path)
+        except StorageError as error:
+            logger.warning("%s; progress is shown later", error.message)
+
     def received(self, directory: Path) -> None:
         """Take note of what workers uploaded, and download the small files.
 
@@ -262,21 +282,9 @@ class MirroredFiles(ResultFiles):
 
     def _receive_log(self, path: Path) -> None:
         """Append what a metric log has grown by, so that readers go on where they were."""
-        name = self._name(path)
-        content = self.store.read(name)
-        if content is None:
-            return
         with self._lock:
-            known = path.read_bytes() if path.exists() else b""
-            if content != known or not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if content.startswith(known):
-                    with path.open("ab") as stream:
-                        stream.write(content[len(known) :])
-                else:
-                    with whole_file(path) as beside:
-                        beside.write_bytes(content)
-            self._note(path)
+            if receive_lines(self.store, self._name(path), path):
+                self._note(path)
 
     def _receive_records(self, directory: Path) -> None:
         with self._lock:

@@ -29,7 +29,7 @@ from moe_dist.config.sections import (
 from moe_dist.config.student import StudentConfig
 from moe_dist.errors import ConfigError
 from moe_dist.redaction import hide_secrets
-from moe_dist.uris import is_uri, join_uri
+from moe_dist.uris import below, is_uri
 
 BUILT_IN_COMPARISONS = ("dense",)
 # The teacher, the data and the scores are the same for all students of one chain.
@@ -116,9 +116,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path | str:
         """Directory of this run, `output_dir/name`: a path, or a URI as text."""
-        if isinstance(self.output_dir, str):
-            return join_uri(self.output_dir, self.name)
-        return self.output_dir / self.name
+        return below(self.output_dir, self.name)
 
     @property
     def teacher_train(self) -> TrainConfig:

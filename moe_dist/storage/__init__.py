@@ -13,6 +13,7 @@ from moe_dist.storage.trees import (
     local_copy,
     local_file,
     move_tree,
+    receive_lines,
     upload_tree,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "local_copy",
     "local_file",
     "move_tree",
+    "receive_lines",
     "upload_tree",
 ]

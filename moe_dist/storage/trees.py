@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moe_dist.errors import StorageError
 from moe_dist.storage.store import Store
-from moe_dist.uris import redact_uri
+from moe_dist.uris import is_uri, redact_uri
+from moe_dist.whole_files import whole_file
 
 MANIFEST = "manifest.json"
 
@@ -100,16 +101,45 @@ def move_tree(
     delete_tree(store, source, marker=marker, last=last)
 
 
+def receive_lines(store: Store, name: str, local: Path) -> bool:
+    """Append what a file of lines has grown by, so that readers go on where they were.
+
+    Args:
+        store: where the file is written.
+        name: its name there.
+        local: its copy; replaced where the file does not continue it.
+
+    Returns:
+        Whether there is such a file.
+    """
+    content = store.read(name)
+    if content is None:
+        return False
+    known = local.read_bytes() if local.exists() else b""
+    if content != known or not local.exists():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        if content.startswith(known):
+            with local.open("ab") as stream:
+                stream.write(content[len(known) :])
+        else:
+            with whole_file(local) as beside:
+                beside.write_bytes(content)
+    return True
+
+
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """Download a directory for as long as it is needed.
 
     Args:
-        uri: a directory with a manifest, such as a model.
+        uri: a directory with a manifest, such as a model; a path is left where it is.
 
     Yields:
-        Where it lies on this machine; gone afterwards.
+        Where it lies on this machine; a download is gone afterwards.
     """
+    if not is_uri(uri):
+        yield Path(uri)
+        return
     store = Store(uri)
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as scratch:
         local = Path(scratch) / (redact_uri(uri).rstrip("/").rpartition("/")[2] or "copy")
@@ -122,11 +152,14 @@ def local_file(uri: str) -> Iterator[Path]:
     """Download one file for as long as it is needed.
 
     Args:
-        uri: the file.
+        uri: the file; a path is left where it is.
 
     Yields:
-        Where it lies on this machine, under its own name; gone afterwards.
+        Where it lies on this machine, under its own name; a download is gone afterwards.
     """
+    if not is_uri(uri):
+        yield Path(uri)
+        return
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as scratch:
         local = Path(scratch) / redact_uri(uri).rpartition("/")[2]
         Store(uri).download([("", local)])

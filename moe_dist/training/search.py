@@ -312,6 +312,11 @@ def _median(common: dict[str, Any]) -> TrialScheduler:
             action: str = self.CONTINUE
             return action
 
+        def on_trial_complete(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+            # Ray's counts the last word of a trial that is not ruled or failed, and breaks on it.
+            if TIME in result:
+                super().on_trial_complete(controller, trial, result)
+
     return Median(grace_period=1, min_samples_required=3, **common)
 
 

@@ -37,6 +37,8 @@ class StageUpload:
         self._uploaded = {path.name for path in self._checkpoints()}
         self._log_state: tuple[int, int] | None = _state(stage / METRIC_LOG)
         self._is_failing = False
+        # The thread's older log must not arrive after a newer one.
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="stage-upload", daemon=True)
 
@@ -57,7 +59,7 @@ class StageUpload:
         if kind is None:
             self._upload_results()
         else:
-            self._try_sync()
+            self.try_sync()
 
     def _upload_results(self) -> None:
         # Checkpoints are not needed any more.
@@ -73,17 +75,20 @@ class StageUpload:
         Raises:
             StorageError: if the store does not take them.
         """
-        # Seen before the log is read: the log then holds every step that a checkpoint has taken.
-        newest = next(iter(self._checkpoints()), None)
-        self._upload_log()
-        if newest is not None and newest.name not in self._uploaded:
-            self._upload_checkpoint(newest)
+        with self._lock:
+            # Seen before the log is read: the log then holds every step that a checkpoint has
+            # taken.
+            newest = next(iter(self._checkpoints()), None)
+            self._upload_log()
+            if newest is not None and newest.name not in self._uploaded:
+                self._upload_checkpoint(newest)
 
     def _follow(self) -> None:
         while not self._stop.wait(SYNC_INTERVAL_S):
-            self._try_sync()
+            self.try_sync()
 
-    def _try_sync(self) -> None:
+    def try_sync(self) -> None:
+        """Do the same; what fails is tried again the next time."""
         try:
             self.sync()
             self._is_failing = False

@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_dist.errors import MissingInputError
 from moe_dist.tracking import RecordedRun, RunReader, recorded_id
 
+from ..search.trial_stages import CONFIRMS_TAG
 from .views import (
     TRIAL_TAG,
     RunView,
@@ -80,7 +81,9 @@ def _read_all(reader: RunReader, runs: Sequence[RecordedRun]) -> list[RunView]:
         trials = [
             child
             for child in children[run.run_id]
-            if TRIAL_TAG in child.tags or grandchildren[child.run_id]
+            # Other seeds of a trial are no more trials; they have names of their own.
+            if CONFIRMS_TAG not in child.tags
+            and (TRIAL_TAG in child.tags or grandchildren[child.run_id])
         ]
         for trial in trials:
             chosen[trial.run_id] = (trial, grandchildren[trial.run_id])

@@ -194,9 +194,10 @@ def _search(
         console.result(line)
     for line in said:
         console.result(line)
-    console.result(f"\nreport: {result.directory / 'report.md'}")
+    shown = result.files.shown
+    console.result(f"\nreport: {shown(result.directory / 'report.md')}")
     if summary["best"] is not None:
-        console.result(f"recipe: {result.directory / 'best.yaml'}")
+        console.result(f"recipe: {shown(result.directory / 'best.yaml')}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
     return is_met

@@ -8,23 +8,25 @@ dev rows: where trials are chosen on a hold-out of the training rows, these deci
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.search.trials import BASELINE, Report, Trial, TrialLog
+from moe_dist.search.trials import BASELINE, Trial
 from moe_dist.training.driver import RaySession
 from moe_dist.training.search import Ruling, TrialRoom, run_sweep
 
+from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key
 from .trial import TrialRunner, main_metric, training_directory
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
 
-    from ..console import Console
+    from ..workspace import Workspace
 
 CONFIDENCE = 0.95
 
@@ -89,77 +91,33 @@ class Confirmation:
         return " ".join(lines)
 
 
-class Rerun:
-    """A watcher of trials that are known beforehand; see `moe_dist.training.search.Watcher`.
-
-    Args:
-        tasks: what is to be run.
-        log: keeps what is found; trials that it has are not run again.
-        console: what people see.
-    """
-
-    def __init__(self, tasks: Sequence[Mapping[str, Any]], log: TrialLog, console: Console) -> None:
-        self._log, self._console = log, console
-        done = {number for number, trial in log.trials.items() if trial.is_over}
-        self._tasks = {task["number"]: task for task in tasks if task["number"] not in done}
-        self._waiting = list(self._tasks)
-        self._seconds: dict[int, float] = {}
-
-    @property
-    def num_left(self) -> int:
-        """Trials that are still to be run."""
-        return len(self._waiting)
-
-    def next_task(self) -> Mapping[str, Any] | None:
-        """Give the next trial."""
-        return self._tasks[self._waiting.pop(0)] if self._waiting else None
-
-    def started(self, number: int) -> None:
-        """Note that a trial runs."""
-        task = self._tasks[number]
-        self._log.started(number, {"seed": task["seed"]}, task["overrides"])
-
-    def reported(self, number: int, report: Report, num_steps: int, seconds: float) -> None:
-        """Note what it measured."""
-        self._seconds[number] = seconds
-        self._log.reported(number, report, num_steps)
-
-    def ended(self, number: int, message: str = "") -> None:
-        """Note that it is over."""
-        status: Any = "failed" if message else "finished"
-        self._log.ended(number, status, self._seconds.get(number, 0.0), message)
-        if message:
-            self._console.warn(f"seed {self._tasks[number]['seed']} failed: {message}")
-
-    def is_time_up(self) -> bool:
-        """Go on to the end."""
-        return False
-
-
 def confirm(
-    config: RunConfig,
+    workspace: Workspace,
     directory: Path,
     teachers: dict[str, TeacherFacts],
     best: Trial | None,
     room: TrialRoom,
     session: RaySession,
-    console: Console,
+    run: TrackedRun,
+    tags: Mapping[str, str],
 ) -> Confirmation | None:
     """Train the best and the recipe as it stands with other seeds, where the recipe asks for it.
 
     Args:
-        config: the sweep's recipe.
-        directory: the sweep's.
+        workspace: the sweep's.
+        directory: where the sweep's trials lie.
         teachers: facts by key.
         best: the sweep's best trial.
         room: where trials run.
         session: the connection to Ray.
-        console: what people see.
+        run: the sweep's; every seed is a child of it.
+        tags: of every child.
 
     Returns:
         What the seeds say; None where nothing was asked, the recipe itself is the best, or fewer
         than two seeds could be trained.
     """
+    config, console = workspace.config, workspace.console
     search = config.search
     metric, mode = next(iter(search.wanted.items()))
     if not search.confirm_seeds or best is None or best.number == BASELINE:
@@ -168,24 +126,28 @@ def confirm(
         f"trial {best.number} and the recipe as it stands, with {search.confirm_seeds} other seeds"
     )
     place = directory / "confirm" / f"trial-{best.number:04d}"
-    watcher = Rerun(
-        confirm_tasks(config, best, in_place=room.in_place),
-        TrialLog(place / "trials.jsonl"),
-        console,
-    )
+    tasks = confirm_tasks(config, best, in_place=room.in_place)
+    watcher = Rerun(config, place, tasks, best, run, console, workspace.files, tags)
     if watcher.num_left:
-        runner = TrialRunner(config, str(place), (1,), teachers)
+        runner = TrialRunner(config, workspace.files.address(place), (1,), teachers)
         room = replace(room, num_concurrent=min(room.num_concurrent, watcher.num_left))
         ruling = Ruling("none", metric, mode, 1, search.reduction_factor)
-        run_sweep(runner, watcher, ruling, room, session, num_trials=watcher.num_left)
-    trials = TrialLog(place / "trials.jsonl").trials
+        try:
+            run_sweep(runner, watcher, ruling, room, session, num_trials=watcher.num_left)
+        finally:
+            watcher.close()
+    trials = watcher.log.trials
     confirmation = judge(metric, best.number, trials)
     if confirmation is None:
         return None
     return replace(
         confirmation,
         on_examples=compare_answers(
-            place, main_metric(best), measured_pairs(metric, trials), config.seed
+            place,
+            main_metric(best),
+            measured_pairs(metric, trials),
+            config.seed,
+            workspace.files.fetch,
         ),
         num_asked=len([path for path in place.parent.iterdir() if path.is_dir()]),
     )
@@ -217,7 +179,11 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
 
 
 def compare_answers(
-    directory: Path, metric: str, pairs: Sequence[int], seed: int
+    directory: Path,
+    metric: str,
+    pairs: Sequence[int],
+    seed: int,
+    fetch: Callable[[Path], Path],
 ) -> dict[str, Any] | None:
     """Compare what the two say of each dev row, over all seeds.
 
@@ -226,6 +192,7 @@ def compare_answers(
         metric: of the task.
         pairs: what `measured_pairs` found.
         seed: of the bootstrap.
+        fetch: sees to it that a file is on this machine.
 
     Returns:
         See `Confirmation.on_examples`.
@@ -236,7 +203,9 @@ def compare_answers(
 
     try:
         answers = [
-            load_predictions(training_directory(directory, number + is_baseline) / PREDICTIONS)
+            load_predictions(
+                fetch(training_directory(directory, number + is_baseline) / PREDICTIONS)
+            )
             for number in pairs
             for is_baseline in (False, True)
         ]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig, build_config
@@ -262,6 +261,7 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     from moe_dist.inference import load_model
     from moe_dist.inference.latency import measure_latency
     from moe_dist.inference.saving import load_tokenizer
+    from moe_dist.storage import local_file
     from moe_dist.training.results import load_scores
 
     from ..console import Console
@@ -278,13 +278,14 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     for trial in meeting[:MAX_MEASURED]:
         facts = result.teachers[teacher_key(result.config, trial.overrides)]
         config = RunConfig.model_validate(point_settings(result.config, trial.overrides))
-        scores = load_scores(Path(facts.scores))
+        with local_file(facts.scores) as path:
+            scores = load_scores(path)
         workspace = Workspace(config, Console(quiet=True))
-        tokenizer = load_tokenizer(Path(facts.model))
+        tokenizer = load_tokenizer(facts.model)
         # Its weights do not change what it costs.
         models[trial.number] = convert(
             config,
-            load_model(Path(facts.model)),
+            load_model(facts.model),
             scores,
             partial(workspace.encoded_tasks, "train", tokenizer),
         )[1]

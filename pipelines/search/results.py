@@ -231,7 +231,10 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
     try:
         ours, theirs = (
             load_predictions(
-                training_directory(result.directory / TRIALS_DIRECTORY, trial.number) / PREDICTIONS
+                result.files.fetch(
+                    training_directory(result.directory / TRIALS_DIRECTORY, trial.number)
+                    / PREDICTIONS
+                )
             )
             for trial in (best, baseline)
         )

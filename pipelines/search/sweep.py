@@ -6,7 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from moe_dist.training.driver import RaySession, ray_session
 from moe_dist.training.search import Ruling, TrialRoom, find_room, run_sweep
 
 from ..chain import disk_errors, import_heavy, only_one
+from ..files import ResultFiles
 from ..fingerprints import value_digest
 from ..preflight import check_before_start
 from ..stage import write_json
@@ -67,6 +68,7 @@ class SweepResult:
         open_hint: the line that opens the tracking UI.
         num_concurrent: trials at a time.
         confirmed: the best and the recipe as it stands with other seeds; None where not asked for.
+        files: where they lie.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class SweepResult:
     open_hint: str = ""
     num_concurrent: int = 1
     confirmed: Confirmation | None = None
+    files: ResultFiles = field(default_factory=lambda: ResultFiles(Path()))
 
 
 Finish = Callable[[SweepResult, "TrackedRun"], int | None]
@@ -108,14 +111,6 @@ def search_recipe(
             [
                 "search.space is missing, which says what is tried; write one (docs/search.md), "
                 "or take one with --space pipelines/recipes/search/router.yaml."
-            ],
-            source=config.name,
-        )
-    if isinstance(config.run_dir, str):
-        raise ConfigError(
-            [
-                "output_dir is a URI, and a search keeps its trials in a directory; give one that "
-                "all nodes share."
             ],
             source=config.name,
         )
@@ -165,6 +160,7 @@ def _search_in(
             workspace.files.remove_if_empty()
             raise
         stack.enter_context(only_one(workspace.root))
+        stack.enter_context(workspace.files.opened())
         console.note(f"room for {room}")
         seconds_before = _open_sweep(workspace, directory)
         log = TrialLog(directory / LOG_NAME)
@@ -188,6 +184,7 @@ def _search_in(
                 build_proposer(dimensions, config, Fitting(workspace, log), over),
                 run,
                 console,
+                workspace.files,
                 seconds_before=seconds_before,
                 in_place=room.in_place,
                 tags=tags,
@@ -195,7 +192,7 @@ def _search_in(
             if over:
                 console.note(f"{len(over)} trials are finished already; they are not run again")
             try:
-                _run_trials(config, directory, teachers, supervisor, room, session, over)
+                _run_trials(workspace, directory, teachers, supervisor, room, session, over)
             finally:
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
@@ -208,13 +205,14 @@ def _search_in(
                 teachers,
                 run.open_hint(),
                 room.num_concurrent,
+                files=workspace.files,
             )
             chosen = best_trial(result)
             if choose is not None:
                 # What it measures, Ray's idle processes would disturb.
                 session.close()
                 chosen = choose(result)
-            confirmed = confirm(config, directory, teachers, chosen, room, session, console)
+            confirmed = confirm(workspace, directory, teachers, chosen, room, session, run, tags)
             session.close()
             result = replace(result, confirmed=confirmed, seconds=supervisor.seconds)
             mark("end of Ray")
@@ -257,7 +255,7 @@ def _check_metrics(config: RunConfig, workspace: Workspace) -> None:
 
 
 def _run_trials(
-    config: RunConfig,
+    workspace: Workspace,
     directory: Path,
     teachers: dict[str, TeacherFacts],
     supervisor: Supervisor,
@@ -268,11 +266,12 @@ def _run_trials(
     num_left = supervisor.num_left
     if num_left == 0:
         return
-    search = config.search
+    config, search = workspace.config, workspace.config.search
     metric, mode = next(iter(search.wanted.items()))
     times = rung_times(search)
     split = choosing_split(config)
-    runner = TrialRunner(config, str(directory / TRIALS_DIRECTORY), times, teachers, split)
+    trials = workspace.files.address(directory / TRIALS_DIRECTORY)
+    runner = TrialRunner(config, trials, times, teachers, split)
     ruling = Ruling(search.chosen_scheduler, metric, mode, times[-1], search.reduction_factor)
     room = replace(room, num_concurrent=min(room.num_concurrent, num_left))
     run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
@@ -328,13 +327,15 @@ def _open_sweep(workspace: Workspace, directory: Path) -> float:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if known.get("identity") != identity:
             raise MoeDistError(
-                f"{directory} holds the trials of another search: its space, its recipe or its "
-                "data were not these.",
+                f"{workspace.files.shown(directory)} holds the trials of another search: its "
+                "space, its recipe or its data were not these.",
                 remedy="choose another `name` with --set name=NAME, or move that directory away. "
                 f"Only {', '.join(f'search.{key}' for key in _OPEN_KEYS)} may differ.",
             )
         return float(known.get("seconds", 0.0))
     write_json(path, {"identity": identity, "seconds": 0.0})
+    # Another machine must not take the trials for those of another search.
+    workspace.files.publish(directory)
     return 0.0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,8 @@ from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import changes_teacher, point_settings
 from moe_dist.config.search_space import Dimension, value_of
 
-from ..fingerprints import value_digest
-from ..stage import StageInputs, StageResult
+from ..fingerprints import stage_fingerprint, value_digest
+from ..stage import StageInputs, StageResult, write_json
 from ..stages import finetune_teacher, score_importance
 from ..workspace import Workspace
 from .trial import LATENCY_SEQ_LEN, TeacherFacts, choosing_split
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 OWN = "own"
 """The key of the recipe's own teacher."""
 SHARED_DIRECTORY = "shared"
+HOLDOUT_DIRECTORY = "holdout"
+"""A file for each teacher: what it reaches on the rows that its students are chosen on."""
 
 
 def teacher_key(config: RunConfig, overrides: Mapping[str, Any]) -> str:
@@ -106,12 +110,13 @@ class SharedWork:
         teacher = results[finetune_teacher.NAME]
         model = teacher.outputs["model"]
         has_holdout = choosing_split(workspace.config) == "holdout"
+        address = workspace.files.address
         return TeacherFacts(
-            model=str(model),
-            scores=str(results[score_importance.NAME].outputs["scores"]),
+            model=address(model),
+            scores=address(results[score_importance.NAME].outputs["scores"]),
             quality=teacher.metrics[workspace.splits.task.main_metric],
-            holdout_quality=self._holdout_quality(workspace, model) if has_holdout else None,
-            latency_ms=self._latency(model) if self._wants_latency else None,
+            holdout_quality=self._holdout_quality(key, workspace, teacher) if has_holdout else None,
+            latency_ms=self._latency(address(model)) if self._wants_latency else None,
         )
 
     def _beside(self, key: str, overrides: Mapping[str, Any]) -> Workspace:
@@ -124,11 +129,29 @@ class SharedWork:
         )
         workspace = Workspace(own, self.workspace.console)
         workspace.session = self.workspace.session
-        workspace.files.prepare(config.name)
+        # What lies below the sweep's directory goes where the sweep's files go.
+        workspace.files = self.workspace.files
+        workspace.root.mkdir(parents=True, exist_ok=True)
         return workspace
 
-    def _holdout_quality(self, workspace: Workspace, model: Path) -> float:
-        """Measure a teacher on the rows that its students are chosen on."""
+    def _holdout_quality(self, key: str, workspace: Workspace, teacher: StageResult) -> float:
+        """Give a teacher's quality on the rows that its students are chosen on; measured once."""
+        metric, max_length = workspace.splits.task.main_metric, workspace.config.model.max_length
+        inputs = {"model": teacher.digests["model"], "rows": workspace.splits.digest}
+        settings = {"metric": metric, "max_length": max_length}
+        fingerprint = stage_fingerprint("holdout", settings=settings, inputs=inputs)
+        path = self.workspace.root / "search" / HOLDOUT_DIRECTORY / f"{key}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["fingerprint"] == fingerprint:
+                return float(known[metric])
+        model = workspace.files.fetch(teacher.outputs["model"])
+        quality = self._measure(workspace, model, metric)
+        write_json(path, {"fingerprint": fingerprint, metric: quality})
+        self.workspace.files.publish(path.parent)
+        return quality
+
+    def _measure(self, workspace: Workspace, model: Path, metric: str) -> float:
         from moe_dist.data.metrics import compute_metrics
         from moe_dist.inference.saving import load_model, load_tokenizer
         from moe_dist.training.evaluation import predict
@@ -144,14 +167,13 @@ class SharedWork:
             pad_token_id=int(tokenizer.pad_token_id),
             device=device,
         )
-        metric = workspace.splits.task.main_metric
         return compute_metrics([metric], answers.logits.numpy(), encoded.labels)[metric]
 
     @property
     def _wants_latency(self) -> bool:
         return "latency" in self.workspace.config.search.wanted
 
-    def _latency(self, model: Path) -> float:
+    def _latency(self, model: str) -> float:
         """Time a teacher while nothing else of ours runs."""
         from moe_dist.inference import load_model
         from moe_dist.inference.latency import measure_latency

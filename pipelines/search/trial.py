@@ -9,13 +9,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
+from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
+from moe_dist.uris import below, is_uri
 
 from ..payloads import data_arguments, distill_settings, training_job, training_settings
 from ..stages.adapt import adapt_settings, convert
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
 LATENCY_REPEATS = 2
-STUDENT = "student"
 POLL_S = 0.5
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -40,8 +42,8 @@ class TeacherFacts:
     """A teacher that trials share, and what its students are measured against.
 
     Args:
-        model: its directory.
-        scores: the file with its neurons' importance.
+        model: its directory, a path or a URI.
+        scores: the file with its neurons' importance, a path or a URI.
         quality: its main metric on the dev rows.
         holdout_quality: the same on the rows that recipes are chosen on; None without such.
         latency_ms: measured alone; None where latency is not asked for.
@@ -86,7 +88,7 @@ class TrialRunner:
 
     Args:
         config: the recipe.
-        directory: where trials keep their files, seen by all workers.
+        directory: where trials keep their files, seen by all workers; a path or a URI.
         rungs: times at which a trial is measured; see `rung_times`.
         teachers: by key, which a task names.
         split: what trials are measured on.
@@ -124,7 +126,8 @@ class TrialRunner:
         student = config.model_copy(update={"seed": seed})
         facts = self.teachers[key]
         trial = _OneTrial(student, config.seed, warm, facts, self.rungs, self.split, say)
-        trial.run(Path(self.directory) / trial_name(task["number"]), in_place=task["in_place"])
+        trials = self.directory if is_uri(self.directory) else Path(self.directory)
+        trial.run(below(trials, trial_name(task["number"])), in_place=task["in_place"])
 
 
 def trial_name(number: int) -> str:
@@ -177,19 +180,22 @@ class _Warm:
     def load(cls, config: RunConfig, facts: TeacherFacts) -> _Warm:
         from moe_dist.data.sources import load_splits
         from moe_dist.inference.saving import load_model, load_tokenizer
+        from moe_dist.storage import local_copy, local_file
         from moe_dist.training.hardware import pick_device
         from moe_dist.training.job_data import JobData
         from moe_dist.training.results import load_scores
         from moe_dist.training.step import freeze
 
         device = pick_device(config.parallel.use_gpu)
-        dense = load_model(Path(facts.model))
-        on_cpu = device.type == "cpu"
-        teacher = freeze(dense if on_cpu else load_model(Path(facts.model), device))
+        with local_copy(facts.model) as model:
+            dense = load_model(model)
+            teacher = freeze(dense if device.type == "cpu" else load_model(model, device))
+            tokenizer = load_tokenizer(model)
+        with local_file(facts.scores) as path:
+            scores = load_scores(path)
         payload: DataJob = {"max_length": config.model.max_length, "cache_dir": None}
         splits = load_splits(**data_arguments(config))
-        data = JobData(splits, load_tokenizer(Path(facts.model)), payload)
-        return cls(data, teacher, dense, load_scores(Path(facts.scores)))
+        return cls(JobData(splits, tokenizer, payload), teacher, dense, scores)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class _OneTrial:
     split: Split
     say: Say
 
-    def run(self, directory: Path, *, in_place: bool) -> None:
+    def run(self, directory: Path | str, *, in_place: bool) -> None:
         """Make a student, count what it costs, and train it: each a stage of the trial."""
         stages = StageLog(directory)
         with stages.stage(ADAPT, adapt_settings(self.config)):
@@ -215,45 +221,57 @@ class _OneTrial:
         with stages.stage(DISTILL, settings) as place:
             train(student, costs, place)
 
-    def _train_here(self, student: Any, costs: Mapping[str, float], directory: Path) -> None:
+    def _train_here(self, student: Any, costs: Mapping[str, float], directory: Path | str) -> None:
         """Train in this process: no checkpoints, no saved model, only figures and answers."""
         from moe_dist.training.jobs import distill
 
+        from .trial_places import written_here
+
         steps = self._steps()
-        distill(
-            student,
-            self.warm.teacher,
-            self.warm.data,
-            self._payload(directory, list(steps)),
-            report=lambda step, metrics: self._tell(step, metrics, steps, costs),
-            keep=False,
-        )
+        with written_here(directory) as (place, upload):
 
-    def _train_on_workers(self, student: Any, costs: Mapping[str, float], directory: Path) -> None:
+            def report(step: int, metrics: Mapping[str, float]) -> None:
+                if step in steps:
+                    # Who hears of a measure finds the log that led to it.
+                    upload()
+                self._tell(step, metrics, steps, costs)
+
+            distill(
+                student,
+                self.warm.teacher,
+                self.warm.data,
+                self._payload(place, list(steps)),
+                report=report,
+                keep=False,
+            )
+
+    def _train_on_workers(
+        self, student: Any, costs: Mapping[str, float], directory: Path | str
+    ) -> None:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
-        import shutil
-
-        from moe_dist.inference.saving import save_model
-        from moe_dist.metric_log import MetricTail
         from moe_dist.training.driver import run_on_workers
         from moe_dist.training.jobs import distill_job
 
+        from .trial_places import STUDENT, student_for_workers
+
         steps = self._steps()
-        save_model(student, directory / STUDENT, tokenizer=self.warm.data.tokenizer)
-        tail = MetricTail(directory / "metrics.jsonl")
-
-        def on_poll() -> None:
-            for record in tail.poll():
-                self._tell(record.step, record.metrics, steps, costs)
-
         parallel = self.config.parallel
         job: Callable[[Any], Any] = distill_job
-        try:
+        with student_for_workers(student, self.warm.data.tokenizer, directory) as poll:
+
+            def tell() -> None:
+                for record in poll():
+                    self._tell(record.step, record.metrics, steps, costs)
+
+            def on_poll() -> None:
+                with suppress(StorageError):  # The next call reads what this one could not.
+                    tell()
+
             run_on_workers(
                 job,
                 {
                     **self._payload(directory, list(steps)),
-                    "student": str(directory / STUDENT),
+                    "student": str(below(directory, STUDENT)),
                     "teacher": self.facts.model,
                 },
                 num_workers=parallel.num_workers,
@@ -267,9 +285,7 @@ class _OneTrial:
                 launcher="ray",
                 on_poll=on_poll,
             )
-        finally:
-            for name in (STUDENT, "model", "checkpoints"):
-                shutil.rmtree(directory / name, ignore_errors=True)
+            tell()
 
     def _student(self) -> Any:
         import torch
@@ -285,7 +301,7 @@ class _OneTrial:
         total = per_epoch * train.num_epochs
         return rung_steps(self.rungs, min(total, train.max_steps or total))
 
-    def _payload(self, directory: Path, steps: list[int]) -> dict[str, Any]:
+    def _payload(self, directory: Path | str, steps: list[int]) -> dict[str, Any]:
         payload = training_job(self.config, self.config.train, str(directory))
         payload["train"] |= {"eval_at": steps, "eval_every": None}
         payload["distill"] = self.config.distill.model_dump(mode="json")

@@ -1,12 +1,14 @@
 """The stages of a trial: its worker notes them in a file, and the driver makes runs of them.
 
 The worker appends to `stages.jsonl` in the trial's directory, as it does to the metric log: it
-talks to nobody, and a trial never waits for a tracking server.
+talks to nobody, and a trial never waits for a tracking server. In a store, which knows no
+appending, it writes the file anew; the driver looks there when a trial has measured something.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,32 +16,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.errors import StorageError
 from moe_dist.metric_log import LineTail
+from moe_dist.storage import Store
 from moe_dist.tracking import StageNote
+from moe_dist.uris import below
 
+from ..stage import METRIC_LOG
 from ..stages import adapt, distill, evaluate
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
+    from ..files import ResultFiles
+
 STAGES_NAME = "stages.jsonl"
 TRIAL_PREFIX = "trial/"
 """In front of what a trial measured at its rungs, among its run's metrics."""
+CONFIRMS_TAG = "confirms"
+"""The tag of a run with another seed; its value is the trial that the seeds judge."""
 ADAPT, EVALUATE, DISTILL = adapt.NAME, evaluate.NAME, distill.NAME
+
+logger = logging.getLogger("moe_dist.pipelines")
 
 
 class StageLog:
     """The worker's side: says when a trial's stages begin and end.
 
     Args:
-        directory: the trial's.
+        directory: the trial's; a URI as text.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / STAGES_NAME
+    def __init__(self, directory: Path | str) -> None:
+        self._directory = directory
+        self._store = Store(directory) if isinstance(directory, str) else None
+        self._lines: list[str] = []
 
     @contextmanager
-    def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path]:
+    def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path | str]:
         """Note a stage's beginning, and its end with the block.
 
         Args:
@@ -47,10 +61,11 @@ class StageLog:
             params: the settings that it reads.
 
         Yields:
-            The stage's own directory.
+            The stage's own directory; a URI as text.
         """
-        directory = self._path.parent / name
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = below(self._directory, name)
+        if isinstance(directory, Path):
+            directory.mkdir(parents=True, exist_ok=True)
         self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
         ended: dict[str, Any] = {"stage": name, "status": "FINISHED"}
         try:
@@ -63,17 +78,30 @@ class StageLog:
             self._append({**ended, "ended_s": time.time()})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, default=str) + "\n")
+        line = json.dumps(entry, default=str) + "\n"
+        if self._store is None:
+            with (Path(self._directory) / STAGES_NAME).open("a", encoding="utf-8") as stream:
+                stream.write(line)
+            return
+        self._lines.append(line)
+        try:
+            self._store.write(STAGES_NAME, "".join(self._lines).encode())
+        except StorageError as error:
+            # What a trial finds is worth more than when its stages ran; the next note has all.
+            logger.warning("%s", error.message)
 
 
-def clear_stages(directory: Path) -> None:
+def clear_stages(directory: Path, files: ResultFiles) -> None:
     """Forget the stages of an earlier attempt, before a trial begins again.
 
     Args:
         directory: the trial's.
+        files: the sweep's.
     """
-    (directory / STAGES_NAME).unlink(missing_ok=True)
+    path = directory / STAGES_NAME
+    if path.exists():
+        files.removed(path)
+        path.unlink()
 
 
 class TrialStages:
@@ -83,10 +111,14 @@ class TrialStages:
         run: the trial's run.
         directory: the trial's.
         fingerprint: the trial's; an attempt of the same one continues its runs.
+        files: the sweep's.
     """
 
-    def __init__(self, run: TrackedRun, directory: Path, fingerprint: str) -> None:
+    def __init__(
+        self, run: TrackedRun, directory: Path, fingerprint: str, files: ResultFiles
+    ) -> None:
         self._run, self._directory, self._fingerprint = run, directory, fingerprint
+        self._files = files
         self._lines = LineTail(directory / STAGES_NAME)
         self._notes: dict[str, StageNote] = {}
         self._runs: dict[str, TrackedRun] = {}
@@ -117,14 +149,19 @@ class TrialStages:
             self._measured.clear()
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give `evaluate` what the trial measured.
+        """Note what the trial measured: in its own run, and as a result of `evaluate`.
 
         Args:
             step: optimizer steps done.
             metrics: values by name.
         """
-        named = {f"{evaluate.STUDENT}/{name}": value for name, value in metrics.items()}
+        own, named = (
+            {f"{prefix}{name}": value for name, value in metrics.items()}
+            for prefix in (TRIAL_PREFIX, f"{evaluate.STUDENT}/")
+        )
+        self._run.log_metrics(step, own)
         self._measured.append((step, named))
+        self._receive()
         self.follow()
 
     def end(self, status: str) -> None:
@@ -133,10 +170,19 @@ class TrialStages:
         Args:
             status: the trial's, in MLflow's words.
         """
+        self._receive()
+        try:
+            self._files.received(self._directory / DISTILL)
+        except StorageError as error:
+            logger.warning("%s; its answers are missing in the report", error.message)
         self.follow()
         for note in list(self._notes.values()):
             if note.ended_s is None:
                 self._note(replace(note, status=status, ended_s=time.time()))
+
+    def _receive(self) -> None:
+        for path in (self._directory / STAGES_NAME, self._directory / DISTILL / METRIC_LOG):
+            self._files.follow(path)
 
     def _note(self, note: StageNote) -> None:
         self._notes[note.name] = note

@@ -18,7 +18,7 @@ from ..console import duration
 from ..fingerprints import value_digest
 from .teachers import teacher_key
 from .trial import trial_name
-from .trial_stages import TRIAL_PREFIX, TrialStages, clear_stages
+from .trial_stages import TrialStages, clear_stages
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from ..console import Console
+    from ..files import ResultFiles
 
 TRIALS_DIRECTORY = "trials"
 FOLLOW_S = 1.0
@@ -42,6 +43,7 @@ class Supervisor:
         proposer: where points come from.
         tracker: the sweep's run.
         console: what people see.
+        files: the sweep's.
         seconds_before: what earlier parts of the sweep took.
         in_place: whether a trial runs in its own actor.
         tags: of every trial's run.
@@ -55,6 +57,7 @@ class Supervisor:
         proposer: Proposer,
         tracker: TrackedRun,
         console: Console,
+        files: ResultFiles,
         *,
         seconds_before: float = 0.0,
         in_place: bool = True,
@@ -62,7 +65,7 @@ class Supervisor:
     ) -> None:
         self._config, self._directory, self._log = config, directory, log
         self._proposer, self._tracker, self._console = proposer, tracker, console
-        self._in_place, self._tags = in_place, dict(tags or {})
+        self._files, self._in_place, self._tags = files, in_place, dict(tags or {})
         self._metric, self._mode = next(iter(config.search.wanted.items()))
         self._points: dict[int, Point] = {}
         self._runs: dict[int, TrackedRun] = {}
@@ -111,7 +114,7 @@ class Supervisor:
         if point is None:
             return None
         self._points[number] = point
-        clear_stages(self._trial_directory(number))
+        clear_stages(self._trial_directory(number), self._files)
         return {
             "number": number,
             "overrides": point.overrides,
@@ -124,13 +127,12 @@ class Supervisor:
         """Note that a trial runs, and open its run."""
         point = self._points[number]
         self._log.started(number, point.drawn, point.overrides)
-        settings = point_settings(self._config, point.overrides)
         run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
         self._stages[number] = TrialStages(
-            run, self._trial_directory(number), _fingerprint(number, point.overrides)
+            run, self._trial_directory(number), _fingerprint(number, point.overrides), self._files
         )
-        tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
-        run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
+        tags = {**self._tags, **point_tags(self._config, point.overrides)}
+        run.set_tags({**tags, "trial": str(number), "best": "false"})
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
         self._console.note(f"{trial_name(number)}: {what}")
 
@@ -139,8 +141,6 @@ class Supervisor:
         self._seconds[number] = seconds
         self._log.reported(number, report, num_steps)
         self._stages[number].measured(report.step, report.metrics)
-        measured = {f"{TRIAL_PREFIX}{name}": value for name, value in report.metrics.items()}
-        self._runs[number].log_metrics(report.step, measured)
         value = report.metrics.get(self._metric, math.nan)
         self._console.note(
             f"{trial_name(number)}: step {report.step}/{num_steps}  {self._metric} {value:.4g}"
@@ -212,8 +212,9 @@ class Supervisor:
                 run.set_tags({"best": "true"})
             if number == best:
                 mark.touch()
-            else:
-                mark.unlink(missing_ok=True)
+            elif mark.exists():
+                self._files.removed(mark)
+                mark.unlink()
 
     def _open_run(
         self, number: int, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
@@ -251,6 +252,20 @@ class Supervisor:
     def _best_words(self) -> str:
         best = self._log_best()
         return "" if best is None else f"  (best {best:.4g})"
+
+
+def point_tags(config: RunConfig, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Give what people filter trials by.
+
+    Args:
+        config: the sweep's recipe.
+        overrides: of the trial.
+
+    Returns:
+        Tags.
+    """
+    settings = point_settings(config, overrides)
+    return {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
 
 
 def _fingerprint(number: int, overrides: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moe_dist.tracking import StageNote
+from pipelines.files import ResultFiles
 from pipelines.search.trial_stages import STAGES_NAME, StageLog, TrialStages, clear_stages
 
 
@@ -35,7 +36,7 @@ def run() -> Run:
 
 
 def follow(run: Any, directory: Path) -> TrialStages:
-    return TrialStages(run, directory, "ab12")
+    return TrialStages(run, directory, "ab12", ResultFiles(directory))
 
 
 def test_stages_are_followed_while_they_run(run: Run, tmp_path: Path) -> None:
@@ -48,7 +49,9 @@ def test_stages_are_followed_while_they_run(run: Run, tmp_path: Path) -> None:
     with log.stage("evaluate", {}):
         pass
     stages.measured(9, {"accuracy": 0.75})
-    assert run.measured == [(1, {"student/accuracy": 0.5}), (9, {"student/accuracy": 0.75})]
+    own = [(1, {"trial/accuracy": 0.5}), (9, {"trial/accuracy": 0.75})]
+    of_stage = [(1, {"student/accuracy": 0.5}), (9, {"student/accuracy": 0.75})]
+    assert run.measured == [*own, *of_stage]
     note = run.notes["adapt"]
     assert note.status == "FINISHED" and note.ended_s is not None
     assert note.started_s <= note.ended_s <= run.notes["evaluate"].started_s
@@ -80,9 +83,9 @@ def test_a_worker_that_dies_leaves_its_last_stage_to_the_driver(run: Run, tmp_pa
 
 
 def test_an_earlier_attempt_is_forgotten(run: Run, tmp_path: Path) -> None:
-    clear_stages(tmp_path)
+    clear_stages(tmp_path, ResultFiles(tmp_path))
     with StageLog(tmp_path).stage("adapt", {}):
         pass
-    clear_stages(tmp_path)
+    clear_stages(tmp_path, ResultFiles(tmp_path))
     follow(run, tmp_path).end("KILLED")
     assert run.notes == {}

@@ -104,10 +104,12 @@ def test_asha_ends_bad_trials_at_once_in_one_warm_actor(session: RaySession) -> 
     assert len(notes.pids) == 1
 
 
-def test_a_trial_that_is_not_ruled_goes_to_its_end(session: RaySession) -> None:
-    notes = Notes([{"number": 1, "quality": 0.9}, {"number": 0, "quality": 0.1, "is_ruled": False}])
-    sweep(session, notes)
-    assert notes.reports[0] == [1, 3, 9]
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_that_is_not_ruled_goes_to_its_end(session: RaySession, scheduler: str) -> None:
+    free = {"number": 0, "quality": 0.1, "is_ruled": False}
+    notes = Notes([{"number": 1, "quality": 0.9}, free, {"number": 2, "quality": 0.95}])
+    sweep(session, notes, scheduler)
+    assert notes.reports[0] == notes.reports[2] == [1, 3, 9]
 
 
 def test_failed_and_dead_trials_say_so_and_the_others_go_on(session: RaySession) -> None:
