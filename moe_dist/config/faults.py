@@ -24,7 +24,6 @@ _STAND_INS: dict[str, Any] = {
 }
 _NOT_BUILT = {
     "export": "the export settings",
-    "search.scheduler": ("pbt",),
     "moe.router": ("merged_task", "merged_sequence", "merged_token"),
     "moe.combine": ("merge",),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from moe_dist.timeline import mark
 from ..payloads import data_arguments, distill_settings, training_job, training_settings
 from ..stages.adapt import adapt_settings, convert
 from .rungs import rung_steps
+from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ class TrialRunner:
         """Run one trial.
 
         Args:
-            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, and ``seed`` where
-                the student's is another than the recipe's.
+            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, ``seed`` where the
+                student's is another than the recipe's, ``is_ruled``, and in a population
+                ``resume``, the checkpoint to go on from, which may be another trial's.
             say: takes what it measures at each rung.
         """
         import torch
@@ -124,6 +126,8 @@ class TrialRunner:
         student = config.model_copy(update={"seed": seed})
         facts = self.teachers[key]
         trial = _OneTrial(student, config.seed, warm, facts, self.rungs, self.split, say)
+        if self.config.search.is_population and task["is_ruled"]:
+            trial = replace(trial, is_member=True, resume=task.get("resume", ""))
         trial.run(Path(self.directory) / trial_name(task["number"]), in_place=task["in_place"])
 
 
@@ -201,10 +205,12 @@ class _OneTrial:
     rungs: tuple[int, ...]
     split: Split
     say: Say
+    is_member: bool = False
+    resume: str = ""
 
     def run(self, directory: Path, *, in_place: bool) -> None:
         """Make a student, count what it costs, and train it: each a stage of the trial."""
-        stages = StageLog(directory)
+        stages = StageLog(directory, goes_on=bool(self.resume))
         with stages.stage(ADAPT, adapt_settings(self.config)):
             student = self._student()
         with stages.stage(EVALUATE, {"seq_len": self._seq_len}):
@@ -220,14 +226,25 @@ class _OneTrial:
         from moe_dist.training.jobs import distill
 
         steps = self._steps()
-        distill(
-            student,
-            self.warm.teacher,
-            self.warm.data,
-            self._payload(directory, list(steps)),
-            report=lambda step, metrics: self._tell(step, metrics, steps, costs),
-            keep=False,
-        )
+        payload = self._payload(directory, list(steps))
+        held: dict[int, Mapping[str, Any]] = {}
+        shared: list[int] = []
+        if self.is_member:
+            shared = sorted(steps)[:-1]
+            take_over(self.resume, directory)
+            payload["train"] |= shared_checkpoints(shared, max(steps))
+
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            measured = self._measured(step, metrics, steps, costs)
+            if step in held:
+                # The line after it says that the checkpoint is on disk.
+                self.say({**held.pop(step), "checkpoint": str(checkpoint_at(directory, step))})
+            elif measured and step in shared:
+                held[step] = measured
+            elif measured:
+                self.say(measured)
+
+        distill(student, self.warm.teacher, self.warm.data, payload, report=report, keep=False)
 
     def _train_on_workers(self, student: Any, costs: Mapping[str, float], directory: Path) -> None:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
@@ -244,7 +261,8 @@ class _OneTrial:
 
         def on_poll() -> None:
             for record in tail.poll():
-                self._tell(record.step, record.metrics, steps, costs)
+                if measured := self._measured(record.step, record.metrics, steps, costs):
+                    self.say(measured)
 
         parallel = self.config.parallel
         job: Callable[[Any], Any] = distill_job
@@ -314,13 +332,14 @@ class _OneTrial:
             costs["latency"] = self.facts.latency_ms * ratio
         return costs
 
-    def _tell(
+    def _measured(
         self,
         step: int,
         metrics: Mapping[str, float],
         steps: Mapping[int, int],
         costs: Mapping[str, float],
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Say what a line of the metric log has of a rung; empty if it has nothing."""
         prefix = f"{self.split}/"
         found = {
             name.removeprefix(prefix): value
@@ -328,13 +347,13 @@ class _OneTrial:
             if name.startswith(prefix)
         }
         if step not in steps or not found:
-            return
+            return {}
         quality = next(iter(found.values()))
         measured = {"quality": quality, **found, **costs}
         teacher_quality = self.facts.quality_on(self.split)
         if teacher_quality:
             measured["retention"] = quality / teacher_quality
-        self.say({"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured})
+        return {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}
 
 
 def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> float:

@@ -33,10 +33,12 @@ class StageLog:
 
     Args:
         directory: the trial's.
+        goes_on: the stages have begun before, and the last of them was broken off.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, goes_on: bool = False) -> None:
         self._path = directory / STAGES_NAME
+        self._goes_on = goes_on
 
     @contextmanager
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path]:
@@ -51,7 +53,8 @@ class StageLog:
         """
         directory = self._path.parent / name
         directory.mkdir(parents=True, exist_ok=True)
-        self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
+        if not self._goes_on:
+            self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
         ended: dict[str, Any] = {"stage": name, "status": "FINISHED"}
         try:
             yield directory
@@ -60,7 +63,8 @@ class StageLog:
             raise
         finally:
             # A trial that is ended early leaves by another way, and did nothing wrong.
-            self._append({**ended, "ended_s": time.time()})
+            if not self._goes_on or name == DISTILL:
+                self._append({**ended, "ended_s": time.time()})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as stream:
