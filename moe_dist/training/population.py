@@ -75,7 +75,7 @@ def in_step(population: Population, **compared: Any) -> TrialScheduler:
 
     Args:
         population: the caller's side.
-        compared: `time_attr`, `metric` and `mode`.
+        **compared: `time_attr`, `metric` and `mode`.
 
     Returns:
         The scheduler.

@@ -30,12 +30,9 @@ def course_words(trial: Trial) -> str:
     Returns:
         For example `2, from step 40 on 5`.
     """
-    first, *others = trial.course or [None]
-    if first is None:
-        return ""
-    return "".join(
-        [str(first.trial), *(f", from step {leg.step} on {leg.trial}" for leg in others)]
-    )
+    legs = trial.course
+    words = [f"from step {leg.step} on {leg.trial}" if leg.step else f"{leg.trial}" for leg in legs]
+    return ", ".join(words)
 
 
 def changed_keys(trial: Trial) -> list[str]:

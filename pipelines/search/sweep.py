@@ -197,6 +197,8 @@ def _search_in(
             )
             if over:
                 console.note(f"{len(over)} trials are finished already; they are not run again")
+                if config.search.is_population:
+                    console.note("no trial can join a population that is trained to its end")
             try:
                 _run_trials(config, directory, teachers, supervisor, room, session, over)
             finally:

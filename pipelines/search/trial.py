@@ -210,7 +210,7 @@ class _OneTrial:
 
     def run(self, directory: Path, *, in_place: bool) -> None:
         """Make a student, count what it costs, and train it: each a stage of the trial."""
-        stages = StageLog(directory, goes_on=bool(self.resume))
+        stages = StageLog(directory, goes_on=bool(self.resume), may_go_on=self.is_member)
         with stages.stage(ADAPT, adapt_settings(self.config)):
             student = self._student()
         with stages.stage(EVALUATE, {"seq_len": self._seq_len}):

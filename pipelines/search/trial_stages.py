@@ -34,11 +34,12 @@ class StageLog:
     Args:
         directory: the trial's.
         goes_on: the stages have begun before, and the last of them was broken off.
+        may_go_on: a stage that is broken off is not over.
     """
 
-    def __init__(self, directory: Path, *, goes_on: bool = False) -> None:
+    def __init__(self, directory: Path, *, goes_on: bool = False, may_go_on: bool = False) -> None:
         self._path = directory / STAGES_NAME
-        self._goes_on = goes_on
+        self._goes_on, self._may_go_on = goes_on, may_go_on
 
     @contextmanager
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path]:
@@ -56,14 +57,18 @@ class StageLog:
         if not self._goes_on:
             self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
         ended: dict[str, Any] = {"stage": name, "status": "FINISHED"}
+        is_over = not self._goes_on or name == DISTILL
         try:
             yield directory
         except Exception:
             ended["status"] = "FAILED"
             raise
+        except BaseException:
+            is_over = is_over and not self._may_go_on
+            raise
         finally:
             # A trial that is ended early leaves by another way, and did nothing wrong.
-            if not self._goes_on or name == DISTILL:
+            if is_over:
                 self._append({**ended, "ended_s": time.time()})
 
     def _append(self, entry: Mapping[str, Any]) -> None:

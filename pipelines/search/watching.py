@@ -135,6 +135,7 @@ class Supervisor:
         point = self._near(self._log.trials[strong], f"{self._config.seed}-{weak}-{step}")
         self._log.took_over(weak, strong, step, point.drawn, point.overrides)
         self._log_moving(weak, step, point)
+        self._runs[weak].set_tags(self._named(point) | {"follows": trial_name(strong)})
         self._console.note(
             f"{trial_name(weak)}: goes on from {trial_name(strong)} at step {step}  "
             f"{_said(point.drawn)}"
@@ -150,6 +151,11 @@ class Supervisor:
             if not find_cross_faults(RunConfig.model_validate(raw)):
                 return point
         return Point(trial.drawn, trial.overrides)
+
+    def _named(self, point: Point) -> dict[str, str]:
+        """Give the tags that say what kind of student a point makes."""
+        settings = point_settings(self._config, point.overrides)
+        return {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
 
     def _log_moving(self, number: int, step: int, point: Point) -> None:
         """Show in the trial's run what it has from a step on of what can change in flight."""
@@ -175,13 +181,11 @@ class Supervisor:
         """Note that a trial runs, and open its run."""
         point = self._points[number]
         self._log.started(number, point.drawn, point.overrides)
-        settings = point_settings(self._config, point.overrides)
         run = self._runs[number] = self._open_run(number, point.drawn, point.overrides).__enter__()
         self._stages[number] = TrialStages(
             run, self._trial_directory(number), _fingerprint(number, point.overrides)
         )
-        tags = {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
-        run.set_tags({**self._tags, **tags, "trial": str(number), "best": "false"})
+        run.set_tags({**self._tags, **self._named(point), "trial": str(number), "best": "false"})
         self._log_moving(number, 0, point)
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
         self._console.note(f"{trial_name(number)}: {what}")

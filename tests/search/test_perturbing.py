@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from moe_dist.config import build_config
@@ -25,8 +26,12 @@ def neighbours(space: dict[str, Any], drawn: dict[str, Any], count: int = 80) ->
     return [perturb(dimensions, config, drawn, generator) for _ in range(count)]
 
 
-def test_every_key_of_the_table_is_a_key_of_a_recipe() -> None:
+def test_every_key_of_the_table_is_a_key_of_a_recipe_and_in_the_documentation() -> None:
     assert set(IN_FLIGHT) <= set(known_paths())
+    text = (Path(__file__).parents[2] / "docs/search.md").read_text(encoding="utf-8")
+    table = text.partition("| what changes in flight |")[2].partition("\n\n")[0]
+    for path in IN_FLIGHT:
+        assert f"`{path}`" in table or f"`{path.removeprefix('distill.')}`" in table
 
 
 def test_numbers_move_within_their_range_and_what_is_fixed_stays() -> None:
