@@ -209,7 +209,9 @@ def run_sweep(
         except tune.TuneError as fault:
             raise MoeDistError(
                 f"Ray Tune failed: {first_line(fault)}",
-                remedy="the same command continues the sweep; finished trials are kept.",
+                remedy="the same command continues the sweep; finished trials are kept."
+                if population is None
+                else "start the population anew, with another `name`.",
             ) from fault
 
 

@@ -294,6 +294,10 @@ def _run_trials(
             num_trials=num_left,
             population=population,
         )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "a population cannot go on in its middle: start it anew with another `name`"
+        ) from None
     finally:
         remove_weights(directory / TRIALS_DIRECTORY)
 

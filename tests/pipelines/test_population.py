@@ -138,9 +138,20 @@ def test_a_population_is_recorded_and_reported(
 
 
 def test_a_trial_goes_on_as_the_one_that_it_follows_would(
-    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+    write_recipe: Write,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load_config(write_recipe(settings))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeping, "run_sweep", stop)
+        with pytest.raises(KeyboardInterrupt, match="start it anew with another `name`"):
+            search_recipe(config, Recorder(), finish)
     result = search_recipe(config, Recorder(), finish)
     times = rung_times(config.search)
     place = tmp_path / "again"
