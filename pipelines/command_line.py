@@ -102,8 +102,8 @@ def clean_errors(*, debug: bool) -> Iterator[None]:
         told = traceback.format_exc() if debug else f"error: {error}"
         typer.echo(hide_secrets(told), err=True)
         raise typer.Exit(_exit_code(error)) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues from here", err=True)
+    except KeyboardInterrupt as stop:
+        typer.echo(f"stopped; {stop or 'the same command continues from here'}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise

@@ -181,12 +181,56 @@ def test_a_grid_over_a_range_and_teachers_without_end_are_refused() -> None:
     ("key", "value", "said"),
     [
         ("algorithm", "bohb", "use algorithm tpe with scheduler hyperband"),
-        ("scheduler", "pbt", "is not built yet"),
         ("scheduler", "ahsa", "Did you mean asha?"),
     ],
 )
 def test_what_is_not_there_is_refused_with_a_remedy(key: str, value: str, said: str) -> None:
     assert said in faults({"seed": {"choice": [0, 1]}}, **{key: value})
+
+
+RATES = {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}}
+
+
+def test_a_population_draws_at_random_and_keeps_what_cannot_change() -> None:
+    space = RATES | {"moe.num_experts": {"choice": [2, 4]}}
+    search = build(space, scheduler="pbt").search
+    assert search.is_population and search.chosen_algorithm == "random"
+    assert not build(space).search.is_population
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"objectives": {"quality": "max", "flops": "min"}}, "give search.metric instead"),
+        ({"metric": "flops"}, "does not change with training; use quality"),
+        ({"algorithm": "tpe"}, "set search.algorithm to auto instead of tpe"),
+        ({"rungs": 1}, "set search.rungs to 2 or more"),
+        ({"num_trials": 1}, "set search.num_trials to 2 or more"),
+        ({"time_budget_s": 60}, "a population goes to its end together; remove it"),
+        ({"worker_budget_s": 60}, "a population starts and ends together; remove it"),
+        ({"max_concurrent": 2}, "takes turns on all places that there are; remove it"),
+        ({"confirm_seeds": 2}, "which is not what the trial did; set it to 0"),
+    ],
+)
+def test_what_a_population_cannot_do_is_refused_with_a_remedy(
+    search: dict[str, Any], said: str
+) -> None:
+    assert said in faults(RATES, scheduler="pbt", **search)
+
+
+def test_a_population_needs_one_worker_and_a_key_that_changes_in_flight() -> None:
+    fixed = {"moe.num_experts": {"choice": [2, 4]}}
+    found = faults(fixed, scheduler="pbt")
+    assert "finds no key that can change in flight; add one of train.learning_rate" in found
+    found = faults(RATES | {"parallel.num_workers": {"choice": [1, 2]}}, scheduler="pbt")
+    assert "set parallel.num_workers to 1 for all of them" in found
+    space = {
+        "distill.kl_weight": {"choice": [0, 1]},
+        "moe.num_experts": {"choice": [2, 4], "when": {"distill.kl_weight": 1}},
+    }
+    found = faults(space, scheduler="pbt")
+    assert "search.space.moe.num_experts: it stays with a trial's weights" in found
+    assert "depend on distill.kl_weight" in found
 
 
 def test_several_objectives_need_no_scheduler() -> None:

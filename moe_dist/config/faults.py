@@ -24,7 +24,6 @@ _STAND_INS: dict[str, Any] = {
 }
 _NOT_BUILT = {
     "export": "the export settings",
-    "search.scheduler": ("pbt",),
     "moe.router": ("merged_task", "merged_sequence", "merged_token"),
     "moe.combine": ("merge",),
 }
@@ -142,8 +141,9 @@ def _wrong_choice(shown: str, dotted: str, keys: tuple[str, ...], value: Any) ->
         return f"{shown} cannot spread experts; use stage {now}."
     if dotted == "search.algorithm" and value == "bohb":
         return (
-            f"{shown} needs hpbandster, which has had no release since 2018; use "
-            "algorithm tpe with scheduler hyperband, which joins the same two ideas."
+            f"{shown} is not built: it needs hpbandster, which has had no release since 2018 and "
+            "brings Pyro4, netifaces and statsmodels; use algorithm tpe with scheduler hyperband, "
+            "which joins the same two ideas."
         )
     if value in _NOT_BUILT.get(dotted, ()):
         return f"{shown} is not built yet; what exists now: {now}."

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from moe_dist.config.in_flight import population_faults
 from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.search_section import MEASURES
@@ -47,6 +48,8 @@ def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faul
     values = [fault for one in dimensions for fault in _value_faults(config, one, key_faults)]
     faults += values
     faults += _shape_faults(config, dimensions)
+    if search.is_population:
+        faults += population_faults(config, dimensions)
     if not faults:
         faults += _point_faults(config, dimensions, cross_faults)
     return list(dict.fromkeys(faults))

@@ -69,16 +69,19 @@ class SearchConfig(Section):
         description="What the sweep may cost: seconds of training summed over all workers of all "
         "trials. No trial is started after it is spent.",
     )
-    scheduler: Literal["auto", "none", "asha", "hyperband", "median"] = Field(
+    scheduler: Literal["auto", "none", "asha", "hyperband", "median", "pbt"] = Field(
         default="auto",
         description="Who ends bad trials early: `asha`, `hyperband` (its asynchronous form, ASHA "
-        "with several brackets), `median` (below the median of the others), `none`. `auto` takes "
-        "`asha`, and `none` where there are several objectives.",
+        "with several brackets), `median` (below the median of the others), `none`. `pbt` ends "
+        "none: at each rung the worst quarter goes on from the weights of the best, with other "
+        "values of what can change in flight (docs/search.md). `auto` takes `asha`, and `none` "
+        "where there are several objectives.",
     )
     algorithm: Literal["auto", "random", "grid", "tpe"] = Field(
         default="auto",
         description="Who proposes points: `random`, `grid` (every combination), `tpe` (Optuna; "
-        "with several objectives its multi-objective form). `auto` takes `tpe`.",
+        "with several objectives its multi-objective form). `auto` takes `tpe`, and `random` for "
+        "the population of `pbt`.",
     )
     rungs: Integer = Field(
         default=3,
@@ -124,4 +127,11 @@ class SearchConfig(Section):
     @property
     def chosen_algorithm(self) -> str:
         """The algorithm, `auto` resolved."""
-        return "tpe" if self.algorithm == "auto" else self.algorithm
+        if self.algorithm != "auto":
+            return self.algorithm
+        return "random" if self.is_population else "tpe"
+
+    @property
+    def is_population(self) -> bool:
+        """Whether weak trials take over the weights of strong ones."""
+        return self.scheduler == "pbt"

@@ -32,6 +32,21 @@ class Report:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Leg:
+    """A part of the way to a trial's weights, on one set of values.
+
+    Args:
+        step: optimizer steps before it.
+        trial: number of the trial that trained it.
+        overrides: what the recipe was changed by.
+    """
+
+    step: int
+    trial: int
+    overrides: dict[str, Any]
+
+
 @dataclass
 class Trial:
     """One trial.
@@ -45,6 +60,8 @@ class Trial:
         num_steps: optimizer steps of the whole training.
         seconds: of work, from its start on a worker to its end.
         message: why it failed.
+        course: how its weights came about, from the first step on; more than one leg where it took
+            over the weights of another trial. `drawn` and `overrides` are those of the last.
     """
 
     number: int
@@ -55,6 +72,7 @@ class Trial:
     num_steps: int = 0
     seconds: float = 0.0
     message: str = ""
+    course: list[Leg] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -101,6 +119,18 @@ class TrialLog:
         """Note that a trial begins, again if it was interrupted."""
         self._note("started", number, drawn=dict(drawn), overrides=dict(overrides))
 
+    def took_over(
+        self,
+        number: int,
+        strong: int,
+        step: int,
+        drawn: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+    ) -> None:
+        """Note that a trial goes on from another's weights, with values of its own."""
+        values = {"drawn": dict(drawn), "overrides": dict(overrides)}
+        self._note("took_over", number, strong=strong, step=step, **values)
+
     def reported(self, number: int, report: Report, num_steps: int) -> None:
         """Note what a trial measured."""
         metrics = {key: value for key, value in report.metrics.items() if math.isfinite(value)}
@@ -130,10 +160,17 @@ class TrialLog:
     def _apply(self, entry: Mapping[str, Any]) -> None:
         number, event = int(entry["number"]), entry["event"]
         if event == "started":
-            self.trials[number] = Trial(number, dict(entry["drawn"]), dict(entry["overrides"]))
+            overrides = dict(entry["overrides"])
+            self.trials[number] = Trial(
+                number, dict(entry["drawn"]), overrides, course=[Leg(0, number, overrides)]
+            )
             return
         trial = self.trials[number]
-        if event == "reported":
+        if event == "took_over":
+            trial.drawn, trial.overrides = dict(entry["drawn"]), dict(entry["overrides"])
+            leg = Leg(entry["step"], number, trial.overrides)
+            trial.course = [*self.trials[entry["strong"]].course, leg]
+        elif event == "reported":
             trial.reports.append(Report(entry["rung"], entry["step"], dict(entry["metrics"])))
             trial.num_steps = entry["num_steps"]
         else:

@@ -74,7 +74,8 @@ def fit(
             ranks, to put them together again.
         companion: what learns beside the model and is not saved with it.
         report: called after each log line and evaluation; what it raises ends the training.
-        keep: write checkpoints and the trained model; without, only figures remain.
+        keep: write checkpoints and the trained model; without, only figures remain, and
+            checkpoints where ``train`` has ``checkpoint_at``.
 
     Returns:
         ``metrics`` of the measured split, ``train`` (the last line of the metric log),
@@ -145,7 +146,7 @@ def fit(
         compute_terms,
         weights_for(settings.num_steps),
         settings=settings,
-        checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep else None,
+        checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None,
         metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
         evaluate=evaluate,
         report=report,
@@ -200,6 +201,7 @@ def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> 
         log_every=section.get("log_every", 10),
         eval_every=section.get("eval_every"),
         eval_at=tuple(section.get("eval_at", ())),
+        checkpoint_at=tuple(section.get("checkpoint_at", ())),
         checkpoint_every=section.get("checkpoint_every"),
         keep_checkpoints=section.get("keep_checkpoints", 2),
     )

@@ -75,6 +75,7 @@ class LoopSettings:
         log_every: steps from one line of the metric log to the next.
         eval_every: steps from one evaluation to the next; None evaluates at the end only.
         eval_at: further steps to evaluate after.
+        checkpoint_at: further steps to save after; training waits until these are on disk.
         checkpoint_every: steps from one checkpoint to the next; None saves at the end only.
         keep_checkpoints: how many of the newest stay.
     """
@@ -86,6 +87,7 @@ class LoopSettings:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     eval_at: tuple[int, ...] = ()
+    checkpoint_at: tuple[int, ...] = ()
 
 
 @dataclass
@@ -237,7 +239,8 @@ def train(
                 engine.module.train()
                 enter_phase(TRAINING)
                 publish(done, result.evaluation)
-            if writer is not None and (is_last or _is_due(done, settings.checkpoint_every)):
+            must_wait = is_last or done in settings.checkpoint_at
+            if writer is not None and (must_wait or _is_due(done, settings.checkpoint_every)):
                 state = {
                     **plan,
                     "epoch": done // batches.steps_per_epoch,
@@ -247,7 +250,7 @@ def train(
                     "train": result.train,
                 }
                 enter_phase("checkpoint")
-                publish(done, _save(writer, done, state, is_last=is_last))
+                publish(done, _save(writer, done, state, must_wait=must_wait))
                 enter_phase(TRAINING)
     result.seconds = time.perf_counter() - started
     return result
@@ -285,11 +288,11 @@ def _resume(
 
 
 def _save(
-    writer: CheckpointWriter, step: int, state: dict[str, Any], *, is_last: bool
+    writer: CheckpointWriter, step: int, state: dict[str, Any], *, must_wait: bool
 ) -> dict[str, float]:
-    """Save, and say what it cost: nobody is kept waiting for the write, but at the end."""
+    """Save, and say what it cost: nobody is kept waiting for the write without need."""
     stall_s = writer.save(step, state)
-    if is_last:
+    if must_wait:
         stall_s += writer.wait()
     cost = {"perf/checkpoint_stall_s": stall_s}
     if writer.write_s is not None:

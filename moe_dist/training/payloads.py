@@ -16,7 +16,7 @@ Split = Literal["train", "dev", "holdout"]
 class TrainSection(TypedDict, total=False):
     """How to train; see `LoopSettings` and `build_engine` for meanings and defaults.
 
-    ``eval_at`` lists further steps to evaluate after.
+    ``eval_at`` lists further steps to evaluate after, ``checkpoint_at`` to save after.
 
     ``precision`` may be ``auto``: bf16 where every worker's hardware is fast at it. The keys with
     ``_every`` count optimizer steps; None means only at the end.
@@ -36,6 +36,7 @@ class TrainSection(TypedDict, total=False):
     eval_at: list[int]
     eval_batch_size: int
     checkpoint_every: int | None
+    checkpoint_at: list[int]
     keep_checkpoints: int
     log_every: int
     expert_learning_rate_scale: float

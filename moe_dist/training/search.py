@@ -17,14 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_dist.errors import MoeDistError
 from moe_dist.search.trials import Report, Trial
 from moe_dist.training.capacity import Capacity, describe_nodes
 from moe_dist.training.driver import RaySession
+from moe_dist.training.driver_only import DriverOnly
 from moe_dist.training.job_errors import first_line, user_error
 from moe_dist.training.placement import NumWorkers, Placement, choose_placement
+from moe_dist.training.population import Population, all_at_once, in_step
 
 if TYPE_CHECKING:
     from ray.tune import Callback
@@ -32,11 +35,15 @@ if TYPE_CHECKING:
     from ray.tune.search import Searcher
 
 Task = Mapping[str, Any]
-"""What a trial is told: plain values, with its ``number``."""
+"""What a trial is told: plain values, with its ``number``, and ``resume``, a checkpoint, if any."""
 Say = Callable[[Mapping[str, Any]], None]
 RunTrial = Callable[[Task, Say], None]
-"""Runs a trial, and says ``rung``, ``step``, ``num_steps`` and ``metrics`` as it goes."""
+"""Runs a trial, and says ``rung``, ``step``, ``num_steps`` and ``metrics`` as it goes.
+
+In a population also ``checkpoint``, the directory of what it has reached, but for the last rung.
+"""
 TIME, OBJECTIVE, FAILURE = "ruled_rung", "objective", "failure"
+POINTER_NAME = "pointer.json"
 _DRIVER_SHARE = 0.001
 _HEAD = "node:__internal_head__"
 logger = logging.getLogger("moe_dist.training")
@@ -66,7 +73,7 @@ class Ruling:
     """Who ends trials early.
 
     Args:
-        scheduler: `none`, `asha`, `hyperband` or `median`.
+        scheduler: `none`, `asha`, `hyperband`, `median` or `pbt`.
         metric: what it compares.
         mode: `max` or `min`.
         last_rung: the time of a trial's end.
@@ -141,6 +148,7 @@ def run_sweep(
     *,
     num_trials: int,
     past: Iterable[Trial] = (),
+    population: Population | None = None,
 ) -> None:
     """Run trials until the watcher has no more, or the time is up.
 
@@ -152,6 +160,7 @@ def run_sweep(
         session: the connection to Ray.
         num_trials: how many there are at most.
         past: trials of an interrupted sweep that are over; early stopping goes by them too.
+        population: for `pbt`, which takes all tasks of the watcher at once.
 
     Raises:
         MoeDistError: if Ray Tune itself fails.
@@ -164,19 +173,28 @@ def run_sweep(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     bundle = room.placement.resources if room.in_place else {_HEAD: _DRIVER_SHARE}
     # Tune's own records are of no use: the watcher keeps what counts.
-    here = _Here(watcher)
-    with tempfile.TemporaryDirectory(prefix="moe-dist-tune-") as scratch:
+    here = DriverOnly(watcher)
+    space: dict[str, Any] = {}
+    if population is None:
+        chosen = {"search_alg": _searcher(here), "scheduler": _scheduler(ruling, past)}
+        chosen |= {"num_samples": num_trials, "max_concurrent_trials": room.num_concurrent}
+    else:
+        space = {"task": tune.grid_search(_all_tasks(watcher))}
+        chosen = {"search_alg": all_at_once()}
+        chosen |= {"scheduler": in_step(population, **_compared(ruling))}
+    place = None if population is None else population.directory
+    with tempfile.TemporaryDirectory(
+        prefix="moe-dist-tune-", dir=place, ignore_cleanup_errors=True
+    ) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
                 _trainable(run_trial, ruling), tune.PlacementGroupFactory([bundle])
             ),
+            param_space=space,
             tune_config=tune.TuneConfig(
-                search_alg=_searcher(here),
-                scheduler=_scheduler(ruling, past),
-                num_samples=num_trials,
-                max_concurrent_trials=room.num_concurrent,
                 reuse_actors=room.in_place,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
+                **chosen,
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -191,29 +209,10 @@ def run_sweep(
         except tune.TuneError as fault:
             raise MoeDistError(
                 f"Ray Tune failed: {first_line(fault)}",
-                remedy="the same command continues the sweep; finished trials are kept.",
+                remedy="the same command continues the sweep; finished trials are kept."
+                if population is None
+                else "start the population anew, with another `name`.",
             ) from fault
-
-
-class _Here:
-    """Keeps the watcher in this process: Tune pickles and copies whatever it is given.
-
-    Args:
-        watcher: the watcher; None in a copy elsewhere, which nobody asks.
-    """
-
-    def __init__(self, watcher: Watcher | None) -> None:
-        self._watcher = watcher
-
-    def __call__(self) -> Watcher:
-        assert self._watcher is not None, "only the driver proposes and records"
-        return self._watcher
-
-    def __deepcopy__(self, memo: object) -> _Here:
-        return self
-
-    def __reduce__(self) -> tuple[type[_Here], tuple[None]]:
-        return _Here, (None,)
 
 
 _TUNE_VARIABLES = {
@@ -226,21 +225,41 @@ _TUNE_VARIABLES = {
 }
 
 
+def _all_tasks(watcher: Watcher) -> list[str]:
+    return [json.dumps(task) for task in iter(watcher.next_task, None)]
+
+
 def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
         task = json.loads(config["task"])
         begin = time.monotonic()
+        held = tune.get_checkpoint()
+        if held is not None:
+            with held.as_directory() as path:
+                pointer = json.loads((Path(path) / POINTER_NAME).read_text(encoding="utf-8"))
+            task["resume"] = pointer["checkpoint"]
+            begin -= pointer["seconds"]
         last: dict[str, Any] = {}
 
         def say(report: Mapping[str, Any]) -> None:
             last.update(report, seconds=time.monotonic() - begin)
+            checkpoint = last.pop("checkpoint", None)
             result = {"report": json.dumps(last)}
             value = last.get("metrics", {}).get(ruling.metric, math.nan)
-            if task.get("is_ruled", True) and math.isfinite(value):
+            # A population is not changed at the end, where nothing is left to train.
+            is_late = ruling.scheduler == "pbt" and last["rung"] >= ruling.last_rung
+            if task.get("is_ruled", True) and math.isfinite(value) and not is_late:
                 result |= {TIME: last["rung"], OBJECTIVE: value}
-            tune.report(result)
+            if checkpoint is None:
+                tune.report(result)
+                return
+            # Tune copies what it is given; what counts stays where all nodes see it.
+            with tempfile.TemporaryDirectory() as path:
+                pointer = {"checkpoint": checkpoint, "seconds": last["seconds"]}
+                (Path(path) / POINTER_NAME).write_text(json.dumps(pointer), encoding="utf-8")
+                tune.report(result, checkpoint=tune.Checkpoint.from_directory(path))
 
         try:
             run_trial(task, say)
@@ -254,7 +273,7 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
     return trial
 
 
-def _searcher(here: _Here) -> Searcher:
+def _searcher(here: DriverOnly[Watcher]) -> Searcher:
     from ray.tune.search import Searcher
 
     class Proposed(Searcher):
@@ -277,7 +296,7 @@ def _searcher(here: _Here) -> Searcher:
 def _scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-    common = {"time_attr": TIME, "metric": OBJECTIVE, "mode": ruling.mode}
+    common = _compared(ruling)
     if ruling.scheduler == "none" or ruling.last_rung == 1:
         return FIFOScheduler()
     scheduler: TrialScheduler
@@ -301,6 +320,10 @@ def _scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
             if math.isfinite(value):
                 scheduler.on_trial_result(None, stand_in, {TIME: report.rung, OBJECTIVE: value})
     return scheduler
+
+
+def _compared(ruling: Ruling) -> dict[str, Any]:
+    return {"time_attr": TIME, "metric": OBJECTIVE, "mode": ruling.mode}
 
 
 def _median(common: dict[str, Any]) -> TrialScheduler:
@@ -327,7 +350,7 @@ class _PastTrial:
     trial_id: str
 
 
-def _callback(here: _Here) -> Callback:
+def _callback(here: DriverOnly[Watcher]) -> Callback:
     from ray.tune import Callback
 
     numbers: dict[str, int] = {}
@@ -375,7 +398,7 @@ def _last_line(trial: Any) -> str:
     return first_line(error) if isinstance(error, BaseException) else "no reason was given"
 
 
-def _stopper(here: _Here) -> Any:
+def _stopper(here: DriverOnly[Watcher]) -> Any:
     from ray.tune import Stopper
 
     class TimeUp(Stopper):

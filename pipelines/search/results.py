@@ -22,6 +22,7 @@ from moe_dist.whole_files import whole_file
 from ..console import duration
 from ..report import quantity
 from ..stage import write_json
+from .courses import course_lines, course_remarks, course_words, is_led, table_row
 from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
 from .trial import choosing_split, main_metric, training_directory
@@ -109,6 +110,7 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         f"{ROWS[choosing_split(result.config)]}.\n"
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
+    head += "".join(f"# {line}\n" for line in course_remarks(best))
     shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
     for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
         text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -144,6 +146,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> Path:
             for trial in trials
         ],
     }
+    if any(map(is_led, trials)):
+        columns["course"] = [course_words(trial) for trial in trials]
     columns |= {name: _column([trial.overrides.get(name) for trial in trials]) for name in names}
     columns |= {name: [trial.metrics.get(name) for trial in trials] for name in measures}
     kinds = pyarrow.list_(
@@ -206,7 +210,10 @@ def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
         "against_baseline": None if best is None else against_baseline(result, best),
         "confirmed": None if result.confirmed is None else asdict(result.confirmed),
         "pareto_front": [trial.number for trial in front],
-        "importance": key_importance(trials, metric, result.config.seed),
+        # Of a population only the last values are known to a key, and the measure is of them all.
+        "importance": {}
+        if search.is_population
+        else key_importance(trials, metric, result.config.seed),
     }
 
 
@@ -282,6 +289,7 @@ def to_markdown(
         *([f"{result.confirmed}\n"] if result.confirmed is not None else []),
         *table_lines(ranked[:MAX_ROWS], summary),
         "",
+        *course_lines(ranked[0] if ranked else None, result.config.search.is_population),
     ]
     if summary["pareto_front"]:
         numbers = ", ".join(str(number) for number in summary["pareto_front"])
@@ -377,13 +385,15 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
     names = sorted({name for trial in trials for name in trial.overrides})
     measures = [*summary["objectives"]]
     measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
-    lines = [_row(["trial", *measures, *(name.rpartition(".")[2] for name in names), "time"])]
-    lines.append(_row(["---"] * (len(measures) + len(names) + 2)))
+    courses = ["weights"] if any(map(is_led, trials)) else []
+    heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *courses, "time"]
+    lines = [table_row(heads), table_row(["---"] * len(heads))]
     for trial in trials:
         cells = [shown(name, trial.value(name)) for name in measures]
         cells += [_plain(trial.overrides.get(name)) for name in names]
+        cells += [course_words(trial) for _ in courses]
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
-        lines.append(_row([who, *cells, duration(trial.seconds)]))
+        lines.append(table_row([who, *cells, duration(trial.seconds)]))
     return lines
 
 
@@ -405,9 +415,11 @@ def shown(measure: str, value: float) -> str:
 
 
 def _entry(trial: Trial) -> dict[str, Any]:
+    course = [asdict(leg) for leg in trial.course]
     return {
         "trial": trial.number,
         "overrides": trial.overrides,
+        **({"course": course} if is_led(trial) else {}),
         "metrics": trial.metrics,
         "status": trial.status,
         "steps": trial.steps_done,
@@ -458,7 +470,3 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

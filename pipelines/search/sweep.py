@@ -22,6 +22,7 @@ from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker
 from moe_dist.training.capacity import read_capacity
 from moe_dist.training.driver import RaySession, ray_session
+from moe_dist.training.population import Population
 from moe_dist.training.search import Ruling, TrialRoom, find_room, run_sweep
 
 from ..chain import disk_errors, import_heavy, only_one
@@ -33,6 +34,7 @@ from ..workspace import Workspace
 from .confirming import Confirmation, confirm
 from .fitting import Fitting
 from .rungs import rung_times
+from .shared_weights import remove_weights
 from .teachers import SharedWork, TeacherFacts
 from .trial import TrialRunner, choosing_split
 from .watching import TRIALS_DIRECTORY, Supervisor
@@ -164,6 +166,7 @@ def _search_in(
         console.note(f"room for {room}")
         seconds_before = _open_sweep(workspace, directory)
         log = TrialLog(directory / LOG_NAME)
+        _check_population(config, directory, log)
         tags = sweep_tags(config)
         with tracker.chain(
             f"{config.name} search",
@@ -191,6 +194,8 @@ def _search_in(
             )
             if over:
                 console.note(f"{len(over)} trials are finished already; they are not run again")
+                if config.search.is_population:
+                    console.note("no trial can join a population that is trained to its end")
             try:
                 _run_trials(workspace, directory, teachers, supervisor, room, session, over)
             finally:
@@ -263,10 +268,10 @@ def _run_trials(
     session: RaySession,
     over: list[Trial],
 ) -> None:
-    num_left = supervisor.num_left
-    if num_left == 0:
-        return
     config, search = workspace.config, workspace.config.search
+    num_left = supervisor.num_left
+    if num_left == 0 or (over and search.is_population):
+        return
     metric, mode = next(iter(search.wanted.items()))
     times = rung_times(search)
     split = choosing_split(config)
@@ -274,7 +279,41 @@ def _run_trials(
     runner = TrialRunner(config, trials, times, teachers, split)
     ruling = Ruling(search.chosen_scheduler, metric, mode, times[-1], search.reduction_factor)
     room = replace(room, num_concurrent=min(room.num_concurrent, num_left))
-    run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
+    if not config.search.is_population:
+        run_sweep(runner, supervisor, ruling, room, session, num_trials=num_left, past=over)
+        return
+    population = Population(supervisor.breed, directory, config.seed)
+    try:
+        run_sweep(
+            runner,
+            supervisor,
+            ruling,
+            room,
+            session,
+            num_trials=num_left,
+            population=population,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "a population cannot go on in its middle: start it anew with another `name`"
+        ) from None
+    finally:
+        remove_weights(directory / TRIALS_DIRECTORY)
+
+
+def _check_population(config: RunConfig, directory: Path, log: TrialLog) -> None:
+    """Refuse to go on with a population in its middle: its trials live on each other's weights."""
+    if not config.search.is_population or not log.trials:
+        return
+    states = {trial.status for trial in log.trials.values()}
+    # A trial ends after the last rung only, which the whole population has reached by then.
+    if "running" in states or "finished" not in states:
+        raise MoeDistError(
+            f"{directory} holds a population that was not trained to its end, and its trials "
+            "cannot go on without each other.",
+            remedy="start it anew: choose another `name` with --set name=NAME, or move that "
+            "directory away.",
+        )
 
 
 def _is_nested(config: RunConfig, dimensions: tuple[Dimension, ...]) -> bool:

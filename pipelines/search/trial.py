@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from moe_dist.uris import below, is_uri
 from ..payloads import data_arguments, distill_settings, training_job, training_settings
 from ..stages.adapt import adapt_settings, convert
 from .rungs import rung_steps
+from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class TrialRunner:
         """Run one trial.
 
         Args:
-            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, and ``seed`` where
-                the student's is another than the recipe's.
+            task: ``number``, ``overrides``, ``teacher`` (a key), ``in_place``, ``seed`` where the
+                student's is another than the recipe's, ``is_ruled``, and in a population
+                ``resume``, the checkpoint to go on from, which may be another trial's.
             say: takes what it measures at each rung.
         """
         import torch
@@ -126,6 +128,8 @@ class TrialRunner:
         student = config.model_copy(update={"seed": seed})
         facts = self.teachers[key]
         trial = _OneTrial(student, config.seed, warm, facts, self.rungs, self.split, say)
+        if self.config.search.is_population and task["is_ruled"]:
+            trial = replace(trial, is_member=True, resume=task.get("resume", ""))
         trials = self.directory if is_uri(self.directory) else Path(self.directory)
         trial.run(below(trials, trial_name(task["number"])), in_place=task["in_place"])
 
@@ -207,10 +211,12 @@ class _OneTrial:
     rungs: tuple[int, ...]
     split: Split
     say: Say
+    is_member: bool = False
+    resume: str = ""
 
     def run(self, directory: Path | str, *, in_place: bool) -> None:
         """Make a student, count what it costs, and train it: each a stage of the trial."""
-        stages = StageLog(directory)
+        stages = StageLog(directory, goes_on=bool(self.resume), may_go_on=self.is_member)
         with stages.stage(ADAPT, adapt_settings(self.config)):
             student = self._student()
         with stages.stage(EVALUATE, {"seq_len": self._seq_len}):
@@ -229,21 +235,28 @@ class _OneTrial:
 
         steps = self._steps()
         with written_here(directory) as (place, upload):
+            payload = self._payload(place, list(steps))
+            held: dict[int, Mapping[str, Any]] = {}
+            shared: list[int] = []
+            if self.is_member:
+                shared = sorted(steps)[:-1]
+                take_over(self.resume, place)
+                payload["train"] |= shared_checkpoints(shared, max(steps))
 
             def report(step: int, metrics: Mapping[str, float]) -> None:
                 if step in steps:
                     # Who hears of a measure finds the log that led to it.
                     upload()
-                self._tell(step, metrics, steps, costs)
+                measured = self._measured(step, metrics, steps, costs)
+                if step in held:
+                    # The line after it says that the checkpoint is on disk.
+                    self.say({**held.pop(step), "checkpoint": str(checkpoint_at(place, step))})
+                elif measured and step in shared:
+                    held[step] = measured
+                elif measured:
+                    self.say(measured)
 
-            distill(
-                student,
-                self.warm.teacher,
-                self.warm.data,
-                self._payload(place, list(steps)),
-                report=report,
-                keep=False,
-            )
+            distill(student, self.warm.teacher, self.warm.data, payload, report=report, keep=False)
 
     def _train_on_workers(
         self, student: Any, costs: Mapping[str, float], directory: Path | str
@@ -261,7 +274,8 @@ class _OneTrial:
 
             def tell() -> None:
                 for record in poll():
-                    self._tell(record.step, record.metrics, steps, costs)
+                    if measured := self._measured(record.step, record.metrics, steps, costs):
+                        self.say(measured)
 
             def on_poll() -> None:
                 with suppress(StorageError):  # The next call reads what this one could not.
@@ -330,13 +344,14 @@ class _OneTrial:
             costs["latency"] = self.facts.latency_ms * ratio
         return costs
 
-    def _tell(
+    def _measured(
         self,
         step: int,
         metrics: Mapping[str, float],
         steps: Mapping[int, int],
         costs: Mapping[str, float],
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Say what a line of the metric log has of a rung; empty if it has nothing."""
         prefix = f"{self.split}/"
         found = {
             name.removeprefix(prefix): value
@@ -344,13 +359,13 @@ class _OneTrial:
             if name.startswith(prefix)
         }
         if step not in steps or not found:
-            return
+            return {}
         quality = next(iter(found.values()))
         measured = {"quality": quality, **found, **costs}
         teacher_quality = self.facts.quality_on(self.split)
         if teacher_quality:
             measured["retention"] = quality / teacher_quality
-        self.say({"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured})
+        return {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}
 
 
 def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> float:

@@ -45,12 +45,17 @@ class StageLog:
 
     Args:
         directory: the trial's; a URI as text.
+        goes_on: the stages have begun before, and the last of them was broken off.
+        may_go_on: a stage that is broken off is not over.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(
+        self, directory: Path | str, *, goes_on: bool = False, may_go_on: bool = False
+    ) -> None:
         self._directory = directory
         self._store = Store(directory) if isinstance(directory, str) else None
         self._lines: list[str] = []
+        self._goes_on, self._may_go_on = goes_on, may_go_on
 
     @contextmanager
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path | str]:
@@ -66,16 +71,22 @@ class StageLog:
         directory = below(self._directory, name)
         if isinstance(directory, Path):
             directory.mkdir(parents=True, exist_ok=True)
-        self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
+        if not self._goes_on:
+            self._append({"stage": name, "started_s": time.time(), "params": dict(params)})
         ended: dict[str, Any] = {"stage": name, "status": "FINISHED"}
+        is_over = not self._goes_on or name == DISTILL
         try:
             yield directory
         except Exception:
             ended["status"] = "FAILED"
             raise
+        except BaseException:
+            is_over = is_over and not self._may_go_on
+            raise
         finally:
             # A trial that is ended early leaves by another way, and did nothing wrong.
-            self._append({**ended, "ended_s": time.time()})
+            if is_over:
+                self._append({**ended, "ended_s": time.time()})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry, default=str) + "\n"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config import RunConfig
+from moe_dist.config.checks import find_cross_faults
+from moe_dist.config.in_flight import changes_in_flight
 from moe_dist.config.search_checks import point_settings
-from moe_dist.config.search_space import Point
+from moe_dist.config.search_space import Point, parse_space
 from moe_dist.search.objectives import is_better
-from moe_dist.search.trials import BASELINE, Report, Status, TrialLog
+from moe_dist.search.perturbing import perturb
+from moe_dist.search.trials import BASELINE, Report, Status, Trial, TrialLog
 
 from ..console import duration
 from ..fingerprints import value_digest
@@ -21,7 +26,6 @@ from .trial import trial_name
 from .trial_stages import TrialStages, clear_stages
 
 if TYPE_CHECKING:
-    from moe_dist.config import RunConfig
     from moe_dist.search.proposers import Proposer
     from moe_dist.tracking import TrackedRun
 
@@ -29,7 +33,10 @@ if TYPE_CHECKING:
     from ..files import ResultFiles
 
 TRIALS_DIRECTORY = "trials"
+IN_FLIGHT_PREFIX = "in_flight/"
+"""In front of the values that a trial of a population goes on with, among its run's metrics."""
 FOLLOW_S = 1.0
+MAX_DRAWS = 50
 TAGGED = ("moe.router", "moe.partition", "moe.num_shared_neurons", "seed")
 
 
@@ -72,6 +79,7 @@ class Supervisor:
         self._stages: dict[int, TrialStages] = {}
         self._followed = 0.0
         self._seconds: dict[int, float] = {}
+        self._dimensions, _ = parse_space(config.search.space)
         self._again = [number for number, trial in log.trials.items() if not trial.is_over]
         self._next = 1 + max(log.trials, default=BASELINE)
         self._seconds_before = seconds_before
@@ -113,8 +121,53 @@ class Supervisor:
             return None
         if point is None:
             return None
-        self._points[number] = point
         clear_stages(self._trial_directory(number), self._files)
+        return self._task(number, point)
+
+    def breed(self, weak: int, strong: int, step: int) -> dict[str, Any]:
+        """Let a weak trial follow a strong one; see `moe_dist.training.population.Population`.
+
+        Args:
+            weak: the trial that gives up its own weights.
+            strong: the trial whose weights, and whose values near enough, it takes over.
+            step: that these weights are at.
+
+        Returns:
+            The weak trial's task from now on.
+        """
+        point = self._near(self._log.trials[strong], f"{self._config.seed}-{weak}-{step}")
+        self._log.took_over(weak, strong, step, point.drawn, point.overrides)
+        self._log_moving(weak, step, point)
+        tags = point_tags(self._config, point.overrides)
+        self._runs[weak].set_tags(tags | {"follows": trial_name(strong)})
+        self._console.note(
+            f"{trial_name(weak)}: goes on from {trial_name(strong)} at step {step}  "
+            f"{_said(point.drawn)}"
+        )
+        return self._task(weak, point)
+
+    def _near(self, trial: Trial, chance: str) -> Point:
+        """Move a trial's values to a sound recipe nearby."""
+        generator = random.Random(chance)
+        for _ in range(MAX_DRAWS):
+            point = perturb(self._dimensions, self._config, trial.drawn, generator)
+            raw = point_settings(self._config, point.overrides)
+            if not find_cross_faults(RunConfig.model_validate(raw)):
+                return point
+        return Point(trial.drawn, trial.overrides)
+
+    def _log_moving(self, number: int, step: int, point: Point) -> None:
+        """Show in the trial's run what it has from a step on of what can change in flight."""
+        moving = {
+            f"{IN_FLIGHT_PREFIX}{path}": float(value)
+            for path, value in point.overrides.items()
+            if self._config.search.is_population and changes_in_flight(path) and value is not None
+        }
+        if moving:
+            self._runs[number].log_metrics(step, moving)
+
+    def _task(self, number: int, point: Point) -> dict[str, Any]:
+        self._points[number] = point
         return {
             "number": number,
             "overrides": point.overrides,
@@ -133,6 +186,7 @@ class Supervisor:
         )
         tags = {**self._tags, **point_tags(self._config, point.overrides)}
         run.set_tags({**tags, "trial": str(number), "best": "false"})
+        self._log_moving(number, 0, point)
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
         self._console.note(f"{trial_name(number)}: {what}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_dist.search.trials import Report, TrialLog
+from moe_dist.search.trials import Leg, Report, TrialLog
 
 
 def test_a_log_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -41,3 +41,16 @@ def test_a_trial_that_starts_again_forgets_its_first_attempt(tmp_path: Path) -> 
     log.reported(1, Report(1, 10, {"quality": 0.5}), num_steps=30)
     log.started(1, {}, {})
     assert log.trials[1].reports == []
+
+
+def test_a_trial_that_follows_another_has_its_course(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "trials.jsonl")
+    first, second, third = ({"train.learning_rate": rate} for rate in (1e-3, 1e-4, 1e-5))
+    log.started(1, first, first)
+    log.started(2, second, second)
+    log.took_over(1, 2, 10, third, third)
+    log.took_over(2, 1, 20, first, first)
+    assert log.trials[1].overrides == third
+    assert log.trials[1].course == [Leg(0, 2, second), Leg(10, 1, third)]
+    assert log.trials[2].course == [Leg(0, 2, second), Leg(10, 1, third), Leg(20, 2, first)]
+    assert TrialLog(tmp_path / "trials.jsonl").trials == log.trials

@@ -156,6 +156,18 @@ def test_checkpoints_are_announced_counted_and_kept_as_told(tmp_path: Path) -> N
     assert series(log.read(), "perf/checkpoint_write_s")[0] == [4, 6, 7]
 
 
+def test_a_checkpoint_that_others_wait_for_is_on_disk_when_it_is_announced(tmp_path: Path) -> None:
+    there: dict[int, bool] = {}
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if "perf/checkpoint_stall_s" in metrics:
+            there[step] = (tmp_path / f"step-{step:08d}" / "manifest.json").exists()
+
+    settings = replace(SETTINGS, checkpoint_every=7, checkpoint_at=(2, 4))
+    run(tmp_path, settings=settings, report=report)
+    assert there == {2: True, 4: True, 7: True}
+
+
 def test_training_does_not_end_well_without_its_last_checkpoint(tmp_path: Path) -> None:
     def fails(place: Path) -> None:
         if place.name == "step-00000007":

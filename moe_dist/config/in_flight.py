@@ -1,0 +1,115 @@
+"""What can change while a distillation runs, and what a population of trials asks of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_dist.config.run_config import RunConfig
+from moe_dist.config.search_section import MEASURES
+from moe_dist.config.search_space import Dimension
+
+IN_FLIGHT = {
+    "train.learning_rate": "peak of the schedule, which stands where it was",
+    "train.expert_learning_rate_scale": "factor on the experts' rate",
+    "train.weight_decay": "decay of the next steps",
+    "train.max_grad_norm": "limit of the next steps",
+    "distill.task_weight": "weight in the loss",
+    "distill.kl_weight": "weight in the loss",
+    "distill.soft_weight": "weight in the loss",
+    "distill.hidden_weight": "weight in the loss",
+    "distill.attention_weight": "weight in the loss",
+    "distill.alignment_weight": "weight in the loss",
+    "distill.load_balancing_weight": "weight in the loss",
+    "distill.z_loss_weight": "weight in the loss",
+    "distill.entropy_weight": "weight in the loss",
+    "distill.temperature": "softening of the predictions",
+    "moe.gate_noise": "noise of the next steps",
+    "moe.gate_jitter": "noise of the next steps",
+    "moe.capacity_factor": "limit of the next steps",
+}
+"""Keys that change no tensor's shape, no data, no length and no schedule, and what they are then.
+
+Left out are `distill.mapping_weight` and `distill.adversarial_weight`, which bring parameters of
+their own, the lengths of warm-ups, and whatever decides how many steps there are.
+"""
+
+
+def changes_in_flight(path: str) -> bool:
+    """Tell whether a key's value may change at a rung, the weights kept.
+
+    Args:
+        path: its dotted name.
+
+    Returns:
+        Whether it may; all others are drawn once, and go along with the weights.
+    """
+    return path in IN_FLIGHT
+
+
+def population_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
+    """Check what population based training needs.
+
+    Args:
+        config: the recipe, with `search.scheduler: pbt`.
+        dimensions: of its space.
+
+    Yields:
+        One line for each fault.
+    """
+    search = config.search
+    start = "search.scheduler=pbt"
+    if search.objectives:
+        yield f"{start} ranks trials by one measure; give search.metric instead of objectives."
+    elif MEASURES.get(search.metric) == "min":
+        yield (
+            f"{start} goes by what training reaches, and search.metric={search.metric} does not "
+            "change with training; use quality, or scheduler none."
+        )
+    if search.algorithm not in ("auto", "random"):
+        yield (
+            f"{start} draws its population at random before the first step; set "
+            f"search.algorithm to auto instead of {search.algorithm}."
+        )
+    if search.rungs < 2:
+        yield f"{start} changes trials between rungs; set search.rungs to 2 or more."
+    if search.num_trials < 2:
+        yield f"{start} needs trials to choose among; set search.num_trials to 2 or more."
+    for key, why in (
+        ("time_budget_s", "a population goes to its end together"),
+        ("worker_budget_s", "a population starts and ends together"),
+        ("max_concurrent", "a population takes turns on all places that there are"),
+    ):
+        if getattr(search, key) is not None:
+            yield f"search.{key} does not go with {start}: {why}; remove it."
+    if search.confirm_seeds:
+        yield (
+            f"search.confirm_seeds={search.confirm_seeds} does not go with {start}: it trains a "
+            "trial's last values from the first step, which is not what the trial did; set it to 0."
+        )
+    if config.parallel.max_workers > 1 or any(
+        one.path == "parallel.num_workers" for one in dimensions
+    ):
+        yield f"{start} needs trials of one worker; set parallel.num_workers to 1 for all of them."
+    if isinstance(config.output_dir, str):
+        yield (
+            f"{start} hands weights on in a directory, and output_dir is a URI; give a directory "
+            "that all nodes share."
+        )
+    yield from _space_faults(start, dimensions)
+
+
+def _space_faults(start: str, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
+    moving = [one.path for one in dimensions if changes_in_flight(one.path)]
+    if not moving:
+        yield (
+            f"search.space: {start} finds no key that can change in flight; add one of "
+            f"{', '.join(IN_FLIGHT)}, or use scheduler asha."
+        )
+    for dimension in dimensions:
+        if changes_in_flight(dimension.path):
+            continue
+        for other in sorted(dimension.depends_on & set(moving)):
+            yield (
+                f"search.space.{dimension.path}: it stays with a trial's weights, and cannot "
+                f"depend on {other}, which {start} changes in flight; remove the condition."
+            )

@@ -1,0 +1,122 @@
+"""How a trial of a population came to its weights, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_dist.search.trials import Trial
+
+
+def is_led(trial: Trial) -> bool:
+    """Tell whether a trial took over the weights of another.
+
+    Args:
+        trial: of the sweep.
+
+    Returns:
+        Whether its course has more than one leg.
+    """
+    return len(trial.course) > 1
+
+
+def course_words(trial: Trial) -> str:
+    """Say in which trials the weights were trained.
+
+    Args:
+        trial: of the sweep.
+
+    Returns:
+        For example `2, from step 40 on 5`.
+    """
+    legs = trial.course
+    words = [f"from step {leg.step} on {leg.trial}" if leg.step else f"{leg.trial}" for leg in legs]
+    return ", ".join(words)
+
+
+def changed_keys(trial: Trial) -> list[str]:
+    """Find what changed while a trial's weights were trained.
+
+    Args:
+        trial: of the sweep.
+
+    Returns:
+        Paths of keys that differ between legs of its course.
+    """
+    paths = sorted({path for leg in trial.course for path in leg.overrides})
+    return [
+        path
+        for path in paths
+        if any(leg.overrides.get(path) != trial.overrides.get(path) for leg in trial.course)
+    ]
+
+
+def course_lines(best: Trial | None, is_population: bool) -> list[str]:
+    """Lay the best trial's values over its steps.
+
+    Args:
+        best: the trial; None if none was trained to the end.
+        is_population: whether trials could take over weights.
+
+    Returns:
+        Lines of Markdown; none for other searches.
+    """
+    if best is None or not is_population:
+        return []
+    keys = changed_keys(best)
+    if not is_led(best):
+        return [f"Trial {best.number} kept its own weights and values from the first step on.", ""]
+    names = [path.rpartition(".")[2] for path in keys]
+    lines = [
+        f"The weights of trial {best.number}, and the values that changed on their way (all others "
+        "stayed; `best.yaml` holds the last ones):",
+        "",
+        table_row(["from step", "in trial", *names]),
+        table_row(["---"] * (len(keys) + 2)),
+    ]
+    lines += [
+        table_row(
+            [str(leg.step), str(leg.trial), *(_shown(leg.overrides.get(key)) for key in keys)]
+        )
+        for leg in best.course
+    ]
+    return [*lines, ""]
+
+
+def course_remarks(best: Trial) -> list[str]:
+    """Say in the best trial's recipe what a recipe cannot hold.
+
+    Args:
+        best: the trial.
+
+    Returns:
+        Lines; none where it kept its values.
+    """
+    keys = changed_keys(best)
+    if not keys:
+        return []
+    lines = ["Its values changed in flight, and this recipe holds the last of them from the first"]
+    lines += ["step on: that is another training than the trial's, and may reach less."]
+    for leg in best.course:
+        said = ", ".join(f"{key}={_shown(leg.overrides.get(key))}" for key in keys)
+        lines.append(f"  from step {leg.step}: {said}")
+    return lines
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "as in the recipe"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Write a row of a Markdown table.
+
+    Args:
+        cells: of the row.
+
+    Returns:
+        A line.
+    """
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,65 @@
+"""Weights that trials of a population hand on: step checkpoints in the trials' directories."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist.distributed.checkpoint_files import step_directory
+from moe_dist.training.results import CHECKPOINT_DIR
+
+from .trial_stages import DISTILL
+
+
+def shared_checkpoints(steps: Sequence[int], num_steps: int) -> dict[str, Any]:
+    """Give the training settings of a trial that others may follow.
+
+    Args:
+        steps: after which it is compared, the end left out.
+        num_steps: of its training.
+
+    Returns:
+        Entries of the payload's ``train``.
+    """
+    # A weak trial may begin to copy when the strong one has reached the next rung already.
+    return {"checkpoint_at": list(steps), "checkpoint_every": num_steps, "keep_checkpoints": 2}
+
+
+def checkpoint_at(directory: Path, step: int) -> Path:
+    """Name a trial's checkpoint.
+
+    Args:
+        directory: of the trial's training.
+        step: optimizer steps done.
+
+    Returns:
+        Its directory.
+    """
+    return step_directory(directory / CHECKPOINT_DIR, step)
+
+
+def take_over(checkpoint: str, directory: Path) -> None:
+    """Make a checkpoint the only one that a trial's training can go on from.
+
+    Args:
+        checkpoint: its own or another trial's; empty to begin anew.
+        directory: of the trial's training.
+    """
+    own = directory / CHECKPOINT_DIR
+    if checkpoint and Path(checkpoint).parent == own:
+        return
+    shutil.rmtree(own, ignore_errors=True)
+    if checkpoint:
+        shutil.copytree(checkpoint, own / Path(checkpoint).name)
+
+
+def remove_weights(trials: Path) -> None:
+    """Remove the checkpoints of all trials; a population that is over needs none.
+
+    Args:
+        trials: the directory of the sweep's trials.
+    """
+    for place in trials.glob(f"*/{DISTILL}/{CHECKPOINT_DIR}"):
+        shutil.rmtree(place, ignore_errors=True)
