@@ -21,6 +21,8 @@ Draw = Callable[["Dimension"], Any]
 RANGES: tuple[Kind, ...] = ("uniform", "loguniform", "integers")
 TABLES = {"routers": "moe.router", "partitions": "moe.partition", "gate_scales": "moe.gate_scale"}
 """Tables that a space may name, and the key whose choices each of them is."""
+_FOR_SEVERAL_TASKS = ("task_importance",)
+"""Rows that a search, which is on one task, leaves out."""
 SEARCHABLE_SECTIONS = ("seed", "model", "data", "finetune", "moe", "distill", "train", "parallel")
 TEACHER_SECTIONS = ("seed", "model", "data", "finetune")
 """Keys that change the teacher or its data: trials that differ here share no teacher."""
@@ -257,12 +259,13 @@ def table_values(table: str) -> tuple[Any, ...]:
         table: a key of `TABLES`.
 
     Returns:
-        Its names; what is added to the table later is among them then.
+        Its names that one task can use; what is added to the table later is among them then.
     """
     section, key = TABLES[table].split(".")
     kind = RunConfig.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
-    return typing.get_args(kind.model_fields[key].annotation)
+    names = typing.get_args(kind.model_fields[key].annotation)
+    return tuple(name for name in names if name not in _FOR_SEVERAL_TASKS)
 
 
 def _flat(space: Mapping[str, Any]) -> dict[str, Any]:
