@@ -44,6 +44,8 @@ In a population also ``checkpoint``, the directory of what it has reached, but f
 """
 TIME, OBJECTIVE, FAILURE = "ruled_rung", "objective", "failure"
 POINTER_NAME = "pointer.json"
+LEAVING_S = 120
+"""How long a trial that Tune takes off its actor may take to leave; Tune's own is 2 s."""
 _DRIVER_SHARE = 0.001
 _HEAD = "node:__internal_head__"
 logger = logging.getLogger("moe_dist.training")
@@ -233,6 +235,8 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
+        # Else an actor whose last trial took its time to end, on a busy node, fails the next one.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(LEAVING_S)
         task = json.loads(config["task"])
         begin = time.monotonic()
         held = tune.get_checkpoint()

@@ -130,6 +130,7 @@ def test_the_weakest_goes_on_from_the_strongest_and_nobody_waits_for_the_dead(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_from_the_weights_of_another(
     session: RaySession,
     write_recipe: Callable[[dict[str, Any]], Path],  # noqa: F811
