@@ -143,6 +143,7 @@ def test_a_trial_goes_on_from_the_weights_of_another(
     tiny_settings["search"] = {
         "scheduler": "pbt",
         "num_trials": 4,
+        "rungs": 2,
         "baseline": False,
         "space": {
             "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
