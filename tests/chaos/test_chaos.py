@@ -1,4 +1,4 @@
-"""A short part of `make test-chaos`: one run that loses workers, and does not notice."""
+"""A short part of `make test-chaos`: one run that loses a worker, and does not notice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.chaos.scenario import disturbed, steps_for, undisturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
 
-QUICK = ("worker killed in backward", "checkpoint damaged")
+# A worker dies, and the newest checkpoint is broken; the suite has the other kinds.
+QUICK = ("checkpoint damaged",)
 
 
 def test_a_run_that_is_hurt_equals_one_that_is_not(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def place(s3: str, settings: dict[str, Any]) -> Store:
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_sweep_in_a_bucket_goes_on_elsewhere(
     place: Store,
     write_recipe: Write,
