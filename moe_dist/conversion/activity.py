@@ -16,6 +16,7 @@ from moe_dist.conversion.clustering import balanced_clusters
 from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.conversion.importance import (
     accepted_inputs,
+    evened,
     frozen_in_eval_mode,
     on_device,
     score_importance,
@@ -141,7 +142,7 @@ def task_importance(
     for task, own in enumerate(batches):
         with use_task(task):
             scores = score_importance(model, own)
-        by_task.append([score_F / score_F.sum().clamp(min=1e-30) for score_F in scores])
+        by_task.append(evened(scores))
     found = []
     for of_layer in zip(*by_task, strict=True):
         scores_EF = torch.zeros(num_experts, of_layer[0].numel())

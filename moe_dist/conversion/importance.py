@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, D model, F FFN, C classes, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -90,6 +90,18 @@ def score_importance(
                 remedy="check the teacher and the training data for NaN and infinity",
             )
     return scores
+
+
+def evened(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Let tasks count alike, whatever their losses and their numbers of rows.
+
+    Args:
+        scores: one task's, (F,) for each FFN.
+
+    Returns:
+        The same, with sum 1 in each FFN; zeros stay.
+    """
+    return [score_F / score_F.sum().clamp(min=1e-30) for score_F in scores]
 
 
 def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Tensor:

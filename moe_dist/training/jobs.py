@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_dist.conversion import score_importance
 from moe_dist.conversion.heads import set_heads
+from moe_dist.conversion.importance import evened
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import Mixture, load_rows
 from moe_dist.data.sources import load_splits
@@ -212,7 +213,7 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
         with use_task(number if name else None):
             own = _score(model, encoded, part.pad_token_id, device, payload.get("batch_size", 32))
         if name:
-            own = [score_F / score_F.sum().clamp(min=1e-30) for score_F in own]
+            own = evened(own)
         scores = [a + b for a, b in zip(scores, own, strict=True)] if scores else own
     path = Path(payload["stage_dir"]) / SCORES
     if own_rank() == 0:

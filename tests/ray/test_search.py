@@ -13,7 +13,7 @@ import pytest
 from moe_dist.config import load_config
 from moe_dist.search.trials import Report
 from moe_dist.training.capacity import read_capacity
-from moe_dist.training.driver import RaySession, ray_session
+from moe_dist.training.driver import RaySession
 from moe_dist.training.search import Ruling, find_room, run_sweep
 from pipelines.search.results import write_results
 from pipelines.search.sweep import SweepResult, search_recipe
@@ -21,14 +21,6 @@ from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe  # n
 from tests.pipelines.recorder import Recorder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[RaySession]:
-    pytest.importorskip("ray")
-    with ray_session() as session:
-        session.connect()
-        yield session
 
 
 class Notes:
