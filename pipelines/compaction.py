@@ -94,11 +94,6 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     from moe_dist.inference.compact import check_reduction, compact_experts, fuse_neurons
     from moe_dist.training.jobs import distill_job
 
-    if config.data.source == "tasks":
-        raise MoeDistError(
-            "a student of several tasks cannot be compacted so far.",
-            remedy="take one task's sub-network with `moe-dist export DIR --task NAME`.",
-        )
     student = load_model(settings.directory)
     check_reduction(student, settings.num_experts)
     _make_room(settings.output)
@@ -195,12 +190,11 @@ def _measure(
 
 
 def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[float]]:
-    """Each expert's share of the tokens of training rows, by layer."""
+    """Each expert's share of the tokens of training rows, by layer; of those of all tasks."""
     from moe_dist.training.jobs import predict_job
 
     payload: Any = data_job(config, str(settings.output))
-    rows = min(settings.use_samples, config.data.max_train_samples or settings.use_samples)
-    payload["data"] = payload["data"] | {"max_train_samples": rows}
+    payload["data"] = _fewer_rows(payload["data"], settings.use_samples)
     payload |= {
         "model": str(settings.directory),
         "split": "train",
@@ -208,6 +202,15 @@ def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[f
     }
     load: dict[str, list[float]] = predict_job(payload)["expert_load"]
     return load
+
+
+def _fewer_rows(data: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The arguments of `load_rows` for so many training rows, tasks having equally many."""
+    tasks = data.get("tasks")
+    if tasks is None:
+        return data | {"max_train_samples": min(limit, data["max_train_samples"] or limit)}
+    share = -(-limit // len(tasks))
+    return data | {"tasks": {name: _fewer_rows(task, share) for name, task in tasks.items()}}
 
 
 def _repair_payload(settings: CompactSettings, config: RunConfig) -> Any:

@@ -124,7 +124,8 @@ def check_reduction(model: nn.Module, num_experts: int) -> None:
             ):
                 raise ConversionError(
                     f"the choices of {type(layer.router).__name__} cannot be joined ({name})",
-                    remedy="compact a student with hash routing or a gate over hidden states",
+                    remedy="compact a student with hash routing, a gate over hidden states, or "
+                    "`moe.task_map: fixed`",
                 )
 
 

@@ -24,7 +24,7 @@ from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.expert_groups import settle_ep_size
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
-from moe_dist.training.job_data import AnyJobData, measure
+from moe_dist.training.job_data import AnyJobData, measure, save_answers
 from moe_dist.training.loop import (
     ComputeTerms,
     LoopSettings,
@@ -133,10 +133,7 @@ def fit(
         measured = measure(data, answer, split)
         loads.update(expert_load(measured.tokens_per_expert))
         if payload.get("keep_predictions", False) and engine.rank == 0:
-            for name, part in data.parts.items():
-                path = stage_dir / PREDICTIONS
-                path = path.with_stem(f"{path.stem}-{name}") if name else path
-                part.save_answers(measured.answers[name], part.part(split), path)
+            save_answers(data, measured, stage_dir / PREDICTIONS)
         metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
 

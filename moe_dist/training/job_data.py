@@ -31,11 +31,13 @@ class Measured:
 
     Args:
         metrics: by name; see `joined_metrics`.
+        split: what it was measured on.
         tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
         answers: to each task's rows, by its name ("" where there is one task).
     """
 
     metrics: dict[str, float]
+    split: Split
     tokens_per_expert: dict[str, Tensor]
     answers: dict[str, Predictions] = field(default_factory=dict)
 
@@ -242,4 +244,22 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
         name: parts[name].metrics(one.logits, parts[name].part(split))
         for name, one in answers.items()
     }
-    return Measured(joined_metrics(metrics), loads, answers)
+    return Measured(joined_metrics(metrics), split, loads, answers)
+
+
+def save_answers(data: AnyJobData, measured: Measured, path: Path) -> dict[str, Path]:
+    """Write what a model says about a split, each task's answers in a file of its own.
+
+    Args:
+        data: of one task or several.
+        measured: what was found on it.
+        path: the file; with several tasks their names are added to its own.
+
+    Returns:
+        The files, by task.
+    """
+    files = {}
+    for name, part in data.parts.items():
+        files[name] = path.with_stem(f"{path.stem}-{name}") if name else path
+        part.save_answers(measured.answers[name], part.part(measured.split), files[name])
+    return files

@@ -20,7 +20,6 @@ from moe_dist.conversion.heads import set_heads
 from moe_dist.conversion.importance import evened
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import Mixture, load_rows
-from moe_dist.data.sources import load_splits
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
@@ -29,10 +28,16 @@ from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import build_companion, num_layers
-from moe_dist.training.evaluation import expert_load, predict
+from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.fit import Report, fit
 from moe_dist.training.hardware import pick_device
-from moe_dist.training.job_data import AnyJobData, JobData, job_data, task_heads
+from moe_dist.training.job_data import (
+    AnyJobData,
+    job_data,
+    measure,
+    save_answers,
+    task_heads,
+)
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
     ObjectiveSettings,
@@ -237,38 +242,40 @@ def _score(
 
 
 def predict_job(payload: PredictPayload) -> dict[str, Any]:
-    """Run a saved model of one task over a split.
+    """Run a saved model over a split, of each task if there are several.
 
     Args:
         payload: see `PredictPayload`.
 
     Returns:
-        ``predictions`` (the logits, (N, C) float32) and ``labels`` (N,) as arrays, ``metrics``
-        by name, ``expert_load`` by layer, and where rank 0 wrote them (``path``).
+        ``predictions`` (the logits, (N, C) float32) by task ("" where there is one), ``metrics``
+        by name, and ``expert_load`` by layer. Rank 0 wrote the predictions into the stage's
+        directory, as ``output_name`` says.
     """
-    splits = load_splits(**payload["data"])
+    rows = load_rows(payload["data"])
     device = pick_device(payload.get("use_gpu", "auto"))
     model = load_model(Path(payload["model"]), device)
-    data = JobData(splits, load_tokenizer(Path(payload["model"])), payload)
-    encoded = data.part(payload.get("split", "dev"))
+    data = job_data(rows, load_tokenizer(Path(payload["model"])), payload)
     enter_phase("prediction")
-    answers = predict(
-        model,
-        encoded,
-        batch_size=payload.get("batch_size", 64),
-        pad_token_id=data.pad_token_id,
-        device=device,
-    )
-    path = Path(payload["stage_dir"]) / f"{payload.get('output_name', 'predictions')}.npz"
+
+    def answer(encoded: Encoded) -> Predictions:
+        return predict(
+            model,
+            encoded,
+            batch_size=payload.get("batch_size", 64),
+            pad_token_id=data.pad_token_id,
+            device=device,
+        )
+
+    measured = measure(data, answer, payload.get("split", "dev"))
     if own_rank() == 0:
-        data.save_answers(answers, encoded, path)
+        name = f"{payload.get('output_name', 'predictions')}.npz"
+        save_answers(data, measured, Path(payload["stage_dir"]) / name)
     wait_for_ranks()
     return {
-        "predictions": answers.logits.numpy(),
-        "labels": encoded.labels,
-        "metrics": data.metrics(answers.logits, encoded),
-        "expert_load": expert_load(answers.tokens_per_expert),
-        "path": str(path),
+        "predictions": {name: one.logits.numpy() for name, one in measured.answers.items()},
+        "metrics": measured.metrics,
+        "expert_load": expert_load(measured.tokens_per_expert),
     }
 
 

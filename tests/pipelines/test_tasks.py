@@ -16,6 +16,7 @@ from moe_dist.conversion import PartitionPlan, score_importance
 from moe_dist.data.loaders import eval_batches
 from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model, load_tokenizer
+from moe_dist.inference.compact import moe_layers
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.moe.routing import use_task
 from pipelines.chain import run_chain
@@ -208,3 +209,29 @@ def test_what_is_wrong_with_all_tasks_data_is_said_at_once(
     assert result.exit_code != 0
     for task in ("mood", "grades"):
         assert f"task {task}: no such data file" in result.output
+
+
+def test_a_student_of_several_tasks_is_compacted(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"compare": []}
+    settings["moe"] |= {"num_experts": 3, "task_map": "fixed"}
+    run_chain(load_config(write_recipe(settings)), Recorder(), until="distill")
+    student = tmp_path / "outputs/tiny/distill/model"
+    result = CliRunner().invoke(
+        app, ["compact", str(student), "--num-experts", "2", "--repair-steps", "3"]
+    )
+    assert result.exit_code == 0, result.output
+    output = student.parent.parent / "compact-2"
+    found = json.loads((output / "compact.json").read_text())
+    assert found["main_metric"] == "mean" and "mood/accuracy" in found["repaired"]["metrics"]
+    old, new = load_model(student, task="mood"), load_model(output / "model", task="mood")
+    for before, after, layer in zip(moe_layers(old), moe_layers(new), found["layers"], strict=True):
+        groups, use = layer["groups"], layer["use"]
+        # One expert of three has no task, so it is joined first.
+        assert sum(use) == pytest.approx(1) and use.count(0) == 1
+        assert [len(group) for group in groups if use.index(0) in group] == [2]
+        assert before.router is not None and after.router is not None
+        places = [next(i for i, group in enumerate(groups) if e in group) for e in range(3)]
+        expected = torch.tensor(places)[before.router.state_dict()["table"]]
+        assert torch.equal(after.router.state_dict()["table"], expected)
