@@ -12,7 +12,6 @@ from pipelines.cli import app
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 SIZES = {"quarter": 2, "sixteenth": 0.5}
-TASKS_RECIPE = RECIPES / "ablation_tasks.yaml"
 
 # Learning rate, batch size, epochs, weight decay, distillation weight; MoEBERT, NAACL 2022.
 PAPER = {
@@ -38,9 +37,8 @@ def test_the_expected_recipes_are_there() -> None:
 def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
-    sizes = {} if path == TASKS_RECIPE else SIZES  # its main student is at a sixteenth itself
     for label in config.compare:
-        size = sizes.get(label.partition("_")[2], 1) * config.moe.active_neurons
+        size = SIZES.get(label.partition("_")[2], 1) * config.moe.active_neurons
         assert config.resolve_comparison(label).moe.active_neurons == size
 
 
