@@ -43,8 +43,8 @@ def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faul
     """
     search = config.search
     faults = list(_measure_faults(config))
-    if not search.space:
-        return faults
+    if not search.space or config.data.source == "tasks":
+        return faults  # That several tasks cannot be searched on is said of the recipe.
     dimensions, space_faults = parse_space(search.space)
     faults += space_faults
     values = [fault for one in dimensions for fault in _value_faults(config, one, key_faults)]
