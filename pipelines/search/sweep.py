@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import LOG_NAME, Trial, TrialLog, rank_trials
 from moe_dist.timeline import mark
-from moe_dist.tracking import build_tracker
+from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.training.capacity import read_capacity
 from moe_dist.training.driver import RaySession, ray_session
 from moe_dist.training.population import Population
@@ -29,6 +28,7 @@ from ..chain import disk_errors, import_heavy, only_one
 from ..files import ResultFiles
 from ..fingerprints import value_digest
 from ..preflight import check_before_start
+from ..recording import source_tags
 from ..stage import write_json
 from ..workspace import Workspace
 from .confirming import Confirmation, confirm
@@ -384,29 +384,15 @@ def _note_sweep(config: RunConfig, workspace: Workspace, directory: Path, second
 
 
 def sweep_tags(config: RunConfig) -> dict[str, str]:
-    """Give the tags that a sweep and its trials share.
+    """Give the tags that a sweep and its trials share, beside those of their points.
 
     Args:
         config: the recipe.
 
     Returns:
-        The version, the recipe's hash, and the commit of the source where it is known.
+        Where and from what source it runs, and the recipe's hash, the same as of its chains.
     """
-    from moe_dist import __version__
-
-    recipe = config.model_dump(mode="json", exclude={"output_dir", "tracking"})
-    tags = {"moe_dist.version": __version__, "recipe_hash": value_digest(recipe)[:12]}
-    commit = _git_commit()
-    return tags | ({"git_commit": commit} if commit else {})
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""  # installed as a package, or no git
-    return done.stdout.strip()
+    return {**source_tags(), "recipe_hash": recipe_hash(config.flatten())}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:
