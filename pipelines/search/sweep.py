@@ -16,7 +16,7 @@ from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
-from moe_dist.search.trials import LOG_NAME, Trial, TrialLog, rank_trials
+from moe_dist.search.trials import BASELINE, LOG_NAME, Trial, TrialLog, rank_trials
 from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.training.capacity import read_capacity
@@ -180,11 +180,12 @@ def _search_in(
             teachers = SharedWork(workspace, run).prepare(dimensions)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
+            fitting = Fitting(workspace, log)
             supervisor = Supervisor(
                 config,
                 directory,
                 log,
-                build_proposer(dimensions, config, Fitting(workspace, log), over),
+                build_proposer(dimensions, config, fitting, over),
                 run,
                 console,
                 workspace.files,
@@ -202,6 +203,9 @@ def _search_in(
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
             mark("trials")
+            if supervisor.ran_out:
+                tried = sum(number != BASELINE for number in log.trials)
+                console.warn(fitting.ran_out(tried, config.search.num_trials))
             result = SweepResult(
                 config,
                 directory,

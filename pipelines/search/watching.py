@@ -85,6 +85,8 @@ class Supervisor:
         self._seconds_before = seconds_before
         self._begin: float | None = None
         self._time_is_up = False
+        self.ran_out = False
+        """Whether the space had fewer points than trials were asked for."""
 
     @property
     def num_left(self) -> int:
@@ -120,6 +122,7 @@ class Supervisor:
         else:
             return None
         if point is None:
+            self.ran_out = True
             return None
         clear_stages(self._trial_directory(number), self._files)
         return self._task(number, point)

@@ -174,6 +174,20 @@ def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_space_with_too_few_points_says_so(write_recipe: Write, settings: dict[str, Any]) -> None:
+    space = {"moe.expert_size": {"choice": [12, 16, 5000, 9000]}}
+    settings["search"] |= {"num_trials": 9, "space": space, "baseline": False}
+    recorder = Recorder()
+    result = search_recipe(load_config(write_recipe(settings)), recorder, finish)
+    assert len(result.trials) == 2
+    (said,) = recorder.warned
+    assert "no further point for search.num_trials=9: 2 fit; 2 others" in said
+    enough = Recorder()
+    search_recipe(load_config(write_recipe(settings), ["search.num_trials=2"]), enough, finish)
+    assert enough.warned == []
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_failed_trial_says_so_and_the_others_go_on(
     write_recipe: Write,
     settings: dict[str, Any],
