@@ -137,6 +137,25 @@ class JsonConsole(Console):
             terms=dict(terms or {}),
         )
 
+    def trials(
+        self,
+        over: int,
+        total: int,
+        figures: Mapping[str, float],
+        running: Mapping[str, float],
+    ) -> None:
+        """Write how far a sweep is.
+
+        Args:
+            over: trials that are over.
+            total: trials in all.
+            figures: values worth showing, such as the best so far.
+            running: what trials under way have measured, by their name and rung.
+        """
+        self._progress_event(
+            "trials", over=over, total=total, figures=dict(figures), running=dict(running)
+        )
+
     def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write that a stage finished.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from moe_dist.config import load_config
@@ -440,6 +441,27 @@ def test_a_goal_is_answered_with_a_recipe(
     other = ["--set", "name=other", "--goal", "quality>1", "--minimize", "flops"]
     none = CliRunner().invoke(app, ["search", recipe, "--quiet", *other])
     assert none.exit_code == 1 and "None of" in none.output
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_search_tells_programs_by_json_lines(
+    write_recipe: Write, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.search.commands import search
+
+    settings["search"] |= {"num_trials": 2, "rungs": 2}
+    search(write_recipe(settings), as_json=True)
+    *before, last = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert last["event"] == "report" and last["report"]["trials"]["all"] == 3
+    assert Path(last["path"]).name == "report.json"
+    told = [event for event in before if event["event"] == "trials"]
+    assert told[0] == {"event": "trials", "over": 0, "total": 3, "figures": {}, "running": {}}
+    assert {"trial-0001 rung 1/2"} <= {name for event in told for name in event["running"]}
+    assert told[-1]["over"] == 3 and "best quality" in told[-1]["figures"]
+    with pytest.raises(typer.Exit):
+        search(write_recipe(settings), goal="nonsense", as_json=True)
+    (fault,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert fault["event"] == "error" and "nonsense" in fault["message"]
 
 
 @pytest.mark.usefixtures("in_this_process")
