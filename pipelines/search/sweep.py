@@ -153,7 +153,7 @@ def _search_in(
             room = _find_room(config, dimensions, session)
             mark("Ray")
             check_before_start(config, workspace)
-            _check_metrics(config, workspace)
+            check_metrics(config, workspace)
             mark("checks")
             tracker = build_tracker(
                 tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
@@ -246,8 +246,16 @@ def best_trial(result: SweepResult) -> Trial | None:
     return ranked[0] if ranked else None
 
 
-def _check_metrics(config: RunConfig, workspace: Workspace) -> None:
-    """Refuse what the task does not measure: every trial would end without a value."""
+def check_metrics(config: RunConfig, workspace: Workspace) -> None:
+    """Refuse what the task does not measure: every trial would end without a value.
+
+    Args:
+        config: the recipe.
+        workspace: with its data.
+
+    Raises:
+        ConfigError: naming each objective that the data have not.
+    """
     task = workspace.splits.task
     missing = [
         name for name in config.search.wanted if name in METRICS and name not in task.metrics

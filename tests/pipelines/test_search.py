@@ -365,6 +365,19 @@ def test_rungs_follow_the_scheduler(write_recipe: Write, settings: dict[str, Any
     assert rung_times(even) == (1, 2, 3)
 
 
+def test_a_dry_run_asks_the_data_for_the_metric(write_recipe: Write, settings: Any) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    recipe = str(write_recipe(settings))
+    wanted = ["search", recipe, "--dry-run", "--set", "search.metric=f1"]
+    done = CliRunner().invoke(app, wanted)
+    assert done.exit_code == 2 and "f1 is no metric of these data" in done.output
+    done = CliRunner().invoke(app, [*wanted, "--set", "data.train=elsewhere.jsonl"])
+    assert done.exit_code == 0 and "not known: whether the data have" in done.output
+
+
 # Goals
 
 
