@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from moe_dist.errors import MoeDistError
 from moe_dist.redaction import hide_secrets
 
+from .command_line import CONTINUES
 from .console import Console
 
 STANDARD_OUTPUT = 1
@@ -192,8 +193,8 @@ def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
             except MoeDistError as error:
                 console.event("error", message=error.message, remedy=error.remedy)
                 raise
-            except KeyboardInterrupt:
-                console.event("stopped", message="the same command continues from here")
+            except KeyboardInterrupt as stop:
+                console.event("stopped", message=str(stop) or CONTINUES)
                 raise
     finally:
         sys.stdout.flush()
