@@ -15,7 +15,7 @@ import yaml
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.objectives import parse_goals
-from moe_dist.search.trials import Report, Trial, TrialLog
+from moe_dist.search.trials import Report, Trial, TrialLog, rank_trials
 from moe_dist.training.placement import Placement, WorkerNeed
 from moe_dist.training.search import TrialRoom
 from pipelines.search import sweep as sweeping
@@ -517,3 +517,25 @@ def test_what_a_goal_lacks_is_said_before_anything_runs(
     ):
         done = CliRunner().invoke(app, ["search", recipe, "--quiet", *options])
         assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
+
+
+# Pictures
+
+
+def test_the_curve_of_the_best_is_that_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.search import pictures
+
+    drawn: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> Path:
+        drawn.extend(figure.axes[0].get_legend_handles_labels()[1])
+        return path
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    # The fewest FLOPs are the best, of equal ones those of the earlier trial.
+    trials = [tried(0, 1.0, 9.0), tried(1, 1.0, 3.0), tried(2, 1.0, 3.0), tried(3, 1.0, 8.0)]
+    best = rank_trials(trials, "flops", "min")[0]
+    pictures.plot_curves(trials, "flops", tmp_path / "curves.png", best=best.number)
+    assert drawn == ["the recipe as it stands", "trial 1, the best"]
