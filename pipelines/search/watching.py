@@ -298,13 +298,16 @@ class Supervisor:
         budget = self._config.search.worker_budget_s
         if budget is None:
             return False
-        workers = self._config.parallel.max_workers
-        spent = workers * sum(trial.seconds for trial in self._log.trials.values())
+        spent = sum(trial.seconds * self._workers(trial) for trial in self._log.trials.values())
         if spent >= budget:
             self._console.note(
                 f"search.worker_budget_s={budget:g} is spent ({spent:.0f} s); no more trials"
             )
         return spent >= budget
+
+    def _workers(self, trial: Trial) -> int:
+        raw = point_settings(self._config, trial.overrides)
+        return RunConfig.model_validate(raw).parallel.max_workers
 
     def _show(self) -> None:
         """Show the trials that are over, the best of them, and where the others are."""

@@ -13,17 +13,22 @@ import typer
 import yaml
 
 from moe_dist.config import load_config
+from moe_dist.config.search_space import parse_space
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.objectives import parse_goals
+from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import Report, Trial, TrialLog, rank_trials
+from moe_dist.tracking import NullTracker
 from moe_dist.training.placement import Placement, WorkerNeed
 from moe_dist.training.search import TrialRoom
+from pipelines.files import ResultFiles
 from pipelines.search import sweep as sweeping
 from pipelines.search.frontier import answer_goal, describe_student, goal_config
 from pipelines.search.results import write_results
 from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import SweepResult, search_recipe
 from pipelines.search.trial import TrialRunner
+from pipelines.search.watching import Supervisor
 from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
@@ -241,6 +246,31 @@ def test_a_time_budget_ends_the_sweep_and_leaves_the_rest(
     assert len(result.trials) <= 1
     rest = load_config(write_recipe(settings), ["search.worker_budget_s=1e-6"])
     assert len(search_recipe(rest, Recorder(), finish).trials) <= 2
+
+
+@pytest.mark.parametrize(("budget", "goes_on"), [(29, False), (31, True)])
+def test_a_budget_counts_the_workers_of_each_trial(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path, budget: int, goes_on: bool
+) -> None:
+    settings["parallel"] = {}
+    space = {"parallel.num_workers": {"choice": [1, 2]}, "moe.top_k": {"choice": [1, 2]}}
+    settings["search"] |= {"space": space, "worker_budget_s": budget}
+    config = load_config(write_recipe(settings))
+    log = TrialLog(tmp_path / "trials.jsonl")
+    for number, workers in ((0, 1), (1, 2)):
+        log.started(number, {}, {"parallel.num_workers": workers})
+        log.ended(number, "finished", 10.0)
+    dimensions, _ = parse_space(config.search.space)
+    supervisor = Supervisor(
+        config,
+        tmp_path,
+        log,
+        build_proposer(dimensions, config),
+        NullTracker().chain("tiny", tmp_path, params={}),
+        Recorder(),
+        ResultFiles(tmp_path),
+    )
+    assert (supervisor.next_task() is not None) == goes_on
 
 
 @pytest.mark.usefixtures("in_this_process")
