@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+CONTINUES = "the same command continues from here"
+"""What holds of a stopped command that says nothing else."""
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Overrides = Annotated[
@@ -103,7 +105,7 @@ def clean_errors(*, debug: bool) -> Iterator[None]:
         typer.echo(hide_secrets(told), err=True)
         raise typer.Exit(_exit_code(error)) from None
     except KeyboardInterrupt as stop:
-        typer.echo(f"stopped; {stop or 'the same command continues from here'}", err=True)
+        typer.echo(f"stopped; {str(stop) or CONTINUES}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise

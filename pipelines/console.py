@@ -17,6 +17,8 @@ from moe_dist.redaction import hide_secrets
 PIPED_WIDTH = 160
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""
+TRIALS = "trials"
+"""What a sweep is called where a stage would stand."""
 RATE_WINDOW_S = 120.0
 """How far back the speed is looked at: a resumed run shows steps that took no time now."""
 
@@ -115,14 +117,41 @@ class Console:
             stage: its name.
             resumed: whether it continues an earlier attempt.
         """
+        self._begin(stage)
+        if not self._live:
+            self.note(f"{self._placed(stage)}: {'continuing' if resumed else 'started'}")
+            return
+        self._draw(self._placed(stage), "continuing" if resumed else "starting")
+
+    def trials(
+        self,
+        over: int,
+        total: int,
+        figures: Mapping[str, float],
+        running: Mapping[str, float],
+    ) -> None:
+        """Show how far a sweep is; `close` ends it.
+
+        Args:
+            over: trials that are over.
+            total: trials in all.
+            figures: values worth showing, such as the best so far.
+            running: what trials under way have measured, by their name and rung.
+        """
+        if self._stage != TRIALS or (self._live and self._progress is None):
+            self._begin(TRIALS)
+            if self._live:
+                self._draw(TRIALS, "starting")
+        self.progress(over, total, figures, running)
+
+    def _begin(self, stage: str) -> None:
         self._stage = stage
         self._started_s = time.monotonic()
         self._recent.clear()
         self._last_step = -1
         self._last_line_s = float("-inf")
-        if not self._live:
-            self.note(f"{self._placed(stage)}: {'continuing' if resumed else 'started'}")
-            return
+
+    def _draw(self, description: str, figures: str) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -131,8 +160,7 @@ class Console:
             console=self._err,
             transient=True,
         )
-        figures = "continuing" if resumed else "starting"
-        self._task = self._progress.add_task(self._placed(stage), total=None, figures=figures)
+        self._task = self._progress.add_task(description, total=None, figures=figures)
         self._progress.start()
 
     def progress(
@@ -199,7 +227,8 @@ class Console:
     def _figures(
         self, now: float, step: int, total: int | None, figures: Mapping[str, float]
     ) -> str:
-        parts = [f"step {step}/{total}" if total else f"step {step}"]
+        unit = "trial" if self._stage == TRIALS else "step"
+        parts = [f"{unit} {step}/{total}" if total else f"{unit} {step}"]
         parts += [f"{name} {_figure(value)}" for name, value in figures.items()]
         first_s, first_step = self._recent[0]
         if total and step > first_step:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from moe_dist.errors import MoeDistError
 from moe_dist.redaction import hide_secrets
 
+from .command_line import CONTINUES
 from .console import Console
 
 STANDARD_OUTPUT = 1
@@ -137,6 +138,25 @@ class JsonConsole(Console):
             terms=dict(terms or {}),
         )
 
+    def trials(
+        self,
+        over: int,
+        total: int,
+        figures: Mapping[str, float],
+        running: Mapping[str, float],
+    ) -> None:
+        """Write how far a sweep is.
+
+        Args:
+            over: trials that are over.
+            total: trials in all.
+            figures: values worth showing, such as the best so far.
+            running: what trials under way have measured, by their name and rung.
+        """
+        self._progress_event(
+            "trials", over=over, total=total, figures=dict(figures), running=dict(running)
+        )
+
     def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
         """Write that a stage finished.
 
@@ -173,8 +193,8 @@ def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
             except MoeDistError as error:
                 console.event("error", message=error.message, remedy=error.remedy)
                 raise
-            except KeyboardInterrupt:
-                console.event("stopped", message="the same command continues from here")
+            except KeyboardInterrupt as stop:
+                console.event("stopped", message=str(stop) or CONTINUES)
                 raise
     finally:
         sys.stdout.flush()

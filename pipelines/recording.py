@@ -32,15 +32,26 @@ def chain_tags(config: RunConfig) -> dict[str, str]:
     Returns:
         Tags; `git_commit` only where the program runs from a checkout.
     """
-    from moe_dist import __version__
-
-    tags = {
-        "moe_dist.version": __version__,
+    return {
+        **source_tags(),
         "router": config.moe.router,
         "partition": config.moe.partition,
         "num_experts": str(config.moe.num_experts),
         "num_shared_neurons": str(config.moe.num_shared_neurons),
         "seed": str(config.seed),
+    }
+
+
+def source_tags() -> dict[str, str]:
+    """Say where the program runs, and from what source.
+
+    Returns:
+        Tags; `git_commit` only where it runs from a checkout.
+    """
+    from moe_dist import __version__
+
+    tags = {
+        "moe_dist.version": __version__,
         "cluster": redact_uri(os.environ.get("RAY_ADDRESS", "")) or "local",
     }
     commit = _git_commit()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from .chain import ChainResult
     from .console import Console
-    from .json_console import JsonConsole
 
 
 def run_until(
@@ -38,19 +38,32 @@ def run_until(
         as_json: print JSON lines.
         debug: show tracebacks.
     """
-    with ExitStack() as stack:
-        stack.enter_context(clean_errors(debug=debug))
+    with clean_errors(debug=debug):
         quieten_libraries()
-        console: Console | JsonConsole
-        if as_json:
-            from .json_console import json_console
+        with open_console(quiet=quiet, as_json=as_json) as console:
+            _run_until(stage, recipe, overrides or [], console, dry_run=dry_run)
 
-            console = stack.enter_context(json_console(quiet=quiet))
-        else:
-            from .console import Console
 
-            console = Console(quiet=quiet)
-        _run_until(stage, recipe, overrides or [], console, dry_run=dry_run)
+@contextmanager
+def open_console(*, quiet: bool, as_json: bool) -> Iterator[Console]:
+    """Open what shows progress and results.
+
+    Args:
+        quiet: show warnings and results only.
+        as_json: print JSON lines.
+
+    Yields:
+        The console.
+    """
+    if as_json:
+        from .json_console import json_console
+
+        with json_console(quiet=quiet) as console:
+            yield console
+        return
+    from .console import Console
+
+    yield Console(quiet=quiet)
 
 
 def _run_until(

@@ -268,7 +268,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     if config.data.tasks:
         shown = ", ".join(f"{name} ({data.source})" for name, data in config.data.tasks.items())
         sizes.facts.append(("tasks", shown))
-    unread = list(_unread_data(data_sets))
+    unread = list(unread_data(data_sets))
     if unread:
         sizes.unknown.append(f"training steps: they need the rows of {', and of '.join(unread)}.")
         return num_labels
@@ -293,8 +293,15 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     return rows.num_labels
 
 
-def _unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
-    """Name the rows that a dry run does not read, and why."""
+def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
+    """Name the rows that a dry run does not read, and why.
+
+    Args:
+        data_sets: of the recipe, by the path of their keys.
+
+    Yields:
+        A few words for each.
+    """
     from moe_dist.data.sources import missing_files
 
     for path, data in data_sets.items():

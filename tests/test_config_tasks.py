@@ -76,3 +76,8 @@ def test_faults_of_tasks_name_their_keys() -> None:
 )
 def test_what_does_not_go_with_several_tasks_is_said(changes: dict[str, Any], fault: str) -> None:
     assert fault in tasks_faults(**changes)
+
+
+def test_a_search_on_several_tasks_is_one_fault() -> None:
+    found = tasks_faults(search={"space": {"moe.num_experts": {"choice": [3, 7]}}})
+    assert found.count("\n") == 0 and "a recipe whose `data` section is that of one" in found

@@ -123,6 +123,46 @@ def test_conditions_follow_other_keys() -> None:
     assert {point["moe.partition"] for point in drawn} == set(table_values("partitions"))
 
 
+def test_a_condition_that_can_never_hold_is_refused() -> None:
+    when = {"moe.partition": "importanse", "moe.num_experts": {"not": [0]}, "moe.tie_shared": 1}
+    found = faults({"distill.kl_weight": {"choice": [1, 2], "when": when}})
+    said = "search.space.distill.kl_weight: when asks for what cannot be: "
+    assert f"{said}moe.partition=importanse is not a choice" in found
+    assert "Did you mean importance?" in found
+    assert f"{said}moe.num_experts=0 is not at least 1" in found
+    assert f"{said}moe.tie_shared=1 is not" in found
+
+
+def test_factors_need_two_numbers() -> None:
+    found = faults(
+        {
+            "moe.router": {"choice": ["hash_random"], "of": "moe.expert_size"},
+            "train.max_steps": {"choice": [0.5], "of": "finetune.max_steps"},
+            "moe.top_k": {"choice": [1], "of": "moe.partition"},
+        }
+    )
+    assert "moe.router: `of` makes its values factors, and 'hash_random' is no number" in found
+    assert "of=finetune.max_steps may be None, which is no number" in found
+    assert "of=moe.partition may be 'importance', which is no number" in found
+
+
+def test_only_shares_of_counts_are_rounded() -> None:
+    config = build(
+        {
+            "moe.num_shared_neurons": {"choice": [0.33], "of": "moe.expert_size"},
+            "distill.kl_weight": {"choice": [0.3], "of": "distill.task_weight"},
+            "distill.task_weight": {"choice": [0.5]},
+        }
+    )
+    assert points(config, 1) == [
+        {
+            "moe.num_shared_neurons": 253,
+            "distill.kl_weight": 0.15,
+            "distill.task_weight": 0.5,
+        }
+    ]
+
+
 def test_ranges_are_kept() -> None:
     config = build(
         {

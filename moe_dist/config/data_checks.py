@@ -219,7 +219,10 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
             "use importance, task_importance or kmeans."
         )
     if config.search.space:
-        yield "search.space works on one task, and data.source is tasks; search on one of them."
+        yield (
+            "search.space works on one task, and data.source is tasks; search with a recipe whose "
+            "`data` section is that of one of data.tasks."
+        )
 
 
 _SETS = ("data.source", "data.tasks")

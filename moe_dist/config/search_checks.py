@@ -18,9 +18,11 @@ from moe_dist.config.search_space import (
     Point,
     grid_points,
     grid_size,
+    known_paths,
     parse_space,
     random_draw,
     sample_point,
+    value_of,
 )
 
 NUM_SAMPLED_POINTS = 48
@@ -41,12 +43,14 @@ def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faul
     """
     search = config.search
     faults = list(_measure_faults(config))
-    if not search.space:
-        return faults
+    if not search.space or config.data.source == "tasks":
+        return faults  # That several tasks cannot be searched on is said of the recipe.
     dimensions, space_faults = parse_space(search.space)
     faults += space_faults
     values = [fault for one in dimensions for fault in _value_faults(config, one, key_faults)]
     faults += values
+    faults += _condition_faults(config, dimensions, key_faults)
+    faults += _factor_faults(config, dimensions)
     faults += _shape_faults(config, dimensions)
     if search.is_population:
         faults += population_faults(config, dimensions)
@@ -101,6 +105,50 @@ def _value_faults(config: RunConfig, dimension: Dimension, key_faults: Faults) -
         for fault in key_faults(point_settings(config, {dimension.path: value}))
         if fault.startswith(dimension.path)
     ]
+
+
+def _condition_faults(
+    config: RunConfig, dimensions: tuple[Dimension, ...], key_faults: Faults
+) -> Iterator[str]:
+    """Refuse conditions on what a key cannot be: they would hold never, or always, unnoticed."""
+    paths = known_paths()  # Of another one the space itself has said that it is no key.
+    for dimension in dimensions:
+        for condition in dimension.conditions:
+            values = condition.values if condition.path in paths else ()
+            yield from (
+                f"search.space.{dimension.path}: when asks for what cannot be: {fault}"
+                for value in values
+                for fault in key_faults(point_settings(config, {condition.path: value}))
+                if fault.startswith(condition.path)
+            )
+
+
+def _factor_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
+    """Refuse `of` where there are no two numbers to multiply."""
+    by_path = {dimension.path: dimension for dimension in dimensions}
+    for dimension in dimensions:
+        if dimension.of not in known_paths():
+            continue  # There is no `of`, or the space itself has said that it names no key.
+        yield from (
+            f"search.space.{dimension.path}: `of` makes its values factors, and {value!r} is no "
+            "number; give numbers, or remove `of`."
+            for value in dimension.values
+            if not _is_number(value)
+        )
+        other = by_path.get(dimension.of)
+        drawn = () if other is None else (*other.values, *other.otherwise)
+        rests = other is None or (other.conditions and not other.otherwise)
+        own = (value_of(config, dimension.of),) if rests else ()
+        for value in (*drawn, *own):
+            if not _is_number(value):
+                yield (
+                    f"search.space.{dimension.path}: of={dimension.of} may be {value!r}, which is "
+                    "no number to multiply; name a key that is one."
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shape_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:

@@ -61,7 +61,7 @@ class Dimension:
         log: whether `integers` are spread by their logarithm.
         conditions: all must hold, or the key is not drawn.
         otherwise: its value then, in a tuple; empty where the recipe's own stays.
-        of: a key whose value the drawn one is multiplied with, and rounded.
+        of: a key whose value the drawn one is multiplied with, and rounded where that is whole.
     """
 
     path: str
@@ -137,9 +137,11 @@ def sample_point(dimensions: tuple[Dimension, ...], config: RunConfig, draw: Dra
     for dimension in dimensions:
         if all(condition.holds(known(condition.path)) for condition in dimension.conditions):
             value = drawn[dimension.path] = draw(dimension)
-            overrides[dimension.path] = (
-                round(value * known(dimension.of)) if dimension.of else value
-            )
+            if dimension.of:
+                whole = known(dimension.of)
+                # A share of a count is a count; of a weight or a rate it is a number like it.
+                value = round(value * whole) if isinstance(whole, int) else value * whole
+            overrides[dimension.path] = value
         elif dimension.otherwise:
             overrides[dimension.path] = dimension.otherwise[0]
     return Point(drawn, overrides)

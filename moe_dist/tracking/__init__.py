@@ -38,7 +38,7 @@ from moe_dist.tracking.reading import (
     recorded_id,
     sort_runs,
 )
-from moe_dist.tracking.runs import build_tracker
+from moe_dist.tracking.runs import build_tracker, recipe_hash
 from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Tracker",
     "build_tracker",
     "flatten",
+    "recipe_hash",
     "recorded_id",
     "redact_uri",
     "scrub",

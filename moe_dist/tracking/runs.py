@@ -102,7 +102,7 @@ class MLflowTracker:
         journal = _open_journal(name, Path(directory), _chain_fingerprint(flat), None)
         with journal.changing() as wanted:
             wanted.params.update(flat)
-            wanted.tags.update({RECIPE_TAG: journal.wanted.fingerprint[:12], **(tags or {})})
+            wanted.tags.update({RECIPE_TAG: recipe_hash(flat), **(tags or {})})
         return _MlflowRun(journal, Sender(self._store, journal))
 
 
@@ -212,6 +212,18 @@ class _MlflowRun:
             self._sender.finish()
         else:
             self._sender.wake()
+
+
+def recipe_hash(params: Mapping[str, object]) -> str:
+    """Name a recipe, whatever the workers, places and comparisons that it runs with.
+
+    Args:
+        params: the whole configuration, nested or flat.
+
+    Returns:
+        What chains have as the tag `recipe_hash`.
+    """
+    return _chain_fingerprint(flatten(params))[:12]
 
 
 def _chain_fingerprint(flat: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from ..command_line import (
     EXIT_FAILURE,
+    AsJson,
     Debug,
     DryRun,
     Overrides,
@@ -18,6 +19,7 @@ from ..command_line import (
     quieten_libraries,
     send_warnings_to,
 )
+from ..running import open_console
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -60,32 +62,16 @@ def search(
     ] = "",
     dry_run: DryRun = False,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Search over a recipe's choices on Ray Tune, or for the cheapest model that keeps a goal."""
     with clean_errors(debug=debug):
         quieten_libraries()
-        from ..cluster_package import cluster_module
-        from ..console import Console
-
-        console = Console(quiet=quiet or as_json)
-        config = _load(recipe, overrides or [], space)
-        goals, minimize = _goals(goal, minimize)
-        if goals:
-            from .frontier import goal_config
-
-            config = goal_config(config, goals, minimize, console)
-        if dry_run:
-            from .plan import show_plan
-
-            show_plan(config, console)
-            return
-        lasting = cluster_module("lasting")
-        if lasting.in_ray_job():
-            lasting.check_job(config)
-        send_warnings_to(console)
-        is_met = _search(config, console, goals, minimize, as_json=as_json)
+        with open_console(quiet=quiet, as_json=as_json) as console:
+            is_met = _check_and_search(
+                recipe, overrides or [], space, goal, minimize, console, dry_run=dry_run
+            )
     if not is_met:
         raise typer.Exit(EXIT_FAILURE)
 
@@ -122,6 +108,36 @@ def benchmark_search(
         )
 
 
+def _check_and_search(
+    recipe: Path,
+    overrides: list[str],
+    space: Path | None,
+    goal: str,
+    minimize: str,
+    console: Console,
+    *,
+    dry_run: bool,
+) -> bool:
+    from ..cluster_package import cluster_module
+
+    config = _load(recipe, overrides, space)
+    goals, minimize = _goals(goal, minimize)
+    if goals:
+        from .frontier import goal_config
+
+        config = goal_config(config, goals, minimize, console)
+    if dry_run:
+        from .plan import show_plan
+
+        show_plan(config, console)
+        return True
+    lasting = cluster_module("lasting")
+    if lasting.in_ray_job():
+        lasting.check_job(config)
+    send_warnings_to(console)
+    return _search(config, console, goals, minimize)
+
+
 def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:
     from moe_dist.config import build_config, read_settings
     from moe_dist.config.overrides import apply_overrides, parse_overrides
@@ -152,13 +168,10 @@ def _goals(goal: str, minimize: str) -> tuple[Any, str]:
     return parse_goals(goal), minimize
 
 
-def _search(
-    config: RunConfig, console: Console, goals: Any, minimize: str, *, as_json: bool
-) -> bool:
-    import json
+def _search(config: RunConfig, console: Console, goals: Any, minimize: str) -> bool:
     import signal
 
-    from .results import table_lines, verdict_lines, write_results
+    from .results import verdict_lines, write_results
     from .sweep import search_recipe
 
     # A stop from outside ends a sweep as Ctrl-C does: Ray taken down, to be continued.
@@ -179,14 +192,23 @@ def _search(
         return None if best is None else int(best["trial"])
 
     result = search_recipe(config, console, finish, choose if goals else None)
-    is_met = not goals or bool(outcome["answer"].is_met)
     summary = outcome["summary"]
-    if as_json:
-        console.result(json.dumps(summary, indent=1))
-        return is_met
+    console.document(
+        {
+            "event": "report",
+            "path": result.files.shown(result.directory / "report.json"),
+            "report": summary,
+            "mlflow": result.open_hint,
+        },
+        lambda: _show(result, summary, said, console),
+    )
+    return not goals or bool(outcome["answer"].is_met)
+
+
+def _show(result: SweepResult, summary: dict[str, Any], said: list[str], console: Console) -> None:
     from moe_dist.search.trials import rank_trials
 
-    from .results import MAX_ROWS
+    from .results import MAX_ROWS, table_lines
 
     metric, mode = next(iter(result.config.search.wanted.items()))
     ranked = rank_trials(list(result.trials.values()), metric, mode)
@@ -200,7 +222,6 @@ def _search(
         console.result(f"recipe: {shown(result.directory / 'best.yaml')}")
     if result.open_hint:
         console.result(f"MLflow: {result.open_hint}")
-    return is_met
 
 
 def _answer(result: SweepResult, goals: Any, minimize: str) -> Answer:

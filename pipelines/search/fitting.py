@@ -52,6 +52,27 @@ class Fitting:
         self._seen.add(key)
         return True
 
+    def ran_out(self, num_tried: int, num_trials: int) -> str:
+        """Say that the space has no further point.
+
+        Args:
+            num_tried: points that had a trial.
+            num_trials: what was asked for.
+
+        Returns:
+            Words with a remedy.
+        """
+        unfit = (
+            f"; {self.num_unfit} others are no sound recipe, or ask for more neurons than the "
+            "model's layers have"
+            if self.num_unfit
+            else ""
+        )
+        return (
+            f"search.space has no further point for search.num_trials={num_trials}: {num_tried} "
+            f"fit{unfit}. Widen it, or ask for fewer trials."
+        )
+
     @cached_property
     def _skeleton(self) -> Any:
         return start_skeleton(self._workspace, self._workspace.splits.task.num_labels)

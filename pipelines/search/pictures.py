@@ -19,13 +19,16 @@ MAX_AXES = 10
 _GAP = 0.06
 
 
-def plot_curves(trials: Sequence[Trial], metric: str, path: Path) -> Path:
+def plot_curves(
+    trials: Sequence[Trial], metric: str, path: Path, *, best: int | None = None
+) -> Path:
     """Draw what each trial measured at each rung.
 
     Args:
         trials: of the sweep.
         metric: the objective.
         path: the PNG to write.
+        best: the number of the trial that the report calls so.
 
     Returns:
         The path.
@@ -33,8 +36,7 @@ def plot_curves(trials: Sequence[Trial], metric: str, path: Path) -> Path:
     with plot_style():
         figure = new_figure(8.0, 4.4)
         axes = figure.subplots()
-        best = _best_position(trials, metric)
-        for position, trial in enumerate(trials):
+        for trial in trials:
             points = [(r.step, r.metrics[metric]) for r in trial.reports if metric in r.metrics]
             if not points:
                 continue
@@ -44,7 +46,7 @@ def plot_curves(trials: Sequence[Trial], metric: str, path: Path) -> Path:
             label = None
             if trial.number == BASELINE:
                 colour, width, label = INK, 2.0, "the recipe as it stands"
-            elif position == best:
+            elif trial.number == best:
                 colour, width, label = COLOURS[1], 2.2, f"trial {trial.number}, the best"
             axes.plot(steps, values, color=colour, lw=width, marker="o", ms=3, label=label)
             if stopped:
@@ -218,12 +220,3 @@ def _draw_front(
 
 
 _UNITS = {"flops": "FLOPs for one token", "latency": "latency (ms)"}
-
-
-def _best_position(trials: Sequence[Trial], metric: str) -> int:
-    done = [
-        (trial.value(metric), position)
-        for position, trial in enumerate(trials)
-        if trial.status == "finished" and not math.isnan(trial.value(metric))
-    ]
-    return max(done)[1] if done else -1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_dist.config.data_checks import data_sections
 from moe_dist.config.search_space import grid_size, parse_space
+from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError
 
+from ..console import Console
+from ..sizes import unread_data
+from ..workspace import Workspace
 from .rungs import rung_times
+from .sweep import check_metrics
 from .teachers import teacher_key, teacher_points
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-
-    from ..console import Console
 
 
 def show_plan(config: RunConfig, console: Console) -> None:
@@ -24,11 +28,12 @@ def show_plan(config: RunConfig, console: Console) -> None:
         console: where to print.
 
     Raises:
-        ConfigError: if there is no space.
+        ConfigError: if there is no space, or the data have no such metric.
     """
     search = config.search
     if not search.space:
         raise ConfigError(["search.space is missing; see docs/search.md."], source=config.name)
+    unknown = _check_data(config)
     dimensions, _ = parse_space(search.space)
     size = grid_size(dimensions)
     console.result(f"{config.name}: the search is valid; nothing was run.")
@@ -50,3 +55,17 @@ def show_plan(config: RunConfig, console: Console) -> None:
     shares = ", ".join(f"{100 * time / times[-1]:.0f} %" for time in times)
     console.result(f"measured at {shares} of a trial's steps; objectives {search.wanted}")
     console.result(f"{len(teachers)} teacher{'s' if len(teachers) > 1 else ''} for all trials")
+    for line in unknown:
+        console.result(f"not known: {line}")
+
+
+def _check_data(config: RunConfig) -> list[str]:
+    """See that the data have the metrics that are named; say where they could not be asked."""
+    if not METRICS.keys() & config.search.wanted.keys():
+        return []
+    data_sets = data_sections(config)
+    unread = list(unread_data(data_sets))
+    if unread:
+        return [f"whether the data have these metrics: they are {', and '.join(unread)}."]
+    check_metrics(config, Workspace(config, Console(quiet=True)))
+    return []

@@ -74,7 +74,7 @@ def write_results(
     write_table(trials, directory / PARQUET_NAME)
     if best is not None:
         run.log_artifact(write_best(result, best))
-    pictures = _draw(trials, metric, mode, summary["importance"], directory)
+    pictures = _draw(trials, metric, mode, summary["importance"], directory, best)
     write_json(directory / SUMMARY_NAME, summary)
     text = to_markdown(result, summary, ranked, pictures)
     (directory / REPORT_NAME).write_text(text, encoding="utf-8")
@@ -438,6 +438,7 @@ def _draw(
     mode: str,
     importance: Mapping[str, float],
     directory: Path,
+    best: Trial | None,
 ) -> list[Path]:
     if not any(trial.reports for trial in trials):
         return []
@@ -453,7 +454,8 @@ def _draw(
     if costs:
         path = directory / "pareto.png"
         pictures.append(plot_fronts(trials, metric, costs, path, maximise=mode == "max"))
-    pictures.append(plot_curves(trials, metric, directory / "curves.png"))
+    number = None if best is None else best.number
+    pictures.append(plot_curves(trials, metric, directory / "curves.png", best=number))
     return pictures
 
 

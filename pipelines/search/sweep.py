@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,9 @@ from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
-from moe_dist.search.trials import LOG_NAME, Trial, TrialLog, rank_trials
+from moe_dist.search.trials import BASELINE, LOG_NAME, Trial, TrialLog, rank_trials
 from moe_dist.timeline import mark
-from moe_dist.tracking import build_tracker
+from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.training.capacity import read_capacity
 from moe_dist.training.driver import RaySession, ray_session
 from moe_dist.training.population import Population
@@ -29,6 +28,7 @@ from ..chain import disk_errors, import_heavy, only_one
 from ..files import ResultFiles
 from ..fingerprints import value_digest
 from ..preflight import check_before_start
+from ..recording import source_tags
 from ..stage import write_json
 from ..workspace import Workspace
 from .confirming import Confirmation, confirm
@@ -153,7 +153,7 @@ def _search_in(
             room = _find_room(config, dimensions, session)
             mark("Ray")
             check_before_start(config, workspace)
-            _check_metrics(config, workspace)
+            check_metrics(config, workspace)
             mark("checks")
             tracker = build_tracker(
                 tracking.uri, experiment=tracking.experiment, enabled=tracking.enabled
@@ -180,11 +180,12 @@ def _search_in(
             teachers = SharedWork(workspace, run).prepare(dimensions)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
+            fitting = Fitting(workspace, log)
             supervisor = Supervisor(
                 config,
                 directory,
                 log,
-                build_proposer(dimensions, config, Fitting(workspace, log), over),
+                build_proposer(dimensions, config, fitting, over),
                 run,
                 console,
                 workspace.files,
@@ -202,6 +203,9 @@ def _search_in(
                 supervisor.close()
                 _note_sweep(config, workspace, directory, supervisor.seconds)
             mark("trials")
+            if supervisor.ran_out:
+                tried = sum(number != BASELINE for number in log.trials)
+                console.warn(fitting.ran_out(tried, config.search.num_trials))
             result = SweepResult(
                 config,
                 directory,
@@ -242,8 +246,16 @@ def best_trial(result: SweepResult) -> Trial | None:
     return ranked[0] if ranked else None
 
 
-def _check_metrics(config: RunConfig, workspace: Workspace) -> None:
-    """Refuse what the task does not measure: every trial would end without a value."""
+def check_metrics(config: RunConfig, workspace: Workspace) -> None:
+    """Refuse what the task does not measure: every trial would end without a value.
+
+    Args:
+        config: the recipe.
+        workspace: with its data.
+
+    Raises:
+        ConfigError: naming each objective that the data have not.
+    """
     task = workspace.splits.task
     missing = [
         name for name in config.search.wanted if name in METRICS and name not in task.metrics
@@ -384,29 +396,15 @@ def _note_sweep(config: RunConfig, workspace: Workspace, directory: Path, second
 
 
 def sweep_tags(config: RunConfig) -> dict[str, str]:
-    """Give the tags that a sweep and its trials share.
+    """Give the tags that a sweep and its trials share, beside those of their points.
 
     Args:
         config: the recipe.
 
     Returns:
-        The version, the recipe's hash, and the commit of the source where it is known.
+        Where and from what source it runs, and the recipe's hash, the same as of its chains.
     """
-    from moe_dist import __version__
-
-    recipe = config.model_dump(mode="json", exclude={"output_dir", "tracking"})
-    tags = {"moe_dist.version": __version__, "recipe_hash": value_digest(recipe)[:12]}
-    commit = _git_commit()
-    return tags | ({"git_commit": commit} if commit else {})
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""  # installed as a package, or no git
-    return done.stdout.strip()
+    return {**source_tags(), "recipe_hash": recipe_hash(config.flatten())}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:

@@ -113,6 +113,8 @@ class TrialRunner:
         """
         import torch
 
+        from moe_dist.training.hardware import return_free_memory
+
         mark("first trial on a worker")
         config = RunConfig.model_validate(point_settings(self.config, task["overrides"]))
         torch.set_num_threads(config.parallel.cpus_per_worker)
@@ -131,7 +133,11 @@ class TrialRunner:
         if self.config.search.is_population and task["is_ruled"]:
             trial = replace(trial, is_member=True, resume=task.get("resume", ""))
         trials = self.directory if is_uri(self.directory) else Path(self.directory)
-        trial.run(below(trials, trial_name(task["number"])), in_place=task["in_place"])
+        try:
+            trial.run(below(trials, trial_name(task["number"])), in_place=task["in_place"])
+        finally:
+            # The process stays for the next trial, which brings sizes of its own.
+            return_free_memory()
 
 
 def trial_name(number: int) -> str:

@@ -21,6 +21,7 @@ from moe_dist.search.trials import BASELINE, Report, Status, Trial, TrialLog
 
 from ..console import duration
 from ..fingerprints import value_digest
+from .rungs import rung_times
 from .teachers import teacher_key
 from .trial import trial_name
 from .trial_stages import TrialStages, clear_stages
@@ -85,6 +86,10 @@ class Supervisor:
         self._seconds_before = seconds_before
         self._begin: float | None = None
         self._time_is_up = False
+        self._num_rungs = len(rung_times(config.search))
+        self._num_trials = self.num_left + sum(trial.is_over for trial in log.trials.values())
+        self.ran_out = False
+        """Whether the space had fewer points than trials were asked for."""
 
     @property
     def num_left(self) -> int:
@@ -104,6 +109,7 @@ class Supervisor:
         """Give the next trial's task: interrupted ones first, then the recipe's own."""
         if self._begin is None:
             self._begin = time.monotonic()
+            self._show()
         search = self._config.search
         if self.is_time_up() or self._is_spent():
             return None
@@ -120,6 +126,7 @@ class Supervisor:
         else:
             return None
         if point is None:
+            self.ran_out = True
             return None
         clear_stages(self._trial_directory(number), self._files)
         return self._task(number, point)
@@ -189,6 +196,7 @@ class Supervisor:
         self._log_moving(number, 0, point)
         what = "the recipe as it stands" if number == BASELINE else _said(point.drawn)
         self._console.note(f"{trial_name(number)}: {what}")
+        self._show()
 
     def reported(self, number: int, report: Report, num_steps: int, seconds: float) -> None:
         """Note what a trial measured."""
@@ -200,6 +208,7 @@ class Supervisor:
             f"{trial_name(number)}: step {report.step}/{num_steps}  {self._metric} {value:.4g}"
             f"{self._best_words()}"
         )
+        self._show()
 
     def ended(self, number: int, message: str = "") -> None:
         """Note that a trial is over, or that it failed."""
@@ -226,6 +235,7 @@ class Supervisor:
             self._console.warn(f"{trial_name(number)} failed: {message}")
         elif status == "stopped":
             self._console.note(f"{trial_name(number)}: ended early, after {duration(seconds)}")
+        self._show()
 
     def is_time_up(self) -> bool:
         """Tell whether the time budget is spent; asked all the time while trials run."""
@@ -241,6 +251,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Close the runs of trials that were cut off; they go on with the same command."""
+        self._console.close()
         for number, run in self._runs.items():
             if self._log.trials[number].status == "running":
                 with suppress(Exception):
@@ -287,13 +298,32 @@ class Supervisor:
         budget = self._config.search.worker_budget_s
         if budget is None:
             return False
-        workers = self._config.parallel.max_workers
-        spent = workers * sum(trial.seconds for trial in self._log.trials.values())
+        spent = sum(trial.seconds * self._workers(trial) for trial in self._log.trials.values())
         if spent >= budget:
             self._console.note(
                 f"search.worker_budget_s={budget:g} is spent ({spent:.0f} s); no more trials"
             )
         return spent >= budget
+
+    def _workers(self, trial: Trial) -> int:
+        raw = point_settings(self._config, trial.overrides)
+        return RunConfig.model_validate(raw).parallel.max_workers
+
+    def _show(self) -> None:
+        """Show the trials that are over, the best of them, and where the others are."""
+        trials, best = self._log.trials, self._log_best()
+        self._console.trials(
+            sum(trial.status != "running" for trial in trials.values()),
+            self._num_trials,
+            {} if best is None else {f"best {self._metric}": best},
+            {
+                f"{trial_name(number)} rung {len(trial.reports)}/{self._num_rungs}": trial.value(
+                    self._metric
+                )
+                for number, trial in trials.items()
+                if trial.status == "running" and trial.reports
+            },
+        )
 
     def _log_best(self) -> float | None:
         best: float | None = None

@@ -6,13 +6,14 @@ from pipelines.console import Console
 
 
 class Recorder(Console):
-    """A quiet console that remembers which stages ran, and which were skipped or resumed."""
+    """A quiet console that remembers which stages ran, were skipped or resumed, and warnings."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.ran: list[str] = []
         self.resumed: list[str] = []
         self.skipped: list[str] = []
+        self.warned: list[str] = []
 
     def stage_started(self, stage: str, *, resumed: bool) -> None:
         self.ran.append(stage)
@@ -20,3 +21,6 @@ class Recorder(Console):
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
         self.skipped.append(stage)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from moe_dist.errors import ConfigError
 from pipelines.cli import app
 from pipelines.command_line import clean_errors
+from pipelines.json_console import json_console
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -142,3 +144,23 @@ def test_errors_and_tracebacks_tell_no_credentials(
     assert stopped.value.exit_code == code
     assert "host/x" in said and "hunter2" not in said
     assert ("Traceback" in said) == (debug or code == 1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (KeyboardInterrupt(), "stopped; the same command continues from here\n"),
+        (KeyboardInterrupt("a population starts anew"), "stopped; a population starts anew\n"),
+    ],
+)
+def test_a_stopped_command_says_how_to_go_on(
+    stop: KeyboardInterrupt, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as stopped, clean_errors(debug=False):
+        raise stop
+    assert stopped.value.exit_code == 130
+    assert capfd.readouterr().err == said
+    with pytest.raises(KeyboardInterrupt), json_console():
+        raise stop
+    (event,) = map(json.loads, capfd.readouterr().out.splitlines())
+    assert event["event"] == "stopped" and f"stopped; {event['message']}\n" == said

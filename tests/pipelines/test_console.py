@@ -81,3 +81,29 @@ def test_lines_say_which_stage_of_how_many_and_what_the_loss_is_made_of(
         "distill (2 of 3): started",
         "distill: step 10/100  loss 0.5  (task 0.3  kl 0.2)",
     ]
+
+
+def test_a_sweep_shows_its_trials_with_their_rung_and_the_best(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    console = Console(live=False)
+    console.trials(0, 5, {}, {})
+    console.trials(1, 5, {"best quality": 0.9}, {"trial-0002 rung 1/3": 0.8})
+    assert capsys.readouterr().err.splitlines() == [
+        "trials: trial 0/5",
+        "trials: trial 1/5  best quality 0.9  ETA 6 min 40 s  (trial-0002 rung 1/3 0.8)",
+    ]
+
+
+def test_a_live_view_of_a_sweep_is_taken_away_at_its_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(live=True)
+    console.trials(0, 5, {}, {})
+    console.note("trial-0000: the recipe as it stands")
+    console.trials(1, 5, {"best quality": 0.9}, {"trial-0002 rung 1/3": 0.8})
+    console.close()
+    console.note("after it")
+    assert capsys.readouterr().err.endswith("after it\n")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.tracking import RunReader
+from moe_dist.tracking import RunReader, build_tracker
 from pipelines.chain import run_chain
 from pipelines.comparison.page import render_page
 from pipelines.comparison.selection import select_runs
 from pipelines.recording import chain_tags
+from pipelines.search.sweep import sweep_tags
 from tests.pipelines.recorder import Recorder
 
 mlflow = pytest.importorskip("mlflow")
@@ -57,3 +58,24 @@ def test_tags_name_the_choices(
     tags = chain_tags(load_config(write_recipe(tiny_settings), ["seed=3"]))
     assert tags["seed"] == "3" and tags["num_experts"] == "2"
     assert "head" in tags["cluster"] and "secret" not in tags["cluster"]
+
+
+def test_a_sweep_is_found_by_the_tags_of_its_chains(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    recipe = write_recipe(tiny_settings | {"parallel": {}})
+    config = load_config(recipe)
+    elsewhere = load_config(
+        recipe, [f"output_dir={tmp_path}/other", "parallel.num_workers=2", "parallel.ep_size=2"]
+    )
+    tags = sweep_tags(config)
+    assert tags["cluster"] == "http://head:8265" and tags == sweep_tags(elsewhere)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    with build_tracker(store).chain("tiny", tmp_path / "run", params=config.flatten()):
+        pass
+    (run,) = RunReader(store).search(parents_only=True)
+    assert run.tags["recipe_hash"] == tags["recipe_hash"]

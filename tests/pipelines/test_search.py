@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from moe_dist.config import load_config
+from moe_dist.config.search_space import parse_space
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.objectives import parse_goals
-from moe_dist.search.trials import Report, Trial, TrialLog
+from moe_dist.search.proposers import build_proposer
+from moe_dist.search.trials import Report, Trial, TrialLog, rank_trials
+from moe_dist.tracking import NullTracker
 from moe_dist.training.placement import Placement, WorkerNeed
 from moe_dist.training.search import TrialRoom
+from pipelines.files import ResultFiles
 from pipelines.search import sweep as sweeping
 from pipelines.search.frontier import answer_goal, describe_student, goal_config
 from pipelines.search.results import write_results
 from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import SweepResult, search_recipe
 from pipelines.search.trial import TrialRunner
+from pipelines.search.watching import Supervisor
 from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
@@ -174,6 +180,20 @@ def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_space_with_too_few_points_says_so(write_recipe: Write, settings: dict[str, Any]) -> None:
+    space = {"moe.expert_size": {"choice": [12, 16, 5000, 9000]}}
+    settings["search"] |= {"num_trials": 9, "space": space, "baseline": False}
+    recorder = Recorder()
+    result = search_recipe(load_config(write_recipe(settings)), recorder, finish)
+    assert len(result.trials) == 2
+    (said,) = recorder.warned
+    assert "no further point for search.num_trials=9: 2 fit; 2 others" in said
+    enough = Recorder()
+    search_recipe(load_config(write_recipe(settings), ["search.num_trials=2"]), enough, finish)
+    assert enough.warned == []
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_failed_trial_says_so_and_the_others_go_on(
     write_recipe: Write,
     settings: dict[str, Any],
@@ -226,6 +246,31 @@ def test_a_time_budget_ends_the_sweep_and_leaves_the_rest(
     assert len(result.trials) <= 1
     rest = load_config(write_recipe(settings), ["search.worker_budget_s=1e-6"])
     assert len(search_recipe(rest, Recorder(), finish).trials) <= 2
+
+
+@pytest.mark.parametrize(("budget", "goes_on"), [(29, False), (31, True)])
+def test_a_budget_counts_the_workers_of_each_trial(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path, budget: int, goes_on: bool
+) -> None:
+    settings["parallel"] = {}
+    space = {"parallel.num_workers": {"choice": [1, 2]}, "moe.top_k": {"choice": [1, 2]}}
+    settings["search"] |= {"space": space, "worker_budget_s": budget}
+    config = load_config(write_recipe(settings))
+    log = TrialLog(tmp_path / "trials.jsonl")
+    for number, workers in ((0, 1), (1, 2)):
+        log.started(number, {}, {"parallel.num_workers": workers})
+        log.ended(number, "finished", 10.0)
+    dimensions, _ = parse_space(config.search.space)
+    supervisor = Supervisor(
+        config,
+        tmp_path,
+        log,
+        build_proposer(dimensions, config),
+        NullTracker().chain("tiny", tmp_path, params={}),
+        Recorder(),
+        ResultFiles(tmp_path),
+    )
+    assert (supervisor.next_task() is not None) == goes_on
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -350,6 +395,19 @@ def test_rungs_follow_the_scheduler(write_recipe: Write, settings: dict[str, Any
     assert rung_times(even) == (1, 2, 3)
 
 
+def test_a_dry_run_asks_the_data_for_the_metric(write_recipe: Write, settings: Any) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    recipe = str(write_recipe(settings))
+    wanted = ["search", recipe, "--dry-run", "--set", "search.metric=f1"]
+    done = CliRunner().invoke(app, wanted)
+    assert done.exit_code == 2 and "f1 is no metric of these data" in done.output
+    done = CliRunner().invoke(app, [*wanted, "--set", "data.train=elsewhere.jsonl"])
+    assert done.exit_code == 0 and "not known: whether the data have" in done.output
+
+
 # Goals
 
 
@@ -429,6 +487,27 @@ def test_a_goal_is_answered_with_a_recipe(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_search_tells_programs_by_json_lines(
+    write_recipe: Write, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.search.commands import search
+
+    settings["search"] |= {"num_trials": 2, "rungs": 2}
+    search(write_recipe(settings), as_json=True)
+    *before, last = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert last["event"] == "report" and last["report"]["trials"]["all"] == 3
+    assert Path(last["path"]).name == "report.json"
+    told = [event for event in before if event["event"] == "trials"]
+    assert told[0] == {"event": "trials", "over": 0, "total": 3, "figures": {}, "running": {}}
+    assert {"trial-0001 rung 1/2"} <= {name for event in told for name in event["running"]}
+    assert told[-1]["over"] == 3 and "best quality" in told[-1]["figures"]
+    with pytest.raises(typer.Exit):
+        search(write_recipe(settings), goal="nonsense", as_json=True)
+    (fault,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert fault["event"] == "error" and "nonsense" in fault["message"]
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_other_seeds_confirm_the_answer_to_a_goal(
     write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -468,3 +547,25 @@ def test_what_a_goal_lacks_is_said_before_anything_runs(
     ):
         done = CliRunner().invoke(app, ["search", recipe, "--quiet", *options])
         assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
+
+
+# Pictures
+
+
+def test_the_curve_of_the_best_is_that_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.search import pictures
+
+    drawn: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> Path:
+        drawn.extend(figure.axes[0].get_legend_handles_labels()[1])
+        return path
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    # The fewest FLOPs are the best, of equal ones those of the earlier trial.
+    trials = [tried(0, 1.0, 9.0), tried(1, 1.0, 3.0), tried(2, 1.0, 3.0), tried(3, 1.0, 8.0)]
+    best = rank_trials(trials, "flops", "min")[0]
+    pictures.plot_curves(trials, "flops", tmp_path / "curves.png", best=best.number)
+    assert drawn == ["the recipe as it stands", "trial 1, the best"]

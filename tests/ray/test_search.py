@@ -168,9 +168,8 @@ def check_runs(directory: Path, best: int) -> None:
     assert marked == [best]
     for run in trials.values():
         assert run.info.status == "FINISHED"
-        assert {"router", "partition", "num_shared_neurons", "seed", "recipe_hash"} <= set(
-            run.data.tags
-        )
+        choices = {"router", "partition", "num_shared_neurons", "seed"}
+        assert choices | {"recipe_hash", "cluster"} <= set(run.data.tags)
         assert client.get_metric_history(run.info.run_id, "trial/quality")
         stages = {stage.info.run_name: stage for stage in below[run.info.run_id]}
         assert set(stages) == {"adapt", "evaluate", "distill"}

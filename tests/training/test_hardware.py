@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from moe_dist.errors import ClusterError
 from moe_dist.training import hardware
-from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
+from moe_dist.training.hardware import (
+    peak_memory_gib,
+    pick_device,
+    pick_precision,
+    return_free_memory,
+)
 from moe_dist.training.transfer import ahead, prepared
 from moe_dist.training.window import LogWindow, load_imbalance
 
@@ -32,6 +40,19 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_peak_memory_is_that_of_a_process_with_torch() -> None:
     assert 0.05 < peak_memory_gib() < 64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident_mib() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+    # Too small for pages of their own, and the last one holds the heap's end.
+    pieces = [torch.ones(4000) for _ in range(8000)]
+    del pieces[:-1]
+    held = resident_mib()
+    return_free_memory()
+    assert resident_mib() < held - 60
 
 
 def test_batches_pass_unchanged_on_a_cpu() -> None:
