@@ -17,7 +17,7 @@ from .command_line import (
     Recipe,
     clean_errors,
     quieten_libraries,
-    send_warnings_to,
+    shown_warnings,
 )
 from .comparison.commands import register as register_comparison
 from .export_command import register as register_export
@@ -126,10 +126,11 @@ def preflight(
 
         config = load_config(recipe, overrides or ())
         console = Console(quiet=as_json)
-        send_warnings_to(console)
         from .preflight import run_preflight
 
-        if not run_preflight(config, console, as_json=as_json):
+        with shown_warnings(console):
+            is_ready = run_preflight(config, console, as_json=as_json)
+        if not is_ready:
             raise typer.Exit(EXIT_FAILURE)
 
 

@@ -66,11 +66,15 @@ def quieten_libraries() -> None:
         os.environ.setdefault(variable, value)
 
 
-def send_warnings_to(console: Console) -> None:
+@contextmanager
+def shown_warnings(console: Console) -> Iterator[None]:
     """Show the library's warnings between the progress lines and not across them.
 
     Args:
         console: where to show them.
+
+    Yields:
+        While they are shown there.
     """
 
     class Handler(logging.Handler):
@@ -78,8 +82,14 @@ def send_warnings_to(console: Console) -> None:
             console.warn(record.getMessage())
 
     logger = logging.getLogger("moe_dist")
-    logger.addHandler(Handler(level=logging.WARNING))
+    handler, propagated = Handler(level=logging.WARNING), logger.propagate
+    logger.addHandler(handler)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 @contextmanager

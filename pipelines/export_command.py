@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import Debug, Quiet, clean_errors, quieten_libraries, send_warnings_to
+from .command_line import Debug, Quiet, clean_errors, quieten_libraries, shown_warnings
 
 
 def register(app: typer.Typer) -> None:
@@ -41,9 +41,9 @@ def export(
         from .export import default_output, export_task
 
         console = Console(quiet=quiet)
-        send_warnings_to(console)
         source = directory.absolute()
-        found = export_task(source, task, (output or default_output(source, task)).absolute())
+        with shown_warnings(console):
+            found = export_task(source, task, (output or default_output(source, task)).absolute())
         console.result(
             f"{found.kind}, {found.num_parameters:,} parameters, {found.ffn_size} neurons in each "
             f"feed-forward layer; its outputs differ by at most {found.difference:.1e}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command_line import clean_errors, quieten_libraries, send_warnings_to
+from .command_line import clean_errors, quieten_libraries, shown_warnings
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -84,8 +84,8 @@ def _run_until(
     lasting = cluster_module("lasting")
     if lasting.in_ray_job():
         lasting.check_job(config)
-    send_warnings_to(console)
-    _run(stage, config, console)
+    with shown_warnings(console):
+        _run(stage, config, console)
 
 
 def _run(stage: str, config: RunConfig, console: Console) -> None:

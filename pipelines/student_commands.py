@@ -13,7 +13,7 @@ from .command_line import (
     Quiet,
     clean_errors,
     quieten_libraries,
-    send_warnings_to,
+    shown_warnings,
 )
 
 
@@ -71,7 +71,6 @@ def compact(
         chosen: Any = method
         config = load_config(recipe or find_recipe(directory), overrides or ())
         console = Console(quiet=quiet)
-        send_warnings_to(console)
         beside = directory.absolute().parent.parent / f"compact-{num_experts}"
         settings = CompactSettings(
             directory=directory.absolute(),
@@ -81,7 +80,8 @@ def compact(
             tolerance=tolerance,
             repair_steps=repair_steps,
         )
-        result = run(settings, config, console)
+        with shown_warnings(console):
+            result = run(settings, config, console)
         console.result(to_table(result))
         console.result(f"model: {settings.output / 'model'}")
 

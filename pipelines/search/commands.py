@@ -17,7 +17,7 @@ from ..command_line import (
     Recipe,
     clean_errors,
     quieten_libraries,
-    send_warnings_to,
+    shown_warnings,
 )
 from ..running import open_console
 
@@ -134,8 +134,8 @@ def _check_and_search(
     lasting = cluster_module("lasting")
     if lasting.in_ray_job():
         lasting.check_job(config)
-    send_warnings_to(console)
-    return _search(config, console, goals, minimize)
+    with shown_warnings(console):
+        return _search(config, console, goals, minimize)
 
 
 def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -505,6 +506,8 @@ def test_a_search_tells_programs_by_json_lines(
         search(write_recipe(settings), goal="nonsense", as_json=True)
     (fault,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert fault["event"] == "error" and "nonsense" in fault["message"]
+    # Whoever warns later must not write to what is closed.
+    assert not logging.getLogger("moe_dist").handlers
 
 
 @pytest.mark.usefixtures("in_this_process")
