@@ -206,10 +206,12 @@ def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[f
 
 def _fewer_rows(data: dict[str, Any], limit: int) -> dict[str, Any]:
     """The arguments of `load_rows` for so many training rows, tasks having equally many."""
+    from moe_dist.data.mixture import even_share
+
     tasks = data.get("tasks")
     if tasks is None:
         return data | {"max_train_samples": min(limit, data["max_train_samples"] or limit)}
-    share = -(-limit // len(tasks))
+    share = even_share(limit, len(tasks))
     return data | {"tasks": {name: _fewer_rows(task, share) for name, task in tasks.items()}}
 
 

@@ -18,6 +18,7 @@ from moe_dist.config.search_space import (
     Point,
     grid_points,
     grid_size,
+    is_number,
     known_paths,
     parse_space,
     random_draw,
@@ -133,22 +134,18 @@ def _factor_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iter
             f"search.space.{dimension.path}: `of` makes its values factors, and {value!r} is no "
             "number; give numbers, or remove `of`."
             for value in dimension.values
-            if not _is_number(value)
+            if not is_number(value)
         )
         other = by_path.get(dimension.of)
         drawn = () if other is None else (*other.values, *other.otherwise)
         rests = other is None or (other.conditions and not other.otherwise)
         own = (value_of(config, dimension.of),) if rests else ()
         for value in (*drawn, *own):
-            if not _is_number(value):
+            if not is_number(value):
                 yield (
                     f"search.space.{dimension.path}: of={dimension.of} may be {value!r}, which is "
                     "no number to multiply; name a key that is one."
                 )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shape_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:

@@ -117,6 +117,18 @@ def value_of(config: RunConfig, path: str) -> Any:
     return value
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a key's value can be counted with.
+
+    Args:
+        value: of a recipe or a point.
+
+    Returns:
+        Whether it is a number; true and false are none.
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def sample_point(dimensions: tuple[Dimension, ...], config: RunConfig, draw: Draw) -> Point:
     """Draw a point, dimension by dimension; conditions are looked at on the way.
 

@@ -208,6 +208,19 @@ class MixtureBatches:
             yield replace(next(streams[task]), task=task, task_name=names[task])
 
 
+def even_share(limit: int, num_tasks: int) -> int:
+    """Share a number of rows out evenly.
+
+    Args:
+        limit: rows of all tasks together.
+        num_tasks: among so many.
+
+    Returns:
+        Rows of each, rounded up.
+    """
+    return -(-limit // num_tasks)
+
+
 def mixture_steps(num_rows: Sequence[int], batch_size: int) -> int:
     """Count the optimizer steps in one epoch of several tasks.
 

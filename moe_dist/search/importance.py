@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from moe_dist.config.search_space import is_number
 from moe_dist.search.trials import Trial
 
 MIN_TRIALS = 8
@@ -71,7 +72,7 @@ def _beside_peers(trials: Sequence[Trial], metric: str) -> list[float]:
 def _column(values: Sequence[Any]) -> list[float]:
     """Write a key's values as numbers: as they are, or as positions in an order of names."""
     present = [value for value in values if value is not None]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+    if all(map(is_number, present)):
         # Trees cut anywhere: a key that was not drawn lies apart, below all others.
         apart = min(present) - max(1.0, max(present) - min(present))
         return [float(apart if value is None else value) for value in values]

@@ -247,19 +247,14 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
     return Measured(joined_metrics(metrics), split, loads, answers)
 
 
-def save_answers(data: AnyJobData, measured: Measured, path: Path) -> dict[str, Path]:
+def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:
     """Write what a model says about a split, each task's answers in a file of its own.
 
     Args:
         data: of one task or several.
         measured: what was found on it.
         path: the file; with several tasks their names are added to its own.
-
-    Returns:
-        The files, by task.
     """
-    files = {}
     for name, part in data.parts.items():
-        files[name] = path.with_stem(f"{path.stem}-{name}") if name else path
-        part.save_answers(measured.answers[name], part.part(measured.split), files[name])
-    return files
+        file = path.with_stem(f"{path.stem}-{name}") if name else path
+        part.save_answers(measured.answers[name], part.part(measured.split), file)

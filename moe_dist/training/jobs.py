@@ -19,7 +19,7 @@ from moe_dist.conversion import score_importance
 from moe_dist.conversion.heads import set_heads
 from moe_dist.conversion.importance import evened
 from moe_dist.data.loaders import Encoded, eval_batches
-from moe_dist.data.mixture import Mixture, load_rows
+from moe_dist.data.mixture import Mixture, even_share, load_rows
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, load_tokenizer
@@ -212,7 +212,7 @@ def importance_job(payload: ImportancePayload) -> dict[str, Any]:
     scores: list[torch.Tensor] = []
     num_samples = 0
     for number, (name, part) in enumerate(data.parts.items()):
-        share = None if limit is None else -(-limit // len(data.parts))
+        share = None if limit is None else even_share(limit, len(data.parts))
         encoded = part.train.draw(share, seed=payload["seed"])
         num_samples += len(encoded)
         with use_task(number if name else None):

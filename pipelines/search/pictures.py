@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config.search_space import is_number
 from moe_dist.search.objectives import pareto_front
 from moe_dist.search.trials import BASELINE, Trial
 
@@ -155,9 +156,7 @@ class _Scale:
 
     def __init__(self, values: Sequence[Any]) -> None:
         present = [value for value in values if value is not None]
-        self._numeric = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in present
-        )
+        self._numeric = all(map(is_number, present))
         if not self._numeric:
             self._names = sorted({str(value) for value in present})
             last = max(1, len(self._names) - 1)

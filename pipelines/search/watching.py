@@ -86,6 +86,7 @@ class Supervisor:
         self._seconds_before = seconds_before
         self._begin: float | None = None
         self._time_is_up = False
+        self._workers_of: dict[int, int] = {}
         self._num_rungs = len(rung_times(config.search))
         self._num_trials = self.num_left + sum(trial.is_over for trial in log.trials.values())
         self.ran_out = False
@@ -306,8 +307,11 @@ class Supervisor:
         return spent >= budget
 
     def _workers(self, trial: Trial) -> int:
-        raw = point_settings(self._config, trial.overrides)
-        return RunConfig.model_validate(raw).parallel.max_workers
+        known = self._workers_of
+        if trial.number not in known:
+            raw = point_settings(self._config, trial.overrides)
+            known[trial.number] = RunConfig.model_validate(raw).parallel.max_workers
+        return known[trial.number]
 
     def _show(self) -> None:
         """Show the trials that are over, the best of them, and where the others are."""

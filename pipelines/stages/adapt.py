@@ -250,9 +250,10 @@ def _scored_batches(
 ) -> Iterator[dict[str, Any]]:
     """The training rows of one task that neurons were scored on."""
     from moe_dist.data.loaders import eval_batches
+    from moe_dist.data.mixture import even_share
 
     limit = config.moe.importance_samples
-    share = None if limit is None else -(-limit // num_tasks)
+    share = None if limit is None else even_share(limit, num_tasks)
     drawn = encoded.draw(share, seed=config.seed)
     return eval_batches(drawn, batch_size=score_importance.BATCH_SIZE, pad_token_id=pad_token_id)
 
