@@ -76,6 +76,23 @@ def _experts_for_top_k(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _fitted_start(config: RunConfig) -> Iterator[str]:
+    moe = config.moe
+    if moe.num_experts == 1:
+        return
+    if moe.partition == "token_clusters" and moe.router != "token_gate":
+        yield (
+            "moe.partition=token_clusters gives experts to kinds of tokens, which only token_gate "
+            f"tells apart, and moe.router is {moe.router}; set moe.router to token_gate, or use "
+            "importance."
+        )
+    if moe.fit_output and moe.top_k > 1:
+        yield (
+            f"moe.fit_output fits experts that work alone, and moe.top_k={moe.top_k} adds them up; "
+            "set top_k to 1, or fit_output to false."
+        )
+
+
 def _shared_in_expert(config: RunConfig) -> Iterator[str]:
     shared, size = config.moe.num_shared_neurons, config.moe.expert_size
     if shared > size:
@@ -268,6 +285,10 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     *DATA_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
+    (
+        _fitted_start,
+        ("moe.num_experts", "moe.partition", "moe.router", "moe.fit_output", "moe.top_k"),
+    ),
     (_shared_in_expert, ("moe.num_shared_neurons", "moe.expert_size")),
     (_tied_needs_shared, ("moe.tie_shared", "moe.num_shared_neurons")),
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),

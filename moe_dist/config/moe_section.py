@@ -19,6 +19,7 @@ PartitionName = Literal[
     "coactivation",
     "clustered_importance",
     "task_importance",
+    "token_clusters",
     "full_copy",
 ]
 
@@ -54,7 +55,9 @@ class MoeConfig(Section):
         "(`kmeans`) or by firing together on training rows (`coactivation`); by their importance "
         "for one cluster of training rows each (`clustered_importance`); by their importance for "
         "the tasks that `task_gate` sends to an expert, one neuron perhaps to several experts "
-        "(`task_importance`); or all of them to every expert (`full_copy`).",
+        "(`task_importance`); by their importance for one kind of token each, which `token_gate` "
+        "starts out telling apart (`token_clusters`); or all of them to every expert "
+        "(`full_copy`).",
     )
     layers: Annotated[tuple[Integer, ...], Field(min_length=1)] | None = Field(
         default=None, description="Numbers of the layers to convert, from 0; all when not given."
@@ -103,12 +106,17 @@ class MoeConfig(Section):
         description="Who finds a place under `moe.capacity_factor`: the first tokens (`position`) "
         "or those that the gate is surest of (`probability`).",
     )
+    fit_output: Switch = Field(
+        default=False,
+        description="Fit the output weights of each expert to what the dense layer gave, by least "
+        "squares over the training rows' tokens that its router sends there, before any training.",
+    )
     importance_samples: Integer | None = Field(
         default=4096,
         ge=1,
         description="Training rows that neurons are scored on, drawn by the seed; null for all. "
-        "The partitions `coactivation`, `clustered_importance` and `task_importance` look at the "
-        "same rows.",
+        "The partitions `coactivation`, `clustered_importance`, `task_importance` and "
+        "`token_clusters`, and `moe.fit_output`, look at the same rows.",
     )
 
     @property

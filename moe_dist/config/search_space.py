@@ -21,8 +21,8 @@ Draw = Callable[["Dimension"], Any]
 RANGES: tuple[Kind, ...] = ("uniform", "loguniform", "integers")
 TABLES = {"routers": "moe.router", "partitions": "moe.partition", "gate_scales": "moe.gate_scale"}
 """Tables that a space may name, and the key whose choices each of them is."""
-_FOR_SEVERAL_TASKS = ("task_importance",)
-"""Rows that a search, which is on one task, leaves out."""
+_FOR_ONE_ROUTER = ("task_importance", "token_clusters")
+"""Rows that fit one router alone, so that a table, which is drawn beside any router, lacks them."""
 SEARCHABLE_SECTIONS = ("seed", "model", "data", "finetune", "moe", "distill", "train", "parallel")
 TEACHER_SECTIONS = ("seed", "model", "data", "finetune")
 """Keys that change the teacher or its data: trials that differ here share no teacher."""
@@ -279,7 +279,7 @@ def table_values(table: str) -> tuple[Any, ...]:
     kind = RunConfig.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     names = typing.get_args(kind.model_fields[key].annotation)
-    return tuple(name for name in names if name not in _FOR_SEVERAL_TASKS)
+    return tuple(name for name in names if name not in _FOR_ONE_ROUTER)
 
 
 def _flat(space: Mapping[str, Any]) -> dict[str, Any]:

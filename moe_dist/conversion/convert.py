@@ -18,6 +18,7 @@ from moe_dist.conversion.partition import LayerPartition, PartitionPlan
 from moe_dist.conversion.replacement import MoeSettings, router_for
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.gates import TokenGate
 from moe_dist.moe.layer import MoELayer
 
 
@@ -36,6 +37,7 @@ def dense_to_moe(
     task_map: str = "learned",
     capacity_factor: float | None = None,
     drop_policy: str = "position",
+    gates: Sequence[Tensor] | None = None,
 ) -> Any:
     """Make the sparse student of a dense model.
 
@@ -59,6 +61,8 @@ def dense_to_moe(
         capacity_factor: in training, tokens that an expert takes, as a multiple of its even
             share; None drops nothing.
         drop_policy: who finds a place then: see `moe_dist.moe.capacity.Capacity`.
+        gates: for each FFN of the model (E, D), what a token_gate starts with (from
+            `moe_dist.conversion.token_clusters`); at random when not given.
 
     Returns:
         A new model of the registered class, e.g. MoeBertForSequenceClassification.
@@ -105,6 +109,8 @@ def dense_to_moe(
     with torch.no_grad():
         for slot in slots:
             if slot.index in parts:
+                if gates is not None and routed:
+                    _start_gate(layers[slot.name], gates[slot.index])
                 _fill_layer(layers[slot.name], slot.weights(), parts[slot.index], plan.tie_shared)
     return student
 
@@ -136,6 +142,15 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
     if getattr(model, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
+
+
+def _start_gate(layer: MoELayer, gate_ED: Tensor) -> None:
+    if not isinstance(layer.router, TokenGate) or layer.router.gate.weight.shape != gate_ED.shape:
+        raise ConversionError(
+            f"a gate of the shape {tuple(gate_ED.shape)} does not fit the router of {layer.name}",
+            remedy="take the router token_gate, and gates for this model and number of experts",
+        )
+    layer.router.gate.weight.copy_(gate_ED)
 
 
 def _fill_layer(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moe_dist.conversion.heads import read_heads
 from moe_dist.errors import ConversionError, MissingInputError
 
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
+CaptureT = TypeVar("CaptureT", bound="Capture")
 
 
 def score_importance(
@@ -49,10 +50,49 @@ def score_importance(
 
     Source: MoEBERT, 2022.naacl-main.116, section 3.1.
     """
+
+    def read(captures: Sequence[Capture]) -> list[Tensor]:
+        return [one.scores_BF().abs().sum(dim=0, dtype=torch.float64) for one in captures]
+
+    totals = sum_over_batches(
+        model, batches, read, per_sample_loss=per_sample_loss, capture=Capture
+    )
+    scores = [total.to("cpu", torch.float32) for total in totals]
+    for slot, score_F in zip(find_slots(model), scores, strict=True):
+        if not bool(torch.isfinite(score_F).all()):
+            raise ConversionError(
+                f"importance of FFN {slot.index} ({slot.name}) is not finite",
+                remedy="check the teacher and the training data for NaN and infinity",
+            )
+    return scores
+
+
+def sum_over_batches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    read: Callable[[Sequence[CaptureT]], Sequence[Tensor]],
+    *,
+    per_sample_loss: PerSampleLoss | None = None,
+    capture: Callable[[FFNSlot], CaptureT],
+) -> list[Tensor]:
+    """Run a model forward and backward on each batch, and add up what is read from its FFNs.
+
+    Args:
+        model: evaluated, and left as it was.
+        batches: as `score_importance` takes them.
+        read: from one capture for each FFN to one tensor for each, of the same shapes every time.
+        per_sample_loss: as in `score_importance`.
+        capture: what reads an FFN while a batch passes through it.
+
+    Returns:
+        The sums.
+
+    Raises:
+        ConversionError: for an unknown architecture, or no batches.
+    """
     slots = find_slots(model)
     loss_of = per_sample_loss or task_losses
-    totals: list[Tensor | None] = [None] * len(slots)
-    num_batches = 0
+    totals: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(frozen_in_eval_mode(model))
         stack.enter_context(torch.enable_grad())
@@ -60,36 +100,28 @@ def score_importance(
             # A loss of the caller's may read any position of any hidden state.
             stack.enter_context(_only_positions_that_count(model, slots[-1]))
         for batch in batches:
-            captures = [_Capture(slot) for slot in slots]
+            captures = [capture(slot) for slot in slots]
             try:
-                for capture in captures:
-                    capture.install()
+                for one in captures:
+                    one.install()
                 moved = on_device(model, batch)
                 outputs = model(**accepted_inputs(model, moved))
                 losses_B = loss_of(model, outputs, moved)
-                leaves = [leaf for capture in captures for leaf in capture.leaves]
+                leaves = [leaf for one in captures for leaf in one.leaves]
                 losses_B.sum().backward(inputs=leaves)
             finally:
-                for capture in captures:
-                    capture.remove()
-            for index, capture in enumerate(captures):
-                score_F = capture.scores_BF().abs().sum(dim=0, dtype=torch.float64)
-                total = totals[index]
-                totals[index] = score_F if total is None else total + score_F
-            num_batches += 1
-    if num_batches == 0:
+                for one in captures:
+                    one.remove()
+            found = read(captures)
+            totals = (
+                [old + new for old, new in zip(totals, found, strict=True)] if totals else [*found]
+            )
+    if not totals:
         raise ConversionError(
             "there are no batches to score importance on",
             remedy="pass a few thousand training samples",
         )
-    scores = [total.to("cpu", torch.float32) for total in totals if total is not None]
-    for slot, score_F in zip(slots, scores, strict=True):
-        if not bool(torch.isfinite(score_F).all()):
-            raise ConversionError(
-                f"importance of FFN {slot.index} ({slot.name}) is not finite",
-                remedy="check the teacher and the training data for NaN and infinity",
-            )
-    return scores
+    return totals
 
 
 def evened(scores: Sequence[Tensor]) -> list[Tensor]:
@@ -149,13 +181,13 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
     return _cross_entropy(logits, labels)
 
 
-class _Capture:
+class Capture:
     """Reads one FFN's per-sample products while a batch passes through it."""
 
     def __init__(self, slot: FFNSlot) -> None:
         self.slot = slot
         self.leaves: list[Tensor] = []
-        self._products: list[Tensor] = []
+        self.products: list[Tensor] = []
         self._handles: list[Any] = []
 
     def install(self) -> None:
@@ -178,10 +210,10 @@ class _Capture:
         Returns:
             (B, F) float32.
         """
-        if not self._products:
+        if not self.products:
             # The loss does not depend on this FFN, so removing a neuron changes nothing.
             return torch.zeros(1, self.slot.num_neurons)
-        return torch.stack(self._products).sum(dim=0)
+        return torch.stack(self.products).sum(dim=0)
 
     def _after_linear(self, linear: nn.Module, args: tuple[Any, ...], z_BSF: Tensor) -> Tensor:
         # Where nothing below needs a gradient (the first layer), the graph begins here.
@@ -203,7 +235,7 @@ class _Capture:
         product_BF = (value_BSF * grad_BSF).sum(dim=1)
         if bias is not None:
             product_BF = product_BF - bias.detach().float() * grad_BSF.sum(dim=1)
-        self._products.append(product_BF)
+        self.products.append(product_BF)
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from moe_dist.errors import ConversionError, MissingInputError
 __all__ = ["PARTITIONS", "LayerPartition", "PartitionPlan", "plan_partition"]
 
 
+_HOMES_OF_EXPERT_SCORES = {"task_importance": "activity", "token_clusters": "token_clusters"}
+
+
 def plan_partition(
     scores: Sequence[Tensor],
     *,
@@ -52,8 +55,9 @@ def plan_partition(
         model: the dense model; its FFNs are checked against the scores. Needed by kmeans,
             coactivation and clustered_importance.
         batches: training batches as `score_importance` takes them; needed by the last two.
-        expert_scores: one (E, F) tensor for each FFN of the model, the importance for the tasks of
-            each expert, from `task_importance`; needed by task_importance.
+        expert_scores: one (E, F) tensor for each FFN of the model, the importance for the data of
+            each expert; needed by task_importance (from the function of that name) and
+            token_clusters (likewise).
 
     Returns:
         The plan.
@@ -91,8 +95,8 @@ def plan_partition(
         )
         for index in chosen
     ]
-    if row.reads == "tasks":
-        requests = _with_expert_scores(requests, checked, expert_scores)
+    if row.needs_expert_scores:
+        requests = _with_expert_scores(requests, method, checked, expert_scores)
     requests = _with_evidence(requests, method, row, model, batches, seed)
     return PartitionPlan(
         num_experts=num_experts,
@@ -139,21 +143,25 @@ def _with_evidence(
 
 
 def _with_expert_scores(
-    requests: list[PartitionRequest], scores: Sequence[Tensor], given: Sequence[Tensor] | None
+    requests: list[PartitionRequest],
+    method: str,
+    scores: Sequence[Tensor],
+    given: Sequence[Tensor] | None,
 ) -> list[PartitionRequest]:
-    """Add the importance for each expert's tasks, which must be of the right shape."""
+    """Add the importance for each expert's data, which must be of the right shape."""
+    home = _HOMES_OF_EXPERT_SCORES[method]
     if given is None:
         raise MissingInputError(
-            "partition method 'task_importance' reads the importance for each expert's tasks, and "
-            "there is none",
-            remedy="pass expert_scores=, from moe_dist.conversion.activity.task_importance",
+            f"partition method {method!r} reads the importance for each expert's data, and there "
+            "is none",
+            remedy=f"pass expert_scores=, from moe_dist.conversion.{home}.{method}",
         )
     wanted = [(requests[0].num_experts, one.numel()) for one in scores]
     shapes = [tuple(one.shape) for one in given]
     if shapes != wanted:
         raise ConversionError(
             f"expert_scores are of the shapes {shapes}, but {wanted} are needed",
-            remedy="score this model with task_importance, for as many experts",
+            remedy=f"score this model with {method}, for as many experts",
         )
     return [replace(one, expert_scores_EF=given[one.layer]) for one in requests]
 

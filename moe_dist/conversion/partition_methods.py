@@ -17,7 +17,7 @@ from moe_dist.conversion.families import FFNWeights
 from moe_dist.conversion.partition_plan import LayerPartition
 from moe_dist.errors import ConversionError
 
-Source = Literal["scores", "weights", "activations", "clusters", "tasks"]
+Source = Literal["scores", "weights", "activations", "clusters", "tasks", "tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class PartitionRequest:
         weights: the FFN's weights, for methods that read them.
         coactivation_NN: how much the neurons of `dealt_ids`, in this order, fire together
             (cosine of their activations), for methods that read activations.
-        expert_scores_EF: importance for the data of each expert, a cluster of the training rows or
-            its tasks, for methods that read it.
+        expert_scores_EF: importance for the data of each expert (a cluster of the training rows,
+            its tasks, or a kind of token), for methods that read it.
     """
 
     layer: int
@@ -72,7 +72,8 @@ class PartitionMethod:
     Args:
         split: from a request to the FFN's split.
         reads: what it needs beside the scores: "weights" needs the model; "activations" and
-            "clusters" need training batches too; "tasks" needs the importance for each expert.
+            "clusters" need training batches too; "tasks" and "tokens" need the importance for each
+            expert.
         distinct: no neuron is in two experts, shared ones excepted.
     """
 
@@ -91,9 +92,14 @@ class PartitionMethod:
         return self.reads in ("activations", "clusters")
 
     @property
+    def needs_expert_scores(self) -> bool:
+        """Whether `plan_partition` must be given the importance for each expert."""
+        return self.reads in ("tasks", "tokens")
+
+    @property
     def reads_rows(self) -> bool:
         """Whether training rows decide the split, beside those that the scores come from."""
-        return self.needs_batches or self.reads == "tasks"
+        return self.needs_batches or self.needs_expert_scores
 
 
 def by_importance(request: PartitionRequest) -> LayerPartition:
@@ -246,19 +252,20 @@ def by_clustered_importance(request: PartitionRequest) -> LayerPartition:
     )
 
 
-def by_task_importance(request: PartitionRequest) -> LayerPartition:
-    """Give each expert the neurons that matter most for its own tasks.
+def by_expert_importance(request: PartitionRequest) -> LayerPartition:
+    """Give each expert the neurons that matter most for its own tasks or kind of tokens.
 
-    Shared are the neurons that matter most in sum. Beside them every expert takes what its tasks
-    need most, whatever the others take: a neuron may be in several experts.
+    Shared are the neurons that matter most in sum. Beside them every expert takes what its own
+    data need most, whatever the others take: a neuron may be in several experts.
 
     Args:
         request: the FFN, with scores for each expert.
 
     Returns:
-        Its split; private neurons of an expert by falling importance for its tasks.
+        Its split; private neurons of an expert by falling importance for its data.
 
-    Source: importance as in MoEBERT, 2022.naacl-main.116; by task, for task_gate, is ours.
+    Source: importance as in MoEBERT, 2022.naacl-main.116; by task (task_gate) or by kind of token
+        (a gate that starts out with it) is ours.
     """
     scores_EF = _evened_scores(request)
     order = torch.argsort(scores_EF.sum(dim=0), descending=True, stable=True)
@@ -280,7 +287,8 @@ PARTITIONS: dict[str, PartitionMethod] = {
     "kmeans": PartitionMethod(by_weights, reads="weights"),
     "coactivation": PartitionMethod(by_coactivation, reads="activations"),
     "clustered_importance": PartitionMethod(by_clustered_importance, reads="clusters"),
-    "task_importance": PartitionMethod(by_task_importance, reads="tasks", distinct=False),
+    "task_importance": PartitionMethod(by_expert_importance, reads="tasks", distinct=False),
+    "token_clusters": PartitionMethod(by_expert_importance, reads="tokens", distinct=False),
     "full_copy": PartitionMethod(full_copy, distinct=False),
 }
 

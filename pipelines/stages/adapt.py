@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 NAME = "adapt"
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
 # Settings that earlier versions did not have.
-_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
+_ROUTER_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
+_OPTIONS = (*_ROUTER_OPTIONS, "fit_output")
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -115,19 +116,25 @@ def convert(
     """
     from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
     from moe_dist.conversion.activity import task_importance
+    from moe_dist.conversion.output_fit import fit_outputs
+    from moe_dist.conversion.token_clusters import token_clusters
 
     moe = config.moe
     parts = list(rows().values()) if rows is not None and reads_rows(config) else None
-    batches, expert_scores, token_counts = None, None, None
-    if parts is not None and _splits_by_data(config):
-        scored = [
-            _scored_batches(config, part, len(parts), int(dense.config.pad_token_id or 0))
-            for part in parts
-        ]
-        if PARTITIONS[moe.partition].reads == "tasks":
+    batches, expert_scores, token_counts, gates = None, None, None, None
+    scored: list[list[Any]] = []
+    if parts is not None and (_splits_by_data(config) or moe.fit_output):
+        pad_token_id = int(dense.config.pad_token_id or 0)
+        scored = [list(_scored_batches(config, part, len(parts), pad_token_id)) for part in parts]
+    if _splits_by_data(config) and scored:
+        reads = PARTITIONS[moe.partition].reads
+        if reads == "tasks":
             expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
+        elif reads == "tokens":
+            clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
+            gates, expert_scores = clusters.gates, list(clusters.scores)
         else:
-            assert len(parts) == 1, "such partitions are refused for several tasks"
+            assert len(scored) == 1, "such partitions are refused for several tasks"
             (batches,) = scored
     if parts is not None and _counts_tokens(config):
         token_counts = sum(_token_counts(encoded, dense) for encoded in parts)
@@ -147,13 +154,20 @@ def convert(
     if config.student.is_smaller and keeps_all_neurons(plan):
         return plan, dense
     student = dense_to_moe(
-        dense, plan, seed=config.seed, token_counts=token_counts, **router_options(config)
+        dense,
+        plan,
+        seed=config.seed,
+        token_counts=token_counts,
+        gates=gates,
+        **router_options(config),
     )
+    if moe.fit_output and scored:
+        fit_outputs(student, dense, scored)
     return plan, student
 
 
 def reads_rows(config: RunConfig) -> bool:
-    """Tell whether partition or router look at training rows.
+    """Tell whether partition, router or the fit of output weights look at training rows.
 
     Args:
         config: the configuration of one student.
@@ -161,7 +175,7 @@ def reads_rows(config: RunConfig) -> bool:
     Returns:
         Whether `convert` asks for them.
     """
-    return _splits_by_data(config) or _counts_tokens(config)
+    return _splits_by_data(config) or _counts_tokens(config) or config.moe.fit_output
 
 
 def router_options(config: RunConfig) -> dict[str, Any]:
@@ -227,11 +241,12 @@ def keeps_all_neurons(plan: PartitionPlan) -> bool:
 
 def _unread_keys(config: RunConfig) -> set[str]:
     """Name the settings that do not touch the student, so that changing them re-runs nothing."""
-    unread = set() if _splits_by_data(config) else {"importance_samples"}
+    looks_at_rows = _splits_by_data(config) or config.moe.fit_output
+    unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
         unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
-        unread |= set(_OPTIONS)
+        unread |= set(_ROUTER_OPTIONS)
     return unread
 
 

@@ -1,0 +1,236 @@
+"""Output weights of experts, fitted so that they give what the dense FFN gave.
+
+Shapes: T tokens, D model, F neurons of one expert, s tied shared neurons, E experts, N unknowns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_dist.conversion.families import FFNWeights, find_slots
+from moe_dist.conversion.importance import accepted_inputs, frozen_in_eval_mode, on_device
+from moe_dist.errors import ConversionError
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routing import Routing, current_context, padding_mask, use_task
+
+RIDGE = 0.01
+"""How firmly output weights are held where they were, as a part of the neurons' mean square."""
+
+
+def fit_outputs(
+    student: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Iterable[Mapping[str, Any]]],
+    *,
+    ridge: float = RIDGE,
+) -> None:
+    """Refit `w_out` and `b_out` of a fresh student's experts to the dense FFNs' outputs.
+
+    In each layer the sum over training tokens of ``c·|y - y'|²`` is made as small as possible,
+    with y the dense FFN's output, y' the layer's for the experts that its router chooses, and
+    ``c = 1 / mean((x + y)²)``, since what follows in a layer is divided by the size of input and
+    output together (without it a few separator tokens decide). All layers see the dense model's
+    hidden states. A penalty holds the weights where they were, so that an expert that sees few
+    tokens hardly moves. Tied shared neurons and all experts are solved for together. Input
+    weights and routers stay.
+
+    Args:
+        student: from `dense_to_moe`, with one expert for each token; its weights are changed.
+        dense: the model that it was made from.
+        batches: for each task, batches of training data; labels are not read.
+        ridge: weight of the penalty, as a part of the mean square of the neurons' activations.
+
+    Raises:
+        ConversionError: if a token has several experts, or a fitted weight is not finite.
+
+    Source: least squares after pruning is common (ThiNet, arXiv:1707.06342); by expert, with the
+        tokens that its router sends to it, is ours.
+    """
+    slots = {slot.name: slot for slot in find_slots(dense)}
+    fits: list[_LayerFit] = []
+    for layer in student.modules():
+        if isinstance(layer, MoELayer):
+            if layer.top_k != 1:
+                raise ConversionError(
+                    f"output weights are fitted for one expert a token, and {layer.name} gives "
+                    f"each {layer.top_k}",
+                    remedy="set moe.top_k to 1, or moe.fit_output to false",
+                )
+            slot = slots[layer.name]
+            fits.append(_LayerFit(layer, slot.weights(), slot.activation))
+    with frozen_in_eval_mode(student), torch.no_grad():
+        handles = [handle for fit in fits for handle in fit.install()]
+        try:
+            for task, own in enumerate(batches):
+                with use_task(task):
+                    for batch in own:
+                        student(**accepted_inputs(student, on_device(student, batch)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for fit in fits:
+            fit.solve(ridge)
+
+
+class _LayerFit:
+    """The least-squares problem of one layer: unknowns are (s shared, then F and a bias each)."""
+
+    def __init__(self, layer: MoELayer, weights: FFNWeights, activation: nn.Module) -> None:
+        self.layer = layer
+        self._dense = weights
+        self._activation = activation
+        self._routing: Routing | None = None
+        experts = layer.experts
+        self._num_shared = 0 if layer.shared is None else layer.shared.expert_size
+        self._num_own = experts.expert_size + (experts.b_out is not None)
+        num_seen = self._num_shared + self._num_own
+        options: dict[str, Any] = {"dtype": torch.float64, "device": weights.w_out.device}
+        self._gram_ENN = torch.zeros(experts.num_experts, num_seen, num_seen, **options)
+        self._target_END = torch.zeros(
+            experts.num_experts, num_seen, weights.w_out.shape[0], **options
+        )
+
+    def install(self) -> list[Any]:
+        """Hook the layer and its router.
+
+        Returns:
+            What removes the hooks.
+        """
+        handles: list[Any] = [self.layer.register_forward_hook(self._see)]
+        if self.layer.router is not None:
+            handles.append(self.layer.router.register_forward_hook(self._route))
+        return handles
+
+    def _route(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        self._routing = routing
+
+    def _see(self, layer: MoELayer, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Count a batch in, and hand on what the dense FFN gives."""
+        hidden = args[0]
+        rows_TD = hidden.reshape(-1, hidden.shape[-1])
+        dense = self._dense
+        active_TF = _activations(
+            rows_TD, dense.w_in, dense.b_in, dense.w_gate, dense.b_gate, self._activation
+        )
+        target_TD = functional.linear(active_TF, dense.w_out, dense.b_out)
+        chosen_T = torch.zeros(len(rows_TD), dtype=torch.int64, device=rows_TD.device)
+        weight_T = torch.ones(len(rows_TD), device=rows_TD.device)
+        if self._routing is not None:
+            chosen_T = self._routing.expert_ids[:, 0]
+            weight_T = self._routing.expert_weights[:, 0].float()
+        mask_T = padding_mask(layer.name, len(rows_TD), current_context())
+        real_T = torch.ones_like(chosen_T, dtype=torch.bool) if mask_T is None else mask_T
+        for expert in range(len(self._gram_ENN)):
+            own_T = real_T & (chosen_T == expert)
+            if bool(own_T.any()):
+                self._count(expert, rows_TD[own_T], target_TD[own_T], weight_T[own_T])
+        return target_TD.view(hidden.shape)
+
+    def _count(self, expert: int, rows_TD: Tensor, target_TD: Tensor, weight_T: Tensor) -> None:
+        seen = []
+        if self.layer.shared is not None:
+            seen.append(self._of_expert(self.layer.shared, 0, rows_TD))
+        own_TF = self._of_expert(self.layer.experts, expert, rows_TD)
+        if self.layer.experts.b_out is not None:
+            own_TF = torch.cat([own_TF, own_TF.new_ones(len(own_TF), 1)], dim=1)
+        seen.append(own_TF * weight_T.unsqueeze(1))
+        seen_TN = torch.cat(seen, dim=1).double()
+        count_T = 1 / (rows_TD + target_TD).double().square().mean(dim=1).clamp(min=1e-12)
+        counted_NT = (seen_TN * count_T.unsqueeze(1)).T
+        self._gram_ENN[expert] += counted_NT @ seen_TN
+        self._target_END[expert] += counted_NT @ target_TD.double()
+
+    def _of_expert(self, experts: Experts, expert: int, rows_TD: Tensor) -> Tensor:
+        if experts.w_in is None:
+            return rows_TD.new_zeros(len(rows_TD), 0)
+        b_in, w_gate, b_gate = (
+            None if value is None else value[expert]
+            for value in (experts.b_in, experts.w_gate, experts.b_gate)
+        )
+        return _activations(rows_TD, experts.w_in[expert], b_in, w_gate, b_gate, self._activation)
+
+    def solve(self, ridge: float) -> None:
+        """Solve, and write the weights into the layer.
+
+        Args:
+            ridge: see `fit_outputs`.
+
+        Raises:
+            ConversionError: if a fitted weight is not finite.
+        """
+        shared, own, num_experts = self._num_shared, self._num_own, len(self._gram_ENN)
+        blocks = [slice(0, shared)] + [
+            slice(start, start + own)
+            for start in range(shared, shared + num_experts * own, own or 1)
+        ]
+        before_ND = self._weights()
+        gram_NN = before_ND.new_zeros(len(before_ND), len(before_ND))
+        target_ND = torch.zeros_like(before_ND)
+        for expert, block in enumerate(blocks[1:]):
+            places = [*range(shared), *range(block.start, block.stop)]
+            seen = torch.tensor(places, device=gram_NN.device)
+            gram_NN[seen.unsqueeze(1), seen] += self._gram_ENN[expert]
+            target_ND[seen] += self._target_END[expert]
+        held_N = torch.cat([self._held(gram_NN.diagonal()[block], ridge) for block in blocks])
+        missed_ND = target_ND - gram_NN @ before_ND
+        change_ND = torch.linalg.solve(gram_NN + torch.diag(held_N), missed_ND)
+        if not bool(torch.isfinite(change_ND).all()):
+            raise ConversionError(
+                f"the fitted output weights of {self.layer.name} are not finite",
+                remedy="check the teacher and the training data for NaN and infinity",
+            )
+        self._write(before_ND + change_ND)
+
+    def _held(self, diagonal_N: Tensor, ridge: float) -> Tensor:
+        """The penalty on each unknown of one block; a bias (the last one) is all but free."""
+        is_own = diagonal_N.numel() == self._num_own and self.layer.experts.b_out is not None
+        neurons_F = diagonal_N[:-1] if is_own else diagonal_N
+        mean = neurons_F.mean() if neurons_F.numel() else neurons_F.sum()
+        held_N = (ridge * mean).expand_as(neurons_F)
+        if is_own:
+            held_N = torch.cat([held_N, 1e-6 * diagonal_N[-1:]])
+        # Experts without tokens stay as they are.
+        return held_N.clamp(min=1e-9)
+
+    def _weights(self) -> Tensor:
+        experts = self.layer.experts
+        parts = []
+        if self.layer.shared is not None and self.layer.shared.w_out is not None:
+            parts.append(self.layer.shared.w_out[0].T)
+        for expert in range(experts.num_experts):
+            if experts.w_out is not None:
+                parts.append(experts.w_out[expert].T)
+            if experts.b_out is not None:
+                parts.append(experts.b_out[expert].unsqueeze(0))
+        return torch.cat(parts).double()
+
+    def _write(self, weights_ND: Tensor) -> None:
+        experts, shared = self.layer.experts, self.layer.shared
+        if shared is not None and shared.w_out is not None:
+            shared.w_out[0].copy_(weights_ND[: self._num_shared].T)
+        own_END = weights_ND[self._num_shared :].unflatten(0, (experts.num_experts, -1))
+        if experts.w_out is not None:
+            experts.w_out.copy_(own_END[:, : experts.expert_size].transpose(1, 2))
+        if experts.b_out is not None:
+            experts.b_out.copy_(own_END[:, -1])
+
+
+def _activations(
+    rows_TD: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What the output weights are applied to, (T, F)."""
+    linear_TF = functional.linear(rows_TD, w_in, b_in)
+    if w_gate is None:
+        return activation(linear_TF)
+    return activation(functional.linear(rows_TD, w_gate, b_gate)) * linear_TF

@@ -1,0 +1,212 @@
+"""Kinds of tokens: gates that start out telling them apart, and the neurons that each kind needs.
+
+Shapes: B batch, S sequence, T tokens, D model, F FFN, E experts (each with a cluster of tokens).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.conversion.activity import mask_of
+from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.conversion.importance import (
+    Capture,
+    accepted_inputs,
+    evened,
+    frozen_in_eval_mode,
+    on_device,
+    sum_over_batches,
+)
+from moe_dist.errors import MissingInputError
+from moe_dist.moe.routing import use_task
+
+MAX_TOKENS = 16_384
+"""Tokens of each FFN that clusters and gates are fitted on."""
+WHOLE_SHARE = 0.01
+"""How much of a neuron's score for a cluster is its score for all tokens: it decides alone where a
+cluster's tokens have no gradient, as all but the first have in the last layer of a classifier."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenClusters:
+    """What experts for kinds of tokens start from.
+
+    Args:
+        gates: for each FFN (E, D) float32, the weights of a bias-free gate that sends each token
+            to its cluster's expert.
+        scores: for each FFN (E, F) float32, the neurons' importance for the tokens that the gate
+            sends to each expert.
+    """
+
+    gates: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
+
+
+def token_clusters(
+    model: nn.Module,
+    batches: Sequence[Iterable[Mapping[str, Any]]],
+    num_experts: int,
+    *,
+    seed: int,
+    max_tokens: int = MAX_TOKENS,
+) -> TokenClusters:
+    """Find kinds of tokens in each FFN's input, gates that tell them apart, and their neurons.
+
+    The inputs of up to `max_tokens` tokens are put into E clusters by k-means; multinomial
+    logistic regression without a bias gives the gate. From there on the gate decides, also where
+    it disagrees with the clusters: a neuron's score for an expert is the sum of
+    ``|w1·∂L/∂w1 + w2·∂L/∂w2|`` over the single tokens that the gate sends there. Tasks count
+    alike.
+
+    Args:
+        model: the fine-tuned dense model; evaluated, and left as it was.
+        batches: for each task, batches as `score_importance` takes them; they are read twice.
+        num_experts: E, at least 2.
+        seed: of the tokens drawn and of k-means.
+        max_tokens: to fit on, in each FFN.
+
+    Returns:
+        Gates and scores.
+
+    Raises:
+        MissingInputError: if an FFN sees fewer tokens than experts.
+
+    Source: the importance of a neuron is MoEBERT's, 2022.naacl-main.116, taken for each token in
+        place of each sample; clusters, gates and their neurons fitted to each other are ours.
+    """
+    kept = [list(own) for own in batches]
+    inputs = _inputs(model, kept, max_tokens, seed)
+    gates = tuple(_fit_gate(input_TD, num_experts, seed) for input_TD in inputs)
+    by_task = []
+    for task, own in enumerate(kept):
+        with use_task(task):
+            by_task.append(_scores(model, own, gates))
+    scores = []
+    for of_layer in zip(*by_task, strict=True):
+        of_tasks = [score_EF / score_EF.sum().clamp(min=1e-30) for score_EF in of_layer]
+        scores.append(torch.stack(of_tasks).sum(dim=0))
+    return TokenClusters(gates, tuple(map(_with_whole, scores)))
+
+
+def _with_whole(score_EF: Tensor) -> Tensor:
+    """Each expert's scores of sum 1, and a little of the scores for all tokens."""
+    own_EF = torch.stack(evened(list(score_EF)))
+    whole_F = score_EF.sum(dim=0)
+    return own_EF + WHOLE_SHARE * whole_F / whole_F.sum().clamp(min=1e-30)
+
+
+class _InputSample:
+    """Draws some tokens' inputs of one FFN while batches pass through it."""
+
+    def __init__(self, slot: FFNSlot, num_batches: int, max_tokens: int, seed: int) -> None:
+        self.slot = slot
+        self.batch: Mapping[str, Any] = {}
+        self.rows: list[Tensor] = []
+        self._share = -(-max_tokens // num_batches)
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + slot.index)
+
+    def take(self, linear: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep a share of the rows; a hook before the FFN's first linear layer."""
+        input_BSD: Tensor = args[0]
+        rows_TD = input_BSD.flatten(0, -2)
+        mask = mask_of(self.batch, input_BSD.shape[:-1], in_decoder=self.slot.in_decoder)
+        if mask is not None:
+            rows_TD = rows_TD[mask.reshape(-1)]
+        drawn = torch.randperm(len(rows_TD), generator=self._generator)[: self._share]
+        self.rows.append(rows_TD[drawn.to(rows_TD.device)].float().cpu())
+
+
+def _inputs(
+    model: nn.Module, batches: list[list[Mapping[str, Any]]], max_tokens: int, seed: int
+) -> list[Tensor]:
+    """(T, D) inputs of each FFN."""
+    num_batches = max(1, sum(map(len, batches)))
+    samples = [_InputSample(slot, num_batches, max_tokens, seed) for slot in find_slots(model)]
+    with frozen_in_eval_mode(model), torch.no_grad():
+        handles = [
+            sample.slot.linear_in.register_forward_pre_hook(sample.take) for sample in samples
+        ]
+        try:
+            for task, own in enumerate(batches):
+                with use_task(task):
+                    for batch in own:
+                        inputs = accepted_inputs(model, on_device(model, batch))
+                        for sample in samples:
+                            sample.batch = inputs
+                        model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return [torch.cat(sample.rows) if sample.rows else torch.zeros(0, 1) for sample in samples]
+
+
+def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
+    """(E, D) weights of a gate that tells the clusters of its inputs apart."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    if len(input_TD) < num_experts:
+        raise MissingInputError(
+            f"{len(input_TD)} tokens do not make {num_experts} clusters of training data",
+            remedy="pass a few thousand training samples",
+        )
+    scale = float(input_TD.square().mean().sqrt().clamp(min=1e-12))
+    rows = (input_TD.double() / scale).numpy()
+    with warnings.catch_warnings():
+        # Whatever the gate has learned so far decides: it need not reach the optimum, and where
+        # tokens are alike it may be given fewer clusters.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        clusters = KMeans(num_experts, n_init=2, random_state=seed).fit_predict(rows)
+        names = sorted(set(clusters.tolist()))
+        gate_ED = torch.zeros(num_experts, input_TD.shape[1])
+        if len(names) > 1:
+            learned = LogisticRegression(fit_intercept=False, max_iter=100).fit(rows, clusters)
+            weight = torch.from_numpy(learned.coef_).float() / scale
+            # Of two classes scikit-learn keeps the difference alone.
+            gate_ED[names] = torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+    return gate_ED
+
+
+class _TokenCapture(Capture):
+    """Reads one FFN's products for each token in place of each sample."""
+
+    input_BSD: Tensor
+
+    def _after_linear(self, linear: nn.Module, args: tuple[Any, ...], z_BSF: Tensor) -> Tensor:
+        self.input_BSD = args[0].detach()
+        return super()._after_linear(linear, args, z_BSF)
+
+    def _add(self, value_BSF: Tensor, bias: Any, grad_BSF: Tensor) -> None:
+        value_BSF = value_BSF.float() if bias is None else value_BSF.float() - bias.detach().float()
+        self.products.append(value_BSF * grad_BSF.float())
+
+    def scores_EF(self, gate_ED: Tensor) -> Tensor:
+        """Sum the sizes of the products over the tokens that a gate sends to each expert."""
+        score_EF = torch.zeros(len(gate_ED), self.slot.num_neurons, dtype=torch.float64)
+        if not self.products:
+            return score_EF
+        size_TF = torch.stack(self.products).sum(dim=0).abs().flatten(0, -2)
+        # In the last block the products may be of the first position alone.
+        input_BSD = self.input_BSD.float()
+        expert_T = (input_BSD @ gate_ED.T.to(input_BSD.device)).argmax(dim=-1).flatten()
+        score_EF = score_EF.to(size_TF.device)
+        score_EF.index_add_(0, expert_T, size_TF.double())
+        return score_EF.cpu()
+
+
+def _scores(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], gates: Sequence[Tensor]
+) -> list[Tensor]:
+    def read(captures: Sequence[_TokenCapture]) -> list[Tensor]:
+        pairs = zip(captures, gates, strict=True)
+        return [capture.scores_EF(gate_ED) for capture, gate_ED in pairs]
+
+    totals = sum_over_batches(model, batches, read, capture=_TokenCapture)
+    return [total.float() for total in totals]
