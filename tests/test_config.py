@@ -306,6 +306,11 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             "ep_size 1 or 3.",
         ),
         ({"moe": {"top_k": 5}}, "moe.top_k=5 is more than moe.num_experts=4"),
+        (
+            {"moe": {"partition": "token_clusters"}},
+            "set moe.router to token_gate, or use importance",
+        ),
+        ({"moe": {"fit_output": True, "top_k": 2}}, "set top_k to 1, or fit_output to false"),
         ({"moe": {"num_shared_neurons": 800}}, "more than moe.expert_size=768"),
         ({"moe": {"tie_shared": True, "num_shared_neurons": 0}}, "has nothing to tie"),
         ({"moe": {"tie_shared": True, "num_experts": 1}}, "needs several experts"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_dist.conversion.activity import mask_of
 from moe_dist.conversion.families import FFNSlot, find_slots
@@ -189,16 +190,14 @@ class _TokenCapture(Capture):
 
     def scores_EF(self, gate_ED: Tensor) -> Tensor:
         """Sum the sizes of the products over the tokens that a gate sends to each expert."""
-        score_EF = torch.zeros(len(gate_ED), self.slot.num_neurons, dtype=torch.float64)
+        num_experts = len(gate_ED)
         if not self.products:
-            return score_EF
-        size_TF = torch.stack(self.products).sum(dim=0).abs().flatten(0, -2)
+            return torch.zeros(num_experts, self.slot.num_neurons, dtype=torch.float64)
+        size_TF = torch.stack(self.products).sum(dim=0).abs_().flatten(0, -2)
         # In the last block the products may be of the first position alone.
-        input_BSD = self.input_BSD.float()
-        expert_T = (input_BSD @ gate_ED.T.to(input_BSD.device)).argmax(dim=-1).flatten()
-        score_EF = score_EF.to(size_TF.device)
-        score_EF.index_add_(0, expert_T, size_TF.double())
-        return score_EF.cpu()
+        scores_TE = self.input_BSD.float().flatten(0, -2) @ gate_ED.T.to(size_TF.device)
+        chosen_TE = functional.one_hot(scores_TE.argmax(dim=-1), num_experts)
+        return (chosen_TE.T.to(size_TF.dtype) @ size_TF).double().cpu()
 
 
 def _scores(

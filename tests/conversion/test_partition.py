@@ -185,6 +185,7 @@ def test_the_table_holds_what_the_design_names_so_far() -> None:
         "coactivation",
         "clustered_importance",
         "task_importance",
+        "token_clusters",
         "full_copy",
     ]
 
@@ -248,7 +249,7 @@ def test_tasks_get_the_neurons_they_need_most() -> None:
 
 def test_task_importance_says_what_it_lacks() -> None:
     given: dict[str, Any] = SIZES | {"method": "task_importance"}
-    with pytest.raises(MissingInputError, match="each expert's tasks") as found:
+    with pytest.raises(MissingInputError, match="each expert's data") as found:
         plan_partition(SCORES[:2], **given)
     assert "expert_scores=" in found.value.remedy
     with pytest.raises(ConversionError, match="of the shapes"):

@@ -34,6 +34,8 @@ def students() -> dict[str, dict[str, Any]]:
         found[f"{split}-{router}"] = {"partition": split, "router": router}
         if split == "full_copy":
             found[f"{split}-{router}"] |= {"expert_size": 32}
+        if split == "token_clusters":
+            found[f"{split}-{router}"] |= {"router": "token_gate", "fit_output": True}
     return found
 
 
@@ -62,7 +64,13 @@ def test_the_chain_adapts_with_every_router_and_partition(
 
 
 @pytest.mark.parametrize(
-    "moe", [{"router": "hash_balanced"}, {"partition": "clustered_importance"}]
+    "moe",
+    [
+        {"router": "hash_balanced"},
+        {"partition": "clustered_importance"},
+        {"fit_output": True},
+        {"partition": "token_clusters", "router": "token_gate"},
+    ],
 )
 def test_what_training_rows_decided_is_redone_with_other_rows(
     write_recipe: Write, tiny_settings: dict[str, Any], moe: dict[str, str]
@@ -118,6 +126,9 @@ def test_a_dry_run_knows_the_size_of_every_student(
         ("moe.importance_samples=7", False),
         ("model.max_length=15", False),
         ("[moe.partition=coactivation, moe.importance_samples=7]", True),
+        ("moe.fit_output=true", True),
+        ("[moe.fit_output=true, moe.importance_samples=7]", True),
+        ("[moe.num_experts=1, moe.fit_output=true]", True),
     ],
 )
 def test_what_an_untrained_student_depends_on(
@@ -128,6 +139,6 @@ def test_what_an_untrained_student_depends_on(
     overrides = tuple(override.strip("[]").split(", "))
     before = adapt_settings(load_config(recipe, overrides[:-1]))
     assert (adapt_settings(load_config(recipe, overrides)) != before) is changes
-    assert not {"gate_noise", "capacity_factor", "task_map"} & set(
+    assert not {"gate_noise", "capacity_factor", "task_map", "fit_output"} & set(
         adapt_settings(load_config(recipe))["moe"]
     ), "results of earlier versions stay finished"

@@ -1,0 +1,191 @@
+"""Fitted output weights against least squares over single tokens, written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.families import find_slots
+from moe_dist.conversion.importance import accepted_inputs
+from moe_dist.conversion.output_fit import RIDGE, fit_outputs
+from moe_dist.errors import ConversionError
+from moe_dist.moe.layer import MoELayer
+from tests.conversion.dense_models import (
+    FAMILY_NAMES,
+    NUM_NEURONS,
+    model_inputs,
+    random_scores,
+    tiny_model,
+    token_batch,
+)
+
+
+def student_of(model: Any, *, router: str = "hash_random", **changes: Any) -> Any:
+    sizes = {"num_experts": 2, "expert_size": 8, "num_shared_neurons": 4, "tie_shared": True}
+    plan = plan_partition(random_scores(model), **(sizes | changes))
+    return dense_to_moe(model, plan, router=router)
+
+
+def batches_for(model: Any) -> list[dict[str, Tensor]]:
+    batches = [token_batch(num_samples=16, length=9, seed=seed) for seed in (1, 2)]
+    return [model_inputs(model, batch | {"labels": batch["input_ids"]}) for batch in batches]
+
+
+def layers_of(student: Any) -> list[MoELayer]:
+    return [layer for layer in student.modules() if isinstance(layer, MoELayer)]
+
+
+class Seen:
+    """What one dense FFN reads and gives, token by token."""
+
+    def __init__(self, model: Any, index: int, batches: list[dict[str, Tensor]]) -> None:
+        slot = find_slots(model)[index]
+        rows: list[Tensor] = []
+        outs: list[Tensor] = []
+        real: list[Tensor] = []
+        ids: list[Tensor] = []
+        handles = [
+            slot.linear_in.register_forward_pre_hook(lambda _, args: rows.append(args[0])),
+            slot.linear_out.register_forward_hook(lambda _, __, out: outs.append(out)),
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                model(**{key: value for key, value in batch.items() if key != "labels"})
+                real.append(batch["attention_mask"].bool())
+                ids.append(batch["input_ids"])
+        for handle in handles:
+            handle.remove()
+        mask = torch.cat([one.flatten() for one in real])
+        self.rows_TD = torch.cat([one.flatten(0, 1) for one in rows])[mask]
+        self.outs_TD = torch.cat([one.flatten(0, 1) for one in outs])[mask]
+        self.ids_T = torch.cat([one.flatten() for one in ids])[mask]
+
+
+def objective(layer: MoELayer, before: MoELayer, seen: Seen, expert_T: Tensor) -> Tensor:
+    """What the fit makes small, with its penalty, one token at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    held = {name: torch.zeros((), dtype=torch.float64) for name in ("shared", "0", "1")}
+    counts = {name: torch.zeros((), dtype=torch.float64) for name in held}
+    for row, out, expert in zip(seen.rows_TD, seen.outs_TD, expert_T.tolist(), strict=True):
+        count = 1 / (row + out).double().square().mean()
+        found = layer.experts.b_out[expert].double()  # type: ignore[index]
+        for name, experts, place in (
+            ("shared", layer.shared, 0),
+            (str(expert), layer.experts, expert),
+        ):
+            assert experts is not None and experts.w_in is not None and experts.b_in is not None
+            assert experts.w_out is not None
+            active = experts.activation(experts.w_in[place] @ row + experts.b_in[place]).double()
+            found = found + experts.w_out[place].double() @ active
+            held[name] = held[name] + count * active.square().mean()
+        counts[str(expert)] = counts[str(expert)] + count
+        total = total + count * (found - out.double()).square().sum()
+    for name, mean in held.items():
+        new, old = (one.shared if name == "shared" else one.experts for one in (layer, before))
+        place = 0 if name == "shared" else int(name)
+        assert new is not None and old is not None
+        moved = new.w_out[place].double() - old.w_out[place].double()  # type: ignore[index]
+        total = total + RIDGE * mean.detach() * moved.square().sum()
+        if name != "shared":
+            bias = new.b_out[place].double() - old.b_out[place].double()  # type: ignore[index]
+            total = total + 1e-6 * counts[name] * bias.square().sum()
+    return total
+
+
+def test_the_fit_is_the_least_of_its_objective() -> None:
+    model = tiny_model("bert")
+    batches = batches_for(model)
+    before, after = student_of(model), student_of(model)
+    fit_outputs(after, model, [batches])
+    old, new = layers_of(before)[-1], layers_of(after)[-1]
+    seen = Seen(model, len(layers_of(after)) - 1, batches)
+    router: Any = new.router
+    expert_T = router.table[seen.ids_T]
+    least = objective(new, old, seen, expert_T)
+    assert least < 0.9 * objective(old, old, seen, expert_T)
+    least.backward()
+    assert new.shared is not None
+    for weight in (new.experts.w_out, new.experts.b_out, new.shared.w_out):
+        assert weight is not None and weight.grad is not None
+        assert weight.grad.abs().max() < 1e-3 * least.detach(), "the gradient is zero there"
+
+
+def first_block(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        outputs = model(**accepted_inputs(model, batch), output_hidden_states=True)
+    states = getattr(outputs, "encoder_hidden_states", None) or outputs.hidden_states
+    block: Tensor = states[1]
+    return block
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("tie_shared", [True, False])
+def test_each_family_comes_closer_to_its_dense_model(family: str, tie_shared: bool) -> None:
+    model = tiny_model(family)
+    batches = batches_for(model)
+    student = student_of(model, router="token_gate", tie_shared=tie_shared)
+
+    def missed() -> float:
+        """How far the first block's output is off, at real tokens."""
+        total = 0.0
+        for batch in batches:
+            mine, wanted = first_block(student, batch), first_block(model, batch)
+            off_BS = (mine - wanted).square().mean(dim=-1)
+            total += float(off_BS[batch["attention_mask"].bool()].mean())
+        return total
+
+    first = missed()
+    fit_outputs(student, model, [batches])
+    assert missed() < 0.9 * first
+
+
+def test_an_expert_with_every_neuron_stays_as_it_is() -> None:
+    model = tiny_model("bert")
+    student = student_of(
+        model, num_experts=1, expert_size=NUM_NEURONS, num_shared_neurons=0, tie_shared=False
+    )
+    old = {name: value.clone() for name, value in student.state_dict().items()}
+    fit_outputs(student, model, [batches_for(model)])
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, old[name], rtol=1e-4, atol=1e-6)
+
+
+def test_only_output_weights_of_experts_with_tokens_change() -> None:
+    model = tiny_model("bert").train()
+    student = student_of(model, tie_shared=False)
+    for layer in layers_of(student):
+        router: Any = layer.router
+        router.table.zero_()
+    old = {name: value.clone() for name, value in student.state_dict().items()}
+    fit_outputs(student, model, [batches_for(model)])
+    assert student.training and model.training
+    for name, value in student.state_dict().items():
+        if name.endswith(("w_out", "b_out")):
+            assert not torch.equal(value[0], old[name][0])
+            torch.testing.assert_close(value[1], old[name][1], rtol=0, atol=0)
+        else:
+            assert torch.equal(value, old[name]), name
+
+
+def test_padding_says_nothing() -> None:
+    model = tiny_model("bert")
+    batch = token_batch(num_samples=16, length=9)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    padded = {key: torch.nn.functional.pad(value, (0, 3)) for key, value in batch.items()}
+    short, long = student_of(model), student_of(model)
+    fit_outputs(short, model, [[batch]])
+    fit_outputs(long, model, [[padded]])
+    for name, value in short.state_dict().items():
+        torch.testing.assert_close(value, long.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_several_experts_for_a_token_are_refused() -> None:
+    model = tiny_model("bert")
+    plan = plan_partition(random_scores(model), num_experts=4, expert_size=8, num_shared_neurons=0)
+    student = dense_to_moe(model, plan, router="token_gate", top_k=2)
+    with pytest.raises(ConversionError, match=r"set moe\.top_k to 1"):
+        fit_outputs(student, model, [batches_for(model)])
