@@ -38,7 +38,7 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     for label in config.compare:
-        size = SIZES.get(label.partition("_")[2], 1) * config.moe.active_neurons
+        size = SIZES.get(label.rpartition("_")[2], 1) * config.moe.active_neurons
         assert config.resolve_comparison(label).moe.active_neurons == size
 
 
