@@ -18,7 +18,7 @@ from pipelines.search import sweep as sweeping
 from pipelines.search.sweep import search_recipe
 from pipelines.search.trial import TrialRunner
 from tests.pipelines.recorder import Recorder
-from tests.pipelines.test_search import finish, in_this_process, settings
+from tests.pipelines.sweeps import finish, in_this_process, settings
 
 __all__ = ["in_this_process", "settings"]
 Write = Callable[[dict[str, Any]], Path]

@@ -21,7 +21,7 @@ from pipelines.search import sweep as sweeping
 from pipelines.search.sweep import SweepResult, search_recipe
 from pipelines.search.trial import TrialRunner
 from tests.pipelines.recorder import Recorder
-from tests.pipelines.test_search import finish, in_this_process, settings
+from tests.pipelines.sweeps import finish, in_this_process, settings
 from tests.storage.test_chain import SECRET, machines
 
 __all__ = ["in_this_process", "machines", "settings"]
