@@ -73,6 +73,11 @@ def dense_to_moe(
     """
     slots = find_slots(model)
     _check_plan(slots, plan)
+    if gates is not None and len(gates) != len(slots):
+        raise ConversionError(
+            f"there are {len(gates)} gates, but the model has {len(slots)} FFNs",
+            remedy="pass one for each, from token_clusters on this model",
+        )
     routed = plan.num_experts > 1
     if num_tasks is None:
         num_tasks = len(read_heads(model)) or None
@@ -145,7 +150,7 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
 
 
 def _start_gate(layer: MoELayer, gate_ED: Tensor) -> None:
-    if not isinstance(layer.router, TokenGate) or layer.router.gate.weight.shape != gate_ED.shape:
+    if type(layer.router) is not TokenGate or layer.router.gate.weight.shape != gate_ED.shape:
         raise ConversionError(
             f"a gate of the shape {tuple(gate_ED.shape)} does not fit the router of {layer.name}",
             remedy="take the router token_gate, and gates for this model and number of experts",

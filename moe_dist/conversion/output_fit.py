@@ -14,13 +14,15 @@ from torch.nn import functional
 
 from moe_dist.conversion.families import FFNWeights, find_slots
 from moe_dist.conversion.importance import accepted_inputs, frozen_in_eval_mode, on_device
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import Routing, current_context, padding_mask, use_task
 
 RIDGE = 0.01
 """How firmly output weights are held where they were, as a part of the neurons' mean square."""
+TOKENS_PER_NEURON = 0.1
+"""They are held as if so many more tokens for each neuron of an expert had found them right."""
 
 
 def fit_outputs(
@@ -34,20 +36,23 @@ def fit_outputs(
 
     In each layer the sum over training tokens of ``c·|y - y'|²`` is made as small as possible,
     with y the dense FFN's output, y' the layer's for the experts that its router chooses, and
-    ``c = 1 / mean((x + y)²)``, since what follows in a layer is divided by the size of input and
-    output together (without it a few separator tokens decide). All layers see the dense model's
-    hidden states. A penalty holds the weights where they were, so that an expert that sees few
-    tokens hardly moves. Tied shared neurons and all experts are solved for together. Input
-    weights and routers stay.
+    ``c = 1 / mean((x + y)²)`` for the FFN's input x: where a normalisation follows, as in BERT and
+    BART, it divides by just that size, and without it a few separator tokens decide. (GPT-2 and T5
+    normalise x, so that there c only tempers tokens of large y.) All layers see the dense model's
+    hidden states. A penalty holds weights and biases where they were, so that an expert that sees
+    few tokens hardly moves. Tied shared neurons and all experts are solved for together. Input
+    weights and routers stay. Padding does not count, but in a decoder that is given no mask of
+    its own.
 
     Args:
         student: from `dense_to_moe`, with one expert for each token; its weights are changed.
         dense: the model that it was made from.
-        batches: for each task, batches of training data; labels are not read.
+        batches: for each task, batches of training data.
         ridge: weight of the penalty, as a part of the mean square of the neurons' activations.
 
     Raises:
         ConversionError: if a token has several experts, or a fitted weight is not finite.
+        MissingInputError: if there are no batches.
 
     Source: least squares after pruning is common (ThiNet, arXiv:1707.06342); by expert, with the
         tokens that its router sends to it, is ours.
@@ -64,6 +69,7 @@ def fit_outputs(
                 )
             slot = slots[layer.name]
             fits.append(_LayerFit(layer, slot.weights(), slot.activation))
+    num_batches = 0
     with frozen_in_eval_mode(student), torch.no_grad():
         handles = [handle for fit in fits for handle in fit.install()]
         try:
@@ -71,11 +77,18 @@ def fit_outputs(
                 with use_task(task):
                     for batch in own:
                         student(**accepted_inputs(student, on_device(student, batch)))
+                        num_batches += 1
         finally:
             for handle in handles:
                 handle.remove()
-        for fit in fits:
-            fit.solve(ridge)
+    if not num_batches:
+        raise MissingInputError(
+            "there are no batches to fit output weights on",
+            remedy="pass a few thousand training samples",
+        )
+    while fits:
+        # The sums of one layer are as large as its experts' weights or larger: let them go.
+        fits.pop().solve(ridge)
 
 
 class _LayerFit:
@@ -95,6 +108,8 @@ class _LayerFit:
         self._target_END = torch.zeros(
             experts.num_experts, num_seen, weights.w_out.shape[0], **options
         )
+        self._mass = 0.0
+        self._num_tokens = 0
 
     def install(self) -> list[Any]:
         """Hook the layer and its router.
@@ -145,6 +160,8 @@ class _LayerFit:
         counted_NT = (seen_TN * count_T.unsqueeze(1)).T
         self._gram_ENN[expert] += counted_NT @ seen_TN
         self._target_END[expert] += counted_NT @ target_TD.double()
+        self._mass += float(count_T.sum())
+        self._num_tokens += len(rows_TD)
 
     def _of_expert(self, experts: Experts, expert: int, rows_TD: Tensor) -> Tensor:
         if experts.w_in is None:
@@ -155,8 +172,12 @@ class _LayerFit:
         )
         return _activations(rows_TD, experts.w_in[expert], b_in, w_gate, b_gate, self._activation)
 
+    @torch.no_grad()
     def solve(self, ridge: float) -> None:
         """Solve, and write the weights into the layer.
+
+        The unknowns of the experts meet in the shared neurons alone: these are found first, with
+        the experts eliminated from the equations (Schur complement), and then expert by expert.
 
         Args:
             ridge: see `fit_outputs`.
@@ -164,57 +185,64 @@ class _LayerFit:
         Raises:
             ConversionError: if a fitted weight is not finite.
         """
-        shared, own, num_experts = self._num_shared, self._num_own, len(self._gram_ENN)
-        blocks = [slice(0, shared)] + [
-            slice(start, start + own)
-            for start in range(shared, shared + num_experts * own, own or 1)
-        ]
-        before_ND = self._weights()
-        gram_NN = before_ND.new_zeros(len(before_ND), len(before_ND))
-        target_ND = torch.zeros_like(before_ND)
-        for expert, block in enumerate(blocks[1:]):
-            places = [*range(shared), *range(block.start, block.stop)]
-            seen = torch.tensor(places, device=gram_NN.device)
-            gram_NN[seen.unsqueeze(1), seen] += self._gram_ENN[expert]
-            target_ND[seen] += self._target_END[expert]
-        held_N = torch.cat([self._held(gram_NN.diagonal()[block], ridge) for block in blocks])
-        missed_ND = target_ND - gram_NN @ before_ND
-        change_ND = torch.linalg.solve(gram_NN + torch.diag(held_N), missed_ND)
-        if not bool(torch.isfinite(change_ND).all()):
+        shared, num_experts = self._num_shared, len(self._gram_ENN)
+        shared_SD, own_END = self._weights()
+        before_END = torch.cat([shared_SD.expand(num_experts, -1, -1), own_END], dim=1)
+        missed_END = self._target_END - self._gram_ENN @ before_END
+        own_gram = self._gram_ENN[:, shared:, shared:]
+        held = own_gram + torch.diag_embed(self._held_experts(ridge))
+        if shared:
+            cross = self._gram_ENN[:, shared:, :shared]
+            # What an expert's own weights make up for, of the shared neurons and of what is missed.
+            made_up = torch.linalg.solve(held, cross)
+            gram_SS = self._gram_ENN[:, :shared, :shared].sum(dim=0)
+            gram_SS = gram_SS + torch.diag(self._held_shared(ridge))
+            gram_SS = gram_SS - (cross.transpose(1, 2) @ made_up).sum(dim=0)
+            left_SD = missed_END[:, :shared] - made_up.transpose(1, 2) @ missed_END[:, shared:]
+            change_SD = torch.linalg.solve(gram_SS, left_SD.sum(dim=0))
+            missed_END = missed_END - self._gram_ENN[:, :, :shared] @ change_SD
+            shared_SD = shared_SD + change_SD
+        own_END = own_END + torch.linalg.solve(held, missed_END[:, shared:])
+        if not bool(torch.isfinite(own_END).all() and torch.isfinite(shared_SD).all()):
             raise ConversionError(
                 f"the fitted output weights of {self.layer.name} are not finite",
                 remedy="check the teacher and the training data for NaN and infinity",
             )
-        self._write(before_ND + change_ND)
+        self._write(shared_SD, own_END)
 
-    def _held(self, diagonal_N: Tensor, ridge: float) -> Tensor:
-        """The penalty on each unknown of one block; a bias (the last one) is all but free."""
-        is_own = diagonal_N.numel() == self._num_own and self.layer.experts.b_out is not None
-        neurons_F = diagonal_N[:-1] if is_own else diagonal_N
-        mean = neurons_F.mean() if neurons_F.numel() else neurons_F.sum()
-        held_N = (ridge * mean).expand_as(neurons_F)
-        if is_own:
-            held_N = torch.cat([held_N, 1e-6 * diagonal_N[-1:]])
-        # Experts without tokens stay as they are.
-        return held_N.clamp(min=1e-9)
+    def _held_experts(self, ridge: float) -> Tensor:
+        """(E, F and a bias) penalties; the ridge is not for biases."""
+        size = self.layer.experts.expert_size
+        square_EF = self._gram_ENN.diagonal(dim1=1, dim2=2)[:, self._num_shared :][:, :size]
+        prior = TOKENS_PER_NEURON * size * self._mass / max(self._num_tokens, 1)
+        held_EN = torch.zeros_like(self._target_END[:, self._num_shared :, 0])
+        if size:
+            held_EN[:, :size] = ridge * square_EF.mean(dim=1, keepdim=True)
+            held_EN[:, :size] += prior * square_EF.sum() / (size * max(self._mass, 1e-12))
+        held_EN[:, size:] = prior
+        return held_EN.clamp(min=1e-9)
 
-    def _weights(self) -> Tensor:
-        experts = self.layer.experts
-        parts = []
-        if self.layer.shared is not None and self.layer.shared.w_out is not None:
-            parts.append(self.layer.shared.w_out[0].T)
-        for expert in range(experts.num_experts):
-            if experts.w_out is not None:
-                parts.append(experts.w_out[expert].T)
-            if experts.b_out is not None:
-                parts.append(experts.b_out[expert].unsqueeze(0))
-        return torch.cat(parts).double()
+    def _held_shared(self, ridge: float) -> Tensor:
+        square_ES = self._gram_ENN.diagonal(dim1=1, dim2=2)[:, : self._num_shared]
+        return (ridge * square_ES.sum(dim=0).mean()).expand(self._num_shared).clamp(min=1e-9)
 
-    def _write(self, weights_ND: Tensor) -> None:
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """(s, D) of the shared neurons, and (E, F and a bias, D) of the experts."""
+        experts, shared = self.layer.experts, self.layer.shared
+        shared_SD = self._target_END.new_zeros(0, self._target_END.shape[2])
+        if shared is not None and shared.w_out is not None:
+            shared_SD = shared.w_out[0].T.double()
+        own_END = torch.zeros_like(self._target_END[:, self._num_shared :])
+        if experts.w_out is not None:
+            own_END[:, : experts.expert_size] = experts.w_out.transpose(1, 2)
+        if experts.b_out is not None:
+            own_END[:, -1] = experts.b_out
+        return shared_SD, own_END
+
+    def _write(self, shared_SD: Tensor, own_END: Tensor) -> None:
         experts, shared = self.layer.experts, self.layer.shared
         if shared is not None and shared.w_out is not None:
-            shared.w_out[0].copy_(weights_ND[: self._num_shared].T)
-        own_END = weights_ND[self._num_shared :].unflatten(0, (experts.num_experts, -1))
+            shared.w_out[0].copy_(shared_SD.T)
         if experts.w_out is not None:
             experts.w_out.copy_(own_END[:, : experts.expert_size].transpose(1, 2))
         if experts.b_out is not None:

@@ -24,7 +24,7 @@ from moe_dist.conversion.importance import (
     on_device,
     sum_over_batches,
 )
-from moe_dist.errors import MissingInputError
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.routing import use_task
 
 MAX_TOKENS = 16_384
@@ -59,11 +59,11 @@ def token_clusters(
 ) -> TokenClusters:
     """Find kinds of tokens in each FFN's input, gates that tell them apart, and their neurons.
 
-    The inputs of up to `max_tokens` tokens are put into E clusters by k-means; multinomial
+    The inputs of about `max_tokens` tokens are put into E clusters by k-means; multinomial
     logistic regression without a bias gives the gate. From there on the gate decides, also where
     it disagrees with the clusters: a neuron's score for an expert is the sum of
-    ``|w1·∂L/∂w1 + w2·∂L/∂w2|`` over the single tokens that the gate sends there. Tasks count
-    alike.
+    ``|w1·∂L/∂w1 + w2·∂L/∂w2|`` over the single tokens that the gate sends there. In
+    the scores tasks count alike.
 
     Args:
         model: the fine-tuned dense model; evaluated, and left as it was.
@@ -76,11 +76,17 @@ def token_clusters(
         Gates and scores.
 
     Raises:
+        ConversionError: if the model computes FFNs in chunks, or something is not finite.
         MissingInputError: if an FFN sees fewer tokens than experts.
 
     Source: the importance of a neuron is MoEBERT's, 2022.naacl-main.116, taken for each token in
         place of each sample; clusters, gates and their neurons fitted to each other are ours.
     """
+    if getattr(model.config, "chunk_size_feed_forward", 0):
+        raise ConversionError(
+            "tokens cannot be told apart where FFNs are computed in chunks of a sentence",
+            remedy="set chunk_size_feed_forward=0 in the model's configuration",
+        )
     kept = [list(own) for own in batches]
     inputs = _inputs(model, kept, max_tokens, seed)
     gates = tuple(_fit_gate(input_TD, num_experts, seed) for input_TD in inputs)
@@ -92,6 +98,8 @@ def token_clusters(
     for of_layer in zip(*by_task, strict=True):
         of_tasks = [score_EF / score_EF.sum().clamp(min=1e-30) for score_EF in of_layer]
         scores.append(torch.stack(of_tasks).sum(dim=0))
+    if not all(bool(torch.isfinite(score_EF).all()) for score_EF in scores):
+        raise _not_finite()
     return TokenClusters(gates, tuple(map(_with_whole, scores)))
 
 
@@ -158,13 +166,15 @@ def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
             f"{len(input_TD)} tokens do not make {num_experts} clusters of training data",
             remedy="pass a few thousand training samples",
         )
+    if not bool(torch.isfinite(input_TD).all()):
+        raise _not_finite()
     scale = float(input_TD.square().mean().sqrt().clamp(min=1e-12))
     rows = (input_TD.double() / scale).numpy()
     with warnings.catch_warnings():
         # Whatever the gate has learned so far decides: it need not reach the optimum, and where
         # tokens are alike it may be given fewer clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = KMeans(num_experts, n_init=2, random_state=seed).fit_predict(rows)
+        clusters = KMeans(num_experts, n_init=2, random_state=seed % 2**32).fit_predict(rows)
         names = sorted(set(clusters.tolist()))
         gate_ED = torch.zeros(num_experts, input_TD.shape[1])
         if len(names) > 1:
@@ -209,3 +219,10 @@ def _scores(
 
     totals = sum_over_batches(model, batches, read, capture=_TokenCapture)
     return [total.float() for total in totals]
+
+
+def _not_finite() -> ConversionError:
+    return ConversionError(
+        "what the FFNs read, or their gradients, are not all finite",
+        remedy="check the teacher and its training data for NaN and infinity",
+    )

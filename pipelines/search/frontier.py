@@ -277,12 +277,13 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     models: dict[int, Any] = {}
     for trial in meeting[:MAX_MEASURED]:
         facts = result.teachers[teacher_key(result.config, trial.overrides)]
-        config = RunConfig.model_validate(point_settings(result.config, trial.overrides))
+        # Its weights do not change what it costs.
+        overrides = trial.overrides | {"moe.fit_output": False}
+        config = RunConfig.model_validate(point_settings(result.config, overrides))
         with local_file(facts.scores) as path:
             scores = load_scores(path)
         workspace = Workspace(config, Console(quiet=True))
         tokenizer = load_tokenizer(facts.model)
-        # Its weights do not change what it costs.
         models[trial.number] = convert(
             config,
             load_model(facts.model),

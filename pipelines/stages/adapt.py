@@ -161,7 +161,7 @@ def convert(
         gates=gates,
         **router_options(config),
     )
-    if moe.fit_output and scored:
+    if moe.fit_output:
         fit_outputs(student, dense, scored)
     return plan, student
 

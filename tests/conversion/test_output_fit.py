@@ -11,8 +11,8 @@ from torch import Tensor
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.conversion.importance import accepted_inputs
-from moe_dist.conversion.output_fit import RIDGE, fit_outputs
-from moe_dist.errors import ConversionError
+from moe_dist.conversion.output_fit import RIDGE, TOKENS_PER_NEURON, fit_outputs
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.layer import MoELayer
 from tests.conversion.dense_models import (
     FAMILY_NAMES,
@@ -84,15 +84,20 @@ def objective(layer: MoELayer, before: MoELayer, seen: Seen, expert_T: Tensor) -
             held[name] = held[name] + count * active.square().mean()
         counts[str(expert)] = counts[str(expert)] + count
         total = total + count * (found - out.double()).square().sum()
+    size = layer.experts.expert_size
+    mass = counts["0"] + counts["1"]
+    prior = TOKENS_PER_NEURON * size * mass / len(expert_T)
+    usual = (held["0"] + held["1"]).detach() / mass
     for name, mean in held.items():
         new, old = (one.shared if name == "shared" else one.experts for one in (layer, before))
         place = 0 if name == "shared" else int(name)
         assert new is not None and old is not None
         moved = new.w_out[place].double() - old.w_out[place].double()  # type: ignore[index]
-        total = total + RIDGE * mean.detach() * moved.square().sum()
+        weight = RIDGE * mean.detach() + (0 if name == "shared" else prior * usual)
+        total = total + weight * moved.square().sum()
         if name != "shared":
             bias = new.b_out[place].double() - old.b_out[place].double()  # type: ignore[index]
-            total = total + 1e-6 * counts[name] * bias.square().sum()
+            total = total + prior * bias.square().sum()
     return total
 
 
@@ -189,3 +194,40 @@ def test_several_experts_for_a_token_are_refused() -> None:
     student = dense_to_moe(model, plan, router="token_gate", top_k=2)
     with pytest.raises(ConversionError, match=r"set moe\.top_k to 1"):
         fit_outputs(student, model, [batches_for(model)])
+
+
+def test_a_single_token_hardly_moves_its_expert() -> None:
+    model = tiny_model("bert")
+    student = student_of(model, tie_shared=False, expert_size=16, num_shared_neurons=0)
+    batches = batches_for(model)
+    rare = int(batches[0]["input_ids"][0, 0])
+    for batch in batches:
+        batch["input_ids"][batch["input_ids"] == rare] = 0 if rare else 1
+    batches[0]["input_ids"][0, 0] = rare
+    for layer in layers_of(student):
+        router: Any = layer.router
+        router.table.zero_()
+        router.table[rare] = 1
+    old = {name: value.clone() for name, value in student.state_dict().items()}
+    fit_outputs(student, model, [batches])
+    for name, value in student.state_dict().items():
+        if name.endswith("w_out"):
+            moved = (value - old[name]).flatten(1).norm(dim=1)
+            assert moved[1] < 0.5 * moved[0], name
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_tied_neurons_without_any_beside_them_are_fitted(family: str) -> None:
+    model = tiny_model(family)
+    student = student_of(model, num_shared_neurons=8)
+    old = [layer.shared.w_out.clone() for layer in layers_of(student)]  # type: ignore[union-attr]
+    fit_outputs(student, model, [batches_for(model)])
+    for layer, before in zip(layers_of(student), old, strict=True):
+        assert layer.shared is not None and layer.shared.w_out is not None
+        assert not torch.allclose(layer.shared.w_out, before)
+
+
+def test_without_batches_there_is_nothing_to_fit_on() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(MissingInputError, match="no batches to fit"):
+        fit_outputs(student_of(model), model, [[]])

@@ -134,8 +134,11 @@ def test_a_student_routes_by_the_gates_it_is_given() -> None:
             rest = [n for n in range(len(scores_EF[expert])) if n not in part.shared_ids.tolist()]
             best = sorted(rest, key=lambda n: -float(scores_EF[expert, n]))[:6]
             assert own.tolist() == best
-    with pytest.raises(ConversionError, match="take the router token_gate"):
-        dense_to_moe(model, plan, router="hash_random", gates=found.gates)
+    for router in ("hash_random", "sentence_gate"):
+        with pytest.raises(ConversionError, match="take the router token_gate"):
+            dense_to_moe(model, plan, router=router, gates=found.gates)
+    with pytest.raises(ConversionError, match="1 gates"):
+        dense_to_moe(model, plan, router="token_gate", gates=found.gates[:1])
 
 
 def test_what_is_missing_is_named() -> None:
@@ -150,3 +153,14 @@ def test_what_is_missing_is_named() -> None:
             num_shared_neurons=2,
             method="token_clusters",
         )
+
+
+def test_chunks_and_infinities_are_refused() -> None:
+    chunked = tiny_model("bert", chunk_size_feed_forward=2)
+    with pytest.raises(ConversionError, match="chunk_size_feed_forward=0"):
+        token_clusters(chunked, [labelled_batches(chunked)], 2, seed=0)
+    model = tiny_model("bert")
+    with torch.no_grad():
+        find_slots(model)[0].weights().w_out[0, 0] = float("nan")
+    with pytest.raises(ConversionError, match="not all finite"):
+        token_clusters(model, [labelled_batches(model)], 2, seed=0)
