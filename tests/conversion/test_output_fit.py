@@ -24,10 +24,12 @@ from tests.conversion.dense_models import (
 )
 
 
-def student_of(model: Any, *, router: str = "hash_random", **changes: Any) -> Any:
+def student_of(
+    model: Any, *, router: str = "hash_random", gate_scale: str = "straight_through", **changes: Any
+) -> Any:
     sizes = {"num_experts": 2, "expert_size": 8, "num_shared_neurons": 4, "tie_shared": True}
     plan = plan_partition(random_scores(model), **(sizes | changes))
-    return dense_to_moe(model, plan, router=router)
+    return dense_to_moe(model, plan, router=router, gate_scale=gate_scale)
 
 
 def batches_for(model: Any) -> list[dict[str, Tensor]]:
@@ -231,3 +233,29 @@ def test_without_batches_there_is_nothing_to_fit_on() -> None:
     model = tiny_model("bert")
     with pytest.raises(MissingInputError, match="no batches to fit"):
         fit_outputs(student_of(model), model, [[]])
+
+
+def test_a_gate_s_own_weight_is_made_up_for_in_the_layers_that_were_converted() -> None:
+    model = tiny_model("bert")
+    student = student_of(model, router="token_gate", gate_scale="probability", layers=[0])
+    (layer,) = layers_of(student)
+    batch = batches_for(model)[0]
+    real = batch["attention_mask"].bool()
+
+    def missed() -> float:
+        off = (first_block(student, batch) - first_block(model, batch))[real]
+        return float(off.square().mean())
+
+    first = missed()
+    fit_outputs(student, model, [[batch]])
+    assert missed() < 0.5 * first
+    assert torch.isfinite(layer.experts.w_out).all()  # type: ignore[arg-type]
+
+
+def test_a_teacher_that_is_not_finite_is_named() -> None:
+    model = tiny_model("bert")
+    student = student_of(model)
+    with torch.no_grad():
+        find_slots(model)[0].weights().w_out[0, 0] = float("nan")
+    with pytest.raises(ConversionError, match="check the teacher"):
+        fit_outputs(student, model, [batches_for(model)])
