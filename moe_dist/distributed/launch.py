@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -105,3 +107,9 @@ def _run_in_group(
         fn(rank, world_size, *args)
     finally:
         dist.destroy_process_group()
+    # The work is done. While the interpreter takes itself apart, a thread of the group's that is
+    # still joinable now and then aborts the process (torch 2.13): so it ends here.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
