@@ -183,25 +183,27 @@ class _PairCounter:
 
     def _count(self, linear: nn.Module, args: tuple[Any, ...]) -> None:
         activation_BSF: Tensor = args[0]
-        rows_TF = activation_BSF.flatten(0, -2)
-        mask = mask_of(self.batch, activation_BSF.shape[:-1], in_decoder=self.slot.in_decoder)
-        if mask is not None:
-            rows_TF = rows_TF[mask.reshape(-1)]
-        size_TN = rows_TF[:, self._neurons].float().abs()
+        size_TN = real_rows(activation_BSF, self.batch, self.slot)[:, self._neurons].float().abs()
         self._sum_NN += size_TN.T @ size_TN
 
 
-def mask_of(batch: Mapping[str, Any], shape: torch.Size, *, in_decoder: bool) -> Tensor | None:
-    """Tell which tokens that an FFN sees are real.
+def real_rows(value: Tensor, batch: Mapping[str, Any], slot: FFNSlot) -> Tensor:
+    """Take what an FFN has of real tokens.
 
     Args:
+        value: (B, S, ...), one vector for each token.
         batch: the model's inputs.
-        shape: of the tokens, (B, S).
-        in_decoder: of an encoder-decoder.
+        slot: the FFN.
 
     Returns:
-        (B, S) bool; None where the batch does not say.
+        (T, ...) without padding, where the batch says what that is.
     """
+    rows = value.flatten(0, -2)
+    mask = _mask_of(batch, value.shape[:-1], in_decoder=slot.in_decoder)
+    return rows if mask is None else rows[mask.reshape(-1)]
+
+
+def _mask_of(batch: Mapping[str, Any], shape: torch.Size, *, in_decoder: bool) -> Tensor | None:
     mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
 
@@ -211,7 +213,7 @@ def _sentence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     outputs = model(**inputs, output_hidden_states=True)
     states = getattr(outputs, "encoder_hidden_states", None) or outputs.hidden_states
     middle_BSD = states[len(states) // 2].float()
-    mask_BS = mask_of(inputs, middle_BSD.shape[:-1], in_decoder=False)
+    mask_BS = _mask_of(inputs, middle_BSD.shape[:-1], in_decoder=False)
     if mask_BS is None:
         return middle_BSD.mean(dim=1)
     total_BD = (middle_BSD * mask_BS.unsqueeze(-1)).sum(dim=1)

@@ -128,7 +128,7 @@ def evened(scores: Sequence[Tensor]) -> list[Tensor]:
     """Let tasks count alike, whatever their losses and their numbers of rows.
 
     Args:
-        scores: one task's, (F,) for each FFN.
+        scores: one task's, (F,) or (E, F) for each FFN.
 
     Returns:
         The same, with sum 1 in each FFN; zeros stay.

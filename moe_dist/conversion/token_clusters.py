@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_dist.conversion.activity import mask_of
+from moe_dist.conversion.activity import real_rows
 from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.conversion.importance import (
     Capture,
@@ -93,11 +93,8 @@ def token_clusters(
     by_task = []
     for task, own in enumerate(kept):
         with use_task(task):
-            by_task.append(_scores(model, own, gates))
-    scores = []
-    for of_layer in zip(*by_task, strict=True):
-        of_tasks = [score_EF / score_EF.sum().clamp(min=1e-30) for score_EF in of_layer]
-        scores.append(torch.stack(of_tasks).sum(dim=0))
+            by_task.append(evened(_scores(model, own, gates)))
+    scores = [torch.stack(of_layer).sum(dim=0) for of_layer in zip(*by_task, strict=True)]
     if not all(bool(torch.isfinite(score_EF).all()) for score_EF in scores):
         raise _not_finite()
     return TokenClusters(gates, tuple(map(_with_whole, scores)))
@@ -122,11 +119,7 @@ class _InputSample:
 
     def take(self, linear: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep a share of the rows; a hook before the FFN's first linear layer."""
-        input_BSD: Tensor = args[0]
-        rows_TD = input_BSD.flatten(0, -2)
-        mask = mask_of(self.batch, input_BSD.shape[:-1], in_decoder=self.slot.in_decoder)
-        if mask is not None:
-            rows_TD = rows_TD[mask.reshape(-1)]
+        rows_TD = real_rows(args[0], self.batch, self.slot)
         drawn = torch.randperm(len(rows_TD), generator=self._generator)[: self._share]
         self.rows.append(rows_TD[drawn.to(rows_TD.device)].float().cpu())
 
