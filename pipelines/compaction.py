@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .console import Console
 
 RESULT = "compact.json"
-FUSED, COMPRESSED, MODEL = "fused", "compressed", "model"
+FUSED, UNPRUNED, COMPRESSED, MODEL = "fused", "unpruned", "compressed", "model"
 MANY_EPOCHS = 10_000
 RECIPE_NAME = "recipe.yaml"
 
@@ -35,16 +35,21 @@ class CompactSettings:
     Args:
         directory: the student's.
         output: where results go.
-        num_experts: experts of each layer afterwards.
+        num_experts: experts of each layer afterwards; None for as many as there are.
+        expert_size: neurons that an expert computes for a token afterwards; None for as many as
+            there are.
+        teacher: the model that the repair distils; the student as it was if None.
         method: ``merge`` or ``drop``.
         tolerance: of fusion.
         repair_steps: optimizer steps of the distillation afterwards; 0 for none.
-        use_samples: training rows on which the use of experts is counted.
+        use_samples: training rows on which the use of experts is counted and neurons are scored.
     """
 
     directory: Path
     output: Path
-    num_experts: int
+    num_experts: int | None = None
+    expert_size: int | None = None
+    teacher: Path | None = None
     method: Literal["merge", "drop"] = "merge"
     tolerance: float = 1e-6
     repair_steps: int = 200
@@ -75,8 +80,9 @@ def find_recipe(directory: Path) -> Path:
 def compact(settings: CompactSettings, config: RunConfig, console: Console) -> dict[str, Any]:
     """Fuse, compress and repair; results go to `settings.output`.
 
-    The repair is a distillation from the student as it was, with the recipe's losses and learning
-    rate, in this process.
+    Experts are joined first where there are to be fewer; then each keeps its most important
+    neurons where it is to be smaller. The repair is a distillation from the student as it was, or
+    from `settings.teacher`, with the recipe's losses and learning rate, in this process.
 
     Args:
         settings: what to make.
@@ -91,21 +97,19 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
         MoeDistError: if the output holds files of others, or the student cannot be compacted.
     """
     from moe_dist.inference import load_model, load_tokenizer, save_model
-    from moe_dist.inference.compact import check_reduction, compact_experts, fuse_neurons
+    from moe_dist.inference.compact import fuse_neurons
     from moe_dist.training.jobs import distill_job
 
     student = load_model(settings.directory)
-    check_reduction(student, settings.num_experts)
+    _check(student, settings)
     _make_room(settings.output)
     tokenizer = load_tokenizer(settings.directory)
     measured = {"before": _measure(settings.directory, config, settings, "before")}
-    console.note("counting how often each expert is used")
-    use = _count_use(config, settings)
     fused, num_fused = fuse_neurons(student, settings.tolerance)
     if num_fused:
         save_model(fused, settings.output / FUSED, tokenizer=tokenizer)
         measured["fused"] = _measure(settings.output / FUSED, config, settings, "fused")
-    smaller, joined = compact_experts(fused, settings.num_experts, use=use, method=settings.method)
+    smaller, layers = _compress(fused, config, settings, console)
     compressed = settings.output / COMPRESSED
     save_model(smaller, compressed, tokenizer=tokenizer)
     measured["compressed"] = _measure(compressed, config, settings, "compressed")
@@ -123,14 +127,67 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     result = {
         "main_metric": metric,
         "num_experts": settings.num_experts,
+        "expert_size": settings.expert_size,
         "method": settings.method,
         "num_fused_neurons": num_fused,
         "repair_steps": settings.repair_steps,
-        "layers": [asdict(one) for one in joined],
+        "layers": layers,
         **measured,
     }
     write_json(settings.output / RESULT, result)
     return result
+
+
+def _check(student: Any, settings: CompactSettings) -> None:
+    """See that all that is asked for can be done, before anything starts."""
+    from moe_dist.inference import load_model
+    from moe_dist.inference.compact import check_reduction
+    from moe_dist.inference.prune import check_expert_size
+
+    if settings.num_experts is not None:
+        check_reduction(student, settings.num_experts)
+    if settings.expert_size is not None:
+        check_expert_size(student, settings.expert_size)
+    if settings.teacher is not None:
+        shapes = [
+            (model.config.hidden_size, model.config.num_hidden_layers)
+            for model in (student, load_model(settings.teacher))
+        ]
+        if shapes[0] != shapes[1]:
+            raise MoeDistError(
+                f"the student has {shapes[0][1]} layers of width {shapes[0][0]}, and "
+                f"{settings.teacher} {shapes[1][1]} of {shapes[1][0]}; a repair compares their "
+                "hidden states",
+                remedy="leave --teacher out: the student as it was repairs.",
+            )
+
+
+def _compress(
+    student: Any, config: RunConfig, settings: CompactSettings, console: Console
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Join experts, then prune them; what became of each layer."""
+    from moe_dist.inference import load_tokenizer, save_model
+    from moe_dist.inference.compact import compact_experts
+    from moe_dist.inference.prune import prune_experts
+    from moe_dist.moe.layer import moe_layers
+
+    layers: list[dict[str, Any]] = [{"layer": layer.name} for layer in moe_layers(student)]
+    if settings.num_experts is not None:
+        console.note("counting how often each expert is used")
+        use = _count_use(config, settings)
+        student, joined = compact_experts(
+            student, settings.num_experts, use=use, method=settings.method
+        )
+        layers = [one | asdict(own) for one, own in zip(layers, joined, strict=True)]
+    if settings.expert_size is not None:
+        console.note("scoring the neurons of each expert")
+        unpruned = settings.output / UNPRUNED
+        save_model(student, unpruned, tokenizer=load_tokenizer(settings.directory))
+        scores = _score_neurons(unpruned, config, settings)
+        shutil.rmtree(unpruned)
+        student, kept = prune_experts(student, settings.expert_size, scores)
+        layers = [one | asdict(own) for one, own in zip(layers, kept, strict=True)]
+    return student, layers
 
 
 def to_table(result: dict[str, Any]) -> Table:
@@ -204,6 +261,16 @@ def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[f
     return load
 
 
+def _score_neurons(model: Path, config: RunConfig, settings: CompactSettings) -> list[Any]:
+    """The importance of each expert's neurons on training rows, by layer."""
+    from moe_dist.training.jobs import importance_job
+    from moe_dist.training.results import load_scores
+
+    payload: Any = data_job(config, str(settings.output))
+    payload |= {"model": str(model), "num_samples": settings.use_samples}
+    return load_scores(Path(importance_job(payload)["scores"]))
+
+
 def _fewer_rows(data: dict[str, Any], limit: int) -> dict[str, Any]:
     """The arguments of `load_rows` for so many training rows, tasks having equally many."""
     from moe_dist.data.mixture import even_share
@@ -224,6 +291,6 @@ def _repair_payload(settings: CompactSettings, config: RunConfig) -> Any:
     return {
         **payload,
         "student": str(settings.output / COMPRESSED),
-        "teacher": str(settings.directory.absolute()),
+        "teacher": str((settings.teacher or settings.directory).absolute()),
         "distill": config.distill.model_dump(mode="json"),
     }

@@ -34,8 +34,21 @@ def compact(
         typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A student's directory."),
     ],
     num_experts: Annotated[
-        int, typer.Option("--num-experts", help="Experts of each layer afterwards.")
-    ],
+        int | None, typer.Option("--num-experts", help="Experts of each layer afterwards.")
+    ] = None,
+    expert_size: Annotated[
+        int | None,
+        typer.Option(
+            "--expert-size",
+            help="Neurons that an expert computes for a token afterwards, shared ones included.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="What repairs; the student as it was if not given."
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="merge: join experts; drop: keep the most used ones.")
     ] = "merge",
@@ -55,7 +68,7 @@ def compact(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make a trained student smaller: fuse neurons, join experts, repair by distillation."""
+    """Make a trained student smaller: fuse neurons, join and prune experts, repair it."""
     with clean_errors(debug=debug):
         quieten_libraries()
         from moe_dist.config import load_config
@@ -65,17 +78,23 @@ def compact(
         from .compaction import compact as run
         from .console import Console
 
+        faults = []
         if method not in ("merge", "drop"):
-            fault = f"--method={method} is not known; use merge or drop."
-            raise ConfigError([fault], source="compact")
+            faults.append(f"--method={method} is not known; use merge or drop.")
+        if num_experts is None and expert_size is None:
+            faults.append("there is nothing to do; give --num-experts, --expert-size or both.")
+        if faults:
+            raise ConfigError(faults, source="compact")
         chosen: Any = method
         config = load_config(recipe or find_recipe(directory), overrides or ())
         console = Console(quiet=quiet)
-        beside = directory.absolute().parent.parent / f"compact-{num_experts}"
+        beside = directory.absolute().parent.parent / _name(num_experts, expert_size)
         settings = CompactSettings(
             directory=directory.absolute(),
             output=(output or beside).absolute(),
             num_experts=num_experts,
+            expert_size=expert_size,
+            teacher=teacher,
             method=chosen,
             tolerance=tolerance,
             repair_steps=repair_steps,
@@ -84,6 +103,16 @@ def compact(
             result = run(settings, config, console)
         console.result(to_table(result))
         console.result(f"model: {settings.output / 'model'}")
+
+
+def _name(num_experts: int | None, expert_size: int | None) -> str:
+    """compact-2, compact-size-96 or compact-2-size-96."""
+    words = ["compact"]
+    if num_experts is not None:
+        words.append(str(num_experts))
+    if expert_size is not None:
+        words.append(f"size-{expert_size}")
+    return "-".join(words)
 
 
 def benchmark_students(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,23 @@ from moe_dist.conversion.heads import read_heads
 from moe_dist.errors import ConversionError, MissingInputError
 
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
+
+
+class Reader(Protocol):
+    """Reads one layer while a batch passes through it; `leaves` is where the graph begins."""
+
+    leaves: list[Tensor]
+
+    def install(self) -> None:
+        """Hook the layer."""
+        ...
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        ...
+
+
+ReaderT = TypeVar("ReaderT", bound=Reader)
 CaptureT = TypeVar("CaptureT", bound="Capture")
 
 
@@ -91,28 +108,59 @@ def sum_over_batches(
         ConversionError: for an unknown architecture, or no batches.
     """
     slots = find_slots(model)
-    loss_of = per_sample_loss or task_losses
-    totals: list[Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(frozen_in_eval_mode(model))
-        stack.enter_context(torch.enable_grad())
         if per_sample_loss is None:
             # A loss of the caller's may read any position of any hidden state.
             stack.enter_context(_only_positions_that_count(model, slots[-1]))
+        return sum_of_readers(
+            model,
+            batches,
+            read,
+            per_sample_loss=per_sample_loss,
+            readers=lambda: [capture(slot) for slot in slots],
+        )
+
+
+def sum_of_readers(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    read: Callable[[Sequence[ReaderT]], Sequence[Tensor]],
+    *,
+    per_sample_loss: PerSampleLoss | None = None,
+    readers: Callable[[], Sequence[ReaderT]],
+) -> list[Tensor]:
+    """Run a model forward and backward on each batch, and add up what is read from its layers.
+
+    Args:
+        model: evaluated, and left as it was.
+        batches: as `score_importance` takes them.
+        read: from one reader for each layer to one tensor for each, of the same shapes every time.
+        per_sample_loss: as in `score_importance`.
+        readers: makes those of one batch.
+
+    Returns:
+        The sums.
+
+    Raises:
+        ConversionError: if there are no batches.
+    """
+    loss_of = per_sample_loss or task_losses
+    totals: list[Tensor] = []
+    with frozen_in_eval_mode(model), torch.enable_grad():
         for batch in batches:
-            captures = [capture(slot) for slot in slots]
+            fresh = readers()
             try:
-                for one in captures:
+                for one in fresh:
                     one.install()
                 moved = on_device(model, batch)
                 outputs = model(**accepted_inputs(model, moved))
                 losses_B = loss_of(model, outputs, moved)
-                leaves = [leaf for one in captures for leaf in one.leaves]
+                leaves = [leaf for one in fresh for leaf in one.leaves]
                 losses_B.sum().backward(inputs=leaves)
             finally:
-                for one in captures:
+                for one in fresh:
                     one.remove()
-            found = read(captures)
+            found = read(fresh)
             totals = (
                 [old + new for old, new in zip(totals, found, strict=True)] if totals else [*found]
             )

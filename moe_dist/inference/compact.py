@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.layer import MoELayer, moe_layers
 
 CompactMethod = Literal["merge", "drop"]
 Groups = tuple[tuple[int, ...], ...]
@@ -81,7 +81,7 @@ def compact_experts(
     changes: dict[str, Any] = {"num_experts": num_experts}
     if num_experts == 1:
         changes |= {"router": "none", "top_k": 1}
-    smaller = _rebuilt(model, changes)
+    smaller = rebuilt(model, changes)
     with torch.no_grad():
         for old, new, joined in zip(layers, moe_layers(smaller), chosen, strict=True):
             _fill_experts(old.experts, new.experts, joined, method)
@@ -151,7 +151,7 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
     count = min(len(found) for found in matches)
     if count == 0:
         return model, 0
-    fused = _rebuilt(model, {"tie_shared": True, "num_shared_neurons": count})
+    fused = rebuilt(model, {"tie_shared": True, "num_shared_neurons": count})
     with torch.no_grad():
         for old, new, found in zip(layers, moe_layers(fused), matches, strict=True):
             _fill_fused(old.experts, new, found[:count])
@@ -160,24 +160,31 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
     return fused, count
 
 
-def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """List a converted model's layers.
+def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
+    """Make a model of the same class with other experts, all else copied.
 
     Args:
-        model: a converted model.
+        model: a converted model; it is left as it was.
+        changes: entries of its configuration's `moe`.
 
     Returns:
-        At least one layer, in order.
-
-    Raises:
-        ConversionError: if the model has none.
+        The model, whose experts and routers are still to be filled.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    if not layers:
-        raise ConversionError(
-            f"{type(model).__name__} has no experts", remedy="give the directory of a student"
-        )
-    return layers
+    config = copy.deepcopy(model.config)
+    config.moe = {**config.moe, **changes}
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(model)(config)
+    first = next(model.parameters())
+    fresh.to(device=first.device, dtype=first.dtype)
+    inside = tuple(
+        f"{name}." for name, layer in model.named_modules() if isinstance(layer, MoELayer)
+    )
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(inside)
+    }
+    _, unexpected = fresh.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    return fresh.train(model.training)
 
 
 def expert_similarity(experts: Experts) -> Tensor:
@@ -237,25 +244,6 @@ def _neurons(experts: Experts) -> Tensor:
         if extra is not None:
             parts.append(extra if extra.dim() == 3 else extra.unsqueeze(-1))
     return torch.cat([part.detach().float() for part in parts], dim=-1)
-
-
-def _rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
-    """A model of the same class with other experts, all else copied."""
-    config = copy.deepcopy(model.config)
-    config.moe = {**config.moe, **changes}
-    with torch.random.fork_rng(devices=[]):
-        fresh = type(model)(config)
-    first = next(model.parameters())
-    fresh.to(device=first.device, dtype=first.dtype)
-    inside = tuple(
-        f"{name}." for name, layer in model.named_modules() if isinstance(layer, MoELayer)
-    )
-    state = {
-        name: value for name, value in model.state_dict().items() if not name.startswith(inside)
-    }
-    _, unexpected = fresh.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    return fresh.train(model.training)
 
 
 def _fill_experts(old: Experts, new: Experts, joined: LayerGroups, method: CompactMethod) -> None:

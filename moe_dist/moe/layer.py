@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from moe_dist.errors import ConversionError
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
@@ -106,3 +107,23 @@ class MoELayer(nn.Module):
             What `print(module)` shows.
         """
         return f"name={self.name!r}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """List the MoE layers of a model.
+
+    Args:
+        model: one that has some.
+
+    Returns:
+        At least one layer, in order.
+
+    Raises:
+        ConversionError: if the model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    if not layers:
+        raise ConversionError(
+            f"{type(model).__name__} has no experts", remedy="give the directory of a student"
+        )
+    return layers

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_dist.conversion import score_importance
+from moe_dist.conversion.expert_importance import score_expert_importance
 from moe_dist.conversion.heads import set_heads
 from moe_dist.conversion.importance import evened
 from moe_dist.data.loaders import Encoded, eval_batches
@@ -192,7 +193,9 @@ def distill_weights(section: DistillSection, num_steps: int) -> StepWeights:
 
 
 def importance_job(payload: ImportancePayload) -> dict[str, Any]:
-    """Score the teacher's feed-forward neurons on training samples, summed over workers.
+    """Score a model's feed-forward neurons on training samples, summed over workers.
+
+    Of a converted model they are those of its experts (`score_expert_importance`).
 
     Tasks count alike: of several, each layer's scores are divided by their sum before they are
     added, whatever the losses and the number of rows.
@@ -235,7 +238,8 @@ def _score(
     shared = len(encoded) >= num_ranks() > 1
     mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded
     batches = eval_batches(mine, batch_size=batch_size, pad_token_id=pad_token_id)
-    scores = score_importance(model, advancing(batches))
+    score = score_expert_importance if hasattr(model.config, "moe") else score_importance
+    scores = score(model, advancing(batches))
     if shared:
         scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
     return scores

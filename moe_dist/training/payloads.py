@@ -112,7 +112,7 @@ class FinetunePayload(DataJob, total=False):
 
 
 class ImportancePayload(DataJob, total=False):
-    """`importance_job`: ``model`` is the fine-tuned teacher's directory.
+    """`importance_job`: ``model`` is the directory of a fine-tuned teacher, or of a student.
 
     ``num_samples`` training rows are drawn by the seed; None takes all.
     """

@@ -16,9 +16,9 @@ from moe_dist.inference.compact import (
     expert_similarity,
     fuse_neurons,
     group_experts,
-    moe_layers,
 )
 from moe_dist.inference.profile import count_parameters
+from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
 
 

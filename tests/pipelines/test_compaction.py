@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moe_dist.config import load_config
 from moe_dist.inference import load_model
-from moe_dist.inference.compact import moe_layers
+from moe_dist.moe.layer import moe_layers
 from pipelines.chain import run_chain
 from pipelines.cli import app
 from tests.pipelines.recorder import Recorder
@@ -58,6 +58,27 @@ def test_a_student_is_compressed_repaired_and_measured(trained: Path) -> None:
     assert "fused" in found and "fused" in again.output
 
 
+def test_experts_are_joined_and_pruned_in_one_go(trained: Path) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    teacher = trained.parent.parent / "finetune-teacher/model"
+    command = ["compact", str(trained), "--num-experts", "2", "--expert-size", "5", "--quiet"]
+    result = CliRunner().invoke(app, [*command, "--repair-steps", "4", "--teacher", str(teacher)])
+    assert result.exit_code == 0, result.output
+    output = trained.parent.parent / "compact-2-size-5"
+    found = json.loads((output / "compact.json").read_text())
+    assert found["expert_size"] == 5
+    for layer in found["layers"]:
+        assert len(layer["groups"]) == 2 == len(layer["own_ids"])
+        assert {len(ids) for ids in layer["own_ids"]} == {5 - len(layer["shared_ids"])}
+        assert 0 < layer["kept_importance"] < 1
+    active = [found[name]["parameters"]["active"] for name in ("before", "repaired")]
+    assert active[1] < active[0]
+    for layer in moe_layers(load_model(output / "model")):
+        assert layer.num_experts == 2
+    assert not (output / "unpruned").exists()
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
 def test_what_cannot_be_compacted_is_one_message(
     trained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -68,6 +89,8 @@ def test_what_cannot_be_compacted_is_one_message(
 
     assert "not fewer" in refused(str(trained), "--num-experts", "4")
     assert "merge or drop" in refused(str(trained), "--num-experts", "2", "--method", "both")
+    assert "nothing to do" in refused(str(trained))
+    assert "use 1 to 13" in refused(str(trained), "--expert-size", "14")
     teacher = trained.parent.parent / "finetune-teacher/model"
     assert "no experts" in refused(str(teacher), "--num-experts", "2")
     alone = tmp_path_factory.mktemp("alone")

@@ -16,8 +16,8 @@ from moe_dist.conversion import PartitionPlan, score_importance
 from moe_dist.data.loaders import eval_batches
 from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model, load_tokenizer
-from moe_dist.inference.compact import moe_layers
 from moe_dist.metric_log import MetricLog, series
+from moe_dist.moe.layer import moe_layers
 from moe_dist.moe.routing import use_task
 from pipelines.chain import run_chain
 from pipelines.cli import app
