@@ -12,6 +12,7 @@ from rich.table import Table
 from moe_dist.redaction import hide_secrets
 
 from .console import duration
+from .imitation import MAX_SAMPLES, MEASURES, imitation_lines
 from .stage import StageResult
 from .stages import evaluate
 
@@ -38,6 +39,7 @@ RESERVED_LABELS = frozenset(
         "tasks",
         "comparisons",
         "differences",
+        "imitation_differences",
         "verdicts",
         evaluate.TEACHER,
         evaluate.STUDENT,
@@ -90,6 +92,7 @@ def build_report(
         **({"tasks": tasks} if tasks else {}),
         "comparisons": [name for name in config.compare if name in models],
         "differences": measured["differences"],
+        "imitation_differences": measured.get("imitation_differences", {}),
         "verdicts": {
             name: verdict(name, entry, measured["num_dev_samples"])
             for name, entry in measured["differences"].items()
@@ -171,6 +174,9 @@ def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
             chosen[f"{name}/{metric}"] = value
         chosen[f"{name}/parameters_active"] = entry["parameters"]["active"]
         chosen[f"{name}/flops_per_token"] = entry["flops_per_token"]
+        for measure, value in entry.get("imitation", {}).items():
+            if value is not None:
+                chosen[f"{name}/{measure}"] = value
         for size, value in entry["latency_ms"].items():
             chosen[f"{name}/latency_ms_batch_{size}"] = value
     return chosen
@@ -215,6 +221,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         *(f"- {sentence}." for sentence in verdict_lines(report)),
         "",
+        *_markdown_imitation(report),
         "Intervals are from a paired bootstrap over the dev samples; one training run of each "
         "model stands behind them.",
         "",
@@ -226,6 +233,37 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["mlflow"]["run_id"]:
         lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
     return hide_secrets("\n".join(lines))
+
+
+def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
+    """How near each student is to its teacher, and which is nearer."""
+    names = [name for name in model_names(report) if "imitation" in report[name]]
+    if not names:
+        return []
+    head = ["student"]
+    for measure in MEASURES:
+        words = measure.replace("_", " ")
+        head += [f"{words} before distillation", words]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    for name in names:
+        entry = report[name]
+        cells = [name]
+        for measure in MEASURES:
+            cells.append(_optional(entry[f"imitation_{evaluate.BEFORE}"][measure]))
+            cells.append(_optional(entry["imitation"][measure]))
+        lines.append(markdown_row(cells))
+    sentences = imitation_lines(report["imitation_differences"], evaluate.STUDENT)
+    return [
+        f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
+        "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
+        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
+        "their squared difference.",
+        "",
+        *lines,
+        "",
+        *(f"- {sentence}." for sentence in sentences),
+        *([""] if sentences else []),
+    ]
 
 
 def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:

@@ -357,16 +357,79 @@ def resample_differences(
         for first, second in zip(predictions_a, predictions_b, strict=True)
     ]
     true = np.asarray(labels)
+
+    def difference(number: int, chosen: NDArray[np.int64]) -> float:
+        first, second = pairs[number]
+        return score(true[chosen], first[chosen]) - score(true[chosen], second[chosen])
+
+    return _resample(difference, len(pairs), len(true), num_resamples, seed)
+
+
+def resample_mean_differences(
+    errors_a: Sequence[ArrayLike],
+    errors_b: Sequence[ArrayLike],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Resampled:
+    """Draw bootstrap samples of the difference of two models' mean errors, as above.
+
+    Args:
+        errors_a: S arrays (N,), an error for each example, one array for each seed.
+        errors_b: S arrays of the same seeds and examples.
+        num_resamples: R, bootstrap samples to draw.
+        seed: fixes the examples.
+
+    Returns:
+        The mean over the seeds of mean(a) - mean(b), and R samples of it.
+
+    Raises:
+        DataError: for different lengths, no seeds or examples, or non-finite values.
+    """
+    gaps = []
+    for first, second in zip(errors_a, errors_b, strict=False):
+        one, other = np.asarray(first, float), np.asarray(second, float)
+        if one.ndim != 1 or one.shape != other.shape or not one.size:
+            raise DataError(
+                f"errors {one.shape} and {other.shape} do not belong together",
+                remedy="pass both models' errors on the same examples",
+            )
+        gaps.append(one - other)
+    if not gaps or len(errors_a) != len(errors_b) or len({len(gap) for gap in gaps}) > 1:
+        raise DataError(
+            f"errors of {len(errors_a)} and {len(errors_b)} seeds cannot be compared",
+            remedy="give both models' errors on the same examples for each seed",
+        )
+    if not all(np.isfinite(gap).all() for gap in gaps):
+        raise DataError(
+            "errors hold NaN or infinity",
+            remedy="look at the models that made them; their training may have diverged",
+        )
+    return _resample(
+        lambda number, chosen: float(gaps[number][chosen].mean()),
+        len(gaps),
+        len(gaps[0]),
+        num_resamples,
+        seed,
+    )
+
+
+def _resample(
+    difference: Callable[[int, NDArray[np.int64]], float],
+    num_seeds: int,
+    num_examples: int,
+    num_resamples: int,
+    seed: int,
+) -> Resampled:
+    """Draw seeds and examples together; `difference` is that of one seed on chosen examples."""
     rng = np.random.default_rng(seed)
-    drawn_RS = np.random.default_rng(0).integers(0, len(pairs), (num_resamples, len(pairs)))
+    drawn_RS = np.random.default_rng(0).integers(0, num_seeds, (num_resamples, num_seeds))
     samples = np.empty(num_resamples)
     for i, seeds in enumerate(drawn_RS):
-        chosen = rng.integers(0, len(true), len(true))
-        truth = true[chosen]
-        samples[i] = np.mean(
-            [score(truth, pairs[k][0][chosen]) - score(truth, pairs[k][1][chosen]) for k in seeds]
-        )
-    observed = float(np.mean([score(true, a) - score(true, b) for a, b in pairs]))
+        chosen = rng.integers(0, num_examples, num_examples)
+        samples[i] = np.mean([difference(int(k), chosen) for k in seeds])
+    everything = np.arange(num_examples)
+    observed = float(np.mean([difference(k, everything) for k in range(num_seeds)]))
     return Resampled(observed, samples)
 
 

@@ -140,6 +140,13 @@ def seeds(
     before: Annotated[
         bool, typer.Option("--before", help="Compare the students before their distillation.")
     ] = False,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="quality: the task's main metric; hidden_error or prediction_error: how far "
+            "students are from their teacher, which tells them apart sooner."
+        ),
+    ] = "quality",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the table here too.")
     ] = None,
@@ -149,9 +156,18 @@ def seeds(
     """Compare models over runs that differ in their seed, on one task or several."""
     with clean_errors(debug=debug):
         quieten_libraries()
+        from moe_dist.errors import ConfigError
+
+        from ..imitation import MEASURES
         from .seeds import compare_seeds, read_runs, to_markdown, to_plain
 
-        found = [run for path in directories for run in read_runs(path, before=before)]
+        if measure not in ("quality", *MEASURES):
+            fault = f"--measure={measure} is not known; use quality, {' or '.join(MEASURES)}."
+            raise ConfigError([fault], source="seeds")
+        chosen = None if measure == "quality" else measure
+        found = [
+            run for path in directories for run in read_runs(path, before=before, measure=chosen)
+        ]
         rows = compare_seeds(found, against or ())
         table = to_markdown(rows)
         if output is not None:

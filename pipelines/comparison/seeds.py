@@ -7,7 +7,7 @@ One run tells a recipe's luck from its worth no better than one throw of a die. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,9 +21,11 @@ from moe_dist.data.metrics import (
     compute_metrics,
     mean_over_tasks,
     resample_differences,
+    resample_mean_differences,
 )
 from moe_dist.errors import DataError, MissingInputError
 
+from ..imitation import FILE_NAME, MEASURES, load_imitation
 from ..report import JSON_NAME, markdown_row
 from ..stages import evaluate
 from .views import read_json
@@ -42,9 +44,10 @@ class SeededRun:
     Attributes:
         directory: where it lies.
         task: its data set's name.
-        metric: the main metric.
+        metric: the main metric, or one of `imitation.MEASURES`.
         answers: the final models' answers on the dev rows, by label, and those of students
-            before distillation under `LABEL/before_distillation`.
+            before distillation under `LABEL/before_distillation`; of a measure of imitation their
+            predictions are the errors.
         flops_ratios: each student's active feed-forward FLOPs over its teacher's.
     """
 
@@ -56,7 +59,9 @@ class SeededRun:
 
     @cached_property
     def qualities(self) -> dict[str, float]:
-        """The main metric of each entry of `answers`."""
+        """The metric of each entry of `answers`."""
+        if self.metric in MEASURES:
+            return {name: float(found.predictions.mean()) for name, found in self.answers.items()}
         return {
             name: compute_metrics([self.metric], found.predictions, found.labels)[self.metric]
             for name, found in self.answers.items()
@@ -95,18 +100,21 @@ class Row:
     differences: Mapping[str, Interval]
 
 
-def read_runs(directory: Path, *, before: bool = False) -> list[SeededRun]:
+def read_runs(
+    directory: Path, *, before: bool = False, measure: str | None = None
+) -> list[SeededRun]:
     """Read what `evaluate` kept of a finished run.
 
     Args:
         directory: OUTPUT_DIR/NAME.
         before: take the students as they were before distillation.
+        measure: one of `imitation.MEASURES`, to be read in place of the task's metric.
 
     Returns:
         Its models' answers, for each of its tasks.
 
     Raises:
-        MissingInputError: if the run is not finished.
+        MissingInputError: if the run is not finished, or was measured without that.
         CheckpointError: if a file is damaged.
     """
     report = read_json(directory / JSON_NAME)
@@ -117,20 +125,47 @@ def read_runs(directory: Path, *, before: bool = False) -> list[SeededRun]:
     place = directory / evaluate.NAME / evaluate.PREDICTIONS
     names = [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
     ratios = {name: report[name].get("ffn_flops_ratio") for name in names}
-    if "tasks" not in report:
-        answers = _load_answers(place, names, before=before)
-        task, metric = str(report["data"]["name"]), str(report["main_metric"])
-        return [SeededRun(directory, task, metric, answers, ratios)]
-    return [
-        SeededRun(
-            directory=directory,
-            task=task,
-            metric=str(about["main_metric"]),
-            answers=_load_answers(place / task, names, before=before),
-            flops_ratios=ratios,
+    if "tasks" in report:
+        parts = {task: (place / task, entry) for task, entry in report["tasks"].items()}
+    else:
+        parts = {str(report["data"]["name"]): (place, report)}
+    runs = []
+    for task, (own_place, entry) in parts.items():
+        answers = _load_answers(own_place, names, before=before)
+        if measure is not None:
+            answers = _load_errors(own_place, measure, answers, before=before)
+        metric = measure or str(entry["main_metric"])
+        runs.append(SeededRun(directory, task, metric, answers, ratios))
+    return runs
+
+
+def _load_errors(
+    place: Path, measure: str, answers: Mapping[str, SavedPredictions], *, before: bool
+) -> dict[str, SavedPredictions]:
+    """The models' errors in place of their answers; the teacher's are 0."""
+    errors = load_imitation(place / FILE_NAME)[measure]
+    if not errors:
+        raise MissingInputError(
+            f"{place} holds no {measure}",
+            remedy="run the recipe again with this version: `evaluate` then measures it, and all "
+            "that is trained stays; a student of another depth or width has none",
         )
-        for task, about in report["tasks"].items()
-    ]
+    found = {}
+    for name, one in answers.items():
+        key = f"{name}/{evaluate.BEFORE}" if before and name != evaluate.TEACHER else name
+        own = errors.get(key)
+        if name == evaluate.TEACHER:
+            own = np.zeros(len(next(iter(errors.values()))), dtype=np.float32)
+        if own is not None:
+            count = len(own)
+            found[name] = replace(
+                one,
+                logits=one.logits[:0],
+                predictions=own,
+                labels=one.labels[:count],
+                sample_ids=one.sample_ids[:count],
+            )
+    return found
 
 
 def _load_answers(
@@ -187,7 +222,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         rows: what `compare_seeds` found.
 
     Returns:
-        Markdown; qualities and differences in hundredths.
+        Markdown; qualities, errors and differences in hundredths.
     """
     references = list(dict.fromkeys(name for row in rows for name in row.differences))
     has_before = any(row.before is not None for row in rows)
@@ -273,12 +308,15 @@ def _over_seeds(
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            differences[name] = resample_differences(
-                metric,
-                paired[0].answers[label].labels,
-                [run.answers[label].predictions for run in paired],
-                [run.answers[name].predictions for run in paired],
-                seed=number,
+            mine_other = [
+                [run.answers[model].predictions for run in paired] for model in (label, name)
+            ]
+            differences[name] = (
+                resample_mean_differences(*mine_other, seed=number)
+                if metric in MEASURES
+                else resample_differences(
+                    metric, paired[0].answers[label].labels, *mine_other, seed=number
+                )
             )
     row = Row(
         task=task,

@@ -9,6 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..imitation import (
+    MAX_SAMPLES,
+    MEASURES,
+    Imitation,
+    describe_imitation,
+    measure_imitation,
+    save_imitation,
+)
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import adapt, distill, finetune_teacher
 
@@ -58,6 +66,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         answers = predict_all(loaded, models, workspace, stage)
         loads = answers.expert_loads
         entries = measure_quality(answers)
+        near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
+        save_imitation(answers.imitation, stage.directory / PREDICTIONS)
+        for name, found in near.items():
+            entries[name] |= found
         for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
             entries[name] |= cost
         main_metric = workspace.rows.main_metric
@@ -76,6 +88,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
+                "imitation_differences": differences,
                 "data": {"name": workspace.data_name, "digest": workspace.rows.digest},
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
@@ -90,6 +103,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "seed": config.seed,
             "max_length": config.model.max_length,
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
+            "imitation": [*MEASURES, MAX_SAMPLES],
         },
         input_digests={
             "data": inputs.workspace.rows.digest,
@@ -187,11 +201,13 @@ class Answers:
 
     Attributes:
         tasks: by task name; the one name "" where there is one task.
+        imitation: how near each student is to the teacher.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
     """
 
     tasks: dict[str, TaskAnswers]
+    imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
 
@@ -248,7 +264,14 @@ def predict_all(
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         stage.console.progress(done, len(loaded) + LATENCY_ROUNDS)
-    return Answers(tasks, loads, torch.get_num_threads())
+    imitation = measure_imitation(
+        loaded,
+        data,
+        {task: own.logits for task, own in tasks.items()},
+        teacher=TEACHER,
+        batch_size=PREDICT_BATCH_SIZE,
+    )
+    return Answers(tasks, imitation, loads, torch.get_num_threads())
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:

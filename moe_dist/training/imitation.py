@@ -1,0 +1,64 @@
+"""Running a teacher and its students over the same samples, to see how near they are to it.
+
+Shapes: N samples, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.data.loaders import Encoded, eval_batches
+from moe_dist.losses.imitation import hidden_errors
+from moe_dist.training.step import model_inputs
+from moe_dist.training.transfer import ahead
+
+
+@torch.no_grad()
+def measure_hidden_errors(
+    teacher: nn.Module,
+    students: Mapping[str, nn.Module],
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """Compare students' hidden states with their teacher's, in this process alone.
+
+    Each batch goes through the teacher once, and then through every student.
+
+    Args:
+        teacher: in evaluation mode; all models are on one device.
+        students: in evaluation mode, by name; those of another depth or width are left out.
+        encoded: the samples.
+        batch_size: samples for one forward.
+        pad_token_id: fills up shorter samples.
+
+    Returns:
+        (N,) float32 by name, from `hidden_errors`: after every layer, embeddings left out.
+    """
+    shape = _shape(teacher)
+    chosen = {name: model for name, model in students.items() if _shape(model) == shape}
+    found = {name: torch.zeros(len(encoded)) for name in chosen}
+    device = next(teacher.parameters()).device
+    batches = eval_batches(encoded, batch_size=batch_size, pad_token_id=pad_token_id)
+    for batch in ahead(batches, device) if chosen else ():
+        inputs = model_inputs(batch)
+        mask_BS = inputs.get("attention_mask")
+        expected = _states(teacher, inputs)
+        for name, model in chosen.items():
+            errors_B = hidden_errors(_states(model, inputs), expected, mask_BS)
+            found[name][batch["index"].cpu()] = errors_B.cpu()
+    return found
+
+
+def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    states: tuple[Tensor, ...] = model(**inputs, output_hidden_states=True).hidden_states[1:]
+    return states
+
+
+def _shape(model: Any) -> tuple[int, int]:
+    return model.config.num_hidden_layers, model.config.hidden_size
