@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,7 @@ def measure_imitation(
     *,
     teacher: str,
     batch_size: int,
+    advance: Callable[[], None],
 ) -> Imitation:
     """Compare all students with the teacher on the first dev rows of each task.
 
@@ -92,6 +93,7 @@ def measure_imitation(
         logits: (N, C) of all dev rows by task and model.
         teacher: its name.
         batch_size: samples for one forward.
+        advance: called after each batch.
 
     Returns:
         The errors.
@@ -113,6 +115,7 @@ def measure_imitation(
                 encoded,
                 batch_size=batch_size,
                 pad_token_id=part.pad_token_id,
+                advance=advance,
             )
         said = {
             name: torch.as_tensor(values[: len(encoded)]) for name, values in logits[task].items()
@@ -127,6 +130,19 @@ def measure_imitation(
             PREDICTION: {name: found.numpy() for name, found in predicted.items()},
         }
     return Imitation(tasks)
+
+
+def count_batches(data: AnyJobData, batch_size: int) -> int:
+    """Say how often `measure_imitation` calls `advance`.
+
+    Args:
+        data: holds the dev rows.
+        batch_size: samples for one forward.
+
+    Returns:
+        Batches of all tasks.
+    """
+    return sum(-(-min(len(part.dev), MAX_SAMPLES) // batch_size) for part in data.parts.values())
 
 
 def describe_imitation(
@@ -220,20 +236,21 @@ def imitation_lines(differences: Mapping[str, Mapping[str, Any]], student: str) 
         student: the main one's name.
 
     Returns:
-        A sentence for each comparison and measure that tells them apart or does not.
+        A sentence for each comparison: by hidden error where both have one.
     """
     lines = []
     for name, found in differences.items():
-        for measure, entry in found.items():
-            if entry["high"] < 0:
-                claim = f"{student} is nearer to the teacher than {name}"
-            elif entry["low"] > 0:
-                claim = f"{name} is nearer to the teacher than {student}"
-            else:
-                claim = f"{student} and {name} are equally near to the teacher"
-            lines.append(
-                f"{claim} by {measure.replace('_', ' ')} (difference "
-                f"{entry['difference']:+.4f}, 95 % interval {entry['low']:+.4f} to "
-                f"{entry['high']:+.4f})"
-            )
+        measure = next(one for one in MEASURES if one in found)
+        entry = found[measure]
+        if entry["high"] < 0:
+            claim = f"{student} is nearer to the teacher than {name}"
+        elif entry["low"] > 0:
+            claim = f"{name} is nearer to the teacher than {student}"
+        else:
+            claim = f"{student} and {name} are equally near to the teacher"
+        lines.append(
+            f"{claim} ({measure.replace('_', ' ')} of {student} minus {name}: "
+            f"{entry['difference']:+.4f}, 95 % interval {entry['low']:+.4f} to "
+            f"{entry['high']:+.4f})"
+        )
     return lines

@@ -5,7 +5,7 @@ Shapes: N samples, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def measure_hidden_errors(
     *,
     batch_size: int,
     pad_token_id: int,
+    advance: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Compare students' hidden states with their teacher's, in this process alone.
 
@@ -36,6 +37,7 @@ def measure_hidden_errors(
         encoded: the samples.
         batch_size: samples for one forward.
         pad_token_id: fills up shorter samples.
+        advance: called after each batch.
 
     Returns:
         (N,) float32 by name, from `hidden_errors`: after every layer, embeddings left out.
@@ -45,13 +47,14 @@ def measure_hidden_errors(
     found = {name: torch.zeros(len(encoded)) for name in chosen}
     device = next(teacher.parameters()).device
     batches = eval_batches(encoded, batch_size=batch_size, pad_token_id=pad_token_id)
-    for batch in ahead(batches, device) if chosen else ():
+    for batch in ahead(batches, device):
         inputs = model_inputs(batch)
         mask_BS = inputs.get("attention_mask")
-        expected = _states(teacher, inputs)
+        expected = _states(teacher, inputs) if chosen else ()
         for name, model in chosen.items():
             errors_B = hidden_errors(_states(model, inputs), expected, mask_BS)
             found[name][batch["index"].cpu()] = errors_B.cpu()
+        advance()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from ..imitation import (
     MAX_SAMPLES,
     MEASURES,
     Imitation,
+    count_batches,
     describe_imitation,
     measure_imitation,
     save_imitation,
@@ -244,7 +246,13 @@ def predict_all(
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
-    for done, (name, model) in enumerate(loaded.items(), start=1):
+    steps = itertools.count(1)
+    num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
+
+    def advance() -> None:
+        stage.console.progress(next(steps), num_steps)
+
+    for name, model in loaded.items():
 
         def answer(encoded: Encoded, model: Any = model) -> Predictions:
             return predict(
@@ -263,13 +271,14 @@ def predict_all(
             tasks[task].logits[name] = found.answers[task].logits.numpy()
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
-        stage.console.progress(done, len(loaded) + LATENCY_ROUNDS)
+        advance()
     imitation = measure_imitation(
         loaded,
         data,
         {task: own.logits for task, own in tasks.items()},
         teacher=TEACHER,
         batch_size=PREDICT_BATCH_SIZE,
+        advance=advance,
     )
     return Answers(tasks, imitation, loads, torch.get_num_threads())
 

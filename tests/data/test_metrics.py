@@ -7,7 +7,13 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
-from moe_dist.data.metrics import compute_metrics, paired_bootstrap, seeded_bootstrap
+from moe_dist.data.metrics import (
+    compute_metrics,
+    paired_bootstrap,
+    resample_differences,
+    resample_mean_differences,
+    seeded_bootstrap,
+)
 from moe_dist.errors import DataError
 
 
@@ -118,3 +124,24 @@ def test_seeds_widen_the_interval_and_one_seed_does_not() -> None:
     assert alone[0] == seeded_bootstrap("accuracy", labels, ours[:1], theirs[:1])
     with pytest.raises(DataError):
         seeded_bootstrap("accuracy", labels, ours, [labels[:5]] * 3)
+
+
+def test_mean_errors_are_resampled_like_any_metric() -> None:
+    """Errors of 0 and 1 are accuracy by another name: samples agree to the last one."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 120)
+    answers = rng.integers(0, 2, (2, 3, 120))
+    expected = resample_differences("accuracy", labels, list(answers[0]), list(answers[1]), seed=4)
+    wrong = (answers != labels).astype(np.float32)
+    found = resample_mean_differences(list(wrong[0]), list(wrong[1]), seed=4)
+    assert found.observed == pytest.approx(-expected.observed)
+    np.testing.assert_allclose(found.samples, -expected.samples, atol=1e-12)
+
+
+def test_errors_that_do_not_belong_together_are_refused() -> None:
+    one, other = np.zeros(4), np.ones(5)
+    for first, second in (([one], [other]), ([one], []), ([one, other], [one, other])):
+        with pytest.raises(DataError, match=r"cannot be compared|belong together"):
+            resample_mean_differences(first, second)
+    with pytest.raises(DataError, match="NaN"):
+        resample_mean_differences([one], [one * np.nan])

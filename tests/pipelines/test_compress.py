@@ -78,6 +78,12 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
         assert set(report[name]["latency_ms"]) == {"1", "32"}
     assert report["student"]["ffn_flops_ratio"] == pytest.approx(0.5)
     assert report["student"]["parameters"]["active"] < report["student"]["parameters"]["total"]
+    for name in ("student", "dense"):
+        for key in ("imitation", "imitation_before_distillation"):
+            assert 0 < report[name][key]["hidden_error"] < 1
+            assert report[name][key]["prediction_error"] > 0
+    assert "imitation" not in report["teacher"]
+    assert set(report["imitation_differences"]["dense"]) == {"hidden_error", "prediction_error"}
     assert set(report["seconds"]) == set(first.ran)
     assert set(report["differences"]) == set(report["verdicts"]) == {"teacher", "dense"}
     assert (tmp_path / "outputs/tiny/report.md").read_text().startswith("# tiny")

@@ -95,6 +95,31 @@ def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> N
         assert piece in text
 
 
+def nearness(hidden: float | None) -> dict[str, Any]:
+    found = {"hidden_error": hidden, "prediction_error": 0.05}
+    return {"imitation": found, "imitation_before_distillation": found}
+
+
+def test_it_says_which_student_is_nearer_to_the_teacher(report: dict[str, Any]) -> None:
+    # Reports of earlier versions hold nothing of it.
+    assert "Hidden error" not in to_markdown(report)
+    report["student"] |= nearness(0.125)
+    report["dense"] |= nearness(None)
+    report["imitation_differences"]["dense"] = {
+        "hidden_error": {"difference": -0.01, "low": -0.02, "high": -0.005},
+        "prediction_error": {"difference": 0.01, "low": -0.02, "high": 0.03},
+    }
+    text = to_markdown(report)
+    assert "| student | 0.1250 | 0.1250 | 0.0500 | 0.0500 |" in text
+    assert "| dense |  |  | 0.0500 | 0.0500 |" in text
+    assert "student is nearer to the teacher than dense (hidden error of" in text
+    del report["imitation_differences"]["dense"]["hidden_error"]
+    text = to_markdown(report)
+    assert "student and dense are equally near to the teacher (prediction error of" in text
+    assert headline_metrics(report)["student/hidden_error"] == 0.125
+    assert "dense/hidden_error" not in headline_metrics(report)
+
+
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
     models, stages = to_tables(report)
     assert models.row_count == 3

@@ -15,6 +15,7 @@ from moe_dist.errors import DataError, MissingInputError
 from moe_dist.training.results import save_predictions
 from pipelines.cli import app
 from pipelines.comparison.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown
+from pipelines.imitation import Imitation, save_imitation
 
 NUM_EXAMPLES = 200
 
@@ -180,6 +181,35 @@ def test_students_are_compared_before_distillation_when_asked(tmp_path: Path) ->
     assert (rows["student"].quality, rows["student"].before) == (0.5, None)
     assert rows["student"].differences["dense"].difference == pytest.approx(0.05)
     assert rows["teacher"].quality == pytest.approx(0.9)
+
+
+def test_students_are_compared_by_their_distance_from_the_teacher(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160, "dense": 150}
+    right |= {f"{name}/before_distillation": 140 for name in ("student", "dense")}
+    paths = [write_run(tmp_path / f"toy{seed}", right=right) for seed in range(2)]
+    command = ["seeds", *map(str, paths), "--measure", "hidden_error"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0 and "holds no hidden_error" in result.output
+    for seed, path in enumerate(paths):
+        far = np.linspace(0.2, 0.4, NUM_EXAMPLES, dtype=np.float32)
+        errors = {"student": far + 0.1 * seed, "dense": far + 0.1 * seed + 0.05}
+        errors |= {f"{name}/before_distillation": 2 * values for name, values in errors.items()}
+        imitation = Imitation({"": {"hidden_error": errors, "prediction_error": {}}})
+        save_imitation(imitation, path / "evaluate" / "predictions")
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = {row["label"]: row for row in json.loads(result.output)}
+    assert rows["teacher"]["quality"] == 0
+    assert rows["student"]["quality"] == pytest.approx(0.35)
+    assert rows["student"]["before"] == pytest.approx(0.7)
+    found = rows["student"]["differences"]["dense"]
+    assert found["difference"] == pytest.approx(-0.05)
+    assert found["low"] == pytest.approx(-0.05) and found["high"] == pytest.approx(-0.05)
+    result = CliRunner().invoke(app, [*command, "--before", "--json"])
+    rows = {row["label"]: row for row in json.loads(result.output)}
+    assert rows["student"]["quality"] == pytest.approx(0.7)
+    result = CliRunner().invoke(app, [*command[:-1], "luck"])
+    assert result.exit_code == 2 and "hidden_error or prediction_error" in result.output
 
 
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
