@@ -59,7 +59,7 @@ class StudentConfig(Section):
     init: Literal["importance", "truncate", "random"] = Field(
         default="importance",
         description="What a narrower student keeps of the chosen layers: neurons by their scores "
-        "and dimensions by their weights (`importance`), the first of each (`truncate`), or "
+        "and dimensions by their size (`importance`), the first of each (`truncate`), or "
         "nothing, with new weights drawn by the seed (`random`).",
     )
 

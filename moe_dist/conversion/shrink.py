@@ -138,9 +138,10 @@ def plan_shrink(
 ) -> ShrinkPlan:
     """Choose what a smaller student keeps of its teacher. A size not given is the teacher's.
 
-    With ``importance`` neurons are kept by their scores; dimensions of the residual stream by the
-    squares of all weights that read or write them in the kept layers; attention dimensions, within
-    each head, by the product of the norms of the two rows (or row and column) that meet in them.
+    With ``importance`` neurons are kept by their scores; dimensions of the residual stream by their
+    size, which is the squared scale plus the squared offset of the normalisations in the kept
+    layers; attention dimensions, within each head, by the product of the norms of the two rows (or
+    row and column) that meet in them.
     These choices are ours: no paper says how to cut the width of a fine-tuned teacher.
 
     Args:
@@ -190,7 +191,7 @@ def plan_shrink(
         _attention_ids(block, config.num_attention_heads, heads, wanted_D // heads, init)
         for block in blocks
     ]
-    hidden = _hidden_magnitude(model, blocks) if init == "importance" else None
+    hidden = _hidden_energy(model, blocks) if init == "importance" else None
     return ShrinkPlan(
         layers=layers,
         hidden_ids=keep(torch.zeros(config.hidden_size) if hidden is None else hidden, wanted_D),
@@ -286,19 +287,19 @@ def _keep_largest(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(int(index) for index in order[:count]))
 
 
-def _hidden_magnitude(model: nn.Module, blocks: Sequence[nn.Module]) -> Tensor:
-    """Sum the squares of all weights that read or write each dimension of the residual stream."""
+def _hidden_energy(model: nn.Module, blocks: Sequence[nn.Module]) -> Tensor:
+    """Mean square of each dimension of the residual stream, as its normalisations let it through.
+
+    Weights must not be asked: those that read a dimension are large where it is small.
+    """
     total_D: Tensor | None = None
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, parameter in model.named_parameters():
         if _LAYERS in name and id(parameter) not in inside:
             continue
-        for axis, kind in enumerate(_axes(name)):
-            if kind == _HIDDEN and parameter.dim() == 2:
-                square = parameter.detach().double().square()
-                # Embedding tables have rows that no sentence uses: the mean over rows.
-                part_D = square.mean(dim=1 - axis)
-                total_D = part_D if total_D is None else total_D + part_D
+        if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
+            square_D = parameter.detach().double().square()
+            total_D = square_D if total_D is None else total_D + square_D
     assert total_D is not None
     return total_D
 

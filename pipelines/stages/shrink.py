@@ -53,7 +53,12 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     return execute(
         NAME,
-        settings={"seed": config.seed, "student": config.student.model_dump(mode="json")},
+        settings={
+            "seed": config.seed,
+            "student": config.student.model_dump(mode="json"),
+            # Earlier versions kept the dimensions of the largest weights.
+            "dimensions": "energy",
+        },
         input_digests={
             "teacher": teacher.digests["model"],
             "scores": scores.digests["scores"],

@@ -100,16 +100,30 @@ def test_truncation_keeps_the_first_and_random_keeps_no_weight() -> None:
     assert not torch.equal(weight, model.bert.encoder.layer[1].intermediate.dense.weight[:20, :12])
 
 
-def test_importance_keeps_dimensions_that_weigh_more_than_others() -> None:
+def test_importance_keeps_dimensions_that_normalisations_make_large() -> None:
+    """And not those of large weights: what reads a dimension is large where that is small."""
     model = teacher()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and parameter.shape[-1] == 16:
-                parameter[:, 3] *= 0.01
-            if "output.dense.weight" in name:
+            if "LayerNorm" in name:
                 parameter[3] *= 0.01
+            elif parameter.dim() == 2 and parameter.shape[-1] == 16:
+                parameter[:, 3] *= 100
     kept = plan_shrink(model, hidden_size=14, intermediate_size=20, scores=random_scores(model))
     assert 3 not in kept.hidden_ids
+    # Layers that are left out have no say.
+    with torch.no_grad():
+        for layer in (0, 1):
+            model.bert.encoder.layer[layer].output.LayerNorm.weight[3] = 100.0
+    last = plan_shrink(
+        model,
+        num_layers=2,
+        layer_map="last",
+        hidden_size=14,
+        intermediate_size=20,
+        scores=random_scores(model),
+    )
+    assert 3 not in last.hidden_ids
 
 
 @pytest.mark.parametrize(
