@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moe_dist.errors import MissingInputError, MoeDistError
 
+from .compaction_checks import check_compaction
 from .payloads import data_job, training_job
 from .report import quantity
 from .stage import write_json
@@ -101,7 +102,8 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     from moe_dist.training.jobs import distill_job
 
     student = load_model(settings.directory)
-    _check(student, settings)
+    attention = config.distill.attention_weight > 0
+    check_compaction(student, settings, compares_attention=attention)
     _make_room(settings.output)
     tokenizer = load_tokenizer(settings.directory)
     measured = {"before": _measure(settings.directory, config, settings, "before")}
@@ -129,6 +131,8 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
         "num_experts": settings.num_experts,
         "expert_size": settings.expert_size,
         "method": settings.method,
+        "repaired_by": "student" if settings.teacher is None else "teacher",
+        "use_samples": settings.use_samples,
         "num_fused_neurons": num_fused,
         "repair_steps": settings.repair_steps,
         "layers": layers,
@@ -136,30 +140,6 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     }
     write_json(settings.output / RESULT, result)
     return result
-
-
-def _check(student: Any, settings: CompactSettings) -> None:
-    """See that all that is asked for can be done, before anything starts."""
-    from moe_dist.inference import load_model
-    from moe_dist.inference.compact import check_reduction
-    from moe_dist.inference.prune import check_expert_size
-
-    if settings.num_experts is not None:
-        check_reduction(student, settings.num_experts)
-    if settings.expert_size is not None:
-        check_expert_size(student, settings.expert_size)
-    if settings.teacher is not None:
-        shapes = [
-            (model.config.hidden_size, model.config.num_hidden_layers)
-            for model in (student, load_model(settings.teacher))
-        ]
-        if shapes[0] != shapes[1]:
-            raise MoeDistError(
-                f"the student has {shapes[0][1]} layers of width {shapes[0][0]}, and "
-                f"{settings.teacher} {shapes[1][1]} of {shapes[1][0]}; a repair compares their "
-                "hidden states",
-                remedy="leave --teacher out: the student as it was repairs.",
-            )
 
 
 def _compress(
@@ -182,10 +162,18 @@ def _compress(
     if settings.expert_size is not None:
         console.note("scoring the neurons of each expert")
         unpruned = settings.output / UNPRUNED
-        save_model(student, unpruned, tokenizer=load_tokenizer(settings.directory))
-        scores = _score_neurons(unpruned, config, settings)
-        shutil.rmtree(unpruned)
+        try:
+            save_model(student, unpruned, tokenizer=load_tokenizer(settings.directory))
+            scores = _score_neurons(unpruned, config, settings)
+        finally:
+            shutil.rmtree(unpruned, ignore_errors=True)
         student, kept = prune_experts(student, settings.expert_size, scores)
+        unheard = sum(len(one.unscored_experts) for one in kept)
+        if unheard:
+            console.note(
+                f"{unheard} experts have no score, since the task's head reads none of their "
+                "tokens; they keep the neurons of the largest weights"
+            )
         layers = [one | asdict(own) for one, own in zip(layers, kept, strict=True)]
     return student, layers
 
@@ -266,7 +254,8 @@ def _score_neurons(model: Path, config: RunConfig, settings: CompactSettings) ->
     from moe_dist.training.jobs import importance_job
     from moe_dist.training.results import load_scores
 
-    payload: Any = data_job(config, str(settings.output))
+    # Beside the model, and gone with it: the scores fit neither what was given nor what is made.
+    payload: Any = data_job(config, str(model))
     payload |= {"model": str(model), "num_samples": settings.use_samples}
     return load_scores(Path(importance_job(payload)["scores"]))
 

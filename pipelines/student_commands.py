@@ -40,13 +40,16 @@ def compact(
         int | None,
         typer.Option(
             "--expert-size",
+            min=1,
             help="Neurons that an expert computes for a token afterwards, shared ones included.",
         ),
     ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="What repairs; the student as it was if not given."
+            exists=True,
+            file_okay=False,
+            help="What repairs, of the student's depth and width; the student if not given.",
         ),
     ] = None,
     method: Annotated[
@@ -83,6 +86,8 @@ def compact(
             faults.append(f"--method={method} is not known; use merge or drop.")
         if num_experts is None and expert_size is None:
             faults.append("there is nothing to do; give --num-experts, --expert-size or both.")
+        if teacher is not None and not repair_steps:
+            faults.append("--teacher repairs, and --repair-steps=0 asks for none; leave one out.")
         if faults:
             raise ConfigError(faults, source="compact")
         chosen: Any = method

@@ -184,6 +184,11 @@ def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
     }
     _, unexpected = fresh.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if getattr(model, "generation_config", None) is not None:
+        fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.train(model.training)
 
 
@@ -234,6 +239,27 @@ def group_experts(use_E: Tensor, similarity_EE: Tensor, num_groups: int) -> Grou
         groups[earlier] += groups.pop(later)
     by_use = [sorted(group, key=lambda expert: -float(use_E[expert])) for group in groups]
     return tuple(tuple(group) for group in sorted(by_use, key=min))
+
+
+@torch.no_grad()
+def neuron_norms(experts: Experts) -> Tensor:
+    """Tell how much a neuron can do: the length of its input weights times that of its output's.
+
+    Args:
+        experts: of one layer.
+
+    Returns:
+        (E, F) float32.
+    """
+    if experts.w_out is None:
+        return torch.zeros(experts.num_experts, 0)
+    into = [
+        tensor.float().square().reshape(*tensor.shape[:2], -1).sum(dim=-1)
+        for name in _INTO
+        if (tensor := getattr(experts, name)) is not None
+    ]
+    total_EF = torch.stack(into).sum(dim=0).sqrt() * experts.w_out.float().norm(dim=1)
+    return total_EF.cpu()
 
 
 def _neurons(experts: Experts) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.compact import rebuilt
+from moe_dist.inference.compact import neuron_norms, rebuilt
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
 
@@ -27,12 +27,15 @@ class LayerNeurons:
         shared_ids: kept tied shared neurons, ascending.
         own_ids: for each expert its kept neurons, ascending.
         kept_importance: share of the layer's importance that they have.
+        unscored_experts: those whose tokens the loss does not read, such as those without a first
+            token in the last layer of a classifier; they keep the neurons of the largest weights.
     """
 
     layer: str
     shared_ids: tuple[int, ...]
     own_ids: tuple[tuple[int, ...], ...]
     kept_importance: float
+    unscored_experts: tuple[int, ...]
 
 
 def prune_experts(
@@ -41,7 +44,10 @@ def prune_experts(
     """Leave every expert its most important neurons.
 
     Of tied shared neurons as many stay, in all layers alike, as keep the most importance at that
-    size: one of them costs a token as much as one of its expert's own, and serves all experts.
+    size, but at least one is each expert's own where one was: for a token of one expert a shared
+    neuron costs as much as an own one, and serves all experts. (For one of K experts own neurons
+    cost K times as much, which does not count here.) Where scores are equal the neurons of larger
+    weights stay.
 
     Args:
         model: a converted model; it is left as it was.
@@ -64,12 +70,13 @@ def prune_experts(
             remedy="score this model with score_expert_importance",
         )
     parts = [_split(layer, score_N) for layer, score_N in zip(layers, scores, strict=True)]
+    norms = [neuron_norms(layer.experts) for layer in layers]
     num_shared = _best_num_shared(parts, expert_size)
     smaller = rebuilt(model, _settings(model.config.moe, expert_size, num_shared))
     found = []
     with torch.no_grad():
-        for old, new, part in zip(layers, moe_layers(smaller), parts, strict=True):
-            kept = _chosen(old.name, part, num_shared, expert_size - num_shared)
+        for old, new, part, norm_EF in zip(layers, moe_layers(smaller), parts, norms, strict=True):
+            kept = _chosen(old.name, part, norm_EF, num_shared, expert_size - num_shared)
             found.append(kept)
             _fill(old, new, kept)
     return smaller, found
@@ -115,7 +122,8 @@ def _split(layer: MoELayer, score_N: Tensor) -> tuple[Tensor, Tensor]:
 def _best_num_shared(parts: Sequence[tuple[Tensor, Tensor]], expert_size: int) -> int:
     """How many tied shared neurons keep the most importance, over all layers."""
     own_size, shared = parts[0][1].shape[1], len(parts[0][0])
-    choices = range(max(0, expert_size - own_size), min(shared, expert_size) + 1)
+    fewest_own = min(1, own_size)
+    choices = range(max(0, expert_size - own_size), min(shared, expert_size - fewest_own) + 1)
 
     def kept(num_shared: int) -> float:
         own = expert_size - num_shared
@@ -137,13 +145,24 @@ def _settings(settings: dict[str, Any], expert_size: int, num_shared: int) -> di
     }
 
 
-def _chosen(name: str, part: tuple[Tensor, Tensor], num_shared: int, num_own: int) -> LayerNeurons:
+def _chosen(
+    name: str, part: tuple[Tensor, Tensor], norm_EF: Tensor, num_shared: int, num_own: int
+) -> LayerNeurons:
     shared_S, own_EF = part
     best_s = shared_S.topk(num_shared).indices.sort().values
-    best_EF = own_EF.topk(num_own).indices.sort().values
+    # By weights first, then stably by scores: weights decide among equals.
+    by_norm_EF = norm_EF.argsort(dim=1, descending=True, stable=True)
+    by_score_EF = own_EF.gather(1, by_norm_EF).argsort(dim=1, descending=True, stable=True)
+    best_EF = by_norm_EF.gather(1, by_score_EF)[:, :num_own].sort(dim=1).values
     kept = float(shared_S[best_s].sum() + own_EF.gather(1, best_EF).sum())
-    own_ids = tuple(tuple(ids) for ids in best_EF.tolist())
-    return LayerNeurons(name, tuple(best_s.tolist()), own_ids, kept)
+    unscored = (own_EF.sum(dim=1) == 0).nonzero().flatten() if own_EF.shape[1] else best_s[:0]
+    return LayerNeurons(
+        layer=name,
+        shared_ids=tuple(best_s.tolist()),
+        own_ids=tuple(tuple(ids) for ids in best_EF.tolist()),
+        kept_importance=kept,
+        unscored_experts=tuple(unscored.tolist()),
+    )
 
 
 def _fill(old: MoELayer, new: MoELayer, kept: LayerNeurons) -> None:

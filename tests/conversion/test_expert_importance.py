@@ -130,5 +130,10 @@ def test_a_whole_dense_layer_as_one_expert_scores_as_the_dense_model_does() -> N
 def test_dense_models_and_no_batches_are_refused() -> None:
     with pytest.raises(ConversionError, match="no experts"):
         score_expert_importance(tiny_model("bert"), [])
+    model = student(router="token_gate")
     with pytest.raises(ConversionError, match="no batches"):
-        score_expert_importance(student(router="token_gate"), [])
+        score_expert_importance(model, [])
+    with torch.no_grad():
+        moe_layers(model)[0].experts.w_out[0, 0, 0] = torch.nan
+    with pytest.raises(ConversionError, match="not finite"):
+        score_expert_importance(model, [labelled(model)])

@@ -80,7 +80,7 @@ def test_the_number_of_shared_neurons_is_the_best_of_all(size: int) -> None:
     model = student(tied=4)
     scores = drawn_scores(model)
     best = 0.0
-    for shared, own in product(range(5), range(7)):
+    for shared, own in product(range(5), range(1, 7)):
         if shared + own == size:
             total = 0.0
             for score_N in scores:
@@ -106,6 +106,50 @@ def test_kept_neurons_are_copies_and_the_router_stays() -> None:
         assert torch.equal(old.experts.b_out, new.experts.b_out)
         if new.shared is not None:
             assert torch.equal(old.shared.w_in[0][list(one.shared_ids)], new.shared.w_in[0])
+
+
+def test_kept_neurons_are_named_in_order_and_the_settings_are_true() -> None:
+    model = student(shared=4)
+    smaller, kept = prune_experts(model, 5, drawn_scores(model))
+    for one in kept:
+        for ids in one.own_ids:
+            assert list(ids) == sorted(ids)
+    # Each expert chose for itself, so that no neuron is any longer known to be shared.
+    assert smaller.config.moe["num_shared_neurons"] == 0
+    assert smaller.config.moe["tie_shared"] is False
+    assert smaller.config.moe["expert_size"] == 5
+
+
+def test_experts_without_a_score_keep_the_neurons_of_the_largest_weights() -> None:
+    model = student()
+    scores = drawn_scores(model)
+    last = moe_layers(model)[-1]
+    scores[-1][10:20] = 0
+    with torch.no_grad():
+        for neuron in (2, 7, 9):
+            last.experts.w_in[1, neuron] *= 50
+    _, kept = prune_experts(model, 3, scores)
+    assert kept[-1].own_ids[1] == (2, 7, 9)
+    assert kept[-1].unscored_experts == (1,) and kept[0].unscored_experts == ()
+
+
+def test_a_tied_student_keeps_a_neuron_of_each_expert() -> None:
+    model = student(tied=4)
+    scores = drawn_scores(model)
+    for score_N in scores:
+        score_N[4:] *= 1e-6
+    smaller, _ = prune_experts(model, 3, scores)
+    assert {layer.experts.expert_size for layer in moe_layers(smaller)} == {1}
+
+
+def test_what_is_no_expert_stays_as_it_was() -> None:
+    model = student("gpt2")
+    model.transformer.wte.weight.requires_grad_(False)
+    model.generation_config.max_length = 77
+    smaller, _ = prune_experts(model, 5, drawn_scores(model))
+    assert smaller.generation_config.max_length == 77
+    assert not smaller.transformer.wte.weight.requires_grad
+    assert all(parameter.requires_grad for parameter in moe_layers(smaller)[0].parameters())
 
 
 def test_a_pruned_student_is_saved_and_loaded(tmp_path: Path) -> None:
