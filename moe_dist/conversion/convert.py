@@ -141,12 +141,25 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
     layers = [name for name, layer in student.named_modules() if isinstance(layer, MoELayer)]
     stray = [name for name in missing if not name.startswith(tuple(f"{one}." for one in layers))]
     assert not stray, f"weights outside the FFNs were not copied: {stray}"
+    return with_modes_of(model, student)
+
+
+def with_modes_of(model: Any, other: Any) -> Any:
+    """Hand on what a model is beside its weights and its configuration.
+
+    Args:
+        model: what is frozen in it, how it generates, and whether it is in training mode counts.
+        other: a model made of it; changed in place.
+
+    Returns:
+        The other model.
+    """
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    for name, parameter in student.named_parameters():
+    for name, parameter in other.named_parameters():
         parameter.requires_grad_(name not in frozen)
     if getattr(model, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(model.generation_config)
-    return student.train(model.training)
+        other.generation_config = copy.deepcopy(model.generation_config)
+    return other.train(model.training)
 
 
 def _start_gate(layer: MoELayer, gate_ED: Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_dist.conversion.convert import with_modes_of
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
@@ -184,12 +185,7 @@ def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
     }
     _, unexpected = fresh.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
-    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    for name, parameter in fresh.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    if getattr(model, "generation_config", None) is not None:
-        fresh.generation_config = copy.deepcopy(model.generation_config)
-    return fresh.train(model.training)
+    return with_modes_of(model, fresh)
 
 
 def expert_similarity(experts: Experts) -> Tensor:
