@@ -105,7 +105,7 @@ class _LayerReader:
         parts = [self._scores_of(seen) for seen in self._seen if seen.grad_BSD is not None]
         if not parts:
             # The loss does not depend on this layer.
-            shared = 0 if self.layer.shared is None else self.layer.shared.expert_size
+            shared = self.layer.num_shared_neurons
             experts = self.layer.experts
             return torch.zeros(1, shared + experts.num_experts * experts.expert_size)
         return torch.stack(parts).sum(dim=0)

@@ -100,7 +100,7 @@ class _LayerFit:
         self._activation = activation
         self._routing: Routing | None = None
         experts = layer.experts
-        self._num_shared = 0 if layer.shared is None else layer.shared.expert_size
+        self._num_shared = layer.num_shared_neurons
         self._num_own = experts.expert_size + (experts.b_out is not None)
         num_seen = self._num_shared + self._num_own
         options: dict[str, Any] = {"dtype": torch.float64, "device": weights.w_out.device}

@@ -92,7 +92,7 @@ def check_expert_size(model: nn.Module, expert_size: int) -> None:
     Raises:
         ConversionError: if they have no more than that.
     """
-    sizes = [layer.experts.expert_size + _num_shared(layer) for layer in moe_layers(model)]
+    sizes = [layer.experts.expert_size + layer.num_shared_neurons for layer in moe_layers(model)]
     if not 1 <= expert_size < min(sizes):
         raise ConversionError(
             f"{expert_size} neurons are not fewer than the {min(sizes)} of the model's experts",
@@ -102,13 +102,9 @@ def check_expert_size(model: nn.Module, expert_size: int) -> None:
         )
 
 
-def _num_shared(layer: MoELayer) -> int:
-    return 0 if layer.shared is None else layer.shared.expert_size
-
-
 def _split(layer: MoELayer, score_N: Tensor) -> tuple[Tensor, Tensor]:
     """(s,) and (E, F) float64, both divided by the layer's sum."""
-    shared, experts = _num_shared(layer), layer.experts
+    shared, experts = layer.num_shared_neurons, layer.experts
     expected = shared + experts.num_experts * experts.expert_size
     if score_N.shape != (expected,):
         raise ConversionError(

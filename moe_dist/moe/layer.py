@@ -76,6 +76,11 @@ class MoELayer(nn.Module):
         """Experts that each token uses."""
         return 1 if self.router is None else cast(int, self.router.top_k)
 
+    @property
+    def num_shared_neurons(self) -> int:
+        """Tied neurons that every token uses."""
+        return 0 if self.shared is None else self.shared.expert_size
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply shared neurons and the chosen experts to every token.
 
