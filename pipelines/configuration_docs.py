@@ -54,8 +54,8 @@ _RULES = """\
   `task_gate`, `distill.load_balancing_weight`.
 - `moe.partition: task_importance` needs `data.source: tasks`, `moe.router: task_gate`, and no more
   experts than tasks times `moe.top_k`.
-- `moe.partition: token_clusters` needs `moe.router: token_gate`; `moe.fit_output` needs
-  `moe.top_k: 1`.
+- `moe.partition: token_clusters` needs `moe.router: token_gate`; `moe.fit_output: true`
+  needs `moe.top_k: 1`.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
 - `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.

@@ -158,6 +158,19 @@ def placed_here(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
 
 
+def with_one_worker(config: RunConfig) -> RunConfig:
+    """Place a job that does not share its work on one of the recipe's workers.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        The configuration to run the job with.
+    """
+    parallel = config.parallel.model_copy(update={"num_workers": 1})
+    return config.model_copy(update={"parallel": parallel})
+
+
 def draw_losses(work: StageWork, title: str) -> Path:
     """Draw the loss terms that a training job logged.
 

@@ -310,7 +310,10 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             {"moe": {"partition": "token_clusters"}},
             "set moe.router to token_gate, or use importance",
         ),
-        ({"moe": {"fit_output": True, "top_k": 2}}, "set top_k to 1, or fit_output to false"),
+        (
+            {"moe": {"fit_output": True, "top_k": 2}},
+            "set top_k to 1, or fit_output to auto or false",
+        ),
         ({"moe": {"num_shared_neurons": 800}}, "more than moe.expert_size=768"),
         ({"moe": {"tie_shared": True, "num_shared_neurons": 0}}, "has nothing to tie"),
         ({"moe": {"tie_shared": True, "num_experts": 1}}, "needs several experts"),

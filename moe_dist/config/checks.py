@@ -86,10 +86,10 @@ def _fitted_start(config: RunConfig) -> Iterator[str]:
             f"tells apart, and moe.router is {moe.router}; set moe.router to token_gate, or use "
             "importance."
         )
-    if moe.fit_output and moe.top_k > 1:
+    if moe.fits_output and moe.top_k > 1:
         yield (
             f"moe.fit_output fits experts that work alone, and moe.top_k={moe.top_k} adds them up; "
-            "set top_k to 1, or fit_output to false."
+            "set top_k to 1, or fit_output to auto or false."
         )
 
 

@@ -106,10 +106,11 @@ class MoeConfig(Section):
         description="Who finds a place under `moe.capacity_factor`: the first tokens (`position`) "
         "or those that the gate is surest of (`probability`).",
     )
-    fit_output: Switch = Field(
-        default=False,
+    fit_output: Literal["auto", True, False] = Field(
+        default="auto",
         description="Fit the output weights of each expert to what the dense layer gave, by least "
-        "squares over the training rows' tokens that its router sends there, before any training.",
+        "squares over the training rows' tokens that its router sends there, before any training. "
+        "`auto` does so where `moe.top_k` is 1, also for the pruned dense student.",
     )
     importance_samples: Integer | None = Field(
         default=4096,
@@ -118,6 +119,13 @@ class MoeConfig(Section):
         "The partitions `coactivation`, `clustered_importance`, `task_importance` and "
         "`token_clusters`, and `moe.fit_output`, look at the same rows.",
     )
+
+    @property
+    def fits_output(self) -> bool:
+        """Whether the output weights of experts, or of the pruned student, are fitted."""
+        if self.fit_output == "auto":
+            return self.num_experts == 1 or self.top_k == 1
+        return self.fit_output
 
     @property
     def active_neurons(self) -> int:

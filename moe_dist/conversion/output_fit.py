@@ -16,13 +16,15 @@ from moe_dist.conversion.families import FFNWeights, find_slots
 from moe_dist.conversion.importance import accepted_inputs, frozen_in_eval_mode, on_device
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.layer import MoELayer, moe_layers
 from moe_dist.moe.routing import Routing, current_context, padding_mask, use_task
 
 RIDGE = 0.01
 """How firmly output weights are held where they were, as a part of the neurons' mean square."""
 TOKENS_PER_NEURON = 0.1
 """They are held as if so many more tokens for each neuron of an expert had found them right."""
+MAX_BYTES = 2 * 2**30
+"""What the sums of the layers that are fitted in one pass may take, unless a layer needs more."""
 
 
 def fit_outputs(
@@ -41,13 +43,14 @@ def fit_outputs(
     normalise x, so that there c only tempers tokens of large y.) All layers see the dense model's
     hidden states. A penalty holds weights and biases where they were, so that an expert that sees
     few tokens hardly moves. Tied shared neurons and all experts are solved for together. Input
-    weights and routers stay. Padding does not count, but in a decoder that is given no mask of
-    its own.
+    weights and routers stay, and so does a layer whose experts hold every neuron. Padding does
+    not count, but in a decoder that is given no mask of its own. One pass over the batches does,
+    or several for a model whose sums take more than `MAX_BYTES`, with the same result.
 
     Args:
         student: from `dense_to_moe`, with one expert for each token; its weights are changed.
         dense: the model that it was made from.
-        batches: for each task, batches of training data.
+        batches: for each task, batches of training data, which can be gone through again.
         ridge: weight of the penalty, as a part of the mean square of the neurons' activations.
 
     Raises:
@@ -59,36 +62,53 @@ def fit_outputs(
     """
     slots = {slot.name: slot for slot in find_slots(dense)}
     fits: list[_LayerFit] = []
-    for layer in student.modules():
-        if isinstance(layer, MoELayer):
-            if layer.top_k != 1:
-                raise ConversionError(
-                    f"output weights are fitted for one expert a token, and {layer.name} gives "
-                    f"each {layer.top_k}",
-                    remedy="set moe.top_k to 1, or moe.fit_output to false",
-                )
-            slot = slots[layer.name]
-            fits.append(_LayerFit(layer, slot.weights(), slot.activation))
-    num_batches = 0
+    for layer in moe_layers(student):
+        if layer.top_k != 1:
+            raise ConversionError(
+                f"output weights are fitted for one expert a token, and {layer.name} gives each "
+                f"{layer.top_k}",
+                remedy="set moe.top_k to 1, or moe.fit_output to auto or false",
+            )
+        slot = slots[layer.name]
+        fits.append(_LayerFit(layer, slot.weights(), slot.activation))
+    todo = [fit for fit in fits if not fit.is_exact]
     with frozen_in_eval_mode(student), torch.no_grad():
         handles = [handle for fit in fits for handle in fit.install()]
         try:
-            for task, own in enumerate(batches):
-                with use_task(task):
-                    for batch in own:
-                        student(**accepted_inputs(student, on_device(student, batch)))
-                        num_batches += 1
+            while todo:
+                todo = _fit_some(student, todo, batches, ridge)
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _fit_some(
+    student: nn.Module,
+    todo: list[_LayerFit],
+    batches: Sequence[Iterable[Mapping[str, Any]]],
+    ridge: float,
+) -> list[_LayerFit]:
+    """Fit as many of the first layers as there is room for at once; return the others."""
+    room, chosen = MAX_BYTES, 0
+    while chosen < len(todo) and (not chosen or todo[chosen].num_bytes <= room):
+        room -= todo[chosen].num_bytes
+        chosen += 1
+    for fit in todo[:chosen]:
+        fit.start()
+    num_batches = 0
+    for task, own in enumerate(batches):
+        with use_task(task):
+            for batch in own:
+                student(**accepted_inputs(student, on_device(student, batch)))
+                num_batches += 1
     if not num_batches:
         raise MissingInputError(
             "there are no batches to fit output weights on",
             remedy="pass a few thousand training samples",
         )
-    while fits:
-        # The sums of one layer are as large as its experts' weights or larger: let them go.
-        fits.pop().solve(ridge)
+    for fit in todo[:chosen]:
+        fit.solve(ridge)
+    return todo[chosen:]
 
 
 class _LayerFit:
@@ -101,15 +121,33 @@ class _LayerFit:
         self._routing: Routing | None = None
         experts = layer.experts
         self._num_shared = layer.num_shared_neurons
-        self._num_own = experts.expert_size + (experts.b_out is not None)
-        num_seen = self._num_shared + self._num_own
-        options: dict[str, Any] = {"dtype": torch.float64, "device": weights.w_out.device}
-        self._gram_ENN = torch.zeros(experts.num_experts, num_seen, num_seen, **options)
-        self._target_END = torch.zeros(
-            experts.num_experts, num_seen, weights.w_out.shape[0], **options
-        )
+        num_own = experts.expert_size + (experts.b_out is not None)
+        num_seen, width = self._num_shared + num_own, weights.w_out.shape[0]
+        self._gram_shape = (experts.num_experts, num_seen, num_seen)
+        self._target_shape = (experts.num_experts, num_seen, width)
+        self._is_counting = False
         self._mass = 0.0
         self._num_tokens = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the layer gives what the dense FFN gives as it is."""
+        has_all = self.layer.experts.expert_size + self._num_shared == self._dense.w_in.shape[0]
+        gate_scale = getattr(self.layer.router, "gate_scale", "straight_through")
+        return has_all and gate_scale == "straight_through"
+
+    @property
+    def num_bytes(self) -> int:
+        """What the sums take."""
+        num_experts, num_seen, width = self._target_shape
+        return 8 * num_experts * num_seen * (num_seen + width)
+
+    def start(self) -> None:
+        """Begin to count batches in."""
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self._dense.w_out.device}
+        self._gram_ENN = torch.zeros(self._gram_shape, **options)
+        self._target_END = torch.zeros(self._target_shape, **options)
+        self._is_counting = True
 
     def install(self) -> list[Any]:
         """Hook the layer and its router.
@@ -126,7 +164,7 @@ class _LayerFit:
         self._routing = routing
 
     def _see(self, layer: MoELayer, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Count a batch in, and hand on what the dense FFN gives."""
+        """Count a batch in between `start` and `solve`; hand on what the dense FFN gives."""
         hidden = args[0]
         rows_TD = hidden.reshape(-1, hidden.shape[-1])
         dense = self._dense
@@ -134,6 +172,8 @@ class _LayerFit:
             rows_TD, dense.w_in, dense.b_in, dense.w_gate, dense.b_gate, self._activation
         )
         target_TD = functional.linear(active_TF, dense.w_out, dense.b_out)
+        if not self._is_counting:
+            return target_TD.view(hidden.shape)
         chosen_T = torch.zeros(len(rows_TD), dtype=torch.int64, device=rows_TD.device)
         weight_T = torch.ones(len(rows_TD), device=rows_TD.device)
         if self._routing is not None:
@@ -174,7 +214,7 @@ class _LayerFit:
 
     @torch.no_grad()
     def solve(self, ridge: float) -> None:
-        """Solve, and write the weights into the layer.
+        """Solve, write the weights into the layer, and let the sums go.
 
         The unknowns of the experts meet in the shared neurons alone: these are found first, with
         the experts eliminated from the equations (Schur complement), and then expert by expert.
@@ -209,6 +249,8 @@ class _LayerFit:
                 remedy="check the teacher and the training data for NaN and infinity",
             )
         self._write(shared_SD, own_END)
+        self._is_counting = False
+        del self._gram_ENN, self._target_END
 
     def _held_experts(self, ridge: float) -> Tensor:
         """(E, F and a bias) penalties; the ridge is not for biases."""

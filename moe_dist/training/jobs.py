@@ -23,7 +23,7 @@ from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import Mixture, even_share, load_rows
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.pretrained import load_pretrained
-from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.inference.saving import load_model, load_tokenizer, save_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
@@ -31,6 +31,7 @@ from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, w
 from moe_dist.training.companion import build_companion, num_layers
 from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.fit import Report, fit
+from moe_dist.training.fitted_start import draw_tasks, fit_start
 from moe_dist.training.hardware import pick_device
 from moe_dist.training.job_data import (
     AnyJobData,
@@ -50,10 +51,11 @@ from moe_dist.training.payloads import (
     DistillPayload,
     DistillSection,
     FinetunePayload,
+    FitOutputPayload,
     ImportancePayload,
     PredictPayload,
 )
-from moe_dist.training.results import SCORES, save_scores
+from moe_dist.training.results import MODEL_DIR, SCORES, save_scores
 from moe_dist.training.step import distill_terms, finetune_terms, freeze
 
 
@@ -243,6 +245,40 @@ def _score(
     if shared:
         scores = [sum_over_ranks(score_F.to(device)).cpu() for score_F in scores]
     return scores
+
+
+def fit_output_job(payload: FitOutputPayload) -> dict[str, Any]:
+    """Fit the output weights of a fresh student's experts to the dense model's outputs.
+
+    Rank 0 does all of it, in about the time that scoring the same rows takes; start one worker.
+
+    Args:
+        payload: see `FitOutputPayload`.
+
+    Returns:
+        ``model``: the directory that rank 0 wrote.
+    """
+    path = Path(payload["stage_dir"]) / MODEL_DIR
+    if own_rank() == 0:
+        rows = load_rows(payload["data"])
+        device = pick_device(payload.get("use_gpu", "auto"))
+        dense = load_model(Path(payload["teacher"]), device)
+        student = load_model(Path(payload["student"]))
+        tokenizer = load_tokenizer(Path(payload["student"]))
+        data = job_data(rows, tokenizer, payload)
+        enter_phase("fit of output weights")
+        parts = list(data.parts.values())
+        batches = draw_tasks(
+            [part.train for part in parts],
+            num_samples=payload.get("num_samples"),
+            seed=payload["seed"],
+            batch_size=payload.get("batch_size", 32),
+            pad_token_id=parts[0].pad_token_id,
+        )
+        fit_start(student, dense, batches)
+        save_model(student, path, tokenizer=tokenizer)
+    wait_for_ranks()
+    return {"model": str(path)}
 
 
 def predict_job(payload: PredictPayload) -> dict[str, Any]:

@@ -122,6 +122,18 @@ class ImportancePayload(DataJob, total=False):
     batch_size: int
 
 
+class FitOutputPayload(DataJob, total=False):
+    """`fit_output_job`: ``student`` is a fresh one's directory, ``teacher`` what it was made from.
+
+    ``num_samples`` training rows are drawn by the seed; None takes all.
+    """
+
+    student: str
+    teacher: str
+    num_samples: int | None
+    batch_size: int
+
+
 class DistillPayload(DataJob, total=False):
     """`distill_job`: ``student`` and ``teacher`` are model directories.
 

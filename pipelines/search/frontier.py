@@ -277,9 +277,7 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     models: dict[int, Any] = {}
     for trial in meeting[:MAX_MEASURED]:
         facts = result.teachers[teacher_key(result.config, trial.overrides)]
-        # Its weights do not change what it costs.
-        overrides = trial.overrides | {"moe.fit_output": False}
-        config = RunConfig.model_validate(point_settings(result.config, overrides))
+        config = RunConfig.model_validate(point_settings(result.config, trial.overrides))
         with local_file(facts.scores) as path:
             scores = load_scores(path)
         workspace = Workspace(config, Console(quiet=True))

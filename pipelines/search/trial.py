@@ -21,7 +21,7 @@ from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
 from ..payloads import data_arguments, distill_settings, training_job, training_settings
-from ..stages.adapt import adapt_settings, convert
+from ..stages.adapt import adapt_settings, convert, fit_settings
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
@@ -310,10 +310,22 @@ class _OneTrial:
     def _student(self) -> Any:
         import torch
 
+        from moe_dist.training.fitted_start import draw_tasks, fit_start
+
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
         warm = self.warm
-        return convert(self.config, warm.dense, warm.scores, lambda: {"": warm.data.train})[1]
+        rows = {"": warm.data.train}
+        student = convert(self.config, warm.dense, warm.scores, lambda: rows)[1]
+        if self.config.moe.fits_output:
+            batches = draw_tasks(
+                list(rows.values()),
+                seed=self.config.seed,
+                pad_token_id=warm.data.pad_token_id,
+                **fit_settings(self.config),
+            )
+            fit_start(student, warm.teacher, batches)
+        return student
 
     def _steps(self) -> dict[int, int]:
         train = self.config.train

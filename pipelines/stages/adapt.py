@@ -5,9 +5,11 @@ They are the teacher's, or those of the smaller student that the stage shrink ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..jobs import placed_here, run_job, with_one_worker
+from ..payloads import data_job
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance, shrink
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
 NAME = "adapt"
+UNFITTED = "unfitted"
+"""Where the student waits for its outputs to be fitted, inside the stage's directory."""
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
 # Settings that earlier versions did not have.
 _ROUTER_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
-_OPTIONS = (*_ROUTER_OPTIONS, "fit_output")
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -40,11 +43,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     """
     is_smaller = config.student.is_smaller
     source = inputs.result(shrink.NAME if is_smaller else finetune_teacher.NAME)
+    address = inputs.workspace.files.address
     scores = inputs.result(shrink.NAME if is_smaller else score_importance.NAME)
 
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
+        from moe_dist.training.jobs import fit_output_job
         from moe_dist.training.results import load_scores
 
         from ..plots import plot_importance
@@ -60,11 +65,23 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             lambda: inputs.workspace.encoded_tasks("train", tokenizer),
         )
         plan.save(stage.directory / "plan.json")
-        save_model(
-            student,
-            stage.directory / "model",
-            tokenizer=tokenizer,
-        )
+        is_fitted = config.moe.fits_output and student is not model
+        made = stage.directory / (UNFITTED if is_fitted else "model")
+        save_model(student, made, tokenizer=tokenizer)
+        if is_fitted:
+            inputs.workspace.files.publish(made)
+            run_job(
+                fit_output_job,
+                {
+                    **data_job(config, address(stage.directory)),
+                    "student": address(made),
+                    "teacher": address(source.outputs["model"]),
+                    **fit_settings(config),
+                },
+                config=with_one_worker(placed_here(config)),
+                work=stage,
+                workspace=inputs.workspace,
+            )
         picture = plot_importance(
             [importance[part.layer] for part in plan.partitions],
             stage.directory / "importance.png",
@@ -90,6 +107,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         inputs=inputs,
         tracker=tracker,
         work=work,
+        scratch=(UNFITTED,),
     )
 
 
@@ -99,14 +117,14 @@ def convert(
     importance: Sequence[Any],
     rows: Callable[[], Mapping[str, Encoded]] | None = None,
 ) -> tuple[Any, Any]:
-    """Split a dense model into experts.
+    """Split a dense model into experts, whose outputs are not fitted yet.
 
     Args:
         config: the configuration of one student.
         dense: the model; it is left as it was.
         importance: (F,) scores for each feed-forward layer.
         rows: gives the tokenised training rows of each task by its name; asked only where
-            `reads_rows` says so.
+            partition or router look at them.
 
     Returns:
         The plan, and the student; the model itself where a small student keeps all its neurons.
@@ -116,17 +134,18 @@ def convert(
     """
     from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
     from moe_dist.conversion.activity import task_importance
-    from moe_dist.conversion.output_fit import fit_outputs
     from moe_dist.conversion.token_clusters import token_clusters
+    from moe_dist.training.fitted_start import draw_tasks
 
     moe = config.moe
-    parts = list(rows().values()) if rows is not None and reads_rows(config) else None
+    looks = _splits_by_data(config) or _counts_tokens(config)
+    parts = list(rows().values()) if rows is not None and looks else None
     batches, expert_scores, token_counts, gates = None, None, None, None
-    scored: list[list[Any]] = []
-    if parts is not None and (_splits_by_data(config) or moe.fit_output):
+    if parts is not None and _splits_by_data(config):
         pad_token_id = int(dense.config.pad_token_id or 0)
-        scored = [list(_scored_batches(config, part, len(parts), pad_token_id)) for part in parts]
-    if _splits_by_data(config) and scored:
+        scored = draw_tasks(
+            parts, seed=config.seed, pad_token_id=pad_token_id, **fit_settings(config)
+        )
         reads = PARTITIONS[moe.partition].reads
         if reads == "tasks":
             expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
@@ -161,9 +180,22 @@ def convert(
         gates=gates,
         **router_options(config),
     )
-    if moe.fit_output:
-        fit_outputs(student, dense, scored)
     return plan, student
+
+
+def fit_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what `draw_tasks` takes from the recipe: the rows that neurons were scored on.
+
+    Args:
+        config: the configuration of one student.
+
+    Returns:
+        Plain values, without the seed.
+    """
+    return {
+        "num_samples": config.moe.importance_samples,
+        "batch_size": score_importance.BATCH_SIZE,
+    }
 
 
 def reads_rows(config: RunConfig) -> bool:
@@ -173,9 +205,9 @@ def reads_rows(config: RunConfig) -> bool:
         config: the configuration of one student.
 
     Returns:
-        Whether `convert` asks for them.
+        Whether other rows would make another student.
     """
-    return _splits_by_data(config) or _counts_tokens(config) or config.moe.fit_output
+    return _splits_by_data(config) or _counts_tokens(config) or config.moe.fits_output
 
 
 def router_options(config: RunConfig) -> dict[str, Any]:
@@ -214,12 +246,17 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain values.
     """
-    moe = config.moe.model_dump(mode="json", exclude=_unread_keys(config))
+    moe = config.moe.model_dump(mode="json", exclude={*_unread_keys(config), "fit_output"})
     defaults = type(config.moe)().model_dump(mode="json")
     settings: dict[str, Any] = {"seed": config.seed}
     settings["moe"] = {
-        key: value for key, value in moe.items() if key not in _OPTIONS or value != defaults[key]
+        key: value
+        for key, value in moe.items()
+        if key not in _ROUTER_OPTIONS or value != defaults[key]
     }
+    # What "auto" comes to, so that saying it changes nothing.
+    if config.moe.fits_output:
+        settings["moe"]["fit_output"] = True
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
     return settings
@@ -241,7 +278,7 @@ def keeps_all_neurons(plan: PartitionPlan) -> bool:
 
 def _unread_keys(config: RunConfig) -> set[str]:
     """Name the settings that do not touch the student, so that changing them re-runs nothing."""
-    looks_at_rows = _splits_by_data(config) or config.moe.fit_output
+    looks_at_rows = _splits_by_data(config) or config.moe.fits_output
     unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
@@ -258,19 +295,6 @@ def _splits_by_data(config: RunConfig) -> bool:
 
 def _counts_tokens(config: RunConfig) -> bool:
     return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
-
-
-def _scored_batches(
-    config: RunConfig, encoded: Encoded, num_tasks: int, pad_token_id: int
-) -> Iterator[dict[str, Any]]:
-    """The training rows of one task that neurons were scored on."""
-    from moe_dist.data.loaders import eval_batches
-    from moe_dist.data.mixture import even_share
-
-    limit = config.moe.importance_samples
-    share = None if limit is None else even_share(limit, num_tasks)
-    drawn = encoded.draw(share, seed=config.seed)
-    return eval_batches(drawn, batch_size=score_importance.BATCH_SIZE, pad_token_id=pad_token_id)
 
 
 def _token_counts(encoded: Encoded, dense: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion import dense_to_moe, output_fit, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.conversion.importance import accepted_inputs
 from moe_dist.conversion.output_fit import RIDGE, TOKENS_PER_NEURON, fit_outputs
@@ -158,7 +158,23 @@ def test_an_expert_with_every_neuron_stays_as_it_is() -> None:
     old = {name: value.clone() for name, value in student.state_dict().items()}
     fit_outputs(student, model, [batches_for(model)])
     for name, value in student.state_dict().items():
-        torch.testing.assert_close(value, old[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(value, old[name]), name
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_layers_are_fitted_alike_with_little_room(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    at_once, one_by_one = student_of(model), student_of(model)
+    fit_outputs(at_once, model, [batches_for(model)])
+    monkeypatch.setattr(output_fit, "MAX_BYTES", 1)
+    seen = []
+    layers_of(one_by_one)[0].register_forward_hook(lambda *_: seen.append(1))
+    fit_outputs(one_by_one, model, [batches_for(model)])
+    assert len(seen) == len(layers_of(one_by_one)) * len(batches_for(model))
+    for name, value in one_by_one.state_dict().items():
+        assert torch.equal(value, at_once.state_dict()[name]), name
 
 
 def test_only_output_weights_of_experts_with_tokens_change() -> None:

@@ -66,14 +66,14 @@ def test_the_chain_adapts_with_every_router_and_partition(
 @pytest.mark.parametrize(
     "moe",
     [
-        {"router": "hash_balanced"},
-        {"partition": "clustered_importance"},
-        {"fit_output": True},
-        {"partition": "token_clusters", "router": "token_gate"},
+        {},
+        {"router": "hash_balanced", "fit_output": False},
+        {"partition": "clustered_importance", "fit_output": False},
+        {"partition": "token_clusters", "router": "token_gate", "fit_output": False},
     ],
 )
 def test_what_training_rows_decided_is_redone_with_other_rows(
-    write_recipe: Write, tiny_settings: dict[str, Any], moe: dict[str, str]
+    write_recipe: Write, tiny_settings: dict[str, Any], moe: dict[str, Any]
 ) -> None:
     settings = tiny_settings | {"moe": {**tiny_settings["moe"], **moe}}
     config = load_config(write_recipe(settings))
@@ -123,12 +123,14 @@ def test_a_dry_run_knows_the_size_of_every_student(
         ("moe.gate_noise=0.5", True),
         ("moe.capacity_factor=1.25", True),
         ("moe.gate_noise=0", False),
-        ("moe.importance_samples=7", False),
-        ("model.max_length=15", False),
-        ("[moe.partition=coactivation, moe.importance_samples=7]", True),
-        ("moe.fit_output=true", True),
-        ("[moe.fit_output=true, moe.importance_samples=7]", True),
-        ("[moe.num_experts=1, moe.fit_output=true]", True),
+        ("[moe.fit_output=false, moe.importance_samples=7]", False),
+        ("[moe.fit_output=false, model.max_length=15]", False),
+        ("[moe.fit_output=false, moe.partition=coactivation, moe.importance_samples=7]", True),
+        ("[moe.top_k=2, moe.fit_output=false]", False),
+        ("moe.fit_output=true", False),
+        ("moe.fit_output=false", True),
+        ("moe.importance_samples=7", True),
+        ("[moe.num_experts=1, moe.fit_output=false]", True),
     ],
 )
 def test_what_an_untrained_student_depends_on(
@@ -139,6 +141,7 @@ def test_what_an_untrained_student_depends_on(
     overrides = tuple(override.strip("[]").split(", "))
     before = adapt_settings(load_config(recipe, overrides[:-1]))
     assert (adapt_settings(load_config(recipe, overrides)) != before) is changes
-    assert not {"gate_noise", "capacity_factor", "task_map", "fit_output"} & set(
-        adapt_settings(load_config(recipe))["moe"]
-    ), "results of earlier versions stay finished"
+    unfitted = adapt_settings(load_config(recipe, ("moe.fit_output=false",)))
+    assert not {"gate_noise", "capacity_factor", "task_map", "fit_output"} & set(unfitted["moe"]), (
+        "results of earlier versions stay finished"
+    )

@@ -18,6 +18,7 @@ from moe_dist.training.jobs import (
     distill_job,
     distill_weights,
     finetune_job,
+    fit_output_job,
     importance_job,
     predict_job,
 )
@@ -49,6 +50,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         | {"model": teacher["model"], "num_samples": 50, "batch_size": 16}
     )
     adapted = adapt(root, teacher["model"])
+    fitted = fit_output_job(
+        task_payload(root, "fitted")
+        | {"student": adapted, "teacher": teacher["model"], "num_samples": 50, "batch_size": 16}
+    )
     files = {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
     student = distill_job(
         task_payload(root, "distill")
@@ -61,7 +66,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         }
     )
     assert files == {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
-    return {"root": root, "teacher": teacher, "scored": scored, "student": student}
+    return {
+        "root": root,
+        "teacher": teacher,
+        "scored": scored,
+        "adapted": adapted,
+        "fitted": fitted,
+        "student": student,
+    }
 
 
 def test_the_teacher_learns_and_is_saved(chain: dict[str, Any]) -> None:
@@ -107,6 +119,21 @@ def test_scores_are_those_of_the_library(chain: dict[str, Any]) -> None:
     assert [tuple(score.shape) for score in scores] == [(32,), (32,)]
     assert all(bool((score > 0).all()) for score in scores)
     assert chain["scored"]["num_samples"] == 50
+
+
+def test_a_fitted_student_is_nearer_before_it_is_trained(chain: dict[str, Any]) -> None:
+    def states(model: str) -> torch.Tensor:
+        with torch.no_grad():
+            found = load_model(model)(input_ids=rows, output_hidden_states=True).hidden_states
+        return torch.stack(found[1:])
+
+    rows = torch.randint(5, 25, (64, 9), generator=torch.Generator().manual_seed(0))
+    wanted = states(chain["teacher"]["model"])
+    before, after = (
+        (states(model) - wanted).square().mean()
+        for model in (chain["adapted"], chain["fitted"]["model"])
+    )
+    assert after < 0.8 * before
 
 
 def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[str, Any]) -> None:
