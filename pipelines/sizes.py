@@ -188,20 +188,25 @@ def plan_skeleton(dense: Any, config: RunConfig) -> Any:
     """
     import torch
 
-    from moe_dist.conversion import plan_partition
+    from moe_dist.conversion import PARTITIONS, plan_partition
     from moe_dist.conversion.families import find_slots
 
     moe = config.moe
+    row = PARTITIONS[moe.partition]
+    scores = [torch.zeros(slot.num_neurons) for slot in find_slots(dense)]
     return plan_partition(
-        [torch.zeros(slot.num_neurons) for slot in find_slots(dense)],
+        scores,
         num_experts=moe.num_experts,
         expert_size=moe.expert_size,
         num_shared_neurons=moe.num_shared_neurons,
-        # Other methods choose other neurons, in experts of the same shape.
-        method="full_copy" if moe.partition == "full_copy" else "importance",
+        # Methods choose other neurons, in experts of the same shape.
+        method="importance" if row.distinct else moe.partition,
         tie_shared=moe.tie_shared,
         layers=moe.layers,
         seed=config.seed,
+        expert_scores=[score_F.expand(moe.num_experts, -1) for score_F in scores]
+        if row.needs_expert_scores
+        else None,
     )
 
 
