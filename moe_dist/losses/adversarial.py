@@ -156,10 +156,12 @@ def spectral_norm(weight: Tensor, left: Tensor) -> Tensor:
         left: (rows,) from `power_iteration`.
 
     Returns:
-        The same shape; its largest singular value is about 1, never far below.
+        The same shape, of the same type under autocast; its largest singular value is about 1,
+        never far below.
 
     Source: arXiv:1802.05957.
     """
-    right = functional.normalize(weight.detach().t() @ left, dim=0)
-    largest = torch.dot(left, weight @ right)
-    return weight / largest.clamp(min=1e-12)
+    with torch.autocast(weight.device.type, enabled=False):
+        right = functional.normalize(weight.detach().t() @ left, dim=0)
+        largest = torch.dot(left, weight @ right)
+        return weight / largest.clamp(min=1e-12)

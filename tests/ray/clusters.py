@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -20,8 +21,11 @@ class SmallCluster:
     """
 
     def __init__(self, *cpus: int, temp_dir: str, kind: str = "") -> None:
+        from ray._common.utils import get_default_ray_temp_dir
         from ray.cluster_utils import Cluster
 
+        # It notes its address there, and does not make the directory if its own is elsewhere.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         self._kind = kind
         self._cluster = Cluster(
             initialize_head=True,
