@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_dist.conversion.convert import dense_to_moe
     from moe_dist.conversion.importance import score_importance
+    from moe_dist.conversion.output_fit import fit_outputs
     from moe_dist.conversion.partition import PARTITIONS, PartitionPlan, plan_partition
     from moe_dist.conversion.shrink import ShrinkPlan, plan_shrink, shrink_model
 
@@ -16,6 +17,7 @@ __all__ = [
     "PartitionPlan",
     "ShrinkPlan",
     "dense_to_moe",
+    "fit_outputs",
     "plan_partition",
     "plan_shrink",
     "score_importance",
@@ -27,6 +29,7 @@ _HOMES = {
     "PartitionPlan": "partition",
     "ShrinkPlan": "shrink",
     "dense_to_moe": "convert",
+    "fit_outputs": "output_fit",
     "plan_partition": "partition",
     "plan_shrink": "shrink",
     "score_importance": "importance",

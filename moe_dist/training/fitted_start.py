@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_dist.conversion.output_fit import fit_outputs
+from moe_dist.conversion import fit_outputs
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing
