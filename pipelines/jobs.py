@@ -42,6 +42,7 @@ def run_job(
     work: StageWork,
     workspace: Workspace,
     num_steps: int | None = None,
+    alone: bool = False,
 ) -> Any:
     """Run a job on the recipe's workers and show its progress.
 
@@ -52,6 +53,7 @@ def run_job(
         work: the stage that asks.
         workspace: holds the chain's connection to Ray.
         num_steps: steps that the job takes, where it takes steps.
+        alone: one of the workers does it all, since the job cannot be shared.
 
     Returns:
         What rank 0's job returned.
@@ -76,7 +78,7 @@ def run_job(
         result = run_on_workers(
             job,
             dict(payload),
-            num_workers=parallel.num_workers,
+            num_workers=1 if alone else parallel.num_workers,
             cpus_per_worker=parallel.cpus_per_worker,
             use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
             launcher=parallel.launcher,
@@ -156,19 +158,6 @@ def placed_here(config: RunConfig) -> RunConfig:
     num_threads = min(parallel.max_workers * parallel.cpus_per_worker, available_cpus())
     here = {"launcher": "local", "num_workers": 1, "cpus_per_worker": num_threads}
     return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
-
-
-def with_one_worker(config: RunConfig) -> RunConfig:
-    """Place a job that does not share its work on one of the recipe's workers.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        The configuration to run the job with.
-    """
-    parallel = config.parallel.model_copy(update={"num_workers": 1})
-    return config.model_copy(update={"parallel": parallel})
 
 
 def draw_losses(work: StageWork, title: str) -> Path:

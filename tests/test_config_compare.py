@@ -43,6 +43,18 @@ def test_untied_active_size_counts_every_chosen_expert(tmp_path: Path) -> None:
     assert config.resolve_comparison("dense").moe.expert_size == 2 * 768
 
 
+def test_a_comparison_is_fitted_only_if_the_student_is(tmp_path: Path) -> None:
+    compare = (
+        "compare={dense: {}, one: {moe.top_k: 1}, fitted: {moe.top_k: 1, moe.fit_output: true}}"
+    )
+    for main, fits in (("moe.top_k=2", False), ("moe.fit_output=false", False), ("seed=1", True)):
+        config = load(tmp_path, compare, main)
+        assert config.moe.fits_output is fits
+        for label in ("dense", "one"):
+            assert config.resolve_comparison(label).moe.fits_output is fits, (main, label)
+        assert config.resolve_comparison("fitted").moe.fits_output
+
+
 def test_comparisons_take_nested_and_dotted_overrides_and_more_from_the_command_line(
     tmp_path: Path,
 ) -> None:

@@ -110,7 +110,8 @@ class MoeConfig(Section):
         default="auto",
         description="Fit the output weights of each expert to what the dense layer gave, by least "
         "squares over the training rows' tokens that its router sends there, before any training. "
-        "`auto` does so where `moe.top_k` is 1, also for the pruned dense student.",
+        "`auto` does so where `moe.top_k` is 1, also for the pruned dense student; in a comparison "
+        "only if the main student is fitted too.",
     )
     importance_samples: Integer | None = Field(
         default=4096,

@@ -213,6 +213,9 @@ def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
     raw["compare"] = {}
     raw["search"] = {}
     raw["finetune"] = pinned
+    if not config.moe.fits_output:
+        # Or a start that the student does not have would decide who wins.
+        raw["moe"]["fit_output"] = False
     if label == "dense":
         apply_overrides(raw, dense_overrides(config.moe))
     apply_overrides(raw, config.compare[label])

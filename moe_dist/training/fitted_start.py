@@ -11,7 +11,6 @@ from moe_dist.conversion import fit_outputs
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing
-from moe_dist.moe.layer import moe_layers
 
 
 class DrawnBatches:
@@ -86,12 +85,10 @@ def fit_start(student: nn.Module, dense: Any, batches: Sequence[DrawnBatches]) -
     """Fit the outputs of a fresh student's experts where the dense model lies; see `fit_outputs`.
 
     Args:
-        student: changed, and left on the device it came from; without MoE layers nothing happens.
+        student: changed, and left on the device it came from.
         dense: what it was made from.
         batches: for each task.
     """
-    if not moe_layers(student):
-        return
     home = next(student.parameters()).device
     fit_outputs(student.to(next(dense.parameters()).device), dense, batches)
     student.to(home)

@@ -21,7 +21,7 @@ from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
 from ..payloads import data_arguments, distill_settings, training_job, training_settings
-from ..stages.adapt import adapt_settings, convert, fit_settings
+from ..stages.adapt import adapt_settings, convert, fit_settings, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
@@ -317,7 +317,7 @@ class _OneTrial:
         warm = self.warm
         rows = {"": warm.data.train}
         student = convert(self.config, warm.dense, warm.scores, lambda: rows)[1]
-        if self.config.moe.fits_output:
+        if fits_output(self.config):
             batches = draw_tasks(
                 list(rows.values()),
                 seed=self.config.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..jobs import placed_here, run_job, with_one_worker
+from ..jobs import placed_here, run_job
 from ..payloads import data_job
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance, shrink
@@ -65,7 +65,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             lambda: inputs.workspace.encoded_tasks("train", tokenizer),
         )
         plan.save(stage.directory / "plan.json")
-        is_fitted = config.moe.fits_output and student is not model
+        is_fitted = fits_output(config) and student is not model
         made = stage.directory / (UNFITTED if is_fitted else "model")
         save_model(student, made, tokenizer=tokenizer)
         if is_fitted:
@@ -78,9 +78,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                     "teacher": address(source.outputs["model"]),
                     **fit_settings(config),
                 },
-                config=with_one_worker(placed_here(config)),
+                config=placed_here(config),
                 work=stage,
                 workspace=inputs.workspace,
+                alone=True,
             )
         picture = plot_importance(
             [importance[part.layer] for part in plan.partitions],
@@ -198,6 +199,20 @@ def fit_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def fits_output(config: RunConfig) -> bool:
+    """Tell whether output weights are fitted.
+
+    Args:
+        config: the configuration of one student.
+
+    Returns:
+        False also for a small dense student that keeps all its neurons and has nothing to fit.
+    """
+    moe, student = config.moe, config.student
+    keeps_all = moe.num_experts == 1 and moe.expert_size == student.intermediate_size
+    return moe.fits_output and not (student.is_smaller and keeps_all)
+
+
 def reads_rows(config: RunConfig) -> bool:
     """Tell whether partition, router or the fit of output weights look at training rows.
 
@@ -207,7 +222,7 @@ def reads_rows(config: RunConfig) -> bool:
     Returns:
         Whether other rows would make another student.
     """
-    return _splits_by_data(config) or _counts_tokens(config) or config.moe.fits_output
+    return _splits_by_data(config) or _counts_tokens(config) or fits_output(config)
 
 
 def router_options(config: RunConfig) -> dict[str, Any]:
@@ -238,7 +253,7 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of a recipe that the untrained student depends on.
 
     An option that did not exist before counts only where it is used, so that results of earlier
-    versions stay finished.
+    versions stay finished; but for the fit of outputs, which they did only when told to.
 
     Args:
         config: the run's configuration, or a comparison's.
@@ -255,7 +270,7 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
         if key not in _ROUTER_OPTIONS or value != defaults[key]
     }
     # What "auto" comes to, so that saying it changes nothing.
-    if config.moe.fits_output:
+    if fits_output(config):
         settings["moe"]["fit_output"] = True
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
@@ -278,7 +293,7 @@ def keeps_all_neurons(plan: PartitionPlan) -> bool:
 
 def _unread_keys(config: RunConfig) -> set[str]:
     """Name the settings that do not touch the student, so that changing them re-runs nothing."""
-    looks_at_rows = _splits_by_data(config) or config.moe.fits_output
+    looks_at_rows = _splits_by_data(config) or fits_output(config)
     unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.

@@ -29,6 +29,30 @@ __all__ = ["in_this_process", "settings"]
 Write = Callable[[dict[str, Any]], Path]
 
 
+def test_a_trial_starts_where_the_chain_does(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    import torch
+
+    from moe_dist.inference import load_model
+    from pipelines.chain import run_chain
+    from pipelines.search.trial import TeacherFacts, _OneTrial, _Warm
+
+    config = load_config(write_recipe(tiny_settings))
+    run_chain(config, Recorder(), until="adapt")
+    run = Path(config.run_dir)
+    scores = run / "score-importance" / "scores.safetensors"
+    facts = TeacherFacts(str(run / "finetune-teacher" / "model"), str(scores), 0.5)
+    warm = _Warm.load(config, facts)
+    teacher = {name: value.clone() for name, value in warm.teacher.state_dict().items()}
+    trial = _OneTrial(config, config.seed, warm, facts, (1,), "dev", lambda _: None)
+    found = trial._student().state_dict()
+    for name, value in load_model(run / "adapt" / "model").state_dict().items():
+        assert torch.equal(value, found[name]), name
+    for name, value in warm.teacher.state_dict().items():
+        assert torch.equal(value, teacher[name]), "the teacher is as it was"
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_a_sweep_shares_its_teacher_and_leaves_a_recipe(
     write_recipe: Write, settings: dict[str, Any], tmp_path: Path
