@@ -234,15 +234,15 @@ class _LayerFit:
         if shared:
             cross = self._gram_ENN[:, shared:, :shared]
             # What an expert's own weights make up for, of the shared neurons and of what is missed.
-            made_up = torch.linalg.solve(held, cross)
+            made_up = solve_definite(held, cross)
             gram_SS = self._gram_ENN[:, :shared, :shared].sum(dim=0)
             gram_SS = gram_SS + torch.diag(self._held_shared(ridge))
             gram_SS = gram_SS - (cross.transpose(1, 2) @ made_up).sum(dim=0)
             left_SD = missed_END[:, :shared] - made_up.transpose(1, 2) @ missed_END[:, shared:]
-            change_SD = torch.linalg.solve(gram_SS, left_SD.sum(dim=0))
+            change_SD = solve_definite(gram_SS, left_SD.sum(dim=0))
             missed_END = missed_END - self._gram_ENN[:, :, :shared] @ change_SD
             shared_SD = shared_SD + change_SD
-        own_END = own_END + torch.linalg.solve(held, missed_END[:, shared:])
+        own_END = own_END + solve_definite(held, missed_END[:, shared:])
         if not bool(torch.isfinite(own_END).all() and torch.isfinite(shared_SD).all()):
             raise ConversionError(
                 f"the fitted output weights of {self.layer.name} are not finite",
@@ -289,6 +289,24 @@ class _LayerFit:
             experts.w_out.copy_(own_END[:, : experts.expert_size].transpose(1, 2))
         if experts.b_out is not None:
             experts.b_out.copy_(own_END[:, -1])
+
+
+def solve_definite(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve linear systems with positive definite matrices.
+
+    Not by `torch.linalg.solve`: oneMKL's LU of several matrices at once fails on some CPUs with
+    two threads or more (seen with torch 2.13 on an AMD EPYC with AVX-512, four of size 385).
+
+    Args:
+        matrix: (..., N, N), symmetric.
+        right: (..., N, D).
+
+    Returns:
+        (..., N, D); NaN where a matrix is not positive definite or not finite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    found = torch.cholesky_solve(right, factor)
+    return torch.where((failed != 0)[..., None, None], torch.nan, found)
 
 
 def _activations(

@@ -11,7 +11,12 @@ from torch import Tensor
 from moe_dist.conversion import dense_to_moe, output_fit, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.conversion.importance import accepted_inputs
-from moe_dist.conversion.output_fit import RIDGE, TOKENS_PER_NEURON, fit_outputs
+from moe_dist.conversion.output_fit import (
+    RIDGE,
+    TOKENS_PER_NEURON,
+    fit_outputs,
+    solve_definite,
+)
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.layer import MoELayer
 from tests.conversion.dense_models import (
@@ -275,3 +280,24 @@ def test_a_teacher_that_is_not_finite_is_named() -> None:
         find_slots(model)[0].weights().w_out[0, 0] = float("nan")
     with pytest.raises(ConversionError, match="check the teacher"):
         fit_outputs(student, model, [batches_for(model)])
+
+
+def test_large_systems_are_solved_with_several_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(4, 400, 385, dtype=torch.float64, generator=generator)
+    matrix = root.transpose(1, 2) @ root + torch.eye(385, dtype=torch.float64)
+    wanted = torch.randn(4, 385, 32, dtype=torch.float64, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = solve_definite(matrix, matrix @ wanted)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_is_not_positive_definite_has_no_solution() -> None:
+    matrix = torch.stack([torch.eye(3), -torch.eye(3)]).double()
+    found = solve_definite(matrix, torch.ones(2, 3, 1, dtype=torch.float64))
+    assert torch.equal(found[0], torch.ones(3, 1, dtype=torch.float64))
+    assert found[1].isnan().all()
