@@ -125,7 +125,7 @@ class MoeConfig(Section):
     def fits_output(self) -> bool:
         """Whether the output weights of experts, or of the pruned student, are fitted."""
         if self.fit_output == "auto":
-            return self.num_experts == 1 or self.top_k == 1
+            return self.top_k == 1
         return self.fit_output
 
     @property

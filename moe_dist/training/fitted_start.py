@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,29 +14,19 @@ from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing
 
 
+@dataclass(frozen=True)
 class DrawnBatches:
-    """Batches of rows drawn from one task, as often as they are asked for.
+    """Batches of the rows drawn from one task, as often as they are asked for.
 
     Args:
-        encoded: the task's training rows.
-        num_samples: to draw; None for all.
-        seed: of the draw.
+        rows: what was drawn.
         batch_size: samples in a batch.
         pad_token_id: fills up shorter samples.
     """
 
-    def __init__(
-        self,
-        encoded: Encoded,
-        *,
-        num_samples: int | None,
-        seed: int,
-        batch_size: int,
-        pad_token_id: int,
-    ) -> None:
-        self._drawn = encoded.draw(num_samples, seed=seed)
-        self._batch_size = batch_size
-        self._pad_token_id = pad_token_id
+    rows: Encoded
+    batch_size: int
+    pad_token_id: int
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Give the batches, longest samples first.
@@ -44,7 +35,7 @@ class DrawnBatches:
             Batches as in `eval_batches`.
         """
         yield from advancing(
-            eval_batches(self._drawn, batch_size=self._batch_size, pad_token_id=self._pad_token_id)
+            eval_batches(self.rows, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
         )
 
 
@@ -70,14 +61,7 @@ def draw_tasks(
     """
     share = None if num_samples is None else even_share(num_samples, len(tasks))
     return [
-        DrawnBatches(
-            encoded,
-            num_samples=share,
-            seed=seed,
-            batch_size=batch_size,
-            pad_token_id=pad_token_id,
-        )
-        for encoded in tasks
+        DrawnBatches(encoded.draw(share, seed=seed), batch_size, pad_token_id) for encoded in tasks
     ]
 
 

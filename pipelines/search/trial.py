@@ -315,11 +315,11 @@ class _OneTrial:
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
         warm = self.warm
-        rows = {"": warm.data.train}
-        student = convert(self.config, warm.dense, warm.scores, lambda: rows)[1]
+        rows = warm.data.train
+        student = convert(self.config, warm.dense, warm.scores, lambda: {"": rows})[1]
         if fits_output(self.config):
             batches = draw_tasks(
-                list(rows.values()),
+                [rows],
                 seed=self.config.seed,
                 pad_token_id=warm.data.pad_token_id,
                 **fit_settings(self.config),
