@@ -221,6 +221,13 @@ class DistillConfig(Section):
     temperature: Number = Field(
         default=1.0, gt=0, description="Softens both predictions before they are compared."
     )
+    dropout: Number | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout of the student while it is distilled, everywhere in it; the model's "
+        "own where not given.",
+    )
     warmup_fraction: Number = Field(
         default=0.0,
         ge=0,

@@ -29,6 +29,7 @@ from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import build_companion, num_layers
+from moe_dist.training.dropout import set_dropout
 from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.fit import Report, fit
 from moe_dist.training.fitted_start import draw_tasks, fit_start
@@ -138,6 +139,9 @@ def distill(
         See `fit`.
     """
     section: DistillSection = payload["distill"]
+    dropout = section.get("dropout")
+    if dropout is not None:
+        set_dropout(student, dropout)
     which = section.get("hidden_layers", "all")
     pairs = pair_states(payload.get("layers") or range(num_layers(student)), which)
     companion = build_companion(

@@ -48,7 +48,7 @@ class DistillSection(TypedDict, total=False):
 
     ``warmup_fraction`` is the share of all steps over which the distillation weights grow from
     zero; 0 means that they are whole from the first step. The adversarial one waits for
-    ``adversarial_warmup_fraction`` of them.
+    ``adversarial_warmup_fraction`` of them. A ``dropout`` of None leaves the student its own.
     """
 
     task_weight: float
@@ -58,6 +58,7 @@ class DistillSection(TypedDict, total=False):
     z_loss_weight: float
     entropy_weight: float
     temperature: float
+    dropout: float | None
     warmup_fraction: float
     hidden_layers: Literal["all", "last"] | int
     soft_weight: float
