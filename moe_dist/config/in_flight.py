@@ -23,6 +23,7 @@ IN_FLIGHT = {
     "distill.z_loss_weight": "weight in the loss",
     "distill.entropy_weight": "weight in the loss",
     "distill.temperature": "softening of the predictions",
+    "distill.dropout": "dropout of the next steps",
     "moe.gate_noise": "noise of the next steps",
     "moe.gate_jitter": "noise of the next steps",
     "moe.capacity_factor": "limit of the next steps",

@@ -198,6 +198,27 @@ def test_regression_runs_through_all_jobs(tmp_path: Path) -> None:
     assert answer["metrics"]["pearson"] == pytest.approx(student["metrics"]["pearson"], abs=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_a_copy_of_the_teacher_has_no_loss_without_dropout(
+    chain: dict[str, Any], tmp_path: Path, dropout: float | None
+) -> None:
+    teacher = chain["teacher"]["model"]
+    imitation = {"task_weight": 0.0, "hidden_weight": 1.0, "kl_weight": 1.0, "dropout": dropout}
+    copy = distill_job(
+        task_payload(tmp_path, "distill")
+        | {
+            "student": teacher,
+            "teacher": teacher,
+            "train": train_section(max_steps=1),
+            "distill": imitation,
+        }
+    )
+    missed = copy["train"]["train/loss/hidden_mse"]
+    assert missed > 0.01 if dropout is None else missed < 1e-9
+    config = (Path(copy["model"]) / "config.json").read_text()
+    assert '"hidden_dropout_prob": 0.1' in config
+
+
 def test_distill_weights_follow_the_recipe() -> None:
     weights = distill_weights(DISTILL, 100)  # type: ignore[arg-type]
     assert [weights["hidden_mse"].at(step) for step in (0, 9, 19, 50)] == [0.05, 0.5, 1.0, 1.0]
