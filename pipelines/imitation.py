@@ -157,7 +157,8 @@ def describe_imitation(
 
     Returns:
         For each student `imitation` and `imitation_before_distillation`, with a value for each
-        measure; and for each comparison the main student's errors minus its own.
+        measure, and `imitation_change`, after minus before; and for each comparison the main
+        student's errors minus its own.
     """
     names = [name for name in next(iter(imitation.tasks.values()))[PREDICTION] if "/" not in name]
     entries = {
@@ -168,19 +169,16 @@ def describe_imitation(
                 (f"imitation_{before}", f"{name}/{before}"),
             )
         }
+        | {"imitation_change": _differences(imitation, name, f"{name}/{before}")}
         for name in names
     }
-    differences: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name != student:
-            found = {
-                measure: imitation.difference(measure, student, name, seed=0)
-                for measure in MEASURES
-            }
-            differences[name] = {
-                measure: asdict(interval) for measure, interval in found.items() if interval
-            }
-    return entries, differences
+    others = [name for name in names if name != student]
+    return entries, {name: _differences(imitation, student, name) for name in others}
+
+
+def _differences(imitation: Imitation, first: str, second: str) -> dict[str, Any]:
+    found = {measure: imitation.difference(measure, first, second, seed=0) for measure in MEASURES}
+    return {measure: asdict(interval) for measure, interval in found.items() if interval}
 
 
 def save_imitation(imitation: Imitation, directory: Path) -> None:
@@ -253,4 +251,32 @@ def imitation_lines(differences: Mapping[str, Mapping[str, Any]], student: str) 
             f"{entry['difference']:+.4f}, 95 % interval {entry['low']:+.4f} to "
             f"{entry['high']:+.4f})"
         )
+    return lines
+
+
+def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Warn of students that their distillation led away from the teacher.
+
+    Args:
+        entries: from `describe_imitation`, perhaps of an earlier version that held no change.
+
+    Returns:
+        A sentence for each student of which an error rose, its whole interval above 0.
+    """
+    lines = []
+    for name, entry in entries.items():
+        change = entry.get("imitation_change", {})
+        risen = [
+            measure for measure in MEASURES if measure in change and change[measure]["low"] > 0
+        ]
+        if risen:
+            figures = ", ".join(
+                f"{measure.replace('_', ' ')} {change[measure]['difference']:+.4f}, 95 % interval "
+                f"{change[measure]['low']:+.4f} to {change[measure]['high']:+.4f}"
+                for measure in risen
+            )
+            lines.append(
+                f"distillation led {name} away from its teacher ({figures}); a smaller "
+                "train.learning_rate, distill.dropout=0 or distill.task_weight=0 may keep it near"
+            )
     return lines

@@ -12,7 +12,7 @@ from rich.table import Table
 from moe_dist.redaction import hide_secrets
 
 from .console import duration
-from .imitation import MAX_SAMPLES, MEASURES, imitation_lines
+from .imitation import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
 from .stage import StageResult
 from .stages import evaluate
 
@@ -252,7 +252,7 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
             cells.append(_optional(entry[f"imitation_{evaluate.BEFORE}"][measure]))
             cells.append(_optional(entry["imitation"][measure]))
         lines.append(markdown_row(cells))
-    sentences = imitation_lines(report["imitation_differences"], evaluate.STUDENT)
+    sentences = nearness_lines(report)
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
         "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
@@ -340,6 +340,22 @@ def verdict_lines(report: Mapping[str, Any]) -> list[str]:
     """
     verdicts = report["verdicts"]
     return [verdicts[name] for name in sorted(verdicts, key=lambda name: name == evaluate.TEACHER)]
+
+
+def nearness_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say which student is nearer to the teacher, and which one left it while it was trained.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Sentences; none where the run was measured before there were such figures.
+    """
+    students = {name: report[name] for name in model_names(report) if "imitation" in report[name]}
+    return [
+        *imitation_lines(report["imitation_differences"], evaluate.STUDENT),
+        *drift_lines(students),
+    ]
 
 
 def _headings(report: Mapping[str, Any]) -> list[str]:

@@ -82,6 +82,10 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
         for key in ("imitation", "imitation_before_distillation"):
             assert 0 < report[name][key]["hidden_error"] < 1
             assert report[name][key]["prediction_error"] > 0
+        after, before = report[name]["imitation"], report[name]["imitation_before_distillation"]
+        for measure, change in report[name]["imitation_change"].items():
+            assert change["low"] <= change["difference"] <= change["high"]
+            assert change["difference"] == pytest.approx(after[measure] - before[measure], abs=1e-6)
     assert "imitation" not in report["teacher"]
     assert set(report["imitation_differences"]["dense"]) == {"hidden_error", "prediction_error"}
     assert set(report["seconds"]) == set(first.ran)

@@ -11,6 +11,7 @@ import pytest
 from pipelines.report import (
     build_report,
     headline_metrics,
+    nearness_lines,
     quantity,
     to_markdown,
     to_tables,
@@ -118,6 +119,25 @@ def test_it_says_which_student_is_nearer_to_the_teacher(report: dict[str, Any]) 
     assert "student and dense are equally near to the teacher (prediction error of" in text
     assert headline_metrics(report)["student/hidden_error"] == 0.125
     assert "dense/hidden_error" not in headline_metrics(report)
+
+
+def test_it_warns_of_a_student_that_left_its_teacher(report: dict[str, Any]) -> None:
+    report["student"] |= nearness(0.125) | {
+        "imitation_change": {
+            "hidden_error": {"difference": 0.02, "low": 0.01, "high": 0.03},
+            "prediction_error": {"difference": 0.01, "low": -0.01, "high": 0.03},
+        }
+    }
+    report["dense"] |= nearness(0.125) | {
+        "imitation_change": {"hidden_error": {"difference": -0.02, "low": -0.03, "high": -0.01}}
+    }
+    (line,) = nearness_lines(report)
+    assert line.startswith(
+        "distillation led student away from its teacher (hidden error +0.0200, 95 % interval "
+        "+0.0100 to +0.0300); "
+    )
+    assert "distill.dropout=0" in line
+    assert line in to_markdown(report)
 
 
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
