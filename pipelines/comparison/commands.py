@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -161,9 +162,17 @@ def seeds(
         from ..imitation import MEASURES
         from .seeds import compare_seeds, read_runs, to_markdown, to_plain
 
+        places = Counter(path.resolve() for path in directories)
+        faults = [
+            f"{path} is named {count} times; name each run once, since each counts as a seed."
+            for path, count in places.items()
+            if count > 1
+        ]
         if measure not in ("quality", *MEASURES):
-            fault = f"--measure={measure} is not known; use quality, {' or '.join(MEASURES)}."
-            raise ConfigError([fault], source="seeds")
+            known = f"quality, {' or '.join(MEASURES)}"
+            faults.append(f"--measure={measure} is not known; use {known}.")
+        if faults:
+            raise ConfigError(faults, source="seeds")
         chosen = None if measure == "quality" else measure
         found = [
             run for path in directories for run in read_runs(path, before=before, measure=chosen)

@@ -212,6 +212,16 @@ def test_students_are_compared_by_their_distance_from_the_teacher(tmp_path: Path
     assert result.exit_code == 2 and "hidden_error or prediction_error" in result.output
 
 
+def test_a_run_named_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "toy", right={"teacher": 180, "student": 160, "dense": 150})
+    result = CliRunner().invoke(
+        app, ["seeds", str(run), f"{run.parent}/./toy", "--measure", "luck"]
+    )
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert "is named 2 times" in output and "--measure=luck is not known" in output
+
+
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["seeds", str(tmp_path)])
     assert result.exit_code != 0
