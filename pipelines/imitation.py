@@ -261,22 +261,21 @@ def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         entries: from `describe_imitation`, perhaps of an earlier version that held no change.
 
     Returns:
-        A sentence for each student of which an error rose, its whole interval above 0.
+        A sentence for each student of which one error rose, its whole interval above 0, and none
+        fell.
     """
     lines = []
     for name, entry in entries.items():
         change = entry.get("imitation_change", {})
-        risen = [
-            measure for measure in MEASURES if measure in change and change[measure]["low"] > 0
-        ]
-        if risen:
-            figures = ", ".join(
-                f"{measure.replace('_', ' ')} {change[measure]['difference']:+.4f}, 95 % interval "
-                f"{change[measure]['low']:+.4f} to {change[measure]['high']:+.4f}"
-                for measure in risen
+        has_risen = any(found["low"] > 0 for found in change.values())
+        if has_risen and not any(found["high"] < 0 for found in change.values()):
+            figures = "; ".join(
+                f"{measure.replace('_', ' ')} {found['difference']:+.4f}, 95 % interval "
+                f"{found['low']:+.4f} to {found['high']:+.4f}"
+                for measure, found in change.items()
             )
             lines.append(
-                f"distillation led {name} away from its teacher ({figures}); a smaller "
-                "train.learning_rate, distill.dropout=0 or distill.task_weight=0 may keep it near"
+                f"distillation led {name} away from its teacher ({figures}); what to look at is "
+                "train.learning_rate, distill.task_weight and distill.dropout"
             )
     return lines

@@ -140,4 +140,6 @@ def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
             del settings[key]
     if settings["hidden_layers"] == "all":
         del settings["hidden_layers"]
+    if settings["dropout"] is None:
+        del settings["dropout"]
     return settings

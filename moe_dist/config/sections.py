@@ -225,8 +225,8 @@ class DistillConfig(Section):
         default=None,
         ge=0,
         lt=1,
-        description="Dropout of the student while it is distilled, everywhere in it; the model's "
-        "own where not given.",
+        description="Dropout of the student while it is distilled, wherever the model has some; "
+        "the model's own where not given.",
     )
     warmup_fraction: Number = Field(
         default=0.0,

@@ -126,6 +126,8 @@ def test_losses_that_are_off_leave_a_result_as_it_is(
         "warmup_fraction",
     }
     recipe = write_recipe(tiny_settings)
+    calm = load_config(recipe, ["distill.dropout=0"]).distill
+    assert distill_settings(calm)["dropout"] == 0
     played = load_config(recipe, ["distill.adversarial_weight=1"]).distill
     assert {"adversarial_regularizer", "alignment_pooling"} <= set(distill_settings(played))
 
