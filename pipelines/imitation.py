@@ -246,11 +246,7 @@ def imitation_lines(differences: Mapping[str, Mapping[str, Any]], student: str) 
             claim = f"{name} is nearer to the teacher than {student}"
         else:
             claim = f"{student} and {name} are equally near to the teacher"
-        lines.append(
-            f"{claim} ({measure.replace('_', ' ')} of {student} minus {name}: "
-            f"{entry['difference']:+.4f}, 95 % interval {entry['low']:+.4f} to "
-            f"{entry['high']:+.4f})"
-        )
+        lines.append(f"{claim} ({_told(measure, entry, f' of {student} minus {name}:')})")
     return lines
 
 
@@ -269,13 +265,16 @@ def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         change = entry.get("imitation_change", {})
         has_risen = any(found["low"] > 0 for found in change.values())
         if has_risen and not any(found["high"] < 0 for found in change.values()):
-            figures = "; ".join(
-                f"{measure.replace('_', ' ')} {found['difference']:+.4f}, 95 % interval "
-                f"{found['low']:+.4f} to {found['high']:+.4f}"
-                for measure, found in change.items()
-            )
+            figures = "; ".join(_told(measure, found) for measure, found in change.items())
             lines.append(
                 f"distillation led {name} away from its teacher ({figures}); what to look at is "
                 "train.learning_rate, distill.task_weight and distill.dropout"
             )
     return lines
+
+
+def _told(measure: str, entry: Mapping[str, float], of_what: str = "") -> str:
+    return (
+        f"{measure.replace('_', ' ')}{of_what} {entry['difference']:+.4f}, 95 % interval "
+        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
+    )

@@ -117,6 +117,8 @@ _KEYS_OF_LOSSES: dict[str, frozenset[str]] = {
     "adversarial_warmup_fraction": frozenset({"adversarial_weight"}),
     "alignment_pooling": frozenset({"alignment_weight", "adversarial_weight"}),
 }
+# Keys that came later, and the value with which all is as it was before them.
+_IDLE_VALUES = {"hidden_layers": "all", "dropout": None}
 
 
 def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
@@ -138,8 +140,8 @@ def distill_settings(distill: ObjectivesConfig) -> dict[str, Any]:
     for key, weights in _KEYS_OF_LOSSES.items():
         if not weights & set(settings):
             del settings[key]
-    if settings["hidden_layers"] == "all":
-        del settings["hidden_layers"]
-    if settings["dropout"] is None:
-        del settings["dropout"]
-    return settings
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in _IDLE_VALUES or value != _IDLE_VALUES[key]
+    }

@@ -351,10 +351,9 @@ def nearness_lines(report: Mapping[str, Any]) -> list[str]:
     Returns:
         Sentences; none where the run was measured before there were such figures.
     """
-    students = {name: report[name] for name in model_names(report) if "imitation" in report[name]}
     return [
         *imitation_lines(report["imitation_differences"], evaluate.STUDENT),
-        *drift_lines(students),
+        *drift_lines({name: report[name] for name in model_names(report)}),
     ]
 
 
