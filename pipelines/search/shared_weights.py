@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.distributed.checkpoint_files import step_directory
-from moe_dist.training.results import CHECKPOINT_DIR
+from moe_dist.jobs.results import CHECKPOINT_DIR
 
 from .trial_stages import DISTILL
 

@@ -20,16 +20,16 @@ from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..payloads import data_arguments, distill_settings, training_job, training_settings
+from ..chain.payloads import data_arguments, distill_settings, training_job, training_settings
 from ..stages.adapt import adapt_settings, convert, fit_settings, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
+    from moe_dist.jobs.job_data import JobData
+    from moe_dist.jobs.payloads import DataJob, Split
     from moe_dist.search.trials import Trial
-    from moe_dist.training.job_data import JobData
-    from moe_dist.training.payloads import DataJob, Split
 
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
@@ -190,10 +190,10 @@ class _Warm:
     def load(cls, config: RunConfig, facts: TeacherFacts) -> _Warm:
         from moe_dist.data.sources import load_splits
         from moe_dist.inference.saving import load_model, load_tokenizer
+        from moe_dist.jobs.job_data import JobData
+        from moe_dist.jobs.results import load_scores
         from moe_dist.storage import local_copy, local_file
         from moe_dist.training.hardware import pick_device
-        from moe_dist.training.job_data import JobData
-        from moe_dist.training.results import load_scores
         from moe_dist.training.step import freeze
 
         device = pick_device(config.parallel.use_gpu)
@@ -235,9 +235,9 @@ class _OneTrial:
 
     def _train_here(self, student: Any, costs: Mapping[str, float], directory: Path | str) -> None:
         """Train in this process: no checkpoints, no saved model, only figures and answers."""
-        from moe_dist.training.jobs import distill
+        from moe_dist.jobs.jobs import distill
 
-        from .trial_places import written_here
+        from .trial_directories import written_here
 
         steps = self._steps()
         with written_here(directory) as (place, upload):
@@ -268,10 +268,10 @@ class _OneTrial:
         self, student: Any, costs: Mapping[str, float], directory: Path | str
     ) -> None:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
-        from moe_dist.training.driver import run_on_workers
-        from moe_dist.training.jobs import distill_job
+        from moe_dist.jobs.jobs import distill_job
+        from moe_dist.workers.driver import run_on_workers
 
-        from .trial_places import STUDENT, student_for_workers
+        from .trial_directories import STUDENT, student_for_workers
 
         steps = self._steps()
         parallel = self.config.parallel
@@ -310,7 +310,7 @@ class _OneTrial:
     def _student(self) -> Any:
         import torch
 
-        from moe_dist.training.fitted_start import draw_tasks, fit_start
+        from moe_dist.jobs.fitted_start import draw_tasks, fit_start
 
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
@@ -347,7 +347,7 @@ class _OneTrial:
 
     def _costs(self, student: Any) -> dict[str, float]:
         """Count what the student costs; its weights do not matter for that."""
-        from moe_dist.inference.profile import count_parameters, flops_per_token
+        from moe_dist.measure.profile import count_parameters, flops_per_token
 
         parameters = count_parameters(student)
         costs = {
@@ -398,7 +398,7 @@ def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> 
     Returns:
         The student's median over the teacher's.
     """
-    from moe_dist.inference.latency import measure_latency
+    from moe_dist.measure.latency import measure_latency
 
     ratios = []
     begin = time.monotonic()

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..jobs import placed_here, run_job
-from ..payloads import data_job
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..chain.payloads import data_job
+from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..chain.stage_job import placed_here, run_job
 from . import finetune_teacher, score_importance, shrink
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
-        from moe_dist.training.jobs import fit_output_job
-        from moe_dist.training.results import load_scores
+        from moe_dist.jobs.jobs import fit_output_job
+        from moe_dist.jobs.results import load_scores
 
-        from ..plots import plot_importance
+        from ..report.plots import plot_importance
 
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
@@ -136,7 +136,7 @@ def convert(
     from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
     from moe_dist.conversion.activity import task_importance
     from moe_dist.conversion.token_clusters import token_clusters
-    from moe_dist.training.fitted_start import draw_tasks
+    from moe_dist.jobs.fitted_start import draw_tasks
 
     moe = config.moe
     looks = _splits_by_data(config) or _counts_tokens(config)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..jobs import placed_here, run_job
-from ..payloads import data_job
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..chain.payloads import data_job
+from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..chain.stage_job import placed_here, run_job
 from . import finetune_teacher
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     address = inputs.workspace.files.address
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.training.jobs import importance_job
+        from moe_dist.jobs.jobs import importance_job
 
         payload = {
             **data_job(config, address(stage.directory)),

@@ -9,7 +9,7 @@ DIRECTORY_VARIABLE = "MDT_CHAOS_DIRECTORY"
 
 
 def main() -> None:
-    from moe_dist.training import jobs
+    from moe_dist.jobs import jobs
     from pipelines.cli import main as run
     from tests.chaos.job import watched_distill_job
 

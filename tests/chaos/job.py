@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from moe_dist.training import fit as fit_module
-from moe_dist.training import jobs, loop
+from moe_dist.jobs import jobs
+from moe_dist.jobs import train_job as fit_module
+from moe_dist.training import loop
 from tests.chaos.marks import Mark, MarkBoard
 from tests.chaos.trace import TraceWriter
 

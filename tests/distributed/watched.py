@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.distributed.position import TRAINING, advancing, begin_step, collective, enter_phase
-from moe_dist.training.worker import run_worker
+from moe_dist.workers.worker import run_worker
 
 BAD_RANK = 1
 BAD_STEP = 3

@@ -93,7 +93,7 @@ def test_data_files_that_are_not_there_are_one_error_with_both_names(tmp_path: P
 
 def test_a_recipe_for_files_trains_on_the_given_ones(tmp_path: Path) -> None:
     from moe_dist.data.sources import load_splits
-    from pipelines.payloads import data_arguments
+    from pipelines.chain.payloads import data_arguments
 
     for name, count in (("train", 6), ("dev", 2)):
         rows = [f"sentence number {n} of {name}\t{n % 2}" for n in range(count)]

@@ -13,8 +13,8 @@ from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
+from moe_dist.jobs.jobs import distill_job, importance_job
 from moe_dist.metric_log import MetricLog
-from moe_dist.training.jobs import distill_job, importance_job
 from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -11,8 +11,8 @@ import pytest
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import save_model
+from moe_dist.jobs.jobs import distill_job, importance_job
 from moe_dist.metric_log import MetricLog
-from moe_dist.training.jobs import distill_job, importance_job
 from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
 
 WEIGHTS = [name for name in ObjectivesConfig.model_fields if name.endswith("_weight")]

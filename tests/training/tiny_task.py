@@ -90,7 +90,7 @@ def adapt(root: Path, teacher: str, **options: Any) -> str:
     """What the adapt stage does: scores to a plan to a student's directory."""
     from moe_dist.conversion import dense_to_moe, plan_partition
     from moe_dist.inference.saving import load_model, load_tokenizer, save_model
-    from moe_dist.training.results import load_scores
+    from moe_dist.jobs.results import load_scores
 
     scores = load_scores(root / "score-importance" / "scores.safetensors")
     plan = plan_partition(
