@@ -17,12 +17,12 @@ from .stage import METRIC_LOG
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.jobs.job import Job
 
     from ..console import Console
     from .stage import StageWork
     from .workspace import Workspace
 
-Job = Callable[[Any], Any]
 SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
 LOSS_PREFIX = "train/loss/"
@@ -36,7 +36,6 @@ TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
 
 def run_job(
     job: Job,
-    payload: Mapping[str, Any],
     *,
     config: RunConfig,
     work: StageWork,
@@ -47,8 +46,7 @@ def run_job(
     """Run a job on the recipe's workers and show its progress.
 
     Args:
-        job: a function of `moe_dist.jobs.jobs`.
-        payload: what it is told.
+        job: what workers are asked to do.
         config: the run's configuration; its `parallel` section says where the job runs.
         work: the stage that asks.
         workspace: holds the chain's connection to Ray.
@@ -58,6 +56,7 @@ def run_job(
     Returns:
         What rank 0's job returned.
     """
+    from moe_dist.jobs.job import run
     from moe_dist.workers.driver import run_on_workers
 
     check_cluster_once(config, workspace)
@@ -76,8 +75,8 @@ def run_job(
 
     try:
         result = run_on_workers(
+            run,
             job,
-            dict(payload),
             num_workers=1 if alone else parallel.num_workers,
             cpus_per_worker=parallel.cpus_per_worker,
             use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
