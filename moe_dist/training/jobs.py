@@ -293,8 +293,8 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
 
     Returns:
         ``predictions`` (the logits, (N, C) float32) by task ("" where there is one), ``metrics``
-        by name, and ``expert_load`` by layer. Rank 0 wrote the predictions into the stage's
-        directory, as ``output_name`` says.
+        and ``metric_titles`` by name, and ``expert_load`` by layer. Rank 0 wrote the predictions
+        into the stage's directory, as ``output_name`` says.
     """
     rows = load_rows(payload["data"])
     device = pick_device(payload.get("use_gpu", "auto"))
@@ -319,6 +319,7 @@ def predict_job(payload: PredictPayload) -> dict[str, Any]:
     return {
         "predictions": {name: one.logits.numpy() for name, one in measured.answers.items()},
         "metrics": measured.metrics,
+        "metric_titles": rows.metric_titles,
         "expert_load": expert_load(measured.tokens_per_expert),
     }
 
