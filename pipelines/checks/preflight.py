@@ -37,6 +37,7 @@ from .sizes import (
 if TYPE_CHECKING:
     from cluster.findings import Finding
     from moe_dist.config import RunConfig
+    from moe_dist.data.sources import Splits
 
     from ..console import Console
 
@@ -105,6 +106,8 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
             f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
             f"{len(splits.dev)} for dev{left_out}"
         )
+        for line in metric_faults(task, splits):
+            workspace.console.warn(line)
         if splits.holdout is not None:
             workspace.console.note(
                 f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
@@ -124,6 +127,37 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def metric_faults(name: str, splits: Splits) -> list[str]:
+    """Say what metrics cannot tell on rows such as these, whatever a model predicts.
+
+    Args:
+        name: the task's; empty where there is one.
+        splits: its rows.
+
+    Returns:
+        A sentence for each metric and split.
+    """
+    from moe_dist.data.metrics import metric_title, missing_classes, undefined_by_labels
+
+    task, of_task = splits.task, f" of {name}" if name else ""
+    space, lines = task.label_space, []
+    for place, rows in (("dev", splits.dev), ("hold-out", splits.holdout)):
+        if rows is None:
+            continue
+        for metric in task.metrics:
+            title = metric_title(metric, space)
+            why = undefined_by_labels(metric, rows["label"], space)
+            absent = missing_classes(metric, rows["label"], space)
+            if why is not None:
+                lines.append(f"{title} is undefined on the {place} rows{of_task}: {why}")
+            if absent:
+                lines.append(
+                    f"{title} counts classes that the {place} rows{of_task} lack as 0, so that it "
+                    f"stays below 1: {', '.join(absent)}"
+                )
+    return lines
 
 
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
