@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from moe_dist.errors import ClusterError, ConfigError
 from moe_dist.tracking.privacy import redact_uri
-from moe_dist.training.job_errors import first_line
+from moe_dist.workers.job_errors import first_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -12,9 +12,9 @@ from typing import Any
 
 from moe_dist.errors import ClusterError, StorageError
 from moe_dist.storage import Store, delete_tree
-from moe_dist.training.capacity import Node
-from moe_dist.training.job_errors import first_line
 from moe_dist.uris import join_uri, redact_uri
+from moe_dist.workers.cluster_capacity import Node
+from moe_dist.workers.job_errors import first_line
 
 from .findings import Finding, judge_storage
 

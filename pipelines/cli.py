@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import (
+from .commands.command_line import (
     EXIT_FAILURE,
     AsJson,
     Debug,
@@ -19,11 +19,11 @@ from .command_line import (
     quieten_libraries,
     shown_warnings,
 )
-from .comparison.commands import register as register_comparison
-from .export_command import register as register_export
-from .running import run_until
-from .search.commands import register as register_search
-from .student_commands import register as register_students
+from .commands.comparison import register as register_comparison
+from .commands.export import register as register_export
+from .commands.run_command import run_until
+from .commands.search import register as register_search
+from .commands.students import register as register_students
 
 app = typer.Typer(
     name="moe-dist",
@@ -126,7 +126,7 @@ def preflight(
 
         config = load_config(recipe, overrides or ())
         console = Console(quiet=as_json)
-        from .preflight import run_preflight
+        from .checks.preflight import run_preflight
 
         with shown_warnings(console):
             is_ready = run_preflight(config, console, as_json=as_json)
@@ -160,10 +160,10 @@ def submit(
     """Run the whole chain as a job on a Ray cluster, and follow it."""
     with clean_errors(debug=debug):
         quieten_libraries()
-        from .cluster_package import cluster_module
+        from .chain.workspace import Workspace
+        from .checks.cluster_package import cluster_module
+        from .checks.preflight import check_before_submit
         from .console import Console
-        from .preflight import check_before_submit
-        from .workspace import Workspace
 
         console = Console(quiet=quiet)
         module = cluster_module("submit")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from moe_dist.redaction import hide_secrets
 
+CONTINUES = "the same command continues from here"
 PIPED_WIDTH = 160
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""

@@ -13,8 +13,7 @@ from typing import Any, TextIO
 from moe_dist.errors import MoeDistError
 from moe_dist.redaction import hide_secrets
 
-from .command_line import CONTINUES
-from .console import Console
+from .console import CONTINUES, Console
 
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.heads import read_heads
+from moe_dist.conversion.moe_slots import MoeSettings, router_for
 from moe_dist.conversion.partition import LayerPartition, PartitionPlan
-from moe_dist.conversion.replacement import MoeSettings, router_for
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate

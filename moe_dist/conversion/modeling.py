@@ -18,7 +18,7 @@ from transformers import initialization as init
 from moe_dist.conversion.configurations import config_class
 from moe_dist.conversion.families import FAMILIES, FamilySpec
 from moe_dist.conversion.heads import install_heads
-from moe_dist.conversion.replacement import MoeSettings, replace_ffns
+from moe_dist.conversion.moe_slots import MoeSettings, replace_ffns
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import checkpoint_context_fn

@@ -22,6 +22,7 @@ without those of `runs.IDENTITY_IGNORES`, such as `parallel` and `compare`.
 
 from __future__ import annotations
 
+from moe_dist.tracking.metric_summary import shown_metrics
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
 from moe_dist.tracking.protocols import (
@@ -39,7 +40,6 @@ from moe_dist.tracking.reading import (
     sort_runs,
 )
 from moe_dist.tracking.runs import build_tracker, recipe_hash
-from moe_dist.tracking.view import shown_metrics
 
 __all__ = [
     "SORT_PROPERTIES",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import TrackingError
+from moe_dist.tracking.database_lock import Turns
 from moe_dist.tracking.privacy import redact_uri
-from moe_dist.tracking.turns import Turns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -25,11 +25,11 @@ from moe_dist.tracking.connection import (
     is_databricks,
     usable,
 )
+from moe_dist.tracking.database_lock import Turns
 from moe_dist.tracking.journal import RUNNING, Journal, Sent
+from moe_dist.tracking.metric_summary import shown_metrics
 from moe_dist.tracking.models import ModelSender
 from moe_dist.tracking.privacy import redact_uri
-from moe_dist.tracking.turns import Turns
-from moe_dist.tracking.view import shown_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.tracking.connection import REJECTED, describe_fault
+from moe_dist.tracking.database_lock import Turns
 from moe_dist.tracking.journal import Journal
-from moe_dist.tracking.turns import Turns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,1 +1,1 @@
-"""The training loop, what it is made of, and the jobs that run it on each worker."""
+"""The training loop and what it is made of: losses, metrics, what learns beside the student."""

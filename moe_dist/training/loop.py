@@ -30,9 +30,9 @@ from moe_dist.losses.total import CountKind, LossWeight, weighted_total
 from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import gather_values
+from moe_dist.training.metric_window import LogWindow
 from moe_dist.training.step import StepTerms
 from moe_dist.training.transfer import pinned, prepared, to_device
-from moe_dist.training.window import LogWindow
 
 
 class Batches(Protocol):

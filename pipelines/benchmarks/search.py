@@ -19,15 +19,15 @@ from rich.table import Table
 from moe_dist.config import RunConfig, build_config, read_settings
 from moe_dist.config.overrides import apply_overrides, parse_overrides
 from moe_dist.data.metrics import paired_bootstrap
+from moe_dist.jobs.results import PREDICTIONS, RESULT, load_predictions
 from moe_dist.search.trials import LOG_NAME, rank_trials
-from moe_dist.training.results import PREDICTIONS, RESULT, load_predictions
 
-from ..chain import run_chain
+from ..chain.chain import run_chain
 from ..console import Console
 from ..search.results import write_results
 from ..search.sweep import SweepResult, search_recipe
 from ..search.trial import training_directory
-from ..search.watching import TRIALS_DIRECTORY
+from ..search.trial_watch import TRIALS_DIRECTORY
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import Trial

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from moe_dist.conversion.shrink import plan_shrink, shrink_model
 from moe_dist.errors import ConfigError
-from moe_dist.inference.latency import measure_latency
-from moe_dist.inference.profile import count_parameters, flops_per_token
+from moe_dist.measure.latency import measure_latency
+from moe_dist.measure.profile import count_parameters, flops_per_token
 
 from .sizes import below_one
 

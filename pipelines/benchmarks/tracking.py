@@ -22,8 +22,8 @@ from rich.table import Table
 from moe_dist.errors import MoeDistError
 from moe_dist.tracking import RunReader
 
-from ..comparison.page import render_page
-from ..comparison.selection import select_runs
+from ..report.page import render_page
+from ..report.selection import select_runs
 from .sizes import below_one
 
 EXPERIMENT = "benchmark"

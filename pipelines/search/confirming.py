@@ -15,8 +15,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.search.trials import BASELINE, Trial
-from moe_dist.training.driver import RaySession
-from moe_dist.training.search import Ruling, TrialRoom, run_sweep
+from moe_dist.search.tune import Ruling, TrialRoom, run_sweep
+from moe_dist.workers.driver import RaySession
 
 from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.tracking import TrackedRun
 
-    from ..workspace import Workspace
+    from ..chain.workspace import Workspace
 
 CONFIDENCE = 0.95
 
@@ -199,7 +199,7 @@ def compare_answers(
     """
     from moe_dist.data.metrics import seeded_bootstrap
     from moe_dist.errors import CheckpointError
-    from moe_dist.training.results import PREDICTIONS, load_predictions
+    from moe_dist.jobs.results import PREDICTIONS, load_predictions
 
     try:
         answers = [

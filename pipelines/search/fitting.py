@@ -11,13 +11,13 @@ from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Point, value_of
 from moe_dist.errors import ConversionError
 
-from ..fingerprints import value_digest
-from ..sizes import plan_skeleton, start_skeleton
+from ..chain.fingerprints import value_digest
+from ..checks.sizes import plan_skeleton, start_skeleton
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import TrialLog
 
-    from ..workspace import Workspace
+    from ..chain.workspace import Workspace
 
 
 class Fitting:

@@ -128,8 +128,8 @@ def _usable(config: RunConfig, table: str) -> list[Any]:
 def _ffn_size(config: RunConfig, console: Console) -> int:
     from moe_dist.conversion.families import find_slots
 
-    from ..sizes import start_skeleton
-    from ..workspace import Workspace
+    from ..chain.workspace import Workspace
+    from ..checks.sizes import start_skeleton
 
     slots = find_slots(start_skeleton(Workspace(config, console), 2))
     if not slots:
@@ -259,14 +259,14 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     import statistics
 
     from moe_dist.inference import load_model
-    from moe_dist.inference.latency import measure_latency
     from moe_dist.inference.saving import load_tokenizer
+    from moe_dist.jobs.results import load_scores
+    from moe_dist.measure.latency import measure_latency
     from moe_dist.storage import local_file
-    from moe_dist.training.results import load_scores
 
+    from ..chain.workspace import Workspace
     from ..console import Console
     from ..stages.adapt import convert
-    from ..workspace import Workspace
 
     meeting = [
         trial

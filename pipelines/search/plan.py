@@ -9,9 +9,9 @@ from moe_dist.config.search_space import grid_size, parse_space
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError
 
+from ..chain.workspace import Workspace
+from ..checks.sizes import unread_data
 from ..console import Console
-from ..sizes import unread_data
-from ..workspace import Workspace
 from .rungs import rung_times
 from .sweep import check_metrics
 from .teachers import teacher_key, teacher_points

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.search.trials import BASELINE, LOG_NAME, Report, Status, TrialLog
 
-from ..fingerprints import value_digest
+from ..chain.fingerprints import value_digest
 from .trial import trial_name
 from .trial_stages import CONFIRMS_TAG, TrialStages, clear_stages
-from .watching import point_tags
+from .trial_watch import point_tags
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.search.trials import Trial
     from moe_dist.tracking import TrackedRun
 
+    from ..chain.files import ResultFiles
     from ..console import Console
-    from ..files import ResultFiles
 
 
 class Rerun:
-    """A watcher of trials that are known beforehand; see `moe_dist.training.search.Watcher`.
+    """A watcher of trials that are known beforehand; see `moe_dist.search.tune.Watcher`.
 
     Args:
         config: the sweep's recipe.

@@ -19,14 +19,14 @@ from moe_dist.search.trials import BASELINE, Trial, rank_trials
 from moe_dist.tracking import scrub
 from moe_dist.whole_files import whole_file
 
+from ..chain.stage import write_json
 from ..console import duration
-from ..report import quantity
-from ..stage import write_json
-from .courses import course_lines, course_remarks, course_words, is_led, table_row
-from .pictures import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
+from ..report.report import quantity
+from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
 from .trial import choosing_split, main_metric, training_directory
-from .watching import TRIALS_DIRECTORY
+from .trial_watch import TRIALS_DIRECTORY
+from .weight_history import course_lines, course_remarks, course_words, is_led, table_row
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -98,8 +98,8 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         The copy for the tracking server, without paths of this machine. In neither is a password
         of `tracking.uri`: to run the file again, give the address anew.
     """
+    from ..chain.workspace import Workspace
     from ..console import Console
-    from ..workspace import Workspace
 
     workspace = Workspace(result.config, Console(quiet=True))
     num_steps = workspace.num_steps(result.config.teacher_train)
@@ -230,7 +230,7 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
     """
     from moe_dist.data.metrics import paired_bootstrap
     from moe_dist.errors import CheckpointError
-    from moe_dist.training.results import PREDICTIONS, load_predictions
+    from moe_dist.jobs.results import PREDICTIONS, load_predictions
 
     baseline = result.trials.get(BASELINE)
     if baseline is None or baseline.status != "finished" or best.number == BASELINE:

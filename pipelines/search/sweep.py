@@ -15,29 +15,29 @@ from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.search.population import Population
 from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import BASELINE, LOG_NAME, Trial, TrialLog, rank_trials
+from moe_dist.search.tune import Ruling, TrialRoom, find_room, run_sweep
 from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker, recipe_hash
-from moe_dist.training.capacity import read_capacity
-from moe_dist.training.driver import RaySession, ray_session
-from moe_dist.training.population import Population
-from moe_dist.training.search import Ruling, TrialRoom, find_room, run_sweep
+from moe_dist.workers.cluster_capacity import read_capacity
+from moe_dist.workers.driver import RaySession, ray_session
 
-from ..chain import disk_errors, import_heavy, only_one
-from ..files import ResultFiles
-from ..fingerprints import value_digest
-from ..preflight import check_before_start
-from ..recording import source_tags
-from ..stage import write_json
-from ..workspace import Workspace
+from ..chain.chain import disk_errors, import_heavy, only_one
+from ..chain.files import ResultFiles
+from ..chain.fingerprints import value_digest
+from ..chain.recording import source_tags
+from ..chain.stage import write_json
+from ..chain.workspace import Workspace
+from ..checks.preflight import check_before_start
 from .confirming import Confirmation, confirm
 from .fitting import Fitting
 from .rungs import rung_times
 from .shared_weights import remove_weights
 from .teachers import SharedWork, TeacherFacts
 from .trial import TrialRunner, choosing_split
-from .watching import TRIALS_DIRECTORY, Supervisor
+from .trial_watch import TRIALS_DIRECTORY, Supervisor
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun

@@ -14,10 +14,10 @@ from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import changes_teacher, point_settings
 from moe_dist.config.search_space import Dimension, value_of
 
-from ..fingerprints import stage_fingerprint, value_digest
-from ..stage import StageInputs, StageResult, write_json
+from ..chain.fingerprints import stage_fingerprint, value_digest
+from ..chain.stage import StageInputs, StageResult, write_json
+from ..chain.workspace import Workspace
 from ..stages import finetune_teacher, score_importance
-from ..workspace import Workspace
 from .trial import LATENCY_SEQ_LEN, TeacherFacts, choosing_split
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class SharedWork:
     def _measure(self, workspace: Workspace, model: Path, metric: str) -> float:
         from moe_dist.data.metrics import compute_metrics
         from moe_dist.inference.saving import load_model, load_tokenizer
-        from moe_dist.training.evaluation import predict
+        from moe_dist.measure.evaluation import predict
         from moe_dist.training.hardware import pick_device
 
         device = pick_device(workspace.config.parallel.use_gpu)
@@ -176,7 +176,7 @@ class SharedWork:
     def _latency(self, model: str) -> float:
         """Time a teacher while nothing else of ours runs."""
         from moe_dist.inference import load_model
-        from moe_dist.inference.latency import measure_latency
+        from moe_dist.measure.latency import measure_latency
 
         config = self.workspace.config
         size = config.search.latency_batch_size

@@ -22,13 +22,13 @@ from moe_dist.storage import Store
 from moe_dist.tracking import StageNote
 from moe_dist.uris import below
 
-from ..stage import METRIC_LOG
+from ..chain.stage import METRIC_LOG
 from ..stages import adapt, distill, evaluate
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
-    from ..files import ResultFiles
+    from ..chain.files import ResultFiles
 
 STAGES_NAME = "stages.jsonl"
 TRIAL_PREFIX = "trial/"

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..imitation import (
+from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..report.nearness import (
     MAX_SAMPLES,
     MEASURES,
     Imitation,
@@ -19,16 +20,14 @@ from ..imitation import (
     measure_imitation,
     save_imitation,
 )
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.metrics import Pairing
     from moe_dist.tracking import TrackedRun
-    from moe_dist.training.payloads import DataJob
 
-    from ..workspace import Workspace
+    from ..chain.workspace import Workspace
 
 NAME = "evaluate"
 NEEDS = (finetune_teacher.NAME, adapt.NAME, distill.NAME)
@@ -235,12 +234,11 @@ def predict_all(
 
     from moe_dist.data.loaders import Encoded
     from moe_dist.inference.saving import load_tokenizer
-    from moe_dist.training.evaluation import Predictions, expert_load, predict
-    from moe_dist.training.job_data import job_data, measure
+    from moe_dist.jobs.job_data import job_data, measure
+    from moe_dist.measure.evaluation import Predictions, expert_load, predict
 
     tokenizer = load_tokenizer(models[TEACHER][0])
-    payload: DataJob = {"max_length": workspace.config.model.max_length, "cache_dir": None}
-    data = job_data(workspace.rows, tokenizer, payload)
+    data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
         name: TaskAnswers(part.splits.task.metrics, part.dev.labels, {})
         for name, part in data.parts.items()
@@ -293,7 +291,7 @@ def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) 
     Returns:
         The pictures.
     """
-    from ..plots import plot_expert_load
+    from ..report.plots import plot_expert_load
 
     return tuple(
         plot_expert_load(by_layer, directory / f"expert-load-{name}.png")
@@ -340,8 +338,8 @@ def measure_cost(
         `latency_ms`.
     """
     from moe_dist.conversion.heads import read_heads
-    from moe_dist.inference.latency import measure_latency
-    from moe_dist.inference.profile import count_parameters, flops_per_token, model_shape
+    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
     from moe_dist.moe.routing import use_task
 
     medians: dict[str, dict[int, list[float]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         from moe_dist.conversion.shrink import plan_shrink, shrink_model, shrink_scores
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
-        from moe_dist.training.results import SCORES, load_scores, save_scores
+        from moe_dist.jobs.results import SCORES, load_scores, save_scores
 
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
-from moe_dist.conversion.replacement import MoeSettings
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe import ROUTERS as ROUTER_TABLE
 from moe_dist.moe import Capacity

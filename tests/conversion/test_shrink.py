@@ -16,7 +16,7 @@ from moe_dist.conversion.shrink import (
     shrink_scores,
 )
 from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.inference.profile import count_parameters, flops_per_token
+from moe_dist.measure.profile import count_parameters, flops_per_token
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
 
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "intermediate_size": 20}

@@ -86,7 +86,7 @@ def test_ranks_are_on_both_hosts(ray_cluster: RayCluster, tmp_path: Path) -> Non
     code = """
 import json, sys
 from pathlib import Path
-from moe_dist.training.driver import run_on_workers
+from moe_dist.workers.driver import run_on_workers
 
 def job(payload):
     import os, ray, torch.distributed as dist

@@ -17,7 +17,7 @@ from moe_dist.inference.compact import (
     fuse_neurons,
     group_experts,
 )
-from moe_dist.inference.profile import count_parameters
+from moe_dist.measure.profile import count_parameters
 from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError
 from moe_dist.inference import load_model, save_model
-from moe_dist.inference.profile import count_parameters
 from moe_dist.inference.prune import prune_experts
+from moe_dist.measure.profile import count_parameters
 from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moe_dist.search.trials import Report, Trial
-from moe_dist.training.placement import Placement, WorkerNeed
-from moe_dist.training.search import TrialRoom
+from moe_dist.search.tune import TrialRoom
+from moe_dist.workers.placement import Placement, WorkerNeed
 from pipelines.search import sweep as sweeping
 from pipelines.search.results import write_results
 from pipelines.search.sweep import SweepResult

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from moe_dist.training import placement
-from moe_dist.training.attempts import ATTEMPTS_NAME
-from moe_dist.training.driver import JobResult, ray_session, run_on_workers
+from moe_dist.workers import placement
+from moe_dist.workers.attempts import ATTEMPTS_NAME
+from moe_dist.workers.driver import JobResult, ray_session, run_on_workers
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,9 +61,9 @@ def test_workers_come_and_go(
         import torch.distributed as dist
         from torch import nn
 
+        from moe_dist.jobs.expert_groups import settle_ep_size
         from moe_dist.moe import Experts, MoELayer, build_router
         from moe_dist.training.collectives import gather_values
-        from moe_dist.training.expert_groups import settle_ep_size
 
         directory = Path(payload["directory"])
         router = build_router("token_gate", d_model=4, num_experts=4)

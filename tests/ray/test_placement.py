@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ClusterError
-from moe_dist.training.capacity import WorkerNeed, read_capacity
-from moe_dist.training.driver import RaySession, ray_session, run_on_workers
-from moe_dist.training.place_watch import has_places
-from moe_dist.training.placement import Placement, plan_placement
+from moe_dist.workers.cluster_capacity import WorkerNeed, read_capacity
+from moe_dist.workers.driver import RaySession, ray_session, run_on_workers
+from moe_dist.workers.place_watch import has_places
+from moe_dist.workers.placement import Placement, plan_placement
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -19,7 +19,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model
 from moe_dist.metric_log import MetricLog
 from moe_dist.storage import Store, local_file
-from pipelines.chain import ChainResult, run_chain
+from pipelines.chain.chain import ChainResult, run_chain
 from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]

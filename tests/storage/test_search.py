@@ -11,11 +11,11 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.errors import MoeDistError
+from moe_dist.jobs.results import load_predictions
 from moe_dist.search.trials import TrialLog
 from moe_dist.storage import Store, local_file
 from moe_dist.tracking import RunReader
-from moe_dist.training.results import load_predictions
-from pipelines.chain import run_chain
+from pipelines.chain.chain import run_chain
 from pipelines.search import confirming
 from pipelines.search import sweep as sweeping
 from pipelines.search.sweep import SweepResult, search_recipe

@@ -18,7 +18,7 @@ from PIL import Image
 
 from moe_dist.tracking import StageNote, build_tracker
 from pipelines.benchmarks.tracking_process import log_run
-from pipelines.plots import plot_expert_load
+from pipelines.report.plots import plot_expert_load
 from tests.tracking.servers import Server
 
 pytest.importorskip("mlflow")

@@ -14,7 +14,7 @@ from moe_dist.digests import PICKLES
 from moe_dist.inference import load_model, save_model
 from moe_dist.inference.saving import load_tokenizer
 from moe_dist.tracking import TrackedModel, build_tracker
-from pipelines.chain import run_chain
+from pipelines.chain.chain import run_chain
 from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe  # noqa: F401
 from tests.pipelines.recorder import Recorder
 from tests.tracking.servers import Server, ask_served_model

@@ -16,8 +16,8 @@ from moe_dist.training.hardware import (
     pick_precision,
     return_free_memory,
 )
+from moe_dist.training.metric_window import LogWindow, load_imbalance
 from moe_dist.training.transfer import ahead, prepared
-from moe_dist.training.window import LogWindow, load_imbalance
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""What workers are asked to do: fine-tune, distil, score importance, fit outputs, predict."""

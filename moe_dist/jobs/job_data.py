@@ -1,0 +1,265 @@
+"""The data that a job works on: the rows of one task or of several, tokenised on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.config.sections import TrainConfig
+from moe_dist.conversion.heads import TaskHead
+from moe_dist.data.loaders import Encoded, TrainBatches, encode
+from moe_dist.data.metrics import compute_metrics
+from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
+from moe_dist.data.sources import Splits
+from moe_dist.jobs.job import Split
+from moe_dist.jobs.results import save_predictions
+from moe_dist.measure.evaluation import Predictions
+from moe_dist.moe.routing import use_task
+from moe_dist.training.collectives import num_ranks, own_rank
+
+Predict = Callable[[Encoded], Predictions]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How well a model does on a split.
+
+    Args:
+        metrics: by name; see `joined_metrics`.
+        split: what it was measured on.
+        tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
+        answers: to each task's rows, by its name ("" where there is one task).
+    """
+
+    metrics: dict[str, float]
+    split: Split
+    tokens_per_expert: dict[str, Tensor]
+    answers: dict[str, Predictions] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The data of one task.
+
+    Args:
+        splits: rows and task.
+        tokenizer: the model's own.
+        max_length: tokens per sample; longer ones are cut.
+        cache_dir: where tokenised data is cached; None for the default.
+    """
+
+    splits: Splits
+    tokenizer: Any
+    max_length: int
+    cache_dir: str | None = None
+
+    @cached_property
+    def train(self) -> Encoded:
+        """The training split."""
+        return self._encode(self.splits.train, "train")
+
+    @cached_property
+    def dev(self) -> Encoded:
+        """The split that is measured on."""
+        return self._encode(self.splits.dev, "dev")
+
+    @cached_property
+    def holdout(self) -> Encoded:
+        """The training rows that recipes are chosen on; only where the data have some."""
+        assert self.splits.holdout is not None, "who asks for it has seen that there is one"
+        return self._encode(self.splits.holdout, "holdout")
+
+    def part(self, name: Split) -> Encoded:
+        """Give a split by its name.
+
+        Args:
+            name: which.
+
+        Returns:
+            Its samples.
+        """
+        encoded: Encoded = getattr(self, name)
+        return encoded
+
+    @property
+    def parts(self) -> dict[str, JobData]:
+        """This data as that of a run of one task, which has no name."""
+        return {"": self}
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up shorter samples."""
+        return int(self.tokenizer.pad_token_id)
+
+    def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
+        """Cut the training split into this rank's steps.
+
+        Args:
+            section: the recipe's ``train``.
+            seed: of the order.
+
+        Returns:
+            The batches.
+        """
+        return TrainBatches(
+            self.train,
+            batch_size=section.batch_size,
+            world_size=num_ranks(),
+            rank=own_rank(),
+            accumulation=section.accumulation,
+            seed=seed,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def metrics(self, logits: torch.Tensor, encoded: Encoded) -> dict[str, float]:
+        """Compute the task's metrics.
+
+        Args:
+            logits: (N, C) of all samples.
+            encoded: the samples.
+
+        Returns:
+            Values by name, the task's main metric first.
+        """
+        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
+
+    def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
+        """Write what a model says about a split.
+
+        Args:
+            answers: of all samples.
+            encoded: the split.
+            path: the file.
+        """
+        save_predictions(
+            path,
+            logits=answers.logits,
+            predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
+            labels=encoded.labels,
+            sample_ids=encoded.sample_ids,
+        )
+
+    def _encode(self, rows: Any, split: str) -> Encoded:
+        return encode(
+            rows,
+            self.tokenizer,
+            max_length=self.max_length,
+            cache_dir=Path(self.cache_dir) if self.cache_dir else None,
+            digest=f"{self.splits.digest}-{split}",
+        )
+
+
+@dataclass(frozen=True)
+class MixtureData:
+    """The data of several tasks.
+
+    Args:
+        parts: each task's, by name, in the order of the tasks' numbers.
+        shares: how often each task is drawn.
+    """
+
+    parts: Mapping[str, JobData]
+    shares: tuple[float, ...]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        return next(iter(self.parts.values())).tokenizer
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up shorter samples."""
+        return int(self.tokenizer.pad_token_id)
+
+    def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
+        """Cut the training splits into this rank's steps, each of one task.
+
+        Args:
+            section: the recipe's ``train``.
+            seed: of the order of tasks and samples.
+
+        Returns:
+            The batches.
+        """
+        parts = {name: part.batches(section, seed=seed) for name, part in self.parts.items()}
+        return MixtureBatches(parts, self.shares, seed=seed)
+
+
+AnyJobData = JobData | MixtureData
+
+
+def job_data(
+    rows: Rows, tokenizer: Any, *, max_length: int, cache_dir: str | None = None
+) -> AnyJobData:
+    """Join rows with what a job needs to tokenise them.
+
+    Args:
+        rows: of one task or several.
+        tokenizer: the model's own.
+        max_length: tokens per sample; longer ones are cut.
+        cache_dir: where tokenised data is cached; None for the default.
+
+    Returns:
+        The data.
+    """
+    parts = {
+        name: JobData(part, tokenizer, max_length, cache_dir) for name, part in rows.parts.items()
+    }
+    return MixtureData(parts, rows.shares) if isinstance(rows, Mixture) else parts[""]
+
+
+def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
+    """Give a head to each task of a mixture.
+
+    Args:
+        mixture: the tasks.
+
+    Returns:
+        The heads, in the order of the tasks' numbers.
+    """
+    return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
+
+
+def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
+    """Measure a model task by task.
+
+    Args:
+        data: of one task or several.
+        predict: runs the model over a split.
+        split: what it is measured on.
+
+    Returns:
+        Metrics, loads and answers.
+    """
+    answers: dict[str, Predictions] = {}
+    loads: dict[str, Tensor] = {}
+    parts = data.parts
+    for number, (name, part) in enumerate(parts.items()):
+        with use_task(number if name else None):
+            answers[name] = predict(part.part(split))
+        for layer, count_E in answers[name].tokens_per_expert.items():
+            loads[layer] = loads[layer] + count_E if layer in loads else count_E
+    metrics = {
+        name: parts[name].metrics(one.logits, parts[name].part(split))
+        for name, one in answers.items()
+    }
+    return Measured(joined_metrics(metrics), split, loads, answers)
+
+
+def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:
+    """Write what a model says about a split, each task's answers in a file of its own.
+
+    Args:
+        data: of one task or several.
+        measured: what was found on it.
+        path: the file; with several tasks their names are added to its own.
+    """
+    for name, part in data.parts.items():
+        file = path.with_stem(f"{path.stem}-{name}") if name else path
+        part.save_answers(measured.answers[name], part.part(measured.split), file)

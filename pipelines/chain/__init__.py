@@ -1,0 +1,1 @@
+"""The chain and what its stages share: directories, fingerprints, recovery, records."""

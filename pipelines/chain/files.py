@@ -1,0 +1,164 @@
+"""Where the results of a run lie: in a directory of this machine, or mirrored from a URI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_dist.errors import ConfigError
+
+from .fingerprints import path_digest
+
+MINIMUM_FREE_MIB = 256
+_REMEDY = "choose another place with `--set output_dir=DIRECTORY`."
+
+
+class ResultFiles:
+    """Results in a local or shared directory: what a stage writes is where it belongs.
+
+    `MirroredFiles` does the same for a URI; there the verbs below do something.
+
+    Args:
+        root: the run's directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepare(self, source: str) -> None:
+        """Make the directory, and check that it takes files.
+
+        Args:
+            source: the recipe's name, for an error.
+
+        Raises:
+            ConfigError: if it cannot be written or the disk is almost full.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
+                probe.write(b"\0" * (1 << 16))
+                probe.flush()
+                os.fsync(probe.fileno())
+            free_mib = shutil.disk_usage(self.root).free / (1 << 20)
+        except OSError as error:
+            fault = (
+                f"output_dir: cannot write in {self.root} ({error.strerror or error}); {_REMEDY}"
+            )
+            raise ConfigError([fault], source=source) from error
+        if free_mib < MINIMUM_FREE_MIB:
+            self.remove_if_empty()
+            fault = (
+                f"output_dir: only {free_mib:.0f} MiB are free where {self.root} lies, and a run "
+                f"needs at least {MINIMUM_FREE_MIB} MiB; free some space, or {_REMEDY}"
+            )
+            raise ConfigError([fault], source=source)
+
+    def remove_if_empty(self) -> None:
+        """Take the run's directory away again where nothing was written into it."""
+        for directory in (self.root, self.root.parent):
+            try:
+                directory.rmdir()
+            except OSError:
+                return
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the files ready for as long as a chain runs.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+    def address(self, path: Path) -> str:
+        """Say where workers find a file or directory of the run.
+
+        Args:
+            path: below the root, or anywhere else that workers need to see.
+
+        Returns:
+            A path or a URI.
+        """
+        return str(path)
+
+    def shown(self, path: Path) -> str:
+        """Say where a file lies, without credentials.
+
+        Args:
+            path: below the root.
+
+        Returns:
+            A path or a URI.
+        """
+        return str(path)
+
+    def fetch(self, path: Path) -> Path:
+        """Make sure that a file or directory of the run is on this machine.
+
+        Args:
+            path: below the root.
+
+        Returns:
+            The same path.
+        """
+        return path
+
+    def digest(self, path: Path) -> str:
+        """Identify an output of a stage.
+
+        Args:
+            path: a file or directory below the root.
+
+        Returns:
+            See `path_digest`.
+        """
+        return path_digest(path)
+
+    def refresh(self, log: Path, records: Path) -> None:
+        """Bring up to date what workers are writing.
+
+        Args:
+            log: a job's metric log, below the root.
+            records: the directory of its records.
+        """
+
+    def follow(self, path: Path) -> None:
+        """Bring a file of lines up to date that a worker writes.
+
+        Args:
+            path: below the root.
+        """
+
+    def received(self, directory: Path) -> None:
+        """Take note of what workers wrote into a stage's directory.
+
+        Args:
+            directory: the stage's.
+        """
+
+    def publish(self, directory: Path) -> None:
+        """Make what this process wrote into a directory lasting; the stage's result comes last.
+
+        Args:
+            directory: the root or below it.
+        """
+
+    def moved(self, source: Path, target: Path) -> None:
+        """Follow a directory that was given another name.
+
+        Args:
+            source: its old name.
+            target: its new name.
+        """
+
+    def removed(self, directory: Path) -> None:
+        """Follow a directory, or a file, that was removed.
+
+        Args:
+            directory: its name.
+        """

@@ -1,0 +1,16 @@
+"""The results of a run, wherever its `output_dir` lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .files import ResultFiles
+from .mirror import MirroredFiles
+
+
+def open_files(place: Path | str) -> ResultFiles:
+    """Choose how results are kept: in a directory, or at a URI, which is given as text.
+
+    Nothing has been read or written yet.
+    """
+    return MirroredFiles(place) if isinstance(place, str) else ResultFiles(place)

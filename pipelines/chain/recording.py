@@ -1,0 +1,135 @@
+"""What a chain tells the tracking server beside its parameters: tags to filter by, and models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_dist.tracking import TrackedModel, redact_uri
+
+from ..stages import distill, evaluate, finetune_teacher
+from .stage import StageResult, stage_key
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+    from moe_dist.tracking import TrackedRun
+
+    from .workspace import Workspace
+
+MODEL_OUTPUT = "model"
+GIT_TIMEOUT_S = 5.0
+
+
+def chain_tags(config: RunConfig) -> dict[str, str]:
+    """Give what people filter and group runs by.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        Tags; `git_commit` only where the program runs from a checkout.
+    """
+    return {
+        **source_tags(),
+        "router": config.moe.router,
+        "partition": config.moe.partition,
+        "num_experts": str(config.moe.num_experts),
+        "num_shared_neurons": str(config.moe.num_shared_neurons),
+        "seed": str(config.seed),
+    }
+
+
+def source_tags() -> dict[str, str]:
+    """Say where the program runs, and from what source.
+
+    Returns:
+        Tags; `git_commit` only where it runs from a checkout.
+    """
+    from moe_dist import __version__
+
+    tags = {
+        "moe_dist.version": __version__,
+        "cluster": redact_uri(os.environ.get("RAY_ADDRESS", "")) or "local",
+    }
+    commit = _git_commit()
+    if commit:
+        # MLflow shows the second as the source of the run; the first can be a column.
+        tags |= {"git_commit": commit, "mlflow.source.git.commit": commit}
+    return tags
+
+
+def log_models(
+    config: RunConfig,
+    workspace: Workspace,
+    chain: TrackedRun,
+    results: Mapping[str, StageResult],
+) -> None:
+    """Log the trained models of a chain, and register the student where the recipe asks for it.
+
+    A stage that was skipped counts too, so that a finished chain can still be registered. A model
+    of several tasks is logged once for each, since what it takes and gives differs.
+
+    Args:
+        config: the run's configuration.
+        workspace: holds the data and the files.
+        chain: the chain's run.
+        results: of its stages, by key.
+    """
+    tracking = config.tracking
+    if not (tracking.enabled and tracking.log_models):
+        return
+    owners = {evaluate.TEACHER: finetune_teacher.NAME, evaluate.STUDENT: distill.NAME}
+    owners |= {label: stage_key(distill.NAME, label) for label in config.compare}
+    for name, key in owners.items():
+        if key not in results:
+            continue
+        result = results[key]
+        register_as = tracking.register_model if name == evaluate.STUDENT else ""
+        for task, splits in workspace.rows.parts.items():
+            chain.log_model(
+                TrackedModel(
+                    name=f"{name}-{task}" if task else name,
+                    directory=workspace.files.fetch(result.outputs[MODEL_OUTPUT]),
+                    digest=result.digests[MODEL_OUTPUT],
+                    num_texts=len(splits.task.text_columns),
+                    labels=tuple(splits.task.label_names or ()),
+                    max_length=config.model.max_length,
+                    register_as=f"{register_as}-{task}" if register_as and task else register_as,
+                    params=_model_params(config, name) | ({"task": task} if task else {}),
+                    task=task,
+                )
+            )
+
+
+def _model_params(config: RunConfig, name: str) -> dict[str, str]:
+    if name == evaluate.TEACHER:
+        return {"run": config.name, "start_model": config.model.teacher}
+    own = config if name == evaluate.STUDENT else config.resolve_comparison(name)
+    moe = own.moe
+    return {
+        "run": config.name,
+        "router": moe.router if moe.num_experts > 1 else "none",
+        "partition": moe.partition,
+        "num_experts": str(moe.num_experts),
+        "expert_size": str(moe.expert_size),
+        "num_shared_neurons": str(moe.num_shared_neurons),
+        "top_k": str(moe.top_k),
+    }
+
+
+def _git_commit() -> str:
+    """Name the commit of the checkout that runs; empty for an installed package."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

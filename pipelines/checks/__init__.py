@@ -1,0 +1,1 @@
+"""What is found out before anything starts: faults, sizes, and how workers share the work."""

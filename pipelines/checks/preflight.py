@@ -1,0 +1,232 @@
+"""What can be found wrong before anything starts, so that no hour of training is lost to it.
+
+Every run checks the recipe against its data and its model, and a run on a cluster the cluster too,
+as far as that costs seconds. `moe-dist preflight` does the same, measures the network, and lists
+everything at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from moe_dist.config.data_checks import data_sections
+from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistError
+from moe_dist.redaction import hide_secrets
+
+from ..chain.workspace import Workspace
+from ..report.report import RESERVED_LABELS
+from .cluster_package import cluster_module
+from .sizes import (
+    BYTES_FP32,
+    GIB,
+    dense_skeleton,
+    derive_sizes,
+    length_faults,
+    plan_skeleton,
+    start_skeleton,
+)
+
+if TYPE_CHECKING:
+    from cluster.findings import Finding
+    from moe_dist.config import RunConfig
+
+    from ..console import Console
+
+
+def check_before_start(config: RunConfig, workspace: Workspace) -> None:
+    """Read the data, find the start model, and see that they fit the recipe.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model.
+
+    Raises:
+        ConfigError: if a comparison's name is taken, or experts or lengths do not fit the model.
+        DataError: if the data cannot be used.
+        ConversionError: if the model cannot be read or has no feed-forward layers that we know.
+    """
+    _check_labels(config)
+    workspace.console.note(f"{config.name}: results in {workspace.files.shown(workspace.root)}")
+    num_parameters = _check_data_and_model(config, workspace)
+    warn_of_little_space(workspace, num_parameters, num_trained=2 + len(config.compare))
+
+
+def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
+    """See that data, model and recipe fit, on a machine that only submits the run.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model; nothing is written into it.
+
+    Raises:
+        ConfigError: if a comparison's name is taken, or experts or lengths do not fit the model.
+        DataError: if the data cannot be used.
+        ConversionError: if the model cannot be read or has no feed-forward layers that we know.
+    """
+    _check_labels(config)
+    teacher = config.model.teacher
+    travels = teacher.startswith("package:") or Path(teacher).is_dir()
+    if any(data.source == "hub" for data in data_sections(config).values()) or not travels:
+        workspace.console.note("data or model come from the hub: the job checks them")
+        return
+    _check_data_and_model(config, workspace)
+
+
+def _check_labels(config: RunConfig) -> None:
+    taken = sorted(RESERVED_LABELS.intersection(config.compare))
+    if taken:
+        raise ConfigError(
+            [
+                f"compare.{label}: this name has another meaning in report.json; choose another."
+                for label in taken
+            ]
+        )
+
+
+def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
+    """Check them against each other and give the model's number of parameters."""
+    from moe_dist.conversion.heads import set_heads
+    from moe_dist.data.mixture import Mixture
+    from moe_dist.jobs.job_data import task_heads
+
+    rows = workspace.rows
+    for task, splits in rows.parts.items():
+        near_copies = splits.num_near_copies
+        left_out = f", {near_copies} near copies left out" if near_copies else ""
+        workspace.console.note(
+            f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
+            f"{len(splits.dev)} for dev{left_out}"
+        )
+        if splits.holdout is not None:
+            workspace.console.note(
+                f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
+                f"{splits.num_overlapping} rows that share text with them left out"
+            )
+    model = start_skeleton(workspace, rows.num_labels)
+    if isinstance(rows, Mixture):
+        set_heads(model, task_heads(rows))
+    faults = length_faults(model, config)
+    for label in ("", *config.compare):
+        try:
+            own = config.resolve_comparison(label) if label else config
+            plan_skeleton(dense_skeleton(model, own), own)
+        except ConversionError as error:
+            prefix = f"compare.{label}: " if label else ""
+            faults.append(f"{prefix}{error.message}; {error.remedy}.")
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
+    """Warn where a whole run may not fit on the disk; finished stages may make it fit all the same.
+
+    Args:
+        workspace: knows where results go.
+        num_parameters: of the start model.
+        num_trained: models that are trained: teacher, student and comparisons.
+    """
+    # Every model, and of the one in training up to three checkpoints (two kept, one being
+    # written) with two moments each; a finished stage keeps none.
+    needed_bytes = (num_trained + 3 * 3) * num_parameters * BYTES_FP32
+    free_bytes = shutil.disk_usage(workspace.root).free
+    if free_bytes < needed_bytes:
+        workspace.console.warn(
+            f"a whole run may need {needed_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB "
+            f"are free where {workspace.root} lies"
+        )
+
+
+def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False) -> bool:
+    """Check a recipe and the cluster it would run on, and print what was found.
+
+    Args:
+        config: the run's configuration.
+        console: where to print.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        Whether there is no fault.
+    """
+    findings = find_all(config, console)
+    is_sound = all(finding.state != "fault" for finding in findings)
+    if as_json:
+        content = {"ok": is_sound, "findings": [asdict(finding) for finding in findings]}
+        console.result(json.dumps(content, indent=1))
+        return is_sound
+    console.result(_findings_table(findings))
+    for finding in findings:
+        if finding.remedy:
+            console.result(f"{finding.state}, {finding.check}: {finding.remedy}")
+    console.result("ready to run" if is_sound else "not ready: mend the faults above")
+    return is_sound
+
+
+def find_all(config: RunConfig, console: Console) -> list[Finding]:
+    """Check the recipe, the cluster and its network.
+
+    Args:
+        config: the run's configuration.
+        console: where progress is shown.
+
+    Returns:
+        All findings; one fault does not keep the others from being looked for.
+    """
+    from moe_dist.workers.driver import ray_session, runs_here
+
+    checks = cluster_module("preflight")
+    findings, memory_gib = _find_in_recipe(config, console)
+    parallel = config.parallel
+    if runs_here(parallel.launcher, parallel.num_workers):
+        return [*findings, checks.Finding("workers", "ok", "one, in this process, without Ray")]
+    with ray_session() as session:
+        scope = checks.Scope(config, session, memory_gib)
+        try:
+            of_cluster = checks.check_cluster(scope)
+        except ClusterError as error:
+            return [*findings, checks.Finding("cluster", "fault", error.message, error.remedy)]
+        if any(finding.state == "fault" for finding in of_cluster):
+            left_out = checks.Finding(
+                "all-to-all",
+                "warning",
+                "not measured, because of the faults above",
+                "Mend them, then run preflight again.",
+            )
+            return [*findings, *of_cluster, left_out]
+        return [*findings, *of_cluster, *checks.check_exchange(scope)]
+
+
+def _find_in_recipe(config: RunConfig, console: Console) -> tuple[list[Finding], float | None]:
+    """Check recipe, data and model; also gives the GiB that a rank needs, where known."""
+    checks = cluster_module("preflight")
+    workspace = Workspace(config, console)
+    try:
+        workspace.files.prepare(config.name)
+        check_before_start(config, workspace)
+        sizes = derive_sizes(config, workspace)
+    except ConfigError as error:
+        return [checks.Finding("recipe", "fault", fault) for fault in error.faults], None
+    except MoeDistError as error:
+        return [checks.Finding("recipe", "fault", error.message, error.remedy)], None
+    finally:
+        workspace.files.remove_if_empty()
+    found = "fits its data and its model"
+    memory_gib = max((model.memory_gib for model in sizes.models), default=None)
+    return [checks.Finding("recipe", "ok", found)], memory_gib
+
+
+def _findings_table(findings: list[Finding]) -> Table:
+    colours = {"ok": "green", "warning": "yellow", "fault": "red"}
+    table = Table("check", "", "found", box=box.SIMPLE_HEAD, pad_edge=False)
+    for finding in findings:
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.check, state, escape(hide_secrets(finding.found)))
+    return table

@@ -1,0 +1,385 @@
+"""What a recipe amounts to before it runs: parameters, FLOPs, tokens and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from moe_dist.config.data_checks import data_sections
+from moe_dist.distributed.topology import fitting_ep_size
+from moe_dist.errors import ConfigError, MoeDistError
+
+from ..chain.workspace import Workspace
+from ..report.report import quantity
+from ..stages.adapt import keeps_all_neurons, router_options
+from .topology_facts import topology_facts
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig, TaskDataConfig
+
+    from ..console import Console
+
+BYTES_FP32 = 4
+GIB = 1 << 30
+MAX_SEQ_LEN = 128
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What one model is and costs.
+
+    Attributes:
+        name: `teacher`, `student` or a comparison's label.
+        total: parameters.
+        active: parameters that one token uses.
+        flops_per_token: multiply and add count as two.
+        ffn_flops_per_token: those of the feed-forward layers.
+        memory_gib: weights, gradients, Adam's moments and a frozen teacher, on each rank.
+    """
+
+    name: str
+    total: int
+    active: int
+    flops_per_token: float
+    ffn_flops_per_token: float
+    memory_gib: float
+
+
+@dataclass
+class Sizes:
+    """Everything `--dry-run` prints.
+
+    Attributes:
+        models: one entry for each model, where the start model's shape is known.
+        facts: further lines, as name and text.
+        unknown: what could not be known, and why.
+    """
+
+    models: list[ModelSize] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
+    """Derive the sizes of a recipe.
+
+    Args:
+        config: the run's configuration.
+        workspace: finds data and start model.
+
+    Returns:
+        What could be known; the rest is named under `unknown`.
+
+    Raises:
+        ConfigError: if its sentences are longer than the start model reads.
+        MoeDistError: if the recipe cannot fit the start model, such as experts that are too large.
+    """
+    sizes = Sizes()
+    seq_len = min(MAX_SEQ_LEN, config.model.max_length)
+    num_labels = _add_data(config, workspace, sizes)
+    tokens = config.train.batch_size * config.model.max_length
+    sizes.facts.append(("tokens per step", f"at most {quantity(tokens)} (padding excluded)"))
+    per_rank = math.ceil(
+        config.train.batch_size / (config.parallel.max_workers * config.train.accumulation)
+    )
+    sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
+    sizes.facts += topology_facts(config)
+    sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
+    try:
+        teacher = start_skeleton(workspace, num_labels)
+    except MoeDistError as error:
+        sizes.unknown.append(
+            "parameters, active parameters, FLOPs per token and memory per rank: they need the "
+            f"shape of {config.model.teacher!r}. {error.message}"
+        )
+        return sizes
+    faults = length_faults(teacher, config)
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    sizes.models.append(_measure("teacher", teacher, seq_len, config, frozen=0))
+    frozen = sizes.models[0].total
+    for label in ("", *config.compare):
+        own = config.resolve_comparison(label) if label else config
+        student = convert_skeleton(teacher, own)
+        sizes.models.append(_measure(label or "student", student, seq_len, own, frozen=frozen))
+    return sizes
+
+
+def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
+    """Build the start model's shape.
+
+    Args:
+        workspace: finds the start model.
+        num_labels: outputs of the head.
+
+    Returns:
+        A dense model on the meta device.
+
+    Raises:
+        ConversionError: if it cannot be read.
+    """
+    from moe_dist.inference.skeleton import build_skeleton
+
+    revision = workspace.config.model.revision
+    return build_skeleton(workspace.start_model, num_labels=num_labels, revision=revision)
+
+
+def length_faults(model: Any, config: RunConfig) -> list[str]:
+    """Check that the start model has a position for every token that the recipe lets through.
+
+    Args:
+        model: a dense model, weights not needed.
+        config: the run's configuration.
+
+    Returns:
+        One line where it has too few; none where it fits, or where the model names no limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = config.model.max_length
+    if not isinstance(limit, int) or length <= limit:
+        return []
+    return [
+        f"model.max_length: {length} is more than the {limit} positions that the model has; "
+        f"set it to {limit} or less, or choose another model.teacher."
+    ]
+
+
+def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
+    """Give the shape of what is split into experts: the teacher, or a smaller student of it.
+
+    Args:
+        teacher: a dense model on the meta device.
+        config: the configuration of one student.
+
+    Returns:
+        A dense model, with shapes only.
+
+    Raises:
+        ConversionError: if the student cannot be cut from this teacher, or its attention cannot
+            be compared although the recipe asks for it.
+    """
+    from moe_dist.conversion.shrink import plan_shrink, shrink_model
+    from moe_dist.training.companion import check_heads
+
+    student = teacher
+    if config.student.is_smaller:
+        # What is kept is not known yet, only how much.
+        sizes = config.student.model_dump() | {"init": "random"}
+        student = shrink_model(teacher, plan_shrink(teacher, **sizes))
+    if config.distill.attention_weight > 0:
+        check_heads(student, teacher)
+    return student
+
+
+def plan_skeleton(dense: Any, config: RunConfig) -> Any:
+    """Plan the split of a model whose scores are not known yet.
+
+    Args:
+        dense: from `dense_skeleton`; weights not needed.
+        config: the configuration of one student.
+
+    Returns:
+        A plan of the right shape.
+    """
+    import torch
+
+    from moe_dist.conversion import PARTITIONS, plan_partition
+    from moe_dist.conversion.families import find_slots
+
+    moe = config.moe
+    row = PARTITIONS[moe.partition]
+    scores = [torch.zeros(slot.num_neurons) for slot in find_slots(dense)]
+    return plan_partition(
+        scores,
+        num_experts=moe.num_experts,
+        expert_size=moe.expert_size,
+        num_shared_neurons=moe.num_shared_neurons,
+        # Methods choose other neurons, in experts of the same shape.
+        method="importance" if row.distinct else moe.partition,
+        tie_shared=moe.tie_shared,
+        layers=moe.layers,
+        seed=config.seed,
+        expert_scores=[score_F.expand(moe.num_experts, -1) for score_F in scores]
+        if row.needs_expert_scores
+        else None,
+    )
+
+
+def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
+    """Convert a model that has shapes only.
+
+    Args:
+        teacher: a dense model on the meta device.
+        config: the configuration of one student.
+
+    Returns:
+        The student, with shapes only.
+    """
+    import torch
+
+    from moe_dist.conversion import dense_to_moe
+
+    dense = dense_skeleton(teacher, config)
+    plan = plan_skeleton(dense, config)
+    if config.student.is_smaller and keeps_all_neurons(plan):
+        return dense
+    return dense_to_moe(
+        dense,
+        plan,
+        seed=config.seed,
+        # Tables of any content have the same shape.
+        token_counts=torch.zeros(teacher.config.get_text_config().vocab_size),
+        **router_options(config),
+    )
+
+
+def show_sizes(config: RunConfig, console: Console) -> None:
+    """Print the sizes of a recipe.
+
+    Args:
+        config: the run's configuration.
+        console: where to print.
+    """
+    sizes = derive_sizes(config, Workspace(config, console))
+    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
+    console.document(content, lambda: _show(config, sizes, console))
+
+
+def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
+    console.result(f"{config.name}: the recipe is valid; nothing was run.")
+    if sizes.models:
+        console.result(_table(sizes))
+        console.result("¹ weights, gradients, optimizer and teacher; activations come on top")
+    for name, text in sizes.facts:
+        console.result(f"{name}: {text}")
+    for reason in sizes.unknown:
+        console.result(f"not known: {reason}")
+
+
+def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
+    """Note what the data say; a hub data set is not downloaded only to be counted."""
+    from moe_dist.data.mixture import Mixture
+
+    data_sets = data_sections(config)
+    num_labels = sum(
+        1 if data.kind == "regression" else len(data.label_names or (0, 1))
+        for data in data_sets.values()
+    )
+    if config.data.tasks:
+        shown = ", ".join(f"{name} ({data.source})" for name, data in config.data.tasks.items())
+        sizes.facts.append(("tasks", shown))
+    unread = list(unread_data(data_sets))
+    if unread:
+        sizes.unknown.append(f"training steps: they need the rows of {', and of '.join(unread)}.")
+        return num_labels
+    try:
+        rows = workspace.rows
+    except MoeDistError as error:
+        if any(data.source == "files" for data in data_sets.values()):
+            raise
+        sizes.unknown.append(f"training steps: {error.message}")
+        return num_labels
+    shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
+    for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
+        counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.holdout is not None:
+            counts += f", {len(splits.holdout)} to choose recipes on"
+        if name:
+            counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
+        sizes.facts.append((f"samples, {name}" if name else "samples", counts))
+    for name, train in (("teacher", config.teacher_train), ("student", config.train)):
+        steps = workspace.num_steps(train)
+        sizes.facts.append((f"steps, {name}", str(steps)))
+    return rows.num_labels
+
+
+def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
+    """Name the rows that a dry run does not read, and why.
+
+    Args:
+        data_sets: of the recipe, by the path of their keys.
+
+    Yields:
+        A few words for each.
+    """
+    from moe_dist.data.sources import missing_files
+
+    for path, data in data_sets.items():
+        if data.source == "hub":
+            yield f"{data.name!r}, which is not downloaded for a dry run"
+        missing = missing_files(data.train, data.dev, path) if data.source == "files" else []
+        if missing:
+            # A recipe can be checked before its data are at hand; to run it without is an error.
+            yield (
+                f"{' and '.join(missing)}, which is not there (give your files with --set "
+                f"{path}.train=FILE and --set {path}.dev=FILE)"
+            )
+
+
+def _measure(name: str, model: Any, seq_len: int, config: RunConfig, *, frozen: int) -> ModelSize:
+    from moe_dist.measure.profile import count_parameters, flops_per_token
+
+    count = count_parameters(model)
+    flops = flops_per_token(model, seq_len)
+    return ModelSize(
+        name=name,
+        total=count.total,
+        active=count.active,
+        flops_per_token=flops.total,
+        ffn_flops_per_token=flops.ffn,
+        memory_gib=memory_per_rank(model, config, frozen=frozen) / GIB,
+    )
+
+
+def memory_per_rank(model: Any, config: RunConfig, *, frozen: int) -> float:
+    """Estimate what one rank holds while it trains a model, activations not counted.
+
+    Args:
+        model: the model that is trained; weights not needed.
+        config: its configuration.
+        frozen: parameters of the teacher that stands beside it.
+
+    Returns:
+        Bytes: fp32 weights, gradients and two Adam moments, less what ZeRO and expert
+        parallelism spread over the ranks.
+    """
+    # The fewer workers, the less is spread; an elastic run may come down to its least.
+    parallel, num_workers = config.parallel, config.parallel.min_workers
+    ep_size = fitting_ep_size(num_workers, config.moe.num_experts, parallel.ep_size)
+    experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
+    )
+    others = sum(parameter.numel() for parameter in model.parameters()) - experts
+    total = float(frozen)
+    for count, copies in (
+        (others, num_workers),
+        (experts / ep_size, num_workers // ep_size),
+    ):
+        moments = 2 / copies if parallel.zero_stage >= 1 else 2.0
+        gradients = 1 / copies if parallel.zero_stage >= 2 else 1.0
+        total += count * (1 + gradients + moments)
+    return BYTES_FP32 * total
+
+
+def _table(sizes: Sizes) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model")
+    headings = ("parameters", "active", "FLOPs/token", "FFN FLOPs", "memory per rank¹")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    whole = sizes.models[0].ffn_flops_per_token
+    for model in sizes.models:
+        table.add_row(
+            model.name,
+            quantity(model.total),
+            quantity(model.active),
+            quantity(model.flops_per_token),
+            f"× {model.ffn_flops_per_token / whole:.3f}",
+            f"{model.memory_gib:.2f} GiB",
+        )
+    return table

@@ -1,0 +1,131 @@
+"""What the commands share: options, errors in one message, quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_dist.errors import (
+    ConfigError,
+    ConversionError,
+    DataError,
+    MissingInputError,
+    MoeDistError,
+    TrackingError,
+)
+from moe_dist.redaction import hide_secrets
+
+if TYPE_CHECKING:
+    from ..console import Console
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+"""What holds of a stopped command that says nothing else."""
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON lines: what happens, and at last the results or the error."
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' bars and hints out of the progress display; workers inherit it.
+
+    MLflow's reports of use to its makers are off too, as Ray's are, unless the user wants them.
+    """
+    for variable, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(variable, value)
+
+
+@contextmanager
+def shown_warnings(console: Console) -> Iterator[None]:
+    """Show the library's warnings between the progress lines and not across them.
+
+    Args:
+        console: where to show them.
+
+    Yields:
+        While they are shown there.
+    """
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.warn(record.getMessage())
+
+    logger = logging.getLogger("moe_dist")
+    handler, propagated = Handler(level=logging.WARNING), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+@contextmanager
+def clean_errors(*, debug: bool) -> Iterator[None]:
+    """Print a user's error as one message; leave the traceback to --debug.
+
+    Of any other error, which is a fault of the program, the traceback is printed. Credentials are
+    taken out of all of it.
+
+    Args:
+        debug: show the traceback of a user's error too.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        typer.Exit: with the code of the error.
+    """
+    try:
+        yield
+    except MoeDistError as error:
+        told = traceback.format_exc() if debug else f"error: {error}"
+        typer.echo(hide_secrets(told), err=True)
+        raise typer.Exit(_exit_code(error)) from None
+    except KeyboardInterrupt as stop:
+        from ..console import CONTINUES
+
+        typer.echo(f"stopped; {str(stop) or CONTINUES}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception:
+        typer.echo(hide_secrets(traceback.format_exc()), err=True)
+        raise typer.Exit(EXIT_FAILURE) from None
+
+
+def _exit_code(error: MoeDistError) -> int:
+    """Tell what the user can mend in recipe or surroundings from what failed on the way."""
+    mendable = ConfigError | ConversionError | DataError | MissingInputError | TrackingError
+    return EXIT_USER_ERROR if isinstance(error, mendable) else EXIT_FAILURE

@@ -1,1 +1,0 @@
-"""Comparing runs: what each found, and one page that shows them side by side."""

@@ -1,0 +1,1 @@
+"""What runs found: the chain's report, its plots, and runs side by side."""

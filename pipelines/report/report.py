@@ -1,0 +1,430 @@
+"""The chain's report: report.json for programs, report.md for people, a table for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from moe_dist.redaction import hide_secrets
+
+from ..chain.stage import StageResult
+from ..console import duration
+from ..stages import evaluate
+from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+SCHEMA_VERSION = 1
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+
+RESERVED_LABELS = frozenset(
+    {
+        "schema_version",
+        "name",
+        "created_at",
+        "main_metric",
+        "data",
+        "retention",
+        "seconds",
+        "mlflow",
+        "seq_len",
+        "num_threads",
+        "training",
+        "tasks",
+        "comparisons",
+        "differences",
+        "imitation_differences",
+        "verdicts",
+        evaluate.TEACHER,
+        evaluate.STUDENT,
+    }
+)
+"""A comparison cannot be called so: each has its entry beside these keys."""
+
+
+def build_report(
+    config: RunConfig, results: Mapping[str, StageResult], *, run_id: str | None
+) -> dict[str, Any]:
+    """Join what the stages found into one document.
+
+    Args:
+        config: the run's configuration.
+        results: the result of each stage, by key.
+        run_id: the chain's MLflow run; None without tracking.
+
+    Returns:
+        Plain values; see `docs/architecture.md` for the keys.
+    """
+    measured = results[evaluate.NAME].details
+    models = {name: dict(entry) for name, entry in measured["models"].items()}
+    metric = measured["main_metric"]
+    teacher = models[evaluate.TEACHER]
+    tasks = measured.get("tasks", {})
+    for name, entry in models.items():
+        if name != evaluate.TEACHER:
+            entry |= _retention(entry["metrics"], teacher["metrics"], metric, tasks)
+            entry["ffn_flops_ratio"] = _ratio(
+                entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
+            )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": config.name,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "main_metric": metric,
+        "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
+        "seq_len": measured["seq_len"],
+        "num_threads": measured["num_threads"],
+        "retention": models[evaluate.STUDENT]["retention"],
+        "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
+        "training": {
+            key: dict(result.details)
+            for key, result in results.items()
+            if "num_steps" in result.details
+        },
+        "mlflow": {"run_id": run_id, "experiment": config.tracking.experiment},
+        **models,
+        **({"tasks": tasks} if tasks else {}),
+        "comparisons": [name for name in config.compare if name in models],
+        "differences": measured["differences"],
+        "imitation_differences": measured.get("imitation_differences", {}),
+        "verdicts": {
+            name: verdict(name, entry, measured["num_dev_samples"])
+            for name, entry in measured["differences"].items()
+        },
+    }
+
+
+def _retention(
+    own: Mapping[str, float],
+    teacher: Mapping[str, float],
+    metric: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The student's part of the teacher's main metric; of several tasks the mean of theirs."""
+    if not tasks:
+        return {"retention": _ratio(own[metric], teacher[metric])}
+    keys = {task: metric_key(task, entry) for task, entry in tasks.items()}
+    by_task = {task: _ratio(own[key], teacher[key]) for task, key in keys.items()}
+    known = [value for value in by_task.values() if value is not None]
+    mean = sum(known) / len(known) if len(known) == len(by_task) else None
+    return {"retention": mean, "retention_by_task": by_task}
+
+
+def metric_key(task: str, entry: Mapping[str, Any]) -> str:
+    """Name a task's main metric among a model's metrics.
+
+    Args:
+        task: its name.
+        entry: of the report's `tasks`.
+
+    Returns:
+        For example `sst2/accuracy`.
+    """
+    return f"{task}/{entry['main_metric']}"
+
+
+def verdict(other: str, entry: Mapping[str, Any], num_samples: int) -> str:
+    """Say which of two models is better, and how sure that is.
+
+    Args:
+        other: the model that the student is compared with.
+        entry: the student's metric minus the other's, with the interval of the paired bootstrap.
+        num_samples: dev samples behind it.
+
+    Returns:
+        A sentence. One beats the other where the whole interval lies on its side of 0.
+    """
+    if entry["low"] > 0:
+        claim = f"{evaluate.STUDENT} beats {other}"
+    elif entry["high"] < 0:
+        claim = f"{other} beats {evaluate.STUDENT}"
+    else:
+        claim = f"{evaluate.STUDENT} and {other} cannot be told apart"
+    return (
+        f"{claim} on {num_samples} dev samples ({entry['metric']} of {evaluate.STUDENT} minus "
+        f"{other}: {entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} % "
+        f"interval {entry['low']:+.4f} to {entry['high']:+.4f})"
+    )
+
+
+def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the figures that the chain's own run shows.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Values by metric name.
+    """
+    chosen: dict[str, float] = {}
+    if report["retention"] is not None:
+        chosen["retention"] = report["retention"]
+    for task, value in report[evaluate.STUDENT].get("retention_by_task", {}).items():
+        if value is not None:
+            chosen[f"retention/{task}"] = value
+    for name in model_names(report):
+        entry = report[name]
+        for metric, value in entry["metrics"].items():
+            chosen[f"{name}/{metric}"] = value
+        chosen[f"{name}/parameters_active"] = entry["parameters"]["active"]
+        chosen[f"{name}/flops_per_token"] = entry["flops_per_token"]
+        for measure, value in entry.get("imitation", {}).items():
+            if value is not None:
+                chosen[f"{name}/{measure}"] = value
+        for size, value in entry["latency_ms"].items():
+            chosen[f"{name}/latency_ms_batch_{size}"] = value
+    return chosen
+
+
+def model_names(report: Mapping[str, Any]) -> list[str]:
+    """List the models of a report, teacher and student first.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Their names.
+    """
+    return [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """Write a report for people.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        A Markdown document, without credentials.
+    """
+    data = report["data"]
+    lines = [
+        f"# {report['name']}",
+        "",
+        f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
+        f"Made {report['created_at']}.",
+        "",
+        markdown_row(_headings(report)),
+        markdown_row(["---"] * len(_headings(report))),
+        *(markdown_row(_row(report, name)) for name in model_names(report)),
+        "",
+        *_markdown_tasks(report),
+        f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
+        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
+        "timed in turn in one process.",
+        "",
+        *(f"- {sentence}." for sentence in verdict_lines(report)),
+        "",
+        *_markdown_imitation(report),
+        "Intervals are from a paired bootstrap over the dev samples; one training run of each "
+        "model stands behind them.",
+        "",
+        "| stage | time |",
+        "| --- | --- |",
+        *(markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
+        "",
+    ]
+    if report["mlflow"]["run_id"]:
+        lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
+    return hide_secrets("\n".join(lines))
+
+
+def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
+    """How near each student is to its teacher, and which is nearer."""
+    names = [name for name in model_names(report) if "imitation" in report[name]]
+    if not names:
+        return []
+    head = ["student"]
+    for measure in MEASURES:
+        words = measure.replace("_", " ")
+        head += [f"{words} before distillation", words]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    for name in names:
+        entry = report[name]
+        cells = [name]
+        for measure in MEASURES:
+            cells.append(_optional(entry[f"imitation_{evaluate.BEFORE}"][measure]))
+            cells.append(_optional(entry["imitation"][measure]))
+        lines.append(markdown_row(cells))
+    sentences = nearness_lines(report)
+    return [
+        f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
+        "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
+        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
+        "their squared difference.",
+        "",
+        *lines,
+        "",
+        *(f"- {sentence}." for sentence in sentences),
+        *([""] if sentences else []),
+    ]
+
+
+def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
+    """A table of the tasks, and how the student stands on each; nothing where there is one."""
+    if "tasks" not in report:
+        return []
+    headings = _task_headings(report)
+    lines = [markdown_row(headings), markdown_row(["---"] * len(headings))]
+    lines += [markdown_row(_task_row(report, task)) for task in report["tasks"]]
+    lines.append("")
+    for task, entry in report["tasks"].items():
+        lines += [
+            f"- {task}: {verdict(name, found, entry['num_dev_samples'])}."
+            for name, found in entry["differences"].items()
+        ]
+    return [*lines, ""]
+
+
+def _task_headings(report: Mapping[str, Any]) -> list[str]:
+    return ["task", "metric", "dev samples", *model_names(report), "retention"]
+
+
+def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
+    entry = report["tasks"][task]
+    key = metric_key(task, entry)
+    return [
+        task,
+        entry["main_metric"],
+        str(entry["num_dev_samples"]),
+        *(f"{report[name]['metrics'][key]:.4f}" for name in model_names(report)),
+        _optional(report[evaluate.STUDENT]["retention_by_task"][task]),
+    ]
+
+
+def to_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Draw a report for the console.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        The models' table, that of the tasks where there are several, and the stages'.
+    """
+    models = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, heading in enumerate(_headings(report)):
+        models.add_column(heading, justify="left" if position == 0 else "right")
+    for name in model_names(report):
+        models.add_row(*_row(report, name), style="bold" if name == evaluate.STUDENT else "")
+    tables = [models]
+    if "tasks" in report:
+        tasks = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for position, heading in enumerate(_task_headings(report)):
+            tasks.add_column(heading, justify="left" if position < 2 else "right")
+        for task in report["tasks"]:
+            tasks.add_row(*_task_row(report, task))
+        tables.append(tasks)
+    stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    stages.add_column("stage")
+    stages.add_column("time", justify="right")
+    for key, seconds in report["seconds"].items():
+        stages.add_row(key, duration(seconds))
+    stages.add_row("all", duration(sum(report["seconds"].values())), style="bold")
+    return [*tables, stages]
+
+
+def verdict_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say how the student stands to each other model.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        One sentence for each, comparisons first: the teacher is not what the student must beat.
+    """
+    verdicts = report["verdicts"]
+    return [verdicts[name] for name in sorted(verdicts, key=lambda name: name == evaluate.TEACHER)]
+
+
+def nearness_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say which student is nearer to the teacher, and which one left it while it was trained.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Sentences; none where the run was measured before there were such figures.
+    """
+    return [
+        *imitation_lines(report["imitation_differences"], evaluate.STUDENT),
+        *drift_lines({name: report[name] for name in model_names(report)}),
+    ]
+
+
+def _headings(report: Mapping[str, Any]) -> list[str]:
+    return [
+        "model",
+        f"dev {report['main_metric']}",
+        "before distillation",
+        "retention",
+        "layers × width",
+        "parameters",
+        "active",
+        "FLOPs/token",
+        "FFN FLOPs",
+        *(f"ms, batch {size}" for size in report[evaluate.TEACHER]["latency_ms"]),
+    ]
+
+
+def _row(report: Mapping[str, Any], name: str) -> list[str]:
+    entry = report[name]
+    metric = report["main_metric"]
+    before = entry.get(f"metrics_{evaluate.BEFORE}", {}).get(metric)
+    return [
+        name,
+        f"{entry['metrics'][metric]:.4f}",
+        "" if before is None else f"{before:.4f}",
+        _optional(entry.get("retention")),
+        _shape(entry.get("shape")),
+        quantity(entry["parameters"]["total"]),
+        quantity(entry["parameters"]["active"]),
+        quantity(entry["flops_per_token"]),
+        f"× {entry.get('ffn_flops_ratio') or 1.0:.3f}",
+        *(f"{value:.2f}" for value in entry["latency_ms"].values()),
+    ]
+
+
+def quantity(count: float) -> str:
+    """Write a count with a unit prefix.
+
+    Args:
+        count: any number.
+
+    Returns:
+        For example `22.7 M`.
+    """
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {prefix}"
+    return f"{count:.0f}"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Write a row of a table.
+
+    Args:
+        cells: its texts.
+
+    Returns:
+        Markdown.
+    """
+    return "| " + " | ".join(cells) + " |"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _shape(shape: Mapping[str, int] | None) -> str:
+    # Reports of earlier versions have none.
+    return "" if shape is None else f"{shape['num_layers']} × {shape['hidden_size']}"
+
+
+def _ratio(value: float, whole: float) -> float | None:
+    return value / whole if whole else None

@@ -1,0 +1,364 @@
+"""The same students trained with several seeds, on one task or more: means and intervals.
+
+One run tells a recipe's luck from its worth no better than one throw of a die. This reads what
+`evaluate` kept of each run and resamples examples and seeds together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_dist.data.metrics import (
+    Interval,
+    Resampled,
+    compute_metrics,
+    mean_over_tasks,
+    resample_differences,
+    resample_mean_differences,
+)
+from moe_dist.errors import DataError, MissingInputError
+
+from ..stages import evaluate
+from .nearness import FILE_NAME, MEASURES, load_imitation
+from .report import JSON_NAME, markdown_row
+from .run_summary import read_json
+
+if TYPE_CHECKING:
+    from moe_dist.jobs.results import SavedPredictions
+
+DENSE = "dense"
+MEAN = "mean over tasks"
+
+
+@dataclass(frozen=True)
+class SeededRun:
+    """One run of a recipe, or one task of a run with several.
+
+    Attributes:
+        directory: where it lies.
+        task: its data set's name.
+        metric: the main metric, or one of `imitation.MEASURES`.
+        answers: the final models' answers on the dev rows, by label, and those of students
+            before distillation under `LABEL/before_distillation`; of a measure of imitation their
+            predictions are the errors.
+        flops_ratios: each student's active feed-forward FLOPs over its teacher's.
+    """
+
+    directory: Path
+    task: str
+    metric: str
+    answers: Mapping[str, SavedPredictions]
+    flops_ratios: Mapping[str, float | None]
+
+    @cached_property
+    def qualities(self) -> dict[str, float]:
+        """The metric of each entry of `answers`."""
+        if self.metric in MEASURES:
+            return {name: float(found.predictions.mean()) for name, found in self.answers.items()}
+        return {
+            name: compute_metrics([self.metric], found.predictions, found.labels)[self.metric]
+            for name, found in self.answers.items()
+        }
+
+    @property
+    def labels(self) -> list[str]:
+        """The models after training, the teacher first."""
+        return [name for name in self.answers if not name.endswith(f"/{evaluate.BEFORE}")]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one task, over its seeds.
+
+    Attributes:
+        task: the data set, or MEAN.
+        label: the model.
+        num_seeds: runs that have it.
+        flops_ratio: active feed-forward FLOPs over the teacher's.
+        before: mean main metric before distillation; None for a teacher.
+        quality: mean main metric.
+        spread: its standard deviation over seeds; None for fewer than two.
+        retention: mean of quality over the same run's teacher's.
+        differences: quality minus that of each reference.
+    """
+
+    task: str
+    label: str
+    num_seeds: int
+    flops_ratio: float | None
+    before: float | None
+    quality: float
+    spread: float | None
+    retention: float | None
+    differences: Mapping[str, Interval]
+
+
+def read_runs(
+    directory: Path, *, before: bool = False, measure: str | None = None
+) -> list[SeededRun]:
+    """Read what `evaluate` kept of a finished run.
+
+    Args:
+        directory: OUTPUT_DIR/NAME.
+        before: take the students as they were before distillation.
+        measure: one of `imitation.MEASURES`, to be read in place of the task's metric.
+
+    Returns:
+        Its models' answers, for each of its tasks.
+
+    Raises:
+        MissingInputError: if the run is not finished, or was measured without that.
+        CheckpointError: if a file is damaged.
+    """
+    report = read_json(directory / JSON_NAME)
+    if not report:
+        raise MissingInputError(
+            f"{directory} holds no finished run", remedy="let `moe-dist compress` finish it"
+        )
+    place = directory / evaluate.NAME / evaluate.PREDICTIONS
+    names = [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
+    ratios = {name: report[name].get("ffn_flops_ratio") for name in names}
+    if "tasks" in report:
+        parts = {task: (place / task, entry) for task, entry in report["tasks"].items()}
+    else:
+        parts = {str(report["data"]["name"]): (place, report)}
+    runs = []
+    for task, (own_place, entry) in parts.items():
+        answers = _load_answers(own_place, names, before=before)
+        if measure is not None:
+            answers = _load_errors(own_place, measure, answers, before=before)
+        metric = measure or str(entry["main_metric"])
+        runs.append(SeededRun(directory, task, metric, answers, ratios))
+    return runs
+
+
+def _load_errors(
+    place: Path, measure: str, answers: Mapping[str, SavedPredictions], *, before: bool
+) -> dict[str, SavedPredictions]:
+    """The models' errors in place of their answers; the teacher's are 0."""
+    errors = load_imitation(place / FILE_NAME)[measure]
+    if not errors:
+        raise MissingInputError(
+            f"{place} holds no {measure}",
+            remedy="run the recipe again with this version: `evaluate` then measures it, and all "
+            "that is trained stays; a student of another depth or width has none",
+        )
+    found = {}
+    for name, one in answers.items():
+        key = f"{name}/{evaluate.BEFORE}" if before and name != evaluate.TEACHER else name
+        own = errors.get(key)
+        if name == evaluate.TEACHER:
+            own = np.zeros(len(next(iter(errors.values()))), dtype=np.float32)
+        if own is not None:
+            count = len(own)
+            found[name] = replace(
+                one,
+                logits=one.logits[:0],
+                predictions=own,
+                labels=one.labels[:count],
+                sample_ids=one.sample_ids[:count],
+            )
+    return found
+
+
+def _load_answers(
+    place: Path, names: Sequence[str], *, before: bool
+) -> dict[str, SavedPredictions]:
+    from moe_dist.jobs.results import load_predictions
+
+    answers = {evaluate.TEACHER: load_predictions(place / f"{evaluate.TEACHER}.npz")}
+    for name in names[1:]:
+        early = place / f"{name}-{evaluate.BEFORE}.npz"
+        answers[name] = load_predictions(early if before else place / f"{name}.npz")
+        if early.exists() and not before:
+            answers[f"{name}/{evaluate.BEFORE}"] = load_predictions(early)
+    return answers
+
+
+def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> list[Row]:
+    """Compare models over all seeds of each task, and over the tasks.
+
+    Args:
+        runs: finished runs, or their tasks; those of one task differ in their seed.
+        against: labels that all others are compared with; `dense` where every run has it, else
+            the teacher, when empty.
+
+    Returns:
+        For each task, then for their mean, a row for each model.
+
+    Raises:
+        MissingInputError: if no run of a task has a label of `against`.
+        DataError: if runs of a task were measured on different rows.
+    """
+    tasks: dict[str, list[SeededRun]] = {}
+    for run in runs:
+        tasks.setdefault(run.task, []).append(run)
+    default = DENSE if all(DENSE in run.answers for run in runs) else evaluate.TEACHER
+    references = list(against) or [default]
+    _check(tasks, references)
+    rows: list[Row] = []
+    by_task: list[dict[str, tuple[Row, dict[str, Resampled]]]] = []
+    for number, (task, members) in enumerate(tasks.items()):
+        labels = dict.fromkeys(label for run in members for label in run.labels)
+        found = {label: _over_seeds(task, label, members, references, number) for label in labels}
+        rows += [row for row, _ in found.values()]
+        by_task.append(found)
+    if len(by_task) > 1:
+        rows += _over_tasks(by_task)
+    return rows
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Write the rows as a table.
+
+    Args:
+        rows: what `compare_seeds` found.
+
+    Returns:
+        Markdown; qualities, errors and differences in hundredths.
+    """
+    references = list(dict.fromkeys(name for row in rows for name in row.differences))
+    has_before = any(row.before is not None for row in rows)
+    quality = ["before", "after"] if has_before else ["quality"]
+    head = ["task", "model", "seeds", "FFN FLOPs", *quality, "retention"]
+    head += [f"minus {name} (95 %)" for name in references]
+    lines = [markdown_row(head), "|---" * len(head) + "|"]
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
+        cells = [
+            row.task,
+            row.label,
+            str(row.num_seeds),
+            "" if row.flops_ratio is None else f"× {row.flops_ratio:.3f}",
+            *([_hundredths(row.before)] if has_before else []),
+            f"{100 * row.quality:.1f}{spread}",
+            "" if row.retention is None else f"{row.retention:.3f}",
+        ]
+        cells += [_told(row.differences.get(name)) for name in references]
+        lines.append(markdown_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def to_plain(row: Row) -> dict[str, Any]:
+    """Give a row as plain values.
+
+    Args:
+        row: one of `compare_seeds`.
+
+    Returns:
+        What JSON can hold.
+    """
+    plain = {key: value for key, value in vars(row).items() if key != "differences"}
+    return plain | {"differences": {name: vars(found) for name, found in row.differences.items()}}
+
+
+def _hundredths(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _told(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * interval.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _check(tasks: Mapping[str, Sequence[SeededRun]], references: Sequence[str]) -> None:
+    for task, members in tasks.items():
+        known = dict.fromkeys(label for run in members for label in run.labels)
+        missing = [name for name in references if name not in known]
+        if missing:
+            raise MissingInputError(
+                f"no run of {task} has a model called {', '.join(missing)}",
+                remedy=f"choose from {', '.join(known)}",
+            )
+        first = members[0].answers[evaluate.TEACHER]
+        for run in members[1:]:
+            rows = run.answers[evaluate.TEACHER]
+            same = np.array_equal(rows.sample_ids, first.sample_ids)
+            if not (same and np.array_equal(rows.labels, first.labels)):
+                raise DataError(
+                    f"{members[0].directory} and {run.directory} were measured on different dev "
+                    f"rows of {task}",
+                    remedy="compare runs that have `data.dev` in common",
+                )
+
+
+def _over_seeds(
+    task: str, label: str, runs: Sequence[SeededRun], references: Sequence[str], number: int
+) -> tuple[Row, dict[str, Resampled]]:
+    mine = [run for run in runs if label in run.answers]
+    metric = mine[0].metric
+    qualities = [run.qualities[label] for run in mine]
+    before = [
+        run.qualities[f"{label}/{evaluate.BEFORE}"]
+        for run in mine
+        if f"{label}/{evaluate.BEFORE}" in run.answers
+    ]
+    is_teacher = label == evaluate.TEACHER
+    teachers = [run.qualities[evaluate.TEACHER] for run in mine]
+    differences: dict[str, Resampled] = {}
+    for name in references:
+        paired = [run for run in mine if name in run.answers and name != label]
+        if paired:
+            mine_other = [
+                [run.answers[model].predictions for run in paired] for model in (label, name)
+            ]
+            differences[name] = (
+                resample_mean_differences(*mine_other, seed=number)
+                if metric in MEASURES
+                else resample_differences(
+                    metric, paired[0].answers[label].labels, *mine_other, seed=number
+                )
+            )
+    row = Row(
+        task=task,
+        label=label,
+        num_seeds=len(mine),
+        flops_ratio=mine[0].flops_ratios.get(label),
+        before=fmean(before) if before else None,
+        quality=fmean(qualities),
+        spread=stdev(qualities) if len(qualities) > 1 else None,
+        retention=None
+        if is_teacher or not all(teachers)
+        else fmean(q / t for q, t in zip(qualities, teachers, strict=True)),
+        differences={name: found.interval() for name, found in differences.items()},
+    )
+    return row, differences
+
+
+def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]]) -> list[Row]:
+    """Average the models that every task has; the rows of each task are drawn by themselves."""
+    rows = []
+    for label in by_task[0]:
+        if not all(label in found for found in by_task):
+            continue
+        members = [found[label] for found in by_task]
+        own = [row for row, _ in members]
+        retentions = [row.retention for row in own if row.retention is not None]
+        before = [row.before for row in own if row.before is not None]
+        shared = [name for name in members[0][1] if all(name in other for _, other in members)]
+        rows.append(
+            Row(
+                task=MEAN,
+                label=label,
+                num_seeds=min(row.num_seeds for row in own),
+                flops_ratio=own[0].flops_ratio,
+                before=fmean(before) if len(before) == len(own) else None,
+                quality=fmean(row.quality for row in own),
+                spread=None,
+                retention=fmean(retentions) if len(retentions) == len(own) else None,
+                differences={
+                    name: mean_over_tasks([other[name] for _, other in members]).interval()
+                    for name in shared
+                },
+            )
+        )
+    return rows

@@ -1,0 +1,203 @@
+"""The jobs of a chain on one process: a real run from sentences to a distilled student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.data.metrics import compute_metrics
+from moe_dist.inference.saving import load_model
+from moe_dist.jobs.distill import DistillJob, distill_weights
+from moe_dist.jobs.finetune import FinetuneJob
+from moe_dist.jobs.fit_outputs import FitOutputsJob
+from moe_dist.jobs.importance import ImportanceJob
+from moe_dist.jobs.predict import PredictJob
+from moe_dist.jobs.results import load_predictions, load_scores
+from moe_dist.jobs.train_job import MAX_LOGGED_EXPERTS, load_metrics
+from moe_dist.metric_log import MetricLog, series
+from tests.training.tiny_task import adapt, job_fields, train_section
+
+DISTILL = ObjectivesConfig(
+    task_weight=1.0,
+    hidden_weight=1.0,
+    kl_weight=1.0,
+    load_balancing_weight=0.01,
+    z_loss_weight=0.001,
+    entropy_weight=0.001,
+    temperature=2.0,
+    warmup_fraction=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All jobs one after the other, as the stages call them."""
+    root = tmp_path_factory.mktemp("chain")
+    fields = job_fields(root, "finetune-teacher", model=str(root / "bert"), train=train_section())
+    teacher = FinetuneJob(**fields).run()
+    drawn = {"num_samples": 50, "batch_size": 16}
+    fields = job_fields(root, "score-importance", model=teacher["model"], **drawn)
+    scored = ImportanceJob(**fields).run()
+    adapted = adapt(root, teacher["model"])
+    models = {"student": adapted, "teacher": teacher["model"]}
+    fitted = FitOutputsJob(**job_fields(root, "fitted", **models, **drawn)).run()
+    files = {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
+    train = train_section(gradient_checkpointing=True, accumulation=2, num_epochs=8)
+    fields = job_fields(root, "distill", **models, train=train, distill=DISTILL)
+    student = DistillJob(**fields).run()
+    assert files == {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
+    return {
+        "root": root,
+        "teacher": teacher,
+        "scored": scored,
+        "adapted": adapted,
+        "fitted": fitted,
+        "student": student,
+    }
+
+
+def test_the_teacher_learns_and_is_saved(chain: dict[str, Any]) -> None:
+    teacher = chain["teacher"]
+    assert teacher["metrics"]["accuracy"] > 0.9
+    assert teacher["num_steps"] == 72 and teacher["resumed_from"] is None
+    model = load_model(teacher["model"])
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    assert (Path(teacher["model"]) / "tokenizer.json").exists()
+
+
+def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> None:
+    records = MetricLog(chain["root"] / "distill" / "metrics.jsonl").read()
+    steps, losses = series(records, "train/loss/hidden_mse")
+    assert steps == [10, 20, 30, 40, 48]
+    assert losses[-1] < losses[0]
+    names = {name for record in records for name in record.metrics}
+    for name in (
+        "task",
+        "prediction_kl",
+        "hidden_mse",
+        "load_balancing",
+        "z_loss",
+        "router_entropy",
+    ):
+        assert f"train/loss/{name}" in names
+    assert {"perf/tokens_per_s", "train/grad_norm", "train/learning_rate"} <= names
+    for figure in ("load_imbalance", "entropy"):
+        assert sum(name.startswith(f"moe/{figure}/") for name in names) == 2
+    assert series(records, "dev/accuracy")[0] == [48]
+
+
+def test_many_experts_do_not_flood_the_log() -> None:
+    many = [1 / (MAX_LOGGED_EXPERTS + 1)] * (MAX_LOGGED_EXPERTS + 1)
+    assert load_metrics({"0": [0.25, 0.75], "1": many}) == {
+        "moe/expert_load/0/0": 0.25,
+        "moe/expert_load/0/1": 0.75,
+    }
+
+
+def test_scores_are_those_of_the_library(chain: dict[str, Any]) -> None:
+    scores = load_scores(Path(chain["scored"]["scores"]))
+    assert [tuple(score.shape) for score in scores] == [(32,), (32,)]
+    assert all(bool((score > 0).all()) for score in scores)
+    assert chain["scored"]["num_samples"] == 50
+
+
+def test_a_fitted_student_is_nearer_before_it_is_trained(chain: dict[str, Any]) -> None:
+    def states(model: str) -> torch.Tensor:
+        with torch.no_grad():
+            found = load_model(model)(input_ids=rows, output_hidden_states=True).hidden_states
+        return torch.stack(found[1:])
+
+    rows = torch.randint(5, 25, (64, 9), generator=torch.Generator().manual_seed(0))
+    wanted = states(chain["teacher"]["model"])
+    before, after = (
+        (states(model) - wanted).square().mean()
+        for model in (chain["adapted"], chain["fitted"]["model"])
+    )
+    assert after < 0.8 * before
+
+
+def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[str, Any]) -> None:
+    root, student = chain["root"], chain["student"]
+    assert student["metrics"]["accuracy"] > 0.9
+    fields = job_fields(root, "evaluate", model=student["model"], batch_size=7)
+    answer = PredictJob(**fields, split="dev", output_name="student").run()
+    assert answer["metrics"] == student["metrics"]
+    assert answer["predictions"][""].shape == (33, 2)
+    for layer, shares in answer["expert_load"].items():
+        assert sum(shares) == pytest.approx(1.0)
+        assert shares == pytest.approx(student["expert_load"][layer])
+    saved = load_predictions(root / "evaluate" / "student.npz")
+    assert np.array_equal(saved.logits, answer["predictions"][""])
+    assert np.array_equal(saved.sample_ids, np.arange(33))
+    assert compute_metrics(["accuracy"], saved.predictions, saved.labels) == answer["metrics"]
+
+
+def test_results_are_plain_json(chain: dict[str, Any]) -> None:
+    for stage in ("teacher", "student"):
+        result = chain[stage]
+        directory = Path(result["model"]).parent
+        assert json.loads((directory / "result.json").read_text()) == result
+        assert result["seconds"] > 0 and result["peak_memory_gib"] > 0
+
+
+def test_a_finished_job_gives_the_same_again(chain: dict[str, Any]) -> None:
+    root, teacher = chain["root"], chain["teacher"]
+    before = (root / "finetune-teacher" / "metrics.jsonl").read_bytes()
+    weights = {n: v.clone() for n, v in load_model(teacher["model"]).state_dict().items()}
+    fields = job_fields(root, "finetune-teacher", model=str(root / "bert"), train=train_section())
+    again = FinetuneJob(**fields).run()
+    assert again["resumed_from"] == 72
+    assert again["metrics"] == teacher["metrics"]
+    state = load_model(again["model"]).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in weights.items())
+    records = [r.metrics for r in MetricLog(root / "finetune-teacher" / "metrics.jsonl").read()]
+    assert len(records) == len(before.splitlines())
+
+
+def test_regression_runs_through_all_jobs(tmp_path: Path) -> None:
+    def fields(stage: str, **more: Any) -> dict[str, Any]:
+        return job_fields(tmp_path, stage, regression=True, **more)
+
+    train = train_section()
+    start = fields("finetune-teacher", model=str(tmp_path / "bert"), train=train)
+    teacher = FinetuneJob(**start).run()["model"]
+    ImportanceJob(**fields("score-importance", model=teacher)).run()
+    adapted = adapt(tmp_path, teacher, router="hash_random")
+    models = {"student": adapted, "teacher": teacher}
+    student = DistillJob(
+        **fields("distill", **models, train=train, distill=ObjectivesConfig())
+    ).run()
+    assert set(student["metrics"]) == {"pearson", "spearman"}
+    assert student["metrics"]["pearson"] > 0.5
+    assert "train/loss/prediction_mse" in student["train"]
+    answer = PredictJob(**fields("evaluate", model=student["model"])).run()
+    assert answer["metrics"]["pearson"] == pytest.approx(student["metrics"]["pearson"], abs=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_a_copy_of_the_teacher_has_no_loss_without_dropout(
+    chain: dict[str, Any], tmp_path: Path, dropout: float | None
+) -> None:
+    teacher = chain["teacher"]["model"]
+    losses = ObjectivesConfig(task_weight=0.0, hidden_weight=1.0, kl_weight=1.0, dropout=dropout)
+    models = {"student": teacher, "teacher": teacher}
+    fields = job_fields(tmp_path, "distill", **models, train=train_section(max_steps=1))
+    copy = DistillJob(**fields, distill=losses).run()
+    missed = copy["train"]["train/loss/hidden_mse"]
+    assert missed > 0.01 if dropout is None else missed < 1e-9
+    config = (Path(copy["model"]) / "config.json").read_text()
+    assert '"hidden_dropout_prob": 0.1' in config
+
+
+def test_distill_weights_follow_the_recipe() -> None:
+    weights = distill_weights(DISTILL, 100)
+    assert [weights["hidden_mse"].at(step) for step in (0, 9, 19, 50)] == [0.05, 0.5, 1.0, 1.0]
+    assert weights["task"].at(0) == 1.0
+    assert weights["load_balancing"].at(99) == 0.01
+    assert weights["prediction_mse"] == weights["prediction_kl"]

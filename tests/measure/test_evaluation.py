@@ -1,0 +1,72 @@
+"""Predictions over a data set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_dist.data.loaders import collate
+from moe_dist.measure import evaluation
+from moe_dist.measure.evaluation import expert_load, predict
+from moe_dist.training.step import model_inputs
+from tests.training.tiny import PAD, tiny_bert, tiny_data, tiny_student
+
+CPU = torch.device("cpu")
+
+
+def test_predictions_come_in_the_data_sets_order() -> None:
+    model, data = tiny_bert(), tiny_data(11)
+    answers = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU)
+    assert model.training, "the mode is restored"
+    model.eval()
+    with torch.no_grad():
+        for row in range(11):
+            alone = collate(data, torch.tensor([row]).numpy(), PAD)
+            expected = model(**model_inputs(alone)).logits[0]
+            torch.testing.assert_close(answers.logits[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_that_are_repeated_for_other_ranks_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = tiny_bert(), tiny_data(11)
+    expected = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).logits
+    real = evaluation.eval_batches
+
+    def twice(*args: object, **options: object) -> object:
+        yield from real(*args, **options)
+        yield from real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "eval_batches", twice)
+    again = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).logits
+    torch.testing.assert_close(again, expected)
+
+
+def test_loads_are_those_of_real_tokens() -> None:
+    data = tiny_data(11)
+    student = tiny_student(tiny_bert())
+    answers = predict(student, data, batch_size=4, pad_token_id=PAD, device=CPU)
+    assert len(answers.tokens_per_expert) == 2
+    for count_E in answers.tokens_per_expert.values():
+        assert count_E.sum().item() == data.num_tokens
+    for shares in expert_load(answers.tokens_per_expert).values():
+        assert sum(shares) == pytest.approx(1.0) and len(shares) == 4
+    assert expert_load({"idle": torch.zeros(2)}) == {"idle": [0.0, 0.0]}
+
+
+def test_values_are_classes_or_the_single_output() -> None:
+    answers = evaluation.Predictions(torch.tensor([[0.1, 0.3], [0.9, 0.2]]))
+    assert answers.values(is_regression=False).tolist() == [1, 0]
+    assert answers.values(is_regression=True).tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_the_mode_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+
+    def fails(*args: object, **inputs: object) -> object:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.bert, "forward", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        predict(model, tiny_data(3), batch_size=2, pad_token_id=PAD, device=CPU)
+    assert model.training

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.families import find_slots
+from moe_dist.errors import ConversionError
+from moe_dist.measure.profile import count_parameters, flops_per_token
+
+SEQ_LEN = 16
+# Small, but with FFNs, attention and head all large enough to show up in 2 %.
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 60,
+        "max_position_embeddings": 32,
+    },
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 64,
+        "vocab_size": 60,
+        "n_positions": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "t5": {
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_kv": 8,
+        "d_ff": 64,
+        "vocab_size": 60,
+        "decoder_start_token_id": 0,
+    },
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "vocab_size": 60,
+        "max_position_embeddings": 32,
+    },
+}
+CASES = [
+    ("bert", "BertForSequenceClassification", {}),
+    ("bert", "BertForMaskedLM", {}),
+    ("bert", "BertForTokenClassification", {}),
+    ("gpt2", "GPT2LMHeadModel", {}),
+    ("gpt2", "GPT2ForSequenceClassification", {}),
+    ("t5", "T5ForConditionalGeneration", {}),
+    ("t5", "T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu"}),
+    ("bart", "BartForConditionalGeneration", {}),
+    ("bart", "BartForSequenceClassification", {}),
+]
+
+
+def build(model_type: str, class_name: str, changes: dict[str, Any]) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES[model_type] | changes))
+    # Eager attention consists of matrix products, which the counter knows on every device.
+    config._attn_implementation = "eager"
+    return getattr(transformers, class_name)(config).eval()
+
+
+def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Count rows grouped by expert (T, I) times stacked weights (E, I, O), as experts use on a GPU.
+
+    The counter has no formula for this product and would count it as nothing.
+    """
+    assert len(a) == 2
+    assert len(b) == 3
+    return 2 * a[0] * a[1] * b[2]
+
+
+def counted_flops_per_token(model: Any) -> float:
+    ids = torch.arange(3, 3 + SEQ_LEN)[None]
+    batch = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        ids[:, -1] = model.config.eos_token_id
+        batch["decoder_input_ids"] = ids
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(**batch)
+    return counter.get_total_flops() / SEQ_LEN
+
+
+def student_of(model: Any, **changes: Any) -> Any:
+    scores = [torch.rand(slot.num_neurons) for slot in find_slots(model)]
+    router = {key: changes.pop(key) for key in ("router", "top_k") if key in changes}
+    sizes: dict[str, Any] = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
+    plan = plan_partition(scores, **(sizes | changes))
+    return dense_to_moe(model, plan, **({"router": "hash_random"} | router)).eval()
+
+
+@pytest.mark.parametrize(("model_type", "class_name", "changes"), CASES)
+def test_dense_flops_agree_with_torch(
+    model_type: str, class_name: str, changes: dict[str, Any]
+) -> None:
+    model = build(model_type, class_name, changes)
+    assert flops_per_token(model, SEQ_LEN).total == pytest.approx(
+        counted_flops_per_token(model), rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"router": "token_gate"},
+        {"router": "token_gate", "top_k": 2},
+        {"tie_shared": True},
+        {"tie_shared": True, "router": "token_gate"},
+        {"num_experts": 1, "num_shared_neurons": 0},
+        {"layers": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_student_flops_agree_with_torch(model_type: str, options: dict[str, Any]) -> None:
+    name = {"bert": "BertForSequenceClassification", "t5": "T5ForConditionalGeneration"}
+    student = student_of(build(model_type, name[model_type], {}), **options)
+    assert flops_per_token(student, SEQ_LEN).total == pytest.approx(
+        counted_flops_per_token(student), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("tie_shared", [False, True])
+def test_student_of_a_quarter_has_a_quarter_of_the_ffn_flops(tie_shared: bool) -> None:
+    teacher = build("bert", "BertForSequenceClassification", {})
+    student = student_of(teacher, tie_shared=tie_shared)
+    dense, sparse = flops_per_token(teacher, SEQ_LEN), flops_per_token(student, SEQ_LEN)
+    assert dense.ffn == 2 * 2 * 2 * 32 * 64
+    assert sparse.ffn == dense.ffn / 4
+    assert dense.total - sparse.total == pytest.approx(dense.ffn - sparse.ffn)
+
+
+def test_gated_ffn_counts_three_products() -> None:
+    plain = build("t5", "T5EncoderModel", {})
+    gated = build("t5", "T5EncoderModel", {"feed_forward_proj": "gated-gelu"})
+    assert flops_per_token(gated, 8).ffn == 1.5 * flops_per_token(plain, 8).ffn
+
+
+def test_models_without_values_are_counted_alike() -> None:
+    model = build("bert", "BertForSequenceClassification", {})
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    assert flops_per_token(skeleton, SEQ_LEN) == flops_per_token(model, SEQ_LEN)
+    assert count_parameters(skeleton) == count_parameters(model)
+
+
+def test_active_parameters_leave_out_the_idle_experts() -> None:
+    teacher = build("bert", "BertForSequenceClassification", {})
+    assert count_parameters(teacher).active == count_parameters(teacher).total
+    student = student_of(teacher, router="token_gate", top_k=2)
+    # Each of 2 layers idles 2 of 4 experts: 16 neurons of 32 + 1 + 32 values, and the output bias.
+    idle = 2 * 2 * (16 * 65 + 32)
+    counts = count_parameters(student)
+    assert counts.total - counts.active == idle
+    assert counts.total == sum(parameter.numel() for parameter in student.parameters())
+
+
+def test_tied_shared_neurons_are_always_active() -> None:
+    student = student_of(build("bert", "BertForSequenceClassification", {}), tie_shared=True)
+    counts = count_parameters(student)
+    assert counts.total - counts.active == 2 * 3 * (8 * 65 + 32)
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"Linear cannot be counted.*\n.*bert"):
+        flops_per_token(nn.Linear(2, 2), 8)

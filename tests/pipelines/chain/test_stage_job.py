@@ -1,0 +1,125 @@
+"""Where a stage's job runs, and what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config import load_config
+from moe_dist.distributed.peers import Roster, own_peer
+from moe_dist.distributed.position import FIRST_STEP, LOAD_CHECKPOINT, TRAINING
+from moe_dist.distributed.stall import Stall
+from moe_dist.metric_log import MetricLog
+from moe_dist.workers.attempts import PhaseNotes, note_attempt, note_fault
+from pipelines.chain.stage_job import placed_here, show_failures, show_progress
+from pipelines.console import Console
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four CPUs, no GPU, no cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moe_dist.workers.driver.available_cpus", lambda: 4)
+
+
+def placement(write_recipe: Write, settings: dict[str, Any], **parallel: Any) -> tuple[Any, ...]:
+    config = load_config(write_recipe(settings | {"parallel": parallel}))
+    placed = placed_here(config).parallel
+    return placed.launcher, placed.num_workers, placed.cpus_per_worker
+
+
+@pytest.mark.parametrize(("cpus_per_worker", "num_threads"), [(1, 2), (2, 4), (3, 4)])
+def test_a_short_job_takes_the_threads_of_all_workers(
+    write_recipe: Write, tiny_settings: dict[str, Any], cpus_per_worker: int, num_threads: int
+) -> None:
+    placed = placement(write_recipe, tiny_settings, num_workers=2, cpus_per_worker=cpus_per_worker)
+    assert placed == ("local", 1, num_threads)
+
+
+def test_workers_stay_on_a_cluster_on_gpus_and_where_ray_is_asked_for(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert placement(write_recipe, tiny_settings, num_workers=2, launcher="ray")[:2] == ("ray", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=True)[:2] == ("auto", 2)
+    with monkeypatch.context() as patched:
+        patched.setenv("RAY_ADDRESS", "auto")
+        assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=False)[0] == "local"
+
+
+def test_progress_shows_loss_speed_and_the_last_dev_metric(tmp_path: Path) -> None:
+    shown: list[tuple[int, dict[str, float]]] = []
+
+    class Recorder(Console):
+        def progress(
+            self, step: int, total: int | None, figures: Any = None, terms: Any = None
+        ) -> None:
+            shown.append((step, dict(figures)))
+
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    on_poll = show_progress(log.path, Recorder(quiet=True), 20)
+    on_poll()
+    log.append(10, {"train/loss/total": 0.5, "perf/tokens_per_s": 4000.0, "train/epoch": 1.0})
+    log.append(10, {"dev/accuracy": 0.75, "dev/f1": 0.5, "moe/expert_load/0/0": 0.5})
+    on_poll()
+    log.append(20, {"train/loss/total": 0.25, "perf/tokens_per_s": 5000.0})
+    on_poll()
+    assert shown == [
+        (10, {"loss": 0.5, "tokens/s": 4000.0, "dev accuracy": 0.75}),
+        (20, {"loss": 0.25, "tokens/s": 5000.0, "dev accuracy": 0.75}),
+    ]
+
+
+def test_old_lines_of_a_continued_log_are_one_position(tmp_path: Path) -> None:
+    shown: list[int] = []
+
+    class Recorder(Console):
+        def progress(
+            self, step: int, total: int | None, figures: Any = None, terms: Any = None
+        ) -> None:
+            shown.append(step)
+
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    for step in (10, 20, 30):
+        log.append(step, {"train/loss/total": 0.5})
+    on_poll = show_progress(log.path, Recorder(quiet=True), 50)
+    on_poll()
+    log.truncate_after(20)
+    log.append(30, {"train/loss/total": 0.25})
+    log.append(40, {"train/loss/total": 0.25})
+    on_poll()
+    assert shown == [30, 40]
+
+
+def test_failures_are_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Recorder(Console):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+        def note(self, message: str) -> None:
+            told.append(message)
+
+    on_poll = show_failures(tmp_path, Recorder())
+    note_attempt(tmp_path, Roster(1, "", (own_peer(),)))
+    on_poll()
+    assert told == []
+    note_fault(tmp_path, 1, Stall("rank 1 is gone", 1.0))
+    on_poll()
+    on_poll()
+    assert told == ["workers failed: rank 1 is gone"]
+    note_attempt(tmp_path, Roster(2, "", (own_peer(),)))
+    for phase in (LOAD_CHECKPOINT, FIRST_STEP, TRAINING):
+        PhaseNotes(tmp_path, 2)(phase)
+        on_poll()
+    on_poll()
+    assert len(told) == 2 and told[1].startswith("workers run again after ")

@@ -1,0 +1,101 @@
+"""Sizes that --dry-run derives agree with what conversion and training really make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_dist.config import load_config
+from pipelines.chain.workspace import Workspace
+from pipelines.checks.sizes import derive_sizes, length_faults, memory_per_rank
+from pipelines.console import Console
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+def test_parameters_equal_those_of_a_converted_model(
+    write_recipe: Write, tiny_settings: dict[str, Any], tiny_bert: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    config = load_config(write_recipe(tiny_settings))
+    sizes = derive_sizes(config, Workspace(config, Console(quiet=True)))
+    teacher = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    plan = plan_partition(
+        [torch.rand(32), torch.rand(32)], num_experts=2, expert_size=16, num_shared_neurons=8
+    )
+    student = dense_to_moe(teacher, plan)
+    assert [model.total for model in sizes.models] == [
+        sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)
+    ]
+    assert sizes.models[1].ffn_flops_per_token == sizes.models[0].ffn_flops_per_token / 2
+    assert not sizes.unknown
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_workers", "ep_size", "copies_of_all", "copies_of_experts"),
+    [(0, 1, 1, 4.0, 4.0), (1, 2, 1, 3.0, 3.0), (2, 2, 1, 2.5, 2.5), (1, 2, 2, 3.0, 2.0)],
+)
+def test_memory_follows_zero_and_expert_parallelism(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    stage: int,
+    num_workers: int,
+    ep_size: int,
+    copies_of_all: float,
+    copies_of_experts: float,
+) -> None:
+    from torch import nn
+
+    tiny_settings["parallel"] = {
+        "zero_stage": stage,
+        "num_workers": num_workers,
+        "ep_size": ep_size,
+    }
+    config = load_config(write_recipe(tiny_settings))
+    model = nn.ModuleDict(
+        {
+            "dense": nn.Linear(10, 10, bias=False),
+            "moe": nn.ModuleDict({"experts": nn.Linear(20, 10, bias=False)}),
+        }
+    )
+    expected = 4 * (1000 + 100 * copies_of_all + 200 * copies_of_experts)
+    assert memory_per_rank(model, config, frozen=1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "fits"),
+    [
+        ({"max_position_embeddings": 16}, True),
+        ({"max_position_embeddings": 15}, False),
+        ({"max_position_embeddings": None}, True),
+        ({}, True),
+    ],
+)
+def test_a_sentence_may_be_as_long_as_the_model_has_positions(
+    write_recipe: Write, tiny_settings: dict[str, Any], limits: dict[str, Any], fits: bool
+) -> None:
+    config = load_config(write_recipe(tiny_settings))
+    model = SimpleNamespace(config=SimpleNamespace(**limits))
+    assert (length_faults(model, config) == []) is fits
+
+
+def test_memory_of_an_elastic_run_is_that_of_its_fewest_workers(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from torch import nn
+
+    model = nn.Linear(10, 10, bias=False)
+
+    def memory(num_workers: int | list[int]) -> float:
+        tiny_settings["parallel"] = {"num_workers": num_workers, "zero_stage": 2}
+        return memory_per_rank(model, load_config(write_recipe(tiny_settings)), frozen=0)
+
+    assert memory([2, 4]) == memory(2) > memory(4)

@@ -1,0 +1,228 @@
+"""Runs that differ in their seed: means, intervals over examples and seeds, and over tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_dist.errors import DataError, MissingInputError
+from moe_dist.jobs.results import save_predictions
+from pipelines.cli import app
+from pipelines.report.nearness import Imitation, save_imitation
+from pipelines.report.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown
+
+NUM_EXAMPLES = 200
+
+
+def write_run(
+    directory: Path, *, right: Mapping[str, int], task: str = "toy", ids: str = "dev"
+) -> Path:
+    """Write what a finished run leaves, each model right on its first so many examples."""
+    labels = np.arange(NUM_EXAMPLES) % 2
+    for label, count in right.items():
+        answers = np.where(np.arange(NUM_EXAMPLES) < count, labels, 1 - labels)
+        save_predictions(
+            directory / "evaluate" / "predictions" / f"{label.replace('/', '-')}.npz",
+            logits=torch.zeros(NUM_EXAMPLES, 2),
+            predictions=torch.from_numpy(answers),
+            labels=labels,
+            sample_ids=[f"{ids}-{number}" for number in range(NUM_EXAMPLES)],
+        )
+    names = [name for name in right if "/" not in name]
+    report = {
+        "main_metric": "accuracy",
+        "data": {"name": task},
+        "comparisons": [name for name in names if name not in ("teacher", "student")],
+    }
+    report |= {name: {"ffn_flops_ratio": 0.25} for name in names if name != "teacher"}
+    report["teacher"] = {}
+    (directory / "report.json").write_text(json.dumps(report))
+    return directory
+
+
+def read_one(directory: Path, *, before: bool = False) -> SeededRun:
+    (run,) = read_runs(directory, before=before)
+    return run
+
+
+def seeds_of(
+    root: Path, students: list[int], *, dense: int = 150, task: str = "toy"
+) -> list[SeededRun]:
+    return [
+        read_one(
+            write_run(
+                root / f"{task}{seed}",
+                right={
+                    "teacher": 180,
+                    "student": count,
+                    "student/before_distillation": 100,
+                    "dense": dense,
+                },
+                task=task,
+            )
+        )
+        for seed, count in enumerate(students)
+    ]
+
+
+def test_means_are_those_of_the_runs(tmp_path: Path) -> None:
+    rows = {row.label: row for row in compare_seeds(seeds_of(tmp_path, [150, 160, 170]))}
+    assert list(rows) == ["teacher", "student", "dense"]
+    student = rows["student"]
+    assert student.num_seeds == 3
+    assert student.quality == pytest.approx(0.8)
+    assert student.spread == pytest.approx(0.05)
+    assert student.before == pytest.approx(0.5)
+    assert student.retention == pytest.approx(0.8 / 0.9)
+    assert student.differences["dense"].difference == pytest.approx(0.05)
+    assert rows["dense"].differences == {}
+    assert rows["teacher"].before is rows["teacher"].retention is None
+
+
+def test_the_spread_of_seeds_widens_the_interval(tmp_path: Path) -> None:
+    steady = compare_seeds(seeds_of(tmp_path / "a", [160, 160, 160]))
+    lucky = compare_seeds(seeds_of(tmp_path / "b", [140, 160, 180]))
+    (narrow, wide) = (
+        next(row for row in rows if row.label == "student").differences["dense"]
+        for rows in (steady, lucky)
+    )
+    assert narrow.difference == pytest.approx(wide.difference)
+    assert narrow.low > 0 > wide.low
+
+
+def test_tasks_are_averaged_and_the_mean_is_surer_than_each(tmp_path: Path) -> None:
+    runs = seeds_of(tmp_path, [160, 161], task="one") + seeds_of(tmp_path, [156, 155], task="two")
+    rows = compare_seeds(runs, ["dense"])
+    found = {row.task: row for row in rows if row.label == "student"}
+    assert list(found) == ["one", "two", MEAN]
+    assert found[MEAN].quality == pytest.approx((found["one"].quality + found["two"].quality) / 2)
+    mean = found[MEAN].differences["dense"]
+    single = found["one"].differences["dense"]
+    assert mean.difference == pytest.approx(0.04)
+    assert mean.high - mean.low < single.high - single.low
+    assert "mean over tasks | student | 2 | × 0.250" in to_markdown(rows)
+
+
+def test_each_task_of_a_run_counts_by_itself_and_seeds_stay_together(tmp_path: Path) -> None:
+    runs = []
+    for seed, (first, second) in enumerate([(140, 170), (170, 140)]):
+        directory = tmp_path / f"both{seed}"
+        for task, count in (("one", first), ("two", second)):
+            write_run(tmp_path / "part", right={"teacher": 180, "student": count, "dense": 150})
+            place = directory / "evaluate" / "predictions" / task
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "part/evaluate/predictions").rename(place)
+        report = json.loads((tmp_path / "part/report.json").read_text())
+        about = {"main_metric": "accuracy"}
+        report |= {"main_metric": "mean", "tasks": {"one": about, "two": about}}
+        (directory / "report.json").write_text(json.dumps(report))
+        runs += read_runs(directory)
+    found = {row.task: row for row in compare_seeds(runs) if row.label == "student"}
+    assert list(found) == ["one", "two", MEAN]
+    assert found["one"].quality == found[MEAN].quality == pytest.approx(0.775)
+    # A seed that is good at one task is bad at the other, and their mean hardly differs.
+    alone, both = found["one"].differences["dense"], found[MEAN].differences["dense"]
+    assert alone.difference == both.difference == pytest.approx(0.025)
+    assert both.high - both.low < 0.7 * (alone.high - alone.low)
+
+
+def test_a_model_that_some_runs_lack_is_compared_where_it_is(tmp_path: Path) -> None:
+    runs = seeds_of(tmp_path, [160, 160])
+    extra = {"teacher": 180, "student": 160, "dense": 150, "gate": 170}
+    runs.append(read_one(write_run(tmp_path / "more", right=extra)))
+    gate = next(row for row in compare_seeds(runs) if row.label == "gate")
+    assert (gate.num_seeds, gate.spread) == (1, None)
+    assert gate.differences["dense"].difference == pytest.approx(0.1)
+
+
+def test_without_a_dense_student_the_teacher_is_the_reference(tmp_path: Path) -> None:
+    runs = [read_one(write_run(tmp_path / "run", right={"teacher": 180, "student": 160}))]
+    student = compare_seeds(runs)[1]
+    assert student.differences["teacher"].difference == pytest.approx(-0.1)
+
+
+def test_an_unknown_reference_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"called gate(.|\n)*teacher, student, dense"):
+        compare_seeds(seeds_of(tmp_path, [160]), ["gate"])
+
+
+def test_different_dev_rows_are_not_compared(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160}
+    runs = [
+        read_one(write_run(tmp_path / name, right=right, ids=name)) for name in ("first", "second")
+    ]
+    with pytest.raises(DataError, match="different dev rows of toy"):
+        compare_seeds(runs)
+
+
+def test_the_command_prints_and_writes_the_table(tmp_path: Path) -> None:
+    seeds_of(tmp_path, [160, 162])
+    runs = [str(tmp_path / "toy0"), str(tmp_path / "toy1")]
+    page = tmp_path / "table.md"
+    result = CliRunner().invoke(app, ["seeds", *runs, "--against", "teacher", "-o", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "| toy | student | 2 | × 0.250 | 50.0 | 80.5 ± 0.7 |" in result.output
+    assert page.read_text() in result.output
+    plain = json.loads(CliRunner().invoke(app, ["seeds", *runs, "--json"]).output)
+    assert plain[1]["differences"]["dense"]["difference"] == pytest.approx(0.055)
+
+
+def test_students_are_compared_before_distillation_when_asked(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160, "student/before_distillation": 100}
+    right |= {"dense": 150, "dense/before_distillation": 90}
+    run = read_one(write_run(tmp_path / "run", right=right), before=True)
+    rows = {row.label: row for row in compare_seeds([run], ["dense"])}
+    assert (rows["student"].quality, rows["student"].before) == (0.5, None)
+    assert rows["student"].differences["dense"].difference == pytest.approx(0.05)
+    assert rows["teacher"].quality == pytest.approx(0.9)
+
+
+def test_students_are_compared_by_their_distance_from_the_teacher(tmp_path: Path) -> None:
+    right = {"teacher": 180, "student": 160, "dense": 150}
+    right |= {f"{name}/before_distillation": 140 for name in ("student", "dense")}
+    paths = [write_run(tmp_path / f"toy{seed}", right=right) for seed in range(2)]
+    command = ["seeds", *map(str, paths), "--measure", "hidden_error"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0 and "holds no hidden_error" in result.output
+    for seed, path in enumerate(paths):
+        far = np.linspace(0.2, 0.4, NUM_EXAMPLES, dtype=np.float32)
+        errors = {"student": far + 0.1 * seed, "dense": far + 0.1 * seed + 0.05}
+        errors |= {f"{name}/before_distillation": 2 * values for name, values in errors.items()}
+        imitation = Imitation({"": {"hidden_error": errors, "prediction_error": {}}})
+        save_imitation(imitation, path / "evaluate" / "predictions")
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = {row["label"]: row for row in json.loads(result.output)}
+    assert rows["teacher"]["quality"] == 0
+    assert rows["student"]["quality"] == pytest.approx(0.35)
+    assert rows["student"]["before"] == pytest.approx(0.7)
+    found = rows["student"]["differences"]["dense"]
+    assert found["difference"] == pytest.approx(-0.05)
+    assert found["low"] == pytest.approx(-0.05) and found["high"] == pytest.approx(-0.05)
+    result = CliRunner().invoke(app, [*command, "--before", "--json"])
+    rows = {row["label"]: row for row in json.loads(result.output)}
+    assert rows["student"]["quality"] == pytest.approx(0.7)
+    result = CliRunner().invoke(app, [*command[:-1], "luck"])
+    assert result.exit_code == 2 and "hidden_error or prediction_error" in result.output
+
+
+def test_a_run_named_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "toy", right={"teacher": 180, "student": 160, "dense": 150})
+    result = CliRunner().invoke(
+        app, ["seeds", str(run), f"{run.parent}/./toy", "--measure", "luck"]
+    )
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert "is named 2 times" in output and "--measure=luck is not known" in output
+
+
+def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["seeds", str(tmp_path)])
+    assert result.exit_code != 0
+    assert "holds no finished run" in result.output
