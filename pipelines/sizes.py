@@ -245,7 +245,13 @@ def show_sizes(config: RunConfig, console: Console) -> None:
         config: the run's configuration.
         console: where to print.
     """
-    sizes = derive_sizes(config, Workspace(config, console))
+    from moe_dist.inference.pretrained import check_pretrained
+
+    workspace = Workspace(config, console)
+    sizes = derive_sizes(config, workspace)
+    if sizes.models:
+        # The rows need not be at hand, and a head of any size may be replaced.
+        check_pretrained(workspace.start_model, num_labels=2)
     content = {"event": "sizes", "name": config.name, **asdict(sizes)}
     console.document(content, lambda: _show(config, sizes, console))
 

@@ -37,6 +37,7 @@ from moe_dist.training.hardware import pick_device
 from moe_dist.training.job_data import (
     AnyJobData,
     job_data,
+    label_names,
     measure,
     save_answers,
     task_heads,
@@ -75,9 +76,7 @@ def finetune_job(payload: FinetunePayload) -> dict[str, Any]:
     model, tokenizer = load_pretrained(
         payload["model"],
         num_labels=rows.num_labels,
-        label_names=[name for head in heads for name in head.output_names]
-        if isinstance(rows, Mixture)
-        else rows.task.label_names,
+        label_names=label_names(rows),
         revision=payload.get("revision"),
         seed=payload["seed"],
     )
