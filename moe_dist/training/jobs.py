@@ -18,6 +18,7 @@ from torch import nn
 from moe_dist.conversion import score_importance
 from moe_dist.conversion.expert_importance import score_expert_importance
 from moe_dist.conversion.heads import set_heads
+from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.conversion.importance import evened
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import Mixture, even_share, load_rows
@@ -28,7 +29,7 @@ from moe_dist.losses.total import LossWeight
 from moe_dist.moe.routing import use_task
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
-from moe_dist.training.companion import build_companion, num_layers
+from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
 from moe_dist.training.evaluation import Predictions, expert_load, predict
 from moe_dist.training.fit import Report, fit
@@ -47,6 +48,7 @@ from moe_dist.training.objectives import (
     ObjectiveSettings,
     chosen_objectives,
     objective_weights,
+    pair_stacks,
     pair_states,
 )
 from moe_dist.training.payloads import (
@@ -142,7 +144,8 @@ def distill(
     if dropout is not None:
         set_dropout(student, dropout)
     which = section.get("hidden_layers", "all")
-    pairs = pair_states(payload.get("layers") or range(num_layers(student)), which)
+    layers = payload.get("layers")
+    pairs = pair_states(layers, which) if layers else pair_stacks(stack_depths(student), which)
     companion = build_companion(
         student,
         teacher,
