@@ -227,6 +227,20 @@ def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
     return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
 
 
+def label_names(rows: Rows) -> tuple[str, ...] | None:
+    """Name the outputs of a model for one task or several.
+
+    Args:
+        rows: the data of all tasks.
+
+    Returns:
+        Names in the order of the outputs; None for regression.
+    """
+    if isinstance(rows, Mixture):
+        return tuple(name for head in task_heads(rows) for name in head.output_names)
+    return rows.task.label_names
+
+
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
     """Measure a model task by task.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.attention import record_attention
+from moe_dist.conversion.hidden_states import hidden_stacks
 from moe_dist.losses.router import router_entropy, router_z_loss, token_entropy
 from moe_dist.losses.task import classification_loss, regression_loss
 from moe_dist.losses.total import LossTerm
@@ -251,12 +253,10 @@ def _layer_name(entry: LayerRouting, position: int) -> str:
 def _views(model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]) -> Views:
     """Run a model and keep what the objectives read."""
     hidden = reads(objectives, "hidden")
-    if not reads(objectives, "attention"):
+    attends = reads(objectives, "attention")
+    with record_attention(model) if attends else nullcontext(()) as attention:
         output = model(**inputs, output_hidden_states=hidden)
-        return Views(output.logits, output.hidden_states if hidden else ())
-    with record_attention(model) as attention:
-        output = model(**inputs, output_hidden_states=hidden)
-    return Views(output.logits, output.hidden_states if hidden else (), attention)
+    return Views(output.logits, hidden_stacks(output, inputs) if hidden else (), attention)
 
 
 def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:

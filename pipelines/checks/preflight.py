@@ -37,9 +37,13 @@ from .sizes import (
 if TYPE_CHECKING:
     from cluster.findings import Finding
     from moe_dist.config import RunConfig
+    from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
 
     from ..console import Console
+
+_LOOKED_AT = 200
+"""Texts of each task that the start model's tokenizer is tried on."""
 
 
 def check_before_start(config: RunConfig, workspace: Workspace) -> None:
@@ -126,6 +130,7 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    check_start_model(workspace, rows)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -158,6 +163,38 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
                     f"stays below 1: {', '.join(absent)}"
                 )
     return lines
+
+
+def check_start_model(workspace: Workspace, rows: Rows) -> None:
+    """See that the start model's weights and tokenizer fit, and say what is new or guessed.
+
+    Args:
+        workspace: finds the start model.
+        rows: the data of all tasks.
+
+    Raises:
+        ConversionError: if they do not fit.
+    """
+    from moe_dist.inference.pretrained import check_pretrained
+    from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, unknown_share
+    from moe_dist.jobs.job_data import label_names
+
+    start = check_pretrained(
+        workspace.start_model, num_labels=rows.num_labels, label_names=label_names(rows)
+    )
+    for line in start.notes:
+        workspace.console.note(f"start model: {line}")
+    for line in start.warnings:
+        workspace.console.warn(f"start model: {line}")
+    for task, splits in rows.parts.items():
+        texts = splits.train[: min(_LOOKED_AT, len(splits.train))]["text_a"]
+        share = unknown_share(start.tokenizer, texts)
+        if share > MAX_UNKNOWN:
+            of_task = f" of {task}" if task else ""
+            workspace.console.warn(
+                f"start model: its tokenizer does not know {share:.0%} of the tokens of the "
+                f"first texts{of_task}; is it the one that belongs to model and language?"
+            )
 
 
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
