@@ -19,6 +19,7 @@ from moe_dist.inference.skeleton import UNTRUSTED
 from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
 from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
 from moe_dist.inference.start_weights import compare_weights, read_shapes
+from moe_dist.tasks import head_kind
 
 _NEW_HEAD_STD = 0.02
 
@@ -112,10 +113,8 @@ def _load(
         entries, _ = config.get_config_dict(source, revision=revision)
         own, contradiction = own_names(entries, num_labels)
         config.num_labels = num_labels
-        config.problem_type = "regression" if names is None else "single_label_classification"
-        if names is not None:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: index for index, name in enumerate(names)}
+        for key, value in head_kind(names).head_settings(names).items():
+            setattr(config, key, value)
         if hasattr(config, TASK_HEADS):
             # Heads of several tasks, as rows of one layer: another task makes its own.
             delattr(config, TASK_HEADS)

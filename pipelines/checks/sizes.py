@@ -271,10 +271,11 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
     from moe_dist.data.mixture import Mixture
+    from moe_dist.tasks import TASK_KINDS
 
     data_sets = data_sections(config)
     num_labels = sum(
-        1 if data.kind == "regression" else len(data.label_names or (0, 1))
+        TASK_KINDS[data.kind or "classification"].num_outputs(data.label_names or ("0", "1"))
         for data in data_sets.values()
     )
     if config.data.tasks:
