@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich import box
 from rich.table import Table
 
-from moe_dist.data.metrics import UNDEFINED, ratio, why_no_ratio
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
 
 from .compaction_checks import check_compaction
+from .console import UNDEFINED
 from .payloads import data_job, training_job
 from .report import quantity
 from .stage import write_json

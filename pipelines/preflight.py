@@ -99,12 +99,14 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     from moe_dist.training.job_data import task_heads
 
     rows = workspace.rows
+    workspace.console.name_metrics(rows.metric_titles)
     for task, splits in rows.parts.items():
         near_copies = splits.num_near_copies
         left_out = f", {near_copies} near copies left out" if near_copies else ""
         workspace.console.note(
             f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
-            f"{len(splits.dev)} for dev{left_out}"
+            f"{len(splits.dev)} for dev{left_out}; measured by "
+            f"{', '.join(splits.metric_titles.values())}"
         )
         for line in metric_faults(task, splits):
             workspace.console.warn(line)

@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from moe_dist.errors import DataError
 
 Array = NDArray[np.float64] | NDArray[np.int64]
-UNDEFINED = "undefined"
-"""Shown in place of a value."""
 # Values that differ by less than rounding are equal; SciPy warns of such from here on.
 _NEAR_CONSTANT = 1e-13
 

@@ -25,7 +25,6 @@ from moe_dist.data.bootstrap import (
     resample_mean_differences,
 )
 from moe_dist.data.metrics import (
-    UNDEFINED,
     LabelSpace,
     compute_metrics,
     explain_undefined,
@@ -36,6 +35,7 @@ from moe_dist.data.metrics import (
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.whole_files import finite
 
+from ..console import UNDEFINED
 from ..imitation import FILE_NAME, MEASURES, load_imitation
 from ..report import JSON_NAME, markdown_row
 from ..stages import evaluate
