@@ -408,16 +408,17 @@ def _over_seeds(
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            mine_other = [
+            ours, theirs = (
                 [run.answers[model].predictions for run in paired] for model in (label, name)
-            ]
+            )
             differences[name] = (
-                resample_mean_differences(*mine_other, seed=number)
+                resample_mean_differences(ours, theirs, seed=number)
                 if metric in MEASURES
                 else resample_differences(
                     metric,
                     paired[0].answers[label].labels,
-                    *mine_other,
+                    ours,
+                    theirs,
                     mine[0].space,
                     seed=number,
                 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.metrics import compute_metrics
+from moe_dist.data.metrics import LabelSpace, compute_metrics
 from moe_dist.inference.saving import load_model
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.training.fit import MAX_LOGGED_EXPERTS, load_metrics
@@ -151,7 +151,9 @@ def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[st
     saved = load_predictions(root / "evaluate" / "student.npz")
     assert np.array_equal(saved.logits, answer["predictions"][""])
     assert np.array_equal(saved.sample_ids, np.arange(33))
-    assert compute_metrics(["accuracy"], saved.predictions, saved.labels) == answer["metrics"]
+    found = compute_metrics(["accuracy"], saved.predictions, saved.labels, LabelSpace(2))
+    assert found == answer["metrics"]
+    assert answer["metric_titles"] == {"accuracy": "accuracy"}
 
 
 def test_results_are_plain_json(chain: dict[str, Any]) -> None:
