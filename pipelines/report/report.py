@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from moe_dist.data.metrics import UNDEFINED, ratio, why_no_ratio
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import duration
+from ..console import UNDEFINED, duration
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
 
@@ -72,7 +72,7 @@ def build_report(
     titles = measured.get("metric_titles", {})
     for name, entry in models.items():
         if name != evaluate.TEACHER:
-            _add_retention(entry, teacher["metrics"], metric, tasks)
+            _add_retention(entry, teacher["metrics"], metric, tasks, titles)
             entry["ffn_flops_ratio"] = ratio(
                 entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
             )
@@ -111,12 +111,13 @@ def _add_retention(
     teacher: Mapping[str, float | None],
     metric: str,
     tasks: Mapping[str, Mapping[str, Any]],
+    titles: Mapping[str, str],
 ) -> None:
     """Note a student's part of the teacher's main metric; of several tasks the mean of theirs."""
     own, reasons = entry["metrics"], {}
 
     def part(place: str, key: str) -> float | None:
-        why = why_no_ratio(own[key], teacher[key], key)
+        why = why_no_ratio(own[key], teacher[key], titles.get(key, key))
         if why is not None:
             reasons[place] = f"{place} is undefined: {why}"
         return ratio(own[key], teacher[key])

@@ -28,7 +28,7 @@ from moe_dist.workers.driver import RaySession, ray_session
 from ..chain.chain import disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
 from ..chain.fingerprints import value_digest
-from ..chain.recording import source_tags
+from ..chain.recording import metric_tags, source_tags
 from ..chain.stage import write_json
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
@@ -175,7 +175,12 @@ def _search_in(
             f"{config.name} search",
             directory,
             params=config.flatten(),
-            tags={**tags, "moe_dist.kind": "search", "chosen_on": choosing_split(config)},
+            tags={
+                **tags,
+                **metric_tags(workspace.rows),
+                "moe_dist.kind": "search",
+                "chosen_on": choosing_split(config),
+            },
         ) as run:
             for dataset in workspace.dataset_inputs:
                 run.log_dataset(dataset)
@@ -405,6 +410,7 @@ def _identity(config: RunConfig, workspace: Workspace) -> str:
     settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
     # The rows' digest covers it; sweeps from before there was one go on.
     settings["data"].pop("holdout_samples")
+    settings["data"].pop("positive_label")
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
     return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
 

@@ -484,7 +484,7 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
             continue
         pairings = [task.pairing(STUDENT, name) for task in answers.tasks.values()]
         interval = mean_bootstrap(pairings, seed=seed)
-        found[name] = {"metric": metric}
+        found[name] = {"metric": metric, "difference": None, "low": None, "high": None}
         if interval is not None:
             found[name] |= asdict(interval)
             continue

@@ -135,9 +135,9 @@ def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[st
     saved = load_predictions(root / "evaluate" / "student.npz")
     assert np.array_equal(saved.logits, answer["predictions"][""])
     assert np.array_equal(saved.sample_ids, np.arange(33))
-    space = LabelSpace(2)
-    found = compute_metrics(["accuracy"], saved.predictions, saved.labels, space)
+    found = compute_metrics(["accuracy"], saved.predictions, saved.labels, LabelSpace(2))
     assert found == answer["metrics"]
+    assert answer["metric_titles"] == {"accuracy": "accuracy"}
 
 
 def test_results_are_plain_json(chain: dict[str, Any]) -> None:
