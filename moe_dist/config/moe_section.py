@@ -81,7 +81,8 @@ class MoeConfig(Section):
     gate_noise: Number = Field(
         default=0.0,
         ge=0,
-        description="Standard deviation of noise on a gate's scores, in training only.",
+        description="Standard deviation of noise on a gate's scores, in training only; each sample "
+        "draws its own, whatever workers and micro-batches there are.",
     )
     gate_jitter: Number = Field(
         default=0.0,

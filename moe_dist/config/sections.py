@@ -207,7 +207,10 @@ class DistillConfig(Section):
         "classes, squared error of the output for regression.",
     )
     load_balancing_weight: Number = Field(
-        default=0.0, ge=0, description="Weight of the loss that evens out the experts' load."
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that evens out the experts' load over a whole step; with "
+        "`train.accumulation` above 1 it costs one more forward of the student.",
     )
     z_loss_weight: Number = Field(
         default=0.0, ge=0, description="Weight of the loss that keeps router logits small."
@@ -226,7 +229,8 @@ class DistillConfig(Section):
         ge=0,
         lt=1,
         description="Dropout of the student while it is distilled, wherever the model has some; "
-        "the model's own where not given.",
+        "the model's own where not given. Each worker draws its own, so with dropout steps depend "
+        "on the number of workers and micro-batches.",
     )
     warmup_fraction: Number = Field(
         default=0.0,
