@@ -24,7 +24,8 @@ _HEAD = """\
 <!-- Written by `make docs` from the sections in moe_dist/config; a test keeps the two in step. -->
 
 A recipe is a YAML file with the sections below; `pipelines/recipes/` holds examples. Any key can be
-changed on the command line by its dotted name, and the value is YAML:
+changed on the command line by its dotted name. The value is YAML; that of a key of text is the
+text as it stands (`--set 'tracking.experiment=run #3'`), and `null` stands for "not given":
 
 ```
 moe-dist compress pipelines/recipes/demo.yaml --set moe.router=hash_random --set 'moe.layers=[0, 2]'
@@ -147,10 +148,15 @@ def _kind(annotation: Any) -> str:
 
 
 def _bound(rule: Any) -> str:
-    for sign, words in (("gt", "above"), ("ge", "at least"), ("lt", "below")):
+    for sign, words in (
+        ("gt", "above"),
+        ("ge", "at least"),
+        ("lt", "below"),
+        ("le", "at most"),
+    ):
         bound = getattr(rule, sign, None)
         if bound is not None:
-            return f"{words} {bound:g}"
+            return f"{words} {bound:,}" if isinstance(bound, int) else f"{words} {bound:g}"
     return ""
 
 

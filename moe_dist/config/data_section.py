@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
 """Keys that only a recipe of several tasks has."""
@@ -18,7 +19,11 @@ def _one_or_many(value: Any) -> Any:
     if not isinstance(values, list | tuple):
         return values
     # Classes are often called 0 and 1; true and false stay faults, since they may be a slip.
-    return [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    return [_as_written(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+
+
+def _as_written(number: int) -> str:
+    return number.text if isinstance(number, WrittenInt) else str(number)
 
 
 def _rows_or_fraction(value: float) -> float:

@@ -13,7 +13,8 @@ import yaml
 from moe_dist.config.checks import find_cross_faults
 from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.config.faults import check_keys
-from moe_dist.config.overrides import apply_overrides, parse_overrides
+from moe_dist.config.override_texts import parse_overrides
+from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.run_config import (
     BUILT_IN_COMPARISONS,
     COMPARABLE_SECTIONS,

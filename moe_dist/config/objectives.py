@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moe_dist.config.sections import DistillConfig, Integer, Number
+from moe_dist.config.sections import MAX_LAYERS, DistillConfig, Integer, Number
 
 
 def _counts_layers(value: object) -> object:
     if isinstance(value, str) and value in ("all", "last"):
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_LAYERS:
         return value
     raise ValueError("is neither all, last nor a number of layers; give for example 2.")
 

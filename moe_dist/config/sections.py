@@ -9,6 +9,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -16,12 +17,28 @@ from pydantic import (
     Strict,
 )
 
+MAX_INTEGER = 2**32 - 1
+"""What a seed may be at most; no other whole number needs more."""
+MAX_NUMBER = 1e12
+MAX_SAMPLES = 2**20
+"""In one batch, and tokens in one text."""
+MAX_WORKERS = 2**16
+MAX_LAYERS = 10_000
+
 
 def _refuse_odd_numbers(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("is not a number; give a number.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("is not a finite number; give a finite one.")
+    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+        raise ValueError(f"is beyond any use; give a number of at most {MAX_NUMBER:g}.")
+    return value
+
+
+def _within_reach(value: int) -> int:
+    if abs(value) > MAX_INTEGER:
+        raise ValueError(f"is beyond any use; give a whole number of at most {MAX_INTEGER:,}.")
     return value
 
 
@@ -35,6 +52,8 @@ def _one_or_range(value: Any) -> Any:
         raise ValueError("is not a pair of whole numbers; give for example [2, 4].")
     if min(values) < 1:
         raise ValueError(f"asks for {min(values)} workers; give at least 1.")
+    if max(values) > MAX_WORKERS:
+        raise ValueError(f"asks for more workers than {MAX_WORKERS:,}; give fewer.")
     if values[0] > values[-1]:
         raise ValueError(f"has its least above its most; give [{values[1]}, {values[0]}].")
     return values[0] if values[0] == values[-1] else tuple(values)
@@ -42,7 +61,7 @@ def _one_or_range(value: Any) -> Any:
 
 # pydantic reads True as 1; in a recipe that is always a slip.
 Number = Annotated[float, BeforeValidator(_refuse_odd_numbers), Field(allow_inf_nan=False)]
-Integer = Annotated[int, Strict()]
+Integer = Annotated[int, Strict(), AfterValidator(_within_reach)]
 Switch = Annotated[bool, Strict()]
 WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 
@@ -69,7 +88,10 @@ class ModelConfig(Section):
         default=None, description="Hub commit, tag or branch; the hub's newest when not given."
     )
     max_length: Integer = Field(
-        default=128, ge=4, description="Tokens after which a text is cut, special tokens included."
+        default=128,
+        ge=4,
+        le=MAX_SAMPLES,
+        description="Tokens after which a text is cut, special tokens included.",
     )
 
 
@@ -79,18 +101,22 @@ class TrainConfig(Section):
     learning_rate: Number = Field(
         default=5e-5, gt=0, description="Peak learning rate of AdamW, reached after the warm-up."
     )
-    num_epochs: Integer = Field(default=3, ge=1, description="Passes over the training rows.")
+    num_epochs: Integer = Field(
+        default=3, ge=1, le=1_000_000, description="Passes over the training rows."
+    )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps, if epochs last longer."
     )
     batch_size: Integer = Field(
         default=32,
         ge=1,
+        le=MAX_SAMPLES,
         description="Samples for one optimizer step, over all workers and micro-batches.",
     )
     accumulation: Integer = Field(
         default=1,
         ge=1,
+        le=MAX_SAMPLES,
         description="Micro-batches that each worker adds up before a step; more of them need less "
         "memory.",
     )
@@ -134,7 +160,10 @@ class TrainConfig(Section):
         description="Measure the dev rows every so many steps; only at the end when not given.",
     )
     eval_batch_size: Integer = Field(
-        default=64, ge=1, description="Samples that one worker takes at a time when measuring."
+        default=64,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples that one worker takes at a time when measuring.",
     )
     checkpoint_every: Integer | None = Field(
         default=None,
@@ -165,16 +194,22 @@ class FinetuneConfig(Section):
 
     learning_rate: Number | None = Field(default=None, gt=0, description="Peak learning rate.")
     num_epochs: Integer | None = Field(
-        default=None, ge=1, description="Passes over the training rows."
+        default=None, ge=1, le=1_000_000, description="Passes over the training rows."
     )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps."
     )
     batch_size: Integer | None = Field(
-        default=None, ge=1, description="Samples for one optimizer step, over all workers."
+        default=None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples for one optimizer step, over all workers.",
     )
     accumulation: Integer | None = Field(
-        default=None, ge=1, description="Micro-batches that each worker adds up before a step."
+        default=None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Micro-batches that each worker adds up before a step.",
     )
     weight_decay: Number | None = Field(default=None, ge=0, description="Decoupled weight decay.")
     warmup_fraction: Number | None = Field(
@@ -249,6 +284,7 @@ class ParallelConfig(Section):
     ep_size: Integer = Field(
         default=1,
         ge=1,
+        le=MAX_WORKERS,
         description="Workers over which one set of experts is spread; it divides the number of "
         "experts and the number of workers. Where `parallel.num_workers` is a pair, it falls to "
         "the largest that divides the workers at hand.",
@@ -259,7 +295,10 @@ class ParallelConfig(Section):
         "state, 2 the gradients too.",
     )
     cpus_per_worker: Integer = Field(
-        default=1, ge=1, description="CPUs that Ray reserves for a worker; its threads follow."
+        default=1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="CPUs that Ray reserves for a worker; its threads follow.",
     )
     use_gpu: Literal["auto", True, False] = Field(
         default="auto", description="`auto` gives each worker a GPU where there are enough."
@@ -272,6 +311,7 @@ class ParallelConfig(Section):
     max_failures: Integer = Field(
         default=3,
         ge=0,
+        le=1_000_000,
         description="Times that a stage's workers are started again after a failure.",
     )
     wait_s: Number = Field(
