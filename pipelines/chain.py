@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
@@ -157,7 +158,11 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         stack.enter_context(files.opened())
         write_resolved_recipe(config, workspace.root)
         with tracker.chain(
-            config.name, workspace.root, params=config.flatten(), tags=chain_tags(config)
+            config.name,
+            workspace.root,
+            params=config.flatten(),
+            identity=settings_of_kind(config),
+            tags=chain_tags(config),
         ) as chain:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:

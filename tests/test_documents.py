@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 # Figures that stand where a part of a name stood: AWS_-0.2, 1/32ESS_KEY, NUM_3 %.
 _BROKEN_NAME = re.compile(
-    r"[A-Z0-9]_(?=[\u2212+\u00b1\u00d7%\u00f7]|-?\d+[.,]\d|\d+ ?%)|(?<![\w./-])(?:\d+[.,/])+\d+[A-Z]+_|\d[A-Z]{2,}_[A-Z]"
+    r"[A-Z0-9]_(?=[\u2212+\u00b1\u00d7%\u00f7]|-?\d+[.,]\d|\d+ ?%)"
+    r"|(?<![\w./-])(?:\d+[.,/])+\d+[A-Z]+_|\d[A-Z]{2,}_[A-Z]"
 )
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")

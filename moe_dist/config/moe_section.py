@@ -88,11 +88,13 @@ class MoeConfig(Section):
         "the gate, `probability` is the gate's own value, which changes the function at the start.",
     )
     gate_noise: Number = Field(
+        json_schema_extra={"in_flight": "noise of the next steps"},
         default=0.0,
         ge=0,
         description="Standard deviation of noise on a gate's scores, in training only.",
     )
     gate_jitter: Number = Field(
+        json_schema_extra={"in_flight": "noise of the next steps"},
         default=0.0,
         ge=0,
         lt=1,
@@ -104,6 +106,7 @@ class MoeConfig(Section):
         description="Of `task_gate`: the experts of a task are `learned`, or `fixed` in turn.",
     )
     capacity_factor: Number | None = Field(
+        json_schema_extra={"in_flight": "limit of the next steps"},
         default=None,
         gt=0,
         description="In training an expert takes at most so many times its even share of the "

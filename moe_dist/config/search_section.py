@@ -35,6 +35,8 @@ MEASURES: dict[str, MeasureMode] = {
 class SearchConfig(Section):
     """What `moe-dist search` tries, and how."""
 
+    setting_kind = "observation"
+
     space: dict[str, Any] = Field(
         default_factory=dict,
         description="What is tried: a mapping from a dotted key to one of `{choice: [...]}`, "

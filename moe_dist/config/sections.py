@@ -6,7 +6,7 @@ The descriptions become docs/configuration.md, so they are written for the user.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -70,10 +70,22 @@ WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
+# Marks of a field that differs from its section: its kind (`kinds.py` has the meanings), or what a
+# value is that may change while a distillation runs.
+PLACEMENT: dict[str, Any] = {"kind": "placement"}
+OBSERVATION: dict[str, Any] = {"kind": "observation"}
+LOSS_WEIGHT: dict[str, Any] = {"in_flight": "weight in the loss"}
+
+
 class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are faults."""
+    """Base of all sections: immutable, and unknown keys are faults.
+
+    Attributes:
+        setting_kind: what its fields are that are not marked otherwise.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    setting_kind: ClassVar[Literal["learning", "placement", "observation"]] = "learning"
 
 
 class ModelConfig(Section):
@@ -99,7 +111,10 @@ class TrainConfig(Section):
     """How the student is trained; the teacher too, where `finetune` says nothing else."""
 
     learning_rate: Number = Field(
-        default=5e-5, gt=0, description="Peak learning rate of AdamW, reached after the warm-up."
+        json_schema_extra={"in_flight": "peak of the schedule, which stands where it was"},
+        default=5e-5,
+        gt=0,
+        description="Peak learning rate of AdamW, reached after the warm-up.",
     )
     num_epochs: Integer = Field(
         default=3, ge=1, le=1_000_000, description="Passes over the training rows."
@@ -121,6 +136,7 @@ class TrainConfig(Section):
         "memory.",
     )
     weight_decay: Number = Field(
+        json_schema_extra={"in_flight": "decay of the next steps"},
         default=0.0,
         ge=0,
         description="Decoupled weight decay; biases and LayerNorm are never decayed.",
@@ -136,7 +152,10 @@ class TrainConfig(Section):
         description="After the warm-up: `linear` falls to 0 at the last step, `constant` stays.",
     )
     max_grad_norm: Number = Field(
-        default=1.0, gt=0, description="Gradients are scaled down to this global norm."
+        json_schema_extra={"in_flight": "limit of the next steps"},
+        default=1.0,
+        gt=0,
+        description="Gradients are scaled down to this global norm.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -144,43 +163,53 @@ class TrainConfig(Section):
         "fast at it, and fp32 elsewhere.",
     )
     expert_learning_rate_scale: Number = Field(
+        json_schema_extra={"in_flight": "factor on the experts' rate"},
         default=1.0,
         gt=0,
         description="Factor on the learning rate of experts, each of which sees fewer tokens than "
         "a dense layer.",
     )
     gradient_checkpointing: Switch = Field(
+        json_schema_extra=PLACEMENT,
         default=False,
         description="Recompute activations in the backward pass: less memory, about a third more "
         "time.",
     )
     eval_every: Integer | None = Field(
+        json_schema_extra=OBSERVATION,
         default=None,
         ge=1,
         description="Measure the dev rows every so many steps; only at the end when not given.",
     )
     eval_batch_size: Integer = Field(
+        json_schema_extra=OBSERVATION,
         default=64,
         ge=1,
         le=MAX_SAMPLES,
         description="Samples that one worker takes at a time when measuring.",
     )
     checkpoint_every: Integer | None = Field(
+        json_schema_extra=OBSERVATION,
         default=None,
         ge=1,
         description="Write a checkpoint every so many steps; at the end of each epoch when not "
         "given. A stopped run continues from the newest one.",
     )
     keep_checkpoints: Integer = Field(
+        json_schema_extra=OBSERVATION,
         default=2,
         ge=1,
         description="How many of the newest checkpoints stay. With 1 there is none to fall back "
         "on if it is damaged.",
     )
     log_every: Integer = Field(
-        default=10, ge=1, description="Log losses and speed every so many steps."
+        json_schema_extra=OBSERVATION,
+        default=10,
+        ge=1,
+        description="Log losses and speed every so many steps.",
     )
     step_timeout_s: Number = Field(
+        json_schema_extra=OBSERVATION,
         default=300.0,
         gt=0,
         description="Seconds that a step may stand still before the workers are started again "
@@ -227,36 +256,52 @@ class DistillConfig(Section):
     """The loss that the student is trained on."""
 
     task_weight: Number = Field(
-        default=1.0, ge=0, description="Weight of the task's own loss on the labels."
+        json_schema_extra=LOSS_WEIGHT,
+        default=1.0,
+        ge=0,
+        description="Weight of the task's own loss on the labels.",
     )
     hidden_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=1.0,
         ge=0,
         description="Weight of the squared distance between the hidden states of student and "
         "teacher, over the embeddings and all layers.",
     )
     kl_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=1.0,
         ge=0,
         description="Weight of the distance between predictions: symmetric KL divergence for "
         "classes, squared error of the output for regression.",
     )
     load_balancing_weight: Number = Field(
-        default=0.0, ge=0, description="Weight of the loss that evens out the experts' load."
+        json_schema_extra=LOSS_WEIGHT,
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that evens out the experts' load.",
     )
     z_loss_weight: Number = Field(
-        default=0.0, ge=0, description="Weight of the loss that keeps router logits small."
+        json_schema_extra=LOSS_WEIGHT,
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that keeps router logits small.",
     )
     entropy_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=0.0,
         ge=0,
         description="Weight of the loss that makes a gate decide: the entropy of its probabilities "
         "for each token.",
     )
     temperature: Number = Field(
-        default=1.0, gt=0, description="Softens both predictions before they are compared."
+        json_schema_extra={"in_flight": "softening of the predictions"},
+        default=1.0,
+        gt=0,
+        description="Softens both predictions before they are compared.",
     )
     dropout: Number | None = Field(
+        json_schema_extra={"in_flight": "dropout of the next steps"},
         default=None,
         ge=0,
         lt=1,
@@ -274,6 +319,8 @@ class DistillConfig(Section):
 
 class ParallelConfig(Section):
     """How many workers train, and how they share the work."""
+
+    setting_kind = "placement"
 
     num_workers: WorkerCount = Field(
         default=1,
@@ -335,6 +382,8 @@ class ParallelConfig(Section):
 
 class TrackingConfig(Section):
     """Where runs are recorded."""
+
+    setting_kind = "observation"
 
     enabled: Switch = Field(default=True, description="Record the runs in MLflow.")
     uri: str = Field(

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
 from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..payloads import data_arguments, distill_settings, training_job, training_settings
+from ..payloads import data_arguments, training_job, training_settings
 from ..stages.adapt import adapt_settings, convert, fit_settings, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
@@ -229,7 +230,7 @@ class _OneTrial:
             costs = self._costs(student)
         train = self._train_here if in_place else self._train_on_workers
         settings = training_settings(self.config, self.config.train)
-        settings["distill"] = distill_settings(self.config.distill)
+        settings["distill"] = settings_of_kind(self.config.distill)
         with stages.stage(DISTILL, settings) as place:
             train(student, costs, place)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config.kinds import settings_of_kind
+
 from ..jobs import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
-from ..payloads import distill_settings, training_job, training_settings
+from ..payloads import training_job, training_settings
 from ..stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from . import adapt, finetune_teacher, shrink
 
@@ -69,7 +71,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings={
             **training_settings(config, config.train),
-            "distill": distill_settings(config.distill),
+            "distill": settings_of_kind(config.distill),
             **origin,
         },
         input_digests={

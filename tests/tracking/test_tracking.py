@@ -175,37 +175,18 @@ def test_other_fingerprint_begins_another_run(
     assert len(child_runs(client, chain.run_id)) == 2
 
 
-def test_chain_goes_on_where_only_workers_or_comparisons_change(
+def test_chain_goes_on_where_only_other_settings_than_its_identity_change(
     tracker: Tracker, client: Any, tmp_path: Path
 ) -> None:
-    first = {
-        "seed": 0,
-        "compare": "{}",
-        "output_dir": "outputs",
-        "parallel.num_workers": 1,
-        "tracking.uri": "sqlite:///a.db",
-        "train.batch_size": 8,
-        "train.checkpoint_every": 5,
-        "train.eval_every": 5,
-        "train.log_every": 5,
-    }
+    own = {"seed": 0, "train": {"batch_size": 8}}
+    first = {"seed": 0, "train.batch_size": 8, "parallel.num_workers": 1}
     with (
-        tracker.chain("x", tmp_path, params=first) as chain,
+        tracker.chain("x", tmp_path, params=first, identity=own) as chain,
         chain.stage("distill", tmp_path / "distill", fingerprint="f"),
     ):
         pass
-    changed = {
-        **first,
-        "compare": '{"dense": {}}',
-        "output_dir": "elsewhere",
-        "parallel.num_workers": 2,
-        "parallel.zero": 1,
-        "tracking.uri": "sqlite:///b.db",
-        "train.checkpoint_every": 7,
-        "train.eval_every": 7,
-        "train.log_every": 7,
-    }
-    with tracker.chain("x", tmp_path, params=changed) as again:
+    changed = {**first, "parallel.num_workers": 2, "parallel.zero": 1}
+    with tracker.chain("x", tmp_path, params=changed, identity=own) as again:
         pass
     assert again.run_id == chain.run_id
     run = client.get_run(chain.run_id)
@@ -213,8 +194,8 @@ def test_chain_goes_on_where_only_workers_or_comparisons_change(
     assert run.data.params["parallel.num_workers"] == "1"
     assert run.data.params["parallel.zero"] == "1"
     assert run.data.tags["changed.parallel.num_workers"] == "2"
-    for key in ("seed", "train.batch_size"):
-        with tracker.chain("x", tmp_path, params={**changed, key: 99}) as other:
+    for name, identity in (("x", {**own, "seed": 99}), ("another", own)):
+        with tracker.chain(name, tmp_path, params=changed, identity=identity) as other:
             pass
         assert other.run_id != chain.run_id
 
