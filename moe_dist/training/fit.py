@@ -120,13 +120,13 @@ def fit(
     split: Split = payload.get("eval_split", "dev")
 
     def answer(encoded: Encoded) -> Predictions:
+        # In fp32 whatever the steps are computed in, as `evaluate` and users do.
         return predict(
             engine.module,
             encoded,
             batch_size=section.get("eval_batch_size", EVAL_BATCH_SIZE),
             pad_token_id=data.pad_token_id,
             device=engine.device,
-            autocast=engine.autocast,
         )
 
     def evaluate() -> dict[str, float]:
