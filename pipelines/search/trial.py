@@ -7,7 +7,6 @@ one trial to the next.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -397,24 +396,15 @@ def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> 
         seq_len: tokens in a sentence.
 
     Returns:
-        The student's median over the teacher's.
+        The median of the student's times over the teacher's of the same round.
     """
-    from moe_dist.inference.latency import measure_latency
+    from moe_dist.inference.latency import Rounds, measure_in_turn
 
-    ratios = []
-    begin = time.monotonic()
-    for done in range(LATENCY_ROUNDS):
-        if done >= 2 and time.monotonic() - begin > 2.0:
-            break
-        times = [
-            measure_latency(
-                model,
-                batch_sizes=(batch_size,),
-                seq_len=seq_len,
-                repeats=LATENCY_REPEATS,
-                num_warmups=1,
-            )[batch_size].median_ms
-            for model in (student, teacher)
-        ]
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios)
+    timed = measure_in_turn(
+        {"student": student, "teacher": teacher},
+        Rounds(LATENCY_ROUNDS, least=2, budget_s=2.0, repeats=LATENCY_REPEATS),
+        batch_sizes=(batch_size,),
+        seq_len=seq_len,
+    )
+    own, others = timed["student"][batch_size], timed["teacher"][batch_size]
+    return statistics.median(a / b for a, b in zip(own.times_ms, others.times_ms, strict=True))
