@@ -85,8 +85,11 @@ class Console:
         Args:
             renderable: text or anything that rich can draw.
         """
-        shown = hide_secrets(renderable) if isinstance(renderable, str) else renderable
-        self._out.print(shown, soft_wrap=isinstance(renderable, str))
+        if isinstance(renderable, str):
+            # As it is: a path may hold what rich takes for markup.
+            self._out.print(hide_secrets(renderable), soft_wrap=True, markup=False, emoji=False)
+        else:
+            self._out.print(renderable)
 
     def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
         """Show what came out.

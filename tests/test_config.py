@@ -213,7 +213,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
     [
         ("name=a/b", "name=a/b cannot name a directory"),
         ("name=..", "name=.. cannot name a directory"),
-        ("name=7", "name=7 is not text"),
+        ("data={source: hub, name: 7}", "data.name=7 is not text"),
         ("seed=true", "seed=true is not a whole number"),
         ("seed=-1", "seed=-1 is not at least 0"),
         ("moe.top_k='2'", "moe.top_k='2' is not a whole number"),

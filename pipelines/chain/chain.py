@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
@@ -158,7 +159,11 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         write_resolved_recipe(config, workspace.root)
         tags = chain_tags(config) | metric_tags(workspace.rows)
         with tracker.chain(
-            config.name, workspace.root, params=config.flatten(), tags=tags
+            config.name,
+            workspace.root,
+            params=config.flatten(),
+            identity=settings_of_kind(config),
+            tags=tags,
         ) as chain:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:

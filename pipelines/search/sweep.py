@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.data_section import TASK_KEYS
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
@@ -175,6 +175,7 @@ def _search_in(
             f"{config.name} search",
             directory,
             params=config.flatten(),
+            identity=settings_of_kind(config),
             tags={
                 **tags,
                 **metric_tags(workspace.rows),
@@ -403,14 +404,7 @@ def _find_room(
 
 def _identity(config: RunConfig, workspace: Workspace) -> str:
     """Say which sweep this is: continuing another one's trials would mix two searches."""
-    settings = config.model_dump(
-        mode="json", exclude={"search", "output_dir", "tracking", "compare", "parallel"}
-    )
-    # A search has one task; these keys are younger than sweeps that may be continued.
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
-    # The rows' digest covers it; sweeps from before there was one go on.
-    settings["data"].pop("holdout_samples")
-    settings["data"].pop("positive_label")
+    settings = settings_of_kind(config)
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
     return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
 
@@ -450,7 +444,7 @@ def sweep_tags(config: RunConfig) -> dict[str, str]:
     Returns:
         Where and from what source it runs, and the recipe's hash, the same as of its chains.
     """
-    return {**source_tags(), "recipe_hash": recipe_hash(config.flatten())}
+    return {**source_tags(), "recipe_hash": recipe_hash(settings_of_kind(config))}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pipelines.chain.stage import StageResult
 from pipelines.report.report import (
     build_report,
     headline_metrics,
+    latency_lines,
     nearness_lines,
     quantity,
     to_markdown,
@@ -29,6 +30,8 @@ def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str,
         "flops_per_token": 2.1e7,
         "ffn_flops_per_token": ffn,
         "latency_ms": {"1": 4.2, "32": 101.0},
+        "latency_low_ms": {"1": 4.1, "32": 99.0},
+        "latency_spread": {"1": 0.1, "32": 0.05},
     }
     if before is not None:
         made["metrics_before_distillation"] = {"accuracy": before}
@@ -52,6 +55,7 @@ def report() -> dict[str, Any]:
         "num_dev_samples": 1500,
         "seq_len": 64,
         "num_threads": 2,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -243,3 +247,15 @@ def test_what_is_undefined_is_null_with_a_sentence(
 def test_resamples_that_were_left_out_are_counted() -> None:
     found = {"metric": "f1", "difference": 0.1, "low": 0.0, "high": 0.2, "num_undefined": 7}
     assert "7 resamples where it is undefined are left out" in verdict("dense", found, 60)
+
+
+def test_latencies_that_cannot_be_judged_are_named(report: dict[str, Any]) -> None:
+    assert latency_lines(report) == []
+    assert "cannot be judged" not in to_markdown(report)
+    assert "4.20 (4.10)" in to_markdown(report)
+    report["student"]["latency_spread"]["32"] = 0.51
+    report["other_work"] = {"num_cores": 2, "busy_cores": 1.83, "disturbs": True}
+    wide, beside = latency_lines(report)
+    assert "cannot be judged" in wide and "student at batch 32 (51 %)" in wide
+    assert "teacher" not in wide and "1.8 of 2 cores" in beside
+    assert "**Latency cannot be judged" in to_markdown(report)
