@@ -114,7 +114,7 @@ def _table(prefix: str, section: type[Section], names: list[str]) -> str:
     for name in names:
         field = section.model_fields[name]
         meaning = (field.description or "").replace("|", "\\|")
-        kind = kind_of(section, name)
+        kind: str = kind_of(section, name)
         if in_flight_meaning(section, name):
             kind += ", in flight"
         lines.append(
