@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import moe_dist
+from moe_dist.background import in_background
 from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.timeline import mark
-from moe_dist.workers.background import in_background
 from moe_dist.workers.job_errors import explain, first_line, keep_room, read_stop, user_error
 from moe_dist.workers.place_watch import watched_places
 from moe_dist.workers.placement import NumWorkers, Placement, plan_placement

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_dist.background import in_background
 from moe_dist.errors import ClusterError, MoeDistError
-from moe_dist.workers.background import in_background
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes, read_capacity
 from moe_dist.workers.job_errors import note_stop
 from moe_dist.workers.placement import Placement

@@ -25,7 +25,7 @@ from moe_dist.storage import MANIFEST, Store, download_tree
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.training.collectives import gather_values, own_rank, wait_for_ranks
 from moe_dist.uris import is_uri
-from moe_dist.workers.stage_upload import StageUpload
+from moe_dist.workers.stage_upload import uploaded_stage
 
 STAGE_KEY = "stage_dir"
 INPUT_KEYS = ("model", "student", "teacher")
@@ -68,7 +68,7 @@ def local_stage(payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     wait_for_ranks()
     local = {key: str(home / key) for key in INPUT_KEYS if is_uri(payload.get(key))}
     stage = home / "stage"
-    with StageUpload(store, stage) if own_rank() == 0 else nullcontext():
+    with uploaded_stage(store, stage) if own_rank() == 0 else nullcontext():
         yield {**payload, **local, STAGE_KEY: str(stage)}
     # Ranks of this node share the directory.
     wait_for_ranks()

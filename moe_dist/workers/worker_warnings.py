@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moe_dist.background import in_background
 from moe_dist.errors import StorageError
-from moe_dist.workers.background import in_background
 from moe_dist.workers.records import Records
 
 WARNINGS_NAME = "warnings.jsonl"

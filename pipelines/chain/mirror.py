@@ -29,6 +29,7 @@ from moe_dist.storage import (
     upload_tree,
 )
 from moe_dist.storage.scratch import scratch_root
+from moe_dist.storage.sync import Sync
 from moe_dist.uris import join_uri, redact_uri
 from moe_dist.whole_files import PARTIAL
 
@@ -91,17 +92,9 @@ class MirroredFiles(ResultFiles):
             Nothing.
         """
         self._fill()
-        done = threading.Event()
-        thread = threading.Thread(target=self._keep_journals, args=(done,), name="mirror")
-        thread.start()
-        ended_well = False
-        try:
+        journals = Sync(self._upload_journals)
+        with journals.every(SYNC_INTERVAL_S, "mirror", finish=self._close, salvage=self._close):
             yield
-            ended_well = True
-        finally:
-            done.set()
-            thread.join()
-            self._close(ended_well)
 
     def address(self, path: Path) -> str:
         """Say where workers find a file of the run; a directory from elsewhere is uploaded first.
@@ -260,25 +253,15 @@ class MirroredFiles(ResultFiles):
         self._remote = {entry.name: entry for entry in self.store.list()}
         self._download([entry for entry in self._remote.values() if _is_small(entry)])
 
-    def _close(self, ended_well: bool) -> None:
-        try:
-            self.publish(self.root)
-        except StorageError as error:
-            # The error that ended the run is the one to show.
-            if ended_well:
-                raise
-            logger.warning("%s; the newest journals are lost", error.message)
+    def _close(self) -> None:
+        self.publish(self.root)
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _keep_journals(self, done: threading.Event) -> None:
-        while not done.wait(SYNC_INTERVAL_S):
-            try:
-                with self._lock:
-                    self._upload([p for p in self._changed(self.root) if p.name in _JOURNALS])
-            except (StorageError, OSError) as error:
-                logger.warning("%s; trying again", str(error).splitlines()[0])
+    def _upload_journals(self) -> None:
+        with self._lock:
+            self._upload([path for path in self._changed(self.root) if path.name in _JOURNALS])
 
     def _receive_log(self, path: Path) -> None:
         """Append what a metric log has grown by, so that readers go on where they were."""
