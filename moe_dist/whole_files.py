@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from moe_dist.redaction import hide_secrets
 
 PARTIAL = ".partial"
 """Ends the name of a file that is being written."""
@@ -35,6 +39,18 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all, without credentials.
+
+    Args:
+        path: the file; its directory is made.
+        value: plain values and paths.
+    """
+    text = json.dumps(value, indent=2, default=os.fspath)
+    with whole_file(path, durable=True) as beside:
+        beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -16,6 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from moe_dist.config import RunConfig
 
+from .markdown import markdown_table
+
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 _HEAD = """\
@@ -103,11 +105,11 @@ def main() -> None:
 
 
 def _table(prefix: str, fields: list[tuple[str, FieldInfo]]) -> str:
-    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for name, field in fields:
-        meaning = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {meaning} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [f"`{prefix}{name}`", _values(field), _default(field), field.description or ""]
+        for name, field in fields
+    ]
+    return "\n".join(markdown_table(["key", "values", "default", "meaning"], rows)) + "\n"
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

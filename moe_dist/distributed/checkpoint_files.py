@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_dist.distributed.manifest import write_json, write_manifest
+from moe_dist.distributed.manifest import write_manifest
 from moe_dist.errors import CheckpointError, is_full_disk
-from moe_dist.whole_files import flush_to_disk
+from moe_dist.whole_files import flush_to_disk, write_json
 
 logger = logging.getLogger(__name__)
 

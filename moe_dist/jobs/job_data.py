@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.config.sections import TrainConfig
 from moe_dist.conversion.heads import TaskHead
 from moe_dist.data.loaders import Encoded, TrainBatches, encode
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
-from moe_dist.jobs.payloads import DataJob, Split, TrainSection
+from moe_dist.jobs.job import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
@@ -49,12 +50,14 @@ class JobData:
     Args:
         splits: rows and task.
         tokenizer: the model's own.
-        payload: what the job was told.
+        max_length: tokens per sample; longer ones are cut.
+        cache_dir: where tokenised data is cached; None for the default.
     """
 
     splits: Splits
     tokenizer: Any
-    payload: DataJob
+    max_length: int
+    cache_dir: str | None = None
 
     @cached_property
     def train(self) -> Encoded:
@@ -94,7 +97,7 @@ class JobData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainSection, *, seed: int) -> TrainBatches:
+    def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
         """Cut the training split into this rank's steps.
 
         Args:
@@ -106,10 +109,10 @@ class JobData:
         """
         return TrainBatches(
             self.train,
-            batch_size=section.get("batch_size", 32),
+            batch_size=section.batch_size,
             world_size=num_ranks(),
             rank=own_rank(),
-            accumulation=section.get("accumulation", 1),
+            accumulation=section.accumulation,
             seed=seed,
             pad_token_id=self.pad_token_id,
         )
@@ -143,12 +146,11 @@ class JobData:
         )
 
     def _encode(self, rows: Any, split: str) -> Encoded:
-        cache = self.payload.get("cache_dir")
         return encode(
             rows,
             self.tokenizer,
-            max_length=self.payload["max_length"],
-            cache_dir=Path(cache) if cache else None,
+            max_length=self.max_length,
+            cache_dir=Path(self.cache_dir) if self.cache_dir else None,
             digest=f"{self.splits.digest}-{split}",
         )
 
@@ -175,7 +177,7 @@ class MixtureData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainSection, *, seed: int) -> MixtureBatches:
+    def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
         """Cut the training splits into this rank's steps, each of one task.
 
         Args:
@@ -192,21 +194,24 @@ class MixtureData:
 AnyJobData = JobData | MixtureData
 
 
-def job_data(rows: Rows, tokenizer: Any, payload: DataJob) -> AnyJobData:
+def job_data(
+    rows: Rows, tokenizer: Any, *, max_length: int, cache_dir: str | None = None
+) -> AnyJobData:
     """Join rows with what a job needs to tokenise them.
 
     Args:
         rows: of one task or several.
         tokenizer: the model's own.
-        payload: what the job was told.
+        max_length: tokens per sample; longer ones are cut.
+        cache_dir: where tokenised data is cached; None for the default.
 
     Returns:
         The data.
     """
-    if isinstance(rows, Mixture):
-        parts = {name: JobData(part, tokenizer, payload) for name, part in rows.parts.items()}
-        return MixtureData(parts, rows.shares)
-    return JobData(rows, tokenizer, payload)
+    parts = {
+        name: JobData(part, tokenizer, max_length, cache_dir) for name, part in rows.parts.items()
+    }
+    return MixtureData(parts, rows.shares) if isinstance(rows, Mixture) else parts[""]
 
 
 def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:

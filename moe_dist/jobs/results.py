@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from moe_dist.whole_files import whole_file
 
 MODEL_DIR = "model"
 CHECKPOINT_DIR = "checkpoints"
-METRIC_LOG = "metrics.jsonl"
 RESULT = "result.json"
 SCORES = "scores.safetensors"
 PREDICTIONS = "predictions.npz"
@@ -40,17 +38,6 @@ class SavedPredictions:
     predictions: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: the file; its directory is made.
-        value: plain values.
-    """
-    with whole_file(path, durable=True) as beside:
-        beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:

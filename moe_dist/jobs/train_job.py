@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from moe_dist.distributed.position import enter_phase
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs.expert_groups import settle_ep_size
+from moe_dist.jobs.job import Split, TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
-from moe_dist.jobs.payloads import Split, TrainSection
 from moe_dist.jobs.results import (
     CHECKPOINT_DIR,
-    METRIC_LOG,
     MODEL_DIR,
     PREDICTIONS,
     RESULT,
-    write_json,
 )
 from moe_dist.measure.evaluation import Predictions, expert_load, predict
-from moe_dist.metric_log import MetricLog
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import sum_over_ranks, wait_for_ranks
@@ -42,40 +39,39 @@ from moe_dist.training.loop import (
     planned_steps,
     train,
 )
+from moe_dist.whole_files import write_json
 
 Report = Callable[[int, dict[str, float]], None]
-EVAL_BATCH_SIZE = 64
 MAX_LOGGED_EXPERTS = 16
 """Layers of more experts have no metric for each of them; `moe/load_imbalance` tells of all."""
 
 
-def fit(
+def train_model(
     model: Any,
     data: AnyJobData,
     compute_terms: ComputeTerms,
     weights_for: Callable[[int], StepWeights],
-    payload: Mapping[str, Any],
+    job: TrainJob,
     *,
     whole_model: str | None = None,
     companion: Companion | None = None,
     report: Report | None = None,
     keep: bool = True,
 ) -> dict[str, Any]:
-    """Train a model as a payload says, and save it; collective.
+    """Train a model as a job says, and save it; collective.
 
     Args:
         model: a whole Hugging Face model, alike on every rank.
         data: of one task or several.
         compute_terms: the loss terms of a micro-batch.
         weights_for: from the number of steps to a weight for each term.
-        payload: with ``train``, ``parallel``, ``seed`` and ``stage_dir``; ``eval_split``
-            names the split that is measured, the dev rows when not given.
+        job: how, where, and on what it is measured.
         whole_model: the directory the model came from; needed where experts are spread over
             ranks, to put them together again.
         companion: what learns beside the model and is not saved with it.
         report: called after each log line and evaluation; what it raises ends the training.
         keep: write checkpoints and the trained model; without, only figures remain, and
-            checkpoints where ``train`` has ``checkpoint_at``.
+            checkpoints where the job has ``checkpoint_at``.
 
     Returns:
         ``metrics`` of the measured split, ``train`` (the last line of the metric log),
@@ -83,14 +79,13 @@ def fit(
         ``resumed_from``, ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the
         directory).
     """
-    section: TrainSection = payload["train"]
-    parallel: Mapping[str, Any] = payload.get("parallel", {})
-    stage_dir = Path(payload["stage_dir"])
-    ep_size = settle_ep_size(model, int(parallel.get("ep_size", 1)))
-    batches = data.batches(section, seed=payload["seed"])
+    section, parallel = job.train, job.parallel
+    stage_dir = Path(job.stage_dir)
+    ep_size = settle_ep_size(model, parallel.ep_size)
+    batches = data.batches(section, seed=job.seed)
     mark("tokens")
-    settings = loop_settings(section, batches.steps_per_epoch, seed=payload["seed"])
-    if section.get("gradient_checkpointing", False):
+    settings = loop_settings(job, batches.steps_per_epoch)
+    if section.gradient_checkpointing:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={
                 "use_reentrant": False,
@@ -99,31 +94,31 @@ def fit(
         )
     if companion is not None:
         attach(model, companion)
-    device = pick_device(payload.get("use_gpu", "auto"))
+    device = pick_device(parallel.use_gpu)
     engine = build_engine(
         model,
-        learning_rate=section["learning_rate"],
-        weight_decay=section.get("weight_decay", 0.0),
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
         num_steps=settings.num_steps,
-        warmup_steps=round(section.get("warmup_fraction", 0.0) * settings.num_steps),
-        lr_schedule=section.get("lr_schedule", "linear"),
-        expert_learning_rate_scale=section.get("expert_learning_rate_scale", 1.0),
-        zero_stage=int(parallel.get("zero_stage", 0)),
+        warmup_steps=round(section.warmup_fraction * settings.num_steps),
+        lr_schedule=section.lr_schedule,
+        expert_learning_rate_scale=section.expert_learning_rate_scale,
+        zero_stage=parallel.zero_stage,
         ep_size=ep_size,
-        precision=pick_precision(section.get("precision", "auto"), device),
-        micro_batches_per_step=section.get("accumulation", 1),
-        max_grad_norm=section.get("max_grad_norm", 1.0),
+        precision=pick_precision(section.precision, device),
+        micro_batches_per_step=section.accumulation,
+        max_grad_norm=section.max_grad_norm,
         device=device,
     )
     mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
-    split: Split = payload.get("eval_split", "dev")
+    split = job.eval_split
 
     def answer(encoded: Encoded) -> Predictions:
         return predict(
             engine.module,
             encoded,
-            batch_size=section.get("eval_batch_size", EVAL_BATCH_SIZE),
+            batch_size=section.eval_batch_size,
             pad_token_id=data.pad_token_id,
             device=engine.device,
             autocast=engine.autocast,
@@ -132,7 +127,7 @@ def fit(
     def evaluate() -> dict[str, float]:
         measured = measure(data, answer, split)
         loads.update(expert_load(measured.tokens_per_expert))
-        if payload.get("keep_predictions", False) and engine.rank == 0:
+        if job.keep_predictions and engine.rank == 0:
             save_answers(data, measured, stage_dir / PREDICTIONS)
         metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
@@ -177,34 +172,21 @@ def load_metrics(loads: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def loop_settings(section: TrainSection, steps_per_epoch: int, *, seed: int) -> LoopSettings:
-    """Turn the recipe's ``train`` section into steps.
-
-    Args:
-        section: the recipe's.
-        steps_per_epoch: optimizer steps in an epoch.
-        seed: of the run.
-
-    Returns:
-        The settings; without ``checkpoint_every`` a checkpoint ends each epoch.
-    """
-    settings = LoopSettings(
+def loop_settings(job: TrainJob, steps_per_epoch: int) -> LoopSettings:
+    """Turn a job's settings into steps; without ``checkpoint_every`` save after each epoch."""
+    section = job.train
+    return LoopSettings(
         num_steps=planned_steps(
-            steps_per_epoch,
-            num_epochs=section.get("num_epochs"),
-            max_steps=section.get("max_steps"),
+            steps_per_epoch, num_epochs=section.num_epochs, max_steps=section.max_steps
         ),
-        seed=seed,
-        log_every=section.get("log_every", 10),
-        eval_every=section.get("eval_every"),
-        eval_at=tuple(section.get("eval_at", ())),
-        checkpoint_at=tuple(section.get("checkpoint_at", ())),
-        checkpoint_every=section.get("checkpoint_every"),
-        keep_checkpoints=section.get("keep_checkpoints", 2),
+        seed=job.seed,
+        log_every=section.log_every,
+        eval_every=section.eval_every,
+        eval_at=job.eval_at,
+        checkpoint_at=job.checkpoint_at,
+        checkpoint_every=section.checkpoint_every or steps_per_epoch,
+        keep_checkpoints=section.keep_checkpoints,
     )
-    if settings.checkpoint_every is None:
-        settings = replace(settings, checkpoint_every=steps_per_epoch)
-    return settings
 
 
 def _summary(result: TrainResult, split: Split, device: torch.device) -> dict[str, Any]:

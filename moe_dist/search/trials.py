@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dist.config.search_section import MeasureMode
+from moe_dist.search.objectives import pareto_front
+
 LOG_NAME = "trials.jsonl"
 BASELINE = 0
 """The number of the trial that is the recipe as it stands; those of the space begin at 1."""
@@ -192,3 +195,9 @@ def rank_trials(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
     sign = -1.0 if mode == "max" else 1.0
     whole = [t for t in trials if t.status == "finished" and not math.isnan(t.value(metric))]
     return sorted(whole, key=lambda trial: (sign * trial.value(metric), trial.number))
+
+
+def finished_front(trials: Sequence[Trial], objectives: Mapping[str, MeasureMode]) -> list[Trial]:
+    """Find the trials trained to the end that no other one beats; see `pareto_front`."""
+    whole = [trial for trial in trials if trial.status == "finished"]
+    return [whole[index] for index in pareto_front([t.metrics for t in whole], objectives)]

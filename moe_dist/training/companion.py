@@ -6,8 +6,8 @@ checkpoints treat it as they treat the student, at any world size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from moe_dist.conversion.attention import num_attention_heads
 from moe_dist.errors import ConversionError
 from moe_dist.training.adversary import Adversary
 from moe_dist.training.feature_maps import FeatureMaps
+
+if TYPE_CHECKING:
+    from moe_dist.config.objectives import ObjectivesConfig
 
 ATTRIBUTE = "distillation_companion"
 
@@ -47,7 +50,7 @@ class Companion(nn.Module):
 def build_companion(
     student: nn.Module,
     teacher: nn.Module,
-    section: Mapping[str, Any],
+    section: ObjectivesConfig,
     *,
     num_pairs: int,
     hidden_ids: Sequence[int] | None = None,
@@ -77,15 +80,15 @@ def build_companion(
             "dimensions belong together",
             remedy="make the student with the stage shrink, or pass hidden_ids",
         )
-    if section.get("attention_weight", 0.0) > 0:
+    if section.attention_weight > 0:
         check_heads(student, teacher)
-    is_played = section.get("adversarial_weight", 0.0) > 0
+    is_played = section.adversarial_weight > 0
     maps = FeatureMaps(
         *widths,
         hidden_ids=hidden_ids,
-        hidden=section.get("hidden_weight", 1.0) > 0,
-        sentence=is_played or section.get("alignment_weight", 0.0) > 0,
-        num_projections=num_pairs if section.get("mapping_weight", 0.0) > 0 else 0,
+        hidden=section.hidden_weight > 0,
+        sentence=is_played or section.alignment_weight > 0,
+        num_projections=num_pairs if section.mapping_weight > 0 else 0,
     )
     if not is_played:
         return Companion(maps)
@@ -94,8 +97,8 @@ def build_companion(
         maps,
         Adversary(
             int(config.num_labels) + widths[1],
-            regularizer=section.get("adversarial_regularizer", "spectral"),
-            learning_rate=section.get("adversarial_learning_rate", 1e-3),
+            regularizer=section.adversarial_regularizer,
+            learning_rate=section.adversarial_learning_rate,
             seed=seed,
         ),
     )

@@ -6,9 +6,9 @@ recipe's `distill` section; jobs, schedules and logs follow the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ from moe_dist.losses.distillation import (
 from moe_dist.losses.total import CountKind, LossTerm, LossWeight
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import without_padding
+
+if TYPE_CHECKING:
+    from moe_dist.config.objectives import ObjectivesConfig
 
 # Positions in the hidden states of student and teacher; 0 are the embeddings.
 StatePairs = tuple[tuple[int, int], ...]
@@ -129,7 +132,6 @@ class Objective:
         weight_key: its weight in the recipe's ``distill`` section.
         compute: the loss of a micro-batch, summed.
         count_kind: what the sum is divided by.
-        default_weight: where the section says nothing.
         reads: what it needs beside the predictions.
         regression_name: its name in regression, where it then is another function.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
@@ -138,7 +140,6 @@ class Objective:
     weight_key: str
     compute: Callable[[Lesson], Tensor]
     count_kind: CountKind
-    default_weight: float = 0.0
     reads: frozenset[str] = frozenset()
     regression_name: str | None = None
     schedule: Literal["warmup", "delayed"] = "warmup"
@@ -201,10 +202,10 @@ def _adversarial(lesson: Lesson) -> Tensor:
 _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
     "prediction_kl": Objective(
-        "kl_weight", _prediction_kl, "samples", 1.0, regression_name="prediction_mse"
+        "kl_weight", _prediction_kl, "samples", regression_name="prediction_mse"
     ),
     "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
-    "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", 1.0, _HIDDEN),
+    "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
     "attention_mse": Objective(
         "attention_weight", _attention_mse, "samples", reads=_HIDDEN | {"attention"}
     ),
@@ -214,52 +215,22 @@ OBJECTIVES: dict[str, Objective] = {
         "adversarial_weight", _adversarial, "samples", reads=_HIDDEN, schedule="delayed"
     ),
 }
-DEFAULT_OBJECTIVES = tuple(name for name, row in OBJECTIVES.items() if row.default_weight > 0)
 
 
-def weight_of(name: str, section: Mapping[str, Any]) -> float:
-    """Read an objective's weight from a recipe's ``distill`` section.
-
-    Args:
-        name: a key of `OBJECTIVES`.
-        section: the section, whole or in part.
-
-    Returns:
-        The weight, or its default.
-    """
-    row = OBJECTIVES[name]
-    return float(section.get(row.weight_key, row.default_weight))
+def chosen_objectives(section: ObjectivesConfig) -> tuple[str, ...]:
+    """Name the objectives that a recipe gives a weight: keys of `OBJECTIVES`."""
+    return tuple(name for name, row in OBJECTIVES.items() if getattr(section, row.weight_key) > 0)
 
 
-def chosen_objectives(section: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name the objectives that a recipe gives a weight.
-
-    Args:
-        section: the recipe's ``distill``.
-
-    Returns:
-        Keys of `OBJECTIVES`.
-    """
-    return tuple(name for name in OBJECTIVES if weight_of(name, section) > 0)
-
-
-def objective_weights(section: Mapping[str, Any], num_steps: int) -> dict[str, LossWeight]:
-    """Turn a recipe's weights into a schedule for each objective's term.
-
-    Args:
-        section: the recipe's ``distill``.
-        num_steps: of the whole run.
-
-    Returns:
-        Weights by term.
-    """
+def objective_weights(section: ObjectivesConfig, num_steps: int) -> dict[str, LossWeight]:
+    """Turn a recipe's weights into a schedule for each objective's term, over so many steps."""
     lengths = {
-        "warmup": round(section.get("warmup_fraction", 0.0) * num_steps),
-        "delayed": round(section.get("adversarial_warmup_fraction", 0.1) * num_steps),
+        "warmup": round(section.warmup_fraction * num_steps),
+        "delayed": round(section.adversarial_warmup_fraction * num_steps),
     }
     weights: dict[str, LossWeight] = {}
     for name, row in OBJECTIVES.items():
-        weight = LossWeight(weight_of(name, section), row.schedule, lengths[row.schedule])
+        weight = LossWeight(getattr(section, row.weight_key), row.schedule, lengths[row.schedule])
         weights |= dict.fromkeys(filter(None, (name, row.regression_name)), weight)
     return weights
 

@@ -22,7 +22,6 @@ from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import FeatureMaps
 from moe_dist.training.objectives import (
-    DEFAULT_OBJECTIVES,
     Lesson,
     ObjectiveSettings,
     Views,
@@ -109,7 +108,7 @@ def distill_terms(
     teacher: nn.Module,
     batch: Mapping[str, Tensor],
     *,
-    objectives: Collection[str] = DEFAULT_OBJECTIVES,
+    objectives: Collection[str] = ("prediction_kl", "hidden_mse"),
     settings: ObjectiveSettings | None = None,
     companion: Companion | None = None,
     load_balancing: bool = False,

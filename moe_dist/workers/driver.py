@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 
 logger = logging.getLogger("moe_dist.training")
 
-Job = Callable[[dict[str, Any]], Any]
+Work = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def ray_session(*, dashboard: bool = False) -> RaySession:
 
 
 def run_on_workers(
-    job: Job,
-    payload: Mapping[str, Any],
+    work: Work,
+    job: Any,
     *,
     num_workers: NumWorkers,
     storage_path: Path | str,
@@ -211,8 +211,8 @@ def run_on_workers(
     error that the job raises for its user is not tried again.
 
     Args:
-        job: a function of one dictionary; on a cluster it must be importable by the workers.
-        payload: the dictionary, of plain values and paths.
+        work: a function of the job; on a cluster it must be importable by the workers.
+        job: what it is told, a `Job` or anything else that can be sent.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
             A pair is the least and the most of them: the job starts with as many as there are
             places, goes on with fewer when a node is lost, and with more when one comes.
@@ -246,8 +246,8 @@ def run_on_workers(
     records.clear((*FILES, WARNINGS_NAME))
     keep_room(records.directory)
     config = {
+        "work": work,
         "job": job,
-        "payload": dict(payload),
         "records": records.place,
         "num_threads": cpus_per_worker,
         "step_timeout_s": step_timeout_s,
@@ -303,8 +303,8 @@ def _run_here(config: dict[str, Any]) -> Any:
     try:
         with local_records(config["records"]) as records:
             note_attempt(records.directory, Roster(1, "", (own_peer(),)))
-            with local_stage(config["payload"]) as payload:
-                return config["job"](payload)
+            with local_stage(config["job"]) as job:
+                return config["work"](job)
     except Exception as fault:
         error = user_error(fault)
         if error is None or error is fault:

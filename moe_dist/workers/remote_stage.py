@@ -14,22 +14,20 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_dist.distributed.checkpoint import verify_checkpoint
 from moe_dist.errors import CheckpointError
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.job import Job
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import MANIFEST, Store, download_tree
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.training.collectives import gather_values, own_rank, wait_for_ranks
 from moe_dist.uris import is_uri
 from moe_dist.workers.stage_upload import uploaded_stage
-
-STAGE_KEY = "stage_dir"
-INPUT_KEYS = ("model", "student", "teacher")
-"""Keys of a payload that may name a directory at a URI."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,33 +41,35 @@ class _Plan:
 
 
 @contextmanager
-def local_stage(payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Let a job work on local directories, whatever its payload names; collective.
+def local_stage(job: Any) -> Iterator[Any]:
+    """Let a job work on local directories, whatever it names; collective.
 
     The downloads are over, on every rank, when the block begins; the results are uploaded when it
     ends well. So neither counts as time in which the job stands still.
 
     Args:
-        payload: the job's; a URI as ``stage_dir`` makes it work in scratch space.
+        job: where its stage lies at a URI, it works in scratch space. What is no `Job` is given
+            back as it is.
 
     Yields:
-        The payload with paths in place of URIs.
+        The job with paths in place of URIs.
 
     Raises:
         StorageError: if the store cannot be read, or does not take the results.
         CheckpointError: if there are checkpoints and none of them is good.
     """
-    if not is_uri(payload.get(STAGE_KEY)):
-        yield dict(payload)
+    if not isinstance(job, Job) or not is_uri(job.stage_dir):
+        yield job
         return
-    store = Store(payload[STAGE_KEY])
+    store = Store(job.stage_dir)
     plan = gather_values(_plan(store) if own_rank() == 0 else None)[0]
-    home = _prepare(store, plan, payload)
+    inputs = {name: uri for name in job.INPUTS if is_uri(uri := getattr(job, name))}
+    home = _prepare(store, plan, inputs)
     wait_for_ranks()
-    local = {key: str(home / key) for key in INPUT_KEYS if is_uri(payload.get(key))}
     stage = home / "stage"
     with uploaded_stage(store, stage) if own_rank() == 0 else nullcontext():
-        yield {**payload, **local, STAGE_KEY: str(stage)}
+        local: dict[str, Any] = {name: str(home / name) for name in inputs}
+        yield replace(job, stage_dir=str(stage), **local)
     # Ranks of this node share the directory.
     wait_for_ranks()
     shutil.rmtree(home, ignore_errors=True)
@@ -81,13 +81,13 @@ def _plan(store: Store) -> _Plan:
     return _Plan(uuid.uuid4().hex[:8], tuple(sorted(complete, reverse=True)))
 
 
-def _prepare(store: Store, plan: _Plan, payload: Mapping[str, Any]) -> Path:
+def _prepare(store: Store, plan: _Plan, inputs: Mapping[str, str]) -> Path:
     """Download what the job reads, once for each node.
 
     Args:
         store: the stage.
         plan: what all ranks do.
-        payload: names the inputs.
+        inputs: URIs of what the job reads, by name.
 
     Returns:
         The attempt's directory on this node.
@@ -103,17 +103,16 @@ def _prepare(store: Store, plan: _Plan, payload: Mapping[str, Any]) -> Path:
         for earlier in jobs.glob(f"{stage_key}-*"):
             shutil.rmtree(earlier, ignore_errors=True)
         unfinished = home.with_name(f"{home.name}.unfinished")
-        _download(store, plan, payload, unfinished)
+        _download(store, plan, inputs, unfinished)
         unfinished.rename(home)
     return home
 
 
-def _download(store: Store, plan: _Plan, payload: Mapping[str, Any], home: Path) -> None:
+def _download(store: Store, plan: _Plan, inputs: Mapping[str, str], home: Path) -> None:
     stage = home / "stage"
     stage.mkdir(parents=True)
-    for key in INPUT_KEYS:
-        if is_uri(payload.get(key)):
-            download_tree(Store(payload[key]), "", home / key, marker=None)
+    for name, uri in inputs.items():
+        download_tree(Store(uri), "", home / name, marker=None)
     log = store.read(METRIC_LOG)
     if log is not None:
         (stage / METRIC_LOG).write_bytes(log)

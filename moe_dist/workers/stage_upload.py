@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.distributed.checkpoint_files import list_checkpoints
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import MANIFEST, Store, delete_tree, upload_tree
 from moe_dist.storage.sync import Sync
 

@@ -26,8 +26,8 @@ def run_worker(config: dict[str, Any]) -> Any:
     """Run a job as one rank of the process group that stands.
 
     Args:
-        config: `job` and its `payload`; `records`, the place that all ranks and the driver share;
-            `num_threads`; `step_timeout_s`.
+        config: `work`, a function, and the `job` that it is told; `records`, the place that all
+            ranks and the driver share; `num_threads`; `step_timeout_s`.
 
     Returns:
         What the job returns.
@@ -73,13 +73,13 @@ def _run(config: dict[str, Any], records: Records) -> Any:
     is_first = own.rank == 0
     relay = forwarded_warnings(records.directory) if is_first else nullcontext()
     watchdog = Watchdog(roster, own.rank, step_timeout_s=config["step_timeout_s"], note=note)
-    stage = local_stage(config["payload"])
+    stage = local_stage(config["job"])
     # Noted inside too, since to upload what a failed job leaves may take long.
-    with relay, _noting_stop(records), stage as payload, _noting_stop(records):
+    with relay, _noting_stop(records), stage as job, _noting_stop(records):
         follow_phases(PhaseNotes(records.directory, roster.attempt) if is_first else None)
         with watchdog:
             try:
-                return config["job"](payload)
+                return config["work"](job)
             except Exception as fault:
                 if user_error(fault) is None:
                     watchdog.explain(fault)

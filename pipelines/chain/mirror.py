@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.errors import ConfigError, StorageError
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.search.trials import LOG_NAME
 from moe_dist.storage import (
     MANIFEST,
@@ -42,7 +43,7 @@ SMALL_BYTES = 1 << 16
 INPUTS = "inputs"
 _ALWAYS_SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".md", ".png"})
 # What this process changes while a stage runs, and what another machine needs to go on.
-_JOURNALS = frozenset({"tracking.json", "metrics.jsonl", LOG_NAME, STARTED})
+_JOURNALS = frozenset({"tracking.json", METRIC_LOG, LOG_NAME, STARTED})
 _LOCAL_ONLY = frozenset({".lock"})
 _WORKERS_OWN = "ray"
 _COMPLETE = ".complete"
@@ -196,7 +197,7 @@ class MirroredFiles(ResultFiles):
             own = _JOURNALS | {FINISHED}
             theirs = [entry for entry in found if Path(entry.name).name not in own]
             self._download([entry for entry in theirs if _is_small(entry)])
-            self._receive_log(directory / "metrics.jsonl")
+            self._receive_log(directory / METRIC_LOG)
 
     def publish(self, directory: Path) -> None:
         """Upload what this process wrote below a directory; manifests and results come last.

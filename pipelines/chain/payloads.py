@@ -1,10 +1,8 @@
-"""From recipe sections to what worker jobs and fingerprints are made of: plain values."""
+"""From recipe sections to what fingerprints are made of: plain values."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-from moe_dist.config.data_section import TASK_KEYS
 
 if TYPE_CHECKING:
     from moe_dist.config import ObjectivesConfig, RunConfig, TrainConfig
@@ -24,58 +22,6 @@ _OBSERVATION_KEYS = frozenset(
 _PLACEMENT_KEYS = frozenset({"gradient_checkpointing"})
 # A dense model has no experts for which they could matter.
 _EXPERT_KEYS = frozenset({"expert_learning_rate_scale"})
-
-
-def data_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments of `load_rows`.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        Plain values; without `tasks` they are those of `load_splits`.
-    """
-    data = config.data.model_dump(mode="json")
-    kept = TASK_KEYS if config.data.source == "tasks" else set(data) - set(TASK_KEYS)
-    return {**{key: data[key] for key in data if key in kept}, "seed": config.seed}
-
-
-def data_job(config: RunConfig, directory: str) -> dict[str, Any]:
-    """Return the part that the payloads of all jobs share.
-
-    Args:
-        config: the run's configuration.
-        directory: where rank 0 writes; a path or a URI.
-
-    Returns:
-        Plain values, as `moe_dist.jobs.payloads.DataJob` names them.
-    """
-    return {
-        "data": data_arguments(config),
-        "max_length": config.model.max_length,
-        "cache_dir": None,
-        "stage_dir": directory,
-        "seed": config.seed,
-        "use_gpu": config.parallel.use_gpu,
-    }
-
-
-def training_job(config: RunConfig, train: TrainConfig, directory: str) -> dict[str, Any]:
-    """Return what fine-tuning and distillation payloads share.
-
-    Args:
-        config: the run's configuration.
-        train: the training settings of this stage.
-        directory: where rank 0 writes; a path or a URI.
-
-    Returns:
-        Plain values.
-    """
-    return {
-        **data_job(config, directory),
-        "train": train.model_dump(mode="json"),
-        "parallel": config.parallel.model_dump(mode="json"),
-    }
 
 
 def training_settings(

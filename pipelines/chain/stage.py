@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import MissingInputError, MoeDistError
-from moe_dist.redaction import hide_secrets
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.tracking import flatten
-from moe_dist.whole_files import whole_file
+from moe_dist.whole_files import write_json
 
 from .fingerprints import stage_fingerprint
 from .stage_recovery import (
@@ -28,8 +28,6 @@ from .stage_recovery import (
     recover,
     set_aside,
 )
-
-METRIC_LOG = "metrics.jsonl"
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -262,18 +260,6 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
         )
     except (OSError, KeyError, ValueError, TypeError):
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, without credentials.
-
-    Args:
-        path: the file.
-        value: anything that JSON can hold.
-    """
-    text = json.dumps(value, indent=2, sort_keys=False, default=str)
-    with whole_file(path, durable=True) as beside:
-        beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
 
 def _prepare(

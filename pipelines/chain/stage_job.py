@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import StorageError
-from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
+from moe_dist.metric_log import METRIC_LOG, MetricLog, MetricRecord, MetricTail
 from moe_dist.timeline import mark
 
 from ..checks.readiness import check_cluster_once
-from .stage import METRIC_LOG
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.jobs.job import Job
 
     from ..console import Console
     from .stage import StageWork
     from .workspace import Workspace
 
-Job = Callable[[Any], Any]
 SHOWN = {"train/loss/total": "loss", "perf/tokens_per_s": "tokens/s"}
 DEV_PREFIX = "dev/"
 LOSS_PREFIX = "train/loss/"
@@ -36,7 +35,6 @@ TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
 
 def run_job(
     job: Job,
-    payload: Mapping[str, Any],
     *,
     config: RunConfig,
     work: StageWork,
@@ -47,8 +45,7 @@ def run_job(
     """Run a job on the recipe's workers and show its progress.
 
     Args:
-        job: a function of `moe_dist.jobs.jobs`.
-        payload: what it is told.
+        job: what workers are asked to do.
         config: the run's configuration; its `parallel` section says where the job runs.
         work: the stage that asks.
         workspace: holds the chain's connection to Ray.
@@ -58,6 +55,7 @@ def run_job(
     Returns:
         What rank 0's job returned.
     """
+    from moe_dist.jobs.job import run
     from moe_dist.workers.driver import run_on_workers
 
     check_cluster_once(config, workspace)
@@ -76,8 +74,8 @@ def run_job(
 
     try:
         result = run_on_workers(
+            run,
             job,
-            dict(payload),
             num_workers=1 if alone else parallel.num_workers,
             cpus_per_worker=parallel.cpus_per_worker,
             use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,

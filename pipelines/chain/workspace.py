@@ -11,14 +11,13 @@ from moe_dist.uris import redact_uri
 
 from .fingerprints import path_digest
 from .open_files import open_files
-from .payloads import data_arguments
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TaskDataConfig, TrainConfig
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
-    from moe_dist.jobs.payloads import Split
+    from moe_dist.jobs.job import Split
     from moe_dist.tracking import DatasetInput
     from moe_dist.workers.driver import RaySession
 
@@ -60,8 +59,9 @@ class Workspace:
     def rows(self) -> Rows:
         """The training and dev data of all tasks, fetched and read on first use."""
         from moe_dist.data.mixture import load_rows
+        from moe_dist.jobs.job import row_arguments
 
-        return load_rows(self.data_arguments)
+        return load_rows(row_arguments(self.config.data, self.config.seed))
 
     @property
     def splits(self) -> Splits:
@@ -118,11 +118,6 @@ class Workspace:
             cache_dir=None,
             digest=f"{splits.digest}-{part}",
         )
-
-    @cached_property
-    def data_arguments(self) -> dict[str, Any]:
-        """The arguments of `load_rows`, also handed to workers."""
-        return data_arguments(self.config)
 
     @property
     def data_name(self) -> str:

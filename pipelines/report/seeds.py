@@ -25,9 +25,10 @@ from moe_dist.data.metrics import (
 )
 from moe_dist.errors import DataError, MissingInputError
 
+from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import FILE_NAME, MEASURES, load_imitation
-from .report import JSON_NAME, markdown_row
+from .report import JSON_NAME
 from .run_summary import read_json
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     quality = ["before", "after"] if has_before else ["quality"]
     head = ["task", "model", "seeds", "FFN FLOPs", *quality, "retention"]
     head += [f"minus {name} (95 %)" for name in references]
-    lines = [markdown_row(head), "|---" * len(head) + "|"]
+    table = []
     for row in rows:
         spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
         cells = [
@@ -242,8 +243,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
             "" if row.retention is None else f"{row.retention:.3f}",
         ]
         cells += [_told(row.differences.get(name)) for name in references]
-        lines.append(markdown_row(cells))
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join(markdown_table(head, table)) + "\n"
 
 
 def to_plain(row: Row) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.search_space import is_number
-from moe_dist.search.objectives import pareto_front
-from moe_dist.search.trials import BASELINE, Trial
+from moe_dist.search.trials import BASELINE, Trial, finished_front
 
 from ..report.plots import COLOURS, FAINT, INK, new_figure, plot_style, save_figure
 
@@ -190,7 +189,6 @@ def _label_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, 
 def _draw_front(
     axes: Axes, trials: Sequence[Trial], metric: str, cost: str, *, maximise: bool
 ) -> None:
-    whole = [t for t in trials if t.status == "finished"]
     for trial in trials:
         if math.isnan(trial.value(cost)) or math.isnan(trial.value(metric)):
             continue
@@ -198,8 +196,7 @@ def _draw_front(
         colour = INK if trial.number == BASELINE else COLOURS[0] if done else FAINT
         axes.plot(trial.value(cost), trial.value(metric), "o" if done else "x", color=colour, ms=6)
     objectives: Mapping[str, Any] = {metric: "max" if maximise else "min", cost: "min"}
-    front = [whole[i] for i in pareto_front([t.metrics for t in whole], objectives)]
-    front.sort(key=lambda trial: trial.value(cost))
+    front = sorted(finished_front(trials, objectives), key=lambda trial: trial.value(cost))
     axes.step(
         [trial.value(cost) for trial in front],
         [trial.value(metric) for trial in front],

@@ -14,19 +14,18 @@ import yaml
 from moe_dist.config.search_section import MEASURES
 from moe_dist.redaction import hide_secrets
 from moe_dist.search.importance import key_importance
-from moe_dist.search.objectives import pareto_front
-from moe_dist.search.trials import BASELINE, Trial, rank_trials
+from moe_dist.search.trials import BASELINE, Trial, finished_front, rank_trials
 from moe_dist.tracking import scrub
-from moe_dist.whole_files import whole_file
+from moe_dist.whole_files import whole_file, write_json
 
-from ..chain.stage import write_json
 from ..console import duration
+from ..markdown import markdown_table
 from ..report.report import quantity
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
 from .trial import choosing_split, main_metric, training_directory
 from .trial_watch import TRIALS_DIRECTORY
-from .weight_history import course_lines, course_remarks, course_words, is_led, table_row
+from .weight_history import course_lines, course_remarks, course_words, is_led
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -188,7 +187,7 @@ def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
     steps = sum(trial.steps_done for trial in trials)
     whole = sum(trial.num_steps for trial in trials if trial.status != "failed")
     training_s = sum(trial.seconds for trial in trials)
-    front = _front(trials, search.wanted) if len(search.wanted) > 1 else []
+    front = finished_front(trials, search.wanted) if len(search.wanted) > 1 else []
     return {
         "schema_version": 1,
         "name": result.config.name,
@@ -387,14 +386,14 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
     measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
     courses = ["weights"] if any(map(is_led, trials)) else []
     heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *courses, "time"]
-    lines = [table_row(heads), table_row(["---"] * len(heads))]
+    rows = []
     for trial in trials:
         cells = [shown(name, trial.value(name)) for name in measures]
         cells += [_plain(trial.overrides.get(name)) for name in names]
         cells += [course_words(trial) for _ in courses]
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
-        lines.append(table_row([who, *cells, duration(trial.seconds)]))
-    return lines
+        rows.append([who, *cells, duration(trial.seconds)])
+    return markdown_table(heads, rows)
 
 
 def shown(measure: str, value: float) -> str:
@@ -425,11 +424,6 @@ def _entry(trial: Trial) -> dict[str, Any]:
         "steps": trial.steps_done,
         "seconds": round(trial.seconds, 3),
     }
-
-
-def _front(trials: Sequence[Trial], objectives: Mapping[str, Any]) -> list[Trial]:
-    whole = [trial for trial in trials if trial.status == "finished"]
-    return [whole[place] for place in pareto_front([t.metrics for t in whole], objectives)]
 
 
 def _draw(

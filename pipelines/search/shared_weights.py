@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_dist.distributed.checkpoint_files import step_directory
 from moe_dist.jobs.results import CHECKPOINT_DIR
 
 from .trial_stages import DISTILL
 
+if TYPE_CHECKING:
+    from moe_dist.jobs.distill import DistillJob
 
-def shared_checkpoints(steps: Sequence[int], num_steps: int) -> dict[str, Any]:
-    """Give the training settings of a trial that others may follow.
+
+def shared_checkpoints(job: DistillJob, steps: Sequence[int], num_steps: int) -> DistillJob:
+    """Let a trial save what others may go on from.
 
     Args:
+        job: the trial's training.
         steps: after which it is compared, the end left out.
         num_steps: of its training.
 
     Returns:
-        Entries of the payload's ``train``.
+        The job with its checkpoints.
     """
     # A weak trial may begin to copy when the strong one has reached the next rung already.
-    return {"checkpoint_at": list(steps), "checkpoint_every": num_steps, "keep_checkpoints": 2}
+    train = job.train.model_copy(update={"checkpoint_every": num_steps, "keep_checkpoints": 2})
+    return replace(job, train=train, checkpoint_at=tuple(steps))
 
 
 def checkpoint_at(directory: Path, step: int) -> Path:

@@ -21,6 +21,7 @@ from moe_dist.search.trials import BASELINE, LOG_NAME, Trial, TrialLog, rank_tri
 from moe_dist.search.tune import Ruling, TrialRoom, find_room, run_sweep
 from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker, recipe_hash
+from moe_dist.whole_files import write_json
 from moe_dist.workers.cluster_capacity import read_capacity
 from moe_dist.workers.driver import RaySession, ray_session
 
@@ -28,7 +29,6 @@ from ..chain.chain import disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
 from ..chain.fingerprints import value_digest
 from ..chain.recording import source_tags
-from ..chain.stage import write_json
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
 from .confirming import Confirmation, confirm

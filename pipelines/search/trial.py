@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,15 +20,16 @@ from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..chain.payloads import data_arguments, distill_settings, training_job, training_settings
-from ..stages.adapt import adapt_settings, convert, fit_settings, fits_output
+from ..chain.payloads import distill_settings, training_settings
+from ..stages.adapt import adapt_settings, convert, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
+    from moe_dist.jobs.distill import DistillJob
+    from moe_dist.jobs.job import Split
     from moe_dist.jobs.job_data import JobData
-    from moe_dist.jobs.payloads import DataJob, Split
     from moe_dist.search.trials import Trial
 
 LATENCY_SEQ_LEN = 128
@@ -190,6 +191,7 @@ class _Warm:
     def load(cls, config: RunConfig, facts: TeacherFacts) -> _Warm:
         from moe_dist.data.sources import load_splits
         from moe_dist.inference.saving import load_model, load_tokenizer
+        from moe_dist.jobs.job import row_arguments
         from moe_dist.jobs.job_data import JobData
         from moe_dist.jobs.results import load_scores
         from moe_dist.storage import local_copy, local_file
@@ -203,9 +205,9 @@ class _Warm:
             tokenizer = load_tokenizer(model)
         with local_file(facts.scores) as path:
             scores = load_scores(path)
-        payload: DataJob = {"max_length": config.model.max_length, "cache_dir": None}
-        splits = load_splits(**data_arguments(config))
-        return cls(JobData(splits, tokenizer, payload), teacher, dense, scores)
+        splits = load_splits(**row_arguments(config.data, config.seed))
+        data = JobData(splits, tokenizer, config.model.max_length)
+        return cls(data, teacher, dense, scores)
 
 
 @dataclass(frozen=True)
@@ -235,19 +237,19 @@ class _OneTrial:
 
     def _train_here(self, student: Any, costs: Mapping[str, float], directory: Path | str) -> None:
         """Train in this process: no checkpoints, no saved model, only figures and answers."""
-        from moe_dist.jobs.jobs import distill
+        from moe_dist.jobs.distill import distill
 
         from .trial_directories import written_here
 
         steps = self._steps()
         with written_here(directory) as (place, upload):
-            payload = self._payload(place, list(steps))
+            job = self._job(place, steps)
             held: dict[int, Mapping[str, Any]] = {}
             shared: list[int] = []
             if self.is_member:
                 shared = sorted(steps)[:-1]
                 take_over(self.resume, place)
-                payload["train"] |= shared_checkpoints(shared, max(steps))
+                job = shared_checkpoints(job, shared, max(steps))
 
             def report(step: int, metrics: Mapping[str, float]) -> None:
                 if step in steps:
@@ -262,20 +264,20 @@ class _OneTrial:
                 elif measured:
                     self.say(measured)
 
-            distill(student, self.warm.teacher, self.warm.data, payload, report=report, keep=False)
+            distill(student, self.warm.teacher, self.warm.data, job, report=report, keep=False)
 
     def _train_on_workers(
         self, student: Any, costs: Mapping[str, float], directory: Path | str
     ) -> None:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
-        from moe_dist.jobs.jobs import distill_job
+        from moe_dist.jobs.job import run
         from moe_dist.workers.driver import run_on_workers
 
         from .trial_directories import STUDENT, student_for_workers
 
         steps = self._steps()
         parallel = self.config.parallel
-        job: Callable[[Any], Any] = distill_job
+        job = self._job(directory, steps)
         with student_for_workers(student, self.warm.data.tokenizer, directory) as poll:
 
             def tell() -> None:
@@ -288,12 +290,8 @@ class _OneTrial:
                     tell()
 
             run_on_workers(
-                job,
-                {
-                    **self._payload(directory, list(steps)),
-                    "student": str(below(directory, STUDENT)),
-                    "teacher": self.facts.model,
-                },
+                run,
+                replace(job, student=str(below(directory, STUDENT))),
                 num_workers=parallel.num_workers,
                 cpus_per_worker=parallel.cpus_per_worker,
                 use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
@@ -310,7 +308,7 @@ class _OneTrial:
     def _student(self) -> Any:
         import torch
 
-        from moe_dist.jobs.fitted_start import draw_tasks, fit_start
+        from moe_dist.jobs.fit_outputs import draw_tasks, fit_start
 
         # A converted gate is drawn anew: from the trial's seed, whatever ran here before.
         torch.manual_seed(self.config.seed)
@@ -320,9 +318,9 @@ class _OneTrial:
         if fits_output(self.config):
             batches = draw_tasks(
                 [rows],
+                num_samples=self.config.moe.importance_samples,
                 seed=self.config.seed,
                 pad_token_id=warm.data.pad_token_id,
-                **fit_settings(self.config),
             )
             fit_start(student, warm.teacher, batches)
         return student
@@ -333,13 +331,20 @@ class _OneTrial:
         total = per_epoch * train.num_epochs
         return rung_steps(self.rungs, min(total, train.max_steps or total))
 
-    def _payload(self, directory: Path | str, steps: list[int]) -> dict[str, Any]:
-        payload = training_job(self.config, self.config.train, str(directory))
-        payload["train"] |= {"eval_at": steps, "eval_every": None}
-        payload["distill"] = self.config.distill.model_dump(mode="json")
-        payload["data"] |= {"seed": self.data_seed}
-        payload |= {"keep_predictions": True, "eval_split": self.split}
-        return payload
+    def _job(self, directory: Path | str, steps: Collection[int]) -> DistillJob:
+        from moe_dist.jobs.distill import DistillJob
+
+        return DistillJob.of(
+            self.config,
+            str(directory),
+            student="",
+            teacher=self.facts.model,
+            train=self.config.train.model_copy(update={"eval_every": None}),
+            eval_at=tuple(steps),
+            row_seed=self.data_seed,
+            keep_predictions=True,
+            eval_split=self.split,
+        )
 
     @property
     def _seq_len(self) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import StorageError
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG, MODEL_DIR
-from moe_dist.metric_log import MetricRecord, MetricTail
+from moe_dist.jobs.results import CHECKPOINT_DIR, MODEL_DIR
+from moe_dist.metric_log import METRIC_LOG, MetricRecord, MetricTail
 from moe_dist.storage import Store, delete_tree, receive_lines, upload_tree
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.workers.stage_upload import uploaded_stage

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from ..markdown import markdown_table
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import Trial
@@ -72,16 +73,12 @@ def course_lines(best: Trial | None, is_population: bool) -> list[str]:
         f"The weights of trial {best.number}, and the values that changed on their way (all others "
         "stayed; `best.yaml` holds the last ones):",
         "",
-        table_row(["from step", "in trial", *names]),
-        table_row(["---"] * (len(keys) + 2)),
     ]
-    lines += [
-        table_row(
-            [str(leg.step), str(leg.trial), *(_shown(leg.overrides.get(key)) for key in keys)]
-        )
+    rows = [
+        [str(leg.step), str(leg.trial), *(_shown(leg.overrides.get(key)) for key in keys)]
         for leg in best.course
     ]
-    return [*lines, ""]
+    return [*lines, *markdown_table(["from step", "in trial", *names], rows), ""]
 
 
 def course_remarks(best: Trial) -> list[str]:
@@ -108,15 +105,3 @@ def _shown(value: object) -> str:
     if value is None:
         return "as in the recipe"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """Write a row of a Markdown table.
-
-    Args:
-        cells: of the row.
-
-    Returns:
-        A line.
-    """
-    return "| " + " | ".join(cells) + " |"

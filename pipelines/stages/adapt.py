@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..chain.payloads import data_job
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import placed_here, run_job
 from . import finetune_teacher, score_importance, shrink
@@ -49,7 +48,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
-        from moe_dist.jobs.jobs import fit_output_job
+        from moe_dist.jobs.fit_outputs import FitOutputsJob
         from moe_dist.jobs.results import load_scores
 
         from ..report.plots import plot_importance
@@ -71,13 +70,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         if is_fitted:
             inputs.workspace.files.publish(made)
             run_job(
-                fit_output_job,
-                {
-                    **data_job(config, address(stage.directory)),
-                    "student": address(made),
-                    "teacher": address(source.outputs["model"]),
-                    **fit_settings(config),
-                },
+                FitOutputsJob.of(
+                    config,
+                    address(stage.directory),
+                    student=address(made),
+                    teacher=address(source.outputs["model"]),
+                    num_samples=config.moe.importance_samples,
+                ),
                 config=placed_here(config),
                 work=stage,
                 workspace=inputs.workspace,
@@ -136,7 +135,7 @@ def convert(
     from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
     from moe_dist.conversion.activity import task_importance
     from moe_dist.conversion.token_clusters import token_clusters
-    from moe_dist.jobs.fitted_start import draw_tasks
+    from moe_dist.jobs.fit_outputs import draw_tasks
 
     moe = config.moe
     looks = _splits_by_data(config) or _counts_tokens(config)
@@ -145,7 +144,10 @@ def convert(
     if parts is not None and _splits_by_data(config):
         pad_token_id = int(dense.config.pad_token_id or 0)
         scored = draw_tasks(
-            parts, seed=config.seed, pad_token_id=pad_token_id, **fit_settings(config)
+            parts,
+            num_samples=config.moe.importance_samples,
+            seed=config.seed,
+            pad_token_id=pad_token_id,
         )
         reads = PARTITIONS[moe.partition].reads
         if reads == "tasks":
@@ -182,21 +184,6 @@ def convert(
         **router_options(config),
     )
     return plan, student
-
-
-def fit_settings(config: RunConfig) -> dict[str, Any]:
-    """Return what `draw_tasks` takes from the recipe: the rows that neurons were scored on.
-
-    Args:
-        config: the configuration of one student.
-
-    Returns:
-        Plain values, without the seed.
-    """
-    return {
-        "num_samples": config.moe.importance_samples,
-        "batch_size": score_importance.BATCH_SIZE,
-    }
 
 
 def fits_output(config: RunConfig) -> bool:

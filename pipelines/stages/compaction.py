@@ -6,15 +6,15 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich import box
 from rich.table import Table
 
+from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.errors import MissingInputError, MoeDistError
+from moe_dist.whole_files import write_json
 
-from ..chain.payloads import data_job, training_job
-from ..chain.stage import write_json
 from ..report.report import quantity
 from .compaction_checks import check_compaction
 
@@ -27,6 +27,7 @@ RESULT = "compact.json"
 FUSED, UNPRUNED, COMPRESSED, MODEL = "fused", "unpruned", "compressed", "model"
 MANY_EPOCHS = 10_000
 RECIPE_NAME = "recipe.yaml"
+Data = TypeVar("Data", bound=TaskDataConfig)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     """
     from moe_dist.inference import load_model, load_tokenizer, save_model
     from moe_dist.inference.compact import fuse_neurons
-    from moe_dist.jobs.jobs import distill_job
+    from moe_dist.jobs.distill import DistillJob
 
     student = load_model(settings.directory)
     attention = config.distill.attention_weight > 0
@@ -117,7 +118,17 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     measured["compressed"] = _measure(compressed, config, settings, "compressed")
     if settings.repair_steps:
         console.note(f"repairing over {settings.repair_steps} steps")
-        distill_job(_repair_payload(settings, config))
+        train = config.train.model_copy(
+            update={"max_steps": settings.repair_steps, "num_epochs": MANY_EPOCHS}
+        )
+        DistillJob.of(
+            config,
+            str(settings.output),
+            train=train,
+            parallel=config.parallel.model_copy(update={"ep_size": 1, "zero_stage": 0}),
+            student=str(compressed),
+            teacher=str((settings.teacher or settings.directory).absolute()),
+        ).run()
         shutil.rmtree(settings.output / "checkpoints", ignore_errors=True)
         measured["repaired"] = _measure(settings.output / MODEL, config, settings, "repaired")
     else:
@@ -222,12 +233,12 @@ def _measure(
     model: Path, config: RunConfig, settings: CompactSettings, name: str
 ) -> dict[str, Any]:
     from moe_dist.inference import load_model
-    from moe_dist.jobs.jobs import predict_job
+    from moe_dist.jobs.predict import PredictJob
     from moe_dist.measure.profile import count_parameters
 
-    payload: Any = data_job(config, str(settings.output))
-    payload |= {"model": str(model), "split": "dev", "output_name": f"predictions-{name}"}
-    answer = predict_job(payload)
+    answer = PredictJob.of(
+        config, str(settings.output), model=str(model), output_name=f"predictions-{name}"
+    ).run()
     return {
         "metrics": answer["metrics"],
         "parameters": asdict(count_parameters(load_model(model))),
@@ -236,50 +247,39 @@ def _measure(
 
 def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[float]]:
     """Each expert's share of the tokens of training rows, by layer; of those of all tasks."""
-    from moe_dist.jobs.jobs import predict_job
+    from moe_dist.jobs.predict import PredictJob
 
-    payload: Any = data_job(config, str(settings.output))
-    payload["data"] = _fewer_rows(payload["data"], settings.use_samples)
-    payload |= {
-        "model": str(settings.directory),
-        "split": "train",
-        "output_name": "predictions-use",
-    }
-    load: dict[str, list[float]] = predict_job(payload)["expert_load"]
+    job = PredictJob.of(
+        config,
+        str(settings.output),
+        data=_fewer_rows(config.data, settings.use_samples),
+        model=str(settings.directory),
+        split="train",
+        output_name="predictions-use",
+    )
+    load: dict[str, list[float]] = job.run()["expert_load"]
     return load
 
 
 def _score_neurons(model: Path, config: RunConfig, settings: CompactSettings) -> list[Any]:
     """The importance of each expert's neurons on training rows, by layer."""
-    from moe_dist.jobs.jobs import importance_job
+    from moe_dist.jobs.importance import ImportanceJob
     from moe_dist.jobs.results import load_scores
 
     # Beside the model, and gone with it: the scores fit neither what was given nor what is made.
-    payload: Any = data_job(config, str(model))
-    payload |= {"model": str(model), "num_samples": settings.use_samples}
-    return load_scores(Path(importance_job(payload)["scores"]))
+    job = ImportanceJob.of(config, str(model), model=str(model), num_samples=settings.use_samples)
+    return load_scores(Path(job.run()["scores"]))
 
 
-def _fewer_rows(data: dict[str, Any], limit: int) -> dict[str, Any]:
-    """The arguments of `load_rows` for so many training rows, tasks having equally many."""
+def _fewer_rows(data: Data, limit: int) -> Data:
+    """The data with so many training rows, tasks having equally many."""
     from moe_dist.data.mixture import even_share
 
-    tasks = data.get("tasks")
+    tasks = getattr(data, "tasks", None)
     if tasks is None:
-        return data | {"max_train_samples": min(limit, data["max_train_samples"] or limit)}
+        return data.model_copy(
+            update={"max_train_samples": min(limit, data.max_train_samples or limit)}
+        )
     share = even_share(limit, len(tasks))
-    return data | {"tasks": {name: _fewer_rows(task, share) for name, task in tasks.items()}}
-
-
-def _repair_payload(settings: CompactSettings, config: RunConfig) -> Any:
-    train = config.train.model_copy(
-        update={"max_steps": settings.repair_steps, "num_epochs": MANY_EPOCHS}
-    )
-    payload = training_job(config, train, str(settings.output))
-    payload["parallel"] |= {"ep_size": 1, "zero_stage": 0}
-    return {
-        **payload,
-        "student": str(settings.output / COMPRESSED),
-        "teacher": str((settings.teacher or settings.directory).absolute()),
-        "distill": config.distill.model_dump(mode="json"),
-    }
+    fewer = {name: _fewer_rows(task, share) for name, task in tasks.items()}
+    return data.model_copy(update={"tasks": fewer})

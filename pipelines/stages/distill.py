@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..chain.payloads import distill_settings, training_job, training_settings
+from ..chain.payloads import distill_settings, training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
 from . import adapt, finetune_teacher, shrink
@@ -38,18 +38,17 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         origin = {key: details[key] for key in ("layers", "hidden_ids")}
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.jobs.jobs import distill_job
+        from moe_dist.jobs.distill import DistillJob
 
-        payload = {
-            **training_job(config, config.train, address(stage.directory)),
-            "student": address(student.outputs["model"]),
-            "teacher": address(teacher.outputs["model"]),
-            "distill": config.distill.model_dump(mode="json"),
+        job = DistillJob.of(
+            config,
+            address(stage.directory),
+            student=address(student.outputs["model"]),
+            teacher=address(teacher.outputs["model"]),
             **origin,
-        }
+        )
         result = run_job(
-            distill_job,
-            payload,
+            job,
             config=config,
             work=stage,
             workspace=inputs.workspace,

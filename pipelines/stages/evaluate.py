@@ -25,7 +25,6 @@ from . import adapt, distill, finetune_teacher
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.metrics import Pairing
-    from moe_dist.jobs.payloads import DataJob
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -239,8 +238,7 @@ def predict_all(
     from moe_dist.measure.evaluation import Predictions, expert_load, predict
 
     tokenizer = load_tokenizer(models[TEACHER][0])
-    payload: DataJob = {"max_length": workspace.config.model.max_length, "cache_dir": None}
-    data = job_data(workspace.rows, tokenizer, payload)
+    data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
         name: TaskAnswers(part.splits.task.metrics, part.dev.labels, {})
         for name, part in data.parts.items()

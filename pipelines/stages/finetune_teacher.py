@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..chain.payloads import training_job, training_settings
+from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
 
@@ -31,15 +31,19 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     train = config.teacher_train
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.jobs.jobs import finetune_job
+        from moe_dist.jobs.finetune import FinetuneJob
 
-        payload = training_job(config, train, workspace.files.address(stage.directory))
-        payload |= {"model": workspace.start_model_address, "revision": config.model.revision}
-        # A dense model has no experts to spread.
-        payload["parallel"] |= {"ep_size": 1}
+        job = FinetuneJob.of(
+            config,
+            workspace.files.address(stage.directory),
+            model=workspace.start_model_address,
+            revision=config.model.revision,
+            train=train,
+            # A dense model has no experts to spread.
+            parallel=config.parallel.model_copy(update={"ep_size": 1}),
+        )
         result = run_job(
-            finetune_job,
-            payload,
+            job,
             config=config,
             work=stage,
             workspace=workspace,

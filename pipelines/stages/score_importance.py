@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..chain.payloads import data_job
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import placed_here, run_job
 from . import finetune_teacher
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 NAME = "score-importance"
 NEEDS = (finetune_teacher.NAME,)
-BATCH_SIZE = 32
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -35,21 +33,15 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     address = inputs.workspace.files.address
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.jobs.jobs import importance_job
+        from moe_dist.jobs.importance import ImportanceJob
 
-        payload = {
-            **data_job(config, address(stage.directory)),
-            "model": address(teacher.outputs["model"]),
-            "num_samples": config.moe.importance_samples,
-            "batch_size": BATCH_SIZE,
-        }
-        run_job(
-            importance_job,
-            payload,
-            config=placed_here(config),
-            work=stage,
-            workspace=inputs.workspace,
+        job = ImportanceJob.of(
+            config,
+            address(stage.directory),
+            model=address(teacher.outputs["model"]),
+            num_samples=config.moe.importance_samples,
         )
+        run_job(job, config=placed_here(config), work=stage, workspace=inputs.workspace)
         return StageOutcome(outputs={"scores": stage.directory / "scores.safetensors"})
 
     return execute(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
-
-DIRECTORY_VARIABLE = "MDT_CHAOS_DIRECTORY"
-
 
 def main() -> None:
-    from moe_dist.jobs import jobs
+    from moe_dist.jobs import distill
     from pipelines.cli import main as run
-    from tests.chaos.job import watched_distill_job
+    from tests.chaos.job import WatchedDistillJob
 
-    jobs.distill_job = partial(watched_distill_job, os.environ[DIRECTORY_VARIABLE])  # type: ignore[assignment]
+    distill.DistillJob = WatchedDistillJob  # type: ignore[misc]
     run()
 
 

@@ -10,34 +10,41 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from moe_dist.jobs import jobs
-from moe_dist.jobs import train_job as fit_module
+from moe_dist.jobs import train_job
+from moe_dist.jobs.distill import DistillJob
 from moe_dist.training import loop
-from tests.chaos.marks import Mark, MarkBoard
+from moe_dist.training.collectives import own_rank
+from tests.chaos.marks import DIRECTORY_VARIABLE, Mark, MarkBoard
 from tests.chaos.trace import TraceWriter
 
 UNFINISHED = re.compile(r"/\.unfinished-step-(\d+)")
 
 
-def watched_distill_job(directory: str, payload: Any) -> dict[str, Any]:
-    """Run `distill_job` with marks and a trace in a directory that all workers share."""
-    with _watched(Path(directory)):
-        return jobs.distill_job(payload)
+@dataclass(frozen=True, kw_only=True)
+class WatchedDistillJob(DistillJob):
+    """A distillation with marks and a trace in a directory that all workers share."""
+
+    marks: str = field(default_factory=lambda: os.environ[DIRECTORY_VARIABLE])
+
+    def run(self) -> dict[str, Any]:
+        with _watched(Path(self.marks)):
+            return super().run()
 
 
 @contextmanager
 def _watched(directory: Path) -> Iterator[None]:
-    rank = jobs.own_rank()
+    rank = own_rank()
     address = _own_address()
     board = MarkBoard(directory)
     stops = _Stops(board, [mark for mark in board.marks() if mark.rank == rank], address)
     trace = TraceWriter(directory, rank=rank, address=address)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fit_module, "train", stops.on_model(fit_module.train)))
+        stack.enter_context(patch.object(train_job, "train", stops.on_model(train_job.train)))
         stack.enter_context(
             patch.object(loop, "_take_step", trace.of_steps(stops.before_step(loop._take_step)))
         )

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+DIRECTORY_VARIABLE = "MDT_CHAOS_DIRECTORY"
 PLACES = ("forward", "backward", "step", "checkpoint")
 PLAN_NAME = "marks.json"
 POLL_S = 0.02

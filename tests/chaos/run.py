@@ -16,8 +16,7 @@ import yaml
 
 from moe_dist.distributed.checkpoint import list_checkpoints, verify_checkpoint
 from moe_dist.errors import CheckpointError
-from tests.chaos.command import DIRECTORY_VARIABLE
-from tests.chaos.marks import Mark, MarkBoard, Reached
+from tests.chaos.marks import DIRECTORY_VARIABLE, Mark, MarkBoard, Reached
 from tests.chaos.places import Place
 from tests.chaos.trace import Attempt, read_trace
 from tests.hosts.ray_cluster import ROOT

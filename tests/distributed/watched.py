@@ -24,8 +24,8 @@ def run_rank(rank: int, world_size: int, directory: str, fault: str, step_timeou
     timeout = timedelta(minutes=5)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     config = {
-        "job": job,
-        "payload": {"fault": fault, "step_timeout_s": step_timeout_s},
+        "work": job,
+        "job": {"fault": fault, "step_timeout_s": step_timeout_s},
         "records": directory,
         "num_threads": 1,
         "step_timeout_s": step_timeout_s,

@@ -10,61 +10,47 @@ import numpy as np
 import pytest
 import torch
 
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.inference.saving import load_model
-from moe_dist.jobs.jobs import (
-    distill_job,
-    distill_weights,
-    finetune_job,
-    fit_output_job,
-    importance_job,
-    predict_job,
-)
+from moe_dist.jobs.distill import DistillJob, distill_weights
+from moe_dist.jobs.finetune import FinetuneJob
+from moe_dist.jobs.fit_outputs import FitOutputsJob
+from moe_dist.jobs.importance import ImportanceJob
+from moe_dist.jobs.predict import PredictJob
 from moe_dist.jobs.results import load_predictions, load_scores
 from moe_dist.jobs.train_job import MAX_LOGGED_EXPERTS, load_metrics
 from moe_dist.metric_log import MetricLog, series
-from tests.training.tiny_task import adapt, task_payload, train_section
+from tests.training.tiny_task import adapt, job_fields, train_section
 
-DISTILL: dict[str, Any] = {
-    "task_weight": 1.0,
-    "hidden_weight": 1.0,
-    "kl_weight": 1.0,
-    "load_balancing_weight": 0.01,
-    "z_loss_weight": 0.001,
-    "entropy_weight": 0.001,
-    "temperature": 2.0,
-    "warmup_fraction": 0.2,
-}
+DISTILL = ObjectivesConfig(
+    task_weight=1.0,
+    hidden_weight=1.0,
+    kl_weight=1.0,
+    load_balancing_weight=0.01,
+    z_loss_weight=0.001,
+    entropy_weight=0.001,
+    temperature=2.0,
+    warmup_fraction=0.2,
+)
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All jobs one after the other, as the stages call them."""
     root = tmp_path_factory.mktemp("chain")
-    shared = task_payload(root, "finetune-teacher")
-    teacher = finetune_job(
-        shared | {"model": str(root / "bert"), "train": train_section(), "parallel": {}}
-    )
-    scored = importance_job(
-        task_payload(root, "score-importance")
-        | {"model": teacher["model"], "num_samples": 50, "batch_size": 16}
-    )
+    fields = job_fields(root, "finetune-teacher", model=str(root / "bert"), train=train_section())
+    teacher = FinetuneJob(**fields).run()
+    drawn = {"num_samples": 50, "batch_size": 16}
+    fields = job_fields(root, "score-importance", model=teacher["model"], **drawn)
+    scored = ImportanceJob(**fields).run()
     adapted = adapt(root, teacher["model"])
-    fitted = fit_output_job(
-        task_payload(root, "fitted")
-        | {"student": adapted, "teacher": teacher["model"], "num_samples": 50, "batch_size": 16}
-    )
+    models = {"student": adapted, "teacher": teacher["model"]}
+    fitted = FitOutputsJob(**job_fields(root, "fitted", **models, **drawn)).run()
     files = {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
-    student = distill_job(
-        task_payload(root, "distill")
-        | {
-            "student": adapted,
-            "teacher": teacher["model"],
-            "train": train_section(gradient_checkpointing=True, accumulation=2, num_epochs=8),
-            "distill": DISTILL,
-            "parallel": {"ep_size": 1, "zero_stage": 0},
-        }
-    )
+    train = train_section(gradient_checkpointing=True, accumulation=2, num_epochs=8)
+    fields = job_fields(root, "distill", **models, train=train, distill=DISTILL)
+    student = DistillJob(**fields).run()
     assert files == {p.name: p.read_bytes() for p in Path(teacher["model"]).iterdir()}
     return {
         "root": root,
@@ -139,10 +125,8 @@ def test_a_fitted_student_is_nearer_before_it_is_trained(chain: dict[str, Any]) 
 def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[str, Any]) -> None:
     root, student = chain["root"], chain["student"]
     assert student["metrics"]["accuracy"] > 0.9
-    answer = predict_job(
-        task_payload(root, "evaluate")
-        | {"model": student["model"], "split": "dev", "batch_size": 7, "output_name": "student"}
-    )
+    fields = job_fields(root, "evaluate", model=student["model"], batch_size=7)
+    answer = PredictJob(**fields, split="dev", output_name="student").run()
     assert answer["metrics"] == student["metrics"]
     assert answer["predictions"][""].shape == (33, 2)
     for layer, shares in answer["expert_load"].items():
@@ -166,10 +150,8 @@ def test_a_finished_job_gives_the_same_again(chain: dict[str, Any]) -> None:
     root, teacher = chain["root"], chain["teacher"]
     before = (root / "finetune-teacher" / "metrics.jsonl").read_bytes()
     weights = {n: v.clone() for n, v in load_model(teacher["model"]).state_dict().items()}
-    again = finetune_job(
-        task_payload(root, "finetune-teacher")
-        | {"model": str(root / "bert"), "train": train_section(), "parallel": {}}
-    )
+    fields = job_fields(root, "finetune-teacher", model=str(root / "bert"), train=train_section())
+    again = FinetuneJob(**fields).run()
     assert again["resumed_from"] == 72
     assert again["metrics"] == teacher["metrics"]
     state = load_model(again["model"]).state_dict()
@@ -179,22 +161,22 @@ def test_a_finished_job_gives_the_same_again(chain: dict[str, Any]) -> None:
 
 
 def test_regression_runs_through_all_jobs(tmp_path: Path) -> None:
-    def payload(stage: str) -> dict[str, Any]:
-        return task_payload(tmp_path, stage, regression=True)
+    def fields(stage: str, **more: Any) -> dict[str, Any]:
+        return job_fields(tmp_path, stage, regression=True, **more)
 
     train = train_section()
-    shared = payload("finetune-teacher")
-    teacher = finetune_job(shared | {"model": str(tmp_path / "bert"), "train": train})
-    importance_job(payload("score-importance") | {"model": teacher["model"], "num_samples": None})
-    adapted = adapt(tmp_path, teacher["model"], router="hash_random")
-    student = distill_job(
-        payload("distill")
-        | {"student": adapted, "teacher": teacher["model"], "train": train, "distill": {}}
-    )
+    start = fields("finetune-teacher", model=str(tmp_path / "bert"), train=train)
+    teacher = FinetuneJob(**start).run()["model"]
+    ImportanceJob(**fields("score-importance", model=teacher)).run()
+    adapted = adapt(tmp_path, teacher, router="hash_random")
+    models = {"student": adapted, "teacher": teacher}
+    student = DistillJob(
+        **fields("distill", **models, train=train, distill=ObjectivesConfig())
+    ).run()
     assert set(student["metrics"]) == {"pearson", "spearman"}
     assert student["metrics"]["pearson"] > 0.5
     assert "train/loss/prediction_mse" in student["train"]
-    answer = predict_job(payload("evaluate") | {"model": student["model"]})
+    answer = PredictJob(**fields("evaluate", model=student["model"])).run()
     assert answer["metrics"]["pearson"] == pytest.approx(student["metrics"]["pearson"], abs=1e-6)
 
 
@@ -203,16 +185,10 @@ def test_a_copy_of_the_teacher_has_no_loss_without_dropout(
     chain: dict[str, Any], tmp_path: Path, dropout: float | None
 ) -> None:
     teacher = chain["teacher"]["model"]
-    imitation = {"task_weight": 0.0, "hidden_weight": 1.0, "kl_weight": 1.0, "dropout": dropout}
-    copy = distill_job(
-        task_payload(tmp_path, "distill")
-        | {
-            "student": teacher,
-            "teacher": teacher,
-            "train": train_section(max_steps=1),
-            "distill": imitation,
-        }
-    )
+    losses = ObjectivesConfig(task_weight=0.0, hidden_weight=1.0, kl_weight=1.0, dropout=dropout)
+    models = {"student": teacher, "teacher": teacher}
+    fields = job_fields(tmp_path, "distill", **models, train=train_section(max_steps=1))
+    copy = DistillJob(**fields, distill=losses).run()
     missed = copy["train"]["train/loss/hidden_mse"]
     assert missed > 0.01 if dropout is None else missed < 1e-9
     config = (Path(copy["model"]) / "config.json").read_text()
@@ -220,7 +196,7 @@ def test_a_copy_of_the_teacher_has_no_loss_without_dropout(
 
 
 def test_distill_weights_follow_the_recipe() -> None:
-    weights = distill_weights(DISTILL, 100)  # type: ignore[arg-type]
+    weights = distill_weights(DISTILL, 100)
     assert [weights["hidden_mse"].at(step) for step in (0, 9, 19, 50)] == [0.05, 0.5, 1.0, 1.0]
     assert weights["task"].at(0) == 1.0
     assert weights["load_balancing"].at(99) == 0.01

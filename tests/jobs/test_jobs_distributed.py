@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.errors import NonFiniteLossError
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
-from moe_dist.jobs import jobs
-from moe_dist.jobs.jobs import distill_job, importance_job, predict_job
+from moe_dist.jobs import distill
+from moe_dist.jobs.distill import DistillJob
+from moe_dist.jobs.importance import ImportanceJob
+from moe_dist.jobs.predict import PredictJob
 from moe_dist.jobs.results import load_scores
 from moe_dist.losses.total import LossTerm
 from moe_dist.metric_log import MetricLog
 from moe_dist.training.step import StepTerms
-from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
+from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_bert
 
 pytestmark = pytest.mark.distributed
-EP2 = {"ep_size": 2, "zero_stage": 1}
+EP2 = on_cpu(ep_size=2, zero_stage=1)
 
 
 def write_teacher(root: Path) -> str:
@@ -37,28 +41,32 @@ def write_teacher(root: Path) -> str:
 def score_distil_resume_predict(
     rank: int,
     world_size: int,
-    scoring: dict[str, Any],
-    payload: dict[str, Any],
-    predict: dict[str, Any],
-    spoilt: dict[str, Any],
+    scoring: ImportanceJob,
+    job: DistillJob,
+    predict: PredictJob,
+    spoilt: DistillJob,
 ) -> None:
     """Score; stop the distillation after half of its steps and go on; predict; go wrong."""
-    importance_job(scoring)
-    half = payload | {"train": payload["train"] | {"max_steps": 3}}
-    first, second = distill_job(half), distill_job(payload)
+    scoring.run()
+    first, second = half_of(job).run(), job.run()
     assert first["num_steps"] == second["resumed_from"] == 3
-    answer = predict_job(predict | {"model": second["model"]})
+    answer = replace(predict, model=second["model"]).run()
     assert answer["metrics"] == second["metrics"]
     if rank == 1:
-        jobs._distill = _with_nan(jobs._distill)
+        distill.distill_terms = _with_nan(distill.distill_terms)  # type: ignore[assignment]
     with pytest.raises(NonFiniteLossError) as caught:
-        distill_job(spoilt)
+        spoilt.run()
     told = {
         "metrics": second["metrics"],
         "logits": answer["predictions"][""].tolist(),
         "error": str(caught.value),
     }
-    Path(payload["stage_dir"], f"rank{rank}.json").write_text(json.dumps(told))
+    Path(job.stage_dir, f"rank{rank}.json").write_text(json.dumps(told))
+
+
+def half_of(job: DistillJob) -> DistillJob:
+    """The same distillation, stopped after half of its steps."""
+    return replace(job, train=job.train.model_copy(update={"max_steps": 3}))
 
 
 def _with_nan(compute: Any) -> Any:
@@ -76,24 +84,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("two")
     teacher = write_teacher(root)
     scoring = {"model": teacher, "num_samples": 37, "batch_size": 8}
-    importance_job(task_payload(root, "score-importance") | scoring)
+    ImportanceJob(**job_fields(root, "score-importance", **scoring)).run()
     student = adapt(root, teacher)
     distilling = {
         "train": train_section(
             num_epochs=1, accumulation=2, log_every=2, checkpoint_every=2, lr_schedule="constant"
         ),
-        "distill": {"temperature": 2.0},
+        "distill": ObjectivesConfig(temperature=2.0),
         "teacher": teacher,
         "student": student,
     }
-    alone = distill_job(task_payload(root, "alone") | distilling)
+    alone = DistillJob(**job_fields(root, "alone", **distilling)).run()
     spawn_gloo(
         score_distil_resume_predict,
         2,
-        task_payload(root, "score-two") | scoring,
-        task_payload(root, "together") | distilling | {"parallel": EP2},
-        task_payload(root, "together"),
-        task_payload(root, "spoilt") | distilling | {"parallel": EP2},
+        ImportanceJob(**job_fields(root, "score-two", **scoring)),
+        DistillJob(**job_fields(root, "together", **distilling, parallel=EP2)),
+        PredictJob(**job_fields(root, "together", model="")),
+        DistillJob(**job_fields(root, "spoilt", **distilling, parallel=EP2)),
     )
     return {"root": root, "student": student, "alone": alone}
 
@@ -142,22 +150,22 @@ def test_a_spoilt_loss_on_one_rank_stops_all_and_is_located(runs: dict[str, Any]
         assert "hidden_mse=nan" in error and "rank 0" not in error
 
 
-EVERY_LOSS: dict[str, Any] = {
-    "soft_weight": 1.0,
-    "attention_weight": 0.1,
-    "alignment_weight": 1.0,
-    "alignment_pooling": "mean",
-    "mapping_weight": 1.0,
-    "adversarial_weight": 0.1,
-    "adversarial_warmup_fraction": 0.0,
-    "temperature": 2.0,
-}
+EVERY_LOSS = ObjectivesConfig(
+    soft_weight=1.0,
+    attention_weight=0.1,
+    alignment_weight=1.0,
+    alignment_pooling="mean",
+    mapping_weight=1.0,
+    adversarial_weight=0.1,
+    adversarial_warmup_fraction=0.0,
+    temperature=2.0,
+)
 
 
-def distil_half_then_all(rank: int, world_size: int, payload: dict[str, Any]) -> None:
+def distil_half_then_all(rank: int, world_size: int, job: DistillJob) -> None:
     """Stop after half of the steps, and go on from the checkpoint."""
-    distill_job(payload | {"train": payload["train"] | {"max_steps": 3}})
-    result = distill_job(payload)
+    half_of(job).run()
+    result = job.run()
     assert result["resumed_from"] == 3
     assert result["train"]["train/adversarial/active"] == 1.0
 
@@ -197,11 +205,11 @@ def test_every_loss_resumes_at_another_size_with_its_discriminator(
         "distill": EVERY_LOSS,
         "teacher": str(root / "teacher"),
         "student": str(student),
-        "layers": list(shrunk.layers),
-        "hidden_ids": list(shrunk.hidden_ids),
+        "layers": tuple(shrunk.layers),
+        "hidden_ids": tuple(shrunk.hidden_ids),
     }
-    alone = distill_job(task_payload(root, "losses-alone") | distilling)
-    together = task_payload(root, "losses-together") | distilling | {"parallel": EP2}
+    alone = DistillJob(**job_fields(root, "losses-alone", **distilling)).run()
+    together = DistillJob(**job_fields(root, "losses-together", **distilling, parallel=EP2))
     spawn_gloo(distil_half_then_all, 2, together)
     reference = load_model(alone["model"]).state_dict()
     trained = load_model(root / "losses-together" / "model").state_dict()
@@ -223,7 +231,7 @@ def test_every_loss_resumes_at_another_size_with_its_discriminator(
     # Its last three steps once more, on one process, from what two had written.
     for later in (root / "losses-together" / "checkpoints").glob("step-00000006"):
         later.rename(tmp_path / "later")
-    one = distill_job(together | {"parallel": {}})
+    one = replace(together, parallel=on_cpu()).run()
     assert one["resumed_from"] == 3
     for name, value in load_model(one["model"]).state_dict().items():
         torch.testing.assert_close(value, reference[name], rtol=1e-3, atol=2e-4, msg=name)

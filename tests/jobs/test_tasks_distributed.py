@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_dist.config.data_section import DataConfig
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
-from moe_dist.jobs.jobs import distill_job, importance_job
+from moe_dist.jobs.distill import DistillJob
+from moe_dist.jobs.importance import ImportanceJob
 from moe_dist.jobs.results import load_scores
-from tests.training.tiny_task import adapt, task_payload, train_section, write_bert, write_sentences
+from tests.training.tiny_task import (
+    adapt,
+    job_fields,
+    on_cpu,
+    train_section,
+    write_bert,
+    write_sentences,
+)
 
 pytestmark = pytest.mark.distributed
 HEADS = (TaskHead("mood", ("neg", "pos")), TaskHead("grade", None))
 
 
-def tasks_payload(root: Path, stage: str) -> dict[str, Any]:
+def fields(root: Path, stage: str, **more: Any) -> dict[str, Any]:
     """A classification and a smaller regression."""
-    shared = task_payload(root, stage)
-    seed = shared["seed"]
+    shared = job_fields(root, stage, **more)
     for split, count in (("train", 40), ("dev", 11)):
         path = root / f"grade-{split}.tsv"
         if not path.exists():
             write_sentences(path, count, seed=count, regression=True)
-    grade = shared["data"] | {
+    mood = shared["data"].model_dump(exclude={"tasks", "mixing", "mixing_temperature"})
+    grade = mood | {
         "train": str(root / "grade-train.tsv"),
         "dev": str(root / "grade-dev.tsv"),
         "kind": "regression",
     }
-    tasks = {"mood": shared["data"], "grade": grade}
-    return shared | {"data": {"tasks": tasks, "seed": seed}}
+    return shared | {"data": DataConfig(source="tasks", tasks={"mood": mood, "grade": grade})}
 
 
-def stop_and_go_on(rank: int, world_size: int, scoring: Any, payload: Any) -> None:
+def stop_and_go_on(rank: int, world_size: int, scoring: ImportanceJob, job: DistillJob) -> None:
     """Score; stop the distillation within its first epoch and go on."""
-    importance_job(scoring)
-    first = distill_job(payload | {"train": payload["train"] | {"max_steps": 5}})
-    second = distill_job(payload)
+    scoring.run()
+    train = job.train.model_copy(update={"max_steps": 5})
+    first, second = replace(job, train=train).run(), job.run()
     assert first["num_steps"] == second["resumed_from"] == 5
     told = json.dumps(second["metrics"])
-    Path(payload["stage_dir"], f"rank{rank}.json").write_text(told)
+    Path(job.stage_dir, f"rank{rank}.json").write_text(told)
 
 
 def test_two_ranks_with_spread_experts_train_as_one_does(tmp_path: Path) -> None:
@@ -57,22 +67,22 @@ def test_two_ranks_with_spread_experts_train_as_one_does(tmp_path: Path) -> None
     set_heads(model, HEADS)
     teacher = str(save_model(model, tmp_path / "teacher", tokenizer=tokenizer))
     scoring = {"model": teacher, "num_samples": 30, "batch_size": 8}
-    importance_job(tasks_payload(tmp_path, "score-importance") | scoring)
+    ImportanceJob(**fields(tmp_path, "score-importance", **scoring)).run()
     student = adapt(tmp_path, teacher, router="task_gate")
     distilling = {
         "train": train_section(
             num_epochs=1, accumulation=2, log_every=2, checkpoint_every=5, lr_schedule="constant"
         ),
-        "distill": {},
+        "distill": ObjectivesConfig(),
         "teacher": teacher,
         "student": student,
     }
-    alone = distill_job(tasks_payload(tmp_path, "alone") | distilling)
+    alone = DistillJob(**fields(tmp_path, "alone", **distilling)).run()
     spawn_gloo(
         stop_and_go_on,
         2,
-        tasks_payload(tmp_path, "score-two") | scoring,
-        tasks_payload(tmp_path, "together") | distilling | {"parallel": {"ep_size": 2}},
+        ImportanceJob(**fields(tmp_path, "score-two", **scoring)),
+        DistillJob(**fields(tmp_path, "together", **distilling, parallel=on_cpu(ep_size=2))),
     )
 
     pairs = [

@@ -93,13 +93,14 @@ def test_data_files_that_are_not_there_are_one_error_with_both_names(tmp_path: P
 
 def test_a_recipe_for_files_trains_on_the_given_ones(tmp_path: Path) -> None:
     from moe_dist.data.sources import load_splits
-    from pipelines.chain.payloads import data_arguments
+    from moe_dist.jobs.job import row_arguments
 
     for name, count in (("train", 6), ("dev", 2)):
         rows = [f"sentence number {n} of {name}\t{n % 2}" for n in range(count)]
         (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     files = [f"data.{name}={tmp_path}/{name}.tsv" for name in ("train", "dev")]
-    splits = load_splits(**data_arguments(load_config(RECIPES / "minilm_sst2.yaml", files)))
+    config = load_config(RECIPES / "minilm_sst2.yaml", files)
+    splits = load_splits(**row_arguments(config.data, config.seed))
     assert (len(splits.train), len(splits.dev)) == (6, 2)
     assert (splits.task.num_labels, splits.task.main_metric) == (2, "accuracy")
 

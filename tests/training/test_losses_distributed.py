@@ -13,9 +13,10 @@ from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
-from moe_dist.jobs.jobs import distill_job, importance_job
+from moe_dist.jobs.distill import DistillJob
+from moe_dist.jobs.importance import ImportanceJob
 from moe_dist.metric_log import MetricLog
-from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
+from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_bert
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -30,10 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def distil_all(rank: int, world_size: int, payloads: dict[str, Any]) -> None:
+def distil_all(rank: int, world_size: int, jobs: list[DistillJob]) -> None:
     """Each setting one after the other, so that the processes are started once."""
-    for payload in payloads.values():
-        distill_job(payload)
+    for job in jobs:
+        job.run()
 
 
 def test_every_loss_trains_200_steps_under_expert_parallelism(tmp_path: Path) -> None:
@@ -42,20 +43,18 @@ def test_every_loss_trains_200_steps_under_expert_parallelism(tmp_path: Path) ->
         str(tmp_path / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
     )
     teacher = str(save_model(model, tmp_path / "teacher", tokenizer=tokenizer))
-    importance_job(
-        task_payload(tmp_path, "score-importance") | {"model": teacher, "num_samples": None}
-    )
+    ImportanceJob(**job_fields(tmp_path, "score-importance", model=teacher)).run()
     shared = {
         "student": adapt(tmp_path, teacher),
         "teacher": teacher,
         "train": train_section(num_epochs=99, max_steps=STEPS, checkpoint_every=None),
-        "parallel": {"ep_size": 2, "zero_stage": 1},
+        "parallel": on_cpu(ep_size=2, zero_stage=1),
     }
-    payloads = {
-        name: task_payload(tmp_path, name) | shared | {"distill": settings}
+    jobs = [
+        DistillJob(**job_fields(tmp_path, name, **shared), distill=ObjectivesConfig(**settings))
         for name, settings in SETTINGS.items()
-    }
-    spawn_gloo(distil_all, 2, payloads)
+    ]
+    spawn_gloo(distil_all, 2, jobs)
     for name, settings in SETTINGS.items():
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["num_steps"] == STEPS

@@ -11,9 +11,10 @@ import pytest
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import save_model
-from moe_dist.jobs.jobs import distill_job, importance_job
+from moe_dist.jobs.distill import DistillJob
+from moe_dist.jobs.importance import ImportanceJob
 from moe_dist.metric_log import MetricLog
-from tests.training.tiny_task import adapt, task_payload, train_section, write_bert
+from tests.training.tiny_task import adapt, job_fields, train_section, write_bert
 
 WEIGHTS = [name for name in ObjectivesConfig.model_fields if name.endswith("_weight")]
 
@@ -25,25 +26,19 @@ def test_all_losses_are_nearly_those_of_fp32(tmp_path: Path, regularizer: str) -
         str(tmp_path / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
     )
     teacher = str(save_model(model, tmp_path / "teacher", tokenizer=tokenizer))
-    importance_job(
-        task_payload(tmp_path, "score-importance") | {"model": teacher, "num_samples": None}
-    )
+    ImportanceJob(**job_fields(tmp_path, "score-importance", model=teacher)).run()
     student = adapt(tmp_path, teacher)
-    settings = dict.fromkeys(WEIGHTS, 0.1) | {
+    settings: dict[str, Any] = dict.fromkeys(WEIGHTS, 0.1) | {
         "adversarial_regularizer": regularizer,
         "adversarial_warmup_fraction": 0.0,
     }
 
     def first_losses(precision: str) -> dict[str, float]:
-        payload: dict[str, Any] = task_payload(tmp_path, precision) | {
-            "student": student,
-            "teacher": teacher,
-            "train": train_section(
-                num_epochs=9, max_steps=3, log_every=1, warmup_fraction=0.0, precision=precision
-            ),
-            "distill": settings,
-        }
-        distill_job(payload)
+        train = train_section(
+            num_epochs=9, max_steps=3, log_every=1, warmup_fraction=0.0, precision=precision
+        )
+        fields = job_fields(tmp_path, precision, student=student, teacher=teacher, train=train)
+        DistillJob(**fields, distill=ObjectivesConfig(**settings)).run()
         records = MetricLog(tmp_path / precision / "metrics.jsonl").read()
         assert all(math.isfinite(value) for one in records for value in one.metrics.values())
         return {

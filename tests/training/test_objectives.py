@@ -18,7 +18,6 @@ from moe_dist.training.objectives import (
     chosen_objectives,
     objective_weights,
     pair_states,
-    weight_of,
 )
 from moe_dist.training.step import distill_terms, freeze
 from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
@@ -33,10 +32,16 @@ def small(teacher: Any, **sizes: int) -> tuple[Any, Any]:
     return shrink_model(teacher, plan).train(), plan
 
 
+def losses(**settings: Any) -> ObjectivesConfig:
+    """Only the losses that are named."""
+    return ObjectivesConfig(**({"kl_weight": 0, "hidden_weight": 0} | settings))
+
+
 def computed(
-    student: Any, teacher: Any, plan: Any, batch: Any, section: Any = ALL, **settings: Any
+    student: Any, teacher: Any, plan: Any, batch: Any, weights: Any = ALL, **settings: Any
 ) -> dict[str, torch.Tensor]:
-    pairs = pair_states(plan.layers if plan else range(2), section.get("hidden_layers", "all"))
+    section = losses(**weights)
+    pairs = pair_states(plan.layers if plan else range(2), section.hidden_layers)
     companion = build_companion(
         student,
         teacher,
@@ -55,11 +60,9 @@ def computed(
     return {name: term.sum for name, term in terms.items()}
 
 
-def test_every_weight_is_a_key_of_the_recipe_with_the_same_default() -> None:
-    defaults = ObjectivesConfig().model_dump()
-    for name, row in OBJECTIVES.items():
-        assert defaults[row.weight_key] == row.default_weight, name
-        assert weight_of(name, {}) == row.default_weight
+def test_every_weight_is_a_key_of_the_recipe() -> None:
+    assert {row.weight_key for row in OBJECTIVES.values()} <= set(ObjectivesConfig.model_fields)
+    assert chosen_objectives(ObjectivesConfig()) == ("prediction_kl", "hidden_mse")
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
@@ -154,7 +157,7 @@ def test_which_hidden_states_meet(which: Any, expected: Any) -> None:
 
 
 def test_weights_rise_or_wait() -> None:
-    section = ALL | {"warmup_fraction": 0.2, "adversarial_warmup_fraction": 0.5}
+    section = losses(**ALL, warmup_fraction=0.2, adversarial_warmup_fraction=0.5)
     weights = objective_weights(section, 10)
     assert [weights["attention_mse"].at(step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert [weights["adversarial"].at(step) for step in (4, 5)] == [0.0, 1.0]
@@ -166,15 +169,19 @@ def test_what_cannot_be_compared_is_refused_with_a_remedy() -> None:
     student, plan = small(teacher, hidden_size=8, num_heads=1)
     with pytest.raises(ConversionError, match="head by head"):
         build_companion(
-            student, teacher, {"attention_weight": 1.0}, num_pairs=1, hidden_ids=plan.hidden_ids
+            student,
+            teacher,
+            losses(attention_weight=1.0),
+            num_pairs=1,
+            hidden_ids=plan.hidden_ids,
         )
     with pytest.raises(ConversionError, match="belong together"):
-        build_companion(student, teacher, {}, num_pairs=1)
+        build_companion(student, teacher, losses(), num_pairs=1)
 
 
 def test_nothing_is_added_where_nothing_is_needed() -> None:
     teacher = tiny_bert()
-    companion = build_companion(tiny_bert(), teacher, {}, num_pairs=3)
+    companion = build_companion(tiny_bert(), teacher, ObjectivesConfig(), num_pairs=3)
     assert not companion.state_dict()
-    only = build_companion(tiny_bert(), teacher, {"mapping_weight": 1.0}, num_pairs=3)
+    only = build_companion(tiny_bert(), teacher, losses(mapping_weight=1.0), num_pairs=3)
     assert len(list(only.parameters())) == 3

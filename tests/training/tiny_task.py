@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from moe_dist.config.data_section import DataConfig
+from moe_dist.config.sections import ParallelConfig, TrainConfig
+
 GOOD = ["good", "great", "fine", "superb"]
 BAD = ["bad", "poor", "awful", "dull"]
 PLAIN = ["the", "film", "was", "a", "plot", "and", "cast", "seemed", "very", "to", "me", "it"]
@@ -50,40 +53,54 @@ def write_sentences(path: Path, num_rows: int, *, seed: int, regression: bool = 
     return str(path)
 
 
-def task_payload(root: Path, stage: str, *, regression: bool = False) -> dict[str, Any]:
-    """What all jobs of a chain share; the files are written on first use."""
+def task_data(root: Path, *, regression: bool = False) -> DataConfig:
+    """The data of all jobs of a chain; the files are written on first use."""
     train, dev = root / "train.tsv", root / "dev.tsv"
     if not train.exists():
         write_sentences(train, 96, seed=1, regression=regression)
         write_sentences(dev, 33, seed=2, regression=regression)
         write_bert(root / "bert")
+    return DataConfig(
+        source="files",
+        train=str(train),
+        dev=str(dev),
+        text_columns=("sentence",),
+        kind="regression" if regression else "classification",
+    )
+
+
+def job_fields(root: Path, stage: str, *, regression: bool = False, **more: Any) -> dict[str, Any]:
+    """What all jobs of a chain share, and more fields of one of them."""
     return {
-        "data": {
-            "source": "files",
-            "train": str(train),
-            "dev": str(dev),
-            "text_columns": ("sentence",),
-            "kind": "regression" if regression else "classification",
-        },
+        "data": task_data(root, regression=regression),
         "max_length": 16,
         "cache_dir": str(root / "cache"),
         "stage_dir": str(root / stage),
         "seed": 5,
-        "use_gpu": False,
+        "parallel": on_cpu(),
+        **more,
     }
 
 
-def train_section(**changes: Any) -> dict[str, Any]:
+def on_cpu(**changes: Any) -> ParallelConfig:
+    """How workers share the work."""
+    return ParallelConfig(use_gpu=False, **changes)
+
+
+def train_section(**changes: Any) -> TrainConfig:
     """Enough training for so easy a task."""
-    return {
-        "learning_rate": 1e-2,
-        "num_epochs": 12,
-        "batch_size": 16,
-        "weight_decay": 0.01,
-        "warmup_fraction": 0.1,
-        "precision": "fp32",
-        "log_every": 10,
-    } | changes
+    return TrainConfig(
+        **{
+            "learning_rate": 1e-2,
+            "num_epochs": 12,
+            "batch_size": 16,
+            "weight_decay": 0.01,
+            "warmup_fraction": 0.1,
+            "precision": "fp32",
+            "log_every": 10,
+        }
+        | changes
+    )
 
 
 def adapt(root: Path, teacher: str, **options: Any) -> str:

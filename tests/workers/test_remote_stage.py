@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from moe_dist.config.data_section import DataConfig
+from moe_dist.config.sections import ParallelConfig
 from moe_dist.distributed.checkpoint_files import (
     MODEL_FILE,
     list_checkpoints,
@@ -20,7 +23,9 @@ from moe_dist.distributed.checkpoint_files import (
     write_checkpoint,
 )
 from moe_dist.errors import CheckpointError, StorageError
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.job import Job
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import Store, upload_tree
 from moe_dist.workers.remote_stage import local_stage
 
@@ -53,12 +58,26 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def payload(store: Store, **more: Any) -> dict[str, Any]:
-    return {"stage_dir": store.uri, "seed": 1, **more}
+@dataclass(frozen=True, kw_only=True)
+class ReadingJob(Job):
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "teacher")
+
+    model: str = "some/model"
+    teacher: str = "on/the/hub"
+
+    def run(self) -> None:
+        pass
+
+
+def job(stage_dir: str, **more: Any) -> ReadingJob:
+    data = DataConfig(source="files", train="train.tsv", dev="dev.tsv")
+    parallel = ParallelConfig()
+    shared: dict[str, Any] = {"data": data, "max_length": 8, "seed": 1, "parallel": parallel}
+    return ReadingJob(stage_dir=stage_dir, **shared, **more)
 
 
 def test_a_local_stage_is_used_as_it_is(tmp_path: Path) -> None:
-    given = {"stage_dir": str(tmp_path), "model": "some/model"}
+    given = job(str(tmp_path))
     with local_stage(given) as told:
         assert told == given
     assert list(tmp_path.iterdir()) == []
@@ -69,10 +88,10 @@ def test_a_job_finds_its_model_and_leaves_its_results(store: Store, tmp_path: Pa
     (tmp_path / "model" / "weights").write_text("w")
     models = Store(f"{store.uri}-models")
     upload_tree(models, tmp_path / "model", "teacher")
-    with local_stage(payload(store, model=f"{models.uri}/teacher", teacher="on/the/hub")) as told:
-        stage = Path(told["stage_dir"])
-        assert (Path(told["model"]) / "weights").read_text() == "w"
-        assert (told["teacher"], told["seed"]) == ("on/the/hub", 1)
+    with local_stage(job(store.uri, model=f"{models.uri}/teacher")) as told:
+        stage = Path(told.stage_dir)
+        assert (Path(told.model) / "weights").read_text() == "w"
+        assert (told.teacher, told.seed) == ("on/the/hub", 1)
         (stage / "result.json").write_text("{}")
         (stage / "model").mkdir()
         (stage / "model" / "manifest.json").write_text("{}")
@@ -92,12 +111,12 @@ def test_checkpoints_go_up_while_the_job_runs_and_pruned_ones_go(store: Store) -
         (stage / METRIC_LOG).write_text("one line\n")
         raise RuntimeError("died")
 
-    with pytest.raises(RuntimeError, match="died"), local_stage(payload(store)) as told:
-        fail_after_three_checkpoints(Path(told["stage_dir"]))
+    with pytest.raises(RuntimeError, match="died"), local_stage(job(store.uri)) as told:
+        fail_after_three_checkpoints(Path(told.stage_dir))
     # What a failed job wrote last is not lost.
     assert store.read(METRIC_LOG) == b"one line\n"
-    with local_stage(payload(store)) as told:
-        stage = Path(told["stage_dir"])
+    with local_stage(job(store.uri)) as told:
+        stage = Path(told.stage_dir)
         assert (stage / METRIC_LOG).read_text() == "one line\n"
         assert [path.name for path in list_checkpoints(stage / CHECKPOINT_DIR)] == ["step-00000006"]
 
@@ -109,8 +128,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(store: Store, tmp_path
         upload_tree(store, tmp_path / name, name)
     good = store.read(f"{name}/{MODEL_FILE}")
     store.write(f"{name}/{MODEL_FILE}", b"damaged")
-    with local_stage(payload(store)) as told:
-        stage = Path(told["stage_dir"])
+    with local_stage(job(store.uri)) as told:
+        stage = Path(told.stage_dir)
         assert [path.name for path in list_checkpoints(stage / CHECKPOINT_DIR)] == ["step-00000002"]
         write(stage, 4)
         wait_until(lambda: store.read(f"{name}/{MODEL_FILE}") == good)
@@ -118,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(store: Store, tmp_path
     for step in (2, 4):
         store.write(f"{CHECKPOINT_DIR}/step-{step:08d}/{MODEL_FILE}", b"damaged")
     with pytest.raises(CheckpointError, match="no checkpoint of this stage is good"):
-        local_stage(payload(store)).__enter__()
+        local_stage(job(store.uri)).__enter__()
 
 
 def test_an_outage_while_training_costs_nothing_and_one_at_the_end_is_an_error(
@@ -129,8 +148,8 @@ def test_an_outage_while_training_costs_nothing_and_one_at_the_end_is_an_error(
     def refuse(store: Store, pairs: object) -> None:
         raise StorageError("cannot write")
 
-    with local_stage(payload(store)) as told:
-        stage = Path(told["stage_dir"])
+    with local_stage(job(store.uri)) as told:
+        stage = Path(told.stage_dir)
         monkeypatch.setattr(Store, "upload", refuse)
         write(stage, 2)
         wait_until(lambda: "cannot write; trying again" in caplog.text)
@@ -138,8 +157,8 @@ def test_an_outage_while_training_costs_nothing_and_one_at_the_end_is_an_error(
         wait_until(lambda: steps_in(store) == ["step-00000002"])
         assert caplog.text.count("trying again") == 1
 
-    ending = local_stage(payload(store))
-    stage = Path(ending.__enter__()["stage_dir"])
+    ending = local_stage(job(store.uri))
+    stage = Path(ending.__enter__().stage_dir)
     (stage / "result.json").write_text("{}")
     monkeypatch.setattr(Store, "upload", refuse)
     with pytest.raises(StorageError):

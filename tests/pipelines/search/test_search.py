@@ -262,9 +262,9 @@ def test_withheld_rows_choose_and_the_dev_rows_confirm(
     write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from moe_dist.data.sources import load_splits
+    from moe_dist.jobs.job import row_arguments
     from moe_dist.jobs.results import load_predictions
     from pipelines.chain.chain import run_chain
-    from pipelines.chain.payloads import data_arguments
     from pipelines.search import confirming
 
     monkeypatch.setattr(confirming, "run_sweep", sweeping.run_sweep)
@@ -277,7 +277,7 @@ def test_withheld_rows_choose_and_the_dev_rows_confirm(
     settings["search"]["metric"] = "parameters"
     config = load_config(write_recipe(settings))
     result = search_recipe(config, Recorder(), finish)
-    splits = load_splits(**data_arguments(config))
+    splits = load_splits(**row_arguments(config.data, config.seed))
     assert splits.holdout is not None
 
     directory = tmp_path / "outputs/tiny/search"

@@ -61,16 +61,16 @@ def test_a_student_is_compressed_repaired_and_measured(trained: Path) -> None:
 def test_experts_are_joined_and_pruned_in_one_go(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_dist.jobs import jobs
+    from moe_dist.jobs.distill import DistillJob
 
     taught: list[str] = []
-    distill = jobs.distill_job
+    run = DistillJob.run
 
-    def spied(payload: Any) -> Any:
-        taught.append(payload["teacher"])
-        return distill(payload)
+    def spied(job: DistillJob) -> Any:
+        taught.append(job.teacher)
+        return run(job)
 
-    monkeypatch.setattr(jobs, "distill_job", spied)
+    monkeypatch.setattr(DistillJob, "run", spied)
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     teacher = trained.parent.parent / "finetune-teacher/model"
     command = ["compact", str(trained), "--num-experts", "2", "--expert-size", "5", "--quiet"]

@@ -1,17 +1,66 @@
-"""The outputs of a fresh student's experts, fitted on training rows of each task."""
+"""Fit the outputs of a fresh student's experts to the dense model's, on rows of each task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from moe_dist.conversion import fit_outputs
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.mixture import even_share
-from moe_dist.distributed.position import advancing
+from moe_dist.distributed.position import advancing, enter_phase
+from moe_dist.inference.saving import load_model, load_tokenizer, save_model
+from moe_dist.jobs.job import Job
+from moe_dist.jobs.results import MODEL_DIR
+from moe_dist.training.collectives import own_rank, wait_for_ranks
+from moe_dist.training.hardware import pick_device
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOutputsJob(Job):
+    """Fit output weights; rank 0 does it all, in about the time that scoring the rows takes.
+
+    Args:
+        student: a fresh one's directory.
+        teacher: what it was made from.
+        num_samples: training rows, drawn by the seed; None takes all.
+        batch_size: samples in a batch.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+
+    student: str
+    teacher: str
+    num_samples: int | None = None
+    batch_size: int = BATCH_SIZE
+
+    def run(self) -> dict[str, Any]:
+        """Fit the student, and save it as ``model``."""
+        path = Path(self.stage_dir) / MODEL_DIR
+        if own_rank() == 0:
+            rows = self.rows()
+            dense = load_model(Path(self.teacher), pick_device(self.parallel.use_gpu))
+            student = load_model(Path(self.student))
+            tokenizer = load_tokenizer(Path(self.student))
+            parts = list(self.tokenised(rows, tokenizer).parts.values())
+            enter_phase("fit of output weights")
+            batches = draw_tasks(
+                [part.train for part in parts],
+                num_samples=self.num_samples,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                pad_token_id=parts[0].pad_token_id,
+            )
+            fit_start(student, dense, batches)
+            save_model(student, path, tokenizer=tokenizer)
+        wait_for_ranks()
+        return {"model": str(path)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +93,8 @@ def draw_tasks(
     *,
     num_samples: int | None,
     seed: int,
-    batch_size: int,
     pad_token_id: int,
+    batch_size: int = BATCH_SIZE,
 ) -> list[DrawnBatches]:
     """Draw equally many training rows of each task: those that neurons were scored on.
 
@@ -53,8 +102,8 @@ def draw_tasks(
         tasks: the training rows of each.
         num_samples: rows of all tasks together; None for all.
         seed: the recipe's.
-        batch_size: samples in a batch.
         pad_token_id: fills up shorter samples.
+        batch_size: samples in a batch.
 
     Returns:
         Batches for each task.

@@ -1,0 +1,146 @@
+"""Train a student to do what the teacher does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.jobs.job import TrainJob
+from moe_dist.jobs.job_data import AnyJobData
+from moe_dist.jobs.train_job import Report, train_model
+from moe_dist.losses.total import LossWeight
+from moe_dist.training.companion import build_companion, num_layers
+from moe_dist.training.dropout import set_dropout
+from moe_dist.training.hardware import pick_device
+from moe_dist.training.loop import StepWeights
+from moe_dist.training.objectives import (
+    ObjectiveSettings,
+    chosen_objectives,
+    objective_weights,
+    pair_states,
+)
+from moe_dist.training.step import StepTerms, distill_terms, freeze
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillJob(TrainJob):
+    """Distil a teacher, which stays outside the student: frozen, in eval mode, never saved with it.
+
+    Args:
+        student: its directory.
+        teacher: its directory.
+        distill: the losses.
+        layers: of a student of another depth, the teacher's layer of each of its own.
+        hidden_ids: of a narrower student, the teacher's dimension of each of its own.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+
+    student: str
+    teacher: str
+    distill: ObjectivesConfig
+    layers: tuple[int, ...] | None = None
+    hidden_ids: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, stage_dir: str, **fields: Any) -> Self:
+        """Take over what a recipe says of the student's training."""
+        own = {"train": config.train, "distill": config.distill}
+        return super().of(config, stage_dir, **(own | fields))
+
+    def run(self) -> dict[str, Any]:
+        """Train and save the student; see `train_model`."""
+        rows = self.rows()
+        # The engine takes this device too, and the two must meet in the losses.
+        device = pick_device(self.parallel.use_gpu)
+        teacher = freeze(load_model(Path(self.teacher), device))
+        student = load_model(Path(self.student))
+        data = self.tokenised(rows, load_tokenizer(Path(self.student)))
+        return distill(student, teacher, data, self)
+
+
+def distill(
+    student: Any,
+    teacher: nn.Module,
+    data: AnyJobData,
+    job: DistillJob,
+    *,
+    report: Report | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """Train a student that is in memory already.
+
+    Args:
+        student: what is trained.
+        teacher: frozen, on the device that `pick_device` names.
+        data: the task's data.
+        job: how; of its models only the student's directory is read, and only where experts are
+            spread over ranks.
+        report: see `train_model`.
+        keep: see `train_model`.
+
+    Returns:
+        See `train_model`.
+    """
+    section = job.distill
+    if section.dropout is not None:
+        set_dropout(student, section.dropout)
+    pairs = pair_states(job.layers or range(num_layers(student)), section.hidden_layers)
+    companion = build_companion(
+        student,
+        teacher,
+        section,
+        num_pairs=len(pairs),
+        hidden_ids=job.hidden_ids,
+        seed=job.seed,
+    )
+    objectives = chosen_objectives(section)
+    settings = ObjectiveSettings(
+        temperature=section.temperature, pairs=pairs, pooling=section.alignment_pooling
+    )
+
+    def compute(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
+        return distill_terms(
+            model,
+            teacher,
+            batch,
+            objectives=objectives,
+            settings=settings,
+            companion=companion,
+            load_balancing=section.load_balancing_weight > 0,
+            z_loss=section.z_loss_weight > 0,
+            entropy=section.entropy_weight > 0,
+        )
+
+    return train_model(
+        student,
+        data,
+        compute,
+        partial(distill_weights, section),
+        job,
+        whole_model=job.student,
+        companion=companion,
+        report=report,
+        keep=keep,
+    )
+
+
+def distill_weights(section: ObjectivesConfig, num_steps: int) -> StepWeights:
+    """Turn the recipe's weights into one schedule for each term, over so many steps."""
+    return {
+        "task": LossWeight(section.task_weight),
+        **objective_weights(section, num_steps),
+        "load_balancing": LossWeight(section.load_balancing_weight),
+        "z_loss": LossWeight(section.z_loss_weight),
+        "router_entropy": LossWeight(section.entropy_weight),
+    }

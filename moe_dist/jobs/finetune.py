@@ -1,0 +1,53 @@
+"""Fine-tune a pre-trained model on the task, or on several at once: the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moe_dist.conversion.heads import set_heads
+from moe_dist.data.mixture import Mixture
+from moe_dist.inference.pretrained import load_pretrained
+from moe_dist.jobs.job import TrainJob
+from moe_dist.jobs.job_data import task_heads
+from moe_dist.jobs.train_job import train_model
+from moe_dist.losses.total import LossWeight
+from moe_dist.timeline import mark
+from moe_dist.training.step import finetune_terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneJob(TrainJob):
+    """Fine-tune a pre-trained model.
+
+    Args:
+        model: a directory or hub id.
+        revision: a hub commit, tag or branch; the newest when not given.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str
+    revision: str | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train and save the model; see `train_model`."""
+        rows = self.rows()
+        mark("rows")
+        heads = task_heads(rows) if isinstance(rows, Mixture) else ()
+        model, tokenizer = load_pretrained(
+            self.model,
+            num_labels=rows.num_labels,
+            label_names=[name for head in heads for name in head.output_names]
+            if isinstance(rows, Mixture)
+            else rows.task.label_names,
+            revision=self.revision,
+            seed=self.seed,
+        )
+        if heads:
+            set_heads(model, heads)
+        mark("model")
+        data = self.tokenised(rows, tokenizer)
+        return train_model(
+            model, data, finetune_terms, lambda num_steps: {"task": LossWeight(1.0)}, self
+        )
