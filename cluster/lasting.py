@@ -31,7 +31,7 @@ def in_ray_job() -> bool:
     return JOB_VARIABLE in os.environ
 
 
-def temporary_places() -> tuple[Path, ...]:
+def temporary_directories() -> tuple[Path, ...]:
     """List the directories of this job that end with it.
 
     Returns:
@@ -54,7 +54,7 @@ def check_job(config: RunConfig) -> None:
     faults = lasting_faults(
         str(config.output_dir),
         config.tracking.uri if config.tracking.enabled else None,
-        temporary=temporary_places(),
+        temporary=temporary_directories(),
         count_nodes=count_nodes,
     )
     if faults:

@@ -130,7 +130,7 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
         See `judge_storage`.
     """
     shown, name = redact_uri(str(output_dir)), f".preflight-{secrets.token_hex(4)}"
-    directory = place_below(output_dir, name)
+    directory = path_below(output_dir, name)
     try:
         if isinstance(output_dir, Path):
             Path(directory).mkdir(parents=True)
@@ -154,7 +154,7 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
     return judge_storage(shown, unwritable, named)
 
 
-def place_below(output_dir: Path | str, name: str) -> str:
+def path_below(output_dir: Path | str, name: str) -> str:
     """Name a directory among the results.
 
     Args:

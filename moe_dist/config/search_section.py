@@ -103,7 +103,7 @@ class SearchConfig(Section):
     max_concurrent: Integer | None = Field(
         default=None,
         ge=1,
-        description="Trials at a time; as many as the cluster has places for when not given.",
+        description="Trials at a time; as many as the cluster has worker slots for when not given.",
     )
     latency_batch_size: Integer = Field(
         default=1, ge=1, description="Sentences in a batch for `latency`."

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-Fits = Callable[[Point], bool]
+IsTrainable = Callable[[Point], bool]
 MAX_DRAWS = 500
 MAX_ASKED = 50
 
@@ -46,38 +46,38 @@ class RandomProposer:
     Args:
         dimensions: of the space.
         config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
     """
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
+        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
-        self._dimensions, self._config, self._fits = dimensions, config, fits
+        self._dimensions, self._config, self._is_trainable = dimensions, config, is_trainable
 
     def propose(self, number: int) -> Point | None:
-        """Draw until a point fits."""
+        """Draw until a point passes."""
         draw = random_draw(random.Random(f"{self._config.seed}-{number}"))
         points = (sample_point(self._dimensions, self._config, draw) for _ in range(MAX_DRAWS))
-        return next((point for point in points if self._fits(point)), None)
+        return next((point for point in points if self._is_trainable(point)), None)
 
     def tell(self, trial: Trial) -> None:
         """Learn nothing."""
 
 
 class GridProposer:
-    """Goes through every point of a finite space that fits.
+    """Goes through every point of a finite space that passes.
 
     Args:
         dimensions: of the space.
         config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
     """
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
+        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
         self._points: Iterator[Point] = (
-            point for point in grid_points(dimensions, config) if fits(point)
+            point for point in grid_points(dimensions, config) if is_trainable(point)
         )
 
     def propose(self, number: int) -> Point | None:
@@ -96,17 +96,17 @@ class TpeProposer:
     Args:
         dimensions: of the space.
         config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
     """
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
+        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._dimensions, self._config, self._fits = dimensions, config, fits
+        self._dimensions, self._config, self._is_trainable = dimensions, config, is_trainable
         self._objectives = config.search.wanted
         sampler = optuna.samplers.TPESampler(
             seed=config.seed,
@@ -119,16 +119,16 @@ class TpeProposer:
             directions=[_direction(mode) for mode in self._objectives.values()], sampler=sampler
         )
         self._asked: dict[int, Any] = {}
-        self._fallback = RandomProposer(dimensions, config, fits)
+        self._fallback = RandomProposer(dimensions, config, is_trainable)
 
     def propose(self, number: int) -> Point | None:
-        """Ask Optuna until a point fits, and chance if none does."""
+        """Ask Optuna until a point passes, and chance if none does."""
         import optuna
 
         for _ in range(MAX_ASKED):
             asked = self._study.ask()
             point = sample_point(self._dimensions, self._config, partial(_suggest, asked))
-            if self._fits(point):
+            if self._is_trainable(point):
                 self._asked[number] = asked
                 return point
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
@@ -151,7 +151,7 @@ class TpeProposer:
 def build_proposer(
     dimensions: tuple[Dimension, ...],
     config: RunConfig,
-    fits: Fits = bool,
+    is_trainable: IsTrainable = bool,
     past: Iterable[Trial] = (),
 ) -> Proposer:
     """Choose who proposes, and tell it what is known.
@@ -159,19 +159,19 @@ def build_proposer(
     Args:
         dimensions: of the space.
         config: the recipe; its `search` section names the algorithm.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
         past: trials of an interrupted sweep that are over.
 
     Returns:
         The proposer.
     """
-    proposer = PROPOSERS[config.search.chosen_algorithm](dimensions, config, fits)
+    proposer = PROPOSERS[config.search.chosen_algorithm](dimensions, config, is_trainable)
     for trial in past:
         proposer.tell(trial)
     return proposer
 
 
-PROPOSERS: dict[str, Callable[[tuple[Dimension, ...], RunConfig, Fits], Proposer]] = {
+PROPOSERS: dict[str, Callable[[tuple[Dimension, ...], RunConfig, IsTrainable], Proposer]] = {
     "random": RandomProposer,
     "grid": GridProposer,
     "tpe": TpeProposer,

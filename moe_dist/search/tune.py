@@ -134,7 +134,7 @@ def find_room(
     """
     placement = choose_placement(capacity, num_workers, cpus_per_worker, use_gpu)
     # What an autoscaler may add is not counted: a sweep that waits for it would wait as a whole.
-    fitting = max(1, capacity.present_places(placement.need) // placement.least)
+    fitting = max(1, capacity.present_slots(placement.need) // placement.least)
     logger.debug("trials on %s", describe_nodes(capacity))
     return TrialRoom(
         placement, fitting if most is None else min(fitting, most), in_place=placement.most == 1

@@ -91,8 +91,8 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
 
 def _without_secrets(text: str, uri: str) -> str:
     text = text.replace(uri, redact_uri(uri))
-    place, _, query = uri.partition("://")[2].partition("?")
-    secrets = [*place.rpartition("@")[0].split(":"), query]
+    location, _, query = uri.partition("://")[2].partition("?")
+    secrets = [*location.rpartition("@")[0].split(":"), query]
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return text

@@ -123,7 +123,7 @@ class Journal:
             yield self.sent
             self.save()
 
-    def place_below(self, parent: Journal | None) -> None:
+    def nest_below(self, parent: Journal | None) -> None:
         """Make this the journal of a parent's child, or of a chain.
 
         Args:

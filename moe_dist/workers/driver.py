@@ -26,11 +26,11 @@ from moe_dist.background import in_background
 from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.timeline import mark
 from moe_dist.workers.job_errors import explain, first_line, keep_room, read_stop, user_error
-from moe_dist.workers.place_watch import watched_places
 from moe_dist.workers.placement import NumWorkers, Placement, plan_placement
+from moe_dist.workers.placement_wait import watched_placement
 from moe_dist.workers.records import Records, local_records, open_records
 from moe_dist.workers.worker import run_worker
-from moe_dist.workers.worker_warnings import WARNINGS_NAME, relayed_warnings
+from moe_dist.workers.worker_warnings import WARNINGS_NAME, followed_warnings
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -73,7 +73,7 @@ class RaySession:
 
     Args:
         dashboard: start Ray's dashboard too. Training does without and starts faster; nested Ray
-            Tune trials need it, or Ray never gives their places back.
+            Tune trials need it, or Ray never gives their worker slots back.
     """
 
     def __init__(self, *, dashboard: bool = False) -> None:
@@ -215,13 +215,13 @@ def run_on_workers(
         job: what it is told, a `Job` or anything else that can be sent.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
             A pair is the least and the most of them: the job starts with as many as there are
-            places, goes on with fewer when a node is lost, and with more when one comes.
+            worker slots, goes on with fewer when a node is lost, and with more when one comes.
         storage_path: a directory that all nodes share, or a URI as text.
         name: the job's name; its records lie in `storage_path / name`.
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
         max_failures: how many deaths of workers are survived.
-        wait_s: the longest wait for places that other jobs hold or that are still to come.
+        wait_s: the longest wait for worker slots that other jobs hold or that are still to come.
         step_timeout_s: how long a training step may stand still before the workers are started
             again, in seconds; see `moe_dist.distributed.watchdog`.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
@@ -248,11 +248,11 @@ def run_on_workers(
     config = {
         "work": work,
         "job": job,
-        "records": records.place,
+        "records": records.location,
         "num_threads": cpus_per_worker,
         "step_timeout_s": step_timeout_s,
     }
-    with relayed_warnings(records), _polling(on_poll):
+    with followed_warnings(records), _polling(on_poll):
         if runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
@@ -324,8 +324,8 @@ def _run_on_ray(
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # How long Ray Train asks for one set of places before it looks how many there are; until then
-    # it neither notices a lost node nor takes an order to stop.
+    # How long Ray Train asks for one set of worker slots before it looks how many there are; until
+    # then it neither notices a lost node nor takes an order to stop.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if not os.environ.get("RAY_ADDRESS"):
         # Nobody reclaims one's own machine; its watcher is one process more at every start.
@@ -357,21 +357,21 @@ def _run_on_ray(
             **records.ray_storage,
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_death_notes(records.place)],
+            callbacks=[_death_notes(records.location)],
         ),
     )
     fault: TrainingFailedError | None = None
     value: Any = None
     try:
-        with watched_places(placement, records.directory, wait_s), _own_interrupt():
+        with watched_placement(placement, records.directory, wait_s), _own_interrupt():
             value = trainer.fit().return_value
     except TrainingFailedError as failed:
         fault = failed
-        # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
+        # Without the dashboard Ray 2.60 keeps a failed job's worker slots, and the next job waits
         # for them for ever.
         session.close()
     except RayActorError as failed:
-        # The controller died, by our own hand if the wait for places was too long.
+        # The controller died, by our own hand if the wait for worker slots was too long.
         session.close()
         records.pull()
         if read_stop(records.directory) is None:
@@ -390,7 +390,7 @@ def _run_on_ray(
     return value
 
 
-def _death_notes(place: str) -> UserCallback:
+def _death_notes(location: str) -> UserCallback:
     """Return what Ray's controller calls when a worker failed, before it ends the others."""
     from ray.train import UserCallback
 
@@ -400,7 +400,7 @@ def _death_notes(place: str) -> UserCallback:
         ) -> None:
             from moe_dist.workers.attempts import note_deaths
 
-            with local_records(place) as records:
+            with local_records(location) as records:
                 note_deaths(records.directory, worker_exceptions)
 
     return DeathNotes()

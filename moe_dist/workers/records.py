@@ -35,7 +35,7 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.place = str(directory)
+        self.location = str(directory)
 
     @property
     def ray_storage(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class RemoteRecords(Records):
     def __init__(self, uri: str) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="moe-dist-records-")
         super().__init__(Path(self._temporary.name))
-        self.place = uri
+        self.location = uri
         self._store = Store(uri)
         self._known: dict[str, bytes] = {}
         self._sync = Sync(self._upload)
@@ -160,11 +160,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 @contextmanager
-def local_records(place: str) -> Iterator[Records]:
+def local_records(location: str) -> Iterator[Records]:
     """Give a worker a directory of records that all processes of its job know.
 
     Args:
-        place: `Records.place`.
+        location: `Records.location`.
 
     Yields:
         The records; where they lie at a URI, changes are uploaded every second.
@@ -172,10 +172,10 @@ def local_records(place: str) -> Iterator[Records]:
     Raises:
         StorageError: if the records cannot be read.
     """
-    if not is_uri(place):
-        yield Records(Path(place))
+    if not is_uri(location):
+        yield Records(Path(location))
         return
-    records = RemoteRecords(place)
+    records = RemoteRecords(location)
     records.pull()
     with records.pushed():
         yield records

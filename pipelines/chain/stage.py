@@ -71,7 +71,7 @@ class StageInputs:
     """What a stage is given besides the configuration.
 
     Attributes:
-        workspace: places, data and start model, shared by the stages of a chain.
+        workspace: directories, data and start model, shared by the stages of a chain.
         upstream: results of the stages before it, by name (`distill/dense` for a comparison's).
         label: the comparison it works for; empty for the main student.
     """

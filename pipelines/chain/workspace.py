@@ -1,4 +1,4 @@
-"""What the stages of one chain share: places, data and the start model, each found once."""
+"""What the stages of one chain share: directories, data and the start model, each found once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPARE_DIRECTORY = "compare"
 
 
 class Workspace:
-    """The places and inputs of one run.
+    """The directories and inputs of one run.
 
     Args:
         config: the main run's configuration (not a comparison's).

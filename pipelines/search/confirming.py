@@ -125,11 +125,11 @@ def confirm(
     console.note(
         f"trial {best.number} and the recipe as it stands, with {search.confirm_seeds} other seeds"
     )
-    place = directory / "confirm" / f"trial-{best.number:04d}"
+    reruns = directory / "confirm" / f"trial-{best.number:04d}"
     tasks = confirm_tasks(config, best, in_place=room.in_place)
-    watcher = Rerun(config, place, tasks, best, run, console, workspace.files, tags)
+    watcher = Rerun(config, reruns, tasks, best, run, console, workspace.files, tags)
     if watcher.num_left:
-        runner = TrialRunner(config, workspace.files.address(place), (1,), teachers)
+        runner = TrialRunner(config, workspace.files.address(reruns), (1,), teachers)
         room = replace(room, num_concurrent=min(room.num_concurrent, watcher.num_left))
         ruling = Ruling("none", metric, mode, 1, search.reduction_factor)
         try:
@@ -143,13 +143,13 @@ def confirm(
     return replace(
         confirmation,
         on_examples=compare_answers(
-            place,
+            reruns,
             main_metric(best),
             measured_pairs(metric, trials),
             config.seed,
             workspace.files.fetch,
         ),
-        num_asked=len([path for path in place.parent.iterdir() if path.is_dir()]),
+        num_asked=len([path for path in reruns.parent.iterdir() if path.is_dir()]),
     )
 
 
@@ -166,14 +166,14 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
     """
     return [
         {
-            "number": 2 * place + is_baseline,
+            "number": 2 * index + is_baseline,
             "overrides": {} if is_baseline else best.overrides,
             "teacher": teacher_key(config, {} if is_baseline else best.overrides),
             "in_place": in_place,
             "is_ruled": False,
-            "seed": config.seed + 1 + place,
+            "seed": config.seed + 1 + index,
         }
-        for place in range(config.search.confirm_seeds)
+        for index in range(config.search.confirm_seeds)
         for is_baseline in (False, True)
     ]
 

@@ -25,7 +25,7 @@ from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_paral
 from .sweep import SweepResult, best_settings
 from .trial import choosing_split, main_metric, training_directory
 from .trial_watch import TRIALS_DIRECTORY
-from .weight_history import course_lines, course_remarks, course_words, is_led
+from .weight_history import history_lines, history_remarks, history_words, took_over_weights
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -109,7 +109,7 @@ def write_best(result: SweepResult, best: Trial) -> Path:
         f"{ROWS[choosing_split(result.config)]}.\n"
         "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
     )
-    head += "".join(f"# {line}\n" for line in course_remarks(best))
+    head += "".join(f"# {line}\n" for line in history_remarks(best))
     shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
     for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
         text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -145,8 +145,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> Path:
             for trial in trials
         ],
     }
-    if any(map(is_led, trials)):
-        columns["course"] = [course_words(trial) for trial in trials]
+    if any(map(took_over_weights, trials)):
+        columns["weight_history"] = [history_words(trial) for trial in trials]
     columns |= {name: _column([trial.overrides.get(name) for trial in trials]) for name in names}
     columns |= {name: [trial.metrics.get(name) for trial in trials] for name in measures}
     kinds = pyarrow.list_(
@@ -288,7 +288,7 @@ def to_markdown(
         *([f"{result.confirmed}\n"] if result.confirmed is not None else []),
         *table_lines(ranked[:MAX_ROWS], summary),
         "",
-        *course_lines(ranked[0] if ranked else None, result.config.search.is_population),
+        *history_lines(ranked[0] if ranked else None, result.config.search.is_population),
     ]
     if summary["pareto_front"]:
         numbers = ", ".join(str(number) for number in summary["pareto_front"])
@@ -384,13 +384,13 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
     names = sorted({name for trial in trials for name in trial.overrides})
     measures = [*summary["objectives"]]
     measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
-    courses = ["weights"] if any(map(is_led, trials)) else []
-    heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *courses, "time"]
+    weights = ["weights"] if any(map(took_over_weights, trials)) else []
+    heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *weights, "time"]
     rows = []
     for trial in trials:
         cells = [shown(name, trial.value(name)) for name in measures]
         cells += [_plain(trial.overrides.get(name)) for name in names]
-        cells += [course_words(trial) for _ in courses]
+        cells += [history_words(trial) for _ in weights]
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
         rows.append([who, *cells, duration(trial.seconds)])
     return markdown_table(heads, rows)
@@ -414,11 +414,11 @@ def shown(measure: str, value: float) -> str:
 
 
 def _entry(trial: Trial) -> dict[str, Any]:
-    course = [asdict(leg) for leg in trial.course]
+    history = [asdict(segment) for segment in trial.weight_history]
     return {
         "trial": trial.number,
         "overrides": trial.overrides,
-        **({"course": course} if is_led(trial) else {}),
+        **({"weight_history": history} if took_over_weights(trial) else {}),
         "metrics": trial.metrics,
         "status": trial.status,
         "steps": trial.steps_done,

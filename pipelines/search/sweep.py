@@ -32,7 +32,7 @@ from ..chain.recording import source_tags
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
 from .confirming import Confirmation, confirm
-from .fitting import Fitting
+from .point_checks import PointChecks
 from .rungs import rung_times
 from .shared_weights import remove_weights
 from .teachers import SharedWork, TeacherFacts
@@ -180,12 +180,12 @@ def _search_in(
             teachers = SharedWork(workspace, run).prepare(dimensions)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
-            fitting = Fitting(workspace, log)
+            checks = PointChecks(workspace, log)
             supervisor = Supervisor(
                 config,
                 directory,
                 log,
-                build_proposer(dimensions, config, fitting, over),
+                build_proposer(dimensions, config, checks, over),
                 run,
                 console,
                 workspace.files,
@@ -205,7 +205,7 @@ def _search_in(
             mark("trials")
             if supervisor.ran_out:
                 tried = sum(number != BASELINE for number in log.trials)
-                console.warn(fitting.ran_out(tried, config.search.num_trials))
+                console.warn(checks.ran_out(tried, config.search.num_trials))
             result = SweepResult(
                 config,
                 directory,

@@ -213,7 +213,7 @@ def test_full_disk_is_named_in_the_words_of_safetensors(
 
 
 def test_old_and_abandoned_checkpoints_go(tmp_path: Path, engine: TrainEngine) -> None:
-    """The newest two stay; after going back, later steps of the course that was left go."""
+    """The newest two stay; after going back, later steps that were left go."""
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, engine, step=step, state={})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000003"]

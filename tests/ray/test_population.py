@@ -151,10 +151,10 @@ def test_a_trial_goes_on_from_the_weights_of_another(
     result = search_recipe(config, Recorder(), finish)
     assert {trial.status for trial in result.trials.values()} == {"finished"}
     directory = tmp_path / "outputs/tiny/search"
-    led = [trial for trial in result.trials.values() if len(trial.course) > 1]
+    led = [trial for trial in result.trials.values() if len(trial.weight_history) > 1]
     assert led and TrialLog(directory / "trials.jsonl").trials == result.trials
     for trial in led:
-        before, last = trial.course[-2:]
+        before, last = trial.weight_history[-2:]
         assert last.trial == trial.number and before.trial != trial.number
         assert last.overrides["moe.router"] == before.overrides["moe.router"]
         own, other = (
