@@ -288,12 +288,12 @@ def _joined_neurons(old: Experts, members: Sequence[int], share: Tensor) -> dict
     for member, part in zip(members[1:], share[1:], strict=True):
         other = _neurons_of(old, member)
         cosine = functional.normalize(_flat(other)) @ functional.normalize(_flat(kept)).t()
-        best, place = cosine.max(dim=1)
+        best, match = cosine.max(dim=1)
         # One neuron of the newcomer for each that is there; the most similar wins.
         taken: dict[int, int] = {}
         for neuron in best.argsort(descending=True).tolist():
             if float(best[neuron]) > ALIKE:
-                taken.setdefault(int(place[neuron]), neuron)
+                taken.setdefault(int(match[neuron]), neuron)
         here = torch.tensor(list(taken), dtype=torch.long, device=share.device)
         there = torch.tensor(list(taken.values()), dtype=torch.long, device=share.device)
         left = torch.ones(old.expert_size, dtype=torch.bool, device=share.device)
@@ -343,14 +343,14 @@ def _fill_router(
     old: nn.Module, new: nn.Module, joined: LayerGroups, method: CompactMethod
 ) -> None:
     """Send what an old expert received to the expert that it went into."""
-    places = torch.zeros(len(joined.use), dtype=torch.long)
+    new_ids = torch.zeros(len(joined.use), dtype=torch.long)
     for index, group in enumerate(joined.groups):
-        places[list(group)] = index
+        new_ids[list(group)] = index
     use_E = torch.tensor(joined.use).clamp(min=1e-9)
     state = {}
     for name, tensor in old.state_dict().items():
         if not tensor.is_floating_point():
-            state[name] = places.to(tensor.device)[tensor.long()].to(tensor.dtype)
+            state[name] = new_ids.to(tensor.device)[tensor.long()].to(tensor.dtype)
             continue
         rows = []
         for group in joined.groups:
@@ -362,30 +362,30 @@ def _fill_router(
 
 
 def _alike_in_all(experts: Experts, tolerance: float) -> list[tuple[int, ...]]:
-    """For each neuron that all experts hold, its place in each of them; the closest first."""
+    """For each neuron that all experts hold, its index in each of them; the closest first."""
     if experts.expert_size == 0:
         return []
     vectors_EFN = _neurons(experts)
     length_F = vectors_EFN[0].norm(dim=-1).clamp(min=1e-12)
     worst_F = torch.zeros_like(length_F)
-    places = [torch.arange(experts.expert_size, device=length_F.device)]
+    indices = [torch.arange(experts.expert_size, device=length_F.device)]
     for other_FN in vectors_EFN[1:]:
         distance_FF = torch.cdist(
             vectors_EFN[0], other_FN, compute_mode="donot_use_mm_for_euclid_dist"
         )
-        nearest_F, place_F = distance_FF.min(dim=1)
-        places.append(place_F)
+        nearest_F, match_F = distance_FF.min(dim=1)
+        indices.append(match_F)
         worst_F = torch.maximum(worst_F, nearest_F / length_F)
     found: list[tuple[int, ...]] = []
-    taken: list[set[int]] = [set() for _ in places]
+    taken: list[set[int]] = [set() for _ in indices]
     for neuron in worst_F.argsort(stable=True).tolist():
         if float(worst_F[neuron]) > tolerance:
             break
-        where = tuple(int(place[neuron]) for place in places)
-        if all(place not in used for place, used in zip(where, taken, strict=True)):
+        where = tuple(int(index[neuron]) for index in indices)
+        if all(index not in used for index, used in zip(where, taken, strict=True)):
             found.append(where)
-            for place, used in zip(where, taken, strict=True):
-                used.add(place)
+            for index, used in zip(where, taken, strict=True):
+                used.add(index)
     return found
 
 

@@ -134,10 +134,12 @@ def find_room(
     """
     placement = choose_placement(capacity, num_workers, cpus_per_worker, use_gpu)
     # What an autoscaler may add is not counted: a sweep that waits for it would wait as a whole.
-    fitting = max(1, capacity.present_slots(placement.need) // placement.least)
+    most_at_once = max(1, capacity.present_slots(placement.need) // placement.least)
     logger.debug("trials on %s", describe_nodes(capacity))
     return TrialRoom(
-        placement, fitting if most is None else min(fitting, most), in_place=placement.most == 1
+        placement,
+        most_at_once if most is None else min(most_at_once, most),
+        in_place=placement.most == 1,
     )
 
 
@@ -184,9 +186,9 @@ def run_sweep(
         space = {"task": tune.grid_search(_all_tasks(watcher))}
         chosen = {"search_alg": all_at_once()}
         chosen |= {"scheduler": in_step(population, **_compared(ruling))}
-    place = None if population is None else population.directory
+    directory = None if population is None else population.directory
     with tempfile.TemporaryDirectory(
-        prefix="moe-dist-tune-", dir=place, ignore_cleanup_errors=True
+        prefix="moe-dist-tune-", dir=directory, ignore_cleanup_errors=True
     ) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(

@@ -50,7 +50,7 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
     """Turn what pyarrow and fsspec raise into a StorageError.
 
     Args:
-        uri: the place; shown without user info and query.
+        uri: shown without user info and query.
         doing: what was tried: `read`, `write`.
 
     Yields:
@@ -72,7 +72,7 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
 
     Args:
         error: what pyarrow or fsspec raised.
-        uri: the place; shown without user info and query.
+        uri: shown without user info and query.
         doing: what was tried.
 
     Returns:

@@ -120,11 +120,11 @@ def _impossible(capacity: Capacity, placement: Placement) -> ClusterError:
             f"the Ray cluster can grow to {cpus:g} at most ({describe_nodes(capacity)}; the "
             f"autoscaler may add {capacity.max_added} nodes)"
         )
-    fitting = int(capacity.most_slots(need))
+    num_slots = int(capacity.most_slots(need))
     fewer = (
-        f"Set parallel.num_workers to {fitting} or less, reserve fewer CPUs for each worker, or "
+        f"Set parallel.num_workers to {num_slots} or less, reserve fewer CPUs for each worker, or "
         "add nodes."
-        if fitting
+        if num_slots
         else "Reserve fewer CPUs for each worker (parallel.cpus_per_worker), or add larger nodes."
     )
     if need.gpus and least > gpus:
@@ -141,7 +141,7 @@ def _impossible(capacity: Capacity, placement: Placement) -> ClusterError:
         )
     return ClusterError(
         f"{placement.wish} needs {least} slots of {need}, each on one node, and "
-        f"{fitting} fit on the nodes: {has}",
+        f"{num_slots} fit on the nodes: {has}",
         remedy=fewer,
     )
 

@@ -273,8 +273,8 @@ class _Axes:
 
     def y(self, value: float) -> float:
         low, high = self._ys
-        place = math.log10(value) if self._log else value
-        return self._height - BOTTOM - (place - low) / (high - low) * (self._height - TOP - BOTTOM)
+        scaled = math.log10(value) if self._log else value
+        return self._height - BOTTOM - (scaled - low) / (high - low) * (self._height - TOP - BOTTOM)
 
     def frame(self, x_label: str) -> str:
         parts = [self.bottom(x_label)]

@@ -137,8 +137,8 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
                 lw=1.0 if faint else 2.0,
                 alpha=0.4 if faint else 0.9,
             )
-        for place, (name, scale) in enumerate(zip(names, scales, strict=True)):
-            _label_axis(axes, place, name.rpartition(".")[2], scale.ticks)
+        for x, (name, scale) in enumerate(zip(names, scales, strict=True)):
+            _label_axis(axes, x, name.rpartition(".")[2], scale.ticks)
         ticks = [(0.0, f"{low:.4g}"), (1.0, f"{high:.4g}")]
         _label_axis(axes, len(names), metric, ticks)
         axes.set(xlim=(-0.3, len(names) + 0.5), ylim=(-0.15, 1.22))
@@ -159,7 +159,7 @@ class _Scale:
         if not self._numeric:
             self._names = sorted({str(value) for value in present})
             last = max(1, len(self._names) - 1)
-            self.ticks = [(place / last, name) for place, name in enumerate(self._names)]
+            self.ticks = [(index / last, name) for index, name in enumerate(self._names)]
             return
         self._low, self._high = min(present), max(present)
         self._log = self._low > 0 and self._high / self._low > 20
@@ -177,13 +177,13 @@ class _Scale:
         return (value - self._low) / (self._high - self._low)
 
 
-def _label_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
-    axes.plot([place, place], [-2 * _GAP, 1.0 + _GAP], color=FAINT, lw=1.0, zorder=0)
-    axes.text(place, 1.0 + 2 * _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
+def _label_axis(axes: Axes, x: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
+    axes.plot([x, x], [-2 * _GAP, 1.0 + _GAP], color=FAINT, lw=1.0, zorder=0)
+    axes.text(x, 1.0 + 2 * _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
     # Upon the lines, which would else run through the words.
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for height, text in ticks:
-        axes.text(place + 0.05, height, text, fontsize=8, va="center", color=INK, bbox=paper)
+        axes.text(x + 0.05, height, text, fontsize=8, va="center", color=INK, bbox=paper)
 
 
 def _draw_front(
@@ -208,9 +208,9 @@ def _draw_front(
     labels: dict[tuple[float, float], list[str]] = {}
     for trial in front:
         labels.setdefault((trial.value(cost), trial.value(metric)), []).append(str(trial.number))
-    for place, numbers in labels.items():
+    for point, numbers in labels.items():
         said = ", ".join(numbers[:4]) + (" …" if len(numbers) > 4 else "")
-        axes.annotate(said, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(said, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel=_UNITS.get(cost, cost), ylabel=metric)
     axes.set_title(f"{metric} against {cost.replace('_', ' ')}")
 
