@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_dist.config import RunConfig
@@ -40,8 +40,8 @@ class Proposer(Protocol):
         """Learn from a trial that is over."""
 
 
-class RandomProposer:
-    """Draws each trial's point from the seed and its number.
+class _SpaceProposer:
+    """Proposes points of a space, and learns nothing.
 
     Args:
         dimensions: of the space.
@@ -54,41 +54,33 @@ class RandomProposer:
     ) -> None:
         self._dimensions, self._config, self._is_trainable = dimensions, config, is_trainable
 
+    def tell(self, trial: Trial) -> None:
+        """Learn nothing."""
+
+
+class RandomProposer(_SpaceProposer):
+    """Draws each trial's point from the seed and its number."""
+
     def propose(self, number: int) -> Point | None:
         """Draw until a point passes."""
         draw = random_draw(random.Random(f"{self._config.seed}-{number}"))
         points = (sample_point(self._dimensions, self._config, draw) for _ in range(MAX_DRAWS))
         return next((point for point in points if self._is_trainable(point)), None)
 
-    def tell(self, trial: Trial) -> None:
-        """Learn nothing."""
 
+class GridProposer(_SpaceProposer):
+    """Goes through every point of a finite space that passes."""
 
-class GridProposer:
-    """Goes through every point of a finite space that passes.
-
-    Args:
-        dimensions: of the space.
-        config: the recipe.
-        is_trainable: tells whether a point can be trained and was not yet.
-    """
-
-    def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
-    ) -> None:
-        self._points: Iterator[Point] = (
-            point for point in grid_points(dimensions, config) if is_trainable(point)
-        )
+    @cached_property
+    def _points(self) -> Iterator[Point]:
+        return filter(self._is_trainable, grid_points(self._dimensions, self._config))
 
     def propose(self, number: int) -> Point | None:
         """Give the next point."""
         return next(self._points, None)
 
-    def tell(self, trial: Trial) -> None:
-        """Learn nothing."""
 
-
-class TpeProposer:
+class TpeProposer(RandomProposer):
     """Optuna's tree-structured Parzen estimator; its multi-objective form for several objectives.
 
     A study lives in memory: what an interrupted sweep found is told to it again.
@@ -102,11 +94,11 @@ class TpeProposer:
     def __init__(
         self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
+        super().__init__(dimensions, config, is_trainable)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._dimensions, self._config, self._is_trainable = dimensions, config, is_trainable
         self._objectives = config.search.wanted
         sampler = optuna.samplers.TPESampler(
             seed=config.seed,
@@ -119,7 +111,6 @@ class TpeProposer:
             directions=[_direction(mode) for mode in self._objectives.values()], sampler=sampler
         )
         self._asked: dict[int, Any] = {}
-        self._fallback = RandomProposer(dimensions, config, is_trainable)
 
     def propose(self, number: int) -> Point | None:
         """Ask Optuna until a point passes, and chance if none does."""
@@ -132,7 +123,7 @@ class TpeProposer:
                 self._asked[number] = asked
                 return point
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        return self._fallback.propose(number)
+        return super().propose(number)
 
     def tell(self, trial: Trial) -> None:
         """Tell Optuna what a trial found; one without a value failed."""
