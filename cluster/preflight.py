@@ -10,8 +10,9 @@ from typing import Any
 from moe_dist.config import RunConfig
 from moe_dist.errors import ClusterError, MoeDistError
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes, read_capacity
-from moe_dist.workers.driver import RaySession, run_on_workers
+from moe_dist.workers.driver import run_on_workers
 from moe_dist.workers.placement import Placement, choose_placement
+from moe_dist.workers.ray_session import RaySession
 
 from .exchange import Exchange, exchange_job
 from .findings import Finding, judge_clocks, judge_exchange, judge_versions

@@ -16,7 +16,8 @@ from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_dis
 from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking import build_tracker, scrub
 from moe_dist.whole_files import whole_file, write_json
-from moe_dist.workers.driver import RaySession, ray_session, runs_here
+from moe_dist.workers.driver import runs_here
+from moe_dist.workers.ray_session import RaySession, ray_session
 
 from ..checks.preflight import check_before_start
 from ..report import report

@@ -145,7 +145,7 @@ def placed_here(config: RunConfig) -> RunConfig:
     """
     import torch
 
-    from moe_dist.workers.driver import available_cpus
+    from moe_dist.workers.ray_session import available_cpus
 
     parallel = config.parallel
     wants_gpu = parallel.use_gpu is True or (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_dist.data.sources import Splits
     from moe_dist.jobs.job import Split
     from moe_dist.tracking import DatasetInput
-    from moe_dist.workers.driver import RaySession
+    from moe_dist.workers.ray_session import RaySession
 
     from ..console import Console
 

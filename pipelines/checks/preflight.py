@@ -180,7 +180,8 @@ def find_all(config: RunConfig, console: Console) -> list[Finding]:
     Returns:
         All findings; one fault does not keep the others from being looked for.
     """
-    from moe_dist.workers.driver import ray_session, runs_here
+    from moe_dist.workers.driver import runs_here
+    from moe_dist.workers.ray_session import ray_session
 
     checks = cluster_module("preflight")
     findings, memory_gib = _find_in_recipe(config, console)

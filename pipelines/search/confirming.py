@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.trials import BASELINE, Trial
-from moe_dist.search.tune import Ruling, TrialRoom, run_sweep
-from moe_dist.workers.driver import RaySession
+from moe_dist.search.tune import TrialRoom, run_sweep
+from moe_dist.workers.ray_session import RaySession
 
 from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key

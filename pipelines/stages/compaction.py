@@ -99,7 +99,7 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
         MoeDistError: if the output holds files of others, or the student cannot be compacted.
     """
     from moe_dist.inference import load_model, load_tokenizer, save_model
-    from moe_dist.inference.compact import fuse_neurons
+    from moe_dist.inference.fusion import fuse_neurons
     from moe_dist.jobs.distill import DistillJob
 
     student = load_model(settings.directory)

@@ -15,9 +15,10 @@ import pytest
 
 from moe_dist.errors import ClusterError
 from moe_dist.workers.cluster_capacity import WorkerNeed, read_capacity
-from moe_dist.workers.driver import RaySession, ray_session, run_on_workers
+from moe_dist.workers.driver import run_on_workers
 from moe_dist.workers.placement import Placement, plan_placement
 from moe_dist.workers.placement_wait import is_placed
+from moe_dist.workers.ray_session import RaySession, ray_session
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -13,11 +13,12 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.metric_log import MetricLog
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.population import Population
 from moe_dist.search.trials import TrialLog
-from moe_dist.search.tune import Ruling, find_room, run_sweep
+from moe_dist.search.tune import find_room, run_sweep
 from moe_dist.workers.cluster_capacity import read_capacity
-from moe_dist.workers.driver import RaySession
+from moe_dist.workers.ray_session import RaySession
 from pipelines.search import sweep as sweeping
 from pipelines.search.results import write_results
 from pipelines.search.sweep import SweepResult, search_recipe

@@ -20,7 +20,7 @@ from cluster.probing import check_storage, start_probes
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ClusterError
 from moe_dist.workers.cluster_capacity import Capacity, Node, read_capacity
-from moe_dist.workers.driver import RaySession, ray_session
+from moe_dist.workers.ray_session import RaySession, ray_session
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.readiness import check_cluster_once
 from pipelines.cli import app
