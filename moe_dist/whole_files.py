@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def write_json(path: Path, value: Any) -> None:
 
     Args:
         path: the file; its directory is made.
-        value: plain values and paths.
+        value: plain values and paths; NaN becomes null.
     """
-    text = json.dumps(value, indent=2, default=os.fspath)
+    text = json.dumps(finite(value), indent=2, default=os.fspath)
     with whole_file(path, durable=True) as beside:
         beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
@@ -64,3 +65,21 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def finite(value: Any) -> Any:
+    """Replace what JSON has no word for.
+
+    Args:
+        value: plain values.
+
+    Returns:
+        A copy with None in place of NaN and infinity.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

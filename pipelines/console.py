@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -206,7 +207,10 @@ class Console:
             metrics: its figures.
         """
         self.close()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        shown = ", ".join(
+            f"{name} undefined" if math.isnan(value) else f"{name} {value:.4g}"
+            for name, value in list(metrics.items())[:4]
+        )
         self.note(f"{stage}: done in {duration(seconds)}" + (f"  ({shown})" if shown else ""))
 
     def close(self) -> None:

@@ -101,6 +101,30 @@ def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _positive_label_is_one_of_two(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        label, names = data.positive_label, data.label_names
+        if label is None:
+            continue
+        if data.kind == "regression":
+            yield (
+                f"{path}.positive_label names a class, and {path}.kind=regression has none; remove "
+                "positive_label."
+            )
+        elif names is not None and len(names) > 2:
+            yield (
+                f"{path}.positive_label={label} chooses one of two classes, and {path}.label_names "
+                f"names {len(names)}; remove it: F1 is the mean over all of them."
+            )
+        elif names is not None and label not in names:
+            yield f"{path}.positive_label={label} is no class; use {either(list(names))}."
+        if data.metrics is not None and "f1" not in data.metrics:
+            yield (
+                f"{path}.positive_label={label} is read by f1, which {path}.metrics has not; add "
+                "f1, or remove positive_label."
+            )
+
+
 def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
         if data.kind is None:
@@ -233,6 +257,16 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_dev_rows_exist, (*_SETS, "data.dev", "data.dev_size")),
     (_keys_fit_source, (*_SETS, *(f"data.{key}" for key in TaskDataConfig.model_fields))),
     (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
+    (
+        _positive_label_is_one_of_two,
+        (
+            *_SETS,
+            "data.kind",
+            "data.label_names",
+            "data.metrics",
+            "data.positive_label",
+        ),
+    ),
     (_metrics_fit_kind, (*_SETS, "data.kind", "data.metrics")),
     (_names_once, (*_SETS, *(f"data.{key}" for key in _LISTS))),
     (_no_credentials_in_places, _PLACES),

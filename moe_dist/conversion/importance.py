@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.conversion.heads import read_heads
+from moe_dist.conversion.hidden_states import with_decoder_mask
 from moe_dist.errors import ConversionError, MissingInputError
 
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
@@ -368,7 +369,8 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         # The model would only compute its own mean loss with them. An encoder-decoder needs
         # them: it makes its decoder's inputs from them.
         inputs.pop("labels", None)
-    return inputs
+        return inputs
+    return with_decoder_mask(inputs) if "decoder_attention_mask" in names else inputs
 
 
 def _labels(batch: Mapping[str, Any], name: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from moe_dist.data.cache import build_once, default_cache_dir
+from moe_dist.data.tokens import tokenise
 from moe_dist.digests import file_digest
 from moe_dist.errors import DataError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1
+_FORMAT = 2
 _META = "encoded.json"
 _CHUNK_ROWS = 4096
 
@@ -37,6 +38,7 @@ class Encoded:
         offsets: sample i is [offsets[i], offsets[i+1]) (N+1,), int64.
         labels: class ids (int64) or values (float32) (N,).
         sample_ids: where the samples stood in the source (N,), int64.
+        full_lengths: tokens of each sample before it was cut (N,), int64; None where not known.
     """
 
     input_ids: NDArray[np.int32]
@@ -44,6 +46,7 @@ class Encoded:
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64] | NDArray[np.float32]
     sample_ids: NDArray[np.int64]
+    full_lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -103,6 +106,7 @@ class Encoded:
             offsets=offsets,
             labels=self.labels[chosen],
             sample_ids=self.sample_ids[chosen],
+            full_lengths=None if self.full_lengths is None else self.full_lengths[chosen],
         )
 
 
@@ -127,8 +131,8 @@ def encode(
         The samples, memory-mapped read-only.
 
     Raises:
-        DataError: if there are no rows, `max_length` leaves no room for text, or the cache
-            cannot be written.
+        DataError: if there are no rows, `max_length` leaves no room for text, a text becomes a
+            special token, or the cache cannot be written.
     """
     if not len(dataset):
         raise DataError("there are no rows to tokenise", remedy="give a data set with rows")
@@ -173,15 +177,12 @@ def _tokenise(
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []
     lengths: list[int] = []
+    full_lengths: list[int] = []
     for batch in dataset.iter(_CHUNK_ROWS):
         pair = batch["text_b"] if batch["text_b"][0] is not None else None
-        tokens = tokenizer(
-            batch["text_a"],
-            pair,
-            truncation="longest_first",
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
+        tokens = tokenise(tokenizer, batch["text_a"], pair, max_length=max_length)
+        full_lengths.extend(
+            _full_lengths(tokenizer, batch["text_a"], pair, tokens["input_ids"], max_length)
         )
         lengths.extend(map(len, tokens["input_ids"]))
         ids.append(np.concatenate([np.asarray(row, np.int32) for row in tokens["input_ids"]]))
@@ -200,10 +201,29 @@ def _tokenise(
             dataset["label"][:], np.float32 if label.startswith("float") else np.int64
         ),
         "sample_ids": np.asarray(dataset["sample_id"][:], np.int64),
+        "full_lengths": np.asarray(full_lengths, np.int64),
     }
     if types:
         arrays["token_type_ids"] = np.concatenate(types)
     return arrays
+
+
+def _full_lengths(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pair: list[str] | None,
+    input_ids: list[list[int]],
+    max_length: int,
+) -> list[int]:
+    """Count the tokens that samples had before they were cut; only whole rows can have been."""
+    lengths = list(map(len, input_ids))
+    full = [row for row, length in enumerate(lengths) if length >= max_length]
+    if full:
+        own_pair = None if pair is None else [pair[row] for row in full]
+        again = tokenise(tokenizer, [texts[row] for row in full], own_pair, max_length=None)
+        for row, ids in zip(full, again["input_ids"], strict=True):
+            lengths[row] = len(ids)
+    return lengths
 
 
 def _write(folder: Path, arrays: dict[str, NDArray[Any]]) -> None:

@@ -1,152 +1,210 @@
-"""Read rows from TSV, CSV, JSON lines and Parquet, and name file and line of every fault."""
+"""Read rows from TSV, CSV, JSON and Parquet, and name file and line of every fault."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_dist.data.content import (
+    COMPRESSION_SUFFIXES,
+    PARQUET_MAGIC,
+    foreign_format,
+    read_content,
+    text_lines,
+)
+from moe_dist.data.delimited import read_csv, read_tsv
+from moe_dist.data.rows import Row, Say, SourceRow, row_error
 from moe_dist.errors import DataError
 
-# A row is its line in the file and its values by column.
-Row = tuple[int, dict[str, Any]]
+__all__ = ["Row", "read_place", "read_rows", "row_error"]
+
+_PARQUET = ".parquet"
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_SPLIT_NAME = re.compile(r"(train|dev|valid|test|eval)[a-z]*(?=[-_.]|$)")
 
 
-def read_rows(path: Path, column_names: Sequence[str] | None = None) -> list[Row]:
-    """Read a data file; its ending tells the format.
+def _ignore(line: str) -> None:
+    """Say nothing."""
+
+
+def read_place(
+    path: Path, column_names: Sequence[str] | None = None, say: Say = _ignore
+) -> list[SourceRow]:
+    """Read a data file, or all parts of a directory as Spark, Dask and others write them.
+
+    Names that begin with `_` or `.` are no parts. A directory `key=value` within is a column.
 
     Args:
-        path: a .tsv, .txt (tab-separated), .csv, .jsonl, .ndjson or .parquet file.
-        column_names: the columns of a TSV or CSV file without a header line.
+        path: of the file or directory.
+        column_names: the columns of TSV or CSV files without a header line.
+        say: is told what was guessed.
 
     Returns:
-        Line number (row number for Parquet) and values by column.
+        Rows in the order of parts and lines.
 
     Raises:
         DataError: for a missing, empty or malformed file, with its line.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: unknown kind of data file", remedy=f"use one of {', '.join(_READERS)}"
-        )
+    if not path.is_dir():
+        return [SourceRow(path, *row) for row in read_rows(path, column_names, say)]
+    rows: list[SourceRow] = []
+    parts = _parts(path)
+    for part in parts:
+        partition = _partition_values(part.relative_to(path))
+        rows += [
+            SourceRow(part, line, values | partition)
+            for line, values in _read_one(part, column_names, say, _suffix(path))
+        ]
+    if not rows:
+        raise DataError(f"{path}: its files hold no rows", remedy="give files with data in them")
+    names = ", ".join(part.name for part in parts[:2])
+    more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
+    say(f"{path.name} is a directory, whose files were read: {names}{more}")
+    return rows
+
+
+def read_rows(
+    path: Path, column_names: Sequence[str] | None = None, say: Say = _ignore
+) -> list[Row]:
+    """Read a data file; its ending tells the format.
+
+    Args:
+        path: a .tsv, .txt (tab-separated), .csv, .json, .jsonl, .ndjson or .parquet file; it may
+            be compressed (.gz, .bz2, .xz).
+        column_names: the columns of a TSV or CSV file without a header line.
+        say: is told what was guessed.
+
+    Returns:
+        Line number (row number for Parquet and a JSON array) and values by column.
+
+    Raises:
+        DataError: for a missing, empty or malformed file, with its line.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such data file", remedy="check data.train and data.dev")
-    rows = list(reader(path, column_names))
+    rows = list(_read_one(path, column_names, say))
     if not rows:
         raise DataError(f"{path}: the file holds no rows", remedy="give a file with data in it")
     return rows
 
 
-def row_error(path: Path, line: int, message: str, remedy: str) -> DataError:
-    """The error for one row of a file.
-
-    Args:
-        path: the file.
-        line: 1-based.
-        message: what is wrong.
-        remedy: what to do.
-
-    Returns:
-        An error that begins with file and line.
-    """
-    return DataError(f"{path}, line {line}: {message}", remedy=remedy)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise row_error(
-                    path,
-                    number,
-                    f"invalid UTF-8 at byte {error.start + 1} of the line",
-                    f"convert the file, for example: iconv -f latin1 -t utf-8 {path.name}",
-                ) from error
-            yield number, text.rstrip("\r\n")
-
-
-def _read_tsv(path: Path, column_names: Sequence[str] | None) -> Iterator[Row]:
-    fields = ((number, line.split("\t")) for number, line in _lines(path) if line)
-    return _with_header(path, fields, column_names)
-
-
-def _read_csv(path: Path, column_names: Sequence[str] | None) -> Iterator[Row]:
-    # csv wants line ends, since a quoted field may hold some.
-    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
-
-    def fields() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise row_error(
-                    path, reader.line_num, f"malformed CSV: {error}", "mend the line"
-                ) from error
-            if values:
-                yield reader.line_num, values
-
-    return _with_header(path, fields(), column_names)
-
-
-def _with_header(
-    path: Path, fields: Iterator[tuple[int, list[str]]], column_names: Sequence[str] | None
-) -> Iterator[Row]:
-    header = list(column_names) if column_names else next(fields, (0, []))[1]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
+def _read_one(
+    path: Path, column_names: Sequence[str] | None, say: Say, default_suffix: str = ""
+) -> Iterable[Row]:
+    suffix = _suffix(path) or default_suffix
+    if suffix not in _FORMATS:
         raise DataError(
-            f"{path}: columns named twice: {', '.join(map(repr, twice))}",
-            remedy="rename one of each; a file without a header line needs data.column_names",
+            f"{path}: unknown kind of data file", remedy=f"use one of {', '.join(_FORMATS)}"
         )
-    for number, values in fields:
-        if len(values) != len(header):
-            raise row_error(
-                path,
-                number,
-                f"{len(values)} fields where {len(header)} columns are named",
-                "mend the line; a file without a header line needs data.column_names",
-            )
-        yield number, dict(zip(header, values, strict=True))
+    content = read_content(path, say)
+    if content.startswith(PARQUET_MAGIC) and suffix != _PARQUET:
+        say(f"{path.name} was read as Parquet, which it is in spite of its name")
+        suffix = _PARQUET
+    if column_names and suffix not in _DELIMITED:
+        say(f"{path.name} names its columns itself: data.column_names is not used for it")
+    if suffix == _PARQUET:
+        return _read_parquet(path, content)
+    lines = text_lines(path, content, say)
+    if suffix in _DELIMITED:
+        return _DELIMITED[suffix](path, lines, column_names, say)
+    return _read_json(path, lines)
 
 
-def _read_jsonl(path: Path, column_names: Sequence[str] | None) -> Iterator[Row]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise row_error(path, number, f"malformed JSON: {error}", "mend the line") from error
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _parts(folder: Path) -> list[Path]:
+    """List the data files of a directory, which must be of one kind and of one data set."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(name.startswith(("_", ".")) for name in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(f"{folder}: no data file in this directory", remedy="check the path")
+    kinds = {_suffix(path) or _suffix(folder) for path in files}
+    if len(kinds) > 1 or not kinds <= set(_FORMATS):
+        shown = ", ".join(path.name for path in files[:4])
+        raise DataError(
+            f"{folder} is a directory, and its files are no parts of one data set: {shown}",
+            remedy=f"give one file, or a directory that holds files of one kind alone "
+            f"({', '.join(_FORMATS)}); names that begin with _ or . do not count",
+        )
+    splits = {match[1] for path in files if (match := _SPLIT_NAME.match(path.name.lower()))}
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder} is a directory that holds several splits ({', '.join(sorted(splits))})",
+            remedy="give the file of one of them, or move them into directories of their own",
+        )
+    return files
+
+
+def _partition_values(relative: Path) -> dict[str, str | None]:
+    pairs = [name.split("=", 1) for name in relative.parts[:-1] if "=" in name]
+    return {
+        key: None if value == _NULL_PARTITION else urllib.parse.unquote(value)
+        for key, value in pairs
+    }
+
+
+def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
+    """Read one object from each line, or an array of objects."""
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):
+        values = _parsed(path, "\n".join(lines), 1)
+        entries = enumerate(values, start=1)
+    else:
+        entries = (
+            (number, _parsed(path, line, number))
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        )
+    for number, value in entries:
         if not isinstance(value, dict):
             raise row_error(path, number, "not a JSON object", "write one object on each line")
         yield number, value
 
 
-def _read_parquet(path: Path, column_names: Sequence[str] | None) -> Iterator[Row]:
+def _parsed(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            line += error.lineno - 1
+        raise row_error(path, line, f"malformed JSON: {error}", "mend the line") from error
+
+
+def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    foreign = foreign_format(content)
+    if foreign is not None:
+        raise DataError(f"{path} is {foreign[0]} and no Parquet file", remedy=foreign[1])
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(content))
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: a text is not valid UTF-8: {error}", remedy="write the file again"
+        ) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file: {error}", remedy="write the file again"
         ) from error
-    yield from enumerate(table.to_pylist(), start=1)
+    yield from enumerate(rows, start=1)
 
 
-_READERS: dict[str, Callable[[Path, Sequence[str] | None], Iterator[Row]]] = {
-    ".tsv": _read_tsv,
-    ".txt": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+_Reader = Callable[[Path, list[str], Sequence[str] | None, Say], Iterator[Row]]
+_DELIMITED: dict[str, _Reader] = {".tsv": read_tsv, ".txt": read_tsv, ".csv": read_csv}
+_FORMATS = (*_DELIMITED, *_JSON_SUFFIXES, _PARQUET)

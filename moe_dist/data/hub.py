@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.data.cache import full_disk_error
-from moe_dist.data.files import Row
 from moe_dist.data.packages import MODEL_PREFIX, fetch_model_package
+from moe_dist.data.rows import Row
 from moe_dist.errors import DataError, is_full_disk
 
 # What transformers needs of a model; no pickled weights.

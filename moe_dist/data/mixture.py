@@ -40,6 +40,15 @@ class Mixture:
         return MEAN
 
     @property
+    def metric_titles(self) -> dict[str, str]:
+        """What people call each metric, by its name."""
+        return {MEAN: MEAN} | {
+            f"{task}/{name}": f"{task}/{title}"
+            for task, splits in self.parts.items()
+            for name, title in splits.metric_titles.items()
+        }
+
+    @property
     def num_labels(self) -> int:
         """Outputs of all heads together."""
         return sum(splits.num_labels for splits in self.parts.values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_dist.data.metrics import LabelSpace
+
 Kind = Literal["classification", "regression"]
 
 DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
@@ -25,6 +27,7 @@ class TaskSpec:
         label_names: class names in the order of their ids; None where they are to be inferred,
             and for regression.
         metrics: names out of METRICS; the first one is the task's main metric.
+        positive_label: the class that F1 of two classes is about; the second one if None.
         dev_split: the split of the hub's data set that serves as dev set.
     """
 
@@ -34,6 +37,7 @@ class TaskSpec:
     label_column: str = "label"
     label_names: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
+    positive_label: str | None = None
     dev_split: str = "validation"
 
     @property
@@ -43,6 +47,15 @@ class TaskSpec:
             return 1
         assert self.label_names is not None, "label names are resolved when the data is loaded"
         return len(self.label_names)
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """What metrics know of the task."""
+        if self.kind == "regression":
+            return LabelSpace(None)
+        names = self.label_names or ()
+        positive = 1 if self.positive_label is None else names.index(self.positive_label)
+        return LabelSpace(self.num_labels, positive, names)
 
     @property
     def main_metric(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moe_dist.conversion.heads import chosen_head
+from moe_dist.data.tokens import tokenise
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
 
@@ -58,13 +59,8 @@ class TextModel:
         return pandas.DataFrame(rows, columns=None if rows else self._names())
 
     def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        encoded = self._tokenizer(
-            *[list(column) for column in columns],
-            truncation=True,
-            max_length=self._max_length,
-            padding=True,
-            return_tensors="pt",
-        ).to(self._model.device)
+        tokens = tokenise(self._tokenizer, *columns, max_length=self._max_length)
+        encoded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._model.device)
         with torch.no_grad():
             logits_BC = self._model(**encoded).logits.float().cpu()
         labels = self._labels()

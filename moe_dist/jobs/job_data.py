@@ -125,9 +125,10 @@ class JobData:
             encoded: the samples.
 
         Returns:
-            Values by name, the task's main metric first.
+            Values by name, the task's main metric first; NaN where one is undefined.
         """
-        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
+        task = self.splits.task
+        return compute_metrics(task.metrics, logits.numpy(), encoded.labels, task.label_space)
 
     def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
         """Write what a model says about a split.
@@ -224,6 +225,20 @@ def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
         The heads, in the order of the tasks' numbers.
     """
     return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
+
+
+def label_names(rows: Rows) -> tuple[str, ...] | None:
+    """Name the outputs of a model for one task or several.
+
+    Args:
+        rows: the data of all tasks.
+
+    Returns:
+        Names in the order of the outputs; None for regression.
+    """
+    if isinstance(rows, Mixture):
+        return tuple(name for head in task_heads(rows) for name in head.output_names)
+    return rows.task.label_names
 
 
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:

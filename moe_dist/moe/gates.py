@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.hash_router import TableRouter
+from moe_dist.moe.noise import normal_rows, uniform_rows
 from moe_dist.moe.routing import Routing, RoutingContext
 
 GATE_SCALES = ("straight_through", "probability")
@@ -33,8 +34,9 @@ class Gate(nn.Module):
         num_experts: experts to choose from, E.
         top_k: experts for each token, K.
         gate_scale: "straight_through" or "probability", for K=1.
-        noise: standard deviation of noise on the scores, in training only. It comes from torch's
-            own generator, so a step's seed decides it and recomputation repeats it.
+        noise: standard deviation of noise on the scores, in training only. Each sample draws its
+            own (`moe_dist.moe.noise`), whatever else is in the batch; recomputation repeats it.
+        seed: of noise and jitter; give each layer its own.
 
     Raises:
         ValueError: if a value does not fit.
@@ -47,6 +49,7 @@ class Gate(nn.Module):
         top_k: int = 1,
         gate_scale: str = "straight_through",
         noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
@@ -59,19 +62,25 @@ class Gate(nn.Module):
         self.top_k = top_k
         self.gate_scale = gate_scale
         self.noise = noise
+        self.seed = seed
 
-    def choose(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
+    def choose(
+        self, logits_TE: Tensor, dtype: torch.dtype, context: RoutingContext | None
+    ) -> Routing:
         """Choose the experts with the largest scores, noise included.
 
         Args:
             logits_TE: float32 scores.
             dtype: of the weights.
+            context: numbers the samples, for the noise.
 
         Returns:
             The routing; its logits are those that decided.
         """
         if self.noise and self.training:
-            logits_TE = logits_TE + self.noise * torch.randn_like(logits_TE)
+            salt = 2 * self.seed
+            noise_TE = normal_rows(*logits_TE.shape, context, salt=salt, device=logits_TE.device)
+            logits_TE = logits_TE + self.noise * noise_TE.to(logits_TE.dtype)
         if self.top_k > 1:
             chosen_TK, expert_ids = logits_TE.topk(self.top_k, dim=-1)
             # Renormalised probabilities are the softmax of the chosen logits alone.
@@ -121,7 +130,7 @@ class TokenGate(Gate):
         jitter: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise)
+        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise, seed=seed)
         if not 0 <= jitter < 1:
             raise ValueError(f"gate_jitter={jitter} must be at least 0 and below 1")
         self.jitter = jitter
@@ -136,20 +145,22 @@ class TokenGate(Gate):
 
         Args:
             hidden_TD: hidden states.
-            context: not read.
+            context: numbers the samples, for noise and jitter.
 
         Returns:
             The routing, with logits.
         """
-        return self.choose(self._scores(hidden_TD), compute_dtype(hidden_TD))
+        return self.choose(self._scores(hidden_TD, context), compute_dtype(hidden_TD), context)
 
-    def _scores(self, input_TD: Tensor) -> Tensor:
+    def _scores(self, input_TD: Tensor, context: RoutingContext | None) -> Tensor:
         weight_ED = self.gate.weight
         with torch.autocast(input_TD.device.type, enabled=False):
             input_TD = input_TD.to(weight_ED.dtype)
             if self.jitter and self.training:
-                spread_TD = torch.empty_like(input_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-                input_TD = input_TD * spread_TD
+                salt = 2 * self.seed + 1
+                drawn_TD = uniform_rows(*input_TD.shape, context, salt=salt, device=input_TD.device)
+                spread_TD = 1 + self.jitter * (2 * drawn_TD - 1)
+                input_TD = input_TD * spread_TD.to(input_TD.dtype)
             return F.linear(input_TD, weight_ED).float()
 
 
@@ -197,9 +208,11 @@ class SentenceGate(TokenGate):
                 )
             counts_BS = mask_BS.cumsum(1).clamp(min=1)
             mean_TD = (hidden_BSD.cumsum(1) / counts_BS.unsqueeze(-1)).flatten(0, 1)
-            return self.choose(self._scores(mean_TD), compute_dtype(hidden_TD))
+            scores_TE = self._scores(mean_TD, context)
+            return self.choose(scores_TE, compute_dtype(hidden_TD), context)
         mean_BD = hidden_BSD.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
-        return _repeated(self.choose(self._scores(mean_BD), compute_dtype(hidden_TD)), length)
+        scores_BE = self._scores(mean_BD, context)
+        return _repeated(self.choose(scores_BE, compute_dtype(hidden_TD), context), length)
 
 
 class TaskGate(Gate):
@@ -227,7 +240,7 @@ class TaskGate(Gate):
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise)
+        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise, seed=seed)
         self.num_tasks = num_tasks
         self.task_scores = nn.Parameter(torch.empty(num_tasks, num_experts))
         if not self.task_scores.is_meta:
@@ -254,8 +267,11 @@ class TaskGate(Gate):
             MissingInputError: if the tasks are missing or unknown.
         """
         tasks_B = _task_ids(hidden_TD, context, self.num_tasks)
+        if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
+            # Each sample draws its own noise, though their task is named once.
+            tasks_B = tasks_B.expand(context.sample_ids.numel())
         logits_BE = self.task_scores.float()[tasks_B]
-        routing = self.choose(logits_BE, compute_dtype(hidden_TD))
+        routing = self.choose(logits_BE, compute_dtype(hidden_TD), context)
         return _repeated(routing, hidden_TD.shape[0] // max(1, tasks_B.numel()))
 
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from moe_dist.conversion.attention import AttentionInputs
+from moe_dist.conversion.hidden_states import StackStates
 from moe_dist.losses.adversarial import discriminator_features
 from moe_dist.losses.alignment import POOLINGS, alignment_mse, mapping_mse
 from moe_dist.losses.attention import attention_mse, attention_scores
@@ -29,7 +31,8 @@ from moe_dist.training.feature_maps import without_padding
 if TYPE_CHECKING:
     from moe_dist.config.objectives import ObjectivesConfig
 
-# Positions in the hidden states of student and teacher; 0 are the embeddings.
+# Positions in the hidden states of student and teacher, stack after stack; a stack's first are
+# its embeddings.
 StatePairs = tuple[tuple[int, int], ...]
 
 
@@ -39,13 +42,23 @@ class Views:
 
     Args:
         logits: (B, C) outputs.
-        hidden: (B, S, D) of the embeddings and each layer; empty where no loss reads them.
+        stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
     logits: Tensor
-    hidden: Sequence[Tensor] = ()
+    stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """(B, S, D) of every stack, one after the other."""
+        return [state for stack in self.stacks for state in stack.states]
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """The mask of each hidden state."""
+        return [stack.mask_BS for stack in self.stacks for _ in stack.states]
 
 
 @dataclass(frozen=True)
@@ -96,19 +109,14 @@ class Lesson:
             )
         return tuple((index, index) for index in range(depths[0]))
 
-    def states(self, *, mapped: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def states(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Give the hidden states that meet.
 
-        Args:
-            mapped: carry the student's to the teacher's width.
-
         Returns:
-            The student's and the teacher's, pair by pair.
+            The student's, the teacher's and their mask, pair by pair.
         """
-        own = [self.student.hidden[index] for index, _ in self.pairs]
-        if mapped:
-            own = [self.companion.maps.map_hidden(hidden, self.mask_BS) for hidden in own]
-        return own, [self.teacher.hidden[index] for _, index in self.pairs]
+        own, masks, other = self.student.hidden, self.student.masks, self.teacher.hidden
+        return [(own[index], other[match], masks[index]) for index, match in self.pairs]
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Give both sentence vectors of the last layer, at the teacher's width.
@@ -117,10 +125,10 @@ class Lesson:
             The student's and the teacher's.
         """
         pool = POOLINGS[self.settings.pooling]
-        own = pool(self.student.hidden[-1], self.mask_BS)
+        own, other = self.student.stacks[-1], self.teacher.stacks[-1]
         return (
-            self.companion.maps.map_sentence(own),
-            pool(self.teacher.hidden[-1], self.mask_BS),
+            self.companion.maps.map_sentence(pool(own.states[-1], own.mask_BS)),
+            pool(other.states[-1], other.mask_BS),
         )
 
 
@@ -160,7 +168,12 @@ def _soft_targets(lesson: Lesson) -> Tensor:
 
 
 def _hidden_mse(lesson: Lesson) -> Tensor:
-    return hidden_mse(*lesson.states(mapped=True), lesson.mask_BS)
+    maps = lesson.companion.maps
+    parts = [
+        hidden_mse([maps.map_hidden(own, mask_BS)], [other], mask_BS)
+        for own, other, mask_BS in lesson.states()
+    ]
+    return torch.stack(parts).sum()
 
 
 def _attention_mse(lesson: Lesson) -> Tensor:
@@ -183,9 +196,13 @@ def _alignment_mse(lesson: Lesson) -> Tensor:
 
 
 def _mapping_mse(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.states(mapped=False)
-    real = [without_padding(hidden, lesson.mask_BS) for hidden in student]
-    return mapping_mse(real, teacher, list(lesson.companion.maps.projections), lesson.mask_BS)
+    parts = [
+        mapping_mse([without_padding(own, mask_BS)], [other], [projection], mask_BS)
+        for (own, other, mask_BS), projection in zip(
+            lesson.states(), lesson.companion.maps.projections, strict=True
+        )
+    ]
+    return torch.stack(parts).sum()
 
 
 def _adversarial(lesson: Lesson) -> Tensor:
@@ -264,6 +281,25 @@ def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTer
         shown = row.regression_name if lesson.is_regression and row.regression_name else name
         terms[shown] = LossTerm(row.compute(lesson), row.count_kind)
     return terms
+
+
+def pair_stacks(depths: Sequence[int], which: str | int = "all") -> StatePairs:
+    """Say which hidden states meet in two models of equal depth.
+
+    Args:
+        depths: layers of each stack.
+        which: see `pair_states`; in each stack.
+
+    Returns:
+        Pairs of positions, the student's first.
+    """
+    pairs: list[tuple[int, int]] = []
+    first = 0
+    for depth in depths:
+        own = pair_states(range(depth), which)
+        pairs += [(first + index, first + match) for index, match in own]
+        first += depth + 1
+    return tuple(pairs)
 
 
 def pair_states(layers: Sequence[int], which: str | int = "all") -> StatePairs:

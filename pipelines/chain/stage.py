@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -253,7 +254,10 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
             fingerprint=written["fingerprint"],
             outputs=outputs,
             digests=digests,
-            metrics=written["metrics"],
+            metrics={
+                name: math.nan if value is None else value
+                for name, value in written["metrics"].items()
+            },
             details=written["details"],
             seconds=written["seconds"],
             skipped=True,

@@ -160,11 +160,11 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         A dense model, with shapes only.
 
     Raises:
-        ConversionError: if the student cannot be cut from this teacher, or its attention cannot
-            be compared although the recipe asks for it.
+        ConversionError: if the student cannot be cut from this teacher, or its attention or
+            sentence vectors cannot be compared although the recipe asks for it.
     """
     from moe_dist.conversion.shrink import plan_shrink, shrink_model
-    from moe_dist.training.companion import check_heads
+    from moe_dist.training.companion import check_heads, check_pooling
 
     student = teacher
     if config.student.is_smaller:
@@ -173,6 +173,7 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         student = shrink_model(teacher, plan_shrink(teacher, **sizes))
     if config.distill.attention_weight > 0:
         check_heads(student, teacher)
+    check_pooling(student, config.distill)
     return student
 
 
@@ -245,7 +246,13 @@ def show_sizes(config: RunConfig, console: Console) -> None:
         config: the run's configuration.
         console: where to print.
     """
-    sizes = derive_sizes(config, Workspace(config, console))
+    from moe_dist.inference.pretrained import check_pretrained
+
+    workspace = Workspace(config, console)
+    sizes = derive_sizes(config, workspace)
+    if sizes.models:
+        # The rows need not be at hand, and a head of any size may be replaced.
+        check_pretrained(workspace.start_model, num_labels=2)
     content = {"event": "sizes", "name": config.name, **asdict(sizes)}
     console.document(content, lambda: _show(config, sizes, console))
 

@@ -13,7 +13,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
-    from moe_dist.data.metrics import Interval
+    from moe_dist.data.bootstrap import Interval
     from moe_dist.jobs.job_data import AnyJobData
 
 HIDDEN, PREDICTION = "hidden_error", "prediction_error"
@@ -63,7 +63,7 @@ class Imitation:
         Returns:
             Difference of the mean errors and its interval; None where one was not measured.
         """
-        from moe_dist.data.metrics import mean_over_tasks, resample_mean_differences
+        from moe_dist.data.bootstrap import mean_over_tasks, resample_mean_differences
 
         if any(not {first, second} <= set(errors[measure]) for errors in self.tasks.values()):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
-from moe_dist.data.metrics import METRICS
+from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
+from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.population import Population
@@ -55,6 +56,7 @@ class SweepResult:
         trials: by number.
         seconds: of the sweep, earlier parts of it included.
         teachers: what trials were measured against, by key.
+        task: what they were measured by.
         open_hint: the line that opens the tracking UI.
         num_concurrent: trials at a time.
         confirmed: the best and the recipe as it stands with other seeds; None where not asked for.
@@ -66,6 +68,7 @@ class SweepResult:
     trials: dict[int, Trial]
     seconds: float
     teachers: dict[str, TeacherFacts]
+    task: TaskSpec
     open_hint: str = ""
     num_concurrent: int = 1
     confirmed: Confirmation | None = None
@@ -166,6 +169,7 @@ def _search_in(
                 run.log_dataset(dataset)
             workspace.session = session
             teachers = SharedWork(workspace, run).prepare(dimensions)
+            check_retention(config, teachers)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
             checks = PointChecks(workspace, log)
@@ -200,6 +204,7 @@ def _search_in(
                 dict(sorted(log.trials.items())),
                 supervisor.seconds,
                 teachers,
+                workspace.splits.task,
                 run.open_hint(),
                 room.num_concurrent,
                 files=workspace.files,
@@ -242,9 +247,22 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
         workspace: with its data.
 
     Raises:
-        ConfigError: naming each objective that the data have not.
+        ConfigError: naming each objective that the data have not, or that is undefined on them.
     """
-    task = workspace.splits.task
+    task, split = workspace.splits.task, choosing_split(config)
+    rows = getattr(workspace.splits, split)
+    for name in config.search.wanted:
+        metric = task.main_metric if name in ("quality", "retention") else name
+        if metric in task.metrics:
+            why = undefined_by_labels(metric, rows["label"], task.label_space)
+            if why is not None:
+                raise ConfigError(
+                    [
+                        f"search: {metric} is undefined on the {split} rows, whatever a trial "
+                        f"predicts, since {why}; give other rows, or search for another metric."
+                    ],
+                    source=config.name,
+                )
     missing = [
         name for name in config.search.wanted if name in METRICS and name not in task.metrics
     ]
@@ -257,6 +275,28 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
             ],
             source=config.name,
         )
+
+
+def check_retention(config: RunConfig, teachers: Mapping[str, TeacherFacts]) -> None:
+    """Refuse to search for a part of what no teacher has.
+
+    Args:
+        config: the recipe.
+        teachers: what trials are measured against, by key.
+
+    Raises:
+        ConfigError: if retention is wanted and a teacher's metric is undefined or not above 0.
+    """
+    if "retention" not in config.search.wanted:
+        return
+    values = [facts.quality_on(choosing_split(config)) for facts in teachers.values()]
+    faults = [
+        f"search: retention is undefined: {why}; train a better teacher, or search for quality."
+        for why in (why_no_ratio(1.0, value) for value in values)
+        if why is not None
+    ]
+    if faults:
+        raise ConfigError(faults, source=config.name)
 
 
 def _run_trials(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
+from moe_dist.data.metrics import ratio
 from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from moe_dist.jobs.distill import DistillJob
     from moe_dist.jobs.job import Split
     from moe_dist.jobs.job_data import JobData
-    from moe_dist.search.trials import Trial
 
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
@@ -164,18 +164,6 @@ def training_directory(trials: Path, number: int) -> Path:
         The directory.
     """
     return trials / trial_name(number) / DISTILL
-
-
-def main_metric(trial: Trial) -> str:
-    """Find the task's main metric in what a trial measured.
-
-    Args:
-        trial: with a report.
-
-    Returns:
-        Its name.
-    """
-    return next(name for name in trial.metrics if name not in ("quality", "retention"))
 
 
 @dataclass(frozen=True)
@@ -385,9 +373,9 @@ class _OneTrial:
             return {}
         quality = next(iter(found.values()))
         measured = {"quality": quality, **found, **costs}
-        teacher_quality = self.facts.quality_on(self.split)
-        if teacher_quality:
-            measured["retention"] = quality / teacher_quality
+        retention = ratio(quality, self.facts.quality_on(self.split))
+        if retention is not None:
+            measured["retention"] = retention
         return {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}
 
 

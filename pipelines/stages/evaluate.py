@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moe_dist.errors import DataError
+from moe_dist.whole_files import finite
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..report.nearness import (
@@ -24,7 +27,11 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.metrics import Pairing
+    from moe_dist.data.bootstrap import Pairing
+    from moe_dist.data.loaders import Encoded
+    from moe_dist.data.metrics import LabelSpace
+    from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.measure.evaluation import Predictions
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -42,6 +49,8 @@ LATENCY_ROUNDS = 10
 MIN_LATENCY_ROUNDS = 3
 LATENCY_BUDGET_S = 20.0
 LATENCY_REPEATS = 2
+METRIC_RULES = 2
+"""Raised when a metric is measured otherwise, so that no earlier value stands beside a new one."""
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -78,6 +87,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             f"{name}/{metric}": value
             for name, entry in entries.items()
             for metric, value in entry["metrics"].items()
+            if value is not None
         }
         stage.run.log_metrics(0, metrics)
         return StageOutcome(
@@ -85,6 +95,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             metrics=metrics,
             details={
                 "main_metric": main_metric,
+                "metric_titles": workspace.rows.metric_titles,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "seq_len": seq_len,
                 "models": entries,
@@ -94,6 +105,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
             }
+            | describe_classes(answers)
             | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),
         )
@@ -105,6 +117,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "max_length": config.model.max_length,
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
             "imitation": [*MEASURES, MAX_SAMPLES],
+            "metric_rules": METRIC_RULES,
         },
         input_digests={
             "data": inputs.workspace.rows.digest,
@@ -173,11 +186,13 @@ class TaskAnswers:
 
     Attributes:
         metrics: names, the main one first.
+        space: the task's classes.
         labels: (N,).
         logits: (N, C) by model name.
     """
 
     metrics: tuple[str, ...]
+    space: LabelSpace
     labels: Any
     logits: dict[str, Any]
 
@@ -191,9 +206,28 @@ class TaskAnswers:
         Returns:
             The pairing, for the main metric.
         """
-        from moe_dist.data.metrics import Pairing
+        from moe_dist.data.bootstrap import Pairing
 
-        return Pairing(self.metrics[0], self.labels, self.logits[first], self.logits[second])
+        return Pairing(
+            self.metrics[0], self.labels, self.logits[first], self.logits[second], self.space
+        )
+
+    def undefined(self, name: str) -> dict[str, str]:
+        """Say which metrics of a model have no value, and why.
+
+        Args:
+            name: the model.
+
+        Returns:
+            A clause by metric.
+        """
+        from moe_dist.data.metrics import explain_undefined
+
+        said = {
+            metric: explain_undefined(metric, self.logits[name], self.labels, self.space)
+            for metric in self.metrics
+        }
+        return {metric: why for metric, why in said.items() if why is not None}
 
 
 @dataclass(frozen=True)
@@ -232,15 +266,16 @@ def predict_all(
     """
     import torch
 
-    from moe_dist.data.loaders import Encoded
     from moe_dist.inference.saving import load_tokenizer
-    from moe_dist.jobs.job_data import job_data, measure
-    from moe_dist.measure.evaluation import Predictions, expert_load, predict
+    from moe_dist.jobs.job_data import job_data
+    from moe_dist.measure.evaluation import expert_load, predict
 
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
-        name: TaskAnswers(part.splits.task.metrics, part.dev.labels, {})
+        name: TaskAnswers(
+            part.splits.task.metrics, part.splits.task.label_space, part.dev.labels, {}
+        )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
@@ -261,7 +296,7 @@ def predict_all(
                 device=next(model.parameters()).device,
             )
 
-        found = measure(data, answer)
+        found = _measured(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
@@ -279,6 +314,16 @@ def predict_all(
         advance=advance,
     )
     return Answers(tasks, imitation, loads, torch.get_num_threads())
+
+
+def _measured(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
+    """Run a model over the dev rows; an error names the model."""
+    from moe_dist.jobs.job_data import measure
+
+    try:
+        return measure(data, answer)
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}", remedy=error.remedy) from error
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
@@ -306,7 +351,9 @@ def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
         answers: of all models.
 
     Returns:
-        For each final model `metrics`, and for students `metrics_before_distillation`.
+        For each final model `metrics`, and for students `metrics_before_distillation`; None for a
+        metric that is undefined, with the reason under the same name in `undefined` and
+        `undefined_before_distillation`.
     """
     from moe_dist.data.metrics import compute_metrics
     from moe_dist.data.mixture import joined_metrics
@@ -316,11 +363,39 @@ def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
         owner, _, before = name.partition("/")
         key = f"metrics_{before}" if before else "metrics"
         by_task = {
-            task: compute_metrics(own.metrics, own.logits[name], own.labels)
+            task: compute_metrics(own.metrics, own.logits[name], own.labels, own.space)
             for task, own in answers.tasks.items()
         }
-        entries.setdefault(owner, {})[key] = joined_metrics(by_task)
+        entry = entries.setdefault(owner, {})
+        entry[key] = finite(joined_metrics(by_task))
+        if reasons := undefined_metrics(answers, name):
+            entry[key.replace("metrics", "undefined")] = reasons
     return entries
+
+
+def undefined_metrics(answers: Answers, name: str) -> dict[str, str]:
+    """Say which of a model's metrics have no value, and why.
+
+    Args:
+        answers: of all models.
+        name: the model.
+
+    Returns:
+        A sentence by the metric's name, as `joined_metrics` gives it.
+    """
+    from moe_dist.data.metrics import metric_title
+    from moe_dist.data.mixture import MEAN
+
+    found: dict[str, str] = {}
+    for task, own in answers.tasks.items():
+        reasons = own.undefined(name)
+        for metric, why in reasons.items():
+            place = f"{task}/" if task else ""
+            title = metric_title(metric, own.space)
+            found[f"{place}{metric}"] = f"{place}{title} of {name} is undefined: {why}"
+        if task and own.metrics[0] in reasons:
+            found.setdefault(MEAN, f"{MEAN} of {name} is undefined: {task}/{own.metrics[0]} is")
+    return found
 
 
 def measure_cost(
@@ -389,23 +464,45 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
         seed: of the bootstrap.
 
     Returns:
-        For each other final model the student's metric minus its own, with an interval.
+        For each other final model the student's metric minus its own, with an interval; where
+        there is none, `undefined` says why.
     """
-    from moe_dist.data.metrics import mean_bootstrap
+    from moe_dist.data.bootstrap import NO_INTERVAL, mean_bootstrap
 
     names = next(iter(answers.tasks.values())).logits
-    return {
-        name: {
-            "metric": metric,
-            **asdict(
-                mean_bootstrap(
-                    [task.pairing(STUDENT, name) for task in answers.tasks.values()], seed=seed
-                )
-            ),
-        }
-        for name in names
-        if "/" not in name and name != STUDENT
-    }
+    # One task of several has its name before the metric's.
+    keys = [metric, *(f"{task}/{metric}" for task in answers.tasks)]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if "/" in name or name == STUDENT:
+            continue
+        pairings = [task.pairing(STUDENT, name) for task in answers.tasks.values()]
+        interval = mean_bootstrap(pairings, seed=seed)
+        found[name] = {"metric": metric}
+        if interval is not None:
+            found[name] |= asdict(interval)
+            continue
+        reasons = [undefined_metrics(answers, model) for model in (STUDENT, name)]
+        found[name]["undefined"] = next(
+            (why[key] for why in reasons for key in keys if key in why), NO_INTERVAL
+        )
+    return found
+
+
+def describe_classes(answers: Answers) -> dict[str, Any]:
+    """Say what classes the one task has, so that its predictions can be measured again.
+
+    Args:
+        answers: of all models.
+
+    Returns:
+        `classes`, with their `names` and the id of the `positive` one of two; nothing for
+        regression and for a run of several tasks, each of which has its own.
+    """
+    space = answers.tasks[""].space if set(answers.tasks) == {""} else None
+    if space is None or space.num_classes is None:
+        return {}
+    return {"classes": {"names": list(space.names), "positive": space.positive}}
 
 
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
@@ -419,12 +516,16 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
         `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
         of one task.
     """
+    from moe_dist.data.metrics import metric_title
+
     if set(answers.tasks) == {""}:
         return {}
     return {
         "tasks": {
             name: {
                 "main_metric": task.metrics[0],
+                **describe_classes(replace(answers, tasks={"": task})),
+                "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed

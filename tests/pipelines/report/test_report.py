@@ -181,6 +181,7 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(
     entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
     sentence = verdict("dense", entry, 1500)
     assert sentence.startswith(f"{claim} (accuracy of student minus dense: {middle:+.4f}, 95 %")
+    assert "one training run of each" in sentence
 
 
 def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from moe_dist.config import load_config
+from moe_dist.data.tasks import TASKS
 from moe_dist.search.objectives import parse_goals
 from moe_dist.search.trials import Report, Trial, rank_trials
 from pipelines.search import sweep as sweeping
@@ -32,7 +33,8 @@ def tried(number: int, retention: float, flops: float, **overrides: Any) -> Tria
 
 
 def sweep_of(*trials: Trial) -> Any:
-    return SweepResult(None, Path(), {trial.number: trial for trial in trials}, 0.0, {})  # type: ignore[arg-type]
+    by_number = {trial.number: trial for trial in trials}
+    return SweepResult(None, Path(), by_number, 0.0, {}, TASKS["sst2"])  # type: ignore[arg-type]
 
 
 def test_the_cheapest_that_keeps_the_goal_is_named() -> None:

@@ -1,0 +1,187 @@
+"""Rows with their texts and labels checked, as Splits hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
+from moe_dist.data.rows import SourceRow, is_number
+from moe_dist.data.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a split.
+
+    Attributes:
+        text_a: its text.
+        text_b: its second one; None for single texts.
+        label: class id, or value of a regression.
+        sample_id: position among the source's rows.
+    """
+
+    text_a: str
+    text_b: str | None
+    label: int | float
+    sample_id: int
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return self.text_a if self.text_b is None else f"{self.text_a}\n{self.text_b}"
+
+
+def column_value(row: SourceRow, column: str) -> Any:
+    """Give what a row has in a column.
+
+    Args:
+        row: the row.
+        column: its name.
+
+    Returns:
+        The value.
+
+    Raises:
+        DataError: if there is no such column.
+    """
+    if column not in row.values:
+        raise row.error(
+            f"there is no column {column!r}; there are {', '.join(map(repr, row.values))}",
+            "check data.text_columns and data.label_column; a file without a header line needs "
+            "data.column_names",
+        )
+    return row.values[column]
+
+
+def check_rows(
+    rows: Sequence[SourceRow],
+    task: TaskSpec,
+    *,
+    holds_ids: bool = False,
+    may_be_ids: bool = False,
+    drops_incomplete: bool = False,
+) -> tuple[list[Sample], dict[str, int]]:
+    """Turn rows into samples.
+
+    Args:
+        rows: of one split.
+        task: with its label names resolved.
+        holds_ids: labels are class ids, whatever the names look like.
+        may_be_ids: labels are names, or ids where no name is a number.
+        drops_incomplete: leave rows without label or text out; for sources that nobody here can
+            mend.
+
+    Returns:
+        The samples, and the number of rows left out by the reason.
+
+    Raises:
+        DataError: for the first row that cannot be used, with its file and line.
+    """
+    names = task.label_names or ()
+    ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
+    # Where names are numbers, a number that is none of them is a fault and no id.
+    may_be_ids = may_be_ids and not any(map(is_number, names))
+    samples: list[Sample] = []
+    left_out: Counter[str] = Counter()
+    for position, row in enumerate(rows):
+        texts = [column_value(row, column) for column in task.text_columns]
+        label = column_value(row, task.label_column)
+        if drops_incomplete:
+            has_no_class = task.kind == "classification" and str(label) == UNLABELLED not in ids
+            if is_missing(label) or has_no_class:
+                left_out["without a label"] += 1
+                continue
+            if None in texts:
+                left_out["without a text"] += 1
+                continue
+        for column, text in zip(task.text_columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
+            encodable(row, column, text)
+        number = (
+            regression_value(row, label)
+            if task.kind == "regression"
+            else class_id(row, label, ids, may_be_ids)
+        )
+        samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
+    return samples, dict(left_out)
+
+
+def draw(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Draw so many samples, which keep their order.
+
+    Args:
+        samples: to draw from.
+        limit: at most so many; None takes all.
+        seed: of the draw.
+
+    Returns:
+        The samples drawn.
+    """
+    if limit is None or limit >= len(samples):
+        return samples
+    chosen = np.random.default_rng(seed).permutation(len(samples))[:limit]
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
+    """Bring samples into columns.
+
+    Args:
+        samples: of one split.
+        task: says what labels are.
+
+    Returns:
+        Columns text_a, text_b, label and sample_id.
+    """
+    from datasets import Dataset, Features, Value
+
+    label = Value("float64" if task.kind == "regression" else "int64")
+    text = Value("string")
+    return Dataset.from_dict(
+        {
+            "text_a": [s.text_a for s in samples],
+            "text_b": [s.text_b for s in samples],
+            "label": [s.label for s in samples],
+            "sample_id": [s.sample_id for s in samples],
+        },
+        features=Features(
+            {"text_a": text, "text_b": text, "label": label, "sample_id": Value("int64")}
+        ),
+    )
+
+
+def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
+    """Identify a task with its rows.
+
+    Args:
+        task: what of the task counts.
+        *splits: the samples that count.
+
+    Returns:
+        SHA-256.
+    """
+    digest = hashlib.sha256(json.dumps(task).encode())
+    for samples in splits:
+        digest.update(b"\nsplit\n")
+        for s in samples:
+            digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
+    return digest.hexdigest()
+
+
+def _text_remedy(value: Any) -> str:
+    if isinstance(value, list):
+        return "join its parts to one text before"
+    if isinstance(value, dict):
+        return "write its fields as columns of their own"
+    return "mend it"

@@ -1,0 +1,262 @@
+"""What a load found, as a value that is shown before anything starts and kept in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_dist.data.labels import class_warnings
+from moe_dist.data.splits import normalise
+
+if TYPE_CHECKING:
+    from moe_dist.data.encoding import Encoded
+    from moe_dist.data.samples import Sample
+    from moe_dist.data.tasks import TaskSpec
+
+_SHOWN_CLASSES = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many samples of a split are longer than what the model is given.
+
+    Attributes:
+        num_cut: samples that lose tokens.
+        max_length: tokens that are kept.
+        mean_lost: tokens that a cut sample loses, on average.
+        longest: tokens of the longest sample.
+    """
+
+    num_cut: int
+    max_length: int
+    mean_lost: float
+    longest: int
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What there is of one split.
+
+    Attributes:
+        num_samples: rows that are used.
+        class_counts: rows of each class by its name, in the order of ids; empty for regression.
+        value_range: smallest, mean and largest label of a regression.
+        left_out: rows that were read and are not used, by the reason.
+        num_empty: rows without any text.
+        cut: None where nothing was tokenised yet.
+    """
+
+    num_samples: int
+    class_counts: Mapping[str, int] = field(default_factory=dict)
+    value_range: tuple[float, float, float] | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    num_empty: int = 0
+    cut: Cut | None = None
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], task: TaskSpec, left_out: Mapping[str, int]
+    ) -> SplitSummary:
+        """Summarise the samples of a split.
+
+        Args:
+            samples: that are used.
+            task: with its label names resolved.
+            left_out: rows that are not, by the reason.
+
+        Returns:
+            The summary.
+        """
+        labels = np.array([sample.label for sample in samples])
+        counts: dict[str, int] = {}
+        values = None
+        if task.label_names is None:
+            values = (float(labels.min()), float(labels.mean()), float(labels.max()))
+        else:
+            by_id = np.bincount(labels, minlength=len(task.label_names)).tolist()
+            counts = dict(zip(task.label_names, by_id, strict=True))
+        return cls(
+            num_samples=len(samples),
+            class_counts=counts,
+            value_range=values,
+            left_out={reason: number for reason, number in left_out.items() if number},
+            num_empty=sum(not sample.text.strip() for sample in samples),
+        )
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a load found.
+
+    Attributes:
+        source: where the rows came from, in words.
+        train: the training rows.
+        dev: the dev rows.
+        num_copies: dev rows whose texts are those of a training row, but for case and punctuation.
+        holdout: the rows that are withheld to choose recipes on.
+        notes: what was guessed.
+        warnings: what may be wrong.
+    """
+
+    source: str
+    train: SplitSummary
+    dev: SplitSummary
+    num_copies: int | None = None
+    holdout: SplitSummary | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def with_cuts(self, cuts: Mapping[str, Cut]) -> DataSummary:
+        """Add what tokenising found.
+
+        Args:
+            cuts: of `train` and `dev`.
+
+        Returns:
+            A summary that says and warns of it.
+        """
+        cut = " and ".join(
+            f"{cuts[name].num_cut} of {split.num_samples} {words} rows"
+            for name, split, words in (("train", self.train, "training"), ("dev", self.dev, "dev"))
+            if cuts[name].num_cut
+        )
+        warnings = self.warnings
+        if cut:
+            both = cuts.values()
+            num_cut = sum(one.num_cut for one in both)
+            lost = sum(one.mean_lost * one.num_cut for one in both) / num_cut
+            longest = max(one.longest for one in both)
+            warnings = (
+                *warnings,
+                f"model.max_length={cuts['train'].max_length} cuts {cut}, by {lost:.0f} tokens on "
+                f"average; the longest has {longest}",
+            )
+        return replace(
+            self,
+            train=replace(self.train, cut=cuts["train"]),
+            dev=replace(self.dev, cut=cuts["dev"]),
+            warnings=warnings,
+        )
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        sizes = (_size(self.train, "to train"), _size(self.dev, "for dev"))
+        parts = [self.source, ", ".join(sizes)]
+        if self.holdout is not None:
+            parts.append(f"{self.holdout.num_samples} withheld to choose on")
+        parts.append(_labels(self.train))
+        if self.num_copies is not None:
+            parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
+        cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
+        if cuts:
+            num_cut = sum(cut.num_cut for cut in cuts)
+            parts.append(f"{num_cut or 'none'} cut at {cuts[0].max_length} tokens")
+        return "; ".join(parts)
+
+
+def summarise(
+    source: str,
+    task: TaskSpec,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    holdout: Sequence[Sample],
+    *,
+    left_out: Mapping[str, Mapping[str, int]],
+    notes: Sequence[str],
+) -> DataSummary:
+    """Summarise a load.
+
+    Args:
+        source: where the rows came from, in words.
+        task: with its label names resolved.
+        train: training samples.
+        dev: dev samples.
+        holdout: samples to choose on; empty without them.
+        left_out: of `train` and `dev`, rows that are not used, by the reason.
+        notes: what reading them said.
+
+    Returns:
+        The summary, with its warnings.
+    """
+    of_train = SplitSummary.of(train, task, left_out["train"])
+    of_dev = SplitSummary.of(dev, task, left_out["dev"])
+    texts = set(map(_normalised, train))
+    copies = [sample for sample in dev if _normalised(sample) in texts]
+    warnings = class_warnings(of_train.class_counts, of_dev.class_counts)
+    if of_train.value_range is not None:
+        low, _, high = of_train.value_range
+        if np.float32(low) == np.float32(high):
+            warnings.append(f"all training labels are {low:g}: there is nothing to learn")
+    for words, split in (("training", of_train), ("dev", of_dev)):
+        if split.num_empty:
+            warnings.append(f"{split.num_empty} {words} rows have no text")
+    if copies:
+        shown = ", ".join(repr(sample.text[:40]) for sample in copies[:2])
+        warnings.append(
+            f"{len(copies)} of {len(dev)} dev rows are training rows too, such as {shown}: dev "
+            "metrics count what was seen in training; give other dev rows, or data.dev_size"
+        )
+    return DataSummary(
+        source=source,
+        train=of_train,
+        dev=of_dev,
+        num_copies=len(copies),
+        holdout=SplitSummary.of(holdout, task, {}) if holdout else None,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def measure_cut(encoded: Encoded, max_length: int) -> Cut:
+    """Say what cutting at a length took from a split.
+
+    Args:
+        encoded: its samples.
+        max_length: that they were cut at.
+
+    Returns:
+        How many were cut, and by how much.
+    """
+    lost = encoded.full_lengths - encoded.lengths
+    num_cut = int((lost > 0).sum())
+    return Cut(
+        num_cut=num_cut,
+        max_length=max_length,
+        mean_lost=float(lost.sum()) / num_cut if num_cut else 0.0,
+        longest=int(encoded.full_lengths.max()),
+    )
+
+
+def _normalised(sample: Sample) -> tuple[str, ...]:
+    texts = (sample.text_a, sample.text_b)
+    # What has no letters, such as emoji, is compared as it is.
+    return tuple(normalise(text) or text.strip() for text in texts if text is not None)
+
+
+def _size(split: SplitSummary, purpose: str) -> str:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in split.left_out.items())
+    return f"{split.num_samples} {purpose}" + (f" (left out: {reasons})" if reasons else "")
+
+
+def _labels(split: SplitSummary) -> str:
+    if split.value_range is not None:
+        low, mean, high = split.value_range
+        return f"labels from {low:g} to {high:g}, mean {mean:.4g}"
+    counts = split.class_counts
+    order = list(counts)
+    if len(order) > _SHOWN_CLASSES:
+        order = sorted(order, key=lambda name: -counts[name])[: _SHOWN_CLASSES - 1]
+    words = [f"{_short(name)} {counts[name] / split.num_samples:.1%}" for name in order]
+    if len(order) < len(counts):
+        fewest = min(counts.values())
+        words.append(f"{len(counts) - len(order)} more, the rarest with {fewest} rows")
+    return f"{len(counts)} classes: {', '.join(words)}"
+
+
+def _short(name: str) -> str:
+    plain = " ".join(name.split())
+    return plain if len(plain) <= 40 else f"{plain[:39]}…"
