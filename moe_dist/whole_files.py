@@ -42,14 +42,15 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, keeps_nan: bool = False) -> None:
     """Write a JSON file whole or not at all, without credentials.
 
     Args:
         path: the file; its directory is made.
-        value: plain values and paths; NaN becomes null.
+        value: plain values and paths.
+        keeps_nan: write NaN as Python alone reads it; else it becomes null.
     """
-    text = json.dumps(finite(value), indent=2, default=os.fspath)
+    text = json.dumps(value if keeps_nan else finite(value), indent=2, default=os.fspath)
     with whole_file(path, durable=True) as beside:
         beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 

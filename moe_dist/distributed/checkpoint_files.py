@@ -105,7 +105,7 @@ def write_checkpoint(
         for name, values in tensors.items():
             save_file(values, unfinished / name)
             flush_to_disk(unfinished / name)
-        write_json(unfinished / STATE_FILE, state)
+        write_json(unfinished / STATE_FILE, state, keeps_nan=True)
         write_manifest(unfinished, experts)
         flush_to_disk(unfinished)
         _put_in_place(unfinished, target)
