@@ -121,14 +121,7 @@ class JsonConsole(Console):
         figures: Mapping[str, float] | None = None,
         terms: Mapping[str, float] | None = None,
     ) -> None:
-        """Write how far the current stage is.
-
-        Args:
-            step: steps done.
-            total: steps in all, where known.
-            figures: values worth showing, such as the loss.
-            terms: of the loss.
-        """
+        """Write how far the current stage is; see `Console.progress`."""
         self._progress_event(
             "progress",
             stage=self._stage,

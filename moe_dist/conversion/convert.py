@@ -6,12 +6,13 @@ Shapes: D model, F FFN, E experts, s shared neurons, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.heads import read_heads
 from moe_dist.conversion.moe_slots import MoeSettings, router_for
@@ -134,14 +135,44 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
         student: Any = kind(config, token_counts=token_counts)
     first = next(model.parameters())
     student.to(device=first.device, dtype=first.dtype)
-    source = model.state_dict()
-    missing, _ = student.load_state_dict(
-        {name: source[name] for name in student.state_dict() if name in source}, strict=False
-    )
-    layers = [name for name, layer in student.named_modules() if isinstance(layer, MoELayer)]
-    stray = [name for name in missing if not name.startswith(tuple(f"{one}." for one in layers))]
-    assert not stray, f"weights outside the FFNs were not copied: {stray}"
+    absent = absent_modules(model, student)
+    if absent:
+        leave_out(student, absent)
+        config.moe = moe | {"absent": absent}
+    _copy_weights(model, student)
     return with_modes_of(model, student)
+
+
+def _copy_weights(model: nn.Module, student: nn.Module) -> None:
+    """Take over everything outside the FFNs, or say what does not fit."""
+    source, target = model.state_dict(), student.state_dict()
+    in_layers = _below(
+        name for name, layer in student.named_modules() if isinstance(layer, MoELayer)
+    )
+    in_ffns = _below(
+        f"{slot.name}.{path}"
+        for slot in find_slots(model)
+        for path in (slot.spec.linear_in, slot.spec.linear_out, slot.spec.gated_in, slot.spec.gate)
+        if path is not None
+    )
+    strays = [name for name in target if name not in source and not name.startswith(in_layers)]
+    strays += [name for name in source if name not in target and not name.startswith(in_ffns)]
+    strays += [
+        name for name in source if name in target and source[name].shape != target[name].shape
+    ]
+    if strays:
+        raise ConversionError(
+            f"{type(model).__name__} is not what its configuration describes: "
+            f"{', '.join(sorted(strays)[:4])}",
+            remedy="build the model from its configuration, and give both the same sizes and "
+            "modules",
+        )
+    kept = {name: value for name, value in source.items() if name in target}
+    student.load_state_dict(kept, strict=False)
+
+
+def _below(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
 
 
 def with_modes_of(model: Any, other: Any) -> Any:

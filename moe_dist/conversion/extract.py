@@ -144,11 +144,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     values = {name: value for name, value in values.items() if name not in _MOE_ENTRIES}
     values |= activation | dict.fromkeys(spec.size_keys, size)
     if head is not None:
-        labels = head.label_names or ("LABEL_0",)
-        values["id2label"] = dict(enumerate(labels))
-        values["label2id"] = {name: index for index, name in enumerate(labels)}
-        is_regression = head.label_names is None
-        values["problem_type"] = "regression" if is_regression else "single_label_classification"
+        values |= head.kind.head_settings(head.label_names)
     kind = getattr(transformers, type(model).__name__.removeprefix("Moe"))
     config = getattr(transformers, spec.config_class)(**values)
     config.architectures = [kind.__name__]

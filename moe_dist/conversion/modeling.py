@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from moe_dist.conversion.absent import leave_out
 from moe_dist.conversion.configurations import config_class
 from moe_dist.conversion.families import FAMILIES, FamilySpec
 from moe_dist.conversion.heads import install_heads
@@ -50,6 +51,7 @@ class MoeModel(PreTrainedModel):
             )
         settings = MoeSettings.from_dict(config.moe)
         super().__init__(config, *inputs, **kwargs)
+        leave_out(self, settings.absent)
         replace_ffns(self, _spec_of(config), settings, token_counts=token_counts)
         install_heads(self)
         if "decoder_attention_mask" in inspect.signature(self.forward).parameters:

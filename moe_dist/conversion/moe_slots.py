@@ -42,6 +42,7 @@ class MoeSettings:
         task_map: of task_gate: "learned" or "fixed".
         capacity_factor: see `moe_dist.moe.capacity.Capacity`; None drops nothing.
         drop_policy: see `moe_dist.moe.capacity.Capacity`.
+        absent: see `moe_dist.conversion.absent`.
     """
 
     num_experts: int
@@ -62,6 +63,7 @@ class MoeSettings:
     task_map: str = "learned"
     capacity_factor: float | None = None
     drop_policy: str = "position"
+    absent: tuple[str, ...] = ()
 
     @property
     def capacity(self) -> Capacity | None:
@@ -76,7 +78,7 @@ class MoeSettings:
         Returns:
             What JSON can hold.
         """
-        return asdict(self) | {"layers": list(self.layers)}
+        return asdict(self) | {"layers": list(self.layers), "absent": list(self.absent)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeSettings:
@@ -103,7 +105,8 @@ class MoeSettings:
                 remedy="convert the model again with dense_to_moe",
             )
         chosen = {name: values[name] for name in names}
-        return cls(**(chosen | {"layers": tuple(values["layers"])}))
+        lists = {"layers": tuple(values["layers"]), "absent": tuple(values.get("absent", ()))}
+        return cls(**(chosen | lists))
 
 
 def replace_ffns(

@@ -6,7 +6,6 @@ import ast
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from moe_dist.data.rows import SourceRow, is_number
@@ -21,6 +20,7 @@ _MANY_CLASSES = 20
 _FEW_ROWS = 5
 _MAX_ID_DIGITS = 9
 _SHOWN = 5
+_SHOWN_LENGTH = 40
 
 
 def is_missing(label: Any) -> bool:
@@ -219,7 +219,10 @@ def class_warnings(train: Mapping[str, int], dev: Mapping[str, int]) -> list[str
 
 
 def shown(names: Sequence[str]) -> str:
-    """Write a list of names, with their number where there are many."""
+    """Write a list of names, each cut where it is long, with their number where there are many."""
+    names = [
+        name if len(name) <= _SHOWN_LENGTH else f"{name[: _SHOWN_LENGTH - 1]}…" for name in names
+    ]
     if len(names) <= 2 * _SHOWN:
         return ", ".join(names)
     return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
@@ -236,13 +239,10 @@ def _names_alike(names: Sequence[str]) -> list[list[str]]:
 
 
 def _no_single_label(row: SourceRow, label: Any) -> DataError:
-    kind = "text" if isinstance(label, str) else type(label).__name__
-    inner = chain(label) if isinstance(label, list | tuple) else ()
-    one = "; take its one entry" if len(list(inner)) == 1 else ""
+    kind = "a list written as text" if isinstance(label, str) else f"of type {type(label).__name__}"
     return row.error(
-        f"the label is no single one: {str(label)[:80]} ({kind})",
-        f"one label for each row is needed{one}; for several labels give one row or one task to "
-        "each",
+        f"the label is {kind}, {str(label)[:80]}, and one label for each row is needed",
+        "give the one that counts; for several labels write one column, and one task, for each",
     )
 
 

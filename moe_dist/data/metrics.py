@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_dist.errors import DataError
+from moe_dist.tasks.classification import Classification
 
 Array = NDArray[np.float64] | NDArray[np.int64]
 UNDEFINED = "undefined"
@@ -103,7 +104,7 @@ METRICS: dict[str, Callable[[Array, Array, LabelSpace], float]] = {
     "pearson": pearson,
     "spearman": spearman,
 }
-_ON_CLASSES = ("accuracy", "f1", "matthews")
+_ON_CLASSES = Classification.metrics
 
 
 def metric_title(name: str, space: LabelSpace) -> str:

@@ -29,8 +29,9 @@ from moe_dist.data.samples import (
 )
 from moe_dist.data.splits import hold_out
 from moe_dist.data.summary import DataSummary, summarise
-from moe_dist.data.tasks import DEFAULT_METRICS, TASKS, Kind, TaskSpec
+from moe_dist.data.tasks import TASKS, Kind, TaskSpec
 from moe_dist.errors import DataError
+from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
 
 if TYPE_CHECKING:
@@ -266,9 +267,9 @@ def _task(
     known = TASKS.get(subset or "") or TASKS.get(name or "")
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=DEFAULT_METRICS[kind or known.kind])
+        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
     elif kind is not None and kind != known.kind:
-        known = replace(known, label_names=None, metrics=DEFAULT_METRICS[kind])
+        known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
     task = replace(
         known,
         kind=kind or known.kind,
@@ -277,7 +278,7 @@ def _task(
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
     )
-    if task.kind == "regression" and task.label_names:
+    if task.label_names and not task.task_kind.has_classes:
         raise DataError(
             "data.label_names is given for a regression", remedy="drop it, or set data.kind"
         )
@@ -301,7 +302,7 @@ def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
             f"data.text_columns={list(task.text_columns)}: one or two columns are needed",
             remedy=f"choose from {', '.join(split.rows[0].values)}",
         )
-    if task.kind == "regression" or task.label_names is not None:
+    if task.label_names is not None or not task.task_kind.has_classes:
         return task
     labels = ((row, column_value(row, task.label_column)) for row in split.rows)
     names = infer_names(labels, task.label_column, skip_missing=split.drops_incomplete)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -109,43 +109,38 @@ class DataSummary:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def with_cuts(self, cuts: Mapping[str, Cut]) -> DataSummary:
+    def with_cuts(self, train: Cut, dev: Cut) -> DataSummary:
         """Add what tokenising found.
 
         Args:
-            cuts: of `train` and `dev`.
+            train: of the training rows.
+            dev: of the dev rows.
 
         Returns:
             A summary that says and warns of it.
         """
-        cut = " and ".join(
-            f"{cuts[name].num_cut} of {split.num_samples} {words} rows"
-            for name, split, words in (("train", self.train, "training"), ("dev", self.dev, "dev"))
-            if cuts[name].num_cut
+        found = replace(self, train=replace(self.train, cut=train), dev=replace(self.dev, cut=dev))
+        num_cut = train.num_cut + dev.num_cut
+        if not num_cut:
+            return found
+        lost = (train.mean_lost * train.num_cut + dev.mean_lost * dev.num_cut) / num_cut
+        warning = (
+            f"model.max_length={train.max_length} cuts {train.num_cut} of "
+            f"{self.train.num_samples} training rows and {dev.num_cut} of "
+            f"{self.dev.num_samples} dev rows, by {lost:.0f} tokens on average; the longest row "
+            f"has {max(train.longest, dev.longest)} tokens"
         )
-        warnings = self.warnings
-        if cut:
-            both = cuts.values()
-            num_cut = sum(one.num_cut for one in both)
-            lost = sum(one.mean_lost * one.num_cut for one in both) / num_cut
-            longest = max(one.longest for one in both)
-            warnings = (
-                *warnings,
-                f"model.max_length={cuts['train'].max_length} cuts {cut}, by {lost:.0f} tokens on "
-                f"average; the longest has {longest}",
-            )
-        return replace(
-            self,
-            train=replace(self.train, cut=cuts["train"]),
-            dev=replace(self.dev, cut=cuts["dev"]),
-            warnings=warnings,
-        )
+        return replace(found, warnings=(*self.warnings, warning))
 
     @property
     def line(self) -> str:
         """All of it in one line."""
-        sizes = (_size(self.train, "to train"), _size(self.dev, "for dev"))
-        parts = [self.source, ", ".join(sizes)]
+        return f"{self.source}; {self.figures}"
+
+    @property
+    def figures(self) -> str:
+        """All but the source in one line."""
+        parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
         parts.append(_labels(self.train))
@@ -154,8 +149,14 @@ class DataSummary:
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
         if cuts:
             num_cut = sum(cut.num_cut for cut in cuts)
-            parts.append(f"{num_cut or 'none'} cut at {cuts[0].max_length} tokens")
+            parts.append(f"{num_cut or 'no'} rows cut at {cuts[0].max_length} tokens")
         return "; ".join(parts)
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for the report, without texts of rows and places of this machine."""
+        splits = {"train": self.train, "dev": self.dev, "holdout": self.holdout}
+        record = {name: asdict(split) for name, split in splits.items() if split is not None}
+        return {"figures": self.figures, **record, "num_copies": self.num_copies}
 
 
 def summarise(
@@ -221,13 +222,15 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut:
     Returns:
         How many were cut, and by how much.
     """
-    lost = encoded.full_lengths - encoded.lengths
+    full_lengths = encoded.full_lengths
+    assert full_lengths is not None, "`encode` counts them"
+    lost = full_lengths - encoded.lengths
     num_cut = int((lost > 0).sum())
     return Cut(
         num_cut=num_cut,
         max_length=max_length,
         mean_lost=float(lost.sum()) / num_cut if num_cut else 0.0,
-        longest=int(encoded.full_lengths.max()),
+        longest=int(full_lengths.max()),
     )
 
 

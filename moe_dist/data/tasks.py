@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_dist.data.metrics import LabelSpace
+from moe_dist.tasks import TASK_KINDS, TaskKind
 
 Kind = Literal["classification", "regression"]
-
-DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
-    "classification": ("accuracy",),
-    "regression": ("pearson", "spearman"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,18 @@ class TaskSpec:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: classes, or 1 for regression."""
-        if self.kind == "regression":
-            return 1
-        assert self.label_names is not None, "label names are resolved when the data is loaded"
-        return len(self.label_names)
+        """Outputs of the model's head."""
+        return self.task_kind.num_outputs(self.label_names)
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What its kind of task is to the rest of the library."""
+        return TASK_KINDS[self.kind]
 
     @property
     def label_space(self) -> LabelSpace:
         """What metrics know of the task."""
-        if self.kind == "regression":
+        if not self.task_kind.has_classes:
             return LabelSpace(None)
         names = self.label_names or ()
         positive = 1 if self.positive_label is None else names.index(self.positive_label)

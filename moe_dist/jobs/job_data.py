@@ -21,6 +21,7 @@ from moe_dist.jobs.job import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
+from moe_dist.tasks import TASK_KINDS
 from moe_dist.training.collectives import num_ranks, own_rank
 
 Predict = Callable[[Encoded], Predictions]
@@ -141,7 +142,7 @@ class JobData:
         save_predictions(
             path,
             logits=answers.logits,
-            predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
+            predictions=TASK_KINDS[self.splits.task.kind].answers(answers.logits),
             labels=encoded.labels,
             sample_ids=encoded.sample_ids,
         )

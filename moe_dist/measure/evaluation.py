@@ -30,17 +30,6 @@ class Predictions:
     logits: Tensor
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
 
-    def values(self, *, is_regression: bool) -> Tensor:
-        """Turn logits into what metrics compare with labels.
-
-        Args:
-            is_regression: the single output itself, and not the likeliest class.
-
-        Returns:
-            (N,) floats or class ids.
-        """
-        return self.logits[:, 0] if is_regression else self.logits.argmax(dim=-1)
-
 
 def predict(
     model: nn.Module,

@@ -20,11 +20,9 @@ from moe_dist.losses.alignment import POOLINGS, alignment_mse, mapping_mse
 from moe_dist.losses.attention import attention_mse, attention_scores
 from moe_dist.losses.distillation import (
     hidden_mse,
-    prediction_kl,
-    prediction_mse,
-    soft_targets,
 )
 from moe_dist.losses.total import CountKind, LossTerm, LossWeight
+from moe_dist.tasks import TASK_KINDS, TaskKind
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import without_padding
 
@@ -37,7 +35,7 @@ StatePairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Views:
+class ModelOutputs:
     """What one forward pass shows.
 
     Args:
@@ -77,22 +75,22 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PairedOutputs:
     """A micro-batch as student and teacher saw it.
 
     Args:
         student: with its graph.
         teacher: without one.
         mask_BS: True or 1 for real tokens; None if all are real.
-        is_regression: whether the labels are numbers.
+        kind: of the task.
         settings: what the losses share.
         companion: feature maps and discriminator.
     """
 
-    student: Views
-    teacher: Views
+    student: ModelOutputs
+    teacher: ModelOutputs
     mask_BS: Tensor | None
-    is_regression: bool
+    kind: TaskKind
     settings: ObjectiveSettings
     companion: Companion
 
@@ -141,49 +139,45 @@ class Objective:
         compute: the loss of a micro-batch, summed.
         count_kind: what the sum is divided by.
         reads: what it needs beside the predictions.
-        regression_name: its name in regression, where it then is another function.
+        is_named_by_kind: its name is the kind of task's own, `TaskKind.prediction_term`.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
     """
 
     weight_key: str
-    compute: Callable[[Lesson], Tensor]
+    compute: Callable[[PairedOutputs], Tensor]
     count_kind: CountKind
     reads: frozenset[str] = frozenset()
-    regression_name: str | None = None
+    is_named_by_kind: bool = False
     schedule: Literal["warmup", "delayed"] = "warmup"
 
 
-def _prediction_kl(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.student.logits, lesson.teacher.logits
-    if lesson.is_regression:
-        return prediction_mse(student, teacher)
-    return prediction_kl(student, teacher, lesson.settings.temperature)
+def _prediction_kl(paired: PairedOutputs) -> Tensor:
+    outputs = paired.student.logits, paired.teacher.logits
+    return paired.kind.prediction_loss(*outputs, paired.settings.temperature)
 
 
-def _soft_targets(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.student.logits, lesson.teacher.logits
-    if lesson.is_regression:
-        return prediction_mse(student, teacher)
-    return soft_targets(student, teacher, lesson.settings.temperature)
+def _soft_targets(paired: PairedOutputs) -> Tensor:
+    outputs = paired.student.logits, paired.teacher.logits
+    return paired.kind.soft_target_loss(*outputs, paired.settings.temperature)
 
 
-def _hidden_mse(lesson: Lesson) -> Tensor:
-    maps = lesson.companion.maps
+def _hidden_mse(paired: PairedOutputs) -> Tensor:
+    maps = paired.companion.maps
     parts = [
         hidden_mse([maps.map_hidden(own, mask_BS)], [other], mask_BS)
-        for own, other, mask_BS in lesson.states()
+        for own, other, mask_BS in paired.states()
     ]
     return torch.stack(parts).sum()
 
 
-def _attention_mse(lesson: Lesson) -> Tensor:
+def _attention_mse(paired: PairedOutputs) -> Tensor:
     # Hidden state 0 is what the embeddings give; layer n makes hidden state n + 1.
-    pairs = [(own - 1, other - 1) for own, other in lesson.pairs if own > 0]
-    student, teacher = lesson.student.attention, lesson.teacher.attention
+    pairs = [(own - 1, other - 1) for own, other in paired.pairs if own > 0]
+    student, teacher = paired.student.attention, paired.teacher.attention
     return attention_mse(
         [_scores(student[own]) for own, _ in pairs],
         [_scores(teacher[other]) for _, other in pairs],
-        lesson.mask_BS,
+        paired.mask_BS,
     )
 
 
@@ -191,36 +185,34 @@ def _scores(inputs: AttentionInputs) -> Tensor:
     return attention_scores(inputs.query_BSD, inputs.key_BSD, inputs.num_heads)
 
 
-def _alignment_mse(lesson: Lesson) -> Tensor:
-    return alignment_mse(*lesson.sentences())
+def _alignment_mse(paired: PairedOutputs) -> Tensor:
+    return alignment_mse(*paired.sentences())
 
 
-def _mapping_mse(lesson: Lesson) -> Tensor:
+def _mapping_mse(paired: PairedOutputs) -> Tensor:
     parts = [
         mapping_mse([without_padding(own, mask_BS)], [other], [projection], mask_BS)
         for (own, other, mask_BS), projection in zip(
-            lesson.states(), lesson.companion.maps.projections, strict=True
+            paired.states(), paired.companion.maps.projections, strict=True
         )
     ]
     return torch.stack(parts).sum()
 
 
-def _adversarial(lesson: Lesson) -> Tensor:
-    adversary = lesson.companion.adversary
+def _adversarial(paired: PairedOutputs) -> Tensor:
+    adversary = paired.companion.adversary
     assert adversary is not None, "the job builds a discriminator where its weight is above 0"
-    own, other = lesson.sentences()
+    own, other = paired.sentences()
     student, teacher = (
-        discriminator_features(views.logits, vectors, is_regression=lesson.is_regression)
-        for views, vectors in ((lesson.student, own), (lesson.teacher, other))
+        discriminator_features(paired.kind.bounded(outputs.logits), vectors)
+        for outputs, vectors in ((paired.student, own), (paired.teacher, other))
     )
     return adversary.student_loss(student, teacher)
 
 
 _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
-    "prediction_kl": Objective(
-        "kl_weight", _prediction_kl, "samples", regression_name="prediction_mse"
-    ),
+    "prediction_kl": Objective("kl_weight", _prediction_kl, "samples", is_named_by_kind=True),
     "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
     "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
     "attention_mse": Objective(
@@ -248,8 +240,15 @@ def objective_weights(section: ObjectivesConfig, num_steps: int) -> dict[str, Lo
     weights: dict[str, LossWeight] = {}
     for name, row in OBJECTIVES.items():
         weight = LossWeight(getattr(section, row.weight_key), row.schedule, lengths[row.schedule])
-        weights |= dict.fromkeys(filter(None, (name, row.regression_name)), weight)
+        weights |= dict.fromkeys(_names(name), weight)
     return weights
+
+
+def _names(objective: str) -> tuple[str, ...]:
+    """What an objective's term is called, whatever the kind of task."""
+    if not OBJECTIVES[objective].is_named_by_kind:
+        return (objective,)
+    return tuple(kind.prediction_term for kind in TASK_KINDS.values())
 
 
 def reads(names: Collection[str], what: str) -> bool:
@@ -265,12 +264,12 @@ def reads(names: Collection[str], what: str) -> bool:
     return any(what in OBJECTIVES[name].reads for name in names)
 
 
-def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTerm]:
+def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, LossTerm]:
     """Compute the chosen losses of a micro-batch.
 
     Args:
         names: keys of `OBJECTIVES`.
-        lesson: what student and teacher showed.
+        paired: what student and teacher showed.
 
     Returns:
         Terms by name, undivided and unweighted.
@@ -278,8 +277,8 @@ def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTer
     terms = {}
     for name in names:
         row = OBJECTIVES[name]
-        shown = row.regression_name if lesson.is_regression and row.regression_name else name
-        terms[shown] = LossTerm(row.compute(lesson), row.count_kind)
+        shown = paired.kind.prediction_term if row.is_named_by_kind else name
+        terms[shown] = LossTerm(row.compute(paired), row.count_kind)
     return terms
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.attention import record_attention
+from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import hidden_stacks
 from moe_dist.losses.router import router_entropy, router_z_loss, token_entropy
-from moe_dist.losses.task import classification_loss, regression_loss
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import FeatureMaps
 from moe_dist.training.objectives import (
-    Lesson,
+    ModelOutputs,
     ObjectiveSettings,
-    Views,
+    PairedOutputs,
     objective_terms,
     reads,
 )
@@ -108,7 +108,7 @@ def finetune_terms(
     """
     with record_routing() as record:
         output = model(**model_inputs(batch))
-    terms = {"task": _task_term(output.logits, batch["labels"])}
+    terms = {"task": _task_term(model, output.logits, batch["labels"])}
     terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
     gates = gate_sums(record) if load_balancing else {}
     return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
@@ -148,22 +148,21 @@ def distill_terms(
         regression), and where asked for ``z_loss`` and ``router_entropy``.
     """
     inputs = model_inputs(batch)
-    labels = batch["labels"]
     with record_routing() as record:
-        own = _views(student, inputs, objectives)
-    terms = {"task": _task_term(own.logits, labels)}
+        own = _outputs(student, inputs, objectives)
+    terms = {"task": _task_term(student, own.logits, batch["labels"])}
     if objectives:
         with torch.no_grad():
-            target = _views(teacher, inputs, objectives)
-        lesson = Lesson(
+            target = _outputs(teacher, inputs, objectives)
+        paired = PairedOutputs(
             own,
             target,
             mask_BS=batch.get("attention_mask"),
-            is_regression=labels.is_floating_point(),
+            kind=answered_kind(student),
             settings=settings or ObjectiveSettings(),
             companion=companion or Companion(FeatureMaps(1, 1)),
         )
-        terms |= objective_terms(objectives, lesson)
+        terms |= objective_terms(objectives, paired)
     terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
     gates = gate_sums(record) if load_balancing else {}
     return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
@@ -250,18 +249,19 @@ def _layer_name(entry: LayerRouting, position: int) -> str:
     return entry.name or f"layer{position}"
 
 
-def _views(model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]) -> Views:
+def _outputs(
+    model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]
+) -> ModelOutputs:
     """Run a model and keep what the objectives read."""
     hidden = reads(objectives, "hidden")
     attends = reads(objectives, "attention")
     with record_attention(model) if attends else nullcontext(()) as attention:
         output = model(**inputs, output_hidden_states=hidden)
-    return Views(output.logits, hidden_stacks(output, inputs) if hidden else (), attention)
+    return ModelOutputs(output.logits, hidden_stacks(output, inputs) if hidden else (), attention)
 
 
-def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:
-    loss = regression_loss if labels.is_floating_point() else classification_loss
-    return LossTerm(loss(logits, labels), "samples")
+def _task_term(model: nn.Module, logits: Tensor, labels: Tensor) -> LossTerm:
+    return LossTerm(answered_kind(model).losses(logits, labels).sum(), "samples")
 
 
 def _router_terms(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
+    from moe_dist.data.summary import DataSummary
     from moe_dist.jobs.job import Split
     from moe_dist.tracking import DatasetInput
     from moe_dist.workers.ray_session import RaySession
@@ -79,6 +80,22 @@ class Workspace:
                 remedy="give a recipe with one data set",
             )
         return rows
+
+    @cached_property
+    def summaries(self) -> dict[str, DataSummary]:
+        """What each task's data hold, with what cutting takes from them; "" where there is one."""
+        from moe_dist.data.summary import measure_cut
+        from moe_dist.inference.start_tokenizer import read_tokenizer
+
+        tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
+        max_length = self.config.model.max_length
+        train, dev = (self.encoded_tasks(part, tokenizer) for part in ("train", "dev"))
+        return {
+            name: splits.summary.with_cuts(
+                measure_cut(train[name], max_length), measure_cut(dev[name], max_length)
+            )
+            for name, splits in self.rows.parts.items()
+        }
 
     def encoded(self, part: Split, tokenizer: Any) -> Encoded:
         """Tokenise a split of a run of one task; see `encoded_tasks`.

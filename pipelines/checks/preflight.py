@@ -24,6 +24,7 @@ from moe_dist.redaction import hide_secrets
 from ..chain.workspace import Workspace
 from ..report.report import RESERVED_LABELS
 from .cluster_package import cluster_module
+from .data_summaries import MANY_ROWS, say_summaries
 from .sizes import (
     BYTES_FP32,
     GIB,
@@ -104,19 +105,8 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
 
     rows = workspace.rows
     for task, splits in rows.parts.items():
-        near_copies = splits.num_near_copies
-        left_out = f", {near_copies} near copies left out" if near_copies else ""
-        workspace.console.note(
-            f"data{f' of {task}' if task else ''}: {splits.source}; {len(splits.train)} to train, "
-            f"{len(splits.dev)} for dev{left_out}"
-        )
         for line in metric_faults(task, splits):
             workspace.console.warn(line)
-        if splits.holdout is not None:
-            workspace.console.note(
-                f"{len(splits.holdout)} sentences withheld from the training rows to choose on; "
-                f"{splits.num_overlapping} rows that share text with them left out"
-            )
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
         set_heads(model, task_heads(rows))
@@ -130,6 +120,10 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    num_rows = sum(len(splits.train) + len(splits.dev) for splits in rows.parts.values())
+    if num_rows >= MANY_ROWS:
+        workspace.console.note(f"tokenising {num_rows} rows, to see how many are cut")
+    say_summaries(workspace.summaries, workspace.console)
     check_start_model(workspace, rows)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -227,10 +221,13 @@ def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False)
     Returns:
         Whether there is no fault.
     """
-    findings = find_all(config, console)
+    workspace = Workspace(config, console)
+    findings = find_all(workspace)
     is_sound = all(finding.state != "fault" for finding in findings)
     if as_json:
         content = {"ok": is_sound, "findings": [asdict(finding) for finding in findings]}
+        if is_sound:
+            content["data"] = {task: asdict(found) for task, found in workspace.summaries.items()}
         console.result(json.dumps(content, indent=1))
         return is_sound
     console.result(_findings_table(findings))
@@ -241,12 +238,11 @@ def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False)
     return is_sound
 
 
-def find_all(config: RunConfig, console: Console) -> list[Finding]:
+def find_all(workspace: Workspace) -> list[Finding]:
     """Check the recipe, the cluster and its network.
 
     Args:
-        config: the run's configuration.
-        console: where progress is shown.
+        workspace: of the run; finds data and start model.
 
     Returns:
         All findings; one fault does not keep the others from being looked for.
@@ -255,7 +251,8 @@ def find_all(config: RunConfig, console: Console) -> list[Finding]:
     from moe_dist.workers.ray_session import ray_session
 
     checks = cluster_module("preflight")
-    findings, memory_gib = _find_in_recipe(config, console)
+    config = workspace.config
+    findings, memory_gib = _find_in_recipe(workspace)
     parallel = config.parallel
     if runs_here(parallel.launcher, parallel.num_workers):
         return [*findings, checks.Finding("workers", "ok", "one, in this process, without Ray")]
@@ -276,10 +273,10 @@ def find_all(config: RunConfig, console: Console) -> list[Finding]:
         return [*findings, *of_cluster, *checks.check_exchange(scope)]
 
 
-def _find_in_recipe(config: RunConfig, console: Console) -> tuple[list[Finding], float | None]:
+def _find_in_recipe(workspace: Workspace) -> tuple[list[Finding], float | None]:
     """Check recipe, data and model; also gives the GiB that a rank needs, where known."""
     checks = cluster_module("preflight")
-    workspace = Workspace(config, console)
+    config = workspace.config
     try:
         workspace.files.prepare(config.name)
         check_before_start(config, workspace)

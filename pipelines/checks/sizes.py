@@ -17,10 +17,12 @@ from moe_dist.errors import ConfigError, MoeDistError
 from ..chain.workspace import Workspace
 from ..report.report import quantity
 from ..stages.adapt import keeps_all_neurons, router_options
+from .data_summaries import say_summaries
 from .topology_facts import topology_facts
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TaskDataConfig
+    from moe_dist.data.summary import DataSummary
 
     from ..console import Console
 
@@ -58,11 +60,13 @@ class Sizes:
         models: one entry for each model, where the start model's shape is known.
         facts: further lines, as name and text.
         unknown: what could not be known, and why.
+        data: what each task's data hold, where they were read; "" where there is one task.
     """
 
     models: list[ModelSize] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    data: dict[str, DataSummary] = field(default_factory=dict)
 
 
 def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
@@ -101,6 +105,8 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     faults = length_faults(teacher, config)
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    if sizes.data:
+        sizes.data = workspace.summaries
     sizes.models.append(_measure("teacher", teacher, seq_len, config, frozen=0))
     frozen = sizes.models[0].total
     for label in ("", *config.compare):
@@ -252,7 +258,8 @@ def show_sizes(config: RunConfig, console: Console) -> None:
     sizes = derive_sizes(config, workspace)
     if sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
-        check_pretrained(workspace.start_model, num_labels=2)
+        check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
+    say_summaries(sizes.data, console)
     content = {"event": "sizes", "name": config.name, **asdict(sizes)}
     console.document(content, lambda: _show(config, sizes, console))
 
@@ -271,10 +278,11 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
     from moe_dist.data.mixture import Mixture
+    from moe_dist.tasks import TASK_KINDS
 
     data_sets = data_sections(config)
     num_labels = sum(
-        1 if data.kind == "regression" else len(data.label_names or (0, 1))
+        TASK_KINDS[data.kind or "classification"].num_outputs(data.label_names or ("0", "1"))
         for data in data_sets.values()
     )
     if config.data.tasks:
@@ -291,6 +299,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
             raise
         sizes.unknown.append(f"training steps: {error.message}")
         return num_labels
+    sizes.data = {name: splits.summary for name, splits in rows.parts.items()}
     shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
     for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
         counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"

@@ -259,6 +259,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
         f"Made {report['created_at']}.",
         "",
+        *_markdown_data(data.get("summaries", {})),
         *markdown_table(_headings(report), [_row(report, name) for name in model_names(report)]),
         "",
         *_markdown_tasks(report),
@@ -313,6 +314,12 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
         *(f"- {sentence}." for sentence in sentences),
         *([""] if sentences else []),
     ]
+
+
+def _markdown_data(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    named = [(f"{task}: " if task else "", found) for task, found in summaries.items()]
+    lines = [f"- {name}{found['figures']}" for name, found in named]
+    return [*lines, ""] if lines else []
 
 
 def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:

@@ -101,7 +101,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
                 "imitation_differences": differences,
-                "data": {"name": workspace.data_name, "digest": workspace.rows.digest},
+                "data": {
+                    "name": workspace.data_name,
+                    "digest": workspace.rows.digest,
+                    "summaries": {
+                        task: summary.as_record() for task, summary in workspace.summaries.items()
+                    },
+                },
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
             }

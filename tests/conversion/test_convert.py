@@ -354,3 +354,43 @@ def test_routers_that_cannot_be_built() -> None:
         dense_to_moe(model, plan, top_k=5)
     with pytest.raises(MissingInputError, match="token counts"):
         dense_to_moe(model, plan, router="hash_balanced")
+
+
+def test_a_model_built_without_its_pooler_stays_without() -> None:
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    model = BertModel(tiny_model("bert").config, add_pooling_layer=False).eval()
+    everything = {"expert_size": NUM_NEURONS, "num_shared_neurons": NUM_NEURONS}
+    student = dense_to_moe(model, plan_for(model, **everything), router="token_gate")
+    assert student.pooler is None
+    with torch.no_grad():
+        expected = model(**token_batch()).last_hidden_state
+        torch.testing.assert_close(student(**token_batch()).last_hidden_state, expected)
+    assert student.config.moe["absent"] == ["pooler"]
+
+
+def _add_module(model: Any) -> None:
+    model.extra = torch.nn.Linear(2, 2)
+
+
+def _take_module(model: Any) -> None:
+    model.classifier = torch.nn.Identity()
+
+
+def _widen_head(model: Any) -> None:
+    model.classifier = torch.nn.Linear(16, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(_add_module, "extra.bias"), (_take_module, "classifier.bias"), (_widen_head, "classifier")],
+)
+def test_a_model_that_its_configuration_does_not_describe_is_refused(
+    change: Any, named: str
+) -> None:
+    model = tiny_model("bert")
+    change(model)
+    with pytest.raises(ConversionError, match="is not what its configuration describes") as caught:
+        dense_to_moe(model, plan_for(model))
+    assert named in caught.value.message

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
-from moe_dist.data.files import read_rows
+from moe_dist.data.files import read_place, read_rows
 from moe_dist.errors import DataError
 
 
@@ -77,3 +78,93 @@ def test_faults_are_named(tmp_path: Path, name: str, content: str | bytes, messa
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such data file"):
         read_rows(tmp_path / "absent.tsv")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_json_array_is_read_like_lines(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, '[\n {"text": "x", "label": 1},\n {"text": "y", "label": 0}\n]\n')
+    assert read_rows(path) == [(1, {"text": "x", "label": 1}), (2, {"text": "y", "label": 0})]
+    with pytest.raises(DataError, match=r"line 3: malformed JSON"):
+        read_rows(write(tmp_path, name, '[\n {"text": "x"},\n {"text" "y"}\n]\n'))
+
+
+def test_column_names_of_a_file_that_has_its_own_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    read_rows(write(tmp_path, "a.jsonl", '{"text": "x"}\n'), ["text", "label"], said.append)
+    assert said == ["a.jsonl names its columns itself: data.column_names is not used for it"]
+
+
+def test_parquet_text_that_is_no_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.array([b"fine", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        read_rows(tmp_path / "a.parquet")
+
+
+PARTS = {
+    ".csv": "text,label\nx{0},1\ny{0},0\n",
+    ".tsv": "text\tlabel\nx{0}\t1\ny{0}\t0\n",
+    ".json": '{{"text": "x{0}", "label": "1"}}\n{{"text": "y{0}", "label": "0"}}\n',
+}
+
+
+@pytest.mark.parametrize("ending", PARTS)
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_directory_of_parts_is_read(tmp_path: Path, ending: str, pack: bool) -> None:
+    folder = tmp_path / f"rows{ending}"
+    folder.mkdir()
+    for name in ("_SUCCESS", "._SUCCESS.crc", f".part-0{ending}.crc", f"_metadata{ending}"):
+        (folder / name).write_bytes(b"\x00\x01")
+    for part in (1, 0):
+        content = PARTS[ending].format(part).encode()
+        name = f"part-0000{part}-c000{ending}"
+        write(folder, f"{name}.gz" if pack else name, gzip.compress(content) if pack else content)
+    write(folder, f"part-00002{ending}", PARTS[ending].splitlines()[0] if ending != ".json" else "")
+    said: list[str] = []
+    rows = read_place(folder, say=said.append)
+    assert [row.values["text"] for row in rows] == ["x0", "y0", "x1", "y1"]
+    first = 1 if ending == ".json" else 2
+    assert [(row.origin.name[:10], row.line - first) for row in rows[1:3]] == [
+        ("part-00000", 1),
+        ("part-00001", 0),
+    ]
+    assert "whose files were read: part-00000" in said[0]
+
+
+def test_a_directory_of_parquet_parts_with_a_column_in_its_names(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "rows.parquet"
+    for label, text in (("very good", "x"), ("bad", "y")):
+        part = folder / f"label={label.replace(' ', '%20')}"
+        part.mkdir(parents=True)
+        pq.write_table(pa.table({"text": [text]}), part / "part-0.snappy.parquet")
+    (folder / "_SUCCESS").touch()
+    assert [row.values for row in read_place(folder)] == [
+        {"text": "y", "label": "bad"},
+        {"text": "x", "label": "very good"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no data file in this directory"),
+        (["_SUCCESS"], "no data file in this directory"),
+        (["a.csv", "b.tsv"], "no parts of one data set: a.csv, b.tsv"),
+        (["a.csv", "notes.docx"], "no parts of one data set: a.csv, notes.docx"),
+        (["train.csv", "dev.csv"], r"holds several splits \(dev, train\)"),
+        (["train-0.csv", "validation-0.csv"], r"several splits \(train, valid\)"),
+        (["part-0.csv"], "its files hold no rows"),
+    ],
+)
+def test_a_directory_that_is_no_data_set(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("text,label\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_place(tmp_path)
+    assert caught.value.remedy

@@ -68,6 +68,19 @@ def test_encoding_equals_the_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
     assert encoded.labels.dtype == np.int64
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_length_before_a_cut_is_kept(tokenizer: Any, tmp_path: Path, pair: bool) -> None:
+    rows = dataset(pair=pair)
+    whole = encode(rows, tokenizer, max_length=64, cache_dir=tmp_path)
+    assert whole.full_lengths is not None
+    assert whole.full_lengths.tolist() == whole.lengths.tolist()
+    cut = encode(rows, tokenizer, max_length=6, cache_dir=tmp_path)
+    assert cut.full_lengths is not None and cut.lengths.max() == 6
+    assert cut.full_lengths.tolist() == whole.lengths.tolist()
+    some = cut.subset([4, 1]).full_lengths
+    assert some is not None and some.tolist() == cut.full_lengths[[4, 1]].tolist()
+
+
 def test_second_call_reads_the_cache(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def refused(directory: Path) -> ConversionError:
     with pytest.raises(ConversionError) as checked:
         check(directory)
     with pytest.raises(ConversionError) as loaded:
-        load_pretrained(str(directory), num_labels=2)
+        load_pretrained(str(directory), num_labels=2, label_names=("c0", "c1"))
     assert checked.value.message == loaded.value.message
     return checked.value
 
@@ -160,7 +160,7 @@ def test_ordinary_checkpoints_get_a_new_head(
     assert lines[0].startswith("new: ") and new in lines[0]
     assert len(lines) == 1 + bool(dropped)
     assert dropped in lines[-1]
-    load_pretrained(str(directory), num_labels=2)
+    load_pretrained(str(directory), num_labels=2, label_names=("c0", "c1"))
 
 
 def test_buffers_of_older_transformers_are_no_weights(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_head_of_another_size_is_replaced_and_said(tmp_path: Path, family: str
     directory = write_start_model(tmp_path / family, family, num_labels=3)
     (line,) = check(directory).notes
     assert line.startswith("new: ") and "another number of outputs" in line
-    model, _ = load_pretrained(str(directory), num_labels=2)
+    model, _ = load_pretrained(str(directory), num_labels=2, label_names=("c0", "c1"))
     assert model.config.num_labels == 2
 
 
@@ -185,7 +185,7 @@ def test_the_head_of_a_token_classifier_is_not_taken(tmp_path: Path) -> None:
     assert (
         "new: the head; the one there is a BertForTokenClassification's" in check(directory).notes
     )
-    model, _ = load_pretrained(str(directory), num_labels=2)
+    model, _ = load_pretrained(str(directory), num_labels=2, label_names=("c0", "c1"))
     assert not model.classifier.bias.any()
 
 
