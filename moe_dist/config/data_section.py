@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
 """Keys that only a recipe of several tasks has."""
@@ -22,7 +23,9 @@ def _one_or_many(value: Any) -> Any:
 
 
 def _one_name(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    return value.text if isinstance(value, WrittenInt) else str(value)
 
 
 def _rows_or_fraction(value: float) -> float:

@@ -24,22 +24,29 @@ PartitionName = Literal[
 ]
 
 
+MAX_EXPERTS = 2**16
+MAX_NEURONS = 2**24
+
+
 class MoeConfig(Section):
     """How the teacher's feed-forward neurons become experts."""
 
     num_experts: Integer = Field(
         default=4,
         ge=1,
+        le=MAX_EXPERTS,
         description="Experts in each converted layer; 1 is the plain pruned dense student.",
     )
     expert_size: Integer = Field(
         default=768,
         ge=1,
+        le=MAX_NEURONS,
         description="Neurons that one token uses in one expert, the shared ones included.",
     )
     num_shared_neurons: Integer = Field(
         default=512,
         ge=0,
+        le=MAX_NEURONS,
         description="The most important neurons, which every expert gets, counted in "
         "`moe.expert_size`.",
     )
@@ -72,18 +79,23 @@ class MoeConfig(Section):
     combine: Literal["dispatch"] = Field(
         default="dispatch", description="How experts come together: tokens travel to them."
     )
-    top_k: Integer = Field(default=1, ge=1, description="Experts that each token uses.")
+    top_k: Integer = Field(
+        default=1, ge=1, le=MAX_EXPERTS, description="Experts that each token uses."
+    )
     gate_scale: Literal["straight_through", "probability"] = Field(
         default="straight_through",
         description="Weight of a single chosen expert: `straight_through` is 1 and still trains "
         "the gate, `probability` is the gate's own value, which changes the function at the start.",
     )
     gate_noise: Number = Field(
+        json_schema_extra={"in_flight": "noise of the next steps"},
         default=0.0,
         ge=0,
-        description="Standard deviation of noise on a gate's scores, in training only.",
+        description="Standard deviation of noise on a gate's scores, in training only; each sample "
+        "draws its own, whatever workers and micro-batches there are.",
     )
     gate_jitter: Number = Field(
+        json_schema_extra={"in_flight": "noise of the next steps"},
         default=0.0,
         ge=0,
         lt=1,
@@ -95,6 +107,7 @@ class MoeConfig(Section):
         description="Of `task_gate`: the experts of a task are `learned`, or `fixed` in turn.",
     )
     capacity_factor: Number | None = Field(
+        json_schema_extra={"in_flight": "limit of the next steps"},
         default=None,
         gt=0,
         description="In training an expert takes at most so many times its even share of the "

@@ -13,8 +13,6 @@ from moe_dist.errors import DataError
 from moe_dist.tasks.classification import Classification
 
 Array = NDArray[np.float64] | NDArray[np.int64]
-UNDEFINED = "undefined"
-"""Shown in place of a value."""
 # Values that differ by less than rounding are equal; SciPy warns of such from here on.
 _NEAR_CONSTANT = 1e-13
 

@@ -156,7 +156,7 @@ class MixtureBatches:
 
     An epoch has as many steps as all rows fill. Which task a step is of depends on shares, seed
     and epoch only, and within an epoch no task's steps differ by more than one from its share; so
-    training is the same at every world size. A task's own batches follow one another as they
+    the batches are the same at every world size. A task's own batches follow one another as they
     would alone, whatever the epochs of the mixture.
 
     Args:

@@ -104,7 +104,10 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     from moe_dist.jobs.job_data import task_heads
 
     rows = workspace.rows
+    workspace.console.name_metrics(rows.metric_titles)
     for task, splits in rows.parts.items():
+        titles = ", ".join(splits.metric_titles.values())
+        workspace.console.note(f"data{f' of {task}' if task else ''}: measured by {titles}")
         for line in metric_faults(task, splits):
             workspace.console.warn(line)
     model = start_skeleton(workspace, rows.num_labels)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from moe_dist.data.metrics import UNDEFINED, ratio, why_no_ratio
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import duration
+from ..console import UNDEFINED, duration
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
@@ -21,6 +21,8 @@ from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
+MAX_SPREAD = 0.5
+"""A latency whose times lie further apart, by this part of the median, tells nothing."""
 SCHEMA_VERSION = 1
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
@@ -39,6 +41,7 @@ RESERVED_LABELS = frozenset(
         "mlflow",
         "seq_len",
         "num_threads",
+        "other_work",
         "training",
         "tasks",
         "comparisons",
@@ -73,7 +76,7 @@ def build_report(
     titles = measured.get("metric_titles", {})
     for name, entry in models.items():
         if name != evaluate.TEACHER:
-            _add_retention(entry, teacher["metrics"], metric, tasks)
+            _add_retention(entry, teacher["metrics"], metric, tasks, titles)
             entry["ffn_flops_ratio"] = ratio(
                 entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
             )
@@ -87,6 +90,7 @@ def build_report(
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
+        "other_work": measured["other_work"],
         "retention": models[evaluate.STUDENT]["retention"],
         "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
         "training": {
@@ -112,12 +116,13 @@ def _add_retention(
     teacher: Mapping[str, float | None],
     metric: str,
     tasks: Mapping[str, Mapping[str, Any]],
+    titles: Mapping[str, str],
 ) -> None:
     """Note a student's part of the teacher's main metric; of several tasks the mean of theirs."""
     own, reasons = entry["metrics"], {}
 
     def part(place: str, key: str) -> float | None:
-        why = why_no_ratio(own[key], teacher[key], key)
+        why = why_no_ratio(own[key], teacher[key], titles.get(key, key))
         if why is not None:
             reasons[place] = f"{place} is undefined: {why}"
         return ratio(own[key], teacher[key])
@@ -265,8 +270,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
         f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
-        "timed in turn in one process.",
+        "timed in turn in one process, and in brackets what a tenth of the passes kept to.",
         "",
+        *(f"**{sentence[:1].upper()}{sentence[1:]}.**\n" for sentence in latency_lines(report)),
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
         *_markdown_imitation(report),
@@ -416,6 +422,36 @@ def nearness_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def latency_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say where the latencies of a report cannot be relied on.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Sentences; none where nothing disturbed the measurement.
+    """
+    wide = [
+        f"{name} at batch {size} ({100 * spread:.0f} %)"
+        for name in model_names(report)
+        for size, spread in report[name]["latency_spread"].items()
+        if spread > MAX_SPREAD
+    ]
+    doubts = []
+    if wide:
+        doubts.append(
+            f"latency cannot be judged: nine tenths of the passes of {', '.join(wide)} lie further "
+            f"apart than {100 * MAX_SPREAD:.0f} % of the median"
+        )
+    other = report["other_work"]
+    if other["disturbs"]:
+        doubts.append(
+            f"latency was timed beside other work, which kept {other['busy_cores']:.1f} of "
+            f"{other['num_cores']} cores busy; time again on an idle machine"
+        )
+    return doubts
+
+
 def _headings(report: Mapping[str, Any]) -> list[str]:
     return [
         "model",
@@ -445,7 +481,10 @@ def _row(report: Mapping[str, Any], name: str) -> list[str]:
         quantity(entry["parameters"]["active"]),
         quantity(entry["flops_per_token"]),
         f"× {entry.get('ffn_flops_ratio') or 1.0:.3f}",
-        *(f"{value:.2f}" for value in entry["latency_ms"].values()),
+        *(
+            f"{value:.2f} ({entry['latency_low_ms'][size]:.2f})"
+            for size, value in entry["latency_ms"].items()
+        ),
     ]
 
 

@@ -25,7 +25,6 @@ from moe_dist.data.bootstrap import (
     resample_mean_differences,
 )
 from moe_dist.data.metrics import (
-    UNDEFINED,
     LabelSpace,
     compute_metrics,
     explain_undefined,
@@ -36,6 +35,7 @@ from moe_dist.data.metrics import (
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.whole_files import finite
 
+from ..console import UNDEFINED
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import FILE_NAME, MEASURES, load_imitation
@@ -410,16 +410,17 @@ def _over_seeds(
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            mine_other = [
+            ours, theirs = (
                 [run.answers[model].predictions for run in paired] for model in (label, name)
-            ]
+            )
             differences[name] = (
-                resample_mean_differences(*mine_other, seed=number)
+                resample_mean_differences(ours, theirs, seed=number)
                 if metric in MEASURES
                 else resample_differences(
                     metric,
                     paired[0].answers[label].labels,
-                    *mine_other,
+                    ours,
+                    theirs,
                     mine[0].space,
                     seed=number,
                 )

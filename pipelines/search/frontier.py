@@ -256,12 +256,10 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     Returns:
         Median latency in ms by trial, of `MAX_MEASURED` trials at most.
     """
-    import statistics
-
     from moe_dist.inference import load_model
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.results import load_scores
-    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.latency import Rounds, measure_in_turn
     from moe_dist.storage import local_file
 
     from ..chain.workspace import Workspace
@@ -289,16 +287,11 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
             partial(workspace.encoded_tasks, "train", tokenizer),
         )[1]
     size = result.config.search.latency_batch_size
-    times: dict[int, list[float]] = {number: [] for number in models}
-    for _ in range(MEASURE_ROUNDS):
-        for number, model in models.items():
-            timed = measure_latency(
-                model,
-                batch_sizes=(size,),
-                seq_len=min(LATENCY_SEQ_LEN, result.config.model.max_length),
-                repeats=3,
-                num_warmups=1,
-                threads=result.config.parallel.cpus_per_worker,
-            )
-            times[number].append(timed[size].median_ms)
-    return {number: statistics.median(values) for number, values in times.items()}
+    timed = measure_in_turn(
+        models,
+        Rounds(MEASURE_ROUNDS, least=MEASURE_ROUNDS, repeats=3),
+        batch_sizes=(size,),
+        seq_len=min(LATENCY_SEQ_LEN, result.config.model.max_length),
+        threads=result.config.parallel.cpus_per_worker,
+    )
+    return {number: by_size[size].median_ms for number, by_size in timed.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
@@ -26,7 +27,7 @@ from moe_dist.workers.ray_session import RaySession, ray_session
 
 from ..chain.chain import disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
-from ..chain.recording import source_tags
+from ..chain.recording import metric_tags, source_tags
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
 from .confirming import Confirmation, confirm
@@ -163,7 +164,13 @@ def _search_in(
             f"{config.name} search",
             directory,
             params=config.flatten(),
-            tags={**tags, "moe_dist.kind": "search", "chosen_on": choosing_split(config)},
+            identity=settings_of_kind(config),
+            tags={
+                **tags,
+                **metric_tags(workspace.rows),
+                "moe_dist.kind": "search",
+                "chosen_on": choosing_split(config),
+            },
         ) as run:
             for dataset in workspace.dataset_inputs:
                 run.log_dataset(dataset)
@@ -393,7 +400,7 @@ def sweep_tags(config: RunConfig) -> dict[str, str]:
     Returns:
         Where and from what source it runs, and the recipe's hash, the same as of its chains.
     """
-    return {**source_tags(), "recipe_hash": recipe_hash(config.flatten())}
+    return {**source_tags(), "recipe_hash": recipe_hash(settings_of_kind(config))}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:

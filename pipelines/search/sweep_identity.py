@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.data_section import TASK_KEYS
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.errors import MoeDistError
 from moe_dist.whole_files import write_json
 
@@ -55,12 +55,6 @@ def note_sweep(config: RunConfig, workspace: Workspace, directory: Path, seconds
 
 def _identity(config: RunConfig, workspace: Workspace) -> str:
     """Say which sweep this is: continuing another one's trials would mix two searches."""
-    settings = config.model_dump(
-        mode="json", exclude={"search", "output_dir", "tracking", "compare", "parallel"}
-    )
-    # A search has one task; these keys are younger than sweeps that may be continued.
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
-    # The rows' digest covers it; sweeps from before there was one go on.
-    settings["data"].pop("holdout_samples")
+    settings = settings_of_kind(config)
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
     return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config.kinds import settings_of_kind
+
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import placed_here, run_job
 from . import finetune_teacher, score_importance, shrink
@@ -22,8 +24,22 @@ NAME = "adapt"
 UNFITTED = "unfitted"
 """Where the student waits for its outputs to be fitted, inside the stage's directory."""
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
-# Settings that earlier versions did not have.
-_ROUTER_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
+# What only routed experts have.
+_ROUTING_KEYS = frozenset(
+    {
+        "router",
+        "combine",
+        "gate_scale",
+        "gate_noise",
+        "gate_jitter",
+        "task_map",
+        "top_k",
+        "capacity_factor",
+        "drop_policy",
+        "num_shared_neurons",
+        "tie_shared",
+    }
+)
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -239,26 +255,17 @@ def router_options(config: RunConfig) -> dict[str, Any]:
 def adapt_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of a recipe that the untrained student depends on.
 
-    An option that did not exist before counts only where it is used, so that results of earlier
-    versions stay finished; but for the fit of outputs, which they did only when told to.
-
     Args:
         config: the run's configuration, or a comparison's.
 
     Returns:
         Plain values.
     """
-    moe = config.moe.model_dump(mode="json", exclude={*_unread_keys(config), "fit_output"})
-    defaults = type(config.moe)().model_dump(mode="json")
-    settings: dict[str, Any] = {"seed": config.seed}
-    settings["moe"] = {
-        key: value
-        for key, value in moe.items()
-        if key not in _ROUTER_OPTIONS or value != defaults[key]
-    }
+    unread = _unread_keys(config)
+    moe = {key: value for key, value in settings_of_kind(config.moe).items() if key not in unread}
     # What "auto" comes to, so that saying it changes nothing.
-    if fits_output(config):
-        settings["moe"]["fit_output"] = True
+    moe["fit_output"] = fits_output(config)
+    settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
     return settings
@@ -284,8 +291,7 @@ def _unread_keys(config: RunConfig) -> set[str]:
     unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
-        unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
-        unread |= set(_ROUTER_OPTIONS)
+        unread |= _ROUTING_KEYS
     return unread
 
 

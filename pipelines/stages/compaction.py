@@ -13,10 +13,11 @@ from rich import box
 from rich.table import Table
 
 from moe_dist.config.data_section import TaskDataConfig
-from moe_dist.data.metrics import UNDEFINED, ratio, why_no_ratio
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
+from ..console import UNDEFINED
 from ..report.report import quantity
 from .compaction_checks import check_compaction
 

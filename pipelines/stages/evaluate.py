@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from moe_dist.data.metrics import LabelSpace
     from moe_dist.jobs.job_data import AnyJobData, Measured
     from moe_dist.measure.evaluation import Predictions
+    from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -69,6 +68,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
 
     def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.measure.latency import watch_other_work
+
         workspace = inputs.workspace
         for path, _ in models.values():
             workspace.files.fetch(path)
@@ -80,8 +81,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
             entries[name] |= found
-        for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
-            entries[name] |= cost
+        with watch_other_work() as other_work:
+            for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
+                entries[name] |= cost
+            beside = other_work()
         main_metric = workspace.rows.main_metric
         metrics = {
             f"{name}/{metric}": value
@@ -110,6 +113,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 },
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
+                "other_work": {
+                    **asdict(beside),
+                    "disturbs": beside.disturbs(answers.num_threads),
+                },
             }
             | describe_classes(answers)
             | describe_tasks(answers, config.seed),
@@ -415,35 +422,19 @@ def measure_cost(
         stage: the stage that asks.
 
     Returns:
-        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token` and
-        `latency_ms`.
+        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token`, and by batch
+        size `latency_ms` (the median), `latency_low_ms` and `latency_spread`.
     """
-    from moe_dist.conversion.heads import read_heads
-    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.latency import measure_in_turn
     from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
-    from moe_dist.moe.routing import use_task
 
-    medians: dict[str, dict[int, list[float]]] = {
-        name: {size: [] for size in LATENCY_BATCH_SIZES} for name in loaded
-    }
-    begin = time.monotonic()
-    # One round of every model after the other: a busy machine slows them alike.
-    for done in range(LATENCY_ROUNDS):
-        if done >= MIN_LATENCY_ROUNDS and time.monotonic() - begin > LATENCY_BUDGET_S:
-            break
-        for name, model in loaded.items():
-            # All tasks cost alike.
-            with use_task(0 if read_heads(model) else None):
-                timed = measure_latency(
-                    model,
-                    batch_sizes=LATENCY_BATCH_SIZES,
-                    seq_len=seq_len,
-                    repeats=LATENCY_REPEATS,
-                    num_warmups=1,
-                )
-            for size, latency in timed.items():
-                medians[name][size].append(latency.median_ms)
-        stage.console.progress(done + 1, LATENCY_ROUNDS)
+    timed = measure_in_turn(
+        loaded,
+        latency_rounds(),
+        batch_sizes=LATENCY_BATCH_SIZES,
+        seq_len=seq_len,
+        progress=stage.console.progress,
+    )
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.items():
         parameters = count_parameters(model)
@@ -453,12 +444,24 @@ def measure_cost(
             "parameters": {"total": parameters.total, "active": parameters.active},
             "flops_per_token": flops.total,
             "ffn_flops_per_token": flops.ffn,
-            "latency_ms": {
-                str(size): round(statistics.median(values), 3)
-                for size, values in medians[name].items()
-            },
+            "latency_ms": _by_size(timed[name], "median_ms"),
+            "latency_low_ms": _by_size(timed[name], "low_ms"),
+            "latency_spread": _by_size(timed[name], "spread"),
         }
     return costs
+
+
+def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:
+    return {str(size): round(getattr(one, figure), 3) for size, one in timed.items()}
+
+
+def latency_rounds() -> Rounds:
+    """Say how often models are timed for a report."""
+    from moe_dist.measure.latency import Rounds
+
+    return Rounds(
+        LATENCY_ROUNDS, MIN_LATENCY_ROUNDS, LATENCY_BUDGET_S, LATENCY_REPEATS, num_warmups=1
+    )
 
 
 def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -484,7 +487,7 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
             continue
         pairings = [task.pairing(STUDENT, name) for task in answers.tasks.values()]
         interval = mean_bootstrap(pairings, seed=seed)
-        found[name] = {"metric": metric}
+        found[name] = {"metric": metric, "difference": None, "low": None, "high": None}
         if interval is not None:
             found[name] |= asdict(interval)
             continue
