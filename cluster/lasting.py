@@ -31,7 +31,7 @@ def in_ray_job() -> bool:
     return JOB_VARIABLE in os.environ
 
 
-def temporary_places() -> tuple[Path, ...]:
+def temporary_directories() -> tuple[Path, ...]:
     """List the directories of this job that end with it.
 
     Returns:
@@ -54,7 +54,7 @@ def check_job(config: RunConfig) -> None:
     faults = lasting_faults(
         str(config.output_dir),
         config.tracking.uri if config.tracking.enabled else None,
-        temporary=temporary_places(),
+        temporary=temporary_directories(),
         count_nodes=count_nodes,
     )
     if faults:
@@ -93,11 +93,11 @@ def count_nodes() -> int:
 
 
 def _output_faults(output_dir: str, temporary: Sequence[Path]) -> Iterator[str]:
-    place = output_dir.removeprefix("file://")
-    if not place:
+    location = output_dir.removeprefix("file://")
+    if not location:
         yield f"output_dir is not given, and a job's own directory ends with it; {_GIVE_STORAGE}"
-    elif not is_uri(place):
-        why = _why_lost(place, temporary)
+    elif not is_uri(location):
+        why = _why_lost(location, temporary)
         if why:
             yield f"output_dir={output_dir} {why}; {_GIVE_STORAGE}"
 
@@ -123,8 +123,8 @@ def _tracking_faults(
 def _why_lost(path: str, temporary: Sequence[Path]) -> str:
     if not os.path.isabs(path):
         return "is not an absolute path, and a job runs in a temporary copy of this directory"
-    place = Path(os.path.normpath(path))
+    normal = Path(os.path.normpath(path))
     for directory in temporary:
-        if place.is_relative_to(directory):
+        if normal.is_relative_to(directory):
             return f"lies in {directory}, which does not outlive the job"
     return ""

@@ -1,4 +1,4 @@
-"""Looks at a Ray cluster before a run: places, versions, storage, clocks, network, token."""
+"""Looks at a Ray cluster before a run: worker slots, versions, storage, clocks, network, token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from moe_dist.config import RunConfig
 from moe_dist.errors import ClusterError, MoeDistError
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes, read_capacity
-from moe_dist.workers.driver import RaySession, run_on_workers
+from moe_dist.workers.driver import run_on_workers
 from moe_dist.workers.placement import Placement, choose_placement
+from moe_dist.workers.ray_session import RaySession
 
 from .exchange import Exchange, exchange_job
 from .findings import Finding, judge_clocks, judge_exchange, judge_versions
@@ -36,7 +37,7 @@ class Scope:
 
 
 def check_cluster(scope: Scope, *, compare_one: bool = True) -> list[Finding]:
-    """Check what costs seconds: places, and on several nodes versions, storage and clocks.
+    """Check what costs seconds: worker slots, and on several nodes versions, storage and clocks.
 
     Args:
         scope: recipe and cluster.
@@ -50,7 +51,7 @@ def check_cluster(scope: Scope, *, compare_one: bool = True) -> list[Finding]:
     """
     scope.session.connect()
     capacity = read_capacity()
-    findings = check_places(scope, capacity)
+    findings = check_slots(scope, capacity)
     findings.append(check_token(len(capacity.nodes)))
     findings += check_tracking(scope.config, len(capacity.nodes))
     if len(capacity.nodes) == 1 and not compare_one:
@@ -63,7 +64,7 @@ def check_cluster(scope: Scope, *, compare_one: bool = True) -> list[Finding]:
     return findings
 
 
-def check_places(scope: Scope, capacity: Capacity) -> list[Finding]:
+def check_slots(scope: Scope, capacity: Capacity) -> list[Finding]:
     """Check that the workers have CPUs, GPUs and memory, now or later.
 
     Args:
@@ -71,7 +72,7 @@ def check_places(scope: Scope, capacity: Capacity) -> list[Finding]:
         capacity: of the cluster.
 
     Returns:
-        On the places, and on the memory where it is known.
+        On the worker slots, and on the memory where it is known.
     """
     parallel = scope.config.parallel
     use_gpu = None if parallel.use_gpu == "auto" else parallel.use_gpu
@@ -81,15 +82,15 @@ def check_places(scope: Scope, capacity: Capacity) -> list[Finding]:
         )
     except ClusterError as error:
         return [Finding("workers", "fault", error.message, error.remedy)]
-    free = capacity.free_places(placement.need)
+    free = capacity.free_slots(placement.need)
     found = (
         f"{placement.wish}, {placement.need} each; {min(free, placement.most)} fit now "
         f"(free: {describe_nodes(capacity, free=True)})"
     )
     if free < placement.least:
         remedy = (
-            f"The run will wait up to parallel.wait_s={parallel.wait_s:g} s for places that are "
-            "held or still to come; see `ray status`."
+            f"The run will wait up to parallel.wait_s={parallel.wait_s:g} s for worker slots that "
+            "are held or still to come; see `ray status`."
         )
         findings = [Finding("workers", "warning", found, remedy)]
     else:
@@ -114,10 +115,10 @@ def check_memory(
         return []
     need = placement.need
     with_memory = sum(
-        min(need.places(node.cpus, node.gpus), int(node.memory_gib / max(memory_gib, 1e-9)))
+        min(need.slots(node.cpus, node.gpus), int(node.memory_gib / max(memory_gib, 1e-9)))
         for node in capacity.nodes
     )
-    wanted = min(placement.least, capacity.present_places(need))
+    wanted = min(placement.least, capacity.present_slots(need))
     nodes = "; ".join(f"{node.address}: {node.memory_gib:.1f} GiB" for node in capacity.nodes)
     found = f"a rank needs {memory_gib:.2f} GiB and activations; nodes have {nodes}"
     if with_memory < wanted:

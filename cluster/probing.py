@@ -131,7 +131,7 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
         See `judge_storage`.
     """
     shown, name = redact_uri(str(output_dir)), f".preflight-{secrets.token_hex(4)}"
-    directory = place_below(output_dir, name)
+    directory = path_below(output_dir, name)
     made = MadeDirectories()
     try:
         if isinstance(output_dir, Path):
@@ -158,7 +158,7 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
     return judge_storage(shown, unwritable, named)
 
 
-def place_below(output_dir: Path | str, name: str) -> str:
+def path_below(output_dir: Path | str, name: str) -> str:
     """Name a directory among the results.
 
     Args:

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from moe_dist.whole_files import whole_file
 
+METRIC_LOG = "metrics.jsonl"
+"""Its name in the directory of a stage or a run."""
+
 
 @dataclass(frozen=True)
 class MetricRecord:

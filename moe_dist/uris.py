@@ -1,4 +1,4 @@
-"""Places that are named by a URI, such as `s3://bucket/results`, and how they may be shown."""
+"""Locations that are named by a URI, such as `s3://bucket/results`, and how they may be shown."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
-def is_uri(place: object) -> bool:
-    """Say whether a place is a URI and not a path.
+def is_uri(location: object) -> bool:
+    """Say whether a location is a URI and not a path.
 
     Args:
-        place: a text, or anything else, which is no URI.
+        location: a text, or anything else, which is no URI.
 
     Returns:
         Whether it begins with a scheme, as `s3://` does.
     """
-    return isinstance(place, str) and _SCHEME.match(place) is not None
+    return isinstance(location, str) and _SCHEME.match(location) is not None
 
 
 def join_uri(uri: str, *names: str) -> str:
@@ -33,22 +33,22 @@ def join_uri(uri: str, *names: str) -> str:
     Returns:
         The longer URI.
     """
-    place, mark, query = uri.partition("?")
-    parts = [place.rstrip("/"), *(name.strip("/") for name in names if name)]
+    location, mark, query = uri.partition("?")
+    parts = [location.rstrip("/"), *(name.strip("/") for name in names if name)]
     return "/".join(parts) + mark + query
 
 
-def below(place: Path | str, name: str) -> Path | str:
-    """Name something below a place.
+def below(location: Path | str, name: str) -> Path | str:
+    """Name something below a location.
 
     Args:
-        place: a path, or a URI as text.
+        location: a path, or a URI as text.
         name: one part.
 
     Returns:
-        A place of the same kind.
+        A location of the same kind.
     """
-    return join_uri(place, name) if isinstance(place, str) else place / name
+    return join_uri(location, name) if isinstance(location, str) else location / name
 
 
 def redact_uri(uri: str) -> str:

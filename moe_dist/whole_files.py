@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from moe_dist.redaction import hide_secrets
 
 PARTIAL = ".partial"
 """Ends the name of a file that is being written."""
@@ -37,6 +40,19 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any, *, keeps_nan: bool = False) -> None:
+    """Write a JSON file whole or not at all, without credentials.
+
+    Args:
+        path: the file; its directory is made.
+        value: plain values and paths.
+        keeps_nan: write NaN as Python alone reads it; else it becomes null.
+    """
+    text = json.dumps(value if keeps_nan else finite(value), indent=2, default=os.fspath)
+    with whole_file(path, durable=True) as beside:
+        beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:

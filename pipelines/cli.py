@@ -117,7 +117,7 @@ def preflight(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe and the cluster before a long run: places, versions, storage, network."""
+    """Check a recipe and the cluster before a long run: workers, versions, storage, network."""
     with clean_errors(debug=debug):
         quieten_libraries()
         from moe_dist.config import load_config

@@ -17,6 +17,8 @@ from moe_dist.config import RunConfig
 from moe_dist.config.kinds import in_flight_meaning, kind_of
 from moe_dist.config.sections import Section
 
+from .markdown import markdown_table
+
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 _HEAD = """\
@@ -110,17 +112,15 @@ def main() -> None:
 
 
 def _table(prefix: str, section: type[Section], names: list[str]) -> str:
-    lines = ["| key | values | default | kind | meaning |", "|---|---|---|---|---|"]
+    rows = []
     for name in names:
         field = section.model_fields[name]
-        meaning = (field.description or "").replace("|", "\\|")
         kind: str = kind_of(section, name)
         if in_flight_meaning(section, name):
             kind += ", in flight"
-        lines.append(
-            f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {kind} | {meaning} |"
-        )
-    return "\n".join(lines) + "\n"
+        meaning = field.description or ""
+        rows.append([f"`{prefix}{name}`", _values(field), _default(field), kind, meaning])
+    return "\n".join(markdown_table(["key", "values", "default", "kind", "meaning"], rows)) + "\n"
 
 
 def _section(field: FieldInfo) -> type[Section] | None:

@@ -121,14 +121,7 @@ class JsonConsole(Console):
         figures: Mapping[str, float] | None = None,
         terms: Mapping[str, float] | None = None,
     ) -> None:
-        """Write how far the current stage is.
-
-        Args:
-            step: steps done.
-            total: steps in all, where known.
-            figures: values worth showing, such as the loss.
-            terms: of the loss.
-        """
+        """Write how far the current stage is; see `Console.progress`."""
         self._progress_event(
             "progress",
             stage=self._stage,
@@ -145,14 +138,7 @@ class JsonConsole(Console):
         figures: Mapping[str, float],
         running: Mapping[str, float],
     ) -> None:
-        """Write how far a sweep is.
-
-        Args:
-            over: trials that are over.
-            total: trials in all.
-            figures: values worth showing, such as the best so far.
-            running: what trials under way have measured, by their name and rung.
-        """
+        """Write how far a sweep is; see `Console.trials`."""
         self._progress_event(
             "trials", over=over, total=total, figures=dict(figures), running=dict(running)
         )

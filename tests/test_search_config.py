@@ -249,7 +249,7 @@ def test_a_population_draws_at_random_and_keeps_what_cannot_change() -> None:
         ({"num_trials": 1}, "set search.num_trials to 2 or more"),
         ({"time_budget_s": 60}, "a population goes to its end together; remove it"),
         ({"worker_budget_s": 60}, "a population starts and ends together; remove it"),
-        ({"max_concurrent": 2}, "takes turns on all places that there are; remove it"),
+        ({"max_concurrent": 2}, "takes turns on all worker slots that there are; remove it"),
         ({"confirm_seeds": 2}, "which is not what the trial did; set it to 0"),
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from moe_dist.whole_files import whole_file
+from moe_dist.whole_files import whole_file, write_json
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -28,3 +29,18 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         beside.write_text("ha\ud800", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_replaces_what_was_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "r.json", {"a": 1})
+    write_json(tmp_path / "r.json", {"b": [1.5], "a": tmp_path})
+    text = (tmp_path / "r.json").read_text()
+    assert text.split() == ["{", '"b":', "[", "1.5", "],", '"a":', f'"{tmp_path}"', "}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_json_holds_no_credentials_and_no_guesses(tmp_path: Path) -> None:
+    write_json(tmp_path / "r.json", {"uri": "s3://me:secret@bucket/x"})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"uri": "s3://***@bucket/x"}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "r.json", {"a": object()})

@@ -66,7 +66,7 @@ def population_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> I
     for key, why in (
         ("time_budget_s", "a population goes to its end together"),
         ("worker_budget_s", "a population starts and ends together"),
-        ("max_concurrent", "a population takes turns on all places that there are"),
+        ("max_concurrent", "a population takes turns on all worker slots that there are"),
     ):
         if getattr(search, key) is not None:
             yield f"search.{key} does not go with {start}: {why}; remove it."

@@ -121,7 +121,7 @@ class SearchConfig(Section):
         default=None,
         ge=1,
         le=MAX_WORKERS,
-        description="Trials at a time; as many as the cluster has places for when not given.",
+        description="Trials at a time; as many as the cluster has worker slots for when not given.",
     )
     latency_batch_size: Integer = Field(
         default=1, ge=1, le=MAX_SAMPLES, description="Sentences in a batch for `latency`."

@@ -245,7 +245,7 @@ class FinetuneConfig(Section):
         default=None, ge=0, lt=1, description="Fraction of the steps used for the warm-up."
     )
     lr_schedule: Literal["linear", "constant"] | None = Field(
-        default=None, description="Course of the learning rate after the warm-up."
+        default=None, description="Schedule of the learning rate after the warm-up."
     )
     max_grad_norm: Number | None = Field(
         default=None, gt=0, description="Global norm that gradients are scaled down to."
@@ -327,8 +327,8 @@ class ParallelConfig(Section):
     num_workers: WorkerCount = Field(
         default=1,
         description="Training processes. A pair such as `[2, 4]` is the least and the most of "
-        "them: training starts with as many as there are places, goes on with fewer when a node is "
-        "lost, and with more when one comes, each time from the newest checkpoint.",
+        "them: training starts with as many as there are worker slots, goes on with fewer when a "
+        "node is lost, and with more when one comes, each time from the newest checkpoint.",
     )
     ep_size: Integer = Field(
         default=1,
@@ -366,7 +366,7 @@ class ParallelConfig(Section):
     wait_s: Number = Field(
         default=600.0,
         ge=0,
-        description="Seconds that a stage waits for places that other jobs hold, or that the "
+        description="Seconds that a stage waits for worker slots that other jobs hold, or that the "
         "autoscaler or a lost node has yet to bring. A cluster that can never have them is an "
         "error at once.",
     )

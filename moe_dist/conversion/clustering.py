@@ -42,7 +42,7 @@ def balanced_clusters(
     num_items = len(gram)
     if not num_items:
         return torch.zeros(0, dtype=torch.int64)
-    sizes = [(num_items + place) // num_clusters for place in range(num_clusters)]
+    sizes = [(num_items + index) // num_clusters for index in range(num_clusters)]
     best: Tensor | None = None
     least = float("inf")
     for _ in range(num_starts if num_items > num_clusters else 1):

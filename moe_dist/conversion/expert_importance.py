@@ -147,8 +147,8 @@ def _rows_of(
     """The tokens of an expert, and the weight that its output has for each."""
     if routing is None:
         return torch.arange(num_tokens, device=device), torch.ones(num_tokens, device=device)
-    rows, place = (routing.expert_ids == expert).nonzero(as_tuple=True)
-    return rows, routing.expert_weights.detach()[rows, place].float()
+    rows, columns = (routing.expert_ids == expert).nonzero(as_tuple=True)
+    return rows, routing.expert_weights.detach()[rows, columns].float()
 
 
 def _by_sample(products_TF: Tensor, sample_T: Tensor, num_samples: int) -> Tensor:

@@ -353,13 +353,13 @@ def _copy_weights(model: Any, student: Any, plan: ShrinkPlan) -> None:
 
 
 def _axes(name: str) -> tuple[str, ...]:
-    fitting = [end for end in _AXES if name.endswith(end)]
-    if not fitting:
+    matching = [end for end in _AXES if name.endswith(end)]
+    if not matching:
         raise ConversionError(
             f"the parameter {name} cannot be cut to another width",
             remedy="use a BERT encoder with a head for classification or question answering",
         )
-    return _AXES[max(fitting, key=len)]
+    return _AXES[max(matching, key=len)]
 
 
 def _teacher_name(name: str, plan: ShrinkPlan) -> tuple[str, int | None]:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.distributed.exchange import (
-    ArriveHomeward,
-    ArriveOutward,
-    DepartHomeward,
-    DepartOutward,
-    Journey,
+    ReceiveHomeward,
+    ReceiveOutward,
+    RowExchange,
+    SendHomeward,
+    SendOutward,
     Traffic,
     plan_route,
 )
@@ -66,14 +66,14 @@ class AllToAllDispatcher:
         received_counts[rank] = 0
         apply = experts.in_chunks(dtype, num_chunks=3)
 
-        outward, homeward = Journey(route), Journey(route)
-        first, second, received_RD = DepartOutward.apply(rows_SD, outward, sum(first_counts))
+        outward, homeward = RowExchange(route), RowExchange(route)
+        first, second, received_RD = SendOutward.apply(rows_SD, outward, sum(first_counts))
         first = apply(first, torch.tensor(first_counts))
-        received_RD = ArriveOutward.apply(received_RD, outward)
+        received_RD = ReceiveOutward.apply(received_RD, outward)
         received_RD = apply(received_RD, received_counts.sum(0))
-        results_SD = DepartHomeward.apply(received_RD, homeward)
+        results_SD = SendHomeward.apply(received_RD, homeward)
         second = apply(second, torch.tensor(second_counts))
-        results_SD = ArriveHomeward.apply(results_SD, first, second, homeward)
+        results_SD = ReceiveHomeward.apply(results_SD, first, second, homeward)
         return unpermute(results_SD, routing, order)
 
     def _exchange_counts(self, sent_GL: Tensor) -> tuple[list[list[int]], list[list[int]]]:

@@ -42,7 +42,7 @@ def save_checkpoint(
     """Write a checkpoint and wait for it; all ranks call it together, rank 0 writes.
 
     Older checkpoints beyond the newest `keep` are removed, and so are those of later steps, which
-    belong to a course of training that was left.
+    belong to a trajectory of training that was left.
 
     Args:
         directory: holds the checkpoints of one run; on storage that all ranks see.
@@ -82,9 +82,9 @@ def load_checkpoint(directory: Path, engine: TrainEngine) -> dict[str, Any] | No
     if chosen is None:
         return None
     # By name: nodes that share no storage hold copies below directories of their own.
-    place = directory / chosen
-    saved = on_every_rank(engine, lambda: read_into(place, engine))
-    expected = on_rank_zero(engine, lambda: by_layer(read_experts(place)))
+    path = directory / chosen
+    saved = on_every_rank(engine, lambda: read_into(path, engine))
+    expected = on_rank_zero(engine, lambda: by_layer(read_experts(path)))
     held = gather_digests(engine, held_digests(engine.module))
     check_spread(held, expected, ep_size=engine.ep_size)
     return {**saved["state"], "step": saved["step"]}

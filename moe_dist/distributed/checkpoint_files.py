@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_dist.distributed.manifest import write_json, write_manifest
+from moe_dist.distributed.manifest import write_manifest
 from moe_dist.errors import CheckpointError, is_full_disk
-from moe_dist.whole_files import flush_to_disk
+from moe_dist.whole_files import flush_to_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    place: Path,
+    target: Path,
     tensors: Mapping[str, dict[str, Tensor]],
     state: Mapping[str, Any],
     experts: Mapping[str, str],
@@ -90,7 +90,7 @@ def write_checkpoint(
     """Write a checkpoint whole or not at all.
 
     Args:
-        place: where it will lie; a checkpoint that is there is replaced.
+        target: where it will lie; a checkpoint that is there is replaced.
         tensors: what each safetensors file holds.
         state: for `state.json`.
         experts: digests by `<layer>.<global expert>`.
@@ -98,22 +98,22 @@ def write_checkpoint(
     Raises:
         CheckpointError: if it could not be written; what was there before is untouched.
     """
-    unfinished = place.with_name(f"{_UNFINISHED}{place.name}-{secrets.token_hex(4)}")
+    unfinished = target.with_name(f"{_UNFINISHED}{target.name}-{secrets.token_hex(4)}")
     try:
-        _clear(place.parent, _UNFINISHED, _DISCARDED)
+        _clear(target.parent, _UNFINISHED, _DISCARDED)
         unfinished.mkdir(parents=True)
         for name, values in tensors.items():
             save_file(values, unfinished / name)
             flush_to_disk(unfinished / name)
-        write_json(unfinished / STATE_FILE, state)
+        write_json(unfinished / STATE_FILE, state, keeps_nan=True)
         write_manifest(unfinished, experts)
         flush_to_disk(unfinished)
-        _put_in_place(unfinished, place)
+        _put_in_place(unfinished, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = "the disk is full: " if is_full_disk(error) else ""
         raise CheckpointError(
-            f"{place} could not be written: {reason}{error}",
+            f"{target} could not be written: {reason}{error}",
             remedy="free space or fix the rights there, then start the same command again; "
             "older checkpoints are untouched",
         ) from error
@@ -126,15 +126,15 @@ def prune_checkpoints(
 
     Args:
         directory: of the run's checkpoints.
-        step: of the newest good checkpoint, which always stays; later ones belong to a course of
-            training that was left.
+        step: of the newest good checkpoint, which always stays; later ones belong to a
+            trajectory of training that was left.
         keep: how many stay, the newest included.
-        abandoned: earlier steps that belong to such a course too.
+        abandoned: earlier steps that belong to such a trajectory too.
     """
     steps = {path: step_of(path) or 0 for path in list_checkpoints(directory)}
     left = [path for path, of in steps.items() if of > step or (of in abandoned and of != step)]
-    course = [path for path in steps if path not in left]
-    for path in left + course[max(1, keep) :]:
+    current = [path for path in steps if path not in left]
+    for path in left + current[max(1, keep) :]:
         _discard(path)
     for replaced in directory.glob(f"{_REPLACED}*"):
         if replaced not in steps:
@@ -142,15 +142,15 @@ def prune_checkpoints(
     _clear(directory, _UNFINISHED, _DISCARDED)
 
 
-def _put_in_place(finished: Path, place: Path) -> None:
-    replaced = place.with_name(f"{_REPLACED}{place.name}")
-    if place.exists():
+def _put_in_place(finished: Path, target: Path) -> None:
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
+    if target.exists():
         # A directory cannot be replaced in one step. Between the two renames the old one is still
         # found, as `.replaced-*`.
         _discard(replaced)
-        os.rename(place, replaced)
-    os.rename(finished, place)
-    flush_to_disk(place.parent)
+        os.rename(target, replaced)
+    os.rename(finished, target)
+    flush_to_disk(target.parent)
     _discard(replaced)
 
 

@@ -55,7 +55,7 @@ class CheckpointWriter:
         engine: whose model and optimizer are saved.
         keep: how many checkpoints stay; with one there is none to fall back on if it is damaged.
         resumed_from: the step that training goes on from, if it does; checkpoints of later steps
-            that are there belong to a course that was left, and go when the first is written.
+            that are there belong to a trajectory that was left, and go when the first is written.
         on_written: called in the thread with each checkpoint's directory when it is complete,
             before older ones are removed; its error counts as a failed write.
     """
@@ -190,15 +190,15 @@ class CheckpointWriter:
         sizes: dict[str, Any],
         held: list[Digests],
     ) -> None:
-        place = step_directory(self._directory, step)
+        path = step_directory(self._directory, step)
         stored = stored_digests(tensors[MODEL_FILE], list(held[0]))
         check_gathered(stored, held)
         if self._abandoned is None:
             self._abandoned = self._steps_left_behind()
-        write_checkpoint(place, tensors, sizes, numbered(stored))
+        write_checkpoint(path, tensors, sizes, numbered(stored))
         self._abandoned.discard(step)
         if self._on_written is not None:
-            _call(self._on_written, place)
+            _call(self._on_written, path)
         prune_checkpoints(self._directory, step, keep=self._keep, abandoned=self._abandoned)
 
     def _steps_left_behind(self) -> set[int]:
@@ -208,13 +208,13 @@ class CheckpointWriter:
         return {step for step in steps if step > self._resumed_from}
 
 
-def _call(on_written: Callable[[Path], None], place: Path) -> None:
+def _call(on_written: Callable[[Path], None], path: Path) -> None:
     try:
-        on_written(place)
+        on_written(path)
     except MoeDistError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{place} was written, but what had to follow failed: {type(error).__name__}: {error}",
+            f"{path} was written, but what had to follow failed: {type(error).__name__}: {error}",
             remedy="mend that, then start the same command again; it continues from there",
         ) from error

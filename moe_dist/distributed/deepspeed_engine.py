@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -24,12 +23,11 @@ from moe_dist.distributed.parameter_groups import is_expert_slice
 from moe_dist.distributed.position import collective, mark_calls
 from moe_dist.distributed.reduction import average_gradients
 from moe_dist.distributed.schedule import LearningRateSchedule
+from moe_dist.distributed.scheduled_engine import ScheduledEngine
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
-    current_rate,
     fill_missing_gradients,
-    precision_context,
     scale_gradients,
     set_rates,
 )
@@ -38,7 +36,7 @@ from moe_dist.distributed.update import (
 BUCKET_ELEMENTS = 25_000_000
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(ScheduledEngine):
     """DeepSpeed's engine under the `TrainEngine` contract.
 
     What DeepSpeed does otherwise and is set right here: it divides the loss by the number of
@@ -69,17 +67,18 @@ class DeepSpeedEngine:
         zero_stage: int,
         ep_size: int,
     ) -> None:
-        self.module = model
-        self.optimizer = optimizer
-        self.device = device
+        super().__init__(
+            model,
+            optimizer,
+            schedule=schedule,
+            precision=precision,
+            max_grad_norm=max_grad_norm,
+            device=device,
+        )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.zero_stage = zero_stage
         self.ep_size = ep_size
-        self.steps_done = 0
-        self._schedule = schedule
-        self._precision = precision
-        self._max_grad_norm = max_grad_norm
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         config = _deepspeed_config(self._trained, self.world_size, zero_stage, max_grad_norm)
         # DeepSpeed prints beside its logger while it starts.
@@ -92,15 +91,6 @@ class DeepSpeedEngine:
         else:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
             mark_calls(self._engine.optimizer, "reduce_ipg_grads", "reduction of gradients")
-
-    @property
-    def learning_rate(self) -> float:
-        """Rate of the next step, for parameters that are not routed experts."""
-        return current_rate(self.optimizer, self._schedule.factor(self.steps_done))
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context for the forward pass."""
-        return precision_context(self._precision, self.device)
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
         """Add a micro-batch's gradients, and reduce them over ranks after the last.

@@ -14,12 +14,11 @@ from moe_dist.distributed.launch import ensure_process_group, training_device
 from moe_dist.distributed.moments import read_plain_moments, write_plain_moments
 from moe_dist.distributed.parameter_groups import build_adamw, parameter_groups
 from moe_dist.distributed.schedule import LearningRateSchedule, ScheduleKind
+from moe_dist.distributed.scheduled_engine import ScheduledEngine
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
-    current_rate,
     fill_missing_gradients,
-    precision_context,
     scale_gradients,
     set_rates,
 )
@@ -68,49 +67,13 @@ class TrainEngine(Protocol):
         ...
 
 
-class LocalEngine:
-    """Plain torch in one process; the oracle that the distributed engine is tested against.
-
-    Args:
-        model: the model; it is moved to the device.
-        optimizer: built over the model's parameters, groups with `base_lr`.
-        schedule: learning rate over steps.
-        precision: "bf16" keeps weights in fp32 and computes under autocast.
-        max_grad_norm: global norm to clip to; 0 for none.
-        device: where the model is.
-    """
+class LocalEngine(ScheduledEngine):
+    """Plain torch in one process; the oracle that the distributed engine is tested against."""
 
     rank = 0
     world_size = 1
     ep_size = 1
     zero_stage = 0
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        schedule: LearningRateSchedule,
-        precision: Precision,
-        max_grad_norm: float,
-        device: torch.device,
-    ) -> None:
-        self.module = model
-        self.optimizer = optimizer
-        self.device = device
-        self.steps_done = 0
-        self._schedule = schedule
-        self._precision = precision
-        self._max_grad_norm = max_grad_norm
-
-    @property
-    def learning_rate(self) -> float:
-        """Rate of the next step, for parameters that are not routed experts."""
-        return current_rate(self.optimizer, self._schedule.factor(self.steps_done))
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context for the forward pass."""
-        return precision_context(self._precision, self.device)
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
         """Add a micro-batch's gradients.

@@ -1,8 +1,8 @@
 """Rows that travel between ranks while the experts multiply the rows that stay.
 
-Autograd functions in pairs: one lets the rows depart, one waits until they have arrived. What is
-computed between the two overlaps with the journey, and so does its gradient in backward, since
-autograd runs the later function first: there, the one that waited departs and the other waits.
+Autograd functions in pairs: one begins to send the rows, one waits until they are received. What is
+computed between the two overlaps with the exchange, and so does its gradient in backward, since
+autograd runs the later function first: there, the one that waited sends and the other waits.
 
 Shapes: D width, S slots of this rank's tokens, sorted by expert; R rows received from other ranks,
 sorted by expert.
@@ -106,7 +106,7 @@ def _joined(messages: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
     return [(peer, slice(messages[0][1].start, messages[-1][1].stop))]
 
 
-class Journey:
+class RowExchange:
     """One exchange of rows under way, and the same rows' gradients on their way back.
 
     Args:
@@ -118,7 +118,7 @@ class Journey:
         self._works: list[dist.Work] = []
         self._in_flight: tuple[Tensor, Tensor] | None = None
 
-    def depart(self, rows: Tensor, *, outward: bool) -> Tensor:
+    def start(self, rows: Tensor, *, outward: bool) -> Tensor:
         """Start to send rows and to receive others.
 
         Args:
@@ -126,7 +126,7 @@ class Journey:
             outward: towards the experts; else back to the tokens' own ranks.
 
         Returns:
-            (R, D) if outward, else (S, D); not there until `arrive`, kept rows never.
+            (R, D) if outward, else (S, D); not there until `wait`, kept rows never.
         """
         route = self.route
         size = route.num_received if outward else route.num_slots
@@ -143,13 +143,13 @@ class Journey:
         self._in_flight = rows, target
         return target
 
-    def arrive(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Wait for all messages.
 
         Returns:
-            What `depart` returned.
+            What `start` returned.
         """
-        assert self._in_flight is not None, "nothing departed"
+        assert self._in_flight is not None, "nothing was started"
         with collective("all-to-all of tokens"):
             for work in self._works:
                 work.wait()
@@ -162,17 +162,17 @@ def _message(operation: Any, rows: Tensor, peer: int, route: Route) -> dist.P2PO
     return dist.P2POp(operation, rows, group=route.group, group_peer=peer)
 
 
-class DepartOutward(torch.autograd.Function):
+class SendOutward(torch.autograd.Function):
     """From (S, D) to two parts of the kept rows, and the received rows, which are under way."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows_SD: Tensor, journey: Journey, first: int
+        ctx: Any, rows_SD: Tensor, exchange: RowExchange, first: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let rows depart; `first` kept rows make up the first part."""
-        ctx.journey, ctx.first = journey, first
-        kept = rows_SD[journey.route.kept]
-        received_RD = journey.depart(rows_SD, outward=True)
+        """Begin to send rows; `first` kept rows make up the first part."""
+        ctx.exchange, ctx.first = exchange, first
+        kept = rows_SD[exchange.route.kept]
+        received_RD = exchange.start(rows_SD, outward=True)
         return kept[:first], kept[first:], received_RD
 
     @staticmethod
@@ -180,61 +180,61 @@ class DepartOutward(torch.autograd.Function):
     def backward(
         ctx: Any, grad_first: Tensor, grad_second: Tensor, grad_RD: Tensor
     ) -> tuple[Tensor, None, None]:
-        """Wait for the gradients that `ArriveOutward` let depart."""
+        """Wait for the gradients that `ReceiveOutward` began to send."""
         del grad_RD
-        grad_SD = ctx.journey.arrive()
-        kept = grad_SD[ctx.journey.route.kept]
+        grad_SD = ctx.exchange.wait()
+        kept = grad_SD[ctx.exchange.route.kept]
         kept[: ctx.first].copy_(grad_first)
         kept[ctx.first :].copy_(grad_second)
         return grad_SD, None, None
 
 
-class ArriveOutward(torch.autograd.Function):
+class ReceiveOutward(torch.autograd.Function):
     """Wait for the received rows."""
 
     @staticmethod
-    def forward(ctx: Any, received_RD: Tensor, journey: Journey) -> Tensor:
+    def forward(ctx: Any, received_RD: Tensor, exchange: RowExchange) -> Tensor:
         """Wait for rows."""
-        ctx.journey = journey
-        journey.arrive()
+        ctx.exchange = exchange
+        exchange.wait()
         return received_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        """Let their gradients depart."""
-        ctx.journey.depart(grad_RD, outward=False)
+        """Begin to send their gradients."""
+        ctx.exchange.start(grad_RD, outward=False)
         return grad_RD, None
 
 
-class DepartHomeward(torch.autograd.Function):
+class SendHomeward(torch.autograd.Function):
     """From results (R, D) to (S, D), which is under way."""
 
     @staticmethod
-    def forward(ctx: Any, results_RD: Tensor, journey: Journey) -> Tensor:
-        """Let results depart."""
-        ctx.journey = journey
-        return journey.depart(results_RD, outward=False)
+    def forward(ctx: Any, results_RD: Tensor, exchange: RowExchange) -> Tensor:
+        """Begin to send results."""
+        ctx.exchange = exchange
+        return exchange.start(results_RD, outward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
-        """Wait for the gradients that `ArriveHomeward` let depart."""
+        """Wait for the gradients that `ReceiveHomeward` began to send."""
         del grad_SD
-        return ctx.journey.arrive(), None
+        return ctx.exchange.wait(), None
 
 
-class ArriveHomeward(torch.autograd.Function):
+class ReceiveHomeward(torch.autograd.Function):
     """Wait for the results, and put those of the kept rows among them."""
 
     @staticmethod
     def forward(
-        ctx: Any, results_SD: Tensor, first: Tensor, second: Tensor, journey: Journey
+        ctx: Any, results_SD: Tensor, first: Tensor, second: Tensor, exchange: RowExchange
     ) -> Tensor:
         """Wait for results."""
-        ctx.journey, ctx.first = journey, first.shape[0]
-        journey.arrive()
-        kept = results_SD[journey.route.kept]
+        ctx.exchange, ctx.first = exchange, first.shape[0]
+        exchange.wait()
+        kept = results_SD[exchange.route.kept]
         kept[: ctx.first].copy_(first)
         kept[ctx.first :].copy_(second)
         ctx.mark_dirty(results_SD)
@@ -243,8 +243,8 @@ class ArriveHomeward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Let the gradients of results depart."""
+        """Begin to send the gradients of results."""
         grad_SD = grad_SD.contiguous()
-        ctx.journey.depart(grad_SD, outward=True)
-        kept = grad_SD[ctx.journey.route.kept]
+        ctx.exchange.start(grad_SD, outward=True)
+        kept = grad_SD[ctx.exchange.route.kept]
         return grad_SD, kept[: ctx.first], kept[ctx.first :], None

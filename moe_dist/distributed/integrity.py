@@ -24,7 +24,7 @@ Digests = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
-class Place:
+class HeldExpert:
     """Where an expert lies.
 
     Args:
@@ -110,7 +110,7 @@ def check_file(path: Path, experts: Mapping[str, str]) -> None:
     faults = [
         fault
         for layer, digests in expected.items()
-        for fault in layer_faults(layer, digests, [Place(None, d) for d in stored[layer]])
+        for fault in layer_faults(layer, digests, [HeldExpert(None, d) for d in stored[layer]])
     ]
     _refuse(faults, str(path), remedy="use another checkpoint")
 
@@ -128,8 +128,8 @@ def check_gathered(stored: Digests, held: Sequence[Digests]) -> None:
     faults = []
     for layer, digests in stored.items():
         owned = _owned(held, len(digests), layer)
-        places = [Place(o.rank, d) for o, d in zip(owned, digests, strict=True)]
-        faults += layer_faults(layer, [owner.digest for owner in owned], places)
+        experts_here = [HeldExpert(o.rank, d) for o, d in zip(owned, digests, strict=True)]
+        faults += layer_faults(layer, [owner.digest for owner in owned], experts_here)
     _refuse(
         faults,
         "experts changed on their way to rank 0",
@@ -154,12 +154,12 @@ def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) ->
     for layer, digests in expected.items():
         size = ep_size if len(digests) > 1 else 1
         for first in range(0, len(held), size):
-            places = [
-                Place(rank, digest)
+            experts_here = [
+                HeldExpert(rank, digest)
                 for rank in range(first, min(first + size, len(held)))
                 for digest in held[rank].get(layer, [])
             ]
-            faults += layer_faults(layer, digests, places)
+            faults += layer_faults(layer, digests, experts_here)
     _refuse(
         faults,
         "the ranks do not hold the checkpoint's experts",
@@ -167,7 +167,9 @@ def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) ->
     )
 
 
-def layer_faults(layer: str, expected: Sequence[str], places: Sequence[Place]) -> list[str]:
+def layer_faults(
+    layer: str, expected: Sequence[str], experts_here: Sequence[HeldExpert]
+) -> list[str]:
     """Name what is wrong with one layer's experts.
 
     Experts may be alike (all are before a student with full copies is trained), so that a digest
@@ -176,38 +178,38 @@ def layer_faults(layer: str, expected: Sequence[str], places: Sequence[Place]) -
     Args:
         layer: its name.
         expected: digests of all experts, in global order.
-        places: what is there, in the order in which it is used.
+        experts_here: what is there, in the order in which it is used.
 
     Returns:
         One sentence; none if all is well.
     """
-    if [place.digest for place in places] == list(expected):
+    if [expert.digest for expert in experts_here] == list(expected):
         return []
     faults = []
     for digest in dict.fromkeys(expected):
         expert, wanted = expected.index(digest), expected.count(digest)
-        holders = [place for place in places if place.digest == digest]
+        holders = [expert for expert in experts_here if expert.digest == digest]
         if len(holders) < wanted:
             faults.append(f"expert {expert} is missing")
         elif len(holders) > wanted:
             faults.append(f"expert {expert} is held {_times(len(holders))}{_ranks(holders)}")
-    strangers = [place for place in places if place.digest not in expected]
+    strangers = [expert for expert in experts_here if expert.digest not in expected]
     if strangers:
         faults.append(f"{len(strangers)} held of unknown weights{_ranks(strangers)}")
     if not faults:
         faults = [
-            f"expert {expected.index(place.digest)} is in the place of expert {position}"
-            f"{_ranks([place])}"
-            for position, place in enumerate(places)
-            if place.digest != expected[position]
+            f"expert {expected.index(expert.digest)} is in the place of expert {position}"
+            f"{_ranks([expert])}"
+            for position, expert in enumerate(experts_here)
+            if expert.digest != expected[position]
         ]
     return [f"{layer}: " + "; ".join(faults)]
 
 
-def _owned(held: Sequence[Digests], num_experts: int, layer: str) -> list[Place]:
+def _owned(held: Sequence[Digests], num_experts: int, layer: str) -> list[HeldExpert]:
     """Return one set of a layer's experts, which one rank holds or several share."""
-    places = [Place(rank, d) for rank, of in enumerate(held) for d in of.get(layer, [])]
-    return places[:num_experts]
+    experts_here = [HeldExpert(rank, d) for rank, of in enumerate(held) for d in of.get(layer, [])]
+    return experts_here[:num_experts]
 
 
 def _prefix(layer: str) -> str:
@@ -218,8 +220,8 @@ def _times(number: int) -> str:
     return "twice" if number == 2 else f"{number} times"
 
 
-def _ranks(places: Sequence[Place]) -> str:
-    ranks = sorted({place.rank for place in places if place.rank is not None})
+def _ranks(experts_here: Sequence[HeldExpert]) -> str:
+    ranks = sorted({expert.rank for expert in experts_here if expert.rank is not None})
     if not ranks:
         return ""
     *others, last = map(str, ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError
 from moe_dist.moe.digests import by_layer
+from moe_dist.whole_files import write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -121,16 +121,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: not a JSON object", remedy=_REMEDY)
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON and flush it to disk.
-
-    Args:
-        path: the file.
-        value: plain values.
-    """
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())

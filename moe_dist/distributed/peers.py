@@ -19,7 +19,7 @@ from enum import Enum
 
 import torch.distributed as dist
 
-from moe_dist.distributed.position import Place, current_place
+from moe_dist.distributed.position import Position, current_position
 
 _PEER_KEY = "moe_dist/peer/{rank}"
 _ROSTER_KEY = "moe_dist/roster"
@@ -48,8 +48,8 @@ class Peer:
     machine: str = ""
 
     def __str__(self) -> str:
-        place = self.host if self.address.startswith("127.") else f"{self.host} {self.address}"
-        return f"rank {self.rank} (host {place.strip()}, pid {self.pid})"
+        where = self.host if self.address.startswith("127.") else f"{self.host} {self.address}"
+        return f"rank {self.rank} (host {where.strip()}, pid {self.pid})"
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Answer:
 
     Args:
         health: of its process.
-        place: where it is, with `since` as seconds that have passed; None without an answer.
+        position: where it is, with `since` as seconds that have passed; None without an answer.
     """
 
     health: Health
-    place: Place | None = None
+    position: Position | None = None
 
 
 class Listener:
@@ -125,8 +125,8 @@ class Listener:
         asking.settimeout(_PATIENCE_S)
         if not secrets.compare_digest(_receive(asking, len(self._token)), self._token):
             return
-        place = current_place()
-        told = place._replace(since=time.monotonic() - place.since)
+        position = current_position()
+        told = position._replace(since=time.monotonic() - position.since)
         asking.sendall(json.dumps(told).encode() + b"\n")
 
 
@@ -210,7 +210,7 @@ def ask(peer: Peer, token: str, *, patience_s: float = _PATIENCE_S) -> Answer:
                 if not block:
                     return Answer(Health.GONE)
                 told += block
-        return Answer(Health.ANSWERS, Place(*json.loads(told)))
+        return Answer(Health.ANSWERS, Position(*json.loads(told)))
     except (ConnectionRefusedError, ConnectionResetError, BrokenPipeError):
         return Answer(Health.GONE)
     except OSError:  # No answer in time, no way to the host.

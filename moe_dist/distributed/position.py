@@ -1,7 +1,7 @@
 """Where this process is: its phase, step and collective, marked at the call sites.
 
-A process is in one place at a time, whichever thread asks, so there is one `here`. A mark costs one
-or two microseconds; the watchdog (`moe_dist.distributed.watchdog`) reads it from its own thread.
+A process has one position at a time, whichever thread asks, so there is one `here`. A mark costs
+one or two microseconds; the watchdog (`moe_dist.distributed.watchdog`) reads it from its thread.
 
     enter_phase("evaluation")
     begin_step(7)
@@ -26,7 +26,7 @@ TRAINING = "training"
 FINISHED = "the end of the job"
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a process is, and since when on its own monotonic clock.
 
     Args:
@@ -49,23 +49,23 @@ class Place(NamedTuple):
 
 
 class _Here:
-    """The place, replaced whole by each mark, so that readers need no lock."""
+    """The position, replaced whole by each mark, so that readers need no lock."""
 
     def __init__(self) -> None:
-        self.place = Place(since=time.monotonic())
+        self.position = Position(since=time.monotonic())
         self.on_phase: Callable[[str], None] | None = None
 
 
 _here = _Here()
 
 
-def current_place() -> Place:
+def current_position() -> Position:
     """Return where this process is.
 
     Returns:
-        The place of the last mark.
+        The position of the last mark.
     """
-    return _here.place
+    return _here.position
 
 
 def enter_phase(phase: str) -> None:
@@ -74,7 +74,7 @@ def enter_phase(phase: str) -> None:
     Args:
         phase: its name, as messages show it.
     """
-    _here.place = Place(phase, _here.place.step, since=time.monotonic())
+    _here.position = Position(phase, _here.position.step, since=time.monotonic())
     if _here.on_phase is not None:
         _here.on_phase(phase)
 
@@ -85,12 +85,12 @@ def begin_step(step: int) -> None:
     Args:
         step: its number, counted from 1.
     """
-    _here.place = Place(_here.place.phase, step, since=time.monotonic())
+    _here.position = Position(_here.position.phase, step, since=time.monotonic())
 
 
 def note_progress() -> None:
     """Mark that the present work advances, as an evaluation does with each batch."""
-    _here.place = _here.place._replace(collective="", since=time.monotonic())
+    _here.position = _here.position._replace(collective="", since=time.monotonic())
 
 
 def advancing(items: Iterable[T]) -> Iterator[T]:
@@ -113,7 +113,7 @@ def follow_phases(on_phase: Callable[[str], None] | None) -> None:
     Args:
         on_phase: called with each phase's name in the thread that enters it; None for nobody.
     """
-    _here.place = Place(since=time.monotonic())
+    _here.position = Position(since=time.monotonic())
     _here.on_phase = on_phase
 
 
@@ -149,8 +149,8 @@ class collective:
 
     def __enter__(self) -> None:
         """Wait in the collective from now on."""
-        before = self._before = _here.place
-        _here.place = Place(
+        before = self._before = _here.position
+        _here.position = Position(
             before.phase, before.step, self._name, before.number + 1, time.monotonic()
         )
 
@@ -162,7 +162,7 @@ class collective:
     ) -> None:
         """Go on with what was done before; a failed collective stays marked, for the message."""
         if kind is None:
-            left, before = _here.place, self._before
-            _here.place = Place(
+            left, before = _here.position, self._before
+            _here.position = Position(
                 before.phase, before.step, before.collective, left.number, time.monotonic()
             )

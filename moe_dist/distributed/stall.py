@@ -1,6 +1,6 @@
 """Whether a group still gets on, judged from where its ranks are; and the sentence that says so.
 
-Pure functions of places and answers: the clockwork is in `moe_dist.distributed.watchdog`.
+Pure functions of positions and answers: the clockwork is in `moe_dist.distributed.watchdog`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_dist.distributed.peers import Answer, Health, Peer
-from moe_dist.distributed.position import FINISHED, TRAINING, Place
+from moe_dist.distributed.position import FINISHED, TRAINING, Position
 
 SLOW_PHASE_FACTOR = 6
 """Start-up, the first step, checkpoints and each batch of an evaluation may take so many times the
 limit of a step."""
 _NAMED_RANKS = 4
-_SOURCE_PLACE = re.compile(r"^\[[^\]]*\] ")
+_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Stall:
 
     Args:
         message: which rank, process and host, in which step and collective.
-        waited_s: how long the rank that found it had been in its place, in seconds.
+        waited_s: how long the rank that found it had been in its position, in seconds.
         lost: ranks whose processes do not answer or are gone.
     """
 
@@ -35,12 +35,12 @@ class Stall:
 
 
 @dataclass(frozen=True)
-class View:
+class GroupState:
     """What one rank sees of the group.
 
     Args:
         own: this rank.
-        place: where it is.
+        position: where it is.
         waited_s: for how long, in seconds.
         others: the other ranks.
         answers: what each of them said, by rank.
@@ -48,7 +48,7 @@ class View:
     """
 
     own: Peer
-    place: Place
+    position: Position
     waited_s: float
     others: Sequence[Peer]
     answers: Mapping[int, Answer]
@@ -66,15 +66,15 @@ class View:
         return tuple(peer for peer in self.others if self.answers[peer.rank].health is health)
 
 
-def judge(view: View, *, step_timeout_s: float) -> Stall | None:
+def judge(state: GroupState, *, step_timeout_s: float) -> Stall | None:
     """Decide whether to wait any longer.
 
     A rank that is gone ends the wait at once; one that does not answer, after a step's limit,
     whatever phase this rank is in. Where all answer, the wait ends when this rank has been in its
-    place beyond what its phase allows, unless a rank still works within its own limit.
+    position beyond what its phase allows, unless a rank still works within its own limit.
 
     Args:
-        view: of the group.
+        state: of the group.
         step_timeout_s: how long a step may stand still, in seconds.
 
     Returns:
@@ -84,74 +84,80 @@ def judge(view: View, *, step_timeout_s: float) -> Stall | None:
     lost = [
         peer
         for health, needed_s in patience_s.items()
-        for peer in view.with_health(health)
-        if view.missing_s[peer.rank] >= needed_s
-        and (health is Health.GONE or view.waited_s >= step_timeout_s)
+        for peer in state.with_health(health)
+        if state.missing_s[peer.rank] >= needed_s
+        and (health is Health.GONE or state.waited_s >= step_timeout_s)
     ]
     if lost:
-        return lost_ranks(view, lost)
-    limit_s = _limit(view.place, step_timeout_s)
-    if view.waited_s < limit_s:
+        return lost_ranks(state, lost)
+    limit_s = _limit(state.position, step_timeout_s)
+    if state.waited_s < limit_s:
         return None
-    if view.waited_s < SLOW_PHASE_FACTOR * step_timeout_s and _someone_works(view, step_timeout_s):
+    if state.waited_s < SLOW_PHASE_FACTOR * step_timeout_s and _someone_works(
+        state, step_timeout_s
+    ):
         return None
-    return Stall(_who_stalls(view, limit_s), view.waited_s)
+    return Stall(_who_stalls(state, limit_s), state.waited_s)
 
 
-def lost_ranks(view: View, lost: Sequence[Peer], cause: str = "") -> Stall:
+def lost_ranks(state: GroupState, lost: Sequence[Peer], cause: str = "") -> Stall:
     """Say which ranks are lost, and where this rank waited for them.
 
     Args:
-        view: of the group.
+        state: of the group.
         lost: the ranks.
         cause: what the collective said, where it said anything.
 
     Returns:
         The stall.
     """
-    found = "; ".join(f"{peer} {view.answers[peer.rank].health.value}" for peer in lost)
-    doing = f"waited in {view.place}" if view.place.collective else f"was in {view.place}"
-    seen_by = f"{view.own} {doing} for {view.waited_s:.1f} s"
-    # Of a backend's text, which may hold the place in its source and advice, one sentence.
-    sentence = _SOURCE_PLACE.sub("", cause.splitlines()[-1]).partition(". ")[0] if cause else ""
+    found = "; ".join(f"{peer} {state.answers[peer.rank].health.value}" for peer in lost)
+    doing = (
+        f"waited in {state.position}" if state.position.collective else f"was in {state.position}"
+    )
+    seen_by = f"{state.own} {doing} for {state.waited_s:.1f} s"
+    # Of a backend's text, which may hold a line of its source and advice, one sentence.
+    sentence = _SOURCE_LINE.sub("", cause.splitlines()[-1]).partition(". ")[0] if cause else ""
     message = f"{found}; {seen_by}" + (f" ({sentence})" if sentence else "")
-    return Stall(message, view.waited_s, tuple(lost))
+    return Stall(message, state.waited_s, tuple(lost))
 
 
-def _limit(place: Place, step_timeout_s: float) -> float:
-    return step_timeout_s * (1 if place.phase == TRAINING else SLOW_PHASE_FACTOR)
+def _limit(position: Position, step_timeout_s: float) -> float:
+    return step_timeout_s * (1 if position.phase == TRAINING else SLOW_PHASE_FACTOR)
 
 
-def _someone_works(view: View, step_timeout_s: float) -> bool:
+def _someone_works(state: GroupState, step_timeout_s: float) -> bool:
     """Whether a rank computes within its own limit, so that the others wait with reason."""
-    places = [answer.place for answer in view.answers.values() if answer.place is not None]
+    positions = [
+        answer.position for answer in state.answers.values() if answer.position is not None
+    ]
     return any(
-        not place.collective
-        and place.phase != FINISHED
-        and place.since < _limit(place, step_timeout_s)
-        for place in places
+        not position.collective
+        and position.phase != FINISHED
+        and position.since < _limit(position, step_timeout_s)
+        for position in positions
     )
 
 
-def _who_stalls(view: View, limit_s: float) -> str:
+def _who_stalls(state: GroupState, limit_s: float) -> str:
     """Name the ranks that compute while others wait, or all where all wait."""
-    places = {view.own: view.place._replace(since=view.waited_s)}
-    for peer in view.others:
-        place = view.answers[peer.rank].place
-        if place is not None:
-            places[peer] = place
-    working = [peer for peer, place in places.items() if not place.collective]
-    waiting = [peer for peer, place in places.items() if place.collective]
+    positions = {state.own: state.position._replace(since=state.waited_s)}
+    for peer in state.others:
+        position = state.answers[peer.rank].position
+        if position is not None:
+            positions[peer] = position
+    working = [peer for peer, position in positions.items() if not position.collective]
+    waiting = [peer for peer, position in positions.items() if position.collective]
     culprits = working or waiting
-    parts = [f"{peer} stalls in {_since(places[peer])}" for peer in culprits[:_NAMED_RANKS]]
+    parts = [f"{peer} stalls in {_since(positions[peer])}" for peer in culprits[:_NAMED_RANKS]]
     if working:
-        parts += [f"{peer} waits in {_since(places[peer])}" for peer in waiting[:_NAMED_RANKS]]
-    mute = view.with_health(Health.UNKNOWN)
+        parts += [f"{peer} waits in {_since(positions[peer])}" for peer in waiting[:_NAMED_RANKS]]
+    mute = state.with_health(Health.UNKNOWN)
     parts += [f"{peer} {Health.UNKNOWN.value}" for peer in mute[:_NAMED_RANKS]]
-    unnamed = len(places) + len(mute) - len(parts)
+    unnamed = len(positions) + len(mute) - len(parts)
     parts += [f"and {unnamed} more ranks"] if unnamed > 0 else []
     return "; ".join(parts) + f" (limit {limit_s:g} s)"
 
 
-def _since(place: Place) -> str:
-    return f"{place} for {place.since:.1f} s"
+def _since(position: Position) -> str:
+    return f"{position} for {position.since:.1f} s"

@@ -2,9 +2,9 @@
 
 A collective waits for every rank, and waits for ever where one is stopped, cut off or (with NCCL)
 dead; no exception can reach a thread that waits in it. So each rank has a thread that looks at how
-long the present place (`moe_dist.distributed.position`) has lasted, asks the other ranks where they
-are (`peers`), judges (`stall`), leaves word and ends its process. Whoever started the processes
-then sees one die, as with any crash, and starts all of them again.
+long the present position (`moe_dist.distributed.position`) has lasted, asks the other ranks where
+they are (`peers`), judges (`stall`), leaves word and ends its process. Whoever started the
+processes then sees one die, as with any crash, and starts all of them again.
 
 Times are monotonic, each taken on one host, so that clocks may differ or jump.
 """
@@ -22,8 +22,8 @@ from contextlib import suppress
 from types import TracebackType
 
 from moe_dist.distributed.peers import Answer, Health, Peer, Roster, ask
-from moe_dist.distributed.position import FINISHED, Place, current_place, enter_phase
-from moe_dist.distributed.stall import SLOW_PHASE_FACTOR, Stall, View, judge, lost_ranks
+from moe_dist.distributed.position import FINISHED, Position, current_position, enter_phase
+from moe_dist.distributed.stall import SLOW_PHASE_FACTOR, GroupState, Stall, judge, lost_ranks
 
 EXIT_CODE = 75
 _QUIET_S = 5.0
@@ -107,15 +107,15 @@ class Watchdog:
         Returns:
             Which ranks are lost; None where every rank still answers.
         """
-        place, waited_s = _place_and_wait()
+        position, waited_s = _position_and_wait()
         self._done.set()
         self._thread.join()
         cause = str(fault).strip() or type(fault).__name__
         for _ in range(_DEATH_LOOKS):
-            view = self._look(place, waited_s)
-            lost = view.with_health(Health.GONE) + view.with_health(Health.SILENT)
+            state = self._look(position, waited_s)
+            lost = state.with_health(Health.GONE) + state.with_health(Health.SILENT)
             if lost:
-                stall = lost_ranks(view, lost, cause=cause)
+                stall = lost_ranks(state, lost, cause=cause)
                 self._note(stall)
                 return stall
             # The kernel closes a dying process's connections one after the other.
@@ -135,19 +135,19 @@ class Watchdog:
         self._greet()
         quiet_s = min(_QUIET_S, self._limit_s / 4)
         while not self._done.wait(quiet_s / 4):
-            place, waited_s = _place_and_wait()
+            position, waited_s = _position_and_wait()
             if waited_s < quiet_s:  # This rank gets on: nothing is asked of anybody.
                 self._missing_since.clear()
                 continue
-            stall = judge(self._look(place, waited_s), step_timeout_s=self._limit_s)
-            if stall is None or current_place() is not place or self._done.is_set():
+            stall = judge(self._look(position, waited_s), step_timeout_s=self._limit_s)
+            if stall is None or current_position() is not position or self._done.is_set():
                 continue
             self._leave_word(stall)
             self._kill(stall.lost)
             self._end()
             return
 
-    def _look(self, place: Place, waited_s: float) -> View:
+    def _look(self, position: Position, waited_s: float) -> GroupState:
         answers = self._ask_all()
         now = time.monotonic()
         for rank, answer in answers.items():
@@ -156,7 +156,7 @@ class Watchdog:
             else:
                 self._missing_since.setdefault(rank, now)
         missing_s = {rank: now - since for rank, since in self._missing_since.items()}
-        return View(self._own, place, waited_s, self._others, answers, missing_s)
+        return GroupState(self._own, position, waited_s, self._others, answers, missing_s)
 
     def _ask_all(self) -> dict[int, Answer]:
         with ThreadPoolExecutor(max_workers=_MAX_QUESTIONS) as pool:
@@ -188,6 +188,6 @@ class Watchdog:
                     os.kill(peer.pid, signal.SIGKILL)
 
 
-def _place_and_wait() -> tuple[Place, float]:
-    place = current_place()
-    return place, time.monotonic() - place.since
+def _position_and_wait() -> tuple[Position, float]:
+    position = current_position()
+    return position, time.monotonic() - position.since

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from moe_dist.conversion.heads import KEY as TASK_HEADS
 from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
-from moe_dist.inference.skeleton import UNTRUSTED
+from moe_dist.inference.skeleton import UNTRUSTED, clear_errors
 from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
 from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
 from moe_dist.inference.start_weights import compare_weights, read_shapes
@@ -88,7 +86,7 @@ def check_pretrained(
     Raises:
         ConversionError: as `load_pretrained`.
     """
-    with _clear_errors(directory):
+    with clear_errors(directory):
         shapes = read_shapes(Path(directory))
     with torch.random.fork_rng(devices=[]):
         return _load(directory, num_labels, label_names, None, 0, shapes=shapes)
@@ -108,7 +106,7 @@ def _load(
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
-    with _clear_errors(source), quiet_transformers():
+    with clear_errors(source), quiet_transformers():
         config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
         entries, _ = config.get_config_dict(source, revision=revision)
         own, contradiction = own_names(entries, num_labels)
@@ -154,17 +152,3 @@ def _load(
     tokenizer = read_tokenizer(source, revision)
     warnings += fit_tokenizer(tokenizer, model)
     return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings))
-
-
-@contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        place = "directory" if Path(source).is_dir() else "hub model"
-        raise ConversionError(
-            f"model.teacher: the {place} {source!r} cannot be loaded: {first_line}",
-            remedy="give a directory with config.json, model.safetensors and tokenizer files, "
-            "the name of a hub model that this machine can reach, or package:NAME",
-        ) from error

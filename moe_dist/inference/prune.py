@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.compact import neuron_norms, rebuilt
+from moe_dist.inference.neurons import neuron_norms, rebuilt
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
@@ -30,17 +33,34 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    try:
+    with clear_errors(source):
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
         config.num_labels = num_labels
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config).eval()
-    except (OSError, ValueError, KeyError) as error:
+
+
+@contextmanager
+def clear_errors(source: str) -> Iterator[None]:
+    """Say which model cannot be loaded, and what to do about it.
+
+    Args:
+        source: a directory, or a name on the Hugging Face hub.
+
+    Yields:
+        While it is read.
+
+    Raises:
+        ConversionError: for what transformers raises.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        place = "directory" if Path(source).is_dir() else "hub model"
+        kind = "directory" if Path(source).is_dir() else "hub model"
         raise ConversionError(
-            f"model.teacher: the {place} {source!r} cannot be read: {first_line}",
+            f"model.teacher: the {kind} {source!r} cannot be loaded: {first_line}",
             remedy="give a directory with config.json, model.safetensors and tokenizer files, "
             "the name of a hub model that this machine can reach, or package:NAME",
         ) from error

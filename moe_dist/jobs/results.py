@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_dist.errors import CheckpointError
-from moe_dist.whole_files import finite, whole_file
+from moe_dist.whole_files import whole_file
 
 MODEL_DIR = "model"
 CHECKPOINT_DIR = "checkpoints"
-METRIC_LOG = "metrics.jsonl"
 RESULT = "result.json"
 SCORES = "scores.safetensors"
 PREDICTIONS = "predictions.npz"
@@ -40,18 +38,6 @@ class SavedPredictions:
     predictions: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: the file; its directory is made.
-        value: plain values; NaN becomes null.
-    """
-    text = json.dumps(finite(value), indent=2, sort_keys=True)
-    with whole_file(path, durable=True) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:

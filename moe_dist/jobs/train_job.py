@@ -20,14 +20,12 @@ from moe_dist.jobs.job import Split, TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
 from moe_dist.jobs.results import (
     CHECKPOINT_DIR,
-    METRIC_LOG,
     MODEL_DIR,
     PREDICTIONS,
     RESULT,
-    write_json,
 )
 from moe_dist.measure.evaluation import Predictions, expert_load, predict
-from moe_dist.metric_log import MetricLog
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import sum_over_ranks, wait_for_ranks
@@ -41,6 +39,7 @@ from moe_dist.training.loop import (
     planned_steps,
     train,
 )
+from moe_dist.whole_files import write_json
 
 Report = Callable[[int, dict[str, float]], None]
 MAX_LOGGED_EXPERTS = 16

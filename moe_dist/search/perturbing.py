@@ -49,8 +49,8 @@ def perturb(
 
     def _moved(dimension: Dimension, value: Any) -> Any:
         if dimension.kind == "choice":
-            place = dimension.values.index(value) + generator.choice((-1, 1))
-            return dimension.values[min(max(place, 0), len(dimension.values) - 1)]
+            index = dimension.values.index(value) + generator.choice((-1, 1))
+            return dimension.values[min(max(index, 0), len(dimension.values) - 1)]
         low, high = dimension.values
         moved = min(max(value * generator.choice(FACTORS), low), high)
         if dimension.kind == "integers":

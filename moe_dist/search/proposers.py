@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_dist.config import RunConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-Fits = Callable[[Point], bool]
+IsTrainable = Callable[[Point], bool]
 MAX_DRAWS = 500
 MAX_ASKED = 50
 
@@ -40,55 +40,47 @@ class Proposer(Protocol):
         """Learn from a trial that is over."""
 
 
-class RandomProposer:
-    """Draws each trial's point from the seed and its number.
+class _SpaceProposer:
+    """Proposes points of a space, and learns nothing.
 
     Args:
         dimensions: of the space.
         config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
     """
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
+        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
-        self._dimensions, self._config, self._fits = dimensions, config, fits
-
-    def propose(self, number: int) -> Point | None:
-        """Draw until a point fits."""
-        draw = random_draw(random.Random(f"{self._config.seed}-{number}"))
-        points = (sample_point(self._dimensions, self._config, draw) for _ in range(MAX_DRAWS))
-        return next((point for point in points if self._fits(point)), None)
+        self._dimensions, self._config, self._is_trainable = dimensions, config, is_trainable
 
     def tell(self, trial: Trial) -> None:
         """Learn nothing."""
 
 
-class GridProposer:
-    """Goes through every point of a finite space that fits.
+class RandomProposer(_SpaceProposer):
+    """Draws each trial's point from the seed and its number."""
 
-    Args:
-        dimensions: of the space.
-        config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
-    """
+    def propose(self, number: int) -> Point | None:
+        """Draw until a point passes."""
+        draw = random_draw(random.Random(f"{self._config.seed}-{number}"))
+        points = (sample_point(self._dimensions, self._config, draw) for _ in range(MAX_DRAWS))
+        return next((point for point in points if self._is_trainable(point)), None)
 
-    def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
-    ) -> None:
-        self._points: Iterator[Point] = (
-            point for point in grid_points(dimensions, config) if fits(point)
-        )
+
+class GridProposer(_SpaceProposer):
+    """Goes through every point of a finite space that passes."""
+
+    @cached_property
+    def _points(self) -> Iterator[Point]:
+        return filter(self._is_trainable, grid_points(self._dimensions, self._config))
 
     def propose(self, number: int) -> Point | None:
         """Give the next point."""
         return next(self._points, None)
 
-    def tell(self, trial: Trial) -> None:
-        """Learn nothing."""
 
-
-class TpeProposer:
+class TpeProposer(RandomProposer):
     """Optuna's tree-structured Parzen estimator; its multi-objective form for several objectives.
 
     A study lives in memory: what an interrupted sweep found is told to it again.
@@ -96,17 +88,17 @@ class TpeProposer:
     Args:
         dimensions: of the space.
         config: the recipe.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
     """
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], config: RunConfig, fits: Fits = bool
+        self, dimensions: tuple[Dimension, ...], config: RunConfig, is_trainable: IsTrainable = bool
     ) -> None:
+        super().__init__(dimensions, config, is_trainable)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._dimensions, self._config, self._fits = dimensions, config, fits
         self._objectives = config.search.wanted
         sampler = optuna.samplers.TPESampler(
             seed=config.seed,
@@ -119,20 +111,19 @@ class TpeProposer:
             directions=[_direction(mode) for mode in self._objectives.values()], sampler=sampler
         )
         self._asked: dict[int, Any] = {}
-        self._fallback = RandomProposer(dimensions, config, fits)
 
     def propose(self, number: int) -> Point | None:
-        """Ask Optuna until a point fits, and chance if none does."""
+        """Ask Optuna until a point passes, and chance if none does."""
         import optuna
 
         for _ in range(MAX_ASKED):
             asked = self._study.ask()
             point = sample_point(self._dimensions, self._config, partial(_suggest, asked))
-            if self._fits(point):
+            if self._is_trainable(point):
                 self._asked[number] = asked
                 return point
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        return self._fallback.propose(number)
+        return super().propose(number)
 
     def tell(self, trial: Trial) -> None:
         """Tell Optuna what a trial found; one without a value failed."""
@@ -151,7 +142,7 @@ class TpeProposer:
 def build_proposer(
     dimensions: tuple[Dimension, ...],
     config: RunConfig,
-    fits: Fits = bool,
+    is_trainable: IsTrainable = bool,
     past: Iterable[Trial] = (),
 ) -> Proposer:
     """Choose who proposes, and tell it what is known.
@@ -159,19 +150,19 @@ def build_proposer(
     Args:
         dimensions: of the space.
         config: the recipe; its `search` section names the algorithm.
-        fits: tells whether a point can be trained and was not yet.
+        is_trainable: tells whether a point can be trained and was not yet.
         past: trials of an interrupted sweep that are over.
 
     Returns:
         The proposer.
     """
-    proposer = PROPOSERS[config.search.chosen_algorithm](dimensions, config, fits)
+    proposer = PROPOSERS[config.search.chosen_algorithm](dimensions, config, is_trainable)
     for trial in past:
         proposer.tell(trial)
     return proposer
 
 
-PROPOSERS: dict[str, Callable[[tuple[Dimension, ...], RunConfig, Fits], Proposer]] = {
+PROPOSERS: dict[str, Callable[[tuple[Dimension, ...], RunConfig, IsTrainable], Proposer]] = {
     "random": RandomProposer,
     "grid": GridProposer,
     "tpe": TpeProposer,

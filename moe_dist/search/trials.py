@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dist.config.search_section import MeasureMode
+from moe_dist.search.objectives import pareto_front
+
 LOG_NAME = "trials.jsonl"
 BASELINE = 0
 """The number of the trial that is the recipe as it stands; those of the space begin at 1."""
@@ -33,8 +36,8 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Leg:
-    """A part of the way to a trial's weights, on one set of values.
+class WeightSegment:
+    """Steps of training behind a trial's weights, on one set of values.
 
     Args:
         step: optimizer steps before it.
@@ -60,8 +63,9 @@ class Trial:
         num_steps: optimizer steps of the whole training.
         seconds: of work, from its start on a worker to its end.
         message: why it failed.
-        course: how its weights came about, from the first step on; more than one leg where it took
-            over the weights of another trial. `drawn` and `overrides` are those of the last.
+        weight_history: what its weights were trained by, from the first step on; more than one
+            segment where it took over the weights of another trial. `drawn` and `overrides` are
+            those of the last.
     """
 
     number: int
@@ -72,7 +76,7 @@ class Trial:
     num_steps: int = 0
     seconds: float = 0.0
     message: str = ""
-    course: list[Leg] = field(default_factory=list)
+    weight_history: list[WeightSegment] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -162,14 +166,17 @@ class TrialLog:
         if event == "started":
             overrides = dict(entry["overrides"])
             self.trials[number] = Trial(
-                number, dict(entry["drawn"]), overrides, course=[Leg(0, number, overrides)]
+                number,
+                dict(entry["drawn"]),
+                overrides,
+                weight_history=[WeightSegment(0, number, overrides)],
             )
             return
         trial = self.trials[number]
         if event == "took_over":
             trial.drawn, trial.overrides = dict(entry["drawn"]), dict(entry["overrides"])
-            leg = Leg(entry["step"], number, trial.overrides)
-            trial.course = [*self.trials[entry["strong"]].course, leg]
+            segment = WeightSegment(entry["step"], number, trial.overrides)
+            trial.weight_history = [*self.trials[entry["strong"]].weight_history, segment]
         elif event == "reported":
             trial.reports.append(Report(entry["rung"], entry["step"], dict(entry["metrics"])))
             trial.num_steps = entry["num_steps"]
@@ -192,3 +199,9 @@ def rank_trials(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
     sign = -1.0 if mode == "max" else 1.0
     whole = [t for t in trials if t.status == "finished" and not math.isnan(t.value(metric))]
     return sorted(whole, key=lambda trial: (sign * trial.value(metric), trial.number))
+
+
+def finished_front(trials: Sequence[Trial], objectives: Mapping[str, MeasureMode]) -> list[Trial]:
+    """Find the trials trained to the end that no other one beats; see `pareto_front`."""
+    whole = [trial for trial in trials if trial.status == "finished"]
+    return [whole[index] for index in pareto_front([t.metrics for t in whole], objectives)]

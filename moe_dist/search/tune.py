@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_dist.errors import MoeDistError
 from moe_dist.search.driver_only import DriverOnly
+from moe_dist.search.early_stopping import OBJECTIVE, TIME, Ruling, build_scheduler, compared_by
 from moe_dist.search.population import Population, all_at_once, in_step
 from moe_dist.search.trials import Report, Trial
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes
-from moe_dist.workers.driver import RaySession
 from moe_dist.workers.job_errors import first_line, user_error
 from moe_dist.workers.placement import NumWorkers, Placement, choose_placement
+from moe_dist.workers.ray_session import RaySession
 
 if TYPE_CHECKING:
     from ray.tune import Callback
-    from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
 Task = Mapping[str, Any]
@@ -42,7 +42,7 @@ RunTrial = Callable[[Task, Say], None]
 
 In a population also ``checkpoint``, the directory of what it has reached, but for the last rung.
 """
-TIME, OBJECTIVE, FAILURE = "ruled_rung", "objective", "failure"
+FAILURE = "failure"
 POINTER_NAME = "pointer.json"
 LEAVING_S = 120
 """How long a trial that Tune takes off its actor may take to leave; Tune's own is 2 s."""
@@ -68,25 +68,6 @@ class Watcher(Protocol):
 
     def is_time_up(self) -> bool:
         """Tell whether the sweep is to end now, its running trials left unfinished."""
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """Who ends trials early.
-
-    Args:
-        scheduler: `none`, `asha`, `hyperband`, `median` or `pbt`.
-        metric: what it compares.
-        mode: `max` or `min`.
-        last_rung: the time of a trial's end.
-        reduction_factor: see ASHA.
-    """
-
-    scheduler: str
-    metric: str
-    mode: str
-    last_rung: int
-    reduction_factor: int
 
 
 @dataclass(frozen=True)
@@ -134,10 +115,12 @@ def find_room(
     """
     placement = choose_placement(capacity, num_workers, cpus_per_worker, use_gpu)
     # What an autoscaler may add is not counted: a sweep that waits for it would wait as a whole.
-    fitting = max(1, capacity.present_places(placement.need) // placement.least)
+    most_at_once = max(1, capacity.present_slots(placement.need) // placement.least)
     logger.debug("trials on %s", describe_nodes(capacity))
     return TrialRoom(
-        placement, fitting if most is None else min(fitting, most), in_place=placement.most == 1
+        placement,
+        most_at_once if most is None else min(most_at_once, most),
+        in_place=placement.most == 1,
     )
 
 
@@ -178,15 +161,15 @@ def run_sweep(
     here = DriverOnly(watcher)
     space: dict[str, Any] = {}
     if population is None:
-        chosen = {"search_alg": _searcher(here), "scheduler": _scheduler(ruling, past)}
+        chosen = {"search_alg": _searcher(here), "scheduler": build_scheduler(ruling, past)}
         chosen |= {"num_samples": num_trials, "max_concurrent_trials": room.num_concurrent}
     else:
         space = {"task": tune.grid_search(_all_tasks(watcher))}
         chosen = {"search_alg": all_at_once()}
-        chosen |= {"scheduler": in_step(population, **_compared(ruling))}
-    place = None if population is None else population.directory
+        chosen |= {"scheduler": in_step(population, **compared_by(ruling))}
+    directory = None if population is None else population.directory
     with tempfile.TemporaryDirectory(
-        prefix="moe-dist-tune-", dir=place, ignore_cleanup_errors=True
+        prefix="moe-dist-tune-", dir=directory, ignore_cleanup_errors=True
     ) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
@@ -297,70 +280,13 @@ def _searcher(here: DriverOnly[Watcher]) -> Searcher:
     return Proposed(metric=OBJECTIVE, mode="max")
 
 
-def _scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
-
-    common = _compared(ruling)
-    if ruling.scheduler == "none" or ruling.last_rung == 1:
-        return FIFOScheduler()
-    scheduler: TrialScheduler
-    if ruling.scheduler == "median":
-        scheduler = _median(common)
-    else:
-        num_rungs = round(math.log(ruling.last_rung, ruling.reduction_factor)) + 1
-        scheduler = AsyncHyperBandScheduler(
-            # One more than the last rung: a trial ends there by itself.
-            max_t=ruling.last_rung + 1,
-            grace_period=1,
-            reduction_factor=ruling.reduction_factor,
-            brackets=min(num_rungs, 3) if ruling.scheduler == "hyperband" else 1,
-            **common,
-        )
-    for trial in past:
-        stand_in = _PastTrial(f"past-{trial.number}")
-        scheduler.on_trial_add(None, stand_in)
-        for report in trial.reports:
-            value = report.metrics.get(ruling.metric, math.nan)
-            if math.isfinite(value):
-                scheduler.on_trial_result(None, stand_in, {TIME: report.rung, OBJECTIVE: value})
-    return scheduler
-
-
-def _compared(ruling: Ruling) -> dict[str, Any]:
-    return {"time_attr": TIME, "metric": OBJECTIVE, "mode": ruling.mode}
-
-
-def _median(common: dict[str, Any]) -> TrialScheduler:
-    from ray.tune.schedulers import MedianStoppingRule
-
-    class Median(MedianStoppingRule):
-        def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
-            # Ray's would let the trial make room for others, and lose what it has trained.
-            action: str = self.CONTINUE
-            return action
-
-        def on_trial_complete(self, controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
-            # Ray's counts the last word of a trial that is not ruled or failed, and breaks on it.
-            if TIME in result:
-                super().on_trial_complete(controller, trial, result)
-
-    return Median(grace_period=1, min_samples_required=3, **common)
-
-
-@dataclass(frozen=True)
-class _PastTrial:
-    """What a scheduler looks at of a trial that another process ran."""
-
-    trial_id: str
-
-
 def _callback(here: DriverOnly[Watcher]) -> Callback:
     from ray.tune import Callback
 
     numbers: dict[str, int] = {}
     failed: set[int] = set()
 
-    class Relay(Callback):
+    class Noted(Callback):
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             number = int(json.loads(trial.config["task"])["number"])
             if trial.trial_id not in numbers:
@@ -394,7 +320,7 @@ def _callback(here: DriverOnly[Watcher]) -> Callback:
                 failed.add(number)
                 here().ended(number, f"its worker ended: {_last_line(trial)}")
 
-    return Relay()
+    return Noted()
 
 
 def _last_line(trial: Any) -> str:

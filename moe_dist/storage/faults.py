@@ -50,7 +50,7 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
     """Turn what pyarrow and fsspec raise into a StorageError.
 
     Args:
-        uri: the place; shown without user info and query.
+        uri: shown without user info and query.
         doing: what was tried: `read`, `write`.
 
     Yields:
@@ -72,7 +72,7 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
 
     Args:
         error: what pyarrow or fsspec raised.
-        uri: the place; shown without user info and query.
+        uri: shown without user info and query.
         doing: what was tried.
 
     Returns:
@@ -91,8 +91,8 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
 
 def _without_secrets(text: str, uri: str) -> str:
     text = text.replace(uri, redact_uri(uri))
-    place, _, query = uri.partition("://")[2].partition("?")
-    secrets = [*place.rpartition("@")[0].split(":"), query]
+    location, _, query = uri.partition("://")[2].partition("?")
+    secrets = [*location.rpartition("@")[0].split(":"), query]
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return text

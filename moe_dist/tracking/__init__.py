@@ -22,7 +22,7 @@ parameters without those of placement and observation, such as `parallel` and `c
 
 from __future__ import annotations
 
-from moe_dist.tracking.metric_summary import shown_metrics
+from moe_dist.tracking.metric_summary import summarise_metrics
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
 from moe_dist.tracking.protocols import (
@@ -57,6 +57,6 @@ __all__ = [
     "recorded_id",
     "redact_uri",
     "scrub",
-    "shown_metrics",
+    "summarise_metrics",
     "sort_runs",
 ]

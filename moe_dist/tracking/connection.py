@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import TrackingError
-from moe_dist.tracking.database_lock import Turns
+from moe_dist.tracking.database_lock import DatabaseLock
 from moe_dist.tracking.privacy import redact_uri
 from moe_dist.uris import sqlite_path
 
@@ -29,13 +29,13 @@ _TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _DATABRICKS = "databricks"
 
 
-def connect(uri: str, turns: Turns | None = None) -> MlflowClient:
+def connect(uri: str, lock: DatabaseLock | None = None) -> MlflowClient:
     """Connect to a store and ask it something.
 
     Args:
         uri: `http(s)://...`, `sqlite:///FILE` or another database URI, `databricks` or
             `databricks://PROFILE`.
-        turns: the line in front of a sqlite database, for who is going to write.
+        lock: of a sqlite database, for who is going to write.
 
     Returns:
         MLflow's client.
@@ -56,7 +56,7 @@ def connect(uri: str, turns: Turns | None = None) -> MlflowClient:
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Two processes that first open a database would both try to make its tables.
-    with usable(uri), (turns or Turns(path)).taken():
+    with usable(uri), (lock or DatabaseLock(path)).held():
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
         return client

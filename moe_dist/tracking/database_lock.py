@@ -1,7 +1,7 @@
-"""Turns of the processes that write to one sqlite store.
+"""The lock of the processes that write to one sqlite store.
 
 sqlite lets one process write at a time, and makes the others try again until they give up with
-"database is locked". A lock file beside the database lets them stand in line instead.
+"database is locked". A lock file beside the database lets them wait for each other instead.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from pathlib import Path
 from typing import IO
 
 MAX_WAIT_S = 60.0
-"""A process that was stopped within its turn holds up the others no longer than this."""
+"""A process that was stopped while it held the lock holds up the others no longer than this."""
 _POLL_S = 0.01
 
 
-class Turns:
-    """The line in front of a database, across processes and threads; not to be nested.
+class DatabaseLock:
+    """Lets one writer at a database, across processes and threads; not to be nested.
 
     Args:
         database: the database's file; with None, as for a server, nobody waits.
     """
 
     def __init__(self, database: Path | None) -> None:
-        self._lock = (
-            None if database is None else database.with_name(f".{database.name}.turns").absolute()
+        self._path = (
+            None if database is None else database.with_name(f".{database.name}.lock").absolute()
         )
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for a turn, and end it with the block.
+    def held(self) -> Iterator[None]:
+        """Wait for the lock, and give it back at the block's end.
 
         Yields:
             Nothing.
         """
-        if self._lock is None:
+        if self._path is None:
             yield
             return
         try:
-            stream = self._lock.open("w", encoding="utf-8")
+            stream = self._path.open("w", encoding="utf-8")
         except OSError:  # The database may be writable where its directory is not.
             yield
             return
         with stream:
             _wait(stream)
-            # Closing the file ends the turn.
+            # Closing the file gives the lock back.
             yield
 
 

@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dist.metric_log import MetricLog
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.whole_files import whole_file
 
 JOURNAL_NAME = "tracking.json"
-METRICS_NAME = "metrics.jsonl"
 RUNNING = "RUNNING"
 NO_PARENT = "."
 
@@ -106,7 +105,7 @@ class Journal:
     @property
     def metric_log(self) -> MetricLog:
         """The log whose records belong to this run."""
-        return MetricLog(self.directory / METRICS_NAME)
+        return MetricLog(self.directory / METRIC_LOG)
 
     @contextmanager
     def changing(self) -> Iterator[Wanted]:
@@ -124,7 +123,7 @@ class Journal:
             yield self.sent
             self.save()
 
-    def place_below(self, parent: Journal | None) -> None:
+    def nest_below(self, parent: Journal | None) -> None:
         """Make this the journal of a parent's child, or of a chain.
 
         Args:

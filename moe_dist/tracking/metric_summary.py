@@ -13,7 +13,7 @@ IMBALANCE_PREFIX = "moe/load_imbalance/"
 LOAD_PREFIX = "moe/expert_load/"
 
 
-def shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def summarise_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Replace the figures of single layers and experts by their summary.
 
     Args:

@@ -26,9 +26,9 @@ from moe_dist.tracking.connection import (
     is_databricks,
     usable,
 )
-from moe_dist.tracking.database_lock import Turns
+from moe_dist.tracking.database_lock import DatabaseLock
 from moe_dist.tracking.journal import RUNNING, Journal, Sent
-from moe_dist.tracking.metric_summary import shown_metrics
+from moe_dist.tracking.metric_summary import summarise_metrics
 from moe_dist.tracking.models import ModelSender
 from moe_dist.tracking.privacy import redact_uri
 
@@ -61,13 +61,13 @@ class MlflowStore:
         self.shown_uri = redact_uri(uri)
         self._uri = uri
         database = database_path(uri)
-        self._turns = Turns(database)
-        self._client = connect(uri, self._turns)
-        with usable(uri), self._turns.taken():
+        self._lock = DatabaseLock(database)
+        self._client = connect(uri, self._lock)
+        with usable(uri), self._lock.held():
             self.experiment_id = self._find_or_create(experiment, database)
         is_served = uri.startswith("http") or is_databricks(uri)
         self._models = ModelSender(
-            self._client, self.experiment_id, self._turns, is_served=is_served
+            self._client, self.experiment_id, self._lock, is_served=is_served
         )
         self._tails: dict[Path, _MetricFeed] = {}
 
@@ -102,7 +102,7 @@ class MlflowStore:
         if sent.uri != self.shown_uri:
             journal.sent = sent = Sent(uri=self.shown_uri)
         revision = journal.revision
-        with self._turns.taken():
+        with self._lock.held():
             if sent.run_id is None:
                 self._create(journal)
             elif not journal.attached:
@@ -115,7 +115,7 @@ class MlflowStore:
         self._send_metrics(journal, run_id)
         self._send_artifacts(journal, run_id)
         self._models.send(journal, run_id)
-        with self._turns.taken():
+        with self._lock.held():
             self._send_status(journal, run_id, revision)
 
     @property
@@ -281,7 +281,7 @@ class MlflowStore:
         feed = self._feed(journal)
         while points := feed.next_points(MAX_METRICS_PER_BATCH):
             metrics = [point for point, _ in points]
-            with self._turns.taken():
+            with self._lock.held():
                 self._offer(self._client.log_batch, run_id, metrics=metrics)
             feed.confirm(points)
             with journal.confirming() as sent:
@@ -369,7 +369,7 @@ class _MetricFeed:
         from mlflow.entities import Metric
 
         for record in self._tail.poll():
-            for name, value in shown_metrics(record.metrics).items():
+            for name, value in summarise_metrics(record.metrics).items():
                 key = _name(name)
                 step = self._free_step(key, record.step, value)
                 if step is not None:

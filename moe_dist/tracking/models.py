@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.tracking.connection import REJECTED, describe_fault
-from moe_dist.tracking.database_lock import Turns
+from moe_dist.tracking.database_lock import DatabaseLock
 from moe_dist.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -36,17 +36,17 @@ class ModelSender:
     Args:
         client: the connection.
         experiment_id: where the runs are.
-        turns: the line in front of a database.
+        lock: of the database.
         is_served: whether a server answers, and not a database.
     """
 
     def __init__(
-        self, client: MlflowClient, experiment_id: str, turns: Turns, *, is_served: bool
+        self, client: MlflowClient, experiment_id: str, lock: DatabaseLock, *, is_served: bool
     ) -> None:
         self._client = client
         self._is_served = is_served
         self._experiment_id = experiment_id
-        self._turns = turns
+        self._lock = lock
         self.uploading = ""
         """The name of the model that is on its way; empty if none is."""
 
@@ -90,7 +90,7 @@ class ModelSender:
         from mlflow.entities import LoggedModelOutput
 
         if "model_id" not in sent:
-            with self._turns.taken():
+            with self._lock.held():
                 model = self._client.create_logged_model(
                     self._experiment_id,
                     name=entry["name"],
@@ -106,7 +106,7 @@ class ModelSender:
             described = Path(scratch) / "model"
             describe_model(directory, described, entry, run_id=run_id, model_id=sent["model_id"])
             self._client.log_model_artifacts(sent["model_id"], str(described))
-        with self._turns.taken():
+        with self._lock.held():
             self._client.finalize_logged_model(sent["model_id"], "READY")
         with journal.confirming():
             sent["ready"] = "yes"
@@ -120,7 +120,7 @@ class ModelSender:
             # MLflow would look the id up in the default store of this process, not in this one.
             source = self._client.get_logged_model(model_id).artifact_location
         try:
-            with self._turns.taken():
+            with self._lock.held():
                 self._ensure_registered(name)
                 self._client.create_model_version(
                     name,

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from moe_dist.metric_log import MetricLog
-from moe_dist.tracking.journal import METRICS_NAME
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking.protocols import DatasetInput, StageNote, TrackedModel, TrackedRun
 
 
@@ -39,7 +38,7 @@ class _LocalRun:
         pass
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        MetricLog(self._directory / METRICS_NAME).append(step, metrics)
+        MetricLog(self._directory / METRIC_LOG).append(step, metrics)
 
     def log_dataset(self, dataset: DatasetInput) -> None:
         pass

@@ -168,7 +168,7 @@ class _MlflowRun:
         """Continue or begin a child's journal; only one writes to a directory at any time."""
         followed = self._sender.followed(directory)
         if followed is not None and followed.wanted.fingerprint == fingerprint:
-            followed.place_below(self._journal)
+            followed.nest_below(self._journal)
             return followed
         if followed is not None:
             followed.retire()
@@ -200,7 +200,7 @@ class _MlflowRun:
 
 
 def recipe_hash(identity: Mapping[str, object]) -> str:
-    """Name a recipe, whatever the workers, places and comparisons that it runs with.
+    """Name a recipe, whatever the workers, directories and comparisons that it runs with.
 
     Args:
         identity: the settings that make it the one it is, nested or flat.
@@ -228,7 +228,7 @@ def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal 
             if journal.sent.run_id is not None:
                 wanted.replaced[journal.sent.run_id] = journal.sent.uri
         journal = Journal(directory, wanted, Sent(), parent)
-    journal.place_below(parent)
+    journal.nest_below(parent)
     journal.wanted.status = RUNNING
     journal.wanted.ended_ms = None
     return journal

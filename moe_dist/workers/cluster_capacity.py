@@ -27,7 +27,7 @@ class WorkerNeed:
     cpus: int
     gpus: int = 0
 
-    def places(self, cpus: float, gpus: float) -> int:
+    def slots(self, cpus: float, gpus: float) -> int:
         """Count the workers that fit into the CPUs and GPUs of one node."""
         counts = [math.floor(cpus / self.cpus)]
         if self.gpus:
@@ -96,25 +96,25 @@ class Capacity:
     kinds: tuple[NodeKind, ...] | None = ()
     max_added: int = 0
 
-    def present_places(self, need: WorkerNeed) -> int:
+    def present_slots(self, need: WorkerNeed) -> int:
         """Count the workers that the nodes hold which are up, whatever runs there now."""
-        return sum(need.places(node.cpus, node.gpus) for node in self.nodes)
+        return sum(need.slots(node.cpus, node.gpus) for node in self.nodes)
 
-    def free_places(self, need: WorkerNeed) -> int:
+    def free_slots(self, need: WorkerNeed) -> int:
         """Count the workers that fit at this moment."""
-        return sum(need.places(node.free_cpus, node.free_gpus) for node in self.nodes)
+        return sum(need.slots(node.free_cpus, node.free_gpus) for node in self.nodes)
 
-    def most_places(self, need: WorkerNeed) -> float:
+    def most_slots(self, need: WorkerNeed) -> float:
         """Count the workers that the cluster can ever hold; infinite where that is not known."""
         if self.kinds is None:
             return math.inf
         left, added = self.max_added, 0
-        by_size = sorted(self.kinds, key=lambda kind: -need.places(kind.cpus, kind.gpus))
+        by_size = sorted(self.kinds, key=lambda kind: -need.slots(kind.cpus, kind.gpus))
         for kind in by_size:
             count = min(left, kind.max_nodes)
-            added += count * need.places(kind.cpus, kind.gpus)
+            added += count * need.slots(kind.cpus, kind.gpus)
             left -= count
-        return self.present_places(need) + added
+        return self.present_slots(need) + added
 
 
 def read_capacity(bootstrap: Path = BOOTSTRAP) -> Capacity:

@@ -1,8 +1,8 @@
 """Runs a job on the workers of a Ray cluster, through Ray Train V2.
 
 The job itself knows nothing of Ray: it is a function of one dictionary that finds its process
-group standing. This module starts or joins the cluster, places the workers, starts them again
-when one dies, and brings the job's own error back.
+group standing. This module places the workers, starts them again when one dies, and brings the
+job's own error back.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import moe_dist
+from moe_dist.background import in_background
 from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.timeline import mark
-from moe_dist.workers.background import in_background
 from moe_dist.workers.job_errors import explain, first_line, keep_room, read_stop, user_error
-from moe_dist.workers.place_watch import watched_places
 from moe_dist.workers.placement import NumWorkers, Placement, plan_placement
+from moe_dist.workers.placement_wait import watched_placement
+from moe_dist.workers.ray_session import RaySession, ray_session
 from moe_dist.workers.records import Records, local_records, open_records
 from moe_dist.workers.worker import run_worker
-from moe_dist.workers.worker_warnings import WARNINGS_NAME, relayed_warnings
+from moe_dist.workers.worker_warnings import WARNINGS_NAME, followed_warnings
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from moe_dist.workers.attempts import Restart
 
 POLL_INTERVAL_S = 0.5
-_OBJECT_STORE_BYTES = 256 * 2**20
 
 logger = logging.getLogger("moe_dist.training")
 
@@ -62,130 +60,6 @@ class JobResult:
     start_up_s: float
     world_sizes: tuple[int, ...]
     restarts: Sequence[Restart] = ()
-
-
-class RaySession:
-    """One connection to Ray for several jobs; a local Ray is started when the first job needs it.
-
-    Joins the cluster that `RAY_ADDRESS` names (as `ray job submit` sets it), or one to which this
-    process is connected already; else starts Ray on this machine, and stops it when the `with`
-    block ends.
-
-    Args:
-        dashboard: start Ray's dashboard too. Training does without and starts faster; nested Ray
-            Tune trials need it, or Ray never gives their places back.
-    """
-
-    def __init__(self, *, dashboard: bool = False) -> None:
-        self._dashboard = dashboard
-        self._started = False
-
-    def __enter__(self) -> RaySession:
-        """Open the session; nothing is started yet."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the cluster, or stop it if this session started it."""
-        self.close()
-
-    def close(self) -> None:
-        """Stop Ray now, if this session started it; the next job starts it again."""
-        if self._started:
-            import ray
-
-            self._started = False
-            ray.shutdown()
-
-    def connect(self, *, beside: Callable[[], None] | None = None) -> None:
-        """Start or join Ray; does nothing if that was done.
-
-        Args:
-            beside: done in a thread meanwhile, since Ray mostly waits for its own processes.
-
-        Raises:
-            ClusterError: if the cluster cannot be reached, or a local Ray does not start.
-        """
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray Train's workers have an environment of their own: those started early stay idle.
-        os.environ.setdefault("RAY_enable_worker_prestart", "0")
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        import ray  # Before `beside`: two threads must not import it at once.
-
-        if beside is not None:
-            with in_background(lambda _: beside(), "beside-ray"):
-                self.connect()
-            return
-        if ray.is_initialized():
-            return
-        address = os.environ.get("RAY_ADDRESS")
-        try:
-            with _own_termination():
-                self._init(address)
-        except Exception as fault:  # Ray raises a bare one where its raylet starts too slowly.
-            where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-            raise ClusterError(
-                f"{where} could not be {'reached' if address else 'started'}: {first_line(fault)}",
-                remedy=(
-                    "See `ray status` there, and set RAY_AUTH_MODE=token with its token if it asks "
-                    "for one; unset RAY_ADDRESS to run on this machine."
-                    if address
-                    else "Free memory and /tmp, stop left-over processes with `ray stop`, or use "
-                    "parallel.launcher=local with one worker."
-                ),
-            ) from fault
-        self._started = True
-
-    def _init(self, address: str | None) -> None:
-        import ray
-
-        if address:
-            ray.init(
-                address=address,
-                runtime_env=_source_environment(),
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-            return
-        with _python_path():
-            ray.init(
-                address="local",
-                num_cpus=available_cpus(),
-                include_dashboard=self._dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-
-
-def available_cpus() -> int:
-    """Count the CPUs that this process may use: its affinity, and its container's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
-def ray_session(*, dashboard: bool = False) -> RaySession:
-    """Open one Ray session for a chain of jobs, each of which is handed it.
-
-    Args:
-        dashboard: see `RaySession`.
-
-    Returns:
-        The session, for a `with` statement.
-    """
-    return RaySession(dashboard=dashboard)
 
 
 def run_on_workers(
@@ -215,13 +89,13 @@ def run_on_workers(
         job: what it is told, a `Job` or anything else that can be sent.
         num_workers: processes; each has its rank and a process group (gloo, or nccl on GPUs).
             A pair is the least and the most of them: the job starts with as many as there are
-            places, goes on with fewer when a node is lost, and with more when one comes.
+            worker slots, goes on with fewer when a node is lost, and with more when one comes.
         storage_path: a directory that all nodes share, or a URI as text.
         name: the job's name; its records lie in `storage_path / name`.
         cpus_per_worker: CPUs that each worker reserves, and its number of threads.
         use_gpu: one GPU for each worker; None takes them where Ray has enough of them.
         max_failures: how many deaths of workers are survived.
-        wait_s: the longest wait for places that other jobs hold or that are still to come.
+        wait_s: the longest wait for worker slots that other jobs hold or that are still to come.
         step_timeout_s: how long a training step may stand still before the workers are started
             again, in seconds; see `moe_dist.distributed.watchdog`.
         launcher: `ray`; `local` runs a single worker in this process; `auto` is `ray`, except for
@@ -248,11 +122,11 @@ def run_on_workers(
     config = {
         "work": work,
         "job": job,
-        "records": records.place,
+        "records": records.location,
         "num_threads": cpus_per_worker,
         "step_timeout_s": step_timeout_s,
     }
-    with relayed_warnings(records), _polling(on_poll):
+    with followed_warnings(records), _polling(on_poll):
         if runs_here(launcher, num_workers):
             value = _run_here(config)
         else:
@@ -324,8 +198,8 @@ def _run_on_ray(
 ) -> Any:
     # A stage lasts seconds on a small model: Ray's two seconds between looks are too many.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # How long Ray Train asks for one set of places before it looks how many there are; until then
-    # it neither notices a lost node nor takes an order to stop.
+    # How long Ray Train asks for one set of worker slots before it looks how many there are; until
+    # then it neither notices a lost node nor takes an order to stop.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if not os.environ.get("RAY_ADDRESS"):
         # Nobody reclaims one's own machine; its watcher is one process more at every start.
@@ -357,21 +231,21 @@ def _run_on_ray(
             **records.ray_storage,
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_death_notes(records.place)],
+            callbacks=[_death_notes(records.location)],
         ),
     )
     fault: TrainingFailedError | None = None
     value: Any = None
     try:
-        with watched_places(placement, records.directory, wait_s), _own_interrupt():
+        with watched_placement(placement, records.directory, wait_s), _own_interrupt():
             value = trainer.fit().return_value
     except TrainingFailedError as failed:
         fault = failed
-        # Without the dashboard Ray 2.60 keeps a failed job's places, and the next job waits
+        # Without the dashboard Ray 2.60 keeps a failed job's worker slots, and the next job waits
         # for them for ever.
         session.close()
     except RayActorError as failed:
-        # The controller died, by our own hand if the wait for places was too long.
+        # The controller died, by our own hand if the wait for worker slots was too long.
         session.close()
         records.pull()
         if read_stop(records.directory) is None:
@@ -390,7 +264,7 @@ def _run_on_ray(
     return value
 
 
-def _death_notes(place: str) -> UserCallback:
+def _death_notes(location: str) -> UserCallback:
     """Return what Ray's controller calls when a worker failed, before it ends the others."""
     from ray.train import UserCallback
 
@@ -400,40 +274,10 @@ def _death_notes(place: str) -> UserCallback:
         ) -> None:
             from moe_dist.workers.attempts import note_deaths
 
-            with local_records(place) as records:
+            with local_records(location) as records:
                 note_deaths(records.directory, worker_exceptions)
 
     return DeathNotes()
-
-
-def _source_root() -> str:
-    return str(Path(moe_dist.__file__).resolve().parent.parent)
-
-
-def _source_environment() -> dict[str, Any] | None:
-    # A submitted job carries its working directory with it, and Ray takes no second environment.
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return None
-    return {"env_vars": {"PYTHONPATH": _joined_path()}}
-
-
-def _joined_path() -> str:
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([_source_root(), *(part for part in known if part)])
-
-
-@contextmanager
-def _python_path() -> Iterator[None]:
-    """Let the processes of a local Ray find this source tree, wherever the command was run."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = _joined_path()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager
@@ -449,19 +293,6 @@ def _own_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt from stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _own_termination() -> Iterator[None]:
-    """Keep SIGTERM what it was: Ray's native handler would print a trace of addresses first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    # A program that did not handle it keeps Ray's handler, which takes the workers down.
-    handler = before if callable(before) else signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

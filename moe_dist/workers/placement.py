@@ -104,9 +104,9 @@ def choose_placement(
     if use_gpu is None:
         # An autoscaler that does not tell its bounds is not waited for on a mere chance.
         known = capacity if capacity.kinds is not None else Capacity(capacity.nodes)
-        use_gpu = known.most_places(on_gpu.need) >= least
+        use_gpu = known.most_slots(on_gpu.need) >= least
     chosen = on_gpu if use_gpu else on_cpu
-    if capacity.most_places(chosen.need) < least:
+    if capacity.most_slots(chosen.need) < least:
         raise _impossible(capacity, chosen)
     return chosen
 
@@ -120,11 +120,11 @@ def _impossible(capacity: Capacity, placement: Placement) -> ClusterError:
             f"the Ray cluster can grow to {cpus:g} at most ({describe_nodes(capacity)}; the "
             f"autoscaler may add {capacity.max_added} nodes)"
         )
-    fitting = int(capacity.most_places(need))
+    num_slots = int(capacity.most_slots(need))
     fewer = (
-        f"Set parallel.num_workers to {fitting} or less, reserve fewer CPUs for each worker, or "
+        f"Set parallel.num_workers to {num_slots} or less, reserve fewer CPUs for each worker, or "
         "add nodes."
-        if fitting
+        if num_slots
         else "Reserve fewer CPUs for each worker (parallel.cpus_per_worker), or add larger nodes."
     )
     if need.gpus and least > gpus:
@@ -140,8 +140,8 @@ def _impossible(capacity: Capacity, placement: Placement) -> ClusterError:
             remedy=fewer,
         )
     return ClusterError(
-        f"{placement.wish} needs {least} places of {need}, each on one node, and "
-        f"{fitting} fit on the nodes: {has}",
+        f"{placement.wish} needs {least} slots of {need}, each on one node, and "
+        f"{num_slots} fit on the nodes: {has}",
         remedy=fewer,
     )
 

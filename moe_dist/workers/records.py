@@ -5,7 +5,6 @@ Where they share none, the records lie at a URI, and each process has copies in 
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,17 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from moe_dist.errors import StorageError
 from moe_dist.storage import Store
+from moe_dist.storage.sync import Sync
 from moe_dist.uris import is_uri, join_uri
 from moe_dist.whole_files import whole_file
-from moe_dist.workers.background import in_background
 
 SYNC_INTERVAL_S = 1.0
 _GROWING = ".jsonl"
 _RECORDS = (f"[!.]*{_GROWING}", "[!.]*.json")
-
-logger = logging.getLogger(__name__)
 
 
 class Records:
@@ -39,7 +35,7 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.place = str(directory)
+        self.location = str(directory)
 
     @property
     def ray_storage(self) -> dict[str, Any]:
@@ -79,10 +75,10 @@ class RemoteRecords(Records):
     def __init__(self, uri: str) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="moe-dist-records-")
         super().__init__(Path(self._temporary.name))
-        self.place = uri
+        self.location = uri
         self._store = Store(uri)
         self._known: dict[str, bytes] = {}
-        self._is_failing = False
+        self._sync = Sync(self._upload)
         self._lock = threading.Lock()
 
     @property
@@ -123,25 +119,25 @@ class RemoteRecords(Records):
 
     def push(self) -> None:
         """Upload the records that this process changed; what fails is tried again the next time."""
-        with self._lock:
-            try:
-                self._upload()
-                self._is_failing = False
-            except (StorageError, OSError) as error:
-                if not self._is_failing:
-                    logger.warning("%s; trying again", str(error).splitlines()[0])
-                self._is_failing = True
+        self._sync.attempt()
+
+    @contextmanager
+    def pushed(self) -> Iterator[None]:
+        """Upload changes every second while a `with` block lasts, and when it is over."""
+        with self._sync.every(SYNC_INTERVAL_S, "records"):
+            yield
 
     def _upload(self) -> None:
-        for path in sorted(self.directory.iterdir()):
-            if not _matches(path.name, _RECORDS):
-                continue
-            content = path.read_bytes()
-            if content == self._known.get(path.name):
-                continue
-            if path.suffix == _GROWING or self._store.read(path.name) is None:
-                self._store.write(path.name, content)
-            self._known[path.name] = content
+        with self._lock:
+            for path in sorted(self.directory.iterdir()):
+                if not _matches(path.name, _RECORDS):
+                    continue
+                content = path.read_bytes()
+                if content == self._known.get(path.name):
+                    continue
+                if path.suffix == _GROWING or self._store.read(path.name) is None:
+                    self._store.write(path.name, content)
+                self._known[path.name] = content
 
 
 def open_records(storage_path: Path | str, name: str) -> Records:
@@ -164,11 +160,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 @contextmanager
-def local_records(place: str) -> Iterator[Records]:
+def local_records(location: str) -> Iterator[Records]:
     """Give a worker a directory of records that all processes of its job know.
 
     Args:
-        place: `Records.place`.
+        location: `Records.location`.
 
     Yields:
         The records; where they lie at a URI, changes are uploaded every second.
@@ -176,18 +172,10 @@ def local_records(place: str) -> Iterator[Records]:
     Raises:
         StorageError: if the records cannot be read.
     """
-    if not is_uri(place):
-        yield Records(Path(place))
+    if not is_uri(location):
+        yield Records(Path(location))
         return
-    records = RemoteRecords(place)
+    records = RemoteRecords(location)
     records.pull()
-
-    def follow(over: threading.Event) -> None:
-        while not over.wait(SYNC_INTERVAL_S):
-            records.push()
-
-    try:
-        with in_background(follow, "records"):
-            yield records
-    finally:
-        records.push()
+    with records.pushed():
+        yield records

@@ -21,12 +21,13 @@ from typing import Any
 from moe_dist.distributed.checkpoint import verify_checkpoint
 from moe_dist.errors import CheckpointError
 from moe_dist.jobs.job import Job
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import MANIFEST, Store, download_tree
 from moe_dist.storage.scratch import scratch_root
 from moe_dist.training.collectives import gather_values, own_rank, wait_for_ranks
 from moe_dist.uris import is_uri
-from moe_dist.workers.stage_upload import StageUpload
+from moe_dist.workers.stage_upload import uploaded_stage
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def local_stage(job: Any) -> Iterator[Any]:
     home = _prepare(store, plan, inputs)
     wait_for_ranks()
     stage = home / "stage"
-    with StageUpload(store, stage) if own_rank() == 0 else nullcontext():
+    with uploaded_stage(store, stage) if own_rank() == 0 else nullcontext():
         local: dict[str, Any] = {name: str(home / name) for name in inputs}
         yield replace(job, stage_dir=str(stage), **local)
     # Ranks of this node share the directory.

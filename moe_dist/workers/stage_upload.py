@@ -2,66 +2,53 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from moe_dist.distributed.checkpoint_files import list_checkpoints
-from moe_dist.errors import StorageError
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import MANIFEST, Store, delete_tree, upload_tree
+from moe_dist.storage.sync import Sync
 
 SYNC_INTERVAL_S = 1.0
 _HELD = ".uploading"
 
-logger = logging.getLogger(__name__)
 
+@contextmanager
+def uploaded_stage(store: Store, stage: Path) -> Iterator[Callable[[], None]]:
+    """Upload a local stage directory for as long as a job writes into it.
 
-class StageUpload:
-    """Follows a local stage directory from a thread, for as long as a job writes into it.
-
-    When the `with` block ends well, the results go up too, and StorageError is raised if the store
-    does not take them; else the newest metrics and checkpoint, where that can be done.
+    When the `with` block ends well, the results go up too; else the newest metrics and checkpoint,
+    where that can be done.
 
     Args:
         store: the stage's.
         stage: the local directory; what it holds now came from the store.
-    """
 
+    Yields:
+        What uploads now what has changed, and leaves what fails to the next time.
+
+    Raises:
+        StorageError: if the store does not take the results.
+    """
+    upload = _StageUpload(store, stage)
+    sync = Sync(upload.copy_changes)
+    with sync.every(SYNC_INTERVAL_S, "stage-upload", finish=upload.copy_results):
+        yield sync.attempt
+
+
+class _StageUpload:
     def __init__(self, store: Store, stage: Path) -> None:
         self._store = store
         self._stage = stage
         self._uploaded = {path.name for path in self._checkpoints()}
         self._log_state: tuple[int, int] | None = _state(stage / METRIC_LOG)
-        self._is_failing = False
-        # The thread's older log must not arrive after a newer one.
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="stage-upload", daemon=True)
 
-    def __enter__(self) -> StageUpload:
-        """Begin to follow."""
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Upload what is left to upload."""
-        self._stop.set()
-        self._thread.join()
-        if kind is None:
-            self._upload_results()
-        else:
-            self.try_sync()
-
-    def _upload_results(self) -> None:
+    def copy_results(self) -> None:
         # Checkpoints are not needed any more.
         for path in sorted(self._stage.iterdir()):
             if path.is_file():
@@ -69,33 +56,12 @@ class StageUpload:
             elif path.name != CHECKPOINT_DIR and not path.name.startswith("."):
                 upload_tree(self._store, path, path.name)
 
-    def sync(self) -> None:
-        """Upload the metric log if it has changed, then the newest checkpoint if it is new.
-
-        Raises:
-            StorageError: if the store does not take them.
-        """
-        with self._lock:
-            # Seen before the log is read: the log then holds every step that a checkpoint has
-            # taken.
-            newest = next(iter(self._checkpoints()), None)
-            self._upload_log()
-            if newest is not None and newest.name not in self._uploaded:
-                self._upload_checkpoint(newest)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(SYNC_INTERVAL_S):
-            self.try_sync()
-
-    def try_sync(self) -> None:
-        """Do the same; what fails is tried again the next time."""
-        try:
-            self.sync()
-            self._is_failing = False
-        except (StorageError, OSError) as error:
-            if not self._is_failing:
-                logger.warning("%s; trying again", str(error).splitlines()[0])
-            self._is_failing = True
+    def copy_changes(self) -> None:
+        # Seen before the log is read: the log then holds every step that a checkpoint has taken.
+        newest = next(iter(self._checkpoints()), None)
+        self._upload_log()
+        if newest is not None and newest.name not in self._uploaded:
+            self._upload_checkpoint(newest)
 
     def _checkpoints(self) -> list[Path]:
         found = list_checkpoints(self._stage / CHECKPOINT_DIR)

@@ -71,11 +71,11 @@ def _run(config: dict[str, Any], records: Records) -> Any:
         records.push()
 
     is_first = own.rank == 0
-    relay = forwarded_warnings(records.directory) if is_first else nullcontext()
+    warnings = forwarded_warnings(records.directory) if is_first else nullcontext()
     watchdog = Watchdog(roster, own.rank, step_timeout_s=config["step_timeout_s"], note=note)
     stage = local_stage(config["job"])
     # Noted inside too, since to upload what a failed job leaves may take long.
-    with relay, _noting_stop(records), stage as job, _noting_stop(records):
+    with warnings, _noting_stop(records), stage as job, _noting_stop(records):
         follow_phases(PhaseNotes(records.directory, roster.attempt) if is_first else None)
         with watchdog:
             try:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moe_dist.background import in_background
 from moe_dist.errors import StorageError
-from moe_dist.workers.background import in_background
 from moe_dist.workers.records import Records
 
 WARNINGS_NAME = "warnings.jsonl"
@@ -51,7 +51,7 @@ def forwarded_warnings(records: Path) -> Iterator[None]:
 
 
 @contextmanager
-def relayed_warnings(records: Records) -> Iterator[None]:
+def followed_warnings(records: Records) -> Iterator[None]:
     """Log what `forwarded_warnings` writes in another process.
 
     Args:
@@ -61,7 +61,7 @@ def relayed_warnings(records: Records) -> Iterator[None]:
         While the job runs; what came last is logged before the end.
     """
 
-    def relay(over: threading.Event) -> None:
+    def follow(over: threading.Event) -> None:
         offset, is_last = 0, False
         while not is_last:
             is_last = over.wait(records.look_every_s)
@@ -69,7 +69,7 @@ def relayed_warnings(records: Records) -> Iterator[None]:
                 records.pull()
             offset = _log_from(records.directory / WARNINGS_NAME, offset)
 
-    with in_background(relay, "job-warnings"):
+    with in_background(follow, "job-warnings"):
         yield
 
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from moe_dist.distributed import CheckpointWriter, TrainEngine, build_engine, spawn_gloo
 from moe_dist.errors import ConfigError
 
+from .models import random_classifier
+
 GOAL_SHARE = 0.05
 
 
@@ -218,17 +220,14 @@ def _measure(rank: int, world_size: int, settings: CheckpointBenchmark, director
 
 
 def _student(settings: CheckpointBenchmark) -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
-
     from moe_dist.conversion import dense_to_moe, plan_partition
 
     torch.manual_seed(0)
-    config: Any = BertConfig(
+    dense = random_classifier(
         vocab_size=settings.vocab_size,
-        hidden_size=settings.d_model,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=max(1, settings.d_model // 32),
-        intermediate_size=settings.num_neurons,
+        d_model=settings.d_model,
+        num_layers=settings.num_layers,
+        num_neurons=settings.num_neurons,
     )
     shared = settings.num_neurons // 6
     plan = plan_partition(
@@ -238,7 +237,7 @@ def _student(settings: CheckpointBenchmark) -> Any:
         num_shared_neurons=shared,
         tie_shared=True,
     )
-    return dense_to_moe(BertForSequenceClassification(config), plan, router="token_gate")
+    return dense_to_moe(dense, plan, router="token_gate")
 
 
 def _batch(settings: CheckpointBenchmark, rank: int, world_size: int) -> dict[str, Tensor]:

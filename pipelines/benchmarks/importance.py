@@ -29,6 +29,7 @@ from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.errors import ConfigError
 from moe_dist.tasks import model_kind
 
+from .models import random_classifier
 from .sizes import below_one, cpu_threads
 
 GOAL_RATIO = 8.0
@@ -301,19 +302,14 @@ def build_model(settings: ImportanceBenchmark) -> Any:
         from moe_dist.inference import load_model
 
         return load_model(settings.model)
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config: Any = BertConfig(
+    return random_classifier(
         vocab_size=settings.vocab_size,
-        hidden_size=settings.d_model,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=max(1, settings.d_model // 32),
-        intermediate_size=settings.num_neurons,
-        max_position_embeddings=max(512, settings.max_tokens),
+        d_model=settings.d_model,
+        num_layers=settings.num_layers,
+        num_neurons=settings.num_neurons,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return BertForSequenceClassification(config)
 
 
 def draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:

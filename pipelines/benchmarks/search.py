@@ -255,9 +255,9 @@ def _sweep(config: RunConfig, scheduler: str) -> SweepFigures:
     end = time.time()
     log = (result.directory / LOG_NAME).read_text(encoding="utf-8")
     times = [float(json.loads(line)["time"]) for line in log.splitlines()]
-    place = result.directory.with_name(f"search-{scheduler}")
-    result.directory.rename(place)
-    result = replace(result, directory=place)
+    target = result.directory.with_name(f"search-{scheduler}")
+    result.directory.rename(target)
+    result = replace(result, directory=target)
     trials = list(result.trials.values())
     training_s = sum(_loop_seconds(result, trial) for trial in trials)
     return SweepFigures(

@@ -93,11 +93,11 @@ def run(settings: TrackingBenchmark) -> TrackingResult:
     faults = below_one(settings, "num_runs", "num_processes", "num_steps")
     if faults:
         raise MoeDistError("; ".join(faults), remedy="give a larger one.")
-    place = settings.directory
+    target = settings.directory
     with (
         tempfile.TemporaryDirectory(prefix="moe-dist-tracking-")
-        if place is None
-        else nullcontext(str(place))
+        if target is None
+        else nullcontext(str(target))
     ) as scratch:
         return _run_in(Path(scratch).absolute(), settings)
 

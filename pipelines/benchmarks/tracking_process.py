@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_dist.metric_log import MetricLog
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking import Tracker, build_tracker
 
 from .tracking import EXPERIMENT, STAGE, expected
@@ -44,7 +44,7 @@ def log_run(tracker: Tracker, directory: Path, number: int, num_steps: int) -> N
     params |= {"moe.num_shared_neurons": 64 * (number % 8), "seed": number}
     with tracker.chain(directory.name, directory, params=params) as chain:
         with chain.stage(STAGE, directory / STAGE, params={"seed": number}):
-            log = MetricLog(directory / STAGE / "metrics.jsonl")
+            log = MetricLog(directory / STAGE / METRIC_LOG)
             for step in range(1, num_steps + 1):
                 loss, accuracy = expected(number, step)
                 log.append(step, {"train/loss/total": loss, "dev/accuracy": accuracy})

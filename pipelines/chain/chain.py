@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 from moe_dist.config.kinds import settings_of_kind
 from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
-from moe_dist.metric_log import MetricLog
+from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking import build_tracker, scrub
-from moe_dist.whole_files import whole_file
-from moe_dist.workers.driver import RaySession, ray_session, runs_here
+from moe_dist.whole_files import whole_file, write_json
+from moe_dist.workers.driver import runs_here
+from moe_dist.workers.ray_session import RaySession, ray_session
 
 from ..checks.preflight import check_before_start
 from ..report import report
 from ..stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
 from .recording import chain_tags, log_models, metric_tags
-from .stage import StageInputs, StageResult, stage_key, write_json
+from .stage import StageInputs, StageResult, stage_key
 from .stage_recovery import FINISHED
 from .workspace import Workspace
 
@@ -43,7 +44,6 @@ STAGES: dict[str, RunStage] = {
     distill.NAME: distill.run,
     evaluate.NAME: evaluate.run,
 }
-METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
 SHARED_DIRECTORY = "shared"
 """Copies that go to the tracking server in place of files that name this machine."""
@@ -265,7 +265,7 @@ def _report(
     text = workspace.root / report.MARKDOWN_NAME
     text.write_text(report.to_markdown(content), encoding="utf-8")
     # The same chain may report again; its points stay single.
-    MetricLog(workspace.root / METRICS_NAME).truncate_after(-1)
+    MetricLog(workspace.root / METRIC_LOG).truncate_after(-1)
     chain.log_metrics(0, report.headline_metrics(content))
     for artifact in (path, text):
         chain.log_artifact(artifact)

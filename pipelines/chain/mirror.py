@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.errors import ConfigError, StorageError
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.search.trials import LOG_NAME
 from moe_dist.storage import (
     MANIFEST,
@@ -29,6 +30,7 @@ from moe_dist.storage import (
     upload_tree,
 )
 from moe_dist.storage.scratch import scratch_root
+from moe_dist.storage.sync import Sync
 from moe_dist.uris import join_uri, redact_uri
 from moe_dist.whole_files import PARTIAL
 
@@ -41,7 +43,7 @@ SMALL_BYTES = 1 << 16
 INPUTS = "inputs"
 _ALWAYS_SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".md", ".png"})
 # What this process changes while a stage runs, and what another machine needs to go on.
-_JOURNALS = frozenset({"tracking.json", "metrics.jsonl", LOG_NAME, STARTED})
+_JOURNALS = frozenset({"tracking.json", METRIC_LOG, LOG_NAME, STARTED})
 _LOCAL_ONLY = frozenset({".lock"})
 _WORKERS_OWN = "ray"
 _COMPLETE = ".complete"
@@ -91,17 +93,9 @@ class MirroredFiles(ResultFiles):
             Nothing.
         """
         self._fill()
-        done = threading.Event()
-        thread = threading.Thread(target=self._keep_journals, args=(done,), name="mirror")
-        thread.start()
-        ended_well = False
-        try:
+        journals = Sync(self._upload_journals)
+        with journals.every(SYNC_INTERVAL_S, "mirror", finish=self._close, salvage=self._close):
             yield
-            ended_well = True
-        finally:
-            done.set()
-            thread.join()
-            self._close(ended_well)
 
     def address(self, path: Path) -> str:
         """Say where workers find a file of the run; a directory from elsewhere is uploaded first.
@@ -203,7 +197,7 @@ class MirroredFiles(ResultFiles):
             own = _JOURNALS | {FINISHED}
             theirs = [entry for entry in found if Path(entry.name).name not in own]
             self._download([entry for entry in theirs if _is_small(entry)])
-            self._receive_log(directory / "metrics.jsonl")
+            self._receive_log(directory / METRIC_LOG)
 
     def publish(self, directory: Path) -> None:
         """Upload what this process wrote below a directory; manifests and results come last.
@@ -260,25 +254,15 @@ class MirroredFiles(ResultFiles):
         self._remote = {entry.name: entry for entry in self.store.list()}
         self._download([entry for entry in self._remote.values() if _is_small(entry)])
 
-    def _close(self, ended_well: bool) -> None:
-        try:
-            self.publish(self.root)
-        except StorageError as error:
-            # The error that ended the run is the one to show.
-            if ended_well:
-                raise
-            logger.warning("%s; the newest journals are lost", error.message)
+    def _close(self) -> None:
+        self.publish(self.root)
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _keep_journals(self, done: threading.Event) -> None:
-        while not done.wait(SYNC_INTERVAL_S):
-            try:
-                with self._lock:
-                    self._upload([p for p in self._changed(self.root) if p.name in _JOURNALS])
-            except (StorageError, OSError) as error:
-                logger.warning("%s; trying again", str(error).splitlines()[0])
+    def _upload_journals(self) -> None:
+        with self._lock:
+            self._upload([path for path in self._changed(self.root) if path.name in _JOURNALS])
 
     def _receive_log(self, path: Path) -> None:
         """Append what a metric log has grown by, so that readers go on where they were."""

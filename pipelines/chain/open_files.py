@@ -8,9 +8,9 @@ from .files import ResultFiles
 from .mirror import MirroredFiles
 
 
-def open_files(place: Path | str) -> ResultFiles:
+def open_files(location: Path | str) -> ResultFiles:
     """Choose how results are kept: in a directory, or at a URI, which is given as text.
 
     Nothing has been read or written yet.
     """
-    return MirroredFiles(place) if isinstance(place, str) else ResultFiles(place)
+    return MirroredFiles(location) if isinstance(location, str) else ResultFiles(location)

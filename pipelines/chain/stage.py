@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import MissingInputError, MoeDistError
-from moe_dist.redaction import hide_secrets
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.tracking import flatten
-from moe_dist.whole_files import finite, whole_file
+from moe_dist.whole_files import write_json
 
 from .fingerprints import stage_fingerprint
 from .stage_recovery import (
@@ -29,8 +29,6 @@ from .stage_recovery import (
     recover,
     set_aside,
 )
-
-METRIC_LOG = "metrics.jsonl"
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
@@ -74,7 +72,7 @@ class StageInputs:
     """What a stage is given besides the configuration.
 
     Attributes:
-        workspace: places, data and start model, shared by the stages of a chain.
+        workspace: directories, data and start model, shared by the stages of a chain.
         upstream: results of the stages before it, by name (`distill/dense` for a comparison's).
         label: the comparison it works for; empty for the main student.
     """
@@ -266,18 +264,6 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
         )
     except (OSError, KeyError, ValueError, TypeError):
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, without credentials.
-
-    Args:
-        path: the file.
-        value: anything that JSON can hold; NaN becomes null.
-    """
-    text = json.dumps(finite(value), indent=2, sort_keys=False, default=str)
-    with whole_file(path, durable=True) as beside:
-        beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 
 
 def _prepare(

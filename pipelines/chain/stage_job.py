@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import StorageError
-from moe_dist.metric_log import MetricLog, MetricRecord, MetricTail
+from moe_dist.metric_log import METRIC_LOG, MetricLog, MetricRecord, MetricTail
 from moe_dist.timeline import mark
 
 from ..checks.readiness import check_cluster_once
-from .stage import METRIC_LOG
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -146,7 +145,7 @@ def placed_here(config: RunConfig) -> RunConfig:
     """
     import torch
 
-    from moe_dist.workers.driver import available_cpus
+    from moe_dist.workers.ray_session import available_cpus
 
     parallel = config.parallel
     wants_gpu = parallel.use_gpu is True or (

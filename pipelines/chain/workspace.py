@@ -1,4 +1,4 @@
-"""What the stages of one chain share: places, data and the start model, each found once."""
+"""What the stages of one chain share: directories, data and the start model, each found once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moe_dist.data.summary import DataSummary
     from moe_dist.jobs.job import Split
     from moe_dist.tracking import DatasetInput
-    from moe_dist.workers.driver import RaySession
+    from moe_dist.workers.ray_session import RaySession
 
     from ..console import Console
 
@@ -28,7 +28,7 @@ COMPARE_DIRECTORY = "compare"
 
 
 class Workspace:
-    """The places and inputs of one run.
+    """The directories and inputs of one run.
 
     Args:
         config: the main run's configuration (not a comparison's).

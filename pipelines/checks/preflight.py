@@ -250,7 +250,8 @@ def find_all(workspace: Workspace) -> list[Finding]:
     Returns:
         All findings; one fault does not keep the others from being looked for.
     """
-    from moe_dist.workers.driver import ray_session, runs_here
+    from moe_dist.workers.driver import runs_here
+    from moe_dist.workers.ray_session import ray_session
 
     checks = cluster_module("preflight")
     config = workspace.config

@@ -169,10 +169,10 @@ def seeds(
         from ..report.nearness import MEASURES
         from ..report.seeds import compare_seeds, read_runs, to_markdown, to_plain
 
-        places = Counter(path.resolve() for path in directories)
+        counts = Counter(path.resolve() for path in directories)
         faults = [
             f"{path} is named {count} times; name each run once, since each counts as a seed."
-            for path, count in places.items()
+            for path, count in counts.items()
             if count > 1
         ]
         if measure not in ("quality", *MEASURES):

@@ -231,10 +231,10 @@ def _cycle(count: int) -> list[str]:
 
 
 def _mark_neurons(axes: Axes, count: int, total: int, word: str) -> None:
-    place = 100.0 * count / total
-    axes.axvline(place, color=INK, lw=1.0, ls="--", zorder=1)
+    kept = 100.0 * count / total
+    axes.axvline(kept, color=INK, lw=1.0, ls="--", zorder=1)
     axes.text(
-        place,
+        kept,
         1.015,
         f"{word} {count}",
         transform=axes.get_xaxis_transform(),
@@ -246,12 +246,12 @@ def _mark_neurons(axes: Axes, count: int, total: int, word: str) -> None:
 def _draw_kept_bars(
     axes: Axes, names: Sequence[str], shares: Sequence[float], shades: Sequence[Any]
 ) -> None:
-    places = range(len(names))
-    axes.barh(places, [100 * share for share in shares], color=list(shades), height=0.7)
+    rows = range(len(names))
+    axes.barh(rows, [100 * share for share in shares], color=list(shades), height=0.7)
     size = 9 if len(names) <= 12 else 7
-    for place, share in zip(places, shares, strict=True):
-        axes.text(100 * share + 1.5, place, f"{100 * share:.0f} %", va="center", fontsize=size)
-    axes.set_yticks(places, names, fontsize=size)
+    for row, share in zip(rows, shares, strict=True):
+        axes.text(100 * share + 1.5, row, f"{100 * share:.0f} %", va="center", fontsize=size)
+    axes.set_yticks(rows, names, fontsize=size)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlim=(0, 115), xlabel="share of importance kept (%)", ylabel="layer")

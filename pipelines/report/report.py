@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
 from ..console import UNDEFINED, duration
+from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
 
@@ -264,9 +265,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"Made {report['created_at']}.",
         "",
         *_markdown_data(data.get("summaries", {})),
-        markdown_row(_headings(report)),
-        markdown_row(["---"] * len(_headings(report))),
-        *(markdown_row(_row(report, name)) for name in model_names(report)),
+        *markdown_table(_headings(report), [_row(report, name) for name in model_names(report)]),
         "",
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
@@ -281,9 +280,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "model stands behind them, so they say nothing of other seeds; `moe-dist seeds` compares "
         "several.",
         "",
-        "| stage | time |",
-        "| --- | --- |",
-        *(markdown_row([key, duration(seconds)]) for key, seconds in report["seconds"].items()),
+        *markdown_table(
+            ["stage", "time"],
+            [[key, duration(seconds)] for key, seconds in report["seconds"].items()],
+        ),
         "",
     ]
     if report["mlflow"]["run_id"]:
@@ -300,14 +300,14 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
     for measure in MEASURES:
         words = measure.replace("_", " ")
         head += [f"{words} before distillation", words]
-    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    rows = []
     for name in names:
         entry = report[name]
         cells = [name]
         for measure in MEASURES:
             cells.append(_optional(entry[f"imitation_{evaluate.BEFORE}"][measure]))
             cells.append(_optional(entry["imitation"][measure]))
-        lines.append(markdown_row(cells))
+        rows.append(cells)
     sentences = nearness_lines(report)
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
@@ -315,7 +315,7 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
         "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
         "their squared difference.",
         "",
-        *lines,
+        *markdown_table(head, rows),
         "",
         *(f"- {sentence}." for sentence in sentences),
         *([""] if sentences else []),
@@ -332,10 +332,8 @@ def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
     """A table of the tasks, and how the student stands on each; nothing where there is one."""
     if "tasks" not in report:
         return []
-    headings = _task_headings(report)
-    lines = [markdown_row(headings), markdown_row(["---"] * len(headings))]
-    lines += [markdown_row(_task_row(report, task)) for task in report["tasks"]]
-    lines.append("")
+    rows = [_task_row(report, task) for task in report["tasks"]]
+    lines = [*markdown_table(_task_headings(report), rows), ""]
     for task, entry in report["tasks"].items():
         lines += [
             f"- {task}: {verdict(name, found, entry['num_dev_samples'], _task_title(entry))}."
@@ -503,18 +501,6 @@ def quantity(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f} {prefix}"
     return f"{count:.0f}"
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """Write a row of a table.
-
-    Args:
-        cells: its texts.
-
-    Returns:
-        Markdown.
-    """
-    return "| " + " | ".join(cells) + " |"
 
 
 def _value(value: float | None) -> str:

@@ -14,11 +14,10 @@ import yaml
 from moe_dist.config.run_config import flatten_settings
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import MissingInputError
-from moe_dist.metric_log import MetricLog
-from moe_dist.tracking import RecordedRun, RunReader, flatten, shown_metrics
+from moe_dist.metric_log import METRIC_LOG, MetricLog
+from moe_dist.tracking import RecordedRun, RunReader, flatten, summarise_metrics
 
 from ..chain.chain import RECIPE_NAME
-from ..chain.stage import METRIC_LOG
 from ..chain.stage_recovery import FINISHED
 from ..chain.workspace import COMPARE_DIRECTORY
 from ..search.trial_stages import TRIAL_PREFIX
@@ -321,7 +320,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_curves(log: Path) -> dict[str, Series]:
     points: dict[str, dict[int, float]] = {}
     for record in MetricLog(log).read():
-        for name, value in shown_metrics(record.metrics).items():
+        for name, value in summarise_metrics(record.metrics).items():
             if name.startswith(CURVE_PREFIXES):
                 points.setdefault(name, {})[record.step] = value
     return {name: _series(list(values.items())) for name, values in points.items()}

@@ -36,9 +36,10 @@ from moe_dist.errors import DataError, MissingInputError
 from moe_dist.whole_files import finite
 
 from ..console import UNDEFINED
+from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import FILE_NAME, MEASURES, load_imitation
-from .report import JSON_NAME, markdown_row
+from .report import JSON_NAME
 from .run_summary import read_json
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     head = ["task", "model", "seeds", "FFN FLOPs", *quality, "retention"]
     for name in references:
         head += [f"minus {name} (95 %)", "bootstrap", "t over seeds"]
-    lines = [markdown_row(head), "|---" * len(head) + "|"]
+    table = []
     for row in rows:
         spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
         cells = [
@@ -299,7 +300,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
         ]
         for name in references:
             cells += _told(row, name)
-        lines.append(markdown_row(cells))
+        table.append(cells)
+    lines = markdown_table(head, table)
     return "\n".join([*lines, *(f"\n{note}" for note in _notes(rows))]) + "\n"
 
 

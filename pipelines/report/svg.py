@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 from rich.cells import cell_len, set_cell_size
+
+from moe_dist.search.objectives import pareto_front
 
 from .plots import short_layer_name
 
@@ -128,7 +130,7 @@ def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
         return Markup("")
     axes = _Axes([dot.x for dot in dots], [dot.y for dot in dots])
     parts = [axes.frame(x_label)]
-    front = pareto_front(dots)
+    front = front_of(dots)
     if len(front) > 1:
         path = " ".join(f"{axes.x(dot.x):.1f},{axes.y(dot.y):.1f}" for dot in front)
         parts.append(
@@ -143,7 +145,7 @@ def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
     return _svg(parts)
 
 
-def pareto_front(dots: Iterable[Dot]) -> list[Dot]:
+def front_of(dots: Sequence[Dot]) -> list[Dot]:
     """Find the points that none is as cheap as and better than.
 
     Args:
@@ -152,11 +154,9 @@ def pareto_front(dots: Iterable[Dot]) -> list[Dot]:
     Returns:
         The front, cheapest first.
     """
-    front: list[Dot] = []
-    for dot in sorted(dots, key=lambda dot: (dot.x, -dot.y)):
-        if not front or dot.y > front[-1].y:
-            front.append(dot)
-    return front
+    rows = [{"quality": dot.y, "cost": dot.x} for dot in dots]
+    front = pareto_front(rows, {"quality": "max", "cost": "min"})
+    return sorted((dots[index] for index in front), key=lambda dot: dot.x)
 
 
 def spans(rows: Sequence[Span], *, reference: float | None = None) -> Markup:
@@ -274,8 +274,8 @@ class _Axes:
 
     def y(self, value: float) -> float:
         low, high = self._ys
-        place = math.log10(value) if self._log else value
-        return self._height - BOTTOM - (place - low) / (high - low) * (self._height - TOP - BOTTOM)
+        scaled = math.log10(value) if self._log else value
+        return self._height - BOTTOM - (scaled - low) / (high - low) * (self._height - TOP - BOTTOM)
 
     def frame(self, x_label: str) -> str:
         parts = [self.bottom(x_label)]

@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.trials import BASELINE, Trial
-from moe_dist.search.tune import Ruling, TrialRoom, run_sweep
-from moe_dist.workers.driver import RaySession
+from moe_dist.search.tune import TrialRoom, run_sweep
+from moe_dist.workers.ray_session import RaySession
 
 from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key
@@ -133,11 +134,11 @@ def confirm(
     console.note(
         f"trial {best.number} and the recipe as it stands, with {search.confirm_seeds} other seeds"
     )
-    place = directory / "confirm" / f"trial-{best.number:04d}"
+    reruns = directory / "confirm" / f"trial-{best.number:04d}"
     tasks = confirm_tasks(config, best, in_place=room.in_place)
-    watcher = Rerun(config, place, tasks, best, run, console, workspace.files, tags)
+    watcher = Rerun(config, reruns, tasks, best, run, console, workspace.files, tags)
     if watcher.num_left:
-        runner = TrialRunner(config, workspace.files.address(place), (1,), teachers)
+        runner = TrialRunner(config, workspace.files.address(reruns), (1,), teachers)
         room = replace(room, num_concurrent=min(room.num_concurrent, watcher.num_left))
         ruling = Ruling("none", metric, mode, 1, search.reduction_factor)
         try:
@@ -151,13 +152,13 @@ def confirm(
     return replace(
         confirmation,
         on_examples=compare_answers(
-            place,
+            reruns,
             workspace.splits.task,
             measured_pairs(metric, trials),
             config.seed,
             workspace.files.fetch,
         ),
-        num_asked=len([path for path in place.parent.iterdir() if path.is_dir()]),
+        num_asked=len([path for path in reruns.parent.iterdir() if path.is_dir()]),
     )
 
 
@@ -174,14 +175,14 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
     """
     return [
         {
-            "number": 2 * place + is_baseline,
+            "number": 2 * index + is_baseline,
             "overrides": {} if is_baseline else best.overrides,
             "teacher": teacher_key(config, {} if is_baseline else best.overrides),
             "in_place": in_place,
             "is_ruled": False,
-            "seed": config.seed + 1 + place,
+            "seed": config.seed + 1 + index,
         }
-        for place in range(config.search.confirm_seeds)
+        for index in range(config.search.confirm_seeds)
         for is_baseline in (False, True)
     ]
 

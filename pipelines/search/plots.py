@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.search_space import is_number
-from moe_dist.search.objectives import pareto_front
-from moe_dist.search.trials import BASELINE, Trial
+from moe_dist.search.trials import BASELINE, Trial, finished_front
 
 from ..report.plots import COLOURS, FAINT, INK, new_figure, plot_style, save_figure
 from ..report.report import quantity
@@ -141,8 +140,8 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
                 lw=1.0 if faint else 2.0,
                 alpha=0.4 if faint else 0.9,
             )
-        for place, (name, scale) in enumerate(zip(names, scales, strict=True)):
-            _label_axis(axes, place, name.rpartition(".")[2], scale.ticks)
+        for x, (name, scale) in enumerate(zip(names, scales, strict=True)):
+            _label_axis(axes, x, name.rpartition(".")[2], scale.ticks)
         write = quantity if metric in _COUNTS else "{:.4g}".format
         ticks = [(0.0, write(low)), (1.0, write(high))]
         _label_axis(axes, len(names), metric, ticks)
@@ -164,7 +163,7 @@ class _Scale:
         if not self._numeric:
             self._names = sorted({str(value) for value in present})
             last = max(1, len(self._names) - 1)
-            self.ticks = [(place / last, name) for place, name in enumerate(self._names)]
+            self.ticks = [(index / last, name) for index, name in enumerate(self._names)]
             return
         self._low, self._high = min(present), max(present)
         self._log = self._low > 0 and self._high / self._low > 20
@@ -182,19 +181,18 @@ class _Scale:
         return (value - self._low) / (self._high - self._low)
 
 
-def _label_axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
-    axes.plot([place, place], [-2 * _GAP, 1.0 + _GAP], color=FAINT, lw=1.0, zorder=0)
-    axes.text(place, 1.0 + 2 * _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
+def _label_axis(axes: Axes, x: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
+    axes.plot([x, x], [-2 * _GAP, 1.0 + _GAP], color=FAINT, lw=1.0, zorder=0)
+    axes.text(x, 1.0 + 2 * _GAP, name, ha="center", va="bottom", fontsize=9, weight="bold")
     # Upon the lines, which would else run through the words.
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for height, text in ticks:
-        axes.text(place + 0.05, height, text, fontsize=8, va="center", color=INK, bbox=paper)
+        axes.text(x + 0.05, height, text, fontsize=8, va="center", color=INK, bbox=paper)
 
 
 def _draw_front(
     axes: Axes, trials: Sequence[Trial], metric: str, cost: str, *, maximise: bool
 ) -> None:
-    whole = [t for t in trials if t.status == "finished"]
     for trial in trials:
         if math.isnan(trial.value(cost)) or math.isnan(trial.value(metric)):
             continue
@@ -202,8 +200,7 @@ def _draw_front(
         colour = INK if trial.number == BASELINE else COLOURS[0] if done else FAINT
         axes.plot(trial.value(cost), trial.value(metric), "o" if done else "x", color=colour, ms=6)
     objectives: Mapping[str, Any] = {metric: "max" if maximise else "min", cost: "min"}
-    front = [whole[i] for i in pareto_front([t.metrics for t in whole], objectives)]
-    front.sort(key=lambda trial: trial.value(cost))
+    front = sorted(finished_front(trials, objectives), key=lambda trial: trial.value(cost))
     axes.step(
         [trial.value(cost) for trial in front],
         [trial.value(metric) for trial in front],
@@ -215,9 +212,9 @@ def _draw_front(
     labels: dict[tuple[float, float], list[str]] = {}
     for trial in front:
         labels.setdefault((trial.value(cost), trial.value(metric)), []).append(str(trial.number))
-    for place, numbers in labels.items():
+    for point, numbers in labels.items():
         said = ", ".join(numbers[:4]) + (" …" if len(numbers) > 4 else "")
-        axes.annotate(said, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(said, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     _label(axes.xaxis, cost)
     _label(axes.yaxis, metric)
     axes.set_title(f"{metric} against {cost.replace('_', ' ')}")

@@ -68,7 +68,7 @@ class Rerun:
         if not self._waiting:
             return None
         number = self._waiting.pop(0)
-        clear_stages(self._place(number), self._files)
+        clear_stages(self._directory_of(number), self._files)
         return self._tasks[number]
 
     def started(self, number: int) -> None:
@@ -80,11 +80,11 @@ class Rerun:
         fingerprint = value_digest([number, seed, overrides])
         run = self._tracker.stage(
             f"confirm-{'baseline' if of == BASELINE else trial_name(of)}-s{seed}",
-            self._place(number),
+            self._directory_of(number),
             params={"seed": seed, **overrides},
             fingerprint=fingerprint,
         ).__enter__()
-        stages = TrialStages(run, self._place(number), fingerprint, self._files)
+        stages = TrialStages(run, self._directory_of(number), fingerprint, self._files)
         self._open[number] = run, stages
         own = {"seed": str(seed), "trial": str(of), CONFIRMS_TAG: trial_name(self._best.number)}
         run.set_tags({**self._tags, **point_tags(self._config, overrides), **own})
@@ -117,5 +117,5 @@ class Rerun:
                 stages.end("KILLED")
                 run.__exit__(KeyboardInterrupt, None, None)
 
-    def _place(self, number: int) -> Path:
+    def _directory_of(self, number: int) -> Path:
         return self._directory / trial_name(number)

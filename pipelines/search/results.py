@@ -9,36 +9,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from moe_dist.config.search_section import MEASURES
-from moe_dist.redaction import hide_secrets
 from moe_dist.search.importance import key_importance
-from moe_dist.search.objectives import pareto_front
-from moe_dist.search.trials import BASELINE, Trial, rank_trials
-from moe_dist.tracking import scrub
-from moe_dist.whole_files import whole_file
+from moe_dist.search.trials import BASELINE, Trial, finished_front, rank_trials
+from moe_dist.whole_files import write_json
 
-from ..chain.stage import write_json
 from ..console import duration
+from ..markdown import markdown_table
 from ..report.report import quantity
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
-from .sweep import SweepResult, best_settings
+from .sweep import SweepResult
+from .sweep_files import PARQUET_NAME, ROWS, write_best, write_table
 from .trial import choosing_split, training_directory
 from .trial_watch import TRIALS_DIRECTORY
-from .weight_history import course_lines, course_remarks, course_words, is_led, table_row
+from .weight_history import history_lines, history_words, took_over_weights
 
 if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
     from .frontier import Answer
 
-BEST_NAME, PARQUET_NAME = "best.yaml", "trials.parquet"
 REPORT_NAME, SUMMARY_NAME = "report.md", "report.json"
-TRACKED_DIRECTORY = "tracked"
-"""Copies that go to the tracking server in place of files that name this machine."""
 MAX_ROWS = 10
-ROWS = {"dev": "dev rows", "holdout": "rows withheld from training"}
 PICTURES = {
     "parallel.png": "Trials and what they reached",
     "importance.png": "Which keys matter",
@@ -87,88 +79,6 @@ def write_results(
     return summary
 
 
-def write_best(result: SweepResult, best: Trial) -> Path:
-    """Write the recipe of a trial, as `compress` takes it.
-
-    Args:
-        result: the sweep.
-        best: the trial.
-
-    Returns:
-        The copy for the tracking server, without paths of this machine. In neither is a password
-        of `tracking.uri`: to run the file again, give the address anew.
-    """
-    from ..chain.workspace import Workspace
-    from ..console import Console
-
-    workspace = Workspace(result.config, Console(quiet=True))
-    num_steps = workspace.num_steps(result.config.teacher_train)
-    settings = best_settings(result.config, best, num_steps)
-    reached = ", ".join(f"{name} {value:.4g}" for name, value in best.metrics.items())
-    head = (
-        f"# Trial {best.number} of the search over {result.config.name}: {reached}, on the "
-        f"{ROWS[choosing_split(result.config)]}.\n"
-        "# The teacher is the sweep's own: `moe-dist compress` finds it finished.\n"
-    )
-    head += "".join(f"# {line}\n" for line in course_remarks(best))
-    shared = result.directory / TRACKED_DIRECTORY / BEST_NAME
-    for path, content in ((result.directory / BEST_NAME, settings), (shared, scrub(settings))):
-        text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        with whole_file(path) as beside:
-            beside.write_text(hide_secrets(text), encoding="utf-8")
-    return shared
-
-
-def write_table(trials: Sequence[Trial], path: Path) -> Path:
-    """Write a row for each trial.
-
-    Args:
-        trials: of the sweep.
-        path: the Parquet file.
-
-    Returns:
-        The path.
-    """
-    import pyarrow
-    from pyarrow import parquet
-
-    names = sorted({name for trial in trials for name in trial.overrides})
-    measures = sorted({name for trial in trials for name in trial.metrics})
-    columns: dict[str, list[Any]] = {
-        "trial": [trial.number for trial in trials],
-        "status": [trial.status for trial in trials],
-        "steps": [trial.steps_done for trial in trials],
-        "num_steps": [trial.num_steps for trial in trials],
-        "seconds": [trial.seconds for trial in trials],
-        "message": [trial.message for trial in trials],
-        "curve": [
-            [{"step": r.step, "metrics": list(r.metrics.items())} for r in trial.reports]
-            for trial in trials
-        ],
-    }
-    if any(map(is_led, trials)):
-        columns["course"] = [course_words(trial) for trial in trials]
-    columns |= {name: _column([trial.overrides.get(name) for trial in trials]) for name in names}
-    columns |= {name: [trial.metrics.get(name) for trial in trials] for name in measures}
-    kinds = pyarrow.list_(
-        pyarrow.struct(
-            [
-                ("step", pyarrow.int64()),
-                ("metrics", pyarrow.map_(pyarrow.string(), pyarrow.float64())),
-            ]
-        )
-    )
-    table = pyarrow.table(
-        {
-            name: pyarrow.array(values, type=kinds if name == "curve" else None)
-            for name, values in columns.items()
-        }
-    )
-    with whole_file(path) as beside:
-        parquet.write_table(table, beside)
-    return path
-
-
 def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
     """Say what a sweep found, in plain values.
 
@@ -188,7 +98,7 @@ def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
     steps = sum(trial.steps_done for trial in trials)
     whole = sum(trial.num_steps for trial in trials if trial.status != "failed")
     training_s = sum(trial.seconds for trial in trials)
-    front = _front(trials, search.wanted) if len(search.wanted) > 1 else []
+    front = finished_front(trials, search.wanted) if len(search.wanted) > 1 else []
     return {
         "schema_version": 1,
         "name": result.config.name,
@@ -294,7 +204,7 @@ def to_markdown(
         *([f"{result.confirmed}\n"] if result.confirmed is not None else []),
         *table_lines(ranked[:MAX_ROWS], summary),
         "",
-        *course_lines(ranked[0] if ranked else None, result.config.search.is_population),
+        *history_lines(ranked[0] if ranked else None, result.config.search.is_population),
     ]
     if summary["pareto_front"]:
         numbers = ", ".join(str(number) for number in summary["pareto_front"])
@@ -395,16 +305,16 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
     names = sorted({name for trial in trials for name in trial.overrides})
     measures = [*summary["objectives"]]
     measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
-    courses = ["weights"] if any(map(is_led, trials)) else []
-    heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *courses, "time"]
-    lines = [table_row(heads), table_row(["---"] * len(heads))]
+    weights = ["weights"] if any(map(took_over_weights, trials)) else []
+    heads = ["trial", *measures, *(name.rpartition(".")[2] for name in names), *weights, "time"]
+    rows = []
     for trial in trials:
         cells = [shown(name, trial.value(name)) for name in measures]
         cells += [_plain(trial.overrides.get(name)) for name in names]
-        cells += [course_words(trial) for _ in courses]
+        cells += [history_words(trial) for _ in weights]
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
-        lines.append(table_row([who, *cells, duration(trial.seconds)]))
-    return lines
+        rows.append([who, *cells, duration(trial.seconds)])
+    return markdown_table(heads, rows)
 
 
 def shown(measure: str, value: float) -> str:
@@ -425,21 +335,16 @@ def shown(measure: str, value: float) -> str:
 
 
 def _entry(trial: Trial) -> dict[str, Any]:
-    course = [asdict(leg) for leg in trial.course]
+    history = [asdict(segment) for segment in trial.weight_history]
     return {
         "trial": trial.number,
         "overrides": trial.overrides,
-        **({"course": course} if is_led(trial) else {}),
+        **({"weight_history": history} if took_over_weights(trial) else {}),
         "metrics": trial.metrics,
         "status": trial.status,
         "steps": trial.steps_done,
         "seconds": round(trial.seconds, 3),
     }
-
-
-def _front(trials: Sequence[Trial], objectives: Mapping[str, Any]) -> list[Trial]:
-    whole = [trial for trial in trials if trial.status == "finished"]
-    return [whole[place] for place in pareto_front([t.metrics for t in whole], objectives)]
 
 
 def _draw(
@@ -467,15 +372,6 @@ def _draw(
     number = None if best is None else best.number
     pictures.append(plot_curves(trials, metric, directory / "curves.png", best=number))
     return pictures
-
-
-def _column(values: Sequence[Any]) -> list[Any]:
-    kinds = {type(value) for value in values if value is not None}
-    numbers = kinds <= {int, float}
-    if numbers and float in kinds:
-        return [None if value is None else float(value) for value in values]
-    plain = len(kinds) <= 1 and kinds <= {int, float, str, bool}
-    return list(values) if plain else [None if v is None else str(v) for v in values]
 
 
 def _plain(value: Any) -> str:

@@ -67,5 +67,5 @@ def remove_weights(trials: Path) -> None:
     Args:
         trials: the directory of the sweep's trials.
     """
-    for place in trials.glob(f"*/{DISTILL}/{CHECKPOINT_DIR}"):
-        shutil.rmtree(place, ignore_errors=True)
+    for path in trials.glob(f"*/{DISTILL}/{CHECKPOINT_DIR}"):
+        shutil.rmtree(path, ignore_errors=True)

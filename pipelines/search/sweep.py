@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,26 +15,26 @@ from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
 from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.population import Population
 from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import BASELINE, LOG_NAME, Trial, TrialLog, rank_trials
-from moe_dist.search.tune import Ruling, TrialRoom, find_room, run_sweep
+from moe_dist.search.tune import TrialRoom, find_room, run_sweep
 from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.workers.cluster_capacity import read_capacity
-from moe_dist.workers.driver import RaySession, ray_session
+from moe_dist.workers.ray_session import RaySession, ray_session
 
 from ..chain.chain import disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
-from ..chain.fingerprints import value_digest
 from ..chain.recording import metric_tags, source_tags
-from ..chain.stage import write_json
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
 from .confirming import Confirmation, confirm
-from .fitting import Fitting
+from .point_checks import PointChecks
 from .rungs import rung_times
 from .shared_weights import remove_weights
+from .sweep_identity import note_sweep, open_sweep
 from .teachers import SharedWork, TeacherFacts
 from .trial import TrialRunner, choosing_split
 from .trial_watch import TRIALS_DIRECTORY, Supervisor
@@ -46,16 +45,6 @@ if TYPE_CHECKING:
     from ..console import Console
 
 SEARCH_DIRECTORY = "search"
-SWEEP_NAME = "sweep.json"
-# They change how long a sweep goes on and how it is watched, but not what its trials are.
-_OPEN_KEYS = (
-    "num_trials",
-    "time_budget_s",
-    "worker_budget_s",
-    "max_concurrent",
-    "baseline",
-    "confirm_seeds",
-)
 
 
 @dataclass(frozen=True)
@@ -167,7 +156,7 @@ def _search_in(
         stack.enter_context(only_one(workspace.root))
         stack.enter_context(workspace.files.opened())
         console.note(f"room for {room}")
-        seconds_before = _open_sweep(workspace, directory)
+        seconds_before = open_sweep(workspace, directory)
         log = TrialLog(directory / LOG_NAME)
         _check_population(config, directory, log)
         tags = sweep_tags(config)
@@ -190,12 +179,12 @@ def _search_in(
             check_retention(config, teachers)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
-            fitting = Fitting(workspace, log)
+            checks = PointChecks(workspace, log)
             supervisor = Supervisor(
                 config,
                 directory,
                 log,
-                build_proposer(dimensions, config, fitting, over),
+                build_proposer(dimensions, config, checks, over),
                 run,
                 console,
                 workspace.files,
@@ -211,11 +200,11 @@ def _search_in(
                 _run_trials(workspace, directory, teachers, supervisor, room, session, over)
             finally:
                 supervisor.close()
-                _note_sweep(config, workspace, directory, supervisor.seconds)
+                note_sweep(config, workspace, directory, supervisor.seconds)
             mark("trials")
             if supervisor.ran_out:
                 tried = sum(number != BASELINE for number in log.trials)
-                console.warn(fitting.ran_out(tried, config.search.num_trials))
+                console.warn(checks.ran_out(tried, config.search.num_trials))
             result = SweepResult(
                 config,
                 directory,
@@ -400,39 +389,6 @@ def _find_room(
         None if parallel.use_gpu == "auto" else parallel.use_gpu,
         config.search.max_concurrent,
     )
-
-
-def _identity(config: RunConfig, workspace: Workspace) -> str:
-    """Say which sweep this is: continuing another one's trials would mix two searches."""
-    settings = settings_of_kind(config)
-    search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
-    return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
-
-
-def _open_sweep(workspace: Workspace, directory: Path) -> float:
-    """See that the directory is free or holds this sweep, and give the seconds it took so far."""
-    identity = _identity(workspace.config, workspace)
-    directory.mkdir(exist_ok=True)
-    path = directory / SWEEP_NAME
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known.get("identity") != identity:
-            raise MoeDistError(
-                f"{workspace.files.shown(directory)} holds the trials of another search: its "
-                "space, its recipe or its data were not these.",
-                remedy="choose another `name` with --set name=NAME, or move that directory away. "
-                f"Only {', '.join(f'search.{key}' for key in _OPEN_KEYS)} may differ.",
-            )
-        return float(known.get("seconds", 0.0))
-    write_json(path, {"identity": identity, "seconds": 0.0})
-    # Another machine must not take the trials for those of another search.
-    workspace.files.publish(directory)
-    return 0.0
-
-
-def _note_sweep(config: RunConfig, workspace: Workspace, directory: Path, seconds: float) -> None:
-    identity = _identity(config, workspace)
-    write_json(directory / SWEEP_NAME, {"identity": identity, "seconds": round(seconds, 3)})
 
 
 def sweep_tags(config: RunConfig) -> dict[str, str]:

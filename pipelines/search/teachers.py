@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import changes_teacher, point_settings
 from moe_dist.config.search_space import Dimension, value_of
+from moe_dist.whole_files import write_json
 
 from ..chain.fingerprints import stage_fingerprint, value_digest
-from ..chain.stage import StageInputs, StageResult, write_json
+from ..chain.stage import StageInputs, StageResult
 from ..chain.workspace import Workspace
 from ..stages import finetune_teacher, score_importance
 from .trial import LATENCY_SEQ_LEN, TeacherFacts, choosing_split

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import StorageError
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG, MODEL_DIR
-from moe_dist.metric_log import MetricRecord, MetricTail
+from moe_dist.jobs.results import CHECKPOINT_DIR, MODEL_DIR
+from moe_dist.metric_log import METRIC_LOG, MetricRecord, MetricTail
 from moe_dist.storage import Store, delete_tree, receive_lines, upload_tree
 from moe_dist.storage.scratch import scratch_root
-from moe_dist.workers.stage_upload import StageUpload
+from moe_dist.workers.stage_upload import uploaded_stage
 
 STUDENT = "student"
 _OF_NO_USE = (STUDENT, MODEL_DIR, CHECKPOINT_DIR)
@@ -41,8 +41,8 @@ def written_here(directory: Path | str) -> Iterator[tuple[Path, Callable[[], Non
         return
     with tempfile.TemporaryDirectory(prefix="trial-", dir=scratch_root()) as scratch:
         local = Path(scratch)
-        with StageUpload(Store(directory), local) as upload:
-            yield local, upload.try_sync
+        with uploaded_stage(Store(directory), local) as upload:
+            yield local, upload
 
 
 @contextmanager

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import StorageError
-from moe_dist.metric_log import LineTail
+from moe_dist.metric_log import METRIC_LOG, LineTail
 from moe_dist.storage import Store
 from moe_dist.tracking import StageNote
 from moe_dist.uris import below
 
-from ..chain.stage import METRIC_LOG
 from ..stages import adapt, distill, evaluate
 
 if TYPE_CHECKING:

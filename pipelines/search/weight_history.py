@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from ..markdown import markdown_table
 
 if TYPE_CHECKING:
     from moe_dist.search.trials import Trial
 
 
-def is_led(trial: Trial) -> bool:
+def took_over_weights(trial: Trial) -> bool:
     """Tell whether a trial took over the weights of another.
 
     Args:
         trial: of the sweep.
 
     Returns:
-        Whether its course has more than one leg.
+        Whether its history has more than one segment.
     """
-    return len(trial.course) > 1
+    return len(trial.weight_history) > 1
 
 
-def course_words(trial: Trial) -> str:
+def history_words(trial: Trial) -> str:
     """Say in which trials the weights were trained.
 
     Args:
@@ -30,9 +31,10 @@ def course_words(trial: Trial) -> str:
     Returns:
         For example `2, from step 40 on 5`.
     """
-    legs = trial.course
-    words = [f"from step {leg.step} on {leg.trial}" if leg.step else f"{leg.trial}" for leg in legs]
-    return ", ".join(words)
+    return ", ".join(
+        f"from step {segment.step} on {segment.trial}" if segment.step else f"{segment.trial}"
+        for segment in trial.weight_history
+    )
 
 
 def changed_keys(trial: Trial) -> list[str]:
@@ -42,17 +44,20 @@ def changed_keys(trial: Trial) -> list[str]:
         trial: of the sweep.
 
     Returns:
-        Paths of keys that differ between legs of its course.
+        Paths of keys that differ between segments of its history.
     """
-    paths = sorted({path for leg in trial.course for path in leg.overrides})
+    paths = sorted({path for segment in trial.weight_history for path in segment.overrides})
     return [
         path
         for path in paths
-        if any(leg.overrides.get(path) != trial.overrides.get(path) for leg in trial.course)
+        if any(
+            segment.overrides.get(path) != trial.overrides.get(path)
+            for segment in trial.weight_history
+        )
     ]
 
 
-def course_lines(best: Trial | None, is_population: bool) -> list[str]:
+def history_lines(best: Trial | None, is_population: bool) -> list[str]:
     """Lay the best trial's values over its steps.
 
     Args:
@@ -65,26 +70,26 @@ def course_lines(best: Trial | None, is_population: bool) -> list[str]:
     if best is None or not is_population:
         return []
     keys = changed_keys(best)
-    if not is_led(best):
+    if not took_over_weights(best):
         return [f"Trial {best.number} kept its own weights and values from the first step on.", ""]
     names = [path.rpartition(".")[2] for path in keys]
     lines = [
         f"The weights of trial {best.number}, and the values that changed on their way (all others "
         "stayed; `best.yaml` holds the last ones):",
         "",
-        table_row(["from step", "in trial", *names]),
-        table_row(["---"] * (len(keys) + 2)),
     ]
-    lines += [
-        table_row(
-            [str(leg.step), str(leg.trial), *(_shown(leg.overrides.get(key)) for key in keys)]
-        )
-        for leg in best.course
+    rows = [
+        [
+            str(segment.step),
+            str(segment.trial),
+            *(_shown(segment.overrides.get(key)) for key in keys),
+        ]
+        for segment in best.weight_history
     ]
-    return [*lines, ""]
+    return [*lines, *markdown_table(["from step", "in trial", *names], rows), ""]
 
 
-def course_remarks(best: Trial) -> list[str]:
+def history_remarks(best: Trial) -> list[str]:
     """Say in the best trial's recipe what a recipe cannot hold.
 
     Args:
@@ -98,9 +103,9 @@ def course_remarks(best: Trial) -> list[str]:
         return []
     lines = ["Its values changed in flight, and this recipe holds the last of them from the first"]
     lines += ["step on: that is another training than the trial's, and may reach less."]
-    for leg in best.course:
-        said = ", ".join(f"{key}={_shown(leg.overrides.get(key))}" for key in keys)
-        lines.append(f"  from step {leg.step}: {said}")
+    for segment in best.weight_history:
+        said = ", ".join(f"{key}={_shown(segment.overrides.get(key))}" for key in keys)
+        lines.append(f"  from step {segment.step}: {said}")
     return lines
 
 
@@ -108,15 +113,3 @@ def _shown(value: object) -> str:
     if value is None:
         return "as in the recipe"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """Write a row of a Markdown table.
-
-    Args:
-        cells: of the row.
-
-    Returns:
-        A line.
-    """
-    return "| " + " | ".join(cells) + " |"

@@ -15,8 +15,8 @@ from rich.table import Table
 from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
+from moe_dist.whole_files import write_json
 
-from ..chain.stage import write_json
 from ..console import UNDEFINED
 from ..report.report import quantity
 from .compaction_checks import check_compaction
@@ -102,7 +102,7 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
         MoeDistError: if the output holds files of others, or the student cannot be compacted.
     """
     from moe_dist.inference import load_model, load_tokenizer, save_model
-    from moe_dist.inference.compact import fuse_neurons
+    from moe_dist.inference.fusion import fuse_neurons
     from moe_dist.jobs.distill import DistillJob
 
     student = load_model(settings.directory)

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.places import HostsPlace, Place, SmallDisk
 from tests.chaos.recipe import CHECKPOINT_EVERY, prepare, tiny_recipe
 from tests.chaos.report import to_summary, to_table, write
 from tests.chaos.scenario import Verdict, disturbed, steps_for, undisturbed
+from tests.chaos.testbeds import HostsTestbed, SmallDisk, Testbed
 from tests.hosts.network import why_not
 from tests.hosts.ray_cluster import ROOT
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = tiny_recipe(root, steps_for(longest))
     prepared = prepare(recipe, root)
     verdicts: list[Verdict] = []
-    for kind in (Place, HostsPlace):
+    for kind in (Testbed, HostsTestbed):
         chosen = [faults for name, faults in rounds if name == kind.name]
         if not chosen:
             continue
@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outputs = root / f"outputs-{kind.name}"
             if any(FAULTS[fault].needs_small_disk for faults in chosen for fault in faults):
                 stack.enter_context(SmallDisk(outputs))
-            place = stack.enter_context(kind())
+            testbed = stack.enter_context(kind())
             expected = undisturbed(
-                place,
+                testbed,
                 recipe,
                 prepared,
                 records=root / f"{kind.name}-undisturbed",
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for number, faults in enumerate(chosen):
                 name = f"{kind.name}-{number}"
                 verdict = disturbed(
-                    place,
+                    testbed,
                     recipe,
                     prepared,
                     expected,
@@ -91,9 +91,9 @@ def _plan(num_faults: int, only: Sequence[str], draw: random.Random) -> list[tup
         hosts = []
     rounds: list[tuple[str, list[str]]] = []
     while sum(len(faults) for _, faults in rounds) < num_faults:
-        for place, names in ((Place.name, local), (HostsPlace.name, hosts)):
+        for testbed, names in ((Testbed.name, local), (HostsTestbed.name, hosts)):
             if names:
-                rounds.append((place, draw.sample(names, len(names))))
+                rounds.append((testbed, draw.sample(names, len(names))))
     return rounds
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_dist.inference.saving import load_model
 from moe_dist.metric_log import MetricLog
-from tests.chaos.places import wait_until_clean
 from tests.chaos.recipe import CHECKPOINT_EVERY
+from tests.chaos.testbeds import wait_until_clean
 
 if TYPE_CHECKING:
     from tests.chaos.run import Run
@@ -69,8 +69,8 @@ def find_problems(
     problems += weight_problems(outcome.weights, expected.weights)
     problems += axis_problems("metrics.jsonl", _logged(run), expected.losses)
     problems += course_problems(run.trace(), incidents, expected, num_steps)
-    problems += tracking_problems(run.place.store, run.name, expected.losses)
-    problems += [f"left behind: {what}" for what in wait_until_clean(run.place)]
+    problems += tracking_problems(run.testbed.store, run.name, expected.losses)
+    problems += [f"left behind: {what}" for what in wait_until_clean(run.testbed)]
     return problems
 
 
@@ -108,20 +108,20 @@ def course_problems(
 ) -> list[str]:
     """Check that each step was taken on its own data, and restarts began at a checkpoint."""
     problems = []
-    course: dict[tuple[int, int], list[int]] = {}
+    trained: dict[tuple[int, int], list[int]] = {}
     for attempt in attempts:
         steps = attempt.steps
         if not steps:
             continue
         if steps != list(range(steps[0], steps[0] + len(steps))):
             problems.append(f"rank {attempt.rank} took the steps {steps}")
-        taken = max((step for step, rank in course if rank == attempt.rank), default=0)
+        taken = max((step for step, rank in trained if rank == attempt.rank), default=0)
         allowed = _resumable(attempt, incidents, taken=taken)
-        # A later attempt's steps replace those of the course that was left.
-        later = [key for key in course if key[1] == attempt.rank and key[0] >= steps[0]]
+        # A later attempt's steps replace those that it repeats.
+        later = [key for key in trained if key[1] == attempt.rank and key[0] >= steps[0]]
         for key in later:
-            del course[key]
-        course |= {(step, attempt.rank): ids for step, ids in attempt.samples.items()}
+            del trained[key]
+        trained |= {(step, attempt.rank): ids for step, ids in attempt.samples.items()}
         if steps[0] - 1 not in allowed:
             problems.append(
                 f"rank {attempt.rank} went on from step {steps[0] - 1}, not from {sorted(allowed)}"
@@ -130,7 +130,7 @@ def course_problems(
         if wrong:
             problems.append(f"rank {attempt.rank} had other samples in the steps {wrong}")
     ranks = {rank for _, rank in expected.samples}
-    lost = [s for s in range(1, num_steps + 1) if any((s, rank) not in course for rank in ranks)]
+    lost = [s for s in range(1, num_steps + 1) if any((s, rank) not in trained for rank in ranks)]
     return [*problems, f"the steps {lost} are missing"] if lost else problems
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from moe_dist.distributed.checkpoint import list_checkpoints
 from tests.chaos.marks import Reached
-from tests.chaos.places import HostsPlace, wait_until_clean
 from tests.chaos.run import Run, RunLost
+from tests.chaos.testbeds import HostsTestbed, wait_until_clean
 
 FILLER = "filler"
 SHORT_CUT_S = 5.0
@@ -32,7 +32,7 @@ class Fault:
 
     Args:
         strike: does it, while a worker waits at the mark, and lets that worker go on if it lives.
-        places: where in a step a worker may wait for it.
+        points: where in a step a worker may wait for it.
         needs_hosts: whether it takes two hosts.
         needs_small_disk: whether it takes a disk that may be filled, which only root can make.
         needs_server: whether it takes an MLflow server.
@@ -40,7 +40,7 @@ class Fault:
     """
 
     strike: Strike
-    places: tuple[str, ...] = ("forward", "backward", "step")
+    points: tuple[str, ...] = ("forward", "backward", "step")
     needs_hosts: bool = False
     needs_small_disk: bool = False
     needs_server: bool = False
@@ -71,7 +71,7 @@ def damage_checkpoint(run: Run, reached: Reached, draw: random.Random) -> None:
 
 def stop_tracking_server(run: Run, reached: Reached, draw: random.Random) -> None:
     """Kill the MLflow server, let training go on without it, and start it again."""
-    server = run.place.server
+    server = run.testbed.server
     assert server is not None
     server.stop()
     run.board.release(reached.mark)
@@ -83,7 +83,7 @@ def kill_driver(run: Run, reached: Reached, draw: random.Random) -> None:
     """Kill the program that the user started, and give its command again, at once or later."""
     run.kill_driver()
     if draw.random() < 0.5:
-        left = wait_until_clean(run.place)
+        left = wait_until_clean(run.testbed)
         if left:
             raise RunLost(f"a killed driver left {left}")
     run.start()
@@ -105,8 +105,8 @@ def fill_disk(run: Run, reached: Reached, draw: random.Random) -> None:
 
 def kill_raylet(run: Run, reached: Reached, draw: random.Random) -> None:
     """Kill the raylet of the worker node; the supervisor starts another one."""
-    place = _hosts(run)
-    place.cluster.kill_raylet(place.hosts.b)
+    testbed = _hosts(run)
+    testbed.cluster.kill_raylet(testbed.hosts.b)
     run.board.release(reached.mark)
 
 
@@ -114,30 +114,30 @@ def cut_for(duration_s: float) -> Strike:
     """Return a strike that pulls the worker node's cable for so long."""
 
     def cut(run: Run, reached: Reached, draw: random.Random) -> None:
-        place = _hosts(run)
-        place.hosts.set_cable(place.hosts.b, plugged=False)
+        testbed = _hosts(run)
+        testbed.hosts.set_cable(testbed.hosts.b, plugged=False)
         run.board.release(reached.mark)
         time.sleep(duration_s)
-        place.hosts.set_cable(place.hosts.b, plugged=True)
+        testbed.hosts.set_cable(testbed.hosts.b, plugged=True)
 
     return cut
 
 
 def kill_head(run: Run, reached: Reached, draw: random.Random) -> None:
     """Kill Ray on the head, wait for the driver's end, start a new cluster and the command."""
-    place = _hosts(run)
-    place.lose_head()
+    testbed = _hosts(run)
+    testbed.lose_head()
     run.board.release(reached.mark)
     if run.wait_for_end(END_TIMEOUT_S) == 0:
         raise RunLost("the run ended well without a cluster")
-    place.restore_cluster()
+    testbed.restore_cluster()
     run.start()
 
 
 FAULTS: dict[str, Fault] = {
-    "worker killed in forward": Fault(kill_worker, places=("forward",)),
-    "worker killed in backward": Fault(kill_worker, places=("backward",)),
-    "worker killed in a checkpoint": Fault(kill_worker, places=("checkpoint",)),
+    "worker killed in forward": Fault(kill_worker, points=("forward",)),
+    "worker killed in backward": Fault(kill_worker, points=("backward",)),
+    "worker killed in a checkpoint": Fault(kill_worker, points=("checkpoint",)),
     "worker stopped": Fault(stop_worker),
     "checkpoint damaged": Fault(damage_checkpoint, damages=True),
     "driver killed": Fault(kill_driver),
@@ -150,9 +150,9 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def _hosts(run: Run) -> HostsPlace:
-    assert isinstance(run.place, HostsPlace), "this fault takes two hosts"
-    return run.place
+def _hosts(run: Run) -> HostsTestbed:
+    assert isinstance(run.testbed, HostsTestbed), "this fault takes two hosts"
+    return run.testbed
 
 
 def _flip_a_bit(path: Path, draw: random.Random) -> None:

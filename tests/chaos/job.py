@@ -62,9 +62,9 @@ class _Stops:
         self._step = 0
         self._flushed: dict[int, int] = {}
 
-    def at(self, place: str, step: int, part: int = 0) -> None:
+    def at(self, point: str, step: int, part: int = 0) -> None:
         for mark in self._marks:
-            if (mark.place, mark.step, mark.part) == (place, step, part):
+            if (mark.point, mark.step, mark.part) == (point, step, part):
                 self._board.wait_here(mark, self._address)
 
     def before_step(self, take_step: Callable[..., None]) -> Callable[..., None]:
@@ -96,9 +96,9 @@ class _Stops:
 
         return flushing
 
-    def _in_pass(self, place: str, module: Any) -> None:
+    def _in_pass(self, point: str, module: Any) -> None:
         if module.training:
-            self.at(place, self._step)
+            self.at(point, self._step)
 
 
 def _encoder_layers(model: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DIRECTORY_VARIABLE = "MDT_CHAOS_DIRECTORY"
-PLACES = ("forward", "backward", "step", "checkpoint")
+POINTS = ("forward", "backward", "step", "checkpoint")
 PLAN_NAME = "marks.json"
 POLL_S = 0.02
 
@@ -29,14 +29,14 @@ class Mark:
         name: unique within a run; a mark is reached once, also over restarts.
         step: number of the step that is being taken, from 1; of a checkpoint the step in its name.
         rank: who stops there.
-        place: one of `PLACES`; `step` is before the step begins.
+        point: one of `POINTS`; `step` is before the step begins.
         part: for a checkpoint, after how many of its files.
     """
 
     name: str
     step: int
     rank: int
-    place: str
+    point: str
     part: int = 0
 
 

@@ -27,7 +27,7 @@ def rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
     return [
         {
             "fault": incident.fault,
-            "where": verdict.place,
+            "where": verdict.testbed,
             "moment": _moment(incident),
             "recovery_s": incident.recovery_s and round(incident.recovery_s, 1),
             "steps_repeated": incident.num_repeated,
@@ -94,9 +94,9 @@ def write(verdicts: Sequence[Verdict], num_planned: int, path: Path, checkpoint_
 
 def _moment(incident: Incident) -> str:
     mark = incident.mark
-    if mark.place == "checkpoint":
+    if mark.point == "checkpoint":
         return f"checkpoint {mark.step}, file {mark.part}"
-    return f"step {mark.step}, rank {mark.rank}, {mark.place}"
+    return f"step {mark.step}, rank {mark.rank}, {mark.point}"
 
 
 def _machine() -> str:

@@ -17,7 +17,7 @@ import yaml
 from moe_dist.distributed.checkpoint import list_checkpoints, verify_checkpoint
 from moe_dist.errors import CheckpointError
 from tests.chaos.marks import DIRECTORY_VARIABLE, Mark, MarkBoard, Reached
-from tests.chaos.places import Place
+from tests.chaos.testbeds import Testbed
 from tests.chaos.trace import Attempt, read_trace
 from tests.hosts.ray_cluster import ROOT
 
@@ -33,8 +33,8 @@ class Run:
     """One chain whose distillation is hurt.
 
     Args:
-        place: where it runs.
-        recipe: its settings; name, places and tracking are set here.
+        testbed: where it runs.
+        recipe: its settings; name, directories and tracking are set here.
         prepared: a run's directory in which the stages before the distillation have finished.
         records: where marks, traces and logs lie; a new directory.
         output_dir: where the run writes; a new directory.
@@ -44,7 +44,7 @@ class Run:
 
     def __init__(
         self,
-        place: Place,
+        testbed: Testbed,
         recipe: dict[str, Any],
         prepared: Path,
         *,
@@ -53,7 +53,7 @@ class Run:
         name: str,
         marks: Sequence[Mark] = (),
     ) -> None:
-        self.place = place
+        self.testbed = testbed
         self.name = name
         self.records = records
         self.directory = output_dir / str(recipe["name"])
@@ -61,7 +61,7 @@ class Run:
         self.board = MarkBoard(records)
         self.board.plan(marks)
         shutil.copytree(prepared, self.directory)
-        tracking = {"uri": place.tracking_uri, "experiment": name, "log_models": False}
+        tracking = {"uri": testbed.tracking_uri, "experiment": name, "log_models": False}
         self._recipe = records / "recipe.yaml"
         settings = recipe | {"output_dir": str(output_dir), "tracking": tracking}
         self._recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -69,14 +69,14 @@ class Run:
 
     def start(self) -> None:
         """Give the command; the same one each time."""
-        environment = self.place.environment() | {DIRECTORY_VARIABLE: str(self.records)}
-        cluster = getattr(self.place, "cluster", None)
+        environment = self.testbed.environment() | {DIRECTORY_VARIABLE: str(self.records)}
+        cluster = getattr(self.testbed, "cluster", None)
         if cluster is not None:
             environment["RAY_ADDRESS"] = cluster.address
         command = ["-m", "tests.chaos.command", "distill", str(self._recipe), "--debug"]
         with (self.records / "driver.log").open("ab") as log:
             self._driver = subprocess.Popen(
-                self.place.command(*command),
+                self.testbed.command(*command),
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
@@ -97,7 +97,7 @@ class Run:
                 return reached
             if self.returncode() is not None:
                 raise RunLost(f"ended with {self.returncode()} before {mark}:\n{self.log_tail()}")
-            self.place.tend()
+            self.testbed.tend()
             time.sleep(POLL_S)
         raise RunLost(f"nobody came to {mark} in {WAIT_S:.0f} s:\n{self.log_tail()}")
 
@@ -112,7 +112,7 @@ class Run:
         """
         until = time.monotonic() + timeout_s
         while (code := self.returncode()) is None and time.monotonic() < until:
-            self.place.tend()
+            self.testbed.tend()
             time.sleep(POLL_S)
         if code is None:
             raise RunLost(f"did not end in {timeout_s:.0f} s:\n{self.log_tail()}")

@@ -12,9 +12,9 @@ from typing import Any
 from tests.chaos.checks import Outcome, find_problems, read_outcome
 from tests.chaos.faults import FAULTS
 from tests.chaos.marks import Mark
-from tests.chaos.places import Place
 from tests.chaos.recipe import CHECKPOINT_EVERY, NUM_WORKERS
 from tests.chaos.run import Run, RunLost
+from tests.chaos.testbeds import Testbed
 from tests.chaos.trace import Attempt
 
 # Between two faults: two checkpoints, so that one of them may be damaged.
@@ -49,14 +49,14 @@ class Verdict:
     """How a run with faults ended.
 
     Args:
-        place: where it ran.
+        testbed: where it ran.
         incidents: what was done to it.
         problems: what is wrong; empty if nothing is.
         seconds: of the whole run.
         records: its directory of marks, traces and logs.
     """
 
-    place: str
+    testbed: str
     incidents: list[Incident]
     problems: list[str]
     seconds: float
@@ -69,12 +69,12 @@ def draw_marks(faults: Sequence[str], draw: random.Random) -> list[Mark]:
     step = 0
     for number, fault in enumerate(faults):
         step += GAP + draw.randrange(SPREAD)
-        place = draw.choice(FAULTS[fault].places)
+        point = draw.choice(FAULTS[fault].points)
         rank, part = draw.randrange(NUM_WORKERS), 0
-        if place == "checkpoint":  # written by rank 0
+        if point == "checkpoint":  # written by rank 0
             step += -step % CHECKPOINT_EVERY
             rank, part = 0, draw.randint(1, NUM_CHECKPOINT_FILES)
-        marks.append(Mark(f"{number}-{fault.replace(' ', '-')}", step, rank, place, part))
+        marks.append(Mark(f"{number}-{fault.replace(' ', '-')}", step, rank, point, part))
     return marks
 
 
@@ -84,7 +84,7 @@ def steps_for(num_faults: int) -> int:
 
 
 def undisturbed(
-    place: Place, recipe: dict[str, Any], prepared: Path, *, records: Path, output_dir: Path
+    testbed: Testbed, recipe: dict[str, Any], prepared: Path, *, records: Path, output_dir: Path
 ) -> Outcome:
     """Run without faults.
 
@@ -94,8 +94,8 @@ def undisturbed(
     Raises:
         RunLost: if that did not end well.
     """
-    name = f"undisturbed-{place.name}"
-    run = Run(place, recipe, prepared, records=records, output_dir=output_dir, name=name)
+    name = f"undisturbed-{testbed.name}"
+    run = Run(testbed, recipe, prepared, records=records, output_dir=output_dir, name=name)
     run.start()
     code = run.wait_for_end()
     if code != 0:
@@ -104,7 +104,7 @@ def undisturbed(
 
 
 def disturbed(
-    place: Place,
+    testbed: Testbed,
     recipe: dict[str, Any],
     prepared: Path,
     expected: Outcome,
@@ -117,7 +117,7 @@ def disturbed(
     """Run with faults, one after the other, and check what came out.
 
     Args:
-        place: where to run.
+        testbed: where to run.
         recipe: as for the undisturbed run.
         prepared: as for the undisturbed run.
         expected: what that one gave.
@@ -132,7 +132,7 @@ def disturbed(
     began = time.monotonic()
     marks = draw_marks(faults, draw)
     run = Run(
-        place,
+        testbed,
         recipe,
         prepared,
         records=records,
@@ -155,7 +155,7 @@ def disturbed(
         problems = [f"lost: {lost}"]
         if run.returncode() is None:
             run.kill_driver()
-    return Verdict(place.name, incidents, problems, time.monotonic() - began, records)
+    return Verdict(testbed.name, incidents, problems, time.monotonic() - began, records)
 
 
 def measure(incidents: Sequence[Incident], attempts: Sequence[Attempt]) -> None:

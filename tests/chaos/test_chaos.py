@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.places import Place
 from tests.chaos.recipe import prepare, tiny_recipe
 from tests.chaos.scenario import disturbed, steps_for, undisturbed
+from tests.chaos.testbeds import Testbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -23,12 +23,12 @@ def test_a_run_that_is_hurt_equals_one_that_is_not(tmp_path: Path) -> None:
         pytest.skip("two workers need two CPUs")
     recipe = tiny_recipe(tmp_path, steps_for(len(QUICK)))
     prepared = prepare(recipe, tmp_path)
-    with Place(with_server=False) as place:
+    with Testbed(with_server=False) as testbed:
         expected = undisturbed(
-            place, recipe, prepared, records=tmp_path / "calm", output_dir=tmp_path / "a"
+            testbed, recipe, prepared, records=tmp_path / "calm", output_dir=tmp_path / "a"
         )
         verdict = disturbed(
-            place,
+            testbed,
             recipe,
             prepared,
             expected,

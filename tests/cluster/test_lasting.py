@@ -81,8 +81,8 @@ def test_a_ray_of_another_place_is_known_from_the_working_directory(
     copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    assert tmp_path / "session_1" in lasting.temporary_places()
-    assert copy in lasting.temporary_places()
+    assert tmp_path / "session_1" in lasting.temporary_directories()
+    assert copy in lasting.temporary_directories()
 
 
 def test_compress_in_a_job_names_both_keys_before_it_starts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -72,6 +73,13 @@ def test_directory_holds_what_is_documented(tmp_path: Path, engine: TrainEngine)
     before, after = (numbered(stored_digests(state, ["gated"])) for state in (model, changed))
     assert before.items() <= written["experts"].items()
     assert {key for key in before if before[key] != after[key]} == {"gated.2"}
+
+
+def test_a_figure_without_a_value_is_given_back(tmp_path: Path, engine: TrainEngine) -> None:
+    """A resumed run reports it again, and None is no figure."""
+    save_checkpoint(tmp_path, engine, step=2, state={"evaluation": {"pearson": float("nan")}})
+    state = load_checkpoint(tmp_path, engine)
+    assert state is not None and math.isnan(state["evaluation"]["pearson"])
 
 
 def test_nothing_there_is_none(tmp_path: Path, engine: TrainEngine) -> None:
@@ -213,7 +221,7 @@ def test_full_disk_is_named_in_the_words_of_safetensors(
 
 
 def test_old_and_abandoned_checkpoints_go(tmp_path: Path, engine: TrainEngine) -> None:
-    """The newest two stay; after going back, later steps of the course that was left go."""
+    """The newest two stay; after going back, later steps that were left go."""
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, engine, step=step, state={})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000003"]

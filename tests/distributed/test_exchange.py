@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moe_dist.distributed import spawn_gloo
 from moe_dist.distributed.all_to_all import AllToAllDispatcher
-from moe_dist.distributed.exchange import Journey, Traffic, plan_route
+from moe_dist.distributed.exchange import RowExchange, Traffic, plan_route
 from moe_dist.moe import Experts, LocalDispatcher, Routing
 
 D_MODEL, NUM_EXPERTS = 8, 8
@@ -109,5 +109,5 @@ def test_what_is_noted_of_the_traffic_does_not_grow() -> None:
     group: Any = SimpleNamespace()
     for _ in range(1000):
         route = plan_route([[2], [0]], [[2], [0]], 0, group, traffic)
-        Journey(route).depart(torch.zeros(2, 4), outward=True)
+        RowExchange(route).start(torch.zeros(2, 4), outward=True)
     assert asdict(traffic) == {"num_exchanges": 1000, "sent_bytes": 0}

@@ -17,15 +17,15 @@ from moe_dist.distributed.peers import Answer, Health, Listener, Peer, ask, own_
 from moe_dist.distributed.position import (
     FINISHED,
     TRAINING,
-    Place,
+    Position,
     begin_step,
     collective,
-    current_place,
+    current_position,
     enter_phase,
     follow_phases,
     mark_calls,
 )
-from moe_dist.distributed.stall import View, judge
+from moe_dist.distributed.stall import GroupState, judge
 from moe_dist.distributed.watchdog import EXIT_CODE, group_timeout_s
 from tests.distributed.watched import BAD_RANK, run_rank
 
@@ -115,9 +115,9 @@ def test_only_who_knows_the_token_is_answered() -> None:
     enter_phase("evaluation")
     peer = own_peer(listener)
     answer = ask(peer, "secret")
-    assert answer.health is Health.ANSWERS and answer.place is not None
-    assert answer.place.phase == "evaluation" and 0 <= answer.place.since < 60
-    assert ask(peer, "public").place is None
+    assert answer.health is Health.ANSWERS and answer.position is not None
+    assert answer.position.phase == "evaluation" and 0 <= answer.position.since < 60
+    assert ask(peer, "public").position is None
     silent = socket.create_server(("127.0.0.1", 0))
     port = silent.getsockname()[1]
     with silent:
@@ -128,23 +128,23 @@ def test_only_who_knows_the_token_is_answered() -> None:
 
 def test_marks_nest_and_cost_little() -> None:
     class Foreign:
-        def reduce(self, place: list[Place]) -> int:
-            place.append(current_place())
+        def reduce(self, position: list[Position]) -> int:
+            position.append(current_position())
             return 5
 
     follow_phases(None)
     enter_phase(TRAINING)
     begin_step(4)
-    foreign, seen = Foreign(), list[Place]()
+    foreign, seen = Foreign(), list[Position]()
     mark_calls(foreign, "reduce", "reduction")
     with collective("update"):
         assert foreign.reduce(seen) == 5
-        assert current_place().collective == "update"
+        assert current_position().collective == "update"
     assert str(seen[0]) == "reduction (number 2) of training, step 4"
-    assert str(current_place()) == "training, step 4"
+    assert str(current_position()) == "training, step 4"
     with pytest.raises(RuntimeError), collective("sum"):
         raise RuntimeError("lost")
-    assert current_place().collective == "sum"  # for the message about it
+    assert current_position().collective == "sum"  # for the message about it
     start = time.perf_counter()
     for _ in range(1000):
         with collective("sum"):
@@ -152,46 +152,51 @@ def test_marks_nest_and_cost_little() -> None:
     assert time.perf_counter() - start < 0.1  # 2 µs each on a quiet machine
 
 
-def view(waited_s: float, place: Place, *answers: Answer, missing_s: float = 0.0) -> View:
+def group(
+    waited_s: float, position: Position, *answers: Answer, missing_s: float = 0.0
+) -> GroupState:
     others = [Peer(rank, 100 + rank, "b") for rank in range(1, len(answers) + 1)]
     given = dict(enumerate(answers, start=1))
-    missing = {rank: missing_s for rank, answer in given.items() if answer.place is None}
-    return View(Peer(0, 100, "a"), place, waited_s, others, given, missing)
+    missing = {rank: missing_s for rank, answer in given.items() if answer.position is None}
+    return GroupState(Peer(0, 100, "a"), position, waited_s, others, given, missing)
 
 
 def alive(phase: str, collective: str, for_s: float) -> Answer:
-    return Answer(Health.ANSWERS, Place(phase, 7, collective, 1, for_s))
+    return Answer(Health.ANSWERS, Position(phase, 7, collective, 1, for_s))
 
 
-WAITS = Place(TRAINING, 7, "sum", 1)
+WAITS = Position(TRAINING, 7, "sum", 1)
 
 
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (view(9, WAITS, alive(TRAINING, "", 9)), None),
-        (view(11, WAITS, alive(TRAINING, "", 11)), "rank 1 (host b, pid 101) stalls in training"),
+        (group(9, WAITS, alive(TRAINING, "", 9)), None),
+        (group(11, WAITS, alive(TRAINING, "", 11)), "rank 1 (host b, pid 101) stalls in training"),
         # Rank 1 works within its own limit: since less, or at something that may take longer.
-        (view(11, WAITS, alive(TRAINING, "", 9)), None),
-        (view(59, WAITS, alive("checkpoint", "", 59)), None),
-        (view(61, WAITS, alive("checkpoint", "", 59)), "rank 1 (host b, pid 101) stalls in check"),
-        (view(11, WAITS, alive(FINISHED, "", 1)), "stalls in the end of the job"),
+        (group(11, WAITS, alive(TRAINING, "", 9)), None),
+        (group(59, WAITS, alive("checkpoint", "", 59)), None),
+        (group(61, WAITS, alive("checkpoint", "", 59)), "rank 1 (host b, pid 101) stalls in check"),
+        (group(11, WAITS, alive(FINISHED, "", 1)), "stalls in the end of the job"),
         # All wait, each in another collective: all are named.
-        (view(11, WAITS, alive(TRAINING, "norm", 11)), "rank 0 (host a, pid 100) stalls in sum"),
-        (view(11, Place("evaluation", 7), alive("evaluation", "sum", 11)), None),
-        (view(1, WAITS, Answer(Health.GONE), missing_s=0.1), None),
-        (view(1, WAITS, Answer(Health.GONE), missing_s=3), "rank 1 (host b, pid 101) is gone"),
-        (view(9, WAITS, Answer(Health.SILENT), missing_s=9), None),
-        (view(11, WAITS, Answer(Health.SILENT), missing_s=9), "rank 1 (host b, pid 101) does not"),
+        (group(11, WAITS, alive(TRAINING, "norm", 11)), "rank 0 (host a, pid 100) stalls in sum"),
+        (group(11, Position("evaluation", 7), alive("evaluation", "sum", 11)), None),
+        (group(1, WAITS, Answer(Health.GONE), missing_s=0.1), None),
+        (group(1, WAITS, Answer(Health.GONE), missing_s=3), "rank 1 (host b, pid 101) is gone"),
+        (group(9, WAITS, Answer(Health.SILENT), missing_s=9), None),
+        (group(11, WAITS, Answer(Health.SILENT), missing_s=9), "rank 1 (host b, pid 101) does not"),
         # A stopped process is not waited for six times as long in a slow phase.
-        (view(11, Place("checkpoint", 7, "sum", 1), Answer(Health.SILENT), missing_s=9), "checkp"),
+        (
+            group(11, Position("checkpoint", 7, "sum", 1), Answer(Health.SILENT), missing_s=9),
+            "checkp",
+        ),
         # From the silence of one that never could be asked nothing follows.
-        (view(9, WAITS, Answer(Health.UNKNOWN), missing_s=9), None),
-        (view(11, WAITS, Answer(Health.UNKNOWN), missing_s=11), "pid 101) could never be asked"),
-        (view(61, Place("start-up")), "rank 0 (host a, pid 100) stalls in start-up for 61.0 s"),
+        (group(9, WAITS, Answer(Health.UNKNOWN), missing_s=9), None),
+        (group(11, WAITS, Answer(Health.UNKNOWN), missing_s=11), "pid 101) could never be asked"),
+        (group(61, Position("start-up")), "rank 0 (host a, pid 100) stalls in start-up for 61.0 s"),
     ],
 )
-def test_who_is_to_blame(seen: View, expected: str | None) -> None:
+def test_who_is_to_blame(seen: GroupState, expected: str | None) -> None:
     stall = judge(seen, step_timeout_s=10)
     if expected is None:
         assert stall is None

@@ -1,4 +1,4 @@
-"""Fewer experts and fused neurons: exact where they can be, and joined as said where not."""
+"""Fewer experts: exact where they can be, and joined as said where not."""
 
 from __future__ import annotations
 
@@ -14,31 +14,12 @@ from moe_dist.inference import load_model, save_model
 from moe_dist.inference.compact import (
     compact_experts,
     expert_similarity,
-    fuse_neurons,
     group_experts,
 )
 from moe_dist.measure.profile import count_parameters
 from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
-
-
-def student(**options: Any) -> Any:
-    """Four experts of a tiny BERT; of its 32 neurons each has 14 of its own or shared."""
-    model = tiny_model("bert")
-    plan = plan_partition(
-        random_scores(model),
-        num_experts=4,
-        expert_size=options.pop("expert_size", 14),
-        num_shared_neurons=options.pop("num_shared", 8),
-        tie_shared=options.pop("tie_shared", False),
-        method=options.pop("method", "importance"),
-    )
-    return dense_to_moe(model, plan, **options)
-
-
-def even(model: Any, *shares: float) -> dict[str, list[float]]:
-    number = moe_layers(model)[0].num_experts
-    return {layer.name: list(shares or [1 / number] * number) for layer in moe_layers(model)}
+from tests.inference.moe_students import even, student
 
 
 @pytest.mark.parametrize("method", ["merge", "drop"])
@@ -127,41 +108,6 @@ def test_joined_experts_keep_alike_neurons_once_and_the_weightiest_of_the_rest()
     for row in [*layer.w_in[0, :8], *best]:
         assert float((kept.w_in[0] - row).abs().amax(dim=1).min().detach()) < 1e-6
     assert [sorted(group) for group in joined[0].groups] == [[0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("router", ["hash_random", "token_gate"])
-def test_neurons_that_are_alike_are_stored_once_without_a_change(
-    router: str, tmp_path: Path
-) -> None:
-    model = student(router=router)
-    batch = token_batch()
-    with torch.no_grad():  # not in the same place in every expert
-        for layer in moe_layers(model):
-            order = torch.randperm(14)
-            for name, axis in (("w_in", 0), ("b_in", 0), ("w_out", 1)):
-                tensor = getattr(layer.experts, name)
-                tensor[2] = tensor[2].index_select(axis, order)
-    fused, count = fuse_neurons(model)
-    assert count == 8
-    torch.testing.assert_close(logits_of(fused, batch), logits_of(model, batch))
-    neuron = 2 * 16 + 1
-    saved = count_parameters(model).total - count_parameters(fused).total
-    assert saved == 2 * 3 * 8 * neuron
-    again = load_model(save_model(fused, tmp_path / "fused"))
-    torch.testing.assert_close(logits_of(again, batch), logits_of(fused, batch))
-    smaller, _ = compact_experts(fused, 2, use=even(fused))
-    assert all(layer.shared is not None for layer in moe_layers(smaller))
-
-
-def test_fusion_leaves_alone_what_it_may_not_touch() -> None:
-    for options in ({"tie_shared": True}, {"num_shared": 0, "expert_size": 8}):
-        model = student(**options)
-        assert fuse_neurons(model) == (model, 0)
-    scaled = student(router="token_gate", gate_scale="probability")
-    assert fuse_neurons(scaled) == (scaled, 0)
-    for router in ({"router": "hash_random"}, {"router": "task_gate", "task_map": "fixed"}):
-        gateless = student(gate_scale="probability", num_tasks=1, **router)
-        assert fuse_neurons(gateless)[1] == 8, "there is no probability to scale by"
 
 
 def test_a_compacted_model_is_saved_and_read_like_any(tmp_path: Path) -> None:

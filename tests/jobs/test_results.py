@@ -15,7 +15,6 @@ from moe_dist.jobs.results import (
     load_scores,
     save_predictions,
     save_scores,
-    write_json,
 )
 
 
@@ -66,10 +65,3 @@ def test_pickled_predictions_are_refused(tmp_path: Path) -> None:
     np.savez(path, logits=np.array([{"a": 1}], dtype=object))
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_predictions(path)
-
-
-def test_json_replaces_what_was_there(tmp_path: Path) -> None:
-    write_json(tmp_path / "r.json", {"a": 1})
-    write_json(tmp_path / "r.json", {"b": [1.5]})
-    assert (tmp_path / "r.json").read_text().split() == ["{", '"b":', "[", "1.5", "]", "}"]
-    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

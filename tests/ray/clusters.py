@@ -72,6 +72,6 @@ def small_cluster(*cpus: int, temp_dir: str, kind: str = "") -> Iterator[SmallCl
             os.environ["RAY_ADDRESS"] = before
         import ray
 
-        # A test that gave back places after its session ended has connected once more.
+        # A test that gave back worker slots after its session ended has connected once more.
         ray.shutdown()
         cluster.close()

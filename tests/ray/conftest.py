@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_dist.workers.driver import RaySession, ray_session
+from moe_dist.workers.ray_session import RaySession, ray_session
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import pytest
 
 from moe_dist.errors import ClusterError, NonFiniteLossError, TrainingError
 from moe_dist.workers.attempts import WORKERS_NAME
-from moe_dist.workers.driver import JobResult, RaySession, ray_session, run_on_workers
+from moe_dist.workers.driver import JobResult, run_on_workers
+from moe_dist.workers.ray_session import RaySession, ray_session
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -229,7 +230,7 @@ def test_sigterm_stays_with_the_program_that_handles_it(tmp_path: Path) -> None:
     # In a process of its own, since the signal ends it; Ray's native handler would print a trace.
     code = """
 import os, signal
-from moe_dist.workers.driver import ray_session
+from moe_dist.workers.ray_session import ray_session
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 with ray_session() as session:
     session.connect()

@@ -14,7 +14,8 @@ import pytest
 
 from moe_dist.workers import placement
 from moe_dist.workers.attempts import ATTEMPTS_NAME
-from moe_dist.workers.driver import JobResult, ray_session, run_on_workers
+from moe_dist.workers.driver import JobResult, run_on_workers
+from moe_dist.workers.ray_session import ray_session
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -15,9 +15,10 @@ import pytest
 
 from moe_dist.errors import ClusterError
 from moe_dist.workers.cluster_capacity import WorkerNeed, read_capacity
-from moe_dist.workers.driver import RaySession, ray_session, run_on_workers
-from moe_dist.workers.place_watch import has_places
+from moe_dist.workers.driver import run_on_workers
 from moe_dist.workers.placement import Placement, plan_placement
+from moe_dist.workers.placement_wait import is_placed
+from moe_dist.workers.ray_session import RaySession, ray_session
 from tests.ray.clusters import SmallCluster, small_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -42,20 +43,20 @@ def test_nodes_as_ray_knows_them(session: RaySession) -> None:
     assert sorted(node.cpus for node in capacity.nodes) == [1, 2]
     assert sorted(node.free_cpus for node in capacity.nodes) == [1, 2]
     assert all(node.kind == "" and node.memory_gib > 0.1 for node in capacity.nodes)
-    assert capacity.most_places(WorkerNeed(1)) == 3
+    assert capacity.most_slots(WorkerNeed(1)) == 3
 
 
-def test_places_are_recognised(session: RaySession) -> None:
+def test_worker_slots_are_recognised(session: RaySession) -> None:
     import ray
 
     wish = Placement(2, 3, WorkerNeed(1))
-    assert not has_places(wish)
+    assert not is_placed(wish)
     group = ray.util.placement_group([{"CPU": 1}] * 2)
     try:
         assert group.wait(60)
-        assert has_places(wish) and has_places(Placement(2, 2, WorkerNeed(1)))
-        assert not has_places(Placement(3, 3, WorkerNeed(1)))
-        assert not has_places(Placement(2, 2, WorkerNeed(2)))
+        assert is_placed(wish) and is_placed(Placement(2, 2, WorkerNeed(1)))
+        assert not is_placed(Placement(3, 3, WorkerNeed(1)))
+        assert not is_placed(Placement(2, 2, WorkerNeed(2)))
     finally:
         ray.util.remove_placement_group(group)
 
@@ -67,7 +68,7 @@ def test_the_impossible_is_refused_at_once(session: RaySession) -> None:
     assert "num_workers to 1 or less" in no.value.remedy
     with pytest.raises(ClusterError, match="needs 1 GPUs, and the Ray cluster has 0"):
         plan_placement(1, 1, True)
-    with pytest.raises(ClusterError, match="1 places of 3 CPUs, each on one node"):
+    with pytest.raises(ClusterError, match="1 slots of 3 CPUs, each on one node"):
         plan_placement(1, 3, None)
     assert time.monotonic() - started < 10
 
@@ -83,7 +84,7 @@ def others(session: RaySession) -> Iterator[Any]:
     ray.util.remove_placement_group(group)
 
 
-def test_places_that_others_hold_are_waited_for(
+def test_worker_slots_that_others_hold_are_waited_for(
     session: RaySession, others: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Release(logging.Handler):

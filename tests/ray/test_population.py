@@ -13,11 +13,12 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.metric_log import MetricLog
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.population import Population
 from moe_dist.search.trials import TrialLog
-from moe_dist.search.tune import Ruling, find_room, run_sweep
+from moe_dist.search.tune import find_room, run_sweep
 from moe_dist.workers.cluster_capacity import read_capacity
-from moe_dist.workers.driver import RaySession
+from moe_dist.workers.ray_session import RaySession
 from pipelines.search import sweep as sweeping
 from pipelines.search.results import write_results
 from pipelines.search.sweep import SweepResult, search_recipe
@@ -151,10 +152,10 @@ def test_a_trial_goes_on_from_the_weights_of_another(
     result = search_recipe(config, Recorder(), finish)
     assert {trial.status for trial in result.trials.values()} == {"finished"}
     directory = tmp_path / "outputs/tiny/search"
-    led = [trial for trial in result.trials.values() if len(trial.course) > 1]
+    led = [trial for trial in result.trials.values() if len(trial.weight_history) > 1]
     assert led and TrialLog(directory / "trials.jsonl").trials == result.trials
     for trial in led:
-        before, last = trial.course[-2:]
+        before, last = trial.weight_history[-2:]
         assert last.trial == trial.number and before.trial != trial.number
         assert last.overrides["moe.router"] == before.overrides["moe.router"]
         own, other = (

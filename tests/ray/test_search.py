@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
+from moe_dist.search.early_stopping import Ruling
 from moe_dist.search.trials import Report
-from moe_dist.search.tune import Ruling, find_room, run_sweep
+from moe_dist.search.tune import find_room, run_sweep
 from moe_dist.workers.cluster_capacity import read_capacity
-from moe_dist.workers.driver import RaySession
+from moe_dist.workers.ray_session import RaySession
 from pipelines.search.results import write_results
 from pipelines.search.sweep import SweepResult, search_recipe
 from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe  # noqa: F401

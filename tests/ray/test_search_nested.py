@@ -1,4 +1,4 @@
-"""Trials of two workers: each starts Ray Train inside Ray Tune, and gives its places back."""
+"""Trials of two workers: each starts Ray Train inside Ray Tune, and gives its worker slots back."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def cluster(*nodes: tuple[float, float]) -> Capacity:
         ([(8, 0)], (2, 4), 1, 4),
     ],
 )
-def test_concurrency_follows_from_the_places(
+def test_concurrency_follows_from_the_slots(
     nodes: list[tuple[float, float]], workers: int | tuple[int, int], cpus: int, trials: int
 ) -> None:
     room = find_room(cluster(*nodes), workers, cpus, use_gpu=False)

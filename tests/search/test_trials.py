@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_dist.search.trials import Leg, Report, TrialLog
+from moe_dist.search.trials import Report, TrialLog, WeightSegment
 
 
 def test_a_log_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -51,6 +51,13 @@ def test_a_trial_that_follows_another_has_its_course(tmp_path: Path) -> None:
     log.took_over(1, 2, 10, third, third)
     log.took_over(2, 1, 20, first, first)
     assert log.trials[1].overrides == third
-    assert log.trials[1].course == [Leg(0, 2, second), Leg(10, 1, third)]
-    assert log.trials[2].course == [Leg(0, 2, second), Leg(10, 1, third), Leg(20, 2, first)]
+    assert log.trials[1].weight_history == [
+        WeightSegment(0, 2, second),
+        WeightSegment(10, 1, third),
+    ]
+    assert log.trials[2].weight_history == [
+        WeightSegment(0, 2, second),
+        WeightSegment(10, 1, third),
+        WeightSegment(20, 2, first),
+    ]
     assert TrialLog(tmp_path / "trials.jsonl").trials == log.trials

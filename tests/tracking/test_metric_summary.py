@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.tracking.database_lock import Turns
-from moe_dist.tracking.metric_summary import shown_metrics
+from moe_dist.tracking.database_lock import DatabaseLock
+from moe_dist.tracking.metric_summary import summarise_metrics
 
 
 def test_figures_of_single_experts_become_a_summary() -> None:
-    shown = shown_metrics(
+    shown = summarise_metrics(
         {
             "train/loss/total": 1.0,
             "moe/load_imbalance/layer.0": 1.5,
@@ -39,7 +39,7 @@ def test_one_writer_at_a_time_has_its_turn(tmp_path: Path) -> None:
 
     def write() -> None:
         nonlocal most
-        with Turns(tmp_path / "mlflow.db").taken():
+        with DatabaseLock(tmp_path / "mlflow.db").held():
             inside.append(1)
             most = max(most, len(inside))
             time.sleep(0.02)
@@ -57,10 +57,10 @@ def test_a_writer_that_stands_still_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_dist.tracking.database_lock.MAX_WAIT_S", 0.1)
-    with Turns(tmp_path / "mlflow.db").taken(), Turns(tmp_path / "mlflow.db").taken():
+    with DatabaseLock(tmp_path / "mlflow.db").held(), DatabaseLock(tmp_path / "mlflow.db").held():
         pass
 
 
-def test_servers_know_no_turns() -> None:
-    with Turns(None).taken(), Turns(None).taken():
+def test_servers_need_no_lock() -> None:
+    with DatabaseLock(None).held(), DatabaseLock(None).held():
         pass

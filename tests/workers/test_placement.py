@@ -1,4 +1,4 @@
-"""Wishes for workers against clusters of all shapes, and the wait for places, without Ray."""
+"""Wishes for workers against clusters of all shapes, and the wait for worker slots, without Ray."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 from moe_dist.errors import ClusterError
 from moe_dist.workers import cluster_capacity as capacity_module
 from moe_dist.workers.cluster_capacity import Capacity, Node, NodeKind, WorkerNeed, grown_capacity
-from moe_dist.workers.place_watch import PlaceWait
 from moe_dist.workers.placement import Placement, choose_placement
+from moe_dist.workers.placement_wait import PlacementWait
 
 
 def node(
@@ -44,13 +44,13 @@ def test_more_cpus_than_there_are() -> None:
 
 
 def test_a_worker_larger_than_any_node() -> None:
-    with pytest.raises(ClusterError, match="needs 1 places of 6 CPUs, each on one node") as caught:
+    with pytest.raises(ClusterError, match="needs 1 slots of 6 CPUs, each on one node") as caught:
         choose_placement(cluster(4, 4), 1, 6, None)
     assert "larger nodes" in caught.value.remedy
 
 
 def test_workers_that_fit_in_sum_and_not_on_nodes() -> None:
-    with pytest.raises(ClusterError, match="3 places of 2 CPUs, each on one node, and 2 fit"):
+    with pytest.raises(ClusterError, match="3 slots of 2 CPUs, each on one node, and 2 fit"):
         choose_placement(cluster(3, 3), 3, 2, None)
 
 
@@ -67,7 +67,7 @@ def test_gpus() -> None:
 
 def test_gpus_without_the_cpus_beside_them() -> None:
     lopsided = Capacity((node(1, 4, name="0"), node(8, 0, name="1")))
-    with pytest.raises(ClusterError, match="2 places of 1 CPU and 1 GPU, each on one node, and 1"):
+    with pytest.raises(ClusterError, match="2 slots of 1 CPU and 1 GPU, each on one node, and 1"):
         choose_placement(lopsided, 2, 1, True)
 
 
@@ -90,19 +90,19 @@ def test_an_autoscaler_may_add_nodes_up_to_its_bounds() -> None:
     need = WorkerNeed(4)
     assert grown.max_added == 3
     assert [kind.max_nodes for kind in grown.kinds or ()] == [0, 9, 2]
-    assert grown.present_places(need) == 2
-    assert grown.most_places(need) == 2 + 2 * 4 + 1
-    assert grown.most_places(WorkerNeed(1, 1)) == 2
+    assert grown.present_slots(need) == 2
+    assert grown.most_slots(need) == 2 + 2 * 4 + 1
+    assert grown.most_slots(WorkerNeed(1, 1)) == 2
     assert choose_placement(grown, 11, 4, None).most == 11
     with pytest.raises(ClusterError, match="= 48 CPUs, and the Ray cluster can grow to 44 at most"):
         choose_placement(grown, 12, 4, None)
-    with pytest.raises(ClusterError, match="needs 1 places of 17 CPUs"):
+    with pytest.raises(ClusterError, match="needs 1 slots of 17 CPUs"):
         choose_placement(grown, 1, 17, None)
 
 
 def test_an_autoscaler_that_does_not_tell_its_bounds_is_waited_for() -> None:
     unknown = Capacity((node(4, kind="pod"),), kinds=None)
-    assert unknown.most_places(WorkerNeed(1)) == math.inf
+    assert unknown.most_slots(WorkerNeed(1)) == math.inf
     assert choose_placement(unknown, 100, 4, None).need == WorkerNeed(4)
     assert choose_placement(unknown, 100, 4, True).need == WorkerNeed(4, 1)
 
@@ -139,7 +139,7 @@ def busy(*free: float) -> Capacity:
 
 def test_a_wait_is_told_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    wait = PlaceWait(Placement(4, 4, WorkerNeed(1)), wait_s=30)
+    wait = PlacementWait(Placement(4, 4, WorkerNeed(1)), wait_s=30)
     for now_s in (0, 2, 4):
         wait.look(now_s, busy(2, 1), placed=False)
     assert not caplog.messages
@@ -147,15 +147,15 @@ def test_a_wait_is_told_and_ends(caplog: pytest.LogCaptureFixture) -> None:
         wait.look(now_s, busy(2, 1), placed=False)
     assert len(caplog.messages) == 2
     assert caplog.messages[0] == (
-        "waiting for places since 6 s (at most 30 s): 4 workers of 1 CPU each, and 3 fit now "
+        "waiting for worker slots since 6 s (at most 30 s): 4 workers of 1 CPU each, and 3 fit now "
         "(free: 10.0.0.0: 2 CPUs; 10.0.0.1: 1 CPU)"
     )
-    with pytest.raises(ClusterError, match=r"waited 31 s for places \(parallel.wait_s=30\)"):
+    with pytest.raises(ClusterError, match=r"waited 31 s for worker slots \(parallel.wait_s=30\)"):
         wait.look(31, busy(2, 1), placed=False)
 
 
 def test_a_run_and_a_start_are_no_wait(caplog: pytest.LogCaptureFixture) -> None:
-    wait = PlaceWait(Placement(4, 4, WorkerNeed(1)), wait_s=10)
+    wait = PlacementWait(Placement(4, 4, WorkerNeed(1)), wait_s=10)
     for now_s in range(0, 100, 2):
         wait.look(now_s, busy(0, 0), placed=True)
         wait.look(now_s, busy(2, 2), placed=False)
@@ -163,7 +163,7 @@ def test_a_run_and_a_start_are_no_wait(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_every_wait_has_its_own_time() -> None:
-    wait = PlaceWait(Placement(4, 4, WorkerNeed(1)), wait_s=10)
+    wait = PlacementWait(Placement(4, 4, WorkerNeed(1)), wait_s=10)
     for now_s in (0, 8):
         wait.look(now_s, busy(1, 1), placed=False)
     wait.look(9, busy(0, 0), placed=True)
@@ -174,7 +174,7 @@ def test_every_wait_has_its_own_time() -> None:
 
 
 def test_an_elastic_job_takes_what_there_is() -> None:
-    wait = PlaceWait(Placement(2, 8, WorkerNeed(1)), wait_s=10)
+    wait = PlacementWait(Placement(2, 8, WorkerNeed(1)), wait_s=10)
     for now_s in (0, 20):
         wait.look(now_s, busy(2, 2), placed=False)
     wait.look(30, busy(1, 0), placed=False)

@@ -26,16 +26,16 @@ def uri() -> str:
 def test_a_local_directory_is_used_as_it_is(tmp_path: Path) -> None:
     records = open_records(tmp_path, "ray")
     assert type(records) is Records
-    assert (records.place, records.directory) == (str(tmp_path / "ray"), tmp_path / "ray")
+    assert (records.location, records.directory) == (str(tmp_path / "ray"), tmp_path / "ray")
     threads = threading.active_count()
-    with local_records(records.place) as same:
+    with local_records(records.location) as same:
         assert same.directory == records.directory
         assert threading.active_count() == threads
 
 
 def test_what_workers_note_reaches_the_driver_and_the_next_attempt(uri: str) -> None:
     driver = open_records(uri, "ray")
-    with local_records(driver.place) as rank_0, local_records(driver.place) as rank_1:
+    with local_records(driver.location) as rank_0, local_records(driver.location) as rank_1:
         note_attempt(rank_0.directory, ROSTER)
         rank_0.push()
         note_fault(rank_1.directory, 1, Stall("rank 0 is gone", 2.0))
@@ -45,10 +45,10 @@ def test_what_workers_note_reaches_the_driver_and_the_next_attempt(uri: str) -> 
     driver.pull()
     (restart,) = read_restarts(driver.directory)
     assert restart.reason == "rank 0 is gone"
-    with local_records(driver.place) as again:
+    with local_records(driver.location) as again:
         assert next_attempt(again.directory) == 2
 
-    store = Store(driver.place)
+    store = Store(driver.location)
     store.write("checkpoint_manager_snapshot.json", b"{}")
     store.write("deep/fault-1.json", b"{}")
     driver.clear(FILES)
@@ -69,9 +69,9 @@ def test_notes_that_cannot_be_pushed_go_with_the_next_ones(
 
     monkeypatch.setattr(Store, "write", refuse)
     records.push()
-    assert Store(records.place).list() == []
+    assert Store(records.location).list() == []
     monkeypatch.setattr(Store, "write", write)
     records.push()
-    driver = RemoteRecords(records.place)
+    driver = RemoteRecords(records.location)
     driver.pull()
     assert next_attempt(driver.directory) == 2

@@ -24,7 +24,8 @@ from moe_dist.distributed.checkpoint_files import (
 )
 from moe_dist.errors import CheckpointError, StorageError
 from moe_dist.jobs.job import Job
-from moe_dist.jobs.results import CHECKPOINT_DIR, METRIC_LOG
+from moe_dist.jobs.results import CHECKPOINT_DIR
+from moe_dist.metric_log import METRIC_LOG
 from moe_dist.storage import Store, upload_tree
 from moe_dist.workers.remote_stage import local_stage
 

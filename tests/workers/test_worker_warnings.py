@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.workers.records import Records
-from moe_dist.workers.worker_warnings import WARNINGS_NAME, forwarded_warnings, relayed_warnings
+from moe_dist.workers.worker_warnings import WARNINGS_NAME, followed_warnings, forwarded_warnings
 
 logger = logging.getLogger("moe_dist.training.somewhere")
 
@@ -28,7 +28,7 @@ def test_what_is_written_while_a_job_runs_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = '{"logger": "moe_dist.x", "message": "%s"}\n'
-    with relayed_warnings(Records(tmp_path)), (tmp_path / WARNINGS_NAME).open("w") as stream:
+    with followed_warnings(Records(tmp_path)), (tmp_path / WARNINGS_NAME).open("w") as stream:
         stream.write(line % "first" + line[:20])
         stream.flush()
         deadline = time.monotonic() + 20
@@ -41,6 +41,6 @@ def test_what_is_written_while_a_job_runs_is_logged(
 
 
 def test_a_job_without_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with relayed_warnings(Records(tmp_path)):
+    with followed_warnings(Records(tmp_path)):
         pass
     assert not caplog.messages

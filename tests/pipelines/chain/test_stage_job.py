@@ -25,7 +25,7 @@ def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four CPUs, no GPU, no cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("moe_dist.workers.driver.available_cpus", lambda: 4)
+    monkeypatch.setattr("moe_dist.workers.ray_session.available_cpus", lambda: 4)
 
 
 def placement(write_recipe: Write, settings: dict[str, Any], **parallel: Any) -> tuple[Any, ...]:

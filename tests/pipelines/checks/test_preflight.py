@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from cluster import preflight as cluster_preflight
 from cluster import probing
 from cluster.node_probe import NodeProbe
-from cluster.preflight import Scope, check_places, check_tracking
+from cluster.preflight import Scope, check_slots, check_tracking
 from cluster.probing import check_storage, start_probes
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ClusterError
 from moe_dist.workers.cluster_capacity import Capacity, Node, read_capacity
-from moe_dist.workers.driver import RaySession, ray_session
+from moe_dist.workers.ray_session import RaySession, ray_session
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.readiness import check_cluster_once
 from pipelines.cli import app
@@ -86,7 +86,7 @@ def test_memory_and_places(write_recipe: Write, tiny_settings: dict[str, Any]) -
 
     def check(memory_gib: float | None, config: RunConfig = config) -> dict[str, str]:
         scope = Scope(config, ray_session(), memory_gib)
-        return {finding.check: finding.state for finding in check_places(scope, capacity)}
+        return {finding.check: finding.state for finding in check_slots(scope, capacity)}
 
     assert check(None) == {"workers": "warning"}
     assert check(2.5) == {"workers": "warning", "memory": "ok"}

@@ -11,9 +11,9 @@ from pipelines.report.svg import (
     Dot,
     Line,
     Span,
+    front_of,
     heat_map,
     line_chart,
-    pareto_front,
     scatter,
     shade,
     spans,
@@ -30,7 +30,7 @@ def test_the_front_holds_what_none_beats_in_both() -> None:
         Dot("d", 1, 0.6),
         Dot("e", 4, 0.9),
     ]
-    assert [dot.name for dot in pareto_front(dots)] == ["a", "c"]
+    assert [dot.name for dot in front_of(dots)] == ["a", "c"]
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,10 @@ def test_a_population_is_recorded_and_reported(
     directory = tmp_path / "outputs/tiny/search"
     assert [trial.status for trial in result.trials.values()] == ["finished"] * 3
     follower, strong = result.trials[1], result.trials[2]
-    first, last = follower.course
+    first, last = follower.weight_history
     assert (first.step, first.trial, last.step, last.trial) == (0, 2, 8, 1)
-    assert follower.num_steps == 12 and len(strong.course) == 1
-    assert {leg.overrides["moe.router"] for leg in follower.course} == {
+    assert follower.num_steps == 12 and len(strong.weight_history) == 1
+    assert {segment.overrides["moe.router"] for segment in follower.weight_history} == {
         strong.overrides["moe.router"]
     }
     assert follower.overrides == last.overrides
@@ -115,7 +115,7 @@ def test_a_population_is_recorded_and_reported(
     assert TrialLog(directory / "trials.jsonl").trials == result.trials
     assert not list(directory.glob("trials/*/distill/checkpoints"))
     table = parquet.read_table(directory / "trials.parquet").to_pydict()
-    assert table["course"][1].startswith("2, from step ")
+    assert table["weight_history"][1].startswith("2, from step ")
 
     text = (directory / "report.md").read_text()
     best = load_config(directory / "best.yaml")

@@ -1,4 +1,4 @@
-"""Whether a proposed point can be trained: it is a sound recipe, fits the model, and is new."""
+"""Whether a proposed point can be trained: it is a sound recipe, suits the model, and is new."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..chain.workspace import Workspace
 
 
-class Fitting:
+class PointChecks:
     """Tells whether a point is worth a trial.
 
     How many neurons a layer has is known by the model alone, so a recipe can be sound and still ask
@@ -37,17 +37,17 @@ class Fitting:
         self._seen = {self._key(trial.overrides) for trial in log.trials.values()}
         if self._config.search.baseline:
             self._seen.add(self._key({}))
-        self.num_unfit = 0
+        self.num_refused = 0
 
     def __call__(self, point: Point) -> bool:
-        """Look at a point; one that fits counts as tried from now on."""
+        """Look at a point; one that passes counts as tried from now on."""
         key = self._key(point.overrides)
         if key in self._seen:
             return False
         config = RunConfig.model_validate(point_settings(self._config, point.overrides))
-        if find_cross_faults(config) or not self._fits_model(config):
+        if find_cross_faults(config) or not self._suits_model(config):
             self._seen.add(key)
-            self.num_unfit += 1
+            self.num_refused += 1
             return False
         self._seen.add(key)
         return True
@@ -62,22 +62,22 @@ class Fitting:
         Returns:
             Words with a remedy.
         """
-        unfit = (
-            f"; {self.num_unfit} others are no sound recipe, or ask for more neurons than the "
+        refused = (
+            f"; {self.num_refused} others are no sound recipe, or ask for more neurons than the "
             "model's layers have"
-            if self.num_unfit
+            if self.num_refused
             else ""
         )
         return (
             f"search.space has no further point for search.num_trials={num_trials}: {num_tried} "
-            f"fit{unfit}. Widen it, or ask for fewer trials."
+            f"fit{refused}. Widen it, or ask for fewer trials."
         )
 
     @cached_property
     def _skeleton(self) -> Any:
         return start_skeleton(self._workspace, self._workspace.splits.task.num_labels)
 
-    def _fits_model(self, config: RunConfig) -> bool:
+    def _suits_model(self, config: RunConfig) -> bool:
         try:
             plan_skeleton(self._skeleton, config)
         except ConversionError:

@@ -22,7 +22,7 @@ SMALL_DISK_MIB = 512
 LOOK_EVERY_S = 2.0
 # Agents of a node whose raylet was killed look for the head for a minute before they give up.
 CLEAN_TIMEOUT_S = 120.0
-MARKER = "MDT_CHAOS_PLACE"
+MARKER = "MDT_CHAOS_TESTBED"
 _GROUPS = """
 import json, ray
 ray.init(logging_level="ERROR", log_to_driver=False)
@@ -48,7 +48,7 @@ _CLUSTER_PROGRAMS = (
 )
 
 
-class Place:
+class Testbed:
     """This machine: every driver starts and ends its own Ray.
 
     Args:
@@ -64,7 +64,7 @@ class Place:
         self._id = secrets.token_hex(4)
         self.server: TrackingServer | None = None
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Testbed:
         with ExitStack() as stack:
             # Short, since Ray's sockets lie in it.
             self.directory = Path(tempfile.mkdtemp(prefix="mdc-", dir="/tmp"))
@@ -129,7 +129,7 @@ class Place:
             self.server = stack.enter_context(server)
 
 
-class HostsPlace(Place):
+class HostsTestbed(Testbed):
     """Two hosts with one Ray cluster over them, which outlives the runs; MLflow on the switch."""
 
     name = "hosts"
@@ -224,18 +224,18 @@ class SmallDisk:
         subprocess.run(["umount", "--lazy", str(self.directory)], check=False)
 
 
-def wait_until_clean(place: Place, timeout_s: float = CLEAN_TIMEOUT_S) -> list[str]:
+def wait_until_clean(testbed: Testbed, timeout_s: float = CLEAN_TIMEOUT_S) -> list[str]:
     """Wait until a run has left nothing behind.
 
     Args:
-        place: where it ran.
+        testbed: where it ran.
         timeout_s: how long its processes may take to end.
 
     Returns:
         What is left after that time; empty if nothing is.
     """
     until = time.monotonic() + timeout_s
-    while (left := place.left_over()) and time.monotonic() < until:
+    while (left := testbed.left_over()) and time.monotonic() < until:
         time.sleep(0.5)
     return left
 

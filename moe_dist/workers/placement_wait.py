@@ -1,4 +1,4 @@
-"""The wait for places: what it waits for, and its end."""
+"""The wait for worker slots: what it waits for, and its end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_dist.background import in_background
 from moe_dist.errors import ClusterError, MoeDistError
-from moe_dist.workers.background import in_background
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes, read_capacity
 from moe_dist.workers.job_errors import note_stop
 from moe_dist.workers.placement import Placement
@@ -23,10 +23,10 @@ logger = logging.getLogger("moe_dist.training")
 
 
 @contextmanager
-def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterator[None]:
-    """Say what a job waits for while it has no places, and end a wait that lasts too long.
+def watched_placement(placement: Placement, records: Path, wait_s: float) -> Iterator[None]:
+    """Say what a job waits for while it has no worker slots, and end a wait that lasts too long.
 
-    Ray Train waits for places for ever, at the start and after each lost node, and says nothing.
+    Ray Train waits for them for ever, at the start and after each lost node, and says nothing.
 
     Args:
         placement: what the job wants.
@@ -38,10 +38,10 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
     """
 
     def watch(over: threading.Event) -> None:
-        waiter = PlaceWait(placement, wait_s)
+        waiter = PlacementWait(placement, wait_s)
         while not over.wait(LOOK_EVERY_S):
             try:
-                waiter.look(time.monotonic(), read_capacity(), has_places(placement))
+                waiter.look(time.monotonic(), read_capacity(), is_placed(placement))
             except MoeDistError as too_long:
                 note_stop(records, too_long)
                 # Again, if there is nothing to end yet: starting may take longer than the wait.
@@ -51,14 +51,14 @@ def watched_places(placement: Placement, records: Path, wait_s: float) -> Iterat
                 return
             except Exception as fault:
                 # The head may be gone for a moment; the job itself finds out whether it returns.
-                logger.debug("could not look for free places: %s", fault)
+                logger.debug("could not look for free worker slots: %s", fault)
 
-    with in_background(watch, "place-watch"):
+    with in_background(watch, "placement-wait"):
         yield
 
 
 def _end_job() -> None:
-    """Take down what governs this process's job; its workers and places go with it."""
+    """Take down what governs this process's job; its workers and worker slots go with it."""
     import ray
     from ray._private.state import actors
 
@@ -70,8 +70,8 @@ def _end_job() -> None:
             core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
-class PlaceWait:
-    """Tells a wait for places from a run, looking from time to time.
+class PlacementWait:
+    """Tells a wait for worker slots from a run, looking from time to time.
 
     Args:
         placement: what the job wants.
@@ -90,15 +90,15 @@ class PlaceWait:
         Args:
             now_s: a clock that only goes forward.
             capacity: of the cluster.
-            placed: whether the job has its places.
+            placed: whether the job has its worker slots.
 
         Raises:
             ClusterError: if it has waited too long.
         """
         placement, need = self._placement, self._placement.need
-        free = capacity.free_places(need)
-        # An elastic job that finds all places there are is not waiting, however few they be.
-        wanted = max(placement.least, min(placement.most, capacity.present_places(need)))
+        free = capacity.free_slots(need)
+        # An elastic job that finds all worker slots there are is not waiting, however few they be.
+        wanted = max(placement.least, min(placement.most, capacity.present_slots(need)))
         if placed or free >= wanted:
             self._since_s = None
             return
@@ -111,19 +111,23 @@ class PlaceWait:
         )
         if waited_s > self._wait_s:
             raise ClusterError(
-                f"waited {waited_s:.0f} s for places (parallel.wait_s={self._wait_s:g}): {state}",
+                f"waited {waited_s:.0f} s for worker slots (parallel.wait_s={self._wait_s:g}): "
+                f"{state}",
                 remedy="See `ray status` for what holds them, lower parallel.num_workers, or "
                 "raise parallel.wait_s. The same command continues from the newest checkpoint.",
             )
         if now_s >= self._notice_s:
             self._notice_s = now_s + NOTICE_EVERY_S
             logger.warning(
-                "waiting for places since %.0f s (at most %g s): %s", waited_s, self._wait_s, state
+                "waiting for worker slots since %.0f s (at most %g s): %s",
+                waited_s,
+                self._wait_s,
+                state,
             )
 
 
-def has_places(placement: Placement) -> bool:
-    """Tell whether this process's jobs hold places such as a wish asks for.
+def is_placed(placement: Placement) -> bool:
+    """Tell whether this process's jobs hold worker slots such as a wish asks for.
 
     Args:
         placement: the wish.
