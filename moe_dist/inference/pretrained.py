@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from moe_dist.conversion.heads import KEY as TASK_HEADS
 from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
-from moe_dist.inference.skeleton import UNTRUSTED
+from moe_dist.inference.skeleton import UNTRUSTED, clear_errors
 from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
 from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
 from moe_dist.inference.start_weights import compare_weights, read_shapes
@@ -87,7 +85,7 @@ def check_pretrained(
     Raises:
         ConversionError: as `load_pretrained`.
     """
-    with _clear_errors(directory):
+    with clear_errors(directory):
         shapes = read_shapes(Path(directory))
     with torch.random.fork_rng(devices=[]):
         return _load(directory, num_labels, label_names, None, 0, shapes=shapes)
@@ -102,53 +100,22 @@ def _load(
     *,
     shapes: dict[str, torch.Tensor] | None = None,
 ) -> StartModel:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
-    with _clear_errors(source), quiet_transformers():
-        config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
-        entries, _ = config.get_config_dict(source, revision=revision)
-        own, contradiction = own_names(entries, num_labels)
-        config.num_labels = num_labels
-        config.problem_type = "regression" if names is None else "single_label_classification"
-        if names is not None:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: index for index, name in enumerate(names)}
-        if hasattr(config, TASK_HEADS):
-            # Heads of several tasks, as rows of one layer: another task makes its own.
-            delattr(config, TASK_HEADS)
+    with clear_errors(source), quiet_transformers():
+        config, entries = _configure(source, num_labels, names, revision)
         torch.manual_seed(seed)
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": torch.float32,
-            "ignore_mismatched_sizes": True,
-            "output_loading_info": True,
-        }
-        if shapes is None:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
-                # Without it transformers would read a pickle where there is nothing else.
-                use_safetensors=True,
-                **options,
-                **UNTRUSTED,
-            )
-        else:
-            kind = AutoModelForSequenceClassification._model_mapping[type(config)]
-            model, info = kind.from_pretrained(None, state_dict=shapes, **options)
+        model, info = _build(source, config, revision, shapes)
     taken = compare_weights(model, info, source, entries.get("architectures") or ())
     notes, warnings = taken.lines(), []
     in_place = HeadUse(tuple(range(num_labels)))
-    use = in_place
+    use = HeadUse(None) if taken.other_head else in_place
     if taken.has_head and names is not None:
+        own, contradiction = own_names(entries, num_labels)
         use = match_head(own, names)
+        (warnings if use.is_guess else notes).extend([use.line] if use.line else [])
         warnings += [contradiction] if contradiction else []
-    if use.line:
-        (warnings if use.is_guess else notes).append(use.line)
-    if taken.other_head:
-        use = HeadUse(None)
     if use.rows != in_place.rows and shapes is None:
         std = getattr(config, "initializer_range", None) or _NEW_HEAD_STD
         put_in_order(task_head(model), use, std=std, seed=seed)
@@ -157,15 +124,48 @@ def _load(
     return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings))
 
 
-@contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        place = "directory" if Path(source).is_dir() else "hub model"
-        raise ConversionError(
-            f"model.teacher: the {place} {source!r} cannot be loaded: {first_line}",
-            remedy="give a directory with config.json, model.safetensors and tokenizer files, "
-            "the name of a hub model that this machine can reach, or package:NAME",
-        ) from error
+def _configure(
+    source: str, num_labels: int, names: Sequence[str] | None, revision: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration for the task, and the entries of config.json as they stand there."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
+    entries, _ = config.get_config_dict(source, revision=revision)
+    config.num_labels = num_labels
+    config.problem_type = "regression" if names is None else "single_label_classification"
+    if names is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+    if hasattr(config, TASK_HEADS):
+        # Heads of several tasks, as rows of one layer: another task makes its own.
+        delattr(config, TASK_HEADS)
+    return config, entries
+
+
+def _build(
+    source: str, config: Any, revision: str | None, shapes: dict[str, torch.Tensor] | None
+) -> tuple[Any, dict[str, Any]]:
+    """The classifier and its loading info; of `shapes`, where they are given, in place of files."""
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    found: tuple[Any, dict[str, Any]]
+    if shapes is None:
+        found = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=revision,
+            # Without it transformers would read a pickle where there is nothing else.
+            use_safetensors=True,
+            **options,
+            **UNTRUSTED,
+        )
+    else:
+        kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+        found = kind.from_pretrained(None, state_dict=shapes, **options)
+    return found
