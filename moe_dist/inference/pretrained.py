@@ -108,7 +108,8 @@ def _load(
         torch.manual_seed(seed)
         model, info = _build(source, config, revision, shapes)
     taken = compare_weights(model, info, source, entries.get("architectures") or ())
-    notes, warnings = taken.lines(), []
+    notes = taken.lines()
+    warnings: list[str] = []
     in_place = HeadUse(tuple(range(num_labels)))
     use = HeadUse(None) if taken.other_head else in_place
     if taken.has_head and names is not None:
