@@ -161,8 +161,8 @@ def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
     """Read one object from each line, or an array of objects."""
     first = next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("["):
-        values = _parsed(path, "\n".join(lines), 1)
-        entries = enumerate(values, start=1)
+        array = _parsed(path, "\n".join(lines), 1)
+        entries: Iterable[tuple[int, Any]] = enumerate(array, start=1)
     else:
         entries = (
             (number, _parsed(path, line, number))
