@@ -71,8 +71,8 @@ class TaskDataConfig(Section):
     )
     dev: str | None = Field(
         default=None,
-        description="`files`: path of the dev file or directory. `hub`: name of the dev split (that "
-        "of the task when neither it nor `data.dev_size` is given).",
+        description="`files`: path of the dev file or directory. `hub`: name of the dev split "
+        "(that of the task when neither it nor `data.dev_size` is given).",
     )
     dev_size: RowsOrFraction | None = Field(
         default=None,

@@ -184,13 +184,18 @@ def load_splits(
     task = _with_label_names(task, raw_train)
 
     def checked(split: RawSplit) -> tuple[list[Sample], dict[str, int]]:
-        return check_rows(
+        found = check_rows(
             split.rows,
             task,
             holds_ids=split.holds_ids,
             may_be_ids=gives_names,
             drops_incomplete=split.drops_incomplete,
         )
+        labels = (row.values[task.label_column] for row in split.rows)
+        num_padded = sum(isinstance(label, str) and label != label.strip() for label in labels)
+        if num_padded and task.kind == "classification":
+            notes.append(f"{num_padded} labels have blanks around them, which were dropped")
+        return found
 
     train_samples, left_out = checked(raw_train)
     left_out_dev: dict[str, int] = {}
