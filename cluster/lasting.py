@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import ConfigError
-from moe_dist.uris import is_uri
+from moe_dist.uris import is_uri, sqlite_path
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -108,11 +108,9 @@ def _tracking_faults(
     if not uri:
         yield f"tracking.uri is not given, and a job's own database ends with it; {_GIVE_SERVER}"
     # A driver may follow the dialect, as in sqlite+pysqlite.
-    scheme, _, rest = uri.partition(":")
-    if scheme.partition("+")[0] != "sqlite":
+    if uri.partition(":")[0].partition("+")[0] != "sqlite":
         return
-    path = rest.removeprefix("///") if rest.startswith("///") else ""
-    why = _why_lost(path.partition("?")[0], temporary)
+    why = _why_lost(sqlite_path(uri) or "", temporary)
     if why:
         yield f"tracking.uri={uri} {why}; {_GIVE_SERVER}"
     elif (num_nodes := count_nodes()) > 1:

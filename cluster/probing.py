@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import ClusterError, StorageError
+from moe_dist.made_directories import MadeDirectories
 from moe_dist.storage import Store, delete_tree
 from moe_dist.uris import join_uri, redact_uri
 from moe_dist.workers.cluster_capacity import Node
@@ -131,10 +132,12 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
     """
     shown, name = redact_uri(str(output_dir)), f".preflight-{secrets.token_hex(4)}"
     directory = place_below(output_dir, name)
+    made = MadeDirectories()
     try:
         if isinstance(output_dir, Path):
-            Path(directory).mkdir(parents=True)
+            made.make(Path(directory))
     except OSError as fault:
+        made.remove_if_empty()
         return judge_storage(shown, {"this process": fault.strerror or str(fault)}, {})
     try:
         # The names are no secret, and neither are these tokens.
@@ -151,6 +154,7 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
         named = {name: [owners[file] for file in missing] for name, missing in unseen.items()}
     finally:
         remove_below(output_dir, name)
+        made.remove_if_empty()
     return judge_storage(shown, unwritable, named)
 
 

@@ -11,8 +11,8 @@ MIN_LENGTH = 8
 """Shorter values of variables are left alone: hiding `1` or `true` would hide half of a text."""
 
 _WORD = r"(?:token|passw(?:or)?d|secret|credentials?|signature|sig|api_?key|access_?key(?:_?id)?)"
-# User info up to the last @ before a space, since a password may hold one.
-_USER_INFO = re.compile(r"(?<=://)[^\s\"'<>]+(?=@)")
+# User info up to the last @ before a space, since a password may hold one; a path has none.
+_USER_INFO = re.compile(r"(?<=://)(?!/)[^\s\"'<>]+(?=@)")
 _PARAMETER = re.compile(rf"([?&;][\w.-]*{_WORD}=)[^&#\s\"']+", re.IGNORECASE)
 _KNOWN_FORM = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{16,}|gh[pousr]_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"

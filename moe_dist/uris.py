@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
@@ -60,5 +63,37 @@ def redact_uri(uri: str) -> str:
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
+    if rest.startswith("/"):  # A path without a host: it has no user, and # is part of a name.
+        return uri.partition("?")[0]
     # The last @, because a password may hold an @ or a / that nobody escaped.
     return f"{scheme}://{re.split(r'[?#]', rest.rpartition('@')[2])[0]}"
+
+
+def sqlite_path(uri: str) -> str | None:
+    """Find the file that a sqlite URI names.
+
+    Args:
+        uri: a database URI, as SQLAlchemy reads it.
+
+    Returns:
+        The file's path, relative or absolute; None for other databases.
+    """
+    found = _SQLITE.match(uri)
+    return unquote(uri[found.end() :].partition("?")[0]) if found else None
+
+
+def absolute_sqlite(uri: str) -> str:
+    """Let a sqlite URI name the same file from any working directory.
+
+    Args:
+        uri: a database URI.
+
+    Returns:
+        The same with an absolute path; other URIs, and a database in memory, as they are.
+    """
+    path = sqlite_path(uri)
+    if path is None or path in ("", ":memory:"):
+        return uri
+    _, mark, query = uri.partition("?")
+    quoted = os.path.abspath(path).replace("%", "%25").replace("?", "%3F")
+    return uri[: uri.index("///") + 3] + quoted + mark + query

@@ -10,11 +10,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from moe_dist.config import RunConfig
+from moe_dist.config.kinds import in_flight_meaning, kind_of
+from moe_dist.config.sections import Section
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -24,7 +25,8 @@ _HEAD = """\
 <!-- Written by `make docs` from the sections in moe_dist/config; a test keeps the two in step. -->
 
 A recipe is a YAML file with the sections below; `pipelines/recipes/` holds examples. Any key can be
-changed on the command line by its dotted name, and the value is YAML:
+changed on the command line by its dotted name. The value is YAML; that of a key of text is the
+text as it stands (`--set 'tracking.experiment=run #3'`), and `null` stands for "not given":
 
 ```
 moe-dist compress pipelines/recipes/demo.yaml --set moe.router=hash_random --set 'moe.layers=[0, 2]'
@@ -34,6 +36,11 @@ moe-dist compress pipelines/recipes/demo.yaml --set moe.router=hash_random --set
 listed at once. Relative paths are relative to the working directory.
 
 Keys without a default must be given; `null` means "not given".
+
+A key's kind says what a change of it does. `learning`: what is learned, or what it is measured on;
+the stages that read it are done anew, and MLflow gets another run. `placement` (where and how the
+work is done) and `observation` (what is watched, recorded or put beside it) leave finished results
+and the run as they are. `in flight`: a population of `moe-dist search` may change it in training.
 """
 
 _RULES = """\
@@ -86,13 +93,13 @@ def render_configuration() -> str:
     Returns:
         The text of docs/configuration.md.
     """
-    tops = [(name, field) for name, field in RunConfig.model_fields.items() if not _section(field)]
-    parts = [_HEAD, "## Top level\n\n" + _table("", tops)]
+    tops = [name for name, field in RunConfig.model_fields.items() if not _section(field)]
+    parts = [_HEAD, "## Top level\n\n" + _table("", RunConfig, tops)]
     for name, field in RunConfig.model_fields.items():
         section = _section(field)
         if section is not None:
             heading = f"## {name}\n\n{field.description}\n\n"
-            parts.append(heading + _table(f"{name}.", list(section.model_fields.items())))
+            parts.append(heading + _table(f"{name}.", section, list(section.model_fields)))
     return "\n".join([*parts, _RULES])
 
 
@@ -102,17 +109,23 @@ def main() -> None:
     DOCUMENT.write_text(render_configuration(), encoding="utf-8")
 
 
-def _table(prefix: str, fields: list[tuple[str, FieldInfo]]) -> str:
-    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for name, field in fields:
+def _table(prefix: str, section: type[Section], names: list[str]) -> str:
+    lines = ["| key | values | default | kind | meaning |", "|---|---|---|---|---|"]
+    for name in names:
+        field = section.model_fields[name]
         meaning = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {meaning} |")
+        kind: str = kind_of(section, name)
+        if in_flight_meaning(section, name):
+            kind += ", in flight"
+        lines.append(
+            f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {kind} | {meaning} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
+def _section(field: FieldInfo) -> type[Section] | None:
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _default(field: FieldInfo) -> str:
@@ -147,10 +160,15 @@ def _kind(annotation: Any) -> str:
 
 
 def _bound(rule: Any) -> str:
-    for sign, words in (("gt", "above"), ("ge", "at least"), ("lt", "below")):
+    for sign, words in (
+        ("gt", "above"),
+        ("ge", "at least"),
+        ("lt", "below"),
+        ("le", "at most"),
+    ):
         bound = getattr(rule, sign, None)
         if bound is not None:
-            return f"{words} {bound:g}"
+            return f"{words} {bound:,}" if isinstance(bound, int) else f"{words} {bound:g}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from moe_dist.redaction import hide_secrets
 
 CONTINUES = "the same command continues from here"
 PIPED_WIDTH = 160
+UNDEFINED = "undefined"
+"""Shown in place of a metric that has no value."""
 PLAIN_LINE_EVERY_S = 10.0
 """Between two plain progress lines at least this long, so that log files stay short."""
 TRIALS = "trials"
@@ -49,6 +52,15 @@ class Console:
         self._recent: deque[tuple[float, int]] = deque()
         self._last_line_s = float("-inf")
         self._last_step = -1
+        self._titles: dict[str, str] = {}
+
+    def name_metrics(self, titles: Mapping[str, str]) -> None:
+        """Take what people call each metric, which is shown from then on.
+
+        Args:
+            titles: such as `f1 of ok` for `f1`.
+        """
+        self._titles = dict(titles)
 
     def note(self, message: str) -> None:
         """Print one line, unless quiet.
@@ -73,8 +85,11 @@ class Console:
         Args:
             renderable: text or anything that rich can draw.
         """
-        shown = hide_secrets(renderable) if isinstance(renderable, str) else renderable
-        self._out.print(shown, soft_wrap=isinstance(renderable, str))
+        if isinstance(renderable, str):
+            # As it is: a path may hold what rich takes for markup.
+            self._out.print(hide_secrets(renderable), soft_wrap=True, markup=False, emoji=False)
+        else:
+            self._out.print(renderable)
 
     def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
         """Show what came out.
@@ -206,7 +221,9 @@ class Console:
             metrics: its figures.
         """
         self.close()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        shown = ", ".join(
+            f"{self._titled(name)} {_figure(value)}" for name, value in list(metrics.items())[:4]
+        )
         self.note(f"{stage}: done in {duration(seconds)}" + (f"  ({shown})" if shown else ""))
 
     def close(self) -> None:
@@ -221,6 +238,14 @@ class Console:
             return stage
         return f"{stage} ({self._plan.index(stage) + 1} of {len(self._plan)})"
 
+    def _titled(self, name: str) -> str:
+        """Name a figure such as `dev f1` or `student/f1` by what its metric is called."""
+        for metric, title in self._titles.items():
+            for mark in (" ", "/"):
+                if name.endswith(f"{mark}{metric}"):
+                    return f"{name.removesuffix(metric)}{title}"
+        return self._titles.get(name, name)
+
     def _print(self, markup: str) -> None:
         target = self._progress.console if self._progress is not None else self._err
         target.print(hide_secrets(markup), soft_wrap=True)
@@ -230,7 +255,7 @@ class Console:
     ) -> str:
         unit = "trial" if self._stage == TRIALS else "step"
         parts = [f"{unit} {step}/{total}" if total else f"{unit} {step}"]
-        parts += [f"{name} {_figure(value)}" for name, value in figures.items()]
+        parts += [f"{self._titled(name)} {_figure(value)}" for name, value in figures.items()]
         first_s, first_step = self._recent[0]
         if total and step > first_step:
             left_s = (now - first_s) / (step - first_step) * (total - step)
@@ -239,6 +264,8 @@ class Console:
 
 
 def _figure(value: float) -> str:
+    if math.isnan(value):
+        return UNDEFINED
     # Four digits, but never as a power of ten: speeds go into the thousands.
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from moe_dist.errors import MoeDistError
 from moe_dist.redaction import hide_secrets
+from moe_dist.whole_files import finite
 
 from .console import CONTINUES, Console
 
@@ -199,21 +200,3 @@ def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
         sys.stdout.flush()
         os.dup2(kept, STANDARD_OUTPUT)
         os.close(kept)
-
-
-def finite(value: Any) -> Any:
-    """Replace what JSON has no word for.
-
-    Args:
-        value: plain values.
-
-    Returns:
-        A copy with None in place of NaN and infinity.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

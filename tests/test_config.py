@@ -213,7 +213,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
     [
         ("name=a/b", "name=a/b cannot name a directory"),
         ("name=..", "name=.. cannot name a directory"),
-        ("name=7", "name=7 is not text"),
+        ("data={source: hub, name: 7}", "data.name=7 is not text"),
         ("seed=true", "seed=true is not a whole number"),
         ("seed=-1", "seed=-1 is not at least 0"),
         ("moe.top_k='2'", "moe.top_k='2' is not a whole number"),
@@ -261,8 +261,9 @@ def test_the_choices_are_those_of_the_tables() -> None:
     from moe_dist.config.moe_section import PartitionName, RouterName
     from moe_dist.conversion import PARTITIONS
     from moe_dist.moe import ROUTERS
+    from moe_dist.router_spec import ROUTER_FACTS
 
-    assert typing.get_args(RouterName) == tuple(ROUTERS)
+    assert typing.get_args(RouterName) == tuple(ROUTERS) == tuple(ROUTER_FACTS)
     assert typing.get_args(PartitionName) == tuple(PARTITIONS)
 
 
@@ -465,3 +466,23 @@ def test_a_recipe_of_one_task_says_nothing_of_tasks(tmp_path: Path) -> None:
     young = {"tasks", "mixing", "mixing_temperature"}
     assert not young & set(yaml.safe_load(config.to_yaml())["data"])
     assert not {f"data.{key}" for key in young} & set(config.flatten())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.label_names=[ok, fraud]", "data.positive_label=frad"], "use ok or fraud"),
+        (["data.label_names=[a, b, c]", "data.positive_label=a"], "data.label_names names 3"),
+        (["data.kind=regression", "data.positive_label=a"], "data.kind=regression has none"),
+        (["data.metrics=[accuracy]", "data.positive_label=a"], "which data.metrics has not"),
+    ],
+)
+def test_a_positive_label_must_be_one_of_two_classes(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    assert words in only_fault(tmp_path, *overrides)
+
+
+def test_a_positive_label_may_be_a_number(tmp_path: Path) -> None:
+    wanted = ["data.label_names=[0, 1]", "data.positive_label=0", "data.metrics=[f1]"]
+    assert load(tmp_path, *wanted).data.positive_label == "0"

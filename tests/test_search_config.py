@@ -262,7 +262,8 @@ def test_what_a_population_cannot_do_is_refused_with_a_remedy(
 def test_a_population_needs_one_worker_and_a_key_that_changes_in_flight() -> None:
     fixed = {"moe.num_experts": {"choice": [2, 4]}}
     found = faults(fixed, scheduler="pbt")
-    assert "finds no key that can change in flight; add one of train.learning_rate" in found
+    assert "finds no key that can change in flight; add one of" in found
+    assert "train.learning_rate" in found
     found = faults(RATES | {"parallel.num_workers": {"choice": [1, 2]}}, scheduler="pbt")
     assert "set parallel.num_workers to 1 for all of them" in found
     space = {

@@ -101,6 +101,30 @@ def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _positive_label_is_one_of_two(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        label, names = data.positive_label, data.label_names
+        if label is None:
+            continue
+        if data.kind == "regression":
+            yield (
+                f"{path}.positive_label names a class, and {path}.kind=regression has none; remove "
+                "positive_label."
+            )
+        elif names is not None and len(names) > 2:
+            yield (
+                f"{path}.positive_label={label} chooses one of two classes, and {path}.label_names "
+                f"names {len(names)}; remove it: F1 is the mean over all of them."
+            )
+        elif names is not None and label not in names:
+            yield f"{path}.positive_label={label} is no class; use {either(list(names))}."
+        if data.metrics is not None and "f1" not in data.metrics:
+            yield (
+                f"{path}.positive_label={label} is read by f1, which {path}.metrics has not; add "
+                "f1, or remove positive_label."
+            )
+
+
 def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
         if data.kind is None:
@@ -190,7 +214,8 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
                 "data.source to tasks, or use importance."
             )
         return
-    if by_task and moe.router != "task_gate":
+    routes_tasks = moe.router_spec.facts.chooses_by == "task"
+    if by_task and not routes_tasks:
         yield (
             f"moe.partition=task_importance gives experts to tasks, and moe.router={moe.router} "
             "sends any task's tokens to them; set moe.router to task_gate, or use importance."
@@ -206,12 +231,11 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
             f"distill.adversarial_weight={distill.adversarial_weight:g} needs one task, since the "
             "discriminator reads logits of one size; set it to 0."
         )
-    routed = moe.num_experts > 1 and moe.router == "task_gate"
-    if routed and distill.load_balancing_weight > 0:
+    if moe.num_experts > 1 and routes_tasks and distill.load_balancing_weight > 0:
         yield (
             f"distill.load_balancing_weight={distill.load_balancing_weight:g} evens out the load "
-            "within a batch, and with moe.router=task_gate a batch is of one task; set it to 0 (a "
-            "task's experts start spread)."
+            f"within a batch, and with moe.router={moe.router} a batch is of one task; set it to 0 "
+            "(a task's experts start spread)."
         )
     if moe.num_experts > 1 and moe.partition in _ONE_TASK_PARTITIONS:
         yield (
@@ -233,6 +257,16 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_dev_rows_exist, (*_SETS, "data.dev", "data.dev_size")),
     (_keys_fit_source, (*_SETS, *(f"data.{key}" for key in TaskDataConfig.model_fields))),
     (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
+    (
+        _positive_label_is_one_of_two,
+        (
+            *_SETS,
+            "data.kind",
+            "data.label_names",
+            "data.metrics",
+            "data.positive_label",
+        ),
+    ),
     (_metrics_fit_kind, (*_SETS, "data.kind", "data.metrics")),
     (_names_once, (*_SETS, *(f"data.{key}" for key in _LISTS))),
     (_no_credentials_in_places, _PLACES),

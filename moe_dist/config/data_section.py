@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
 """Keys that only a recipe of several tasks has."""
@@ -18,7 +19,13 @@ def _one_or_many(value: Any) -> Any:
     if not isinstance(values, list | tuple):
         return values
     # Classes are often called 0 and 1; true and false stay faults, since they may be a slip.
-    return [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    return [_one_name(v) for v in values]
+
+
+def _one_name(value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    return value.text if isinstance(value, WrittenInt) else str(value)
 
 
 def _rows_or_fraction(value: float) -> float:
@@ -107,6 +114,12 @@ class TaskDataConfig(Section):
     metrics: Metrics | None = Field(
         default=None,
         description="Metrics on the dev rows, the main one first; the task's when not given.",
+    )
+    positive_label: Annotated[str | None, BeforeValidator(_one_name)] = Field(
+        default=None,
+        description="Of two classes the one that `f1` is about, by its name; the second one of "
+        "`data.label_names` when not given, which among names that were found in the rows is the "
+        "one that sorts last. F1 of more classes is the mean over all of them.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

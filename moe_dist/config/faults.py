@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from moe_dist.config.run_config import RunConfig
-from moe_dist.config.yaml_values import parse_yaml
+from moe_dist.config.yaml_values import WrittenInt, parse_yaml
 
 # Stand-ins for required keys, so that all other keys can still be checked.
 _STAND_INS: dict[str, Any] = {
@@ -22,6 +22,7 @@ _STAND_INS: dict[str, Any] = {
     "data": {"source": "hub"},
     "data.source": "hub",
 }
+_SHOWN_BITS = 256
 _NOT_BUILT = {
     "export": "the export settings",
     "moe.router": ("merged_task", "merged_sequence", "merged_token"),
@@ -40,6 +41,14 @@ _WANTED = {
     "dict_type": "a mapping",
     "path_type": "a path",
     "model_type": "a section with keys",
+}
+
+
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
 }
 
 
@@ -74,6 +83,21 @@ def check_keys(raw: Mapping[str, Any]) -> tuple[RunConfig, list[str], frozenset[
                 path = keys[: _depth(keys)]
                 faulty.add(".".join(path))
                 _replace(pruned, path)
+
+
+def annotation_of(dotted: str) -> Any:
+    """Give the type of a key.
+
+    Args:
+        dotted: its name; one of a comparison's or a task's keys too.
+
+    Returns:
+        The annotation of its field; that of the innermost known part where there is no such key.
+    """
+    keys = tuple(dotted.split("."))
+    # compare.LABEL.moe.router is a moe.router.
+    is_compared = keys[0] == "compare" and len(keys) > 2
+    return _annotation(keys[2:] if is_compared else keys)
 
 
 def either(values: Sequence[object]) -> str:
@@ -117,10 +141,9 @@ def _describe(details: ErrorDetails, keys: tuple[str, ...]) -> str:
         return _wrong_choice(shown, dotted, keys, value)
     if kind in _WANTED:
         return f"{shown} is not {_WANTED[kind].partition(' (')[0]}; give {_WANTED[kind]}."
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt"}
-    if kind in bounds:
-        words = {"gt": "greater than", "ge": "at least", "lt": "less than"}[bounds[kind]]
-        bound = f"{words} {context[bounds[kind]]:g}"
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        bound = f"{words} {_plain_number(context[key])}"
         return f"{shown} is not {bound}; give a value {bound}."
     if kind == "too_short":
         return f"{shown} is empty; name at least one, or leave the key out."
@@ -215,12 +238,20 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 
 def _show(value: Any) -> str:
     """Write a value as a recipe would; text that YAML reads as something else gets quotes."""
-    if value is None or isinstance(value, bool | float):
+    if isinstance(value, WrittenInt):
+        text = value.text
+    elif isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        text = f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or more"
+    elif value is None or isinstance(value, bool | float):
         text = yaml.safe_dump(value).removesuffix("\n...\n")
     else:
         plain = isinstance(value, str) and _is_plain(value)
         text = value if plain else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _plain_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _is_plain(text: str) -> bool:

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_dist.config.kinds import in_flight_meaning, keys_of
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.search_section import MEASURES
 from moe_dist.config.search_space import Dimension
 
-IN_FLIGHT = {
-    "train.learning_rate": "peak of the schedule, which stands where it was",
-    "train.expert_learning_rate_scale": "factor on the experts' rate",
-    "train.weight_decay": "decay of the next steps",
-    "train.max_grad_norm": "limit of the next steps",
-    "distill.task_weight": "weight in the loss",
-    "distill.kl_weight": "weight in the loss",
-    "distill.soft_weight": "weight in the loss",
-    "distill.hidden_weight": "weight in the loss",
-    "distill.attention_weight": "weight in the loss",
-    "distill.alignment_weight": "weight in the loss",
-    "distill.load_balancing_weight": "weight in the loss",
-    "distill.z_loss_weight": "weight in the loss",
-    "distill.entropy_weight": "weight in the loss",
-    "distill.temperature": "softening of the predictions",
-    "distill.dropout": "dropout of the next steps",
-    "moe.gate_noise": "noise of the next steps",
-    "moe.gate_jitter": "noise of the next steps",
-    "moe.capacity_factor": "limit of the next steps",
-}
-"""Keys that change no tensor's shape, no data, no length and no schedule, and what they are then.
 
-Left out are `distill.mapping_weight` and `distill.adversarial_weight`, which bring parameters of
-their own, the lengths of warm-ups, and whatever decides how many steps there are.
-"""
+def in_flight_keys() -> dict[str, str]:
+    """List the keys that change no tensor's shape, no data, no length and no schedule.
+
+    `distill.mapping_weight` and `distill.adversarial_weight` bring parameters of their own, and are
+    none of them; neither are the lengths of warm-ups, nor what decides how many steps there are.
+
+    Returns:
+        What a new value means then, by dotted name.
+    """
+    found = {dotted: in_flight_meaning(owner, name) for dotted, owner, name in keys_of(RunConfig)}
+    return {dotted: meaning for dotted, meaning in found.items() if meaning}
 
 
 def changes_in_flight(path: str) -> bool:
@@ -44,7 +32,7 @@ def changes_in_flight(path: str) -> bool:
     Returns:
         Whether it may; all others are drawn once, and go along with the weights.
     """
-    return path in IN_FLIGHT
+    return path in in_flight_keys()
 
 
 def population_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
@@ -104,7 +92,7 @@ def _space_faults(start: str, dimensions: tuple[Dimension, ...]) -> Iterator[str
     if not moving:
         yield (
             f"search.space: {start} finds no key that can change in flight; add one of "
-            f"{', '.join(IN_FLIGHT)}, or use scheduler asha."
+            f"{', '.join(in_flight_keys())}, or use scheduler asha."
         )
     for dimension in dimensions:
         if changes_in_flight(dimension.path):

@@ -13,7 +13,8 @@ import yaml
 from moe_dist.config.checks import find_cross_faults
 from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.config.faults import check_keys
-from moe_dist.config.overrides import apply_overrides, parse_overrides
+from moe_dist.config.override_texts import parse_overrides
+from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.run_config import (
     BUILT_IN_COMPARISONS,
     COMPARABLE_SECTIONS,
@@ -24,7 +25,7 @@ from moe_dist.config.search_checks import find_search_faults
 from moe_dist.config.sections import NAME_PATTERN
 from moe_dist.config.yaml_values import describe_yaml_error, parse_yaml
 from moe_dist.errors import ConfigError
-from moe_dist.uris import is_uri
+from moe_dist.uris import absolute_sqlite, is_uri
 
 AnyData = TypeVar("AnyData", bound=TaskDataConfig)
 
@@ -170,7 +171,7 @@ def _resolve(config: RunConfig) -> RunConfig:
             "output_dir": _absolute_directory(config.output_dir),
             "data": data,
             "model": model,
-            "tracking": config.tracking.model_copy(update={"uri": _absolute_sqlite(uri)}),
+            "tracking": config.tracking.model_copy(update={"uri": absolute_sqlite(uri)}),
         }
     )
 
@@ -189,10 +190,3 @@ def _absolute(path: str | None) -> str | None:
     if path is None or is_uri(path):
         return path
     return os.path.abspath(os.path.expanduser(path))
-
-
-def _absolute_sqlite(uri: str) -> str:
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix) or uri == prefix + ":memory:":
-        return uri
-    return prefix + os.path.abspath(uri.removeprefix(prefix))

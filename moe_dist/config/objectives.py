@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moe_dist.config.sections import DistillConfig, Integer, Number
+from moe_dist.config.sections import LOSS_WEIGHT, MAX_LAYERS, DistillConfig, Integer, Number
 
 
 def _counts_layers(value: object) -> object:
     if isinstance(value, str) and value in ("all", "last"):
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_LAYERS:
         return value
     raise ValueError("is neither all, last nor a number of layers; give for example 2.")
 
@@ -29,6 +29,7 @@ class ObjectivesConfig(DistillConfig):
         "compare: `all`, the `last` one, or every n-th counted back from the last (`2`).",
     )
     soft_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=0.0,
         ge=0,
         description="Weight of soft targets: KL divergence of the student's prediction from the "
@@ -36,12 +37,14 @@ class ObjectivesConfig(DistillConfig):
         "the output for regression.",
     )
     attention_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=0.0,
         ge=0,
         description="Weight of the squared distance between attention scores before softmax; "
         "student and teacher need equally many heads.",
     )
     alignment_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=0.0,
         ge=0,
         description="Weight of the squared distance between sentence vectors of the last layer.",

@@ -18,6 +18,8 @@ from moe_dist.config.overrides import apply_overrides
 from moe_dist.config.search_section import SearchConfig
 from moe_dist.config.sections import (
     NAME_PATTERN,
+    OBSERVATION,
+    PLACEMENT,
     FinetuneConfig,
     Integer,
     ModelConfig,
@@ -63,6 +65,7 @@ class RunConfig(Section):
     """A whole recipe, checked, with every path absolute."""
 
     name: str = Field(
+        json_schema_extra=PLACEMENT,
         pattern=NAME_PATTERN,
         max_length=100,
         description="Name of the run and of its directory under `output_dir`: letters, digits, "
@@ -72,11 +75,13 @@ class RunConfig(Section):
         default=0, ge=0, description="Seed of splits, batches, dropout, routers and new weights."
     )
     output_dir: PathOrUri = Field(
+        json_schema_extra=PLACEMENT,
         default=Path("outputs"),
         description="Directory for all results, relative to the working directory; or a URI such "
         "as `s3://bucket/results`. On a cluster it must be storage that outlives the job.",
     )
     compare: Comparisons = Field(
+        json_schema_extra=OBSERVATION,
         default_factory=dict,
         description="Other students to train from the same teacher and to report beside the main "
         "one: a list of built-in names (`[dense]`), or a mapping from a name to its overrides, "

@@ -6,7 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moe_dist.config.sections import Integer, Number, Section, Switch
+from moe_dist.config.sections import (
+    MAX_SAMPLES,
+    MAX_WORKERS,
+    Integer,
+    Number,
+    Section,
+    Switch,
+)
 
 MeasureMode = Literal["max", "min"]
 MEASURES: dict[str, MeasureMode] = {
@@ -27,6 +34,8 @@ MEASURES: dict[str, MeasureMode] = {
 
 class SearchConfig(Section):
     """What `moe-dist search` tries, and how."""
+
+    setting_kind = "observation"
 
     space: dict[str, Any] = Field(
         default_factory=dict,
@@ -51,7 +60,10 @@ class SearchConfig(Section):
         "Pareto front.",
     )
     num_trials: Integer = Field(
-        default=16, ge=1, description="Points of the space that are tried, beside the recipe's own."
+        default=16,
+        ge=1,
+        le=1_000_000,
+        description="Points of the space that are tried, beside the recipe's own.",
     )
     baseline: Switch = Field(
         default=True,
@@ -86,16 +98,21 @@ class SearchConfig(Section):
     rungs: Integer = Field(
         default=3,
         ge=1,
+        le=1_000,
         description="How often a trial is measured and may be ended; the last time is its end. "
         "`asha` and `hyperband` put them at 1, 1/F, 1/F² … of the steps, where F is "
         "`search.reduction_factor`, the others evenly.",
     )
     reduction_factor: Integer = Field(
-        default=3, ge=2, description="`asha` and `hyperband` let about one in so many go on."
+        default=3,
+        ge=2,
+        le=1_000,
+        description="`asha` and `hyperband` let about one in so many go on.",
     )
     confirm_seeds: Integer = Field(
         default=0,
         ge=0,
+        le=10_000,
         description="After the trials, train the best and the recipe as it stands again with so "
         "many other seeds of the student, measured on the dev rows, to tell the margin from the "
         "noise of seeds; 0 or at least 2.",
@@ -103,10 +120,11 @@ class SearchConfig(Section):
     max_concurrent: Integer | None = Field(
         default=None,
         ge=1,
+        le=MAX_WORKERS,
         description="Trials at a time; as many as the cluster has places for when not given.",
     )
     latency_batch_size: Integer = Field(
-        default=1, ge=1, description="Sentences in a batch for `latency`."
+        default=1, ge=1, le=MAX_SAMPLES, description="Sentences in a batch for `latency`."
     )
 
     @property

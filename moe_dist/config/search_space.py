@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from moe_dist.config.run_config import RunConfig
+from moe_dist.config.sections import MAX_NUMBER
 
 Kind = Literal["choice", "uniform", "loguniform", "integers"]
 Draw = Callable[["Dimension"], Any]
@@ -398,6 +399,9 @@ def _range(
         faults.append(f"{kind}={ends!r} is not a pair of {what}; write [low, high].")
         return None
     low, high = ends
+    if not all(abs(end) <= MAX_NUMBER for end in ends):  # nan is not either
+        faults.append(f"{kind}={ends!r} has an end that is no number up to {MAX_NUMBER:g}.")
+        return None
     step, log = entry.get("step", 1), entry.get("log", False)
     if low >= high:
         faults.append(f"{kind}=[{low}, {high}] has no room; give the lower end first.")

@@ -6,9 +6,10 @@ The descriptions become docs/configuration.md, so they are written for the user.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -16,12 +17,28 @@ from pydantic import (
     Strict,
 )
 
+MAX_INTEGER = 2**32 - 1
+"""What a seed may be at most; no other whole number needs more."""
+MAX_NUMBER = 1e12
+MAX_SAMPLES = 2**20
+"""In one batch, and tokens in one text."""
+MAX_WORKERS = 2**16
+MAX_LAYERS = 10_000
+
 
 def _refuse_odd_numbers(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("is not a number; give a number.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("is not a finite number; give a finite one.")
+    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+        raise ValueError(f"is beyond any use; give a number of at most {MAX_NUMBER:g}.")
+    return value
+
+
+def _within_reach(value: int) -> int:
+    if abs(value) > MAX_INTEGER:
+        raise ValueError(f"is beyond any use; give a whole number of at most {MAX_INTEGER:,}.")
     return value
 
 
@@ -35,6 +52,8 @@ def _one_or_range(value: Any) -> Any:
         raise ValueError("is not a pair of whole numbers; give for example [2, 4].")
     if min(values) < 1:
         raise ValueError(f"asks for {min(values)} workers; give at least 1.")
+    if max(values) > MAX_WORKERS:
+        raise ValueError(f"asks for more workers than {MAX_WORKERS:,}; give fewer.")
     if values[0] > values[-1]:
         raise ValueError(f"has its least above its most; give [{values[1]}, {values[0]}].")
     return values[0] if values[0] == values[-1] else tuple(values)
@@ -42,7 +61,7 @@ def _one_or_range(value: Any) -> Any:
 
 # pydantic reads True as 1; in a recipe that is always a slip.
 Number = Annotated[float, BeforeValidator(_refuse_odd_numbers), Field(allow_inf_nan=False)]
-Integer = Annotated[int, Strict()]
+Integer = Annotated[int, Strict(), AfterValidator(_within_reach)]
 Switch = Annotated[bool, Strict()]
 WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 
@@ -51,10 +70,22 @@ WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
+# Marks of a field that differs from its section: its kind (`kinds.py` has the meanings), or what a
+# value is that may change while a distillation runs.
+PLACEMENT: dict[str, Any] = {"kind": "placement"}
+OBSERVATION: dict[str, Any] = {"kind": "observation"}
+LOSS_WEIGHT: dict[str, Any] = {"in_flight": "weight in the loss"}
+
+
 class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are faults."""
+    """Base of all sections: immutable, and unknown keys are faults.
+
+    Attributes:
+        setting_kind: what its fields are that are not marked otherwise.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    setting_kind: ClassVar[Literal["learning", "placement", "observation"]] = "learning"
 
 
 class ModelConfig(Section):
@@ -69,7 +100,10 @@ class ModelConfig(Section):
         default=None, description="Hub commit, tag or branch; the hub's newest when not given."
     )
     max_length: Integer = Field(
-        default=128, ge=4, description="Tokens after which a text is cut, special tokens included."
+        default=128,
+        ge=4,
+        le=MAX_SAMPLES,
+        description="Tokens after which a text is cut, special tokens included.",
     )
 
 
@@ -77,24 +111,32 @@ class TrainConfig(Section):
     """How the student is trained; the teacher too, where `finetune` says nothing else."""
 
     learning_rate: Number = Field(
-        default=5e-5, gt=0, description="Peak learning rate of AdamW, reached after the warm-up."
+        json_schema_extra={"in_flight": "peak of the schedule, which stands where it was"},
+        default=5e-5,
+        gt=0,
+        description="Peak learning rate of AdamW, reached after the warm-up.",
     )
-    num_epochs: Integer = Field(default=3, ge=1, description="Passes over the training rows.")
+    num_epochs: Integer = Field(
+        default=3, ge=1, le=1_000_000, description="Passes over the training rows."
+    )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps, if epochs last longer."
     )
     batch_size: Integer = Field(
         default=32,
         ge=1,
+        le=MAX_SAMPLES,
         description="Samples for one optimizer step, over all workers and micro-batches.",
     )
     accumulation: Integer = Field(
         default=1,
         ge=1,
+        le=MAX_SAMPLES,
         description="Micro-batches that each worker adds up before a step; more of them need less "
         "memory.",
     )
     weight_decay: Number = Field(
+        json_schema_extra={"in_flight": "decay of the next steps"},
         default=0.0,
         ge=0,
         description="Decoupled weight decay; biases and LayerNorm are never decayed.",
@@ -110,7 +152,10 @@ class TrainConfig(Section):
         description="After the warm-up: `linear` falls to 0 at the last step, `constant` stays.",
     )
     max_grad_norm: Number = Field(
-        default=1.0, gt=0, description="Gradients are scaled down to this global norm."
+        json_schema_extra={"in_flight": "limit of the next steps"},
+        default=1.0,
+        gt=0,
+        description="Gradients are scaled down to this global norm.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -118,40 +163,53 @@ class TrainConfig(Section):
         "fast at it, and fp32 elsewhere.",
     )
     expert_learning_rate_scale: Number = Field(
+        json_schema_extra={"in_flight": "factor on the experts' rate"},
         default=1.0,
         gt=0,
         description="Factor on the learning rate of experts, each of which sees fewer tokens than "
         "a dense layer.",
     )
     gradient_checkpointing: Switch = Field(
+        json_schema_extra=PLACEMENT,
         default=False,
         description="Recompute activations in the backward pass: less memory, about a third more "
         "time.",
     )
     eval_every: Integer | None = Field(
+        json_schema_extra=OBSERVATION,
         default=None,
         ge=1,
         description="Measure the dev rows every so many steps; only at the end when not given.",
     )
     eval_batch_size: Integer = Field(
-        default=64, ge=1, description="Samples that one worker takes at a time when measuring."
+        json_schema_extra=OBSERVATION,
+        default=64,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples that one worker takes at a time when measuring.",
     )
     checkpoint_every: Integer | None = Field(
+        json_schema_extra=OBSERVATION,
         default=None,
         ge=1,
         description="Write a checkpoint every so many steps; at the end of each epoch when not "
         "given. A stopped run continues from the newest one.",
     )
     keep_checkpoints: Integer = Field(
+        json_schema_extra=OBSERVATION,
         default=2,
         ge=1,
         description="How many of the newest checkpoints stay. With 1 there is none to fall back "
         "on if it is damaged.",
     )
     log_every: Integer = Field(
-        default=10, ge=1, description="Log losses and speed every so many steps."
+        json_schema_extra=OBSERVATION,
+        default=10,
+        ge=1,
+        description="Log losses and speed every so many steps.",
     )
     step_timeout_s: Number = Field(
+        json_schema_extra=OBSERVATION,
         default=300.0,
         gt=0,
         description="Seconds that a step may stand still before the workers are started again "
@@ -165,16 +223,22 @@ class FinetuneConfig(Section):
 
     learning_rate: Number | None = Field(default=None, gt=0, description="Peak learning rate.")
     num_epochs: Integer | None = Field(
-        default=None, ge=1, description="Passes over the training rows."
+        default=None, ge=1, le=1_000_000, description="Passes over the training rows."
     )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps."
     )
     batch_size: Integer | None = Field(
-        default=None, ge=1, description="Samples for one optimizer step, over all workers."
+        default=None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Samples for one optimizer step, over all workers.",
     )
     accumulation: Integer | None = Field(
-        default=None, ge=1, description="Micro-batches that each worker adds up before a step."
+        default=None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="Micro-batches that each worker adds up before a step.",
     )
     weight_decay: Number | None = Field(default=None, ge=0, description="Decoupled weight decay.")
     warmup_fraction: Number | None = Field(
@@ -192,41 +256,59 @@ class DistillConfig(Section):
     """The loss that the student is trained on."""
 
     task_weight: Number = Field(
-        default=1.0, ge=0, description="Weight of the task's own loss on the labels."
+        json_schema_extra=LOSS_WEIGHT,
+        default=1.0,
+        ge=0,
+        description="Weight of the task's own loss on the labels.",
     )
     hidden_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=1.0,
         ge=0,
         description="Weight of the squared distance between the hidden states of student and "
         "teacher, over the embeddings and all layers.",
     )
     kl_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=1.0,
         ge=0,
         description="Weight of the distance between predictions: symmetric KL divergence for "
         "classes, squared error of the output for regression.",
     )
     load_balancing_weight: Number = Field(
-        default=0.0, ge=0, description="Weight of the loss that evens out the experts' load."
+        json_schema_extra=LOSS_WEIGHT,
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that evens out the experts' load over a whole step; with "
+        "`train.accumulation` above 1 it costs one more forward of the student.",
     )
     z_loss_weight: Number = Field(
-        default=0.0, ge=0, description="Weight of the loss that keeps router logits small."
+        json_schema_extra=LOSS_WEIGHT,
+        default=0.0,
+        ge=0,
+        description="Weight of the loss that keeps router logits small.",
     )
     entropy_weight: Number = Field(
+        json_schema_extra=LOSS_WEIGHT,
         default=0.0,
         ge=0,
         description="Weight of the loss that makes a gate decide: the entropy of its probabilities "
         "for each token.",
     )
     temperature: Number = Field(
-        default=1.0, gt=0, description="Softens both predictions before they are compared."
+        json_schema_extra={"in_flight": "softening of the predictions"},
+        default=1.0,
+        gt=0,
+        description="Softens both predictions before they are compared.",
     )
     dropout: Number | None = Field(
+        json_schema_extra={"in_flight": "dropout of the next steps"},
         default=None,
         ge=0,
         lt=1,
         description="Dropout of the student while it is distilled, wherever the model has some; "
-        "the model's own where not given.",
+        "the model's own where not given. Each worker draws its own, so with dropout steps depend "
+        "on the number of workers and micro-batches.",
     )
     warmup_fraction: Number = Field(
         default=0.0,
@@ -240,6 +322,8 @@ class DistillConfig(Section):
 class ParallelConfig(Section):
     """How many workers train, and how they share the work."""
 
+    setting_kind = "placement"
+
     num_workers: WorkerCount = Field(
         default=1,
         description="Training processes. A pair such as `[2, 4]` is the least and the most of "
@@ -249,6 +333,7 @@ class ParallelConfig(Section):
     ep_size: Integer = Field(
         default=1,
         ge=1,
+        le=MAX_WORKERS,
         description="Workers over which one set of experts is spread; it divides the number of "
         "experts and the number of workers. Where `parallel.num_workers` is a pair, it falls to "
         "the largest that divides the workers at hand.",
@@ -259,7 +344,10 @@ class ParallelConfig(Section):
         "state, 2 the gradients too.",
     )
     cpus_per_worker: Integer = Field(
-        default=1, ge=1, description="CPUs that Ray reserves for a worker; its threads follow."
+        default=1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="CPUs that Ray reserves for a worker; its threads follow.",
     )
     use_gpu: Literal["auto", True, False] = Field(
         default="auto", description="`auto` gives each worker a GPU where there are enough."
@@ -272,6 +360,7 @@ class ParallelConfig(Section):
     max_failures: Integer = Field(
         default=3,
         ge=0,
+        le=1_000_000,
         description="Times that a stage's workers are started again after a failure.",
     )
     wait_s: Number = Field(
@@ -295,6 +384,8 @@ class ParallelConfig(Section):
 
 class TrackingConfig(Section):
     """Where runs are recorded."""
+
+    setting_kind = "observation"
 
     enabled: Switch = Field(default=True, description="Record the runs in MLflow.")
     uri: str = Field(

@@ -6,14 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moe_dist.config.sections import Integer, Section
+from moe_dist.config.sections import MAX_LAYERS, Integer, Section
 
+MAX_WIDTH = 2**24
 _MAPS = ("uniform", "last")
 
 
 def _named_or_listed(value: Any) -> Any:
     if isinstance(value, list | tuple) and value:
         if all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value):
+            if max(value) >= MAX_LAYERS:
+                raise ValueError(f"names a layer beyond {MAX_LAYERS:,}; give the teacher's own.")
             return value
     elif value in _MAPS:
         return value
@@ -31,11 +34,15 @@ class StudentConfig(Section):
     """How deep and wide the student is; a size not given is the teacher's."""
 
     num_layers: Integer | None = Field(
-        default=None, ge=1, description="Layers of the student; the teacher's when not given."
+        default=None,
+        ge=1,
+        le=MAX_LAYERS,
+        description="Layers of the student; the teacher's when not given.",
     )
     hidden_size: Integer | None = Field(
         default=None,
         ge=1,
+        le=MAX_WIDTH,
         description="Width of the student's hidden states; the teacher's when not given. Where it "
         "differs, a learned map carries it to the teacher's width for the losses that compare "
         "hidden states.",
@@ -43,12 +50,14 @@ class StudentConfig(Section):
     intermediate_size: Integer | None = Field(
         default=None,
         ge=1,
+        le=MAX_WIDTH,
         description="Neurons in each of the student's feed-forward layers, before they are split "
         "into experts; the teacher's when not given.",
     )
     num_heads: Integer | None = Field(
         default=None,
         ge=1,
+        le=MAX_WIDTH,
         description="Attention heads of the student; the teacher's when not given.",
     )
     layer_map: LayerMap = Field(

@@ -11,12 +11,38 @@ from typing import Any
 
 import yaml
 
+_MAX_DIGITS = 100
 _NUMBER_STARTS = list("-+.0123456789")
 _INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
 _FLOAT = re.compile(
     r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
     r"|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
 )
+
+
+class WrittenInt(int):
+    """An integer that was written in another way than Python would: `007`, `1_000`, `+1`.
+
+    Attributes:
+        text: how it was written, which counts where a name is wanted.
+    """
+
+    text: str
+
+    @classmethod
+    def of(cls, value: int, text: str) -> WrittenInt:
+        """Join a value and its text.
+
+        Args:
+            value: the integer.
+            text: how it was written.
+
+        Returns:
+            Both.
+        """
+        written = cls(value)
+        written.text = text
+        return written
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,7 +64,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
         """Read an integer in base ten, leading zeros or not."""
-        return int(node.value)
+        digits = node.value.replace("_", "").lstrip("+-0")
+        if len(digits) > _MAX_DIGITS:
+            # Python reads no number of thousands of digits; any that large is out of range.
+            sign = -1 if node.value.startswith("-") else 1
+            return WrittenInt.of(sign * 10**_MAX_DIGITS, node.value)
+        value = int(node.value)
+        return value if str(value) == node.value else WrittenInt.of(value, node.value)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -68,6 +100,38 @@ def parse_yaml(text: str) -> Any:
     """
     # _Loader is a SafeLoader: no object is ever built from a tag.
     return yaml.load(text, Loader=_Loader)  # noqa: S506
+
+
+def hidden_syntax(text: str) -> str:
+    """Find what would change or shorten a value without a word.
+
+    Args:
+        text: one YAML value.
+
+    Returns:
+        What it holds, such as "a comment"; empty if it holds nothing of the kind.
+
+    Raises:
+        yaml.YAMLError: if the text is not YAML.
+    """
+    end = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if "#" in text[end : token.start_mark.index]:
+            return "a comment"
+        if type(token) in _HIDDEN:
+            return _HIDDEN[type(token)]
+        end = max(end, token.end_mark.index)
+    return ""
+
+
+_HIDDEN = {
+    yaml.TagToken: "a tag",
+    yaml.AnchorToken: "an anchor",
+    yaml.AliasToken: "an alias",
+    yaml.DirectiveToken: "a directive",
+    yaml.DocumentStartToken: "the start of a document",
+    yaml.DocumentEndToken: "the end of a document",
+}
 
 
 def describe_yaml_error(error: yaml.YAMLError) -> str:

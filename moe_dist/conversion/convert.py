@@ -6,12 +6,14 @@ Shapes: D model, F FFN, E experts, s shared neurons, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.heads import read_heads
 from moe_dist.conversion.moe_slots import MoeSettings, router_for
@@ -20,24 +22,20 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate
 from moe_dist.moe.layer import MoELayer
+from moe_dist.router_spec import DEFAULT_ROUTER, NO_ROUTER, RouterSpec
 
 
 def dense_to_moe(
     model: nn.Module,
     plan: PartitionPlan,
     *,
-    router: str = "hash_random",
-    top_k: int = 1,
+    router: str | RouterSpec = DEFAULT_ROUTER,
+    top_k: int | None = None,
     seed: int = 0,
     token_counts: Tensor | None = None,
     num_tasks: int | None = None,
-    gate_scale: str = "straight_through",
-    gate_noise: float = 0.0,
-    gate_jitter: float = 0.0,
-    task_map: str = "learned",
-    capacity_factor: float | None = None,
-    drop_policy: str = "position",
     gates: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> Any:
     """Make the sparse student of a dense model.
 
@@ -48,21 +46,16 @@ def dense_to_moe(
     Args:
         model: a dense transformers model; it is left as it was.
         plan: which neurons go where.
-        router: a name in `moe_dist.moe.routers.ROUTERS`; not read with one expert.
-        top_k: experts for each token; their weights are renormalised to sum 1.
+        router: a name in `moe_dist.moe.routers.ROUTERS`, or one with its options; not read with
+            one expert.
+        top_k: experts for each token; their weights are renormalised to sum 1. When not given it
+            is the router's own, 1 for a name.
         seed: of hash tables and gates.
         token_counts: (V,) counts on the training split, for hash_balanced.
         num_tasks: for task_gate; those of the model's heads when not given.
-        gate_scale: weight of the chosen expert for top_k 1: "straight_through" has the value 1
-            and a gradient, "probability" is the papers' and scales the output.
-        gate_noise: standard deviation of noise on a gate's scores, in training.
-        gate_jitter: how far a gate's input is scaled up or down at random, in training.
-        task_map: of task_gate: "learned", or "fixed" experts for each task.
-        capacity_factor: in training, tokens that an expert takes, as a multiple of its even
-            share; None drops nothing.
-        drop_policy: who finds a place then: see `moe_dist.moe.capacity.Capacity`.
         gates: for each FFN of the model (E, D), what a token_gate starts with (from
             `moe_dist.conversion.token_clusters`); at random when not given.
+        **options: other fields of `RouterSpec`, such as gate_noise.
 
     Returns:
         A new model of the registered class, e.g. MoeBertForSequenceClassification.
@@ -78,7 +71,10 @@ def dense_to_moe(
             f"there are {len(gates)} gates, but the model has {len(slots)} FFNs",
             remedy="pass one for each, from token_clusters on this model",
         )
+    spec = RouterSpec.of(router, **(options if top_k is None else options | {"top_k": top_k}))
     routed = plan.num_experts > 1
+    if not routed:
+        spec = replace(spec, router=NO_ROUTER, top_k=1, capacity_factor=None)
     if num_tasks is None:
         num_tasks = len(read_heads(model)) or None
     settings = MoeSettings(
@@ -87,18 +83,11 @@ def dense_to_moe(
         num_shared_neurons=plan.num_shared_neurons,
         tie_shared=plan.tie_shared,
         layers=plan.layers,
-        router=router if routed else "none",
-        top_k=top_k if routed else 1,
-        gate_scale=gate_scale,
+        router=spec,
         seed=seed,
         num_tasks=num_tasks,
         partition=plan.method,
         vocab_size=_vocab_size(model),
-        gate_noise=gate_noise,
-        gate_jitter=gate_jitter,
-        task_map=task_map,
-        capacity_factor=capacity_factor if routed else None,
-        drop_policy=drop_policy,
     )
     if routed:
         # A checkpoint's table may stand in for missing counts, but here there is none.
@@ -134,14 +123,44 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
         student: Any = kind(config, token_counts=token_counts)
     first = next(model.parameters())
     student.to(device=first.device, dtype=first.dtype)
-    source = model.state_dict()
-    missing, _ = student.load_state_dict(
-        {name: source[name] for name in student.state_dict() if name in source}, strict=False
-    )
-    layers = [name for name, layer in student.named_modules() if isinstance(layer, MoELayer)]
-    stray = [name for name in missing if not name.startswith(tuple(f"{one}." for one in layers))]
-    assert not stray, f"weights outside the FFNs were not copied: {stray}"
+    absent = absent_modules(model, student)
+    if absent:
+        leave_out(student, absent)
+        config.moe = moe | {"absent": absent}
+    _copy_weights(model, student)
     return with_modes_of(model, student)
+
+
+def _copy_weights(model: nn.Module, student: nn.Module) -> None:
+    """Take over everything outside the FFNs, or say what does not fit."""
+    source, target = model.state_dict(), student.state_dict()
+    in_layers = _below(
+        name for name, layer in student.named_modules() if isinstance(layer, MoELayer)
+    )
+    in_ffns = _below(
+        f"{slot.name}.{path}"
+        for slot in find_slots(model)
+        for path in (slot.spec.linear_in, slot.spec.linear_out, slot.spec.gated_in, slot.spec.gate)
+        if path is not None
+    )
+    strays = [name for name in target if name not in source and not name.startswith(in_layers)]
+    strays += [name for name in source if name not in target and not name.startswith(in_ffns)]
+    strays += [
+        name for name in source if name in target and source[name].shape != target[name].shape
+    ]
+    if strays:
+        raise ConversionError(
+            f"{type(model).__name__} is not what its configuration describes: "
+            f"{', '.join(sorted(strays)[:4])}",
+            remedy="build the model from its configuration, and give both the same sizes and "
+            "modules",
+        )
+    kept = {name: value for name, value in source.items() if name in target}
+    student.load_state_dict(kept, strict=False)
+
+
+def _below(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
 
 
 def with_modes_of(model: Any, other: Any) -> Any:

@@ -27,9 +27,9 @@ from moe_dist.conversion.heads import (
     task_head,
     task_index,
 )
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.gates import TaskGate, TaskTable
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import RoutingContext
 
@@ -62,6 +62,8 @@ def extract_task(model: Any, task: str | None = None) -> Any:
         )
     index = 0 if task is None else task_index(model, task)
     layers = {layer.name: layer for layer in model.modules() if isinstance(layer, MoELayer)}
+    if layers:
+        _check_router(MoeSettings.from_dict(model.config.moe))
     with torch.no_grad():
         networks = [
             dense_weights(layers[slot.name], index) if slot.name in layers else slot.weights()
@@ -80,24 +82,15 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
     """Join what a layer computes for one task.
 
     Args:
-        layer: with its experts whole.
+        layer: with its experts whole; its router, if any, looks at the task alone.
         task: the task's number.
 
     Returns:
         The weights of a dense FFN: the shared neurons first, then each chosen expert's.
-
-    Raises:
-        ConversionError: if its router looks at more than the task.
     """
     experts = layer.experts
     chosen, scales = [0], torch.ones(1)
     if layer.router is not None:
-        if not isinstance(layer.router, TaskGate | TaskTable):
-            raise ConversionError(
-                f"{type(layer.router).__name__} sends the tokens of one task to different experts, "
-                "so no dense model does the same",
-                remedy="extract from a student with moe.router=task_gate",
-            )
         first = next(layer.router.parameters(), next(layer.router.buffers(), torch.empty(0)))
         where = first.device
         context = RoutingContext(task_ids=torch.tensor([task], device=where))
@@ -125,6 +118,15 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
     )
 
 
+def _check_router(settings: MoeSettings) -> None:
+    if settings.num_experts > 1 and settings.router.facts.chooses_by != "task":
+        raise ConversionError(
+            f"{settings.router.router} sends the tokens of one task to different experts, so no "
+            "dense model does the same",
+            remedy="extract from a student with moe.router=task_gate",
+        )
+
+
 def _part(experts: Experts, expert: int, scale: Tensor) -> dict[str, Tensor]:
     """One expert's weights with neurons in the first dimension, its outputs scaled."""
     part = {name: value[expert] for name, value in experts.named_parameters(recurse=False)}
@@ -144,11 +146,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     values = {name: value for name, value in values.items() if name not in _MOE_ENTRIES}
     values |= activation | dict.fromkeys(spec.size_keys, size)
     if head is not None:
-        labels = head.label_names or ("LABEL_0",)
-        values["id2label"] = dict(enumerate(labels))
-        values["label2id"] = {name: index for index, name in enumerate(labels)}
-        is_regression = head.label_names is None
-        values["problem_type"] = "regression" if is_regression else "single_label_classification"
+        values |= head.kind.head_settings(head.label_names)
     kind = getattr(transformers, type(model).__name__.removeprefix("Moe"))
     config = getattr(transformers, spec.config_class)(**values)
     config.architectures = [kind.__name__]

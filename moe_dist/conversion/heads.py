@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_dist.conversion.families import FAMILIES, FamilySpec, find_stacks, known_family
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.routing import CHOSEN_TASK, current_context
+from moe_dist.tasks import TaskKind, head_kind, model_kind
 
 KEY = "task_heads"
 """Entry of a configuration: a list of mappings with `name` and `label_names`."""
@@ -37,9 +38,14 @@ class TaskHead:
     label_names: tuple[str, ...] | None
 
     @property
+    def kind(self) -> TaskKind:
+        """What kind of task it answers."""
+        return head_kind(self.label_names)
+
+    @property
     def num_labels(self) -> int:
         """Outputs: classes, or 1 for regression."""
-        return 1 if self.label_names is None else len(self.label_names)
+        return self.kind.num_outputs(self.label_names)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -137,6 +143,21 @@ def chosen_head(model: nn.Module) -> TaskHead | None:
     """
     index = getattr(model, CHOSEN_TASK, None)
     return None if index is None else read_heads(model)[index]
+
+
+def current_head(model: nn.Module) -> TaskHead | None:
+    """Say which task a forward call now answers; None for a model of one task."""
+    heads = read_heads(model)
+    context = current_context()
+    if heads and context is not None and context.task_ids is not None:
+        return heads[int(context.task_ids.reshape(-1)[0])]
+    return chosen_head(model)
+
+
+def answered_kind(model: nn.Module) -> TaskKind:
+    """Say what kind of task a forward call now answers."""
+    head = current_head(model)
+    return model_kind(model.config) if head is None else head.kind
 
 
 def task_index(model: nn.Module, name: str) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.conversion.families import FFNSlot, find_slots
-from moe_dist.conversion.heads import read_heads
+from moe_dist.conversion.heads import answered_kind
+from moe_dist.conversion.hidden_states import with_decoder_mask
 from moe_dist.errors import ConversionError, MissingInputError
 
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
@@ -212,21 +213,12 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
         )
     if logits.dim() == 3:
         return _token_losses(model, logits, labels)
-    config: Any = model.config
-    kind = config.problem_type
-    if read_heads(model):
-        kind = "regression" if labels.is_floating_point() else "single_label_classification"
-    if kind is None and config.num_labels > 1 and labels.is_floating_point():
-        kind = "multi_label_classification"
-    if kind == "regression" or (kind is None and config.num_labels == 1):
-        targets = labels.float().reshape(logits.shape)
-        return (logits.float() - targets).square().mean(dim=-1)
-    if kind == "multi_label_classification":
+    if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
         losses_BC = functional.binary_cross_entropy_with_logits(
             logits.float(), labels.float(), reduction="none"
         )
         return losses_BC.mean(dim=-1)
-    return _cross_entropy(logits, labels)
+    return answered_kind(model).losses(logits, labels)
 
 
 class Capture:
@@ -368,7 +360,8 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         # The model would only compute its own mean loss with them. An encoder-decoder needs
         # them: it makes its decoder's inputs from them.
         inputs.pop("labels", None)
-    return inputs
+        return inputs
+    return with_decoder_mask(inputs) if "decoder_attention_mask" in names else inputs
 
 
 def _labels(batch: Mapping[str, Any], name: str) -> Tensor:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from moe_dist.conversion.absent import leave_out
 from moe_dist.conversion.configurations import config_class
 from moe_dist.conversion.families import FAMILIES, FamilySpec
 from moe_dist.conversion.heads import install_heads
+from moe_dist.conversion.hidden_states import with_decoder_mask
 from moe_dist.conversion.moe_slots import MoeSettings, replace_ffns
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
@@ -48,8 +51,11 @@ class MoeModel(PreTrainedModel):
             )
         settings = MoeSettings.from_dict(config.moe)
         super().__init__(config, *inputs, **kwargs)
+        leave_out(self, settings.absent)
         replace_ffns(self, _spec_of(config), settings, token_counts=token_counts)
         install_heads(self)
+        if "decoder_attention_mask" in inspect.signature(self.forward).parameters:
+            self.register_forward_pre_hook(_name_real_tokens, with_kwargs=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -116,6 +122,13 @@ def model_class(name: str) -> type[MoeModel]:
     raise ConversionError(
         f"there is no converted class {name}", remedy=f"use one of {', '.join(known)}"
     )
+
+
+def _name_real_tokens(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the routers of a decoder see its padding."""
+    return args, kwargs if args else with_decoder_mask(kwargs)
 
 
 def _spec_of(config: Any) -> FamilySpec:

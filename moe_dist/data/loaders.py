@@ -45,9 +45,9 @@ class StepBatch:
 class TrainBatches:
     """Training batches of one rank.
 
-    The global batches depend on data, batch size, seed and epoch only, so that training is the
-    same at every world size. All samples are used in each epoch: those that fill no whole batch
-    enlarge the others, most often by one sample.
+    The global batches depend on data, batch size, seed and epoch only, so that training is the same
+    at every world size (dropout aside, which each rank draws for itself). All samples are used in
+    each epoch: those that fill no whole batch enlarge the others, most often by one sample.
 
     Args:
         encoded: the training samples.

@@ -1,7 +1,8 @@
-"""Task metrics, and the paired bootstrap that compares two models on the same examples."""
+"""Task metrics. One that is undefined on the rows at hand is NaN, and a sentence says why."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,122 +10,118 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe_dist.errors import DataError
+from moe_dist.tasks.classification import Classification
 
 Array = NDArray[np.float64] | NDArray[np.int64]
+# Values that differ by less than rounding are equal; SciPy warns of such from here on.
+_NEAR_CONSTANT = 1e-13
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The difference of two models on one metric, a minus b.
+class LabelSpace:
+    """What metrics know of a task, whatever labels occur in the rows at hand.
 
     Attributes:
-        difference: on the examples as they are.
-        low: lower end of the bootstrap interval.
-        high: upper end of the bootstrap interval.
-        p_value: two-sided, for "no difference".
-        confidence: the interval's coverage, 0.95 unless told.
+        num_classes: of the task; None for regression.
+        positive: id of the class that F1 of two classes is about.
+        names: of the classes, in the order of their ids; may be missing.
     """
 
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    confidence: float = 0.95
+    num_classes: int | None
+    positive: int = 1
+    names: tuple[str, ...] = ()
+
+    def called(self, number: int) -> str:
+        """Name a class."""
+        return self.names[number] if self.names else str(number)
 
 
-def accuracy(labels: Array, predictions: Array) -> float:
-    """Share of predictions that are right.
-
-    Args:
-        labels: class ids (N,).
-        predictions: class ids (N,).
-
-    Returns:
-        A value in [0, 1].
-    """
+def accuracy(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    """Share of predictions that are right."""
     return float(np.mean(labels == predictions))
 
 
-def f1(labels: Array, predictions: Array) -> float:
-    """F1 of class 1 where the classes are 0 and 1, else the mean F1 over the classes.
+def f1(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    """F1 of the positive class of two, or the mean F1 over all classes of the task.
 
     Args:
         labels: class ids (N,).
         predictions: class ids (N,).
+        space: the task's classes; their number alone decides which of the two it is.
 
     Returns:
-        A value in [0, 1]; 0 for a class that neither occurs nor is predicted.
+        A value in [0, 1]. Among more than two classes one that does not occur counts as 0, whether
+        it is predicted or not (scikit-learn's `zero_division=0`); of two, NaN where the positive
+        one does not occur.
     """
-    counts = _confusion(labels, predictions)
+    counts = _confusion(labels, predictions, space)
     hits = np.diag(counts)
-    occurrences = counts.sum(0) + counts.sum(1)
-    if len(counts) <= 2:
-        return float(2 * hits[1] / occurrences[1]) if occurrences[1] else 0.0
-    present = occurrences > 0
-    return float(np.mean(2 * hits[present] / occurrences[present]))
+    sums = counts.sum(0) + counts.sum(1)
+    if space.num_classes == 2:
+        positive = space.positive
+        occurs = counts[positive].sum() > 0
+        return float(2 * hits[positive] / sums[positive]) if occurs else math.nan
+    return float(np.mean(2 * hits / np.maximum(sums, 1)))
 
 
-def matthews(labels: Array, predictions: Array) -> float:
+def matthews(labels: Array, predictions: Array, space: LabelSpace) -> float:
     """Matthews correlation, for any number of classes.
 
     Args:
         labels: class ids (N,).
         predictions: class ids (N,).
+        space: the task's classes.
 
     Returns:
-        A value in [-1, 1]; 0 where it is undefined.
+        A value in [-1, 1]; NaN where one side is constant.
     """
-    counts = _confusion(labels, predictions).astype(np.float64)
+    counts = _confusion(labels, predictions, space).astype(np.float64)
     true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
     covariance = np.trace(counts) * total - true @ predicted
     spread = np.sqrt(total**2 - true @ true) * np.sqrt(total**2 - predicted @ predicted)
-    return float(covariance / spread) if spread > 0 else 0.0
+    return float(covariance / spread) if spread > 0 else math.nan
 
 
-def pearson(labels: Array, predictions: Array) -> float:
-    """Pearson correlation.
-
-    Args:
-        labels: values (N,).
-        predictions: values (N,).
-
-    Returns:
-        A value in [-1, 1]; 0 where one side is constant.
-    """
-    a = np.asarray(labels, np.float64) - np.mean(labels)
-    b = np.asarray(predictions, np.float64) - np.mean(predictions)
-    spread = float(np.sqrt((a @ a) * (b @ b)))
-    return float(np.clip((a @ b) / spread, -1.0, 1.0)) if spread > 0 else 0.0
+def pearson(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    """Pearson correlation; NaN where one side is constant."""
+    one, other = _deviations(labels), _deviations(predictions)
+    return math.nan if one is None or other is None else float(np.clip(one @ other, -1.0, 1.0))
 
 
-def spearman(labels: Array, predictions: Array) -> float:
-    """Spearman rank correlation; ties share their mean rank.
-
-    Args:
-        labels: values (N,).
-        predictions: values (N,).
-
-    Returns:
-        A value in [-1, 1]; 0 where one side is constant.
-    """
+def spearman(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    """Spearman rank correlation, ties sharing their mean rank; NaN where one side is constant."""
     from scipy.stats import rankdata
 
-    return pearson(rankdata(labels), rankdata(predictions))
+    return pearson(rankdata(labels), rankdata(predictions), space)
 
 
-METRICS: dict[str, Callable[[Array, Array], float]] = {
+METRICS: dict[str, Callable[[Array, Array, LabelSpace], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
 }
+_ON_CLASSES = Classification.metrics
 
-_ON_CLASSES = ("accuracy", "f1", "matthews")
+
+def metric_title(name: str, space: LabelSpace) -> str:
+    """Name a metric so that people know what it is about.
+
+    Args:
+        name: out of METRICS, or any other figure, which is called by its own name.
+        space: the task's classes.
+
+    Returns:
+        For example `f1 of ok`, or `macro f1` for more than two classes.
+    """
+    if name != "f1" or space.num_classes is None:
+        return name
+    return f"f1 of {space.called(space.positive)}" if space.num_classes == 2 else "macro f1"
 
 
 def compute_metrics(
-    names: Sequence[str], predictions: ArrayLike, labels: ArrayLike
+    names: Sequence[str], predictions: ArrayLike, labels: ArrayLike, space: LabelSpace
 ) -> dict[str, float]:
     """Compute metrics of a model's predictions.
 
@@ -133,307 +130,131 @@ def compute_metrics(
         predictions: class ids or values (N,), or the head's logits (N, C), of which the class
             metrics take the argmax and the correlations the only column.
         labels: class ids or values (N,).
+        space: the task's classes.
 
     Returns:
-        Metric name to value, in the order of `names`.
+        Metric name to value, in the order of `names`; NaN where one is undefined, see
+        `explain_undefined`.
 
     Raises:
-        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+        DataError: for an unknown metric, different lengths, no examples, classes that the task
+            has not, or non-finite values.
     """
-    return {name: METRICS[name](*_checked(name, predictions, labels)) for name in _known(names)}
+    return {
+        name: METRICS[name](*check_answers(name, predictions, labels, space), space)
+        for name in check_names(names)
+    }
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """Bootstrap samples of a difference.
+def explain_undefined(
+    name: str, predictions: ArrayLike, labels: ArrayLike, space: LabelSpace
+) -> str | None:
+    """Say why a metric is undefined.
 
-    Attributes:
-        observed: the difference on the examples as they are.
-        samples: on resampled ones (R,).
-    """
-
-    observed: float
-    samples: NDArray[np.float64]
-
-    def interval(self, confidence: float = 0.95) -> Interval:
-        """Turn the samples into a percentile interval.
-
-        Args:
-            confidence: its coverage.
-
-        Returns:
-            Difference, interval and two-sided p-value.
-        """
-        tail = (1.0 - confidence) / 2.0
-        low, high = np.quantile(self.samples, [tail, 1.0 - tail])
-        # One is added to both counts, so that a finite number of samples never claims p = 0.
-        below = (np.sum(self.samples <= 0) + 1) / (len(self.samples) + 1)
-        above = (np.sum(self.samples >= 0) + 1) / (len(self.samples) + 1)
-        return Interval(
-            difference=self.observed,
-            low=float(low),
-            high=float(high),
-            p_value=float(min(1.0, 2 * min(below, above))),
-            confidence=confidence,
-        )
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Two models' answers to the same examples.
-
-    Attributes:
-        metric: a name out of METRICS.
+    Args:
+        name: out of METRICS.
+        predictions: as in `compute_metrics`.
         labels: class ids or values (N,).
-        predictions_a: as in `compute_metrics`.
-        predictions_b: as in `compute_metrics`, of the same examples in the same order.
+        space: the task's classes.
+
+    Returns:
+        A clause such as `all 40 labels are 'good'`; None where the metric has a value.
+
+    Raises:
+        DataError: as `compute_metrics`.
     """
+    true, guess = check_answers(name, predictions, labels, space)
+    if not math.isnan(METRICS[name](true, guess, space)):
+        return None
+    return undefined_by_labels(name, true, space) or _constant("predictions", guess, space)
 
-    metric: str
-    labels: ArrayLike
-    predictions_a: ArrayLike
-    predictions_b: ArrayLike
 
-
-def paired_bootstrap(
-    metric: str,
-    labels: ArrayLike,
-    predictions_a: ArrayLike,
-    predictions_b: ArrayLike,
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile interval of metric(a) - metric(b), examples resampled in pairs.
+def undefined_by_labels(name: str, labels: ArrayLike, space: LabelSpace) -> str | None:
+    """Say why a metric is undefined on such rows, whatever a model predicts.
 
     Args:
-        metric: a name out of METRICS.
+        name: out of METRICS.
         labels: class ids or values (N,).
-        predictions_a: as in `compute_metrics`.
-        predictions_b: as in `compute_metrics`, of the same examples in the same order.
-        num_resamples: bootstrap samples to draw.
-        seed: fixes the samples.
-        confidence: the interval's coverage.
+        space: the task's classes.
 
     Returns:
-        Difference, interval and two-sided p-value.
-
-    Raises:
-        DataError: for an unknown metric, different lengths, no examples, or non-finite values.
+        A clause such as `all 40 labels are 'good'`; None where it depends on the model.
     """
-    return seeded_bootstrap(
-        metric,
-        labels,
-        [predictions_a],
-        [predictions_b],
-        num_resamples=num_resamples,
-        seed=seed,
-        confidence=confidence,
-    )
-
-
-def seeded_bootstrap(
-    metric: str,
-    labels: ArrayLike,
-    runs_a: Sequence[ArrayLike],
-    runs_b: Sequence[ArrayLike],
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of the mean of metric(a) - metric(b) over seeds; examples and seeds resampled.
-
-    Args:
-        metric: a name out of METRICS.
-        labels: class ids or values (N,).
-        runs_a: the answers of a, trained with each seed; as in `compute_metrics`.
-        runs_b: those of b with the same seeds, for the same examples in the same order.
-        num_resamples: bootstrap samples to draw.
-        seed: fixes the samples.
-        confidence: the interval's coverage.
-
-    Returns:
-        Difference, percentile interval and two-sided p-value.
-
-    Raises:
-        DataError: as `resample_differences`.
-    """
-    return resample_differences(
-        metric, labels, runs_a, runs_b, num_resamples=num_resamples, seed=seed
-    ).interval(confidence)
-
-
-def mean_bootstrap(
-    pairings: Sequence[Pairing],
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile interval of the mean over tasks of metric(a) - metric(b).
-
-    Args:
-        pairings: of each task; the examples of each are resampled on their own.
-        num_resamples: bootstrap samples to draw.
-        seed: fixes the samples.
-        confidence: the interval's coverage.
-
-    Returns:
-        Difference, interval and two-sided p-value.
-
-    Raises:
-        DataError: as `resample_differences`.
-    """
-    drawn = [
-        resample_differences(
-            one.metric,
-            one.labels,
-            [one.predictions_a],
-            [one.predictions_b],
-            num_resamples=num_resamples,
-            seed=seed + number,
-        )
-        for number, one in enumerate(pairings)
-    ]
-    return mean_over_tasks(drawn).interval(confidence)
-
-
-def mean_over_tasks(parts: Sequence[Resampled]) -> Resampled:
-    """Average what was found on several tasks, each resampled on its own.
-
-    Args:
-        parts: of each task, with as many samples as the others.
-
-    Returns:
-        The mean difference and its samples.
-    """
-    return Resampled(
-        float(np.mean([part.observed for part in parts])),
-        np.mean([part.samples for part in parts], axis=0),
-    )
-
-
-def resample_differences(
-    metric: str,
-    labels: ArrayLike,
-    predictions_a: Sequence[ArrayLike],
-    predictions_b: Sequence[ArrayLike],
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Resampled:
-    """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
-
-    Each draws S seeds and N examples with replacement; both models answer the same ones. Which
-    seeds are drawn depends on S alone, so that tasks that one model learned together stay together
-    in `mean_over_tasks`.
-
-    Args:
-        metric: a name out of METRICS.
-        labels: class ids or values (N,).
-        predictions_a: S entries as in `compute_metrics`, one for each seed.
-        predictions_b: S entries of the same seeds and examples.
-        num_resamples: R, bootstrap samples to draw.
-        seed: fixes the examples.
-
-    Returns:
-        The mean over the seeds of metric(a) - metric(b), and R samples of it.
-
-    Raises:
-        DataError: for an unknown metric, different lengths, no seeds or examples, or non-finite
-            values.
-    """
-    _known([metric])
-    if not predictions_a or len(predictions_a) != len(predictions_b):
-        raise DataError(
-            f"{metric}: {len(predictions_a)} and {len(predictions_b)} seeds cannot be compared",
-            remedy="give both models' predictions for each seed",
-        )
-    score = METRICS[metric]
-    pairs = [
-        (_checked(metric, first, labels)[1], _checked(metric, second, labels)[1])
-        for first, second in zip(predictions_a, predictions_b, strict=True)
-    ]
     true = np.asarray(labels)
+    if name == "f1" and space.num_classes == 2:
+        if not np.any(true == space.positive):
+            return f"none of the {len(true)} labels is {space.called(space.positive)!r}"
+        return None
+    return None if name in ("accuracy", "f1") else _constant("labels", true, space)
 
-    def difference(number: int, chosen: NDArray[np.int64]) -> float:
-        first, second = pairs[number]
-        return score(true[chosen], first[chosen]) - score(true[chosen], second[chosen])
 
-    return _resample(difference, len(pairs), len(true), num_resamples, seed)
-
-
-def resample_mean_differences(
-    errors_a: Sequence[ArrayLike],
-    errors_b: Sequence[ArrayLike],
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Resampled:
-    """Draw bootstrap samples of the difference of two models' mean errors, as above.
+def missing_classes(name: str, labels: ArrayLike, space: LabelSpace) -> list[str]:
+    """List the classes that the mean F1 counts as 0, since they do not occur.
 
     Args:
-        errors_a: S arrays (N,), an error for each example, one array for each seed.
-        errors_b: S arrays of the same seeds and examples.
-        num_resamples: R, bootstrap samples to draw.
-        seed: fixes the examples.
+        name: out of METRICS.
+        labels: class ids (N,).
+        space: the task's classes.
 
     Returns:
-        The mean over the seeds of mean(a) - mean(b), and R samples of it.
+        Their names; empty for all other metrics.
+    """
+    if name != "f1" or space.num_classes in (None, 2):
+        return []
+    counts = np.bincount(np.asarray(labels), minlength=space.num_classes)
+    return [space.called(number) for number in np.flatnonzero(counts == 0).tolist()]
+
+
+def ratio(value: float | None, whole: float | None) -> float | None:
+    """Give the part that a student keeps of its teacher's metric.
+
+    Args:
+        value: the student's; None or NaN where it is undefined.
+        whole: the teacher's, likewise.
+
+    Returns:
+        The part; None where one is undefined or the teacher's is not above 0: a part of a metric
+        that says "no better than chance", or worse, is no success however near to 1 it is.
+    """
+    if value is None or whole is None or why_no_ratio(value, whole) is not None:
+        return None
+    return value / whole
+
+
+def why_no_ratio(value: float | None, whole: float | None, metric: str = "metric") -> str | None:
+    """Say why there is no retention.
+
+    Args:
+        value: the student's metric; None or NaN where it is undefined.
+        whole: the teacher's, likewise.
+        metric: what it is called.
+
+    Returns:
+        A clause; None where there is one.
+    """
+    if whole is None or math.isnan(whole):
+        return f"the teacher's {metric} is undefined"
+    if value is None or math.isnan(value):
+        return f"the student's {metric} is undefined"
+    if whole <= 0:
+        return (
+            f"the teacher's {metric} is {whole:.4g}, and a part of what is not above 0 says nothing"
+        )
+    return None
+
+
+def check_names(names: Sequence[str]) -> Sequence[str]:
+    """See that all metrics are known.
+
+    Args:
+        names: of metrics.
+
+    Returns:
+        The same.
 
     Raises:
-        DataError: for different lengths, no seeds or examples, or non-finite values.
+        DataError: naming those that are not.
     """
-    gaps = []
-    for first, second in zip(errors_a, errors_b, strict=False):
-        one, other = np.asarray(first, float), np.asarray(second, float)
-        if one.ndim != 1 or one.shape != other.shape or not one.size:
-            raise DataError(
-                f"errors {one.shape} and {other.shape} do not belong together",
-                remedy="pass both models' errors on the same examples",
-            )
-        gaps.append(one - other)
-    if not gaps or len(errors_a) != len(errors_b) or len({len(gap) for gap in gaps}) > 1:
-        raise DataError(
-            f"errors of {len(errors_a)} and {len(errors_b)} seeds cannot be compared",
-            remedy="give both models' errors on the same examples for each seed",
-        )
-    if not all(np.isfinite(gap).all() for gap in gaps):
-        raise DataError(
-            "errors hold NaN or infinity",
-            remedy="look at the models that made them; their training may have diverged",
-        )
-    return _resample(
-        lambda number, chosen: float(gaps[number][chosen].mean()),
-        len(gaps),
-        len(gaps[0]),
-        num_resamples,
-        seed,
-    )
-
-
-def _resample(
-    difference: Callable[[int, NDArray[np.int64]], float],
-    num_seeds: int,
-    num_examples: int,
-    num_resamples: int,
-    seed: int,
-) -> Resampled:
-    """Draw seeds and examples together; `difference` is that of one seed on chosen examples."""
-    rng = np.random.default_rng(seed)
-    drawn_RS = np.random.default_rng(0).integers(0, num_seeds, (num_resamples, num_seeds))
-    samples = np.empty(num_resamples)
-    for i, seeds in enumerate(drawn_RS):
-        chosen = rng.integers(0, num_examples, num_examples)
-        samples[i] = np.mean([difference(int(k), chosen) for k in seeds])
-    everything = np.arange(num_examples)
-    observed = float(np.mean([difference(k, everything) for k in range(num_seeds)]))
-    return Resampled(observed, samples)
-
-
-def _known(names: Sequence[str]) -> Sequence[str]:
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise DataError(
@@ -442,7 +263,23 @@ def _known(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _checked(name: str, predictions: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+def check_answers(
+    name: str, predictions: ArrayLike, labels: ArrayLike, space: LabelSpace
+) -> tuple[Array, Array]:
+    """See that predictions and labels belong together and to the task.
+
+    Args:
+        name: the metric.
+        predictions: as in `compute_metrics`.
+        labels: class ids or values (N,).
+        space: the task's classes.
+
+    Returns:
+        Labels and predictions (N,), of the metric's kind.
+
+    Raises:
+        DataError: as `compute_metrics`.
+    """
     true, raw = np.asarray(labels), np.asarray(predictions)
     guess = raw
     if raw.ndim == 2 and raw.size:
@@ -454,15 +291,56 @@ def _checked(name: str, predictions: ArrayLike, labels: ArrayLike) -> tuple[Arra
         )
     if not true.size:
         raise DataError(f"{name}: there are no examples", remedy="give a dev set with rows")
-    if not (np.isfinite(true).all() and np.isfinite(raw).all()):
+    wrong = ~np.isfinite(raw).reshape(len(raw), -1).all(1)
+    if wrong.any() or not np.isfinite(true).all():
+        what = f"{wrong.sum()} of {len(raw)} predictions are" if wrong.any() else "labels are"
         raise DataError(
-            f"{name}: predictions or labels hold NaN or infinity",
+            f"{name}: {what} NaN or infinite",
             remedy="look at the model that made them; its training may have diverged",
         )
+    if name in _ON_CLASSES:
+        _check_classes(name, true, guess, space)
     return true, guess
 
 
-def _confusion(labels: Array, predictions: Array) -> NDArray[np.int64]:
-    size = max(2, int(labels.max()) + 1, int(predictions.max()) + 1)
+def _check_classes(name: str, labels: Array, predictions: Array, space: LabelSpace) -> None:
+    if space.num_classes is None:
+        raise DataError(f"{name} is for classes, and this is a regression", remedy="use pearson")
+    for what, ids in (("label", labels), ("prediction", predictions)):
+        strange = (ids < 0) | (ids >= space.num_classes) | (ids != np.floor(ids))
+        if strange.any():
+            raise DataError(
+                f"{name}: {what} {ids[strange][0]} is none of the task's {space.num_classes} "
+                "classes",
+                remedy="measure a model on the task that it was made for",
+            )
+
+
+def _confusion(labels: Array, predictions: Array, space: LabelSpace) -> NDArray[np.int64]:
+    assert space.num_classes is not None, "checked with the answers"
+    size = space.num_classes
     flat = labels.astype(np.int64) * size + predictions.astype(np.int64)
     return np.bincount(flat, minlength=size * size).reshape(size, size)
+
+
+def _deviations(values: Array) -> NDArray[np.float64] | None:
+    """Centre values and scale them to length 1; None where they are constant."""
+    whole = np.asarray(values, np.float64)
+    largest = np.abs(whole).max()
+    # Scaled first, so that squares of the largest floats stay finite.
+    scaled = whole / largest if largest > 0 else whole
+    centred = scaled - scaled.mean()
+    length = float(np.sqrt(centred @ centred))
+    if np.ptp(whole) == 0 or length <= _NEAR_CONSTANT * np.sqrt(len(whole)) * abs(scaled.mean()):
+        return None
+    return centred / length
+
+
+def _constant(what: str, values: Array, space: LabelSpace) -> str | None:
+    if space.num_classes is None:
+        if _deviations(values) is not None:
+            return None
+        return f"all {len(values)} {what} are equal ({float(values[0]):.4g})"
+    if np.ptp(values) > 0:
+        return None
+    return f"all {len(values)} {what} are {space.called(int(values[0]))!r}"

@@ -40,6 +40,15 @@ class Mixture:
         return MEAN
 
     @property
+    def metric_titles(self) -> dict[str, str]:
+        """What people call each metric, by its name."""
+        return {MEAN: MEAN} | {
+            f"{task}/{name}": f"{task}/{title}"
+            for task, splits in self.parts.items()
+            for name, title in splits.metric_titles.items()
+        }
+
+    @property
     def num_labels(self) -> int:
         """Outputs of all heads together."""
         return sum(splits.num_labels for splits in self.parts.values())
@@ -147,7 +156,7 @@ class MixtureBatches:
 
     An epoch has as many steps as all rows fill. Which task a step is of depends on shares, seed
     and epoch only, and within an epoch no task's steps differ by more than one from its share; so
-    training is the same at every world size. A task's own batches follow one another as they
+    the batches are the same at every world size. A task's own batches follow one another as they
     would alone, whatever the epochs of the mixture.
 
     Args:

@@ -143,7 +143,7 @@ def read_hub_splits(
                 f"the split {split!r} of the hub's {name!r} holds no rows",
                 remedy="choose another split with data.train or data.dev",
             )
-        if class_names and task.kind == "classification" and task.label_names is None:
+        if class_names and task.task_kind.has_classes and task.label_names is None:
             task = replace(task, label_names=tuple(class_names))
         origin = Path("/".join(filter(None, (name, subset, split))))
         parts.append(

@@ -97,7 +97,7 @@ def check_rows(
         texts = [column_value(row, column) for column in task.text_columns]
         label = column_value(row, task.label_column)
         if drops_incomplete:
-            has_no_class = task.kind == "classification" and str(label) == UNLABELLED not in ids
+            has_no_class = task.task_kind.has_classes and str(label) == UNLABELLED not in ids
             if is_missing(label) or has_no_class:
                 left_out["without a label"] += 1
                 continue
@@ -110,7 +110,7 @@ def check_rows(
             encodable(row, column, text)
         number = (
             regression_value(row, label)
-            if task.kind == "regression"
+            if not task.task_kind.has_classes
             else class_id(row, label, ids, may_be_ids)
         )
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
@@ -146,7 +146,7 @@ def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
     """
     from datasets import Dataset, Features, Value
 
-    label = Value("float64" if task.kind == "regression" else "int64")
+    label = Value(task.task_kind.label_type)
     text = Value("string")
     return Dataset.from_dict(
         {

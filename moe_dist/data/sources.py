@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
-from moe_dist.data.metrics import METRICS
+from moe_dist.data.metrics import METRICS, metric_title
 from moe_dist.data.packages import fetch_model_package
 from moe_dist.data.reading import (
     RawSplit,
@@ -29,8 +29,9 @@ from moe_dist.data.samples import (
 )
 from moe_dist.data.splits import hold_out
 from moe_dist.data.summary import DataSummary, summarise
-from moe_dist.data.tasks import DEFAULT_METRICS, TASKS, Kind, TaskSpec
+from moe_dist.data.tasks import TASKS, Kind, TaskSpec
 from moe_dist.errors import DataError
+from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ class Splits:
         return self.task.main_metric
 
     @property
+    def metric_titles(self) -> dict[str, str]:
+        """What people call each metric, by its name."""
+        space = self.task.label_space
+        return {name: metric_title(name, space) for name in self.task.metrics}
+
+    @property
     def num_labels(self) -> int:
         """Outputs of the model's head."""
         return self.task.num_labels
@@ -107,6 +114,7 @@ def load_splits(
     label_names: Sequence[str] | None = None,
     kind: Kind | None = None,
     metrics: Sequence[str] | None = None,
+    positive_label: str | None = None,
     dev_size: int | float | None = None,
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
@@ -133,6 +141,7 @@ def load_splits(
             number.
         kind: classification unless given.
         metrics: names out of METRICS, the main one first.
+        positive_label: the class that F1 of two classes is about; the second one if None.
         dev_size: rows (int), or share of the training rows (float below 1), to hold out.
         max_train_samples: draw at most so many training rows.
         max_dev_samples: draw at most so many dev rows.
@@ -181,7 +190,7 @@ def load_splits(
         raise DataError(f"data.source={source!r} is unknown", remedy="use hub, files or package")
 
     gives_names = task.label_names is not None
-    task = _with_label_names(task, raw_train)
+    task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
 
     def checked(split: RawSplit) -> tuple[list[Sample], dict[str, int]]:
         found = check_rows(
@@ -231,7 +240,9 @@ def load_splits(
         train=to_dataset(drawn, task),
         dev=to_dataset(drawn_dev, task),
         task=task,
-        digest=rows_digest([task.kind, task.label_names, task.metrics], *parts),
+        digest=rows_digest(
+            [task.kind, task.label_names, task.metrics, task.positive_label], *parts
+        ),
         train_digest=rows_digest([task.kind, task.label_names], drawn),
         source=words,
         summary=summarise(
@@ -261,9 +272,9 @@ def _task(
     known = TASKS.get(subset or "") or TASKS.get(name or "")
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=DEFAULT_METRICS[kind or known.kind])
+        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
     elif kind is not None and kind != known.kind:
-        known = replace(known, label_names=None, metrics=DEFAULT_METRICS[kind])
+        known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
     task = replace(
         known,
         kind=kind or known.kind,
@@ -272,7 +283,7 @@ def _task(
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
     )
-    if task.kind == "regression" and task.label_names:
+    if task.label_names and not task.task_kind.has_classes:
         raise DataError(
             "data.label_names is given for a regression", remedy="drop it, or set data.kind"
         )
@@ -296,11 +307,35 @@ def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
             f"data.text_columns={list(task.text_columns)}: one or two columns are needed",
             remedy=f"choose from {', '.join(split.rows[0].values)}",
         )
-    if task.kind == "regression" or task.label_names is not None:
+    if task.label_names is not None or not task.task_kind.has_classes:
         return task
     labels = ((row, column_value(row, task.label_column)) for row in split.rows)
     names = infer_names(labels, task.label_column, skip_missing=split.drops_incomplete)
     return replace(task, label_names=tuple(names))
+
+
+def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
+    if label is None:
+        return task
+    names = task.label_names or ()
+    if len(names) != 2:
+        what = f"{len(names)} classes" if names else "regression"
+        raise DataError(
+            f"data.positive_label={label} chooses one of two classes, and these data are {what}",
+            remedy="remove it; F1 of more classes is the mean over all of them",
+        )
+    if label not in names:
+        raise DataError(
+            f"data.positive_label={label} is no class of these data",
+            remedy=f"choose from {', '.join(names)}",
+        )
+    if "f1" not in task.metrics:
+        raise DataError(
+            f"data.positive_label={label} is read by f1, and data.metrics has "
+            f"{', '.join(task.metrics)}",
+            remedy="add f1 to data.metrics, or remove data.positive_label",
+        )
+    return replace(task, positive_label=label)
 
 
 def _withhold(

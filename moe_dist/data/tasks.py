@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["classification", "regression"]
+from moe_dist.data.metrics import LabelSpace
+from moe_dist.tasks import TASK_KINDS, TaskKind
 
-DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
-    "classification": ("accuracy",),
-    "regression": ("pearson", "spearman"),
-}
+Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class TaskSpec:
         label_names: class names in the order of their ids; None where they are to be inferred,
             and for regression.
         metrics: names out of METRICS; the first one is the task's main metric.
+        positive_label: the class that F1 of two classes is about; the second one if None.
         dev_split: the split of the hub's data set that serves as dev set.
     """
 
@@ -34,15 +33,27 @@ class TaskSpec:
     label_column: str = "label"
     label_names: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
+    positive_label: str | None = None
     dev_split: str = "validation"
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: classes, or 1 for regression."""
-        if self.kind == "regression":
-            return 1
-        assert self.label_names is not None, "label names are resolved when the data is loaded"
-        return len(self.label_names)
+        """Outputs of the model's head."""
+        return self.task_kind.num_outputs(self.label_names)
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What its kind of task is to the rest of the library."""
+        return TASK_KINDS[self.kind]
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """What metrics know of the task."""
+        if not self.task_kind.has_classes:
+            return LabelSpace(None)
+        names = self.label_names or ()
+        positive = 1 if self.positive_label is None else names.index(self.positive_label)
+        return LabelSpace(self.num_labels, positive, names)
 
     @property
     def main_metric(self) -> str:

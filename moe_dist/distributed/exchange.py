@@ -10,7 +10,7 @@ sorted by expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ from moe_dist.distributed.position import collective
 
 @dataclass
 class Traffic:
-    """What this process gave to the backend to send; read by tests and benchmarks.
+    """What this process gave to the backend to send; counters, since a training has no end of it.
 
     Args:
-        sent_bytes: of each exchange of rows, oldest first.
+        num_exchanges: exchanges of rows so far, empty ones included.
+        sent_bytes: of all of them together.
     """
 
-    sent_bytes: list[int] = field(default_factory=list)
+    num_exchanges: int = 0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Journey:
         target = rows.new_empty(size, *rows.shape[1:])
         messages = [_message(dist.irecv, target[where], peer, route) for peer, where in receives]
         messages += [_message(dist.isend, rows[where], peer, route) for peer, where in sends]
-        route.traffic.sent_bytes.append(sum(rows[where].nbytes for _, where in sends))
+        route.traffic.num_exchanges += 1
+        route.traffic.sent_bytes += sum(rows[where].nbytes for _, where in sends)
         self._works = dist.batch_isend_irecv(messages) if messages else []
         self._in_flight = rows, target
         return target

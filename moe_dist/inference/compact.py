@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.conversion.convert import with_modes_of
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
+from moe_dist.router_spec import NO_ROUTER
 
 CompactMethod = Literal["merge", "drop"]
 Groups = tuple[tuple[int, ...], ...]
@@ -81,7 +83,7 @@ def compact_experts(
         chosen.append(LayerGroups(layer.name, groups, tuple(share_E.tolist())))
     changes: dict[str, Any] = {"num_experts": num_experts}
     if num_experts == 1:
-        changes |= {"router": "none", "top_k": 1}
+        changes |= {"router": NO_ROUTER, "top_k": 1}
     smaller = rebuilt(model, changes)
     with torch.no_grad():
         for old, new, joined in zip(layers, moe_layers(smaller), chosen, strict=True):
@@ -144,9 +146,10 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
         probability scales what an expert gives.
     """
     layers = moe_layers(model)
-    settings = model.config.moe
-    scaled = settings["gate_scale"] == "probability" and not settings["router"].startswith("hash")
-    if scaled or any(layer.shared is not None or layer.num_experts == 1 for layer in layers):
+    if any(layer.shared is not None or layer.num_experts == 1 for layer in layers):
+        return model, 0
+    spec = MoeSettings.from_dict(model.config.moe).router
+    if spec.gate_scale == "probability" and spec.has_gate:
         return model, 0
     matches = [_alike_in_all(layer.experts, tolerance) for layer in layers]
     count = min(len(found) for found in matches)

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from moe_dist.conversion.heads import KEY as TASK_HEADS
+from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.inference.skeleton import UNTRUSTED
+from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
+from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
+from moe_dist.inference.start_weights import compare_weights, read_shapes
+from moe_dist.tasks import head_kind
+
+_NEW_HEAD_STD = 0.02
+
+
+@dataclass(frozen=True)
+class StartModel:
+    """A start model as a task takes it over.
+
+    Args:
+        model: in float32 and training mode.
+        tokenizer: fits it.
+        notes: what is new, left out or put in order, a line each.
+        warnings: what was guessed, a line each.
+    """
+
+    model: Any
+    tokenizer: Any
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def load_pretrained(
@@ -24,7 +51,8 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Load an encoder with a sequence classification head, and its tokenizer.
 
-    The head is drawn from the seed where the source has none of this size.
+    The head is drawn from the seed where the source has none of this size; one that it has answers
+    in the task's order of classes.
 
     Args:
         source: a directory, or a name on the Hugging Face hub.
@@ -34,37 +62,105 @@ def load_pretrained(
         seed: of the head's weights.
 
     Returns:
-        The model in float32 and training mode, and the tokenizer.
+        The model in float32 and training mode, and the tokenizer, which has a pad token.
 
     Raises:
-        ConversionError: if there is no such model or it cannot be read.
+        ConversionError: if there is no such model, it cannot be read, or its weights or tokenizer
+            do not fit its configuration.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    start = _load(source, num_labels, label_names, revision, seed)
+    return start.model, start.tokenizer
+
+
+def check_pretrained(
+    directory: str, *, num_labels: int, label_names: Sequence[str] | None = None
+) -> StartModel:
+    """See that `load_pretrained` will take a model over, without reading its weights.
+
+    Args:
+        directory: of the model.
+        num_labels: outputs of the head.
+        label_names: class names in the order of their ids; None for regression.
+
+    Returns:
+        The model, with weights of no meaning, and what there is to say of it.
+
+    Raises:
+        ConversionError: as `load_pretrained`.
+    """
+    with _clear_errors(directory):
+        shapes = read_shapes(Path(directory))
+    with torch.random.fork_rng(devices=[]):
+        return _load(directory, num_labels, label_names, None, 0, shapes=shapes)
+
+
+def _load(
+    source: str,
+    num_labels: int,
+    label_names: Sequence[str] | None,
+    revision: str | None,
+    seed: int,
+    *,
+    shapes: dict[str, torch.Tensor] | None = None,
+) -> StartModel:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
-            config.num_labels = num_labels
-            config.problem_type = "regression" if names is None else "single_label_classification"
-            if names is not None:
-                config.id2label = dict(enumerate(names))
-                config.label2id = {name: index for index, name in enumerate(names)}
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
+    with _clear_errors(source), quiet_transformers():
+        config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
+        entries, _ = config.get_config_dict(source, revision=revision)
+        own, contradiction = own_names(entries, num_labels)
+        config.num_labels = num_labels
+        for key, value in head_kind(names).head_settings(names).items():
+            setattr(config, key, value)
+        if hasattr(config, TASK_HEADS):
+            # Heads of several tasks, as rows of one layer: another task makes its own.
+            delattr(config, TASK_HEADS)
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": torch.float32,
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
+        if shapes is None:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 source,
-                config=config,
                 revision=revision,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
                 # Without it transformers would read a pickle where there is nothing else.
                 use_safetensors=True,
+                **options,
                 **UNTRUSTED,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **UNTRUSTED)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        else:
+            kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+            model, info = kind.from_pretrained(None, state_dict=shapes, **options)
+    taken = compare_weights(model, info, source, entries.get("architectures") or ())
+    notes, warnings = taken.lines(), []
+    in_place = HeadUse(tuple(range(num_labels)))
+    use = in_place
+    if taken.has_head and names is not None:
+        use = match_head(own, names)
+        warnings += [contradiction] if contradiction else []
+    if use.line:
+        (warnings if use.is_guess else notes).append(use.line)
+    if taken.other_head:
+        use = HeadUse(None)
+    if use.rows != in_place.rows and shapes is None:
+        std = getattr(config, "initializer_range", None) or _NEW_HEAD_STD
+        put_in_order(task_head(model), use, std=std, seed=seed)
+    tokenizer = read_tokenizer(source, revision)
+    warnings += fit_tokenizer(tokenizer, model)
+    return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings))
+
+
+@contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = "directory" if Path(source).is_dir() else "hub model"
         raise ConversionError(
@@ -72,4 +168,3 @@ def load_pretrained(
             remedy="give a directory with config.json, model.safetensors and tokenizer files, "
             "the name of a hub model that this machine can reach, or package:NAME",
         ) from error
-    return model.train(), tokenizer

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.heads import choose_task, install_heads
 from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError, is_full_disk
@@ -56,8 +57,10 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
                 model.save_pretrained(unfinished, max_shard_size="1000GB")
                 if tokenizer is not None:
                     tokenizer.save_pretrained(unfinished)
+            _name_outputs(model, unfinished / "config.json")
             manifest = {
                 "format_version": FORMAT_VERSION,
+                "absent": _absent(model),
                 "files": {name: _file_entry(unfinished / name) for name in _file_names(unfinished)},
                 "experts": numbered(_expert_digests(model)),
             }
@@ -104,6 +107,7 @@ def load_model(
     source = Path(directory).absolute()
     verify_model(source)
     kind = _class_named_in(source)
+    absent = json.loads((source / MANIFEST).read_text(encoding="utf-8")).get("absent", [])
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(
@@ -114,6 +118,9 @@ def load_model(
             f"{source} does not hold a {kind.__name__}: {error}",
             remedy="save the model again with save_model",
         ) from error
+    leave_out(model, absent)
+    lacking = tuple(f"{name}." for name in absent)
+    info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith(lacking)}
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(
@@ -200,6 +207,27 @@ def _expert_digests(model: nn.Module) -> dict[str, list[str]]:
         for module in model.modules()
         if isinstance(module, MoELayer)
     }
+
+
+def _absent(model: nn.Module) -> list[str]:
+    """Modules that a dense model was built without; a converted one's configuration knows."""
+    if hasattr(model.config, "moe"):
+        return []
+    with torch.device("meta"):
+        return absent_modules(model, type(model)(model.config))
+
+
+def _name_outputs(model: Any, path: Path) -> None:
+    """Write the names of outputs where transformers takes them for defaults and leaves them out.
+
+    Its default is two outputs, and BART's three: without names a BART of two would come back with
+    three.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "id2label" not in config and "ForSequenceClassification" in type(model).__name__:
+        names = {str(number): name for number, name in model.config.id2label.items()}
+        config |= {"id2label": names, "label2id": model.config.label2id}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _class_named_in(source: Path) -> Any:

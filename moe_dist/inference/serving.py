@@ -15,6 +15,7 @@ from moe_dist.conversion.heads import chosen_head
 from moe_dist.data.tokens import tokenise
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.tasks import model_kind
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -82,7 +83,7 @@ class TextModel:
         if head is not None:
             return None if head.label_names is None else list(head.label_names)
         config = self._model.config
-        if config.problem_type == "regression":
+        if not model_kind(config).has_classes:
             return None
         return [str(config.id2label[index]) for index in range(config.num_labels)]
 

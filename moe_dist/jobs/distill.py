@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor, nn
 
 from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData
 from moe_dist.jobs.train_job import Report, train_model
 from moe_dist.losses.total import LossWeight
-from moe_dist.training.companion import build_companion, num_layers
+from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
 from moe_dist.training.hardware import pick_device
 from moe_dist.training.loop import StepWeights
@@ -24,6 +25,7 @@ from moe_dist.training.objectives import (
     ObjectiveSettings,
     chosen_objectives,
     objective_weights,
+    pair_stacks,
     pair_states,
 )
 from moe_dist.training.step import StepTerms, distill_terms, freeze
@@ -95,7 +97,8 @@ def distill(
     section = job.distill
     if section.dropout is not None:
         set_dropout(student, section.dropout)
-    pairs = pair_states(job.layers or range(num_layers(student)), section.hidden_layers)
+    which, layers = section.hidden_layers, job.layers
+    pairs = pair_states(layers, which) if layers else pair_stacks(stack_depths(student), which)
     companion = build_companion(
         student,
         teacher,

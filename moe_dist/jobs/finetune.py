@@ -9,7 +9,7 @@ from moe_dist.conversion.heads import set_heads
 from moe_dist.data.mixture import Mixture
 from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.jobs.job import TrainJob
-from moe_dist.jobs.job_data import task_heads
+from moe_dist.jobs.job_data import label_names, task_heads
 from moe_dist.jobs.train_job import train_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.timeline import mark
@@ -38,9 +38,7 @@ class FinetuneJob(TrainJob):
         model, tokenizer = load_pretrained(
             self.model,
             num_labels=rows.num_labels,
-            label_names=[name for head in heads for name in head.output_names]
-            if isinstance(rows, Mixture)
-            else rows.task.label_names,
+            label_names=label_names(rows),
             revision=self.revision,
             seed=self.seed,
         )

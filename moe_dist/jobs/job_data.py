@@ -21,6 +21,7 @@ from moe_dist.jobs.job import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
+from moe_dist.tasks import TASK_KINDS
 from moe_dist.training.collectives import num_ranks, own_rank
 
 Predict = Callable[[Encoded], Predictions]
@@ -125,9 +126,10 @@ class JobData:
             encoded: the samples.
 
         Returns:
-            Values by name, the task's main metric first.
+            Values by name, the task's main metric first; NaN where one is undefined.
         """
-        return compute_metrics(self.splits.task.metrics, logits.numpy(), encoded.labels)
+        task = self.splits.task
+        return compute_metrics(task.metrics, logits.numpy(), encoded.labels, task.label_space)
 
     def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
         """Write what a model says about a split.
@@ -140,7 +142,7 @@ class JobData:
         save_predictions(
             path,
             logits=answers.logits,
-            predictions=answers.values(is_regression=self.splits.task.kind == "regression"),
+            predictions=TASK_KINDS[self.splits.task.kind].answers(answers.logits),
             labels=encoded.labels,
             sample_ids=encoded.sample_ids,
         )
@@ -224,6 +226,20 @@ def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
         The heads, in the order of the tasks' numbers.
     """
     return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
+
+
+def label_names(rows: Rows) -> tuple[str, ...] | None:
+    """Name the outputs of a model for one task or several.
+
+    Args:
+        rows: the data of all tasks.
+
+    Returns:
+        Names in the order of the outputs; None for regression.
+    """
+    if isinstance(rows, Mixture):
+        return tuple(name for head in task_heads(rows) for name in head.output_names)
+    return rows.task.label_names
 
 
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:

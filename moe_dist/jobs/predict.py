@@ -39,7 +39,7 @@ class PredictJob(Job):
 
         Returns:
             ``predictions`` (the logits, (N, C) float32) by task ("" where there is one),
-            ``metrics`` by name, and ``expert_load`` by layer.
+            ``metrics`` and ``metric_titles`` by name, and ``expert_load`` by layer.
         """
         rows = self.rows()
         device = pick_device(self.parallel.use_gpu)
@@ -63,5 +63,6 @@ class PredictJob(Job):
         return {
             "predictions": {name: one.logits.numpy() for name, one in measured.answers.items()},
             "metrics": measured.metrics,
+            "metric_titles": rows.metric_titles,
             "expert_load": expert_load(measured.tokens_per_expert),
         }

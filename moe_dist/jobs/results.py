@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_dist.errors import CheckpointError
-from moe_dist.whole_files import whole_file
+from moe_dist.whole_files import finite, whole_file
 
 MODEL_DIR = "model"
 CHECKPOINT_DIR = "checkpoints"
@@ -47,10 +47,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; its directory is made.
-        value: plain values.
+        value: plain values; NaN becomes null.
     """
+    text = json.dumps(finite(value), indent=2, sort_keys=True)
     with whole_file(path, durable=True) as beside:
-        beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:

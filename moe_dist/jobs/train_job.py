@@ -116,13 +116,13 @@ def train_model(
     split = job.eval_split
 
     def answer(encoded: Encoded) -> Predictions:
+        # In fp32 whatever the steps are computed in, as `evaluate` and users do.
         return predict(
             engine.module,
             encoded,
             batch_size=section.eval_batch_size,
             pad_token_id=data.pad_token_id,
             device=engine.device,
-            autocast=engine.autocast,
         )
 
     def evaluate() -> dict[str, float]:

@@ -43,26 +43,22 @@ class DiscriminatorWeights:
         return [self.w_in, self.b_in, self.w_out, self.b_out]
 
 
-def discriminator_features(
-    logits_BC: Tensor, vectors_BD: Tensor, *, is_regression: bool = False
-) -> Tensor:
+def discriminator_features(bounded_BC: Tensor, vectors_BD: Tensor) -> Tensor:
     """Join prediction and sentence vector into what the discriminator sees.
 
     Probabilities instead of logits and normalised vectors keep both in a range where neither
     drowns the other, however large the logits are.
 
     Args:
-        logits_BC: scores before softmax, or the single output of a regression.
+        bounded_BC: predictions in a fixed range (`TaskKind.bounded`), float32.
         vectors_BD: sentence vectors, at the teacher's width.
-        is_regression: squash the output instead of a softmax.
 
     Returns:
         (B, C + D) float32.
     """
-    logits_BC = logits_BC.float().reshape(vectors_BD.shape[0], -1)
-    shown_BC = torch.tanh(logits_BC) if is_regression else torch.softmax(logits_BC, dim=-1)
+    bounded_BC = bounded_BC.reshape(vectors_BD.shape[0], -1)
     vectors_BD = vectors_BD.float()
-    return torch.cat([shown_BC, functional.layer_norm(vectors_BD, vectors_BD.shape[-1:])], dim=-1)
+    return torch.cat([bounded_BC, functional.layer_norm(vectors_BD, vectors_BD.shape[-1:])], dim=-1)
 
 
 def discriminator_scores(features_BN: Tensor, weights: DiscriminatorWeights) -> Tensor:

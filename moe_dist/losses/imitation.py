@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.losses.distillation import prediction_kl
-
 
 def hidden_errors(
     student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], mask_BS: Tensor | None
@@ -51,19 +49,3 @@ def hidden_errors(
         whole_B = whole_BSD.square().sum(dim=(1, 2)).clamp(min=1e-12)
         parts.append(gap_BSD.square().sum(dim=(1, 2)) / whole_B)
     return torch.stack(parts).mean(dim=0)
-
-
-def prediction_errors(student_BC: Tensor, teacher_BC: Tensor, *, is_regression: bool) -> Tensor:
-    """Distance of a student's prediction from its teacher's.
-
-    Args:
-        student_BC: scores before softmax, or the single output.
-        teacher_BC: the same of the teacher.
-        is_regression: whether the output is a number.
-
-    Returns:
-        (B,) float32: the symmetric Kullback-Leibler divergence, or the squared difference.
-    """
-    if is_regression:
-        return (student_BC.float() - teacher_BC.float()).square().flatten(1).sum(dim=1)
-    return torch.func.vmap(prediction_kl)(student_BC, teacher_BC)

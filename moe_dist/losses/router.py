@@ -9,33 +9,26 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+def load_balancing_loss(probability_E: Tensor, choices_E: Tensor, top_k: int = 1) -> Tensor:
     """Penalise routing that gives some experts more than their share.
 
     ``E · Σ_i P_i · f_i``, with P_i the mean probability of expert i and f_i the share of
-    (token, expert) choices that fell on it; 1 when both are even.
+    (token, expert) choices that fell on it; 1 when both are even. Given the choices of a whole
+    step it is linear in the probabilities, so the parts of micro-batches and ranks add up to it.
 
     Args:
-        logits_TE: router scores before softmax, padding removed.
-        expert_ids_TK: the chosen experts of the same tokens.
+        probability_E: router probabilities, summed over some tokens.
+        choices_E: how many choices fell on each expert, counted over all tokens of the step.
+        top_k: choices of each token, K.
 
     Returns:
-        Scalar, unweighted; its gradient flows through P only.
-
-    Raises:
-        ValueError: if there are no tokens.
+        Scalar, unweighted: these tokens' part. Its gradient flows through P only.
 
     Source: Switch Transformer, arXiv:2101.03961.
     """
-    if logits_TE.shape[0] == 0:
-        raise ValueError("load balancing needs at least one token that is not padding")
-    num_experts = logits_TE.shape[-1]
-    probability_E = torch.softmax(logits_TE.float(), dim=-1).mean(dim=0)
-    chosen = expert_ids_TK.reshape(-1)
-    share_E = torch.zeros_like(probability_E).scatter_add_(
-        0, chosen, torch.full_like(chosen, 1, dtype=probability_E.dtype)
-    )
-    return num_experts * (probability_E * (share_E / chosen.numel())).sum()
+    num_choices = choices_E.sum().clamp(min=1)
+    mean_E = probability_E * (top_k / num_choices)
+    return choices_E.numel() * (mean_E * (choices_E / num_choices)).sum()
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:

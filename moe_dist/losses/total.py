@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "warmup", "decay", "delayed"]
-CountKind = Literal["samples", "tokens"]
+CountKind = Literal["samples", "tokens", "steps"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class LossTerm:
 
     Args:
         sum: scalar float32, summed over what `count_kind` names, with its graph.
-        count_kind: what to divide by, counted over all ranks and micro-batches of the step.
+        count_kind: what to divide by, counted over all ranks and micro-batches of the step;
+            "steps", of which there is one, for parts that add up to the step's value as they are.
     """
 
     sum: Tensor

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +28,6 @@ class Predictions:
     logits: Tensor
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
 
-    def values(self, *, is_regression: bool) -> Tensor:
-        """Turn logits into what metrics compare with labels.
-
-        Args:
-            is_regression: the single output itself, and not the likeliest class.
-
-        Returns:
-            (N,) floats or class ids.
-        """
-        return self.logits[:, 0] if is_regression else self.logits.argmax(dim=-1)
-
 
 def predict(
     model: nn.Module,
@@ -49,9 +36,8 @@ def predict(
     batch_size: int,
     pad_token_id: int,
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Predictions:
-    """Run a model over a data set, each rank its share; collective.
+    """Run a model in fp32 over a data set, each rank its share; collective.
 
     `eval_batches` gives every rank equally many batches, since with experts on several ranks a
     forward is a meeting of all; samples that it repeats for that are averaged. The model's mode is
@@ -63,7 +49,6 @@ def predict(
         batch_size: samples for one forward on one rank.
         pad_token_id: fills up shorter samples.
         device: where the model is.
-        autocast: opens the compute precision.
 
     Returns:
         All predictions, on every rank.
@@ -83,7 +68,7 @@ def predict(
     try:
         with torch.no_grad():
             for batch in advancing(ahead(batches, device)):
-                with autocast(), record_routing() as record:
+                with record_routing() as record:
                     logits_BC = model(**model_inputs(batch)).logits.float()
                 if sums_NC is None:
                     sums_NC = torch.zeros(len(encoded), logits_BC.shape[-1], device=device)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
+
+from moe_dist.conversion.heads import read_heads
+from moe_dist.moe.routing import use_task
+
+AnyName = TypeVar("AnyName", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,54 @@ class Latency:
     """Times of a forward pass at one batch size.
 
     Attributes:
-        median_ms: half of the repeats took no longer.
-        p90_ms: nine tenths of the repeats took no longer.
+        times_ms: of each timed pass, in their order.
     """
 
-    median_ms: float
-    p90_ms: float
+    times_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Half of the passes took no longer."""
+        return statistics.median(self.times_ms)
+
+    @property
+    def low_ms(self) -> float:
+        """A tenth of the passes took no longer: what the model costs where nothing disturbs it."""
+        return float(np.quantile(self.times_ms, 0.1))
+
+    @property
+    def p90_ms(self) -> float:
+        """Nine tenths of the passes took no longer."""
+        return float(np.quantile(self.times_ms, 0.9))
+
+    @property
+    def spread(self) -> float:
+        """How far the times lie apart, from the lowest to the highest tenth, over the median."""
+        return (self.p90_ms - self.low_ms) / self.median_ms
+
+
+@dataclass(frozen=True)
+class OtherWork:
+    """What other processes did on this machine meanwhile.
+
+    Attributes:
+        num_cores: of the machine.
+        busy_cores: how many of them other processes (or other virtual machines) kept busy.
+    """
+
+    num_cores: int
+    busy_cores: float
+
+    def disturbs(self, num_threads: int) -> bool:
+        """Tell whether a computation had to share its cores.
+
+        Args:
+            num_threads: that it used.
+
+        Returns:
+            Whether both together wanted clearly more cores than there are.
+        """
+        return self.busy_cores + num_threads > self.num_cores + 0.5
 
 
 def measure_latency(
@@ -38,7 +87,7 @@ def measure_latency(
     threads: int | None = None,
     seed: int = 0,
 ) -> dict[int, Latency]:
-    """Time forward passes on random tokens without padding, where the model is.
+    """Time one model by itself; see `measure_in_turn`.
 
     Args:
         model: a transformers model; its mode is restored.
@@ -51,24 +100,121 @@ def measure_latency(
 
     Returns:
         Batch size to latency.
-
-    Raises:
-        ValueError: if `repeats` is below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}; at least one pass must be timed")
+    rounds = Rounds(1, repeats=repeats, num_warmups=num_warmups)
+    models = {"": model}
+    return measure_in_turn(
+        models, rounds, batch_sizes=batch_sizes, seq_len=seq_len, threads=threads, seed=seed
+    )[""]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often models are timed.
+
+    Attributes:
+        most: rounds; in each, every model is timed after the other.
+        least: as many are made even if they take longer than `budget_s`.
+        budget_s: no round begins after so many seconds.
+        repeats: timed passes for each model and batch size in a round.
+        num_warmups: passes before them.
+    """
+
+    most: int
+    least: int = 1
+    budget_s: float = math.inf
+    repeats: int = 2
+    num_warmups: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what times nothing.
+
+        Raises:
+            ValueError: if no pass would be timed.
+        """
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats}; at least one pass must be timed")
+
+
+def measure_in_turn(
+    models: Mapping[AnyName, nn.Module],
+    rounds: Rounds,
+    *,
+    batch_sizes: Sequence[int],
+    seq_len: int,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[AnyName, dict[int, Latency]]:
+    """Time forward passes on random tokens without padding, where the models are.
+
+    Whatever else the machine does then slows all models alike.
+
+    Args:
+        models: transformers models by name; their modes are restored.
+        rounds: how often.
+        batch_sizes: to measure, one after the other.
+        seq_len: tokens in a sequence (for a decoder of an encoder-decoder as well).
+        threads: CPU threads of torch, restored afterwards; None leaves them.
+        seed: of the tokens.
+        progress: called after each round with the rounds made and the most there will be.
+
+    Returns:
+        By name, batch size to latency; as many passes of each, in the same order.
+    """
+    found = {name: {size: list[float]() for size in batch_sizes} for name in models}
+    begin = time.monotonic()
+    for done in range(rounds.most):
+        if done >= rounds.least and time.monotonic() - begin > rounds.budget_s:
+            break
+        for name, model in models.items():
+            with _eval_mode(model), _num_threads(threads), torch.inference_mode(), _any_task(model):
+                for size in batch_sizes:
+                    found[name][size] += _time_passes(model, size, seq_len, rounds, seed)
+        progress(done + 1, rounds.most)
+    return {
+        name: {size: Latency(tuple(times)) for size, times in by_size.items()}
+        for name, by_size in found.items()
+    }
+
+
+@contextmanager
+def watch_other_work() -> Iterator[Callable[[], OtherWork]]:
+    """Watch what other processes do while something is timed.
+
+    Yields:
+        A function that says what they have done since.
+    """
+    own = psutil.Process()
+    begin, others, mine = time.monotonic(), _busy_s(), sum(own.cpu_times()[:2])
+
+    def look() -> OtherWork:
+        passed_s = max(time.monotonic() - begin, 1e-9)
+        theirs = _busy_s() - others - (sum(own.cpu_times()[:2]) - mine)
+        return OtherWork(psutil.cpu_count() or 1, max(0.0, theirs / passed_s))
+
+    yield look
+
+
+def _busy_s() -> float:
+    """Seconds for which all cores together have worked, for this machine or for another on it."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in ("user", "system", "irq", "steal")))
+
+
+def _time_passes(
+    model: nn.Module, batch_size: int, seq_len: int, rounds: Rounds, seed: int
+) -> list[float]:
     device = next(model.parameters()).device
-    latencies = {}
-    with _eval_mode(model), _num_threads(threads), torch.inference_mode():
-        for batch_size in batch_sizes:
-            batch = _random_batch(model, batch_size, seq_len, device, seed)
-            for _ in range(num_warmups):
-                model(**batch)
-            times_ms = [_time_ms(model, batch, device) for _ in range(repeats)]
-            latencies[batch_size] = Latency(
-                statistics.median(times_ms), float(np.quantile(times_ms, 0.9))
-            )
-    return latencies
+    batch = _random_batch(model, batch_size, seq_len, device, seed)
+    for _ in range(rounds.num_warmups):
+        model(**batch)
+    return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
+
+
+def _any_task(model: nn.Module) -> AbstractContextManager[None]:
+    # All tasks cost alike.
+    return use_task(0 if read_heads(model) else None)
 
 
 def _time_ms(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float:

@@ -5,12 +5,13 @@ Shapes: N samples, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.hidden_states import StackStates, hidden_stacks, stack_depths
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.losses.imitation import hidden_errors
 from moe_dist.training.step import model_inputs
@@ -49,19 +50,27 @@ def measure_hidden_errors(
     batches = eval_batches(encoded, batch_size=batch_size, pad_token_id=pad_token_id)
     for batch in ahead(batches, device):
         inputs = model_inputs(batch)
-        mask_BS = inputs.get("attention_mask")
         expected = _states(teacher, inputs) if chosen else ()
         for name, model in chosen.items():
-            errors_B = hidden_errors(_states(model, inputs), expected, mask_BS)
+            errors_B = _errors(_states(model, inputs), expected)
             found[name][batch["index"].cpu()] = errors_B.cpu()
         advance()
     return found
 
 
-def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    states: tuple[Tensor, ...] = model(**inputs, output_hidden_states=True).hidden_states[1:]
-    return states
+def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[StackStates, ...]:
+    return hidden_stacks(model(**inputs, output_hidden_states=True), inputs)
 
 
-def _shape(model: Any) -> tuple[int, int]:
-    return model.config.num_hidden_layers, model.config.hidden_size
+def _errors(student: Sequence[StackStates], teacher: Sequence[StackStates]) -> Tensor:
+    """The mean over all layers of all stacks."""
+    layers = [
+        hidden_errors([state], [match], own.mask_BS)
+        for own, other in zip(student, teacher, strict=True)
+        for state, match in zip(own.states[1:], other.states[1:], strict=True)
+    ]
+    return torch.stack(layers).mean(dim=0)
+
+
+def _shape(model: Any) -> tuple[tuple[int, ...], int]:
+    return stack_depths(model), model.config.hidden_size

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -57,6 +57,9 @@ class RoutingContext:
         task_ids: (B,) ids of the task of each sample, or None.
         causal: no token may see a later one, as in a decoder.
         has_past: earlier tokens are in a key-value cache and not among these.
+        sample_ids: (B,) numbers of the samples, by which noise and jitter are drawn; None where
+            they have no numbers.
+        noise_seed: of noise and jitter; None draws one from torch's generator.
     """
 
     token_ids: Tensor | None = None
@@ -64,6 +67,8 @@ class RoutingContext:
     task_ids: Tensor | None = None
     causal: bool = False
     has_past: bool = False
+    sample_ids: Tensor | None = None
+    noise_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,27 @@ def use_task(task: int | None) -> Iterator[None]:
     if task is None:
         yield
         return
-    with use_context(RoutingContext(task_ids=torch.tensor([task], device="cpu"))):
+    outer = current_context() or RoutingContext()
+    with use_context(replace(outer, task_ids=torch.tensor([task], device="cpu"))):
+        yield
+
+
+@contextmanager
+def use_samples(sample_ids: Tensor, noise_seed: int) -> Iterator[None]:
+    """Number the samples of every forward call inside the `with` block, in this thread only.
+
+    What gates draw then depends on seed, sample, place in the sample and layer, and not on what
+    else is in the batch.
+
+    Args:
+        sample_ids: (B,) int64.
+        noise_seed: give each step its own.
+
+    Yields:
+        Nothing.
+    """
+    outer = current_context() or RoutingContext()
+    with use_context(replace(outer, sample_ids=sample_ids, noise_seed=noise_seed)):
         yield
 
 
@@ -296,7 +321,10 @@ def _open_context(
         task_ids = task_ids.reshape(1).expand(token_ids.shape[0])
     has_past = causal and _num_past(given) > 0
     mask = _padding_mask(given, token_ids)
-    context = RoutingContext(token_ids, mask, task_ids, causal, has_past)
+    drawn = RoutingContext() if outer is None else outer.context
+    context = RoutingContext(
+        token_ids, mask, task_ids, causal, has_past, drawn.sample_ids, drawn.noise_seed
+    )
     _FRAME.set(_Frame(context, stack, outer))
 
 

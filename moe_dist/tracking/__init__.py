@@ -16,8 +16,8 @@ A `with` block that ends well leaves the run FINISHED; an exception leaves it FA
 KILLED. `Tracker` and `TrackedRun` are the protocols; `NullTracker` keeps the metric files and
 sends nothing. No call here waits for the server, and none fails because it is away: what should
 be there is noted in `<directory>/tracking.json`, and a thread sends what the server lacks. The
-same directory with the same fingerprint continues the same run; a chain's is its parameters
-without those of `runs.IDENTITY_IGNORES`, such as `parallel` and `compare`.
+same directory with the same fingerprint continues the same run; a chain's is its `identity`: the
+parameters without those of placement and observation, such as `parallel` and `compare`.
 """
 
 from __future__ import annotations

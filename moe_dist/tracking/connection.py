@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 from moe_dist.errors import TrackingError
 from moe_dist.tracking.database_lock import Turns
 from moe_dist.tracking.privacy import redact_uri
+from moe_dist.uris import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CHECK_TIMEOUT_S = 4
-REQUEST_TIMEOUT_S = 20
+SQLITE_TIMEOUT_S = 20
+# Seconds, spelled so that a later check tells them from a user's own 4 or 20.
+CHECK_TIMEOUT = "04"
+REQUEST_TIMEOUT = "020"
 REJECTED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 """The server understood and will never accept it: sending it again would block all that follows."""
 _TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_SQLITE = "sqlite:///"
 _DATABRICKS = "databricks"
 
 
@@ -76,8 +78,9 @@ def usable(uri: str) -> Iterator[None]:
     # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    user_timeout = os.environ.get(_TIMEOUT_VARIABLE)
-    os.environ[_TIMEOUT_VARIABLE] = str(CHECK_TIMEOUT_S)
+    is_ours = os.environ.get(_TIMEOUT_VARIABLE, CHECK_TIMEOUT) in (CHECK_TIMEOUT, REQUEST_TIMEOUT)
+    if is_ours:
+        os.environ[_TIMEOUT_VARIABLE] = CHECK_TIMEOUT
     try:
         yield
     except TrackingError:
@@ -88,7 +91,8 @@ def usable(uri: str) -> Iterator[None]:
             remedy=_remedy(uri),
         ) from None
     finally:
-        os.environ[_TIMEOUT_VARIABLE] = user_timeout or str(REQUEST_TIMEOUT_S)
+        if is_ours:
+            os.environ[_TIMEOUT_VARIABLE] = REQUEST_TIMEOUT
 
 
 def is_databricks(uri: str) -> bool:
@@ -112,9 +116,8 @@ def database_path(uri: str) -> Path | None:
     Returns:
         The file; None for other stores.
     """
-    if not uri.startswith(_SQLITE):
-        return None
-    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+    path = sqlite_path(uri)
+    return Path(path) if path else None
 
 
 def describe_fault(fault: BaseException, uri: str = "") -> str:
@@ -149,7 +152,7 @@ def _open_sqlite(path: Path) -> None:
     """Open a sqlite store once, since MLflow would retry a hopeless one for a long time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=REQUEST_TIMEOUT_S)) as connection:
+        with closing(sqlite3.connect(path, timeout=SQLITE_TIMEOUT_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             connection.rollback()

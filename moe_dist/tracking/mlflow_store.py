@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from moe_dist.digests import file_digest
 from moe_dist.metric_log import MetricTail
+from moe_dist.redaction import hide_secrets
 from moe_dist.tracking.connection import (
     REJECTED,
     connect,
@@ -137,7 +138,7 @@ class MlflowStore:
         if is_databricks(self._uri):
             host = os.environ.get("DATABRICKS_HOST", "").rstrip("/")
             return f"{host}/ml/experiments/{self.experiment_id}/runs/{run_id}"
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(hide_secrets(self._uri))}"
 
     def count_pending(self, journal: Journal) -> int:
         """Count the metric points that the server has not had."""

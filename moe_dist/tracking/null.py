@@ -20,6 +20,7 @@ class NullTracker:
         directory: Path,
         *,
         params: Mapping[str, object],
+        identity: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
         """Open a run that lives in its directory only."""

@@ -140,6 +140,7 @@ class Tracker(Protocol):
         directory: Path,
         *,
         params: Mapping[str, object],
+        identity: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """Open the parent run of a chain; one of the same parameters is continued."""
+        """Open the parent run of a chain; one of the same name and identity is continued."""

@@ -24,23 +24,6 @@ from moe_dist.tracking.protocols import (
 )
 from moe_dist.tracking.sender import Sender
 
-# Settings that change what is done beside the work, how it is spread or watched, but not which
-# chain it is: stages that are finished stay so, and the run that holds them goes on. Each stands
-# for its own key and for all keys below it.
-IDENTITY_IGNORES = (
-    "compare",
-    "output_dir",
-    "parallel",
-    "search",
-    "tracking",
-    "train.checkpoint_every",
-    "train.eval_batch_size",
-    "train.eval_every",
-    "train.gradient_checkpointing",
-    "train.log_every",
-    "train.step_timeout_s",
-)
-
 RECIPE_TAG = "recipe_hash"
 """The same for runs of one recipe, wherever and on however many workers they run."""
 
@@ -82,27 +65,29 @@ class MLflowTracker:
         directory: Path,
         *,
         params: Mapping[str, object],
+        identity: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """Open the parent run of a chain; one of the same parameters is continued.
+        """Open the parent run of a chain; one of the same name and identity is continued.
 
-        Parameters below `IDENTITY_IGNORES` may differ. Those that the run has already keep their
-        values, since MLflow cannot change them; a tag `changed.KEY` gives the new one.
+        Other parameters may differ. Those that the run has already keep their values, since MLflow
+        cannot change them; a tag `changed.KEY` gives the new one.
 
         Args:
             name: the run's name.
             directory: the chain's output directory; `tracking.json` goes there.
             params: the whole configuration, nested or flat.
+            identity: the part of it that makes the chain the one it is; all of it when not given.
             tags: further tags.
 
         Returns:
             The run, to be used in a `with` statement.
         """
-        flat = flatten(params)
-        journal = _open_journal(name, Path(directory), _chain_fingerprint(flat), None)
+        own = params if identity is None else identity
+        journal = _open_journal(name, Path(directory), _identity_digest(own), None)
         with journal.changing() as wanted:
-            wanted.params.update(flat)
-            wanted.tags.update({RECIPE_TAG: recipe_hash(flat), **(tags or {})})
+            wanted.params.update(flatten(params))
+            wanted.tags.update({RECIPE_TAG: recipe_hash(own), **(tags or {})})
         return _MlflowRun(journal, Sender(self._store, journal))
 
 
@@ -214,33 +199,29 @@ class _MlflowRun:
             self._sender.wake()
 
 
-def recipe_hash(params: Mapping[str, object]) -> str:
+def recipe_hash(identity: Mapping[str, object]) -> str:
     """Name a recipe, whatever the workers, places and comparisons that it runs with.
 
     Args:
-        params: the whole configuration, nested or flat.
+        identity: the settings that make it the one it is, nested or flat.
 
     Returns:
         What chains have as the tag `recipe_hash`.
     """
-    return _chain_fingerprint(flatten(params))[:12]
+    return _identity_digest(identity)[:12]
 
 
-def _chain_fingerprint(flat: Mapping[str, str]) -> str:
-    """Hash the parameters that make a chain the one it is."""
-    own = {
-        key: value
-        for key, value in flat.items()
-        if not any(key == root or key.startswith(f"{root}.") for root in IDENTITY_IGNORES)
-    }
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+def _identity_digest(identity: Mapping[str, object]) -> str:
+    flat = flatten(identity)
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def _open_journal(name: str, directory: Path, fingerprint: str, parent: Journal | None) -> Journal:
     """Continue a directory's journal if it tells of the same work, else begin a new one."""
     directory = directory.absolute()
     journal = load_journal(directory, parent)
-    if journal is None or journal.wanted.fingerprint != fingerprint:
+    known = None if journal is None else (journal.wanted.name, journal.wanted.fingerprint)
+    if journal is None or known != (name, fingerprint):
         wanted = Wanted(name=name, fingerprint=fingerprint)
         if journal is not None and parent is None:
             wanted.replaced.update(journal.wanted.replaced)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moe_dist.conversion.attention import num_attention_heads
+from moe_dist.conversion.families import find_stacks
+from moe_dist.conversion.heads import family_spec
 from moe_dist.errors import ConversionError
 from moe_dist.training.adversary import Adversary
 from moe_dist.training.feature_maps import FeatureMaps
@@ -123,17 +125,26 @@ def check_heads(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def num_layers(model: nn.Module) -> int:
-    """Say how many layers a model has.
+def check_pooling(model: nn.Module, section: ObjectivesConfig) -> None:
+    """See that the state which stands for a sentence has seen it.
 
     Args:
-        model: an encoder.
+        model: student or teacher; weights not needed.
+        section: the recipe's ``distill``.
 
-    Returns:
-        Its hidden states without the embeddings.
+    Raises:
+        ConversionError: if it is the first token's, in a stack where no token sees a later one.
     """
-    config: Any = model.config
-    return int(config.num_hidden_layers)
+    is_read = section.alignment_weight > 0 or section.adversarial_weight > 0
+    if not is_read or section.alignment_pooling != "cls":
+        return
+    *_, (last, is_causal) = find_stacks(model, family_spec(model))
+    if is_causal:
+        raise ConversionError(
+            f"distill.alignment_pooling=cls takes the first token's state, and in "
+            f"{type(last).__name__} it sees no other token",
+            remedy="set distill.alignment_pooling to mean or max",
+        )
 
 
 def _width(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,9 @@ from moe_dist.distributed.position import (
 )
 from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
-from moe_dist.moe.routing import use_task
+from moe_dist.moe.routing import use_samples, use_task
 from moe_dist.timeline import mark
+from moe_dist.training.balance import Choices, balance_term, count_choices, sum_choices
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.metric_window import LogWindow
 from moe_dist.training.step import StepTerms
@@ -70,8 +71,9 @@ class LoopSettings:
 
     Args:
         num_steps: of the whole run, resumed parts included.
-        seed: dropout and router noise are drawn anew at each step from seed, step and rank, so
-            that a resumed run equals an unbroken one.
+        seed: what is random is drawn anew at each step, so that a resumed run equals an unbroken
+            one: dropout from seed, step and rank, a gate's noise and jitter from seed, step and
+            sample, so that unlike dropout they are the same at every world size.
         log_every: steps from one line of the metric log to the next.
         eval_every: steps from one evaluation to the next; None evaluates at the end only.
         eval_at: further steps to evaluate after.
@@ -338,20 +340,50 @@ def _take_step(
     after_step: Callable[[int], Mapping[str, float]] | None,
 ) -> None:
     started = time.perf_counter()
-    torch.manual_seed(step_seed(seed, step, engine.rank))
     coefficients = {name: weight.at(step) for name, weight in weights.items()}
-    counts: dict[CountKind, int] = {"samples": batch.num_samples, "tokens": batch.num_tokens}
-    last = len(batch.micro_batches) - 1
+    counts: dict[CountKind, int] = {
+        "samples": batch.num_samples,
+        "tokens": batch.num_tokens,
+        "steps": 1,
+    }
+    sizes = [len(micro_batch["labels"]) for micro_batch in batch.micro_batches]
+    sample_ids = torch.tensor(batch.sample_ids).split(sizes)
+    last = len(sizes) - 1
+    # Dropout is a rank's own; gates draw for each sample, alike on whatever rank it is.
+    dropout_seed, noise_seed = (step_seed(seed, step, rank) for rank in (engine.rank, 0))
+
+    @contextmanager
+    def forward_of(position: int) -> Iterator[None]:
+        with (
+            engine.autocast(),
+            use_samples(sample_ids[position], noise_seed),
+            use_task(batch.task),
+        ):
+            yield
+
+    choices: Choices | None = None
+    if last > 0 and coefficients.get("load_balancing", 0.0) > 0:
+        torch.manual_seed(dropout_seed)
+        counted = []
+        for position, micro_batch in enumerate(batch.micro_batches):
+            with forward_of(position):
+                counted.append(count_choices(engine.module, micro_batch))
+        choices = sum_choices(counted)
+    torch.manual_seed(dropout_seed)
     losses: list[dict[str, Tensor]] = []
     for position, micro_batch in enumerate(batch.micro_batches):
-        with engine.autocast(), use_task(batch.task):
+        with forward_of(position):
             computed = compute_terms(engine.module, micro_batch)
-            total, values = weighted_total(computed.terms, coefficients, counts)
+            terms = dict(computed.terms)
+            if computed.gate_sums:
+                choices = choices or sum_choices([computed.tokens_per_expert])
+                terms["load_balancing"] = balance_term(computed.gate_sums, choices)
+            total, values = weighted_total(terms, coefficients, counts)
         engine.backward(
             _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
         )
         losses.append(values)
-        weighted = {name: coefficients[name] * values[name] for name in computed.terms}
+        weighted = {name: coefficients[name] * values[name] for name in terms}
         if batch.task_name:
             values = values | {f"task/{batch.task_name}": values["task"]}
         window.add_micro_batch(

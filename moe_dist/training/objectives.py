@@ -10,42 +10,53 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from moe_dist.conversion.attention import AttentionInputs
+from moe_dist.conversion.hidden_states import StackStates
 from moe_dist.losses.adversarial import discriminator_features
 from moe_dist.losses.alignment import POOLINGS, alignment_mse, mapping_mse
 from moe_dist.losses.attention import attention_mse, attention_scores
 from moe_dist.losses.distillation import (
     hidden_mse,
-    prediction_kl,
-    prediction_mse,
-    soft_targets,
 )
 from moe_dist.losses.total import CountKind, LossTerm, LossWeight
+from moe_dist.tasks import TASK_KINDS, TaskKind
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import without_padding
 
 if TYPE_CHECKING:
     from moe_dist.config.objectives import ObjectivesConfig
 
-# Positions in the hidden states of student and teacher; 0 are the embeddings.
+# Positions in the hidden states of student and teacher, stack after stack; a stack's first are
+# its embeddings.
 StatePairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Views:
+class ModelOutputs:
     """What one forward pass shows.
 
     Args:
         logits: (B, C) outputs.
-        hidden: (B, S, D) of the embeddings and each layer; empty where no loss reads them.
+        stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
     logits: Tensor
-    hidden: Sequence[Tensor] = ()
+    stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """(B, S, D) of every stack, one after the other."""
+        return [state for stack in self.stacks for state in stack.states]
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """The mask of each hidden state."""
+        return [stack.mask_BS for stack in self.stacks for _ in stack.states]
 
 
 @dataclass(frozen=True)
@@ -64,22 +75,22 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PairedOutputs:
     """A micro-batch as student and teacher saw it.
 
     Args:
         student: with its graph.
         teacher: without one.
         mask_BS: True or 1 for real tokens; None if all are real.
-        is_regression: whether the labels are numbers.
+        kind: of the task.
         settings: what the losses share.
         companion: feature maps and discriminator.
     """
 
-    student: Views
-    teacher: Views
+    student: ModelOutputs
+    teacher: ModelOutputs
     mask_BS: Tensor | None
-    is_regression: bool
+    kind: TaskKind
     settings: ObjectiveSettings
     companion: Companion
 
@@ -96,19 +107,14 @@ class Lesson:
             )
         return tuple((index, index) for index in range(depths[0]))
 
-    def states(self, *, mapped: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def states(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Give the hidden states that meet.
 
-        Args:
-            mapped: carry the student's to the teacher's width.
-
         Returns:
-            The student's and the teacher's, pair by pair.
+            The student's, the teacher's and their mask, pair by pair.
         """
-        own = [self.student.hidden[index] for index, _ in self.pairs]
-        if mapped:
-            own = [self.companion.maps.map_hidden(hidden, self.mask_BS) for hidden in own]
-        return own, [self.teacher.hidden[index] for _, index in self.pairs]
+        own, masks, other = self.student.hidden, self.student.masks, self.teacher.hidden
+        return [(own[index], other[match], masks[index]) for index, match in self.pairs]
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Give both sentence vectors of the last layer, at the teacher's width.
@@ -117,10 +123,10 @@ class Lesson:
             The student's and the teacher's.
         """
         pool = POOLINGS[self.settings.pooling]
-        own = pool(self.student.hidden[-1], self.mask_BS)
+        own, other = self.student.stacks[-1], self.teacher.stacks[-1]
         return (
-            self.companion.maps.map_sentence(own),
-            pool(self.teacher.hidden[-1], self.mask_BS),
+            self.companion.maps.map_sentence(pool(own.states[-1], own.mask_BS)),
+            pool(other.states[-1], other.mask_BS),
         )
 
 
@@ -133,44 +139,45 @@ class Objective:
         compute: the loss of a micro-batch, summed.
         count_kind: what the sum is divided by.
         reads: what it needs beside the predictions.
-        regression_name: its name in regression, where it then is another function.
+        is_named_by_kind: its name is the kind of task's own, `TaskKind.prediction_term`.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
     """
 
     weight_key: str
-    compute: Callable[[Lesson], Tensor]
+    compute: Callable[[PairedOutputs], Tensor]
     count_kind: CountKind
     reads: frozenset[str] = frozenset()
-    regression_name: str | None = None
+    is_named_by_kind: bool = False
     schedule: Literal["warmup", "delayed"] = "warmup"
 
 
-def _prediction_kl(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.student.logits, lesson.teacher.logits
-    if lesson.is_regression:
-        return prediction_mse(student, teacher)
-    return prediction_kl(student, teacher, lesson.settings.temperature)
+def _prediction_kl(paired: PairedOutputs) -> Tensor:
+    outputs = paired.student.logits, paired.teacher.logits
+    return paired.kind.prediction_loss(*outputs, paired.settings.temperature)
 
 
-def _soft_targets(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.student.logits, lesson.teacher.logits
-    if lesson.is_regression:
-        return prediction_mse(student, teacher)
-    return soft_targets(student, teacher, lesson.settings.temperature)
+def _soft_targets(paired: PairedOutputs) -> Tensor:
+    outputs = paired.student.logits, paired.teacher.logits
+    return paired.kind.soft_target_loss(*outputs, paired.settings.temperature)
 
 
-def _hidden_mse(lesson: Lesson) -> Tensor:
-    return hidden_mse(*lesson.states(mapped=True), lesson.mask_BS)
+def _hidden_mse(paired: PairedOutputs) -> Tensor:
+    maps = paired.companion.maps
+    parts = [
+        hidden_mse([maps.map_hidden(own, mask_BS)], [other], mask_BS)
+        for own, other, mask_BS in paired.states()
+    ]
+    return torch.stack(parts).sum()
 
 
-def _attention_mse(lesson: Lesson) -> Tensor:
+def _attention_mse(paired: PairedOutputs) -> Tensor:
     # Hidden state 0 is what the embeddings give; layer n makes hidden state n + 1.
-    pairs = [(own - 1, other - 1) for own, other in lesson.pairs if own > 0]
-    student, teacher = lesson.student.attention, lesson.teacher.attention
+    pairs = [(own - 1, other - 1) for own, other in paired.pairs if own > 0]
+    student, teacher = paired.student.attention, paired.teacher.attention
     return attention_mse(
         [_scores(student[own]) for own, _ in pairs],
         [_scores(teacher[other]) for _, other in pairs],
-        lesson.mask_BS,
+        paired.mask_BS,
     )
 
 
@@ -178,32 +185,34 @@ def _scores(inputs: AttentionInputs) -> Tensor:
     return attention_scores(inputs.query_BSD, inputs.key_BSD, inputs.num_heads)
 
 
-def _alignment_mse(lesson: Lesson) -> Tensor:
-    return alignment_mse(*lesson.sentences())
+def _alignment_mse(paired: PairedOutputs) -> Tensor:
+    return alignment_mse(*paired.sentences())
 
 
-def _mapping_mse(lesson: Lesson) -> Tensor:
-    student, teacher = lesson.states(mapped=False)
-    real = [without_padding(hidden, lesson.mask_BS) for hidden in student]
-    return mapping_mse(real, teacher, list(lesson.companion.maps.projections), lesson.mask_BS)
+def _mapping_mse(paired: PairedOutputs) -> Tensor:
+    parts = [
+        mapping_mse([without_padding(own, mask_BS)], [other], [projection], mask_BS)
+        for (own, other, mask_BS), projection in zip(
+            paired.states(), paired.companion.maps.projections, strict=True
+        )
+    ]
+    return torch.stack(parts).sum()
 
 
-def _adversarial(lesson: Lesson) -> Tensor:
-    adversary = lesson.companion.adversary
+def _adversarial(paired: PairedOutputs) -> Tensor:
+    adversary = paired.companion.adversary
     assert adversary is not None, "the job builds a discriminator where its weight is above 0"
-    own, other = lesson.sentences()
+    own, other = paired.sentences()
     student, teacher = (
-        discriminator_features(views.logits, vectors, is_regression=lesson.is_regression)
-        for views, vectors in ((lesson.student, own), (lesson.teacher, other))
+        discriminator_features(paired.kind.bounded(outputs.logits), vectors)
+        for outputs, vectors in ((paired.student, own), (paired.teacher, other))
     )
     return adversary.student_loss(student, teacher)
 
 
 _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
-    "prediction_kl": Objective(
-        "kl_weight", _prediction_kl, "samples", regression_name="prediction_mse"
-    ),
+    "prediction_kl": Objective("kl_weight", _prediction_kl, "samples", is_named_by_kind=True),
     "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
     "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
     "attention_mse": Objective(
@@ -231,8 +240,15 @@ def objective_weights(section: ObjectivesConfig, num_steps: int) -> dict[str, Lo
     weights: dict[str, LossWeight] = {}
     for name, row in OBJECTIVES.items():
         weight = LossWeight(getattr(section, row.weight_key), row.schedule, lengths[row.schedule])
-        weights |= dict.fromkeys(filter(None, (name, row.regression_name)), weight)
+        weights |= dict.fromkeys(_names(name), weight)
     return weights
+
+
+def _names(objective: str) -> tuple[str, ...]:
+    """What an objective's term is called, whatever the kind of task."""
+    if not OBJECTIVES[objective].is_named_by_kind:
+        return (objective,)
+    return tuple(kind.prediction_term for kind in TASK_KINDS.values())
 
 
 def reads(names: Collection[str], what: str) -> bool:
@@ -248,12 +264,12 @@ def reads(names: Collection[str], what: str) -> bool:
     return any(what in OBJECTIVES[name].reads for name in names)
 
 
-def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTerm]:
+def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, LossTerm]:
     """Compute the chosen losses of a micro-batch.
 
     Args:
         names: keys of `OBJECTIVES`.
-        lesson: what student and teacher showed.
+        paired: what student and teacher showed.
 
     Returns:
         Terms by name, undivided and unweighted.
@@ -261,9 +277,28 @@ def objective_terms(names: Collection[str], lesson: Lesson) -> dict[str, LossTer
     terms = {}
     for name in names:
         row = OBJECTIVES[name]
-        shown = row.regression_name if lesson.is_regression and row.regression_name else name
-        terms[shown] = LossTerm(row.compute(lesson), row.count_kind)
+        shown = paired.kind.prediction_term if row.is_named_by_kind else name
+        terms[shown] = LossTerm(row.compute(paired), row.count_kind)
     return terms
+
+
+def pair_stacks(depths: Sequence[int], which: str | int = "all") -> StatePairs:
+    """Say which hidden states meet in two models of equal depth.
+
+    Args:
+        depths: layers of each stack.
+        which: see `pair_states`; in each stack.
+
+    Returns:
+        Pairs of positions, the student's first.
+    """
+    pairs: list[tuple[int, int]] = []
+    first = 0
+    for depth in depths:
+        own = pair_states(range(depth), which)
+        pairs += [(first + index, first + match) for index, match in own]
+        first += depth + 1
+    return tuple(pairs)
 
 
 def pair_states(layers: Sequence[int], which: str | int = "all") -> StatePairs:

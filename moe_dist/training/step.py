@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,27 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.attention import record_attention
-from moe_dist.losses.router import (
-    load_balancing_loss,
-    router_entropy,
-    router_z_loss,
-    token_entropy,
-)
-from moe_dist.losses.task import classification_loss, regression_loss
+from moe_dist.conversion.heads import answered_kind
+from moe_dist.conversion.hidden_states import hidden_stacks
+from moe_dist.losses.router import router_entropy, router_z_loss, token_entropy
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import FeatureMaps
 from moe_dist.training.objectives import (
-    Lesson,
+    ModelOutputs,
     ObjectiveSettings,
-    Views,
+    PairedOutputs,
     objective_terms,
     reads,
 )
 
 # Columns of a batch that tell about samples and are no argument of a model.
 NOT_INPUTS = frozenset({"labels", "index"})
+
+
+@dataclass(frozen=True)
+class GateSum:
+    """Router probabilities of one layer, summed over real tokens.
+
+    Args:
+        probability_E: with its graph.
+        top_k: experts of each token.
+    """
+
+    probability_E: Tensor
+    top_k: int
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,14 @@ class StepTerms:
         terms: loss terms by name, undivided and unweighted.
         tokens_per_expert: (E,) float32 counts of real tokens by layer, on the model's device.
         routing_sums: by layer what `routing_sums` gives.
+        gate_sums: by layer with a gate, for the load-balancing loss, which needs the choices of
+            the whole step (`moe_dist.training.balance`); empty where it is not asked for.
     """
 
     terms: dict[str, LossTerm]
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
     routing_sums: dict[str, Tensor] = field(default_factory=dict)
+    gate_sums: dict[str, GateSum] = field(default_factory=dict)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,21 +99,19 @@ def finetune_terms(
     Args:
         model: a classifier or regressor of Hugging Face's form.
         batch: input_ids, attention_mask, labels (float for regression) and so on.
-        load_balancing: add the load-balancing loss.
+        load_balancing: keep what the load-balancing loss needs.
         z_loss: add the router z-loss.
         entropy: add the router's entropy.
 
     Returns:
-        Terms ``task`` and, where asked for, ``load_balancing``, ``z_loss`` and
-        ``router_entropy``.
+        Terms ``task`` and, where asked for, ``z_loss`` and ``router_entropy``.
     """
     with record_routing() as record:
         output = model(**model_inputs(batch))
-    terms = {"task": _task_term(output.logits, batch["labels"])}
-    terms |= _router_terms(
-        record, batch, load_balancing=load_balancing, z_loss=z_loss, entropy=entropy
-    )
-    return StepTerms(terms, expert_counts(record), routing_sums(record))
+    terms = {"task": _task_term(model, output.logits, batch["labels"])}
+    terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
+    gates = gate_sums(record) if load_balancing else {}
+    return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
 
 
 def distill_terms(
@@ -128,35 +139,33 @@ def distill_terms(
         settings: what they share; by default all hidden states are compared one to one.
         companion: maps between unequal widths, and the discriminator; not needed by two models of
             one width that nobody plays against.
-        load_balancing: add the load-balancing loss.
+        load_balancing: keep what the load-balancing loss needs.
         z_loss: add the router z-loss.
         entropy: add the router's entropy.
 
     Returns:
         Term ``task``, one for each objective (``prediction_mse`` for ``prediction_kl`` in
-        regression), and where asked for ``load_balancing``, ``z_loss`` and ``router_entropy``.
+        regression), and where asked for ``z_loss`` and ``router_entropy``.
     """
     inputs = model_inputs(batch)
-    labels = batch["labels"]
     with record_routing() as record:
-        own = _views(student, inputs, objectives)
-    terms = {"task": _task_term(own.logits, labels)}
+        own = _outputs(student, inputs, objectives)
+    terms = {"task": _task_term(student, own.logits, batch["labels"])}
     if objectives:
         with torch.no_grad():
-            target = _views(teacher, inputs, objectives)
-        lesson = Lesson(
+            target = _outputs(teacher, inputs, objectives)
+        paired = PairedOutputs(
             own,
             target,
             mask_BS=batch.get("attention_mask"),
-            is_regression=labels.is_floating_point(),
+            kind=answered_kind(student),
             settings=settings or ObjectiveSettings(),
             companion=companion or Companion(FeatureMaps(1, 1)),
         )
-        terms |= objective_terms(objectives, lesson)
-    terms |= _router_terms(
-        record, batch, load_balancing=load_balancing, z_loss=z_loss, entropy=entropy
-    )
-    return StepTerms(terms, expert_counts(record), routing_sums(record))
+        terms |= objective_terms(objectives, paired)
+    terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
+    gates = gate_sums(record) if load_balancing else {}
+    return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
 
 
 def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
@@ -214,50 +223,68 @@ def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
     return sums
 
 
+def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
+    """Add up the probabilities that each layer's gate gave its experts.
+
+    Args:
+        record: what `record_routing` collected.
+
+    Returns:
+        By layer name; layers without a gate are left out.
+    """
+    sums: dict[str, GateSum] = {}
+    for position, entry in enumerate(record.entries):
+        if entry.routing.logits is None:
+            continue
+        logits_TE, ids_TK = _real_tokens(entry)
+        probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0)
+        name = _layer_name(entry, position)
+        if name in sums:
+            probability_E = sums[name].probability_E + probability_E
+        sums[name] = GateSum(probability_E, ids_TK.shape[1])
+    return sums
+
+
 def _layer_name(entry: LayerRouting, position: int) -> str:
     return entry.name or f"layer{position}"
 
 
-def _views(model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]) -> Views:
+def _outputs(
+    model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]
+) -> ModelOutputs:
     """Run a model and keep what the objectives read."""
     hidden = reads(objectives, "hidden")
-    if not reads(objectives, "attention"):
+    attends = reads(objectives, "attention")
+    with record_attention(model) if attends else nullcontext(()) as attention:
         output = model(**inputs, output_hidden_states=hidden)
-        return Views(output.logits, output.hidden_states if hidden else ())
-    with record_attention(model) as attention:
-        output = model(**inputs, output_hidden_states=hidden)
-    return Views(output.logits, output.hidden_states if hidden else (), attention)
+    return ModelOutputs(output.logits, hidden_stacks(output, inputs) if hidden else (), attention)
 
 
-def _task_term(logits: Tensor, labels: Tensor) -> LossTerm:
-    loss = regression_loss if labels.is_floating_point() else classification_loss
-    return LossTerm(loss(logits, labels), "samples")
+def _task_term(model: nn.Module, logits: Tensor, labels: Tensor) -> LossTerm:
+    return LossTerm(answered_kind(model).losses(logits, labels).sum(), "samples")
 
 
 def _router_terms(
     record: RoutingRecord,
     batch: Mapping[str, Any],
     *,
-    load_balancing: bool,
     z_loss: bool,
     entropy: bool,
 ) -> dict[str, LossTerm]:
     """Router losses: mean over layers, weighed by tokens so that micro-batches count by size."""
-    wanted: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    if load_balancing:
-        wanted["load_balancing"] = load_balancing_loss
+    wanted: dict[str, Callable[[Tensor], Tensor]] = {}
     if z_loss:
-        wanted["z_loss"] = lambda logits_TE, _: router_z_loss(logits_TE)
+        wanted["z_loss"] = router_z_loss
     if entropy:
-        wanted["router_entropy"] = lambda logits_TE, _: router_entropy(logits_TE)
+        wanted["router_entropy"] = router_entropy
     learned = [entry for entry in record.entries if entry.routing.logits is not None]
     if not learned or not wanted:
         return {}
     num_tokens = batch["attention_mask"].sum()
-    real = [_real_tokens(entry) for entry in learned]
+    real = [_real_tokens(entry)[0] for entry in learned]
     terms = {}
     for name, loss in wanted.items():
-        losses = [loss(logits_TE, ids_TK) for logits_TE, ids_TK in real]
+        losses = [loss(logits_TE) for logits_TE in real]
         terms[name] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
     return terms
 

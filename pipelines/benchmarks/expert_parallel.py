@@ -218,7 +218,7 @@ def _timings(load: int, ranks: list[dict[str, Any]]) -> list[ExpertParallelTimin
                 over_floor=_median_ratio(own, seconds[FLOOR]),
                 speedup=_median_ratio(seconds[DEEPSPEED], own),
                 max_difference=max(rank["max_difference"] for rank in ranks) if ours else 0.0,
-                sent_bytes=sum(sum(rank["sent_bytes"]) for rank in ranks) if ours else 0,
+                sent_bytes=sum(rank["sent_bytes"] for rank in ranks) if ours else 0,
                 # Out and home again, forward and backward.
                 leaving_bytes=4 * sum(rank["leaving_bytes"] for rank in ranks),
             )

@@ -104,13 +104,13 @@ def measure(sizes: Sizes, load: int, num_repeats: int) -> dict[str, Any]:
     }
     seconds = time_in_turns(passes, num_repeats)
     dispatcher = cast(AllToAllDispatcher, ours.dispatcher)
-    dispatcher.traffic.sent_bytes.clear()
+    before = dispatcher.traffic.sent_bytes
     difference = _largest_difference(passes[OURS], passes[DEEPSPEED], ours, native)
     leaving = int((expert_ids // ours.num_local_experts != rank).sum())
     return {
         "seconds": seconds,
         "max_difference": difference,
-        "sent_bytes": list(dispatcher.traffic.sent_bytes),
+        "sent_bytes": dispatcher.traffic.sent_bytes - before,
         "leaving_bytes": leaving * sizes.d_model * tokens_TD.element_size(),
     }
 

@@ -27,6 +27,7 @@ from moe_dist.conversion import score_importance
 from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.errors import ConfigError
+from moe_dist.tasks import model_kind
 
 from .sizes import below_one, cpu_threads
 
@@ -326,17 +327,17 @@ def draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:
         The sentences.
     """
     rng = np.random.default_rng(settings.seed)
-    count, num_labels = settings.num_samples, model.config.num_labels
+    count = settings.num_samples
     drawn = rng.lognormal(
         np.log(settings.mean_tokens) - settings.spread**2 / 2, settings.spread, count
     )
     lengths = np.clip(np.rint(drawn), settings.min_tokens, settings.max_tokens).astype(np.int64)
-    labels: NDArray[Any] = rng.integers(0, max(2, num_labels), count)
+    labels: NDArray[Any] = rng.integers(0, max(2, model.config.num_labels), count)
     return Encoded(
         input_ids=rng.integers(1, model.config.vocab_size, lengths.sum(), dtype=np.int32),
         token_type_ids=None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        labels=labels.astype(np.float32) if num_labels == 1 else labels,
+        labels=labels if model_kind(model.config).has_classes else labels.astype(np.float32),
         sample_ids=np.arange(count),
     )
 

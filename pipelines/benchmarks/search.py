@@ -17,8 +17,9 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from moe_dist.config import RunConfig, build_config, read_settings
-from moe_dist.config.overrides import apply_overrides, parse_overrides
-from moe_dist.data.metrics import paired_bootstrap
+from moe_dist.config.override_texts import parse_overrides
+from moe_dist.config.overrides import apply_overrides
+from moe_dist.data.bootstrap import paired_bootstrap
 from moe_dist.jobs.results import PREDICTIONS, RESULT, load_predictions
 from moe_dist.search.trials import LOG_NAME, rank_trials
 
@@ -292,8 +293,9 @@ def _difference(whole: SweepResult, asha: SweepResult) -> Any:
         )
         for result, trial in ((asha, ours), (whole, theirs))
     ]
-    metric = next(name for name in ours.metrics if name != "quality")
-    return paired_bootstrap(metric, answers[0].labels, answers[0].logits, answers[1].logits)
+    metric, space = whole.task.main_metric, whole.task.label_space
+    first, second = answers
+    return paired_bootstrap(metric, first.labels, first.logits, second.logits, space)
 
 
 def _best(result: SweepResult) -> Trial:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import MetricLog
 from moe_dist.tracking import build_tracker, scrub
@@ -21,7 +22,7 @@ from moe_dist.workers.driver import RaySession, ray_session, runs_here
 from ..checks.preflight import check_before_start
 from ..report import report
 from ..stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
-from .recording import chain_tags, log_models
+from .recording import chain_tags, log_models, metric_tags
 from .stage import StageInputs, StageResult, stage_key, write_json
 from .stage_recovery import FINISHED
 from .workspace import Workspace
@@ -156,8 +157,13 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
         stack.enter_context(only_one(workspace.root))
         stack.enter_context(files.opened())
         write_resolved_recipe(config, workspace.root)
+        tags = chain_tags(config) | metric_tags(workspace.rows)
         with tracker.chain(
-            config.name, workspace.root, params=config.flatten(), tags=chain_tags(config)
+            config.name,
+            workspace.root,
+            params=config.flatten(),
+            identity=settings_of_kind(config),
+            tags=tags,
         ) as chain:
             chain.log_artifact(write_shared_recipe(config, workspace.root))
             for dataset in workspace.dataset_inputs:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
+from moe_dist.made_directories import MadeDirectories
 
 from .fingerprints import path_digest
 
@@ -28,6 +29,7 @@ class ResultFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._made = MadeDirectories()
 
     def prepare(self, source: str) -> None:
         """Make the directory, and check that it takes files.
@@ -39,13 +41,14 @@ class ResultFiles:
             ConfigError: if it cannot be written or the disk is almost full.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._made.make(self.root)
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as probe:
                 probe.write(b"\0" * (1 << 16))
                 probe.flush()
                 os.fsync(probe.fileno())
             free_mib = shutil.disk_usage(self.root).free / (1 << 20)
         except OSError as error:
+            self.remove_if_empty()
             fault = (
                 f"output_dir: cannot write in {self.root} ({error.strerror or error}); {_REMEDY}"
             )
@@ -59,12 +62,8 @@ class ResultFiles:
             raise ConfigError([fault], source=source)
 
     def remove_if_empty(self) -> None:
-        """Take the run's directory away again where nothing was written into it."""
-        for directory in (self.root, self.root.parent):
-            try:
-                directory.rmdir()
-            except OSError:
-                return
+        """Take away again what `prepare` made, where nothing was written into it."""
+        self._made.remove_if_empty()
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.digests import file_digest
 
-STAGE_FORMAT = 1
+STAGE_FORMAT = 2
 """Raised when a stage writes something else for the same settings."""
 
 

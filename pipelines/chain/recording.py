@@ -15,6 +15,7 @@ from .stage import StageResult, stage_key
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.mixture import Rows
     from moe_dist.tracking import TrackedRun
 
     from .workspace import Workspace
@@ -40,6 +41,18 @@ def chain_tags(config: RunConfig) -> dict[str, str]:
         "num_shared_neurons": str(config.moe.num_shared_neurons),
         "seed": str(config.seed),
     }
+
+
+def metric_tags(rows: Rows) -> dict[str, str]:
+    """Say what a run is measured by, since metrics in a store have short names.
+
+    Args:
+        rows: the run's data.
+
+    Returns:
+        The tag `measured_by`, such as `f1 of ok, accuracy`.
+    """
+    return {"measured_by": ", ".join(rows.metric_titles.values())}
 
 
 def source_tags() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.redaction import hide_secrets
 from moe_dist.tracking import flatten
-from moe_dist.whole_files import whole_file
+from moe_dist.whole_files import finite, whole_file
 
 from .fingerprints import stage_fingerprint
 from .stage_recovery import (
@@ -255,7 +256,10 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
             fingerprint=written["fingerprint"],
             outputs=outputs,
             digests=digests,
-            metrics=written["metrics"],
+            metrics={
+                name: math.nan if value is None else value
+                for name, value in written["metrics"].items()
+            },
             details=written["details"],
             seconds=written["seconds"],
             skipped=True,
@@ -269,9 +273,9 @@ def write_json(path: Path, value: Any) -> None:
 
     Args:
         path: the file.
-        value: anything that JSON can hold.
+        value: anything that JSON can hold; NaN becomes null.
     """
-    text = json.dumps(value, indent=2, sort_keys=False, default=str)
+    text = json.dumps(finite(value), indent=2, sort_keys=False, default=str)
     with whole_file(path, durable=True) as beside:
         beside.write_text(hide_secrets(text) + "\n", encoding="utf-8")
 

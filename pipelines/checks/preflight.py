@@ -38,8 +38,13 @@ from .sizes import (
 if TYPE_CHECKING:
     from cluster.findings import Finding
     from moe_dist.config import RunConfig
+    from moe_dist.data.mixture import Rows
+    from moe_dist.data.sources import Splits
 
     from ..console import Console
+
+_LOOKED_AT = 200
+"""Texts of each task that the start model's tokenizer is tried on."""
 
 
 def check_before_start(config: RunConfig, workspace: Workspace) -> None:
@@ -99,6 +104,12 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     from moe_dist.jobs.job_data import task_heads
 
     rows = workspace.rows
+    workspace.console.name_metrics(rows.metric_titles)
+    for task, splits in rows.parts.items():
+        titles = ", ".join(splits.metric_titles.values())
+        workspace.console.note(f"data{f' of {task}' if task else ''}: measured by {titles}")
+        for line in metric_faults(task, splits):
+            workspace.console.warn(line)
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
         set_heads(model, task_heads(rows))
@@ -116,7 +127,71 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     if num_rows >= MANY_ROWS:
         workspace.console.note(f"tokenising {num_rows} rows, to see how many are cut")
     say_summaries(workspace.summaries, workspace.console)
+    check_start_model(workspace, rows)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def metric_faults(name: str, splits: Splits) -> list[str]:
+    """Say what metrics cannot tell on rows such as these, whatever a model predicts.
+
+    Args:
+        name: the task's; empty where there is one.
+        splits: its rows.
+
+    Returns:
+        A sentence for each metric and split.
+    """
+    from moe_dist.data.metrics import metric_title, missing_classes, undefined_by_labels
+
+    task, of_task = splits.task, f" of {name}" if name else ""
+    space, lines = task.label_space, []
+    for place, rows in (("dev", splits.dev), ("hold-out", splits.holdout)):
+        if rows is None:
+            continue
+        for metric in task.metrics:
+            title = metric_title(metric, space)
+            why = undefined_by_labels(metric, rows["label"], space)
+            absent = missing_classes(metric, rows["label"], space)
+            if why is not None:
+                lines.append(f"{title} is undefined on the {place} rows{of_task}: {why}")
+            if absent:
+                lines.append(
+                    f"{title} counts classes that the {place} rows{of_task} lack as 0, so that it "
+                    f"stays below 1: {', '.join(absent)}"
+                )
+    return lines
+
+
+def check_start_model(workspace: Workspace, rows: Rows) -> None:
+    """See that the start model's weights and tokenizer fit, and say what is new or guessed.
+
+    Args:
+        workspace: finds the start model.
+        rows: the data of all tasks.
+
+    Raises:
+        ConversionError: if they do not fit.
+    """
+    from moe_dist.inference.pretrained import check_pretrained
+    from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, unknown_share
+    from moe_dist.jobs.job_data import label_names
+
+    start = check_pretrained(
+        workspace.start_model, num_labels=rows.num_labels, label_names=label_names(rows)
+    )
+    for line in start.notes:
+        workspace.console.note(f"start model: {line}")
+    for line in start.warnings:
+        workspace.console.warn(f"start model: {line}")
+    for task, splits in rows.parts.items():
+        texts = splits.train[: min(_LOOKED_AT, len(splits.train))]["text_a"]
+        share = unknown_share(start.tokenizer, texts)
+        if share > MAX_UNKNOWN:
+            of_task = f" of {task}" if task else ""
+            workspace.console.warn(
+                f"start model: its tokenizer does not know {share:.0%} of the tokens of the "
+                f"first texts{of_task}; is it the one that belongs to model and language?"
+            )
 
 
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:

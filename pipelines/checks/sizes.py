@@ -166,11 +166,11 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         A dense model, with shapes only.
 
     Raises:
-        ConversionError: if the student cannot be cut from this teacher, or its attention cannot
-            be compared although the recipe asks for it.
+        ConversionError: if the student cannot be cut from this teacher, or its attention or
+            sentence vectors cannot be compared although the recipe asks for it.
     """
     from moe_dist.conversion.shrink import plan_shrink, shrink_model
-    from moe_dist.training.companion import check_heads
+    from moe_dist.training.companion import check_heads, check_pooling
 
     student = teacher
     if config.student.is_smaller:
@@ -179,6 +179,7 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         student = shrink_model(teacher, plan_shrink(teacher, **sizes))
     if config.distill.attention_weight > 0:
         check_heads(student, teacher)
+    check_pooling(student, config.distill)
     return student
 
 
@@ -251,7 +252,13 @@ def show_sizes(config: RunConfig, console: Console) -> None:
         config: the run's configuration.
         console: where to print.
     """
-    sizes = derive_sizes(config, Workspace(config, console))
+    from moe_dist.inference.pretrained import check_pretrained
+
+    workspace = Workspace(config, console)
+    sizes = derive_sizes(config, workspace)
+    if sizes.models:
+        # The rows need not be at hand, and a head of any size may be replaced.
+        check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
     say_summaries(sizes.data, console)
     content = {"event": "sizes", "name": config.name, **asdict(sizes)}
     console.document(content, lambda: _show(config, sizes, console))
@@ -271,10 +278,11 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
     from moe_dist.data.mixture import Mixture
+    from moe_dist.tasks import TASK_KINDS
 
     data_sets = data_sections(config)
     num_labels = sum(
-        1 if data.kind == "regression" else len(data.label_names or (0, 1))
+        TASK_KINDS[data.kind or "classification"].num_outputs(data.label_names or ("0", "1"))
         for data in data_sets.values()
     )
     if config.data.tasks:

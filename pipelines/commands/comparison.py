@@ -73,8 +73,9 @@ def runs(
     """List the runs of an MLflow store, or compare some of them."""
     with clean_errors(debug=debug):
         quieten_libraries()
+        from moe_dist.whole_files import finite
+
         from ..console import Console
-        from ..json_console import finite
         from ..report.listing import (
             Listing,
             comparison_json,
@@ -187,7 +188,8 @@ def seeds(
         table = to_markdown(rows)
         if output is not None:
             write_page(table, output)
-        typer.echo(json.dumps([to_plain(row) for row in rows], indent=1) if as_json else table)
+        plain = [to_plain(row) for row in rows]
+        typer.echo(json.dumps(plain, indent=1) if as_json else table)
 
 
 def benchmark_tracking(

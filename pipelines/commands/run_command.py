@@ -121,12 +121,24 @@ def _document(result: ChainResult) -> dict[str, object]:
 
 def _show(result: ChainResult, console: Console) -> None:
     if result.report_path is not None:
-        from ..report.report import nearness_lines, to_tables, verdict_lines
+        from ..report.report import (
+            latency_lines,
+            nearness_lines,
+            to_tables,
+            undefined_lines,
+            verdict_lines,
+        )
 
         report = json.loads(result.report_path.read_text(encoding="utf-8"))
         for table in to_tables(report):
             console.result(table)
-        for line in (*verdict_lines(report), *nearness_lines(report)):
+        lines = (
+            *undefined_lines(report),
+            *verdict_lines(report),
+            *nearness_lines(report),
+            *latency_lines(report),
+        )
+        for line in lines:
             console.result(line)
         console.result(f"\nreport: {result.shown(result.report_path)}")
     else:

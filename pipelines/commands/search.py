@@ -140,7 +140,8 @@ def _check_and_search(
 
 def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:
     from moe_dist.config import build_config, read_settings
-    from moe_dist.config.overrides import apply_overrides, parse_overrides
+    from moe_dist.config.override_texts import parse_overrides
+    from moe_dist.config.overrides import apply_overrides
 
     raw = read_settings(recipe)
     if space is not None:

@@ -68,10 +68,14 @@ def clean_report(content: Mapping[str, Any]) -> dict[str, Any]:
         for label in (compared if isinstance(compared, list) else ())
         if isinstance(label, str) and isinstance(content.get(label), Mapping)
     ]
-    differences = content.get("differences")
+    differences, titles = content.get("differences"), content.get("metric_titles")
     clean = {label: _entry(content[label]) for label in labels}
     return clean | {
         "main_metric": main_metric,
+        "metric_titles": {
+            str(name): str(title)
+            for name, title in (titles.items() if isinstance(titles, Mapping) else ())
+        },
         TEACHER: _entry(content.get(TEACHER)),
         STUDENT: _entry(student),
         "comparisons": labels,

@@ -13,7 +13,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
-    from moe_dist.data.metrics import Interval
+    from moe_dist.data.bootstrap import Interval
     from moe_dist.jobs.job_data import AnyJobData
 
 HIDDEN, PREDICTION = "hidden_error", "prediction_error"
@@ -63,7 +63,7 @@ class Imitation:
         Returns:
             Difference of the mean errors and its interval; None where one was not measured.
         """
-        from moe_dist.data.metrics import mean_over_tasks, resample_mean_differences
+        from moe_dist.data.bootstrap import mean_over_tasks, resample_mean_differences
 
         if any(not {first, second} <= set(errors[measure]) for errors in self.tasks.values()):
             return None
@@ -100,9 +100,9 @@ def measure_imitation(
     """
     import torch
 
-    from moe_dist.losses.imitation import prediction_errors
     from moe_dist.measure.nearness import measure_hidden_errors
     from moe_dist.moe.routing import use_task
+    from moe_dist.tasks import TASK_KINDS
 
     students = {name: model for name, model in loaded.items() if name != teacher}
     tasks: dict[str, Errors] = {}
@@ -120,11 +120,8 @@ def measure_imitation(
         said = {
             name: torch.as_tensor(values[: len(encoded)]) for name, values in logits[task].items()
         }
-        is_regression = part.splits.task.kind == "regression"
-        predicted = {
-            name: prediction_errors(said[name], said[teacher], is_regression=is_regression)
-            for name in students
-        }
+        kind = TASK_KINDS[part.splits.task.kind]
+        predicted = {name: kind.prediction_errors(said[name], said[teacher]) for name in students}
         tasks[task] = {
             HIDDEN: {name: found.numpy() for name, found in hidden.items()},
             PREDICTION: {name: found.numpy() for name, found in predicted.items()},

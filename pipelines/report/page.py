@@ -173,7 +173,7 @@ def result_rows(
         its state.
     """
     sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
-    metrics = {view.main_metric for view in views if view.main_metric}
+    metrics = {view.metric_title for view in views if view.metric_title}
     name = metrics.pop() if len(metrics) == 1 else ""
     columns = ["state", name or "quality", "teacher", "retention", "interval", "worst imbalance"]
     columns += ["active", "FLOPs/token", *(f"ms, batch {size}" for size in sizes), "time"]
@@ -183,7 +183,7 @@ def result_rows(
             entry = model.entry
             value, base = quality(entry, view.main_metric), quality(view.teacher, view.main_metric)
             # Where runs have several main metrics, each value says its own.
-            suffix = "" if name else f" {view.main_metric}"
+            suffix = "" if name else f" {view.metric_title}"
             cells = [
                 Cell(view.status.lower()),
                 _number(value, partial(_with_suffix, suffix=suffix)),
@@ -298,18 +298,22 @@ def _verdict(views: Sequence[RunView]) -> str:
     measured = [view for view in views if view.quality is not None]
     if not measured:
         return "None of these runs has been evaluated yet."
-    if len({view.main_metric for view in measured}) > 1:
+    if len({view.metric_title for view in measured}) > 1:
         return "The runs are measured by different metrics; compare their retentions."
-    best = max(measured, key=lambda view: view.quality or 0.0)
+    best = min(measured, key=_rank)
     model = best.models[0]
-    text = f"{best.name} has the highest {best.main_metric}: {best.quality:.4f}"
+    text = f"{best.name} has the highest {best.metric_title}: {best.quality:.4f}"
     if model.retention is not None:
         text += f", {100 * model.retention:.1f} % of its teacher's"
     base = quality(best.teacher, best.main_metric)
     if model.interval is None or base is None or len(measured) == 1:
         return f"{text}."
     low = model.interval[0] * base
-    rivals = [view for view in measured if view is not best and (view.quality or 0.0) >= low]
+    rivals = [
+        view
+        for view in measured
+        if view is not best and (view.quality is not None and view.quality >= low)
+    ]
     if not rivals:
         return f"{text}; no other run reaches its interval, which begins at {low:.4f}."
     others = "another run reaches" if len(rivals) == 1 else f"{len(rivals)} other runs reach"

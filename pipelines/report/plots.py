@@ -33,6 +33,8 @@ STYLE = {
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "axes.grid": True,
+    # A corner that says "1e7" or "+0.84" is easily overlooked.
+    "axes.formatter.useoffset": False,
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "xtick.color": INK,

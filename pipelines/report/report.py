@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import duration
+from ..console import UNDEFINED, duration
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
+MAX_SPREAD = 0.5
+"""A latency whose times lie further apart, by this part of the median, tells nothing."""
 SCHEMA_VERSION = 1
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
@@ -29,12 +32,15 @@ RESERVED_LABELS = frozenset(
         "name",
         "created_at",
         "main_metric",
+        "metric_titles",
+        "classes",
         "data",
         "retention",
         "seconds",
         "mlflow",
         "seq_len",
         "num_threads",
+        "other_work",
         "training",
         "tasks",
         "comparisons",
@@ -66,10 +72,11 @@ def build_report(
     metric = measured["main_metric"]
     teacher = models[evaluate.TEACHER]
     tasks = measured.get("tasks", {})
+    titles = measured.get("metric_titles", {})
     for name, entry in models.items():
         if name != evaluate.TEACHER:
-            entry |= _retention(entry["metrics"], teacher["metrics"], metric, tasks)
-            entry["ffn_flops_ratio"] = _ratio(
+            _add_retention(entry, teacher["metrics"], metric, tasks, titles)
+            entry["ffn_flops_ratio"] = ratio(
                 entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
             )
     return {
@@ -77,9 +84,12 @@ def build_report(
         "name": config.name,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "main_metric": metric,
+        "metric_titles": titles,
+        "classes": measured.get("classes"),
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
+        "other_work": measured["other_work"],
         "retention": models[evaluate.STUDENT]["retention"],
         "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
         "training": {
@@ -94,26 +104,42 @@ def build_report(
         "differences": measured["differences"],
         "imitation_differences": measured.get("imitation_differences", {}),
         "verdicts": {
-            name: verdict(name, entry, measured["num_dev_samples"])
+            name: verdict(name, entry, measured["num_dev_samples"], titles.get(metric))
             for name, entry in measured["differences"].items()
         },
     }
 
 
-def _retention(
-    own: Mapping[str, float],
-    teacher: Mapping[str, float],
+def _add_retention(
+    entry: dict[str, Any],
+    teacher: Mapping[str, float | None],
     metric: str,
     tasks: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The student's part of the teacher's main metric; of several tasks the mean of theirs."""
+    titles: Mapping[str, str],
+) -> None:
+    """Note a student's part of the teacher's main metric; of several tasks the mean of theirs."""
+    own, reasons = entry["metrics"], {}
+
+    def part(place: str, key: str) -> float | None:
+        why = why_no_ratio(own[key], teacher[key], titles.get(key, key))
+        if why is not None:
+            reasons[place] = f"{place} is undefined: {why}"
+        return ratio(own[key], teacher[key])
+
     if not tasks:
-        return {"retention": _ratio(own[metric], teacher[metric])}
-    keys = {task: metric_key(task, entry) for task, entry in tasks.items()}
-    by_task = {task: _ratio(own[key], teacher[key]) for task, key in keys.items()}
-    known = [value for value in by_task.values() if value is not None]
-    mean = sum(known) / len(known) if len(known) == len(by_task) else None
-    return {"retention": mean, "retention_by_task": by_task}
+        entry["retention"] = part("retention", metric)
+    else:
+        by_task = {
+            task: part(f"retention/{task}", metric_key(task, found))
+            for task, found in tasks.items()
+        }
+        entry["retention_by_task"] = by_task
+        known = [value for value in by_task.values() if value is not None]
+        entry["retention"] = sum(known) / len(known) if len(known) == len(by_task) else None
+        if entry["retention"] is None:
+            reasons["retention"] = f"retention is undefined: {', '.join(reasons)} is"
+    if reasons:
+        entry["undefined"] = entry.get("undefined", {}) | reasons
 
 
 def metric_key(task: str, entry: Mapping[str, Any]) -> str:
@@ -129,28 +155,54 @@ def metric_key(task: str, entry: Mapping[str, Any]) -> str:
     return f"{task}/{entry['main_metric']}"
 
 
-def verdict(other: str, entry: Mapping[str, Any], num_samples: int) -> str:
+def verdict(
+    other: str, entry: Mapping[str, Any], num_samples: int, title: str | None = None
+) -> str:
     """Say which of two models is better, and how sure that is.
 
     Args:
         other: the model that the student is compared with.
-        entry: the student's metric minus the other's, with the interval of the paired bootstrap.
+        entry: the student's metric minus the other's, with the interval of the paired bootstrap,
+            or why it is `undefined`.
         num_samples: dev samples behind it.
+        title: what people call the metric; its own name if None.
 
     Returns:
         A sentence. One beats the other where the whole interval lies on its side of 0.
     """
+    pair = f"{evaluate.STUDENT} and {other}"
+    if "undefined" in entry:
+        return f"{pair} cannot be compared: {entry['undefined']}"
     if entry["low"] > 0:
         claim = f"{evaluate.STUDENT} beats {other}"
     elif entry["high"] < 0:
         claim = f"{other} beats {evaluate.STUDENT}"
     else:
-        claim = f"{evaluate.STUDENT} and {other} cannot be told apart"
+        claim = f"{pair} cannot be told apart"
+    left_out = entry.get("num_undefined", 0)
     return (
-        f"{claim} on {num_samples} dev samples ({entry['metric']} of {evaluate.STUDENT} minus "
-        f"{other}: {entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} % "
-        f"interval {entry['low']:+.4f} to {entry['high']:+.4f})"
+        f"{claim} on {num_samples} dev samples ({title or entry['metric']} of {evaluate.STUDENT} "
+        f"minus {other}: {entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} "
+        f"% interval {entry['low']:+.4f} to {entry['high']:+.4f}"
+        + (f"; {left_out} resamples where it is undefined are left out" if left_out else "")
+        + "; one training run of each, so another seed may say otherwise)"
     )
+
+
+def undefined_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say which figures have no value, and why.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        A sentence for each.
+    """
+    return [
+        sentence if figure in report[name]["metrics"] else f"{name}: {sentence}"
+        for name in model_names(report)
+        for figure, sentence in report[name].get("undefined", {}).items()
+    ]
 
 
 def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -171,7 +223,8 @@ def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for name in model_names(report):
         entry = report[name]
         for metric, value in entry["metrics"].items():
-            chosen[f"{name}/{metric}"] = value
+            if value is not None:
+                chosen[f"{name}/{metric}"] = value
         chosen[f"{name}/parameters_active"] = entry["parameters"]["active"]
         chosen[f"{name}/flops_per_token"] = entry["flops_per_token"]
         for measure, value in entry.get("imitation", {}).items():
@@ -218,13 +271,15 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
         f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
-        "timed in turn in one process.",
+        "timed in turn in one process, and in brackets what a tenth of the passes kept to.",
         "",
-        *(f"- {sentence}." for sentence in verdict_lines(report)),
+        *(f"**{sentence[:1].upper()}{sentence[1:]}.**\n" for sentence in latency_lines(report)),
+        *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
         *_markdown_imitation(report),
-        "Intervals are from a paired bootstrap over the dev samples; one training run of each "
-        "model stands behind them.",
+        "Intervals are from a paired bootstrap over the dev samples. One training run of each "
+        "model stands behind them, so they say nothing of other seeds; `moe-dist seeds` compares "
+        "several.",
         "",
         "| stage | time |",
         "| --- | --- |",
@@ -283,7 +338,7 @@ def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
     lines.append("")
     for task, entry in report["tasks"].items():
         lines += [
-            f"- {task}: {verdict(name, found, entry['num_dev_samples'])}."
+            f"- {task}: {verdict(name, found, entry['num_dev_samples'], _task_title(entry))}."
             for name, found in entry["differences"].items()
         ]
     return [*lines, ""]
@@ -293,15 +348,20 @@ def _task_headings(report: Mapping[str, Any]) -> list[str]:
     return ["task", "metric", "dev samples", *model_names(report), "retention"]
 
 
+def _task_title(entry: Mapping[str, Any]) -> str:
+    metric = str(entry["main_metric"])
+    return str(entry.get("metric_titles", {}).get(metric, metric))
+
+
 def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
     entry = report["tasks"][task]
     key = metric_key(task, entry)
     return [
         task,
-        entry["main_metric"],
+        _task_title(entry),
         str(entry["num_dev_samples"]),
-        *(f"{report[name]['metrics'][key]:.4f}" for name in model_names(report)),
-        _optional(report[evaluate.STUDENT]["retention_by_task"][task]),
+        *(_value(report[name]["metrics"][key]) for name in model_names(report)),
+        _value(report[evaluate.STUDENT]["retention_by_task"][task]),
     ]
 
 
@@ -364,10 +424,40 @@ def nearness_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def latency_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say where the latencies of a report cannot be relied on.
+
+    Args:
+        report: what `build_report` returned.
+
+    Returns:
+        Sentences; none where nothing disturbed the measurement.
+    """
+    wide = [
+        f"{name} at batch {size} ({100 * spread:.0f} %)"
+        for name in model_names(report)
+        for size, spread in report[name]["latency_spread"].items()
+        if spread > MAX_SPREAD
+    ]
+    doubts = []
+    if wide:
+        doubts.append(
+            f"latency cannot be judged: nine tenths of the passes of {', '.join(wide)} lie further "
+            f"apart than {100 * MAX_SPREAD:.0f} % of the median"
+        )
+    other = report["other_work"]
+    if other["disturbs"]:
+        doubts.append(
+            f"latency was timed beside other work, which kept {other['busy_cores']:.1f} of "
+            f"{other['num_cores']} cores busy; time again on an idle machine"
+        )
+    return doubts
+
+
 def _headings(report: Mapping[str, Any]) -> list[str]:
     return [
         "model",
-        f"dev {report['main_metric']}",
+        f"dev {report['metric_titles'].get(report['main_metric'], report['main_metric'])}",
         "before distillation",
         "retention",
         "layers × width",
@@ -382,18 +472,21 @@ def _headings(report: Mapping[str, Any]) -> list[str]:
 def _row(report: Mapping[str, Any], name: str) -> list[str]:
     entry = report[name]
     metric = report["main_metric"]
-    before = entry.get(f"metrics_{evaluate.BEFORE}", {}).get(metric)
+    before = entry.get(f"metrics_{evaluate.BEFORE}", {})
     return [
         name,
-        f"{entry['metrics'][metric]:.4f}",
-        "" if before is None else f"{before:.4f}",
-        _optional(entry.get("retention")),
+        _value(entry["metrics"][metric]),
+        _value(before[metric]) if metric in before else "",
+        _value(entry["retention"]) if "retention" in entry else "",
         _shape(entry.get("shape")),
         quantity(entry["parameters"]["total"]),
         quantity(entry["parameters"]["active"]),
         quantity(entry["flops_per_token"]),
         f"× {entry.get('ffn_flops_ratio') or 1.0:.3f}",
-        *(f"{value:.2f}" for value in entry["latency_ms"].values()),
+        *(
+            f"{value:.2f} ({entry['latency_low_ms'][size]:.2f})"
+            for size, value in entry["latency_ms"].items()
+        ),
     ]
 
 
@@ -424,6 +517,11 @@ def markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _value(value: float | None) -> str:
+    """A metric or retention, which is there and may be undefined."""
+    return UNDEFINED if value is None else f"{value:.4f}"
+
+
 def _optional(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -431,7 +529,3 @@ def _optional(value: float | None) -> str:
 def _shape(shape: Mapping[str, int] | None) -> str:
     # Reports of earlier versions have none.
     return "" if shape is None else f"{shape['num_layers']} × {shape['hidden_size']}"
-
-
-def _ratio(value: float, whole: float) -> float | None:
-    return value / whole if whole else None

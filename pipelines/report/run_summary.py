@@ -62,6 +62,7 @@ class RunView:
         status: in MLflow's words.
         params: settings by dotted name.
         main_metric: what quality is measured by; empty where nothing was evaluated.
+        metric_title: what people call it.
         teacher: the teacher's part of the report.
         models: the students, the main one first.
         curves: steps and values by label and metric.
@@ -74,6 +75,7 @@ class RunView:
     status: str
     params: Mapping[str, str]
     main_metric: str = ""
+    metric_title: str = ""
     teacher: Mapping[str, Any] = field(default_factory=dict)
     models: Sequence[ModelView] = ()
     curves: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
@@ -262,6 +264,7 @@ def _view(
         status=status,
         params={key: text for key, text in params.items() if not _is_private(key)},
         main_metric=metric,
+        metric_title=found["metric_titles"].get(metric, metric) if found else "",
         teacher=teacher,
         models=tuple(models),
         curves={label: dict(series) for label, series in curves.items() if series},
@@ -277,7 +280,7 @@ def _interval(
     if difference is None:
         return None
     base = quality(teacher, str(difference.get("metric")))
-    if not base:
+    if base is None or base <= 0:
         return None
     return 1 + difference["low"] / base, 1 + difference["high"] / base
 

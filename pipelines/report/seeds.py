@@ -1,13 +1,15 @@
 """The same students trained with several seeds, on one task or more: means and intervals.
 
 One run tells a recipe's luck from its worth no better than one throw of a die. This reads what
-`evaluate` kept of each run and resamples examples and seeds together.
+`evaluate` kept of each run, resamples examples and seeds together, and sets Student's t over seeds
+beside it: of the two the wider interval counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,16 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_dist.data.metrics import (
+from moe_dist.data.bootstrap import (
     Interval,
     Resampled,
-    compute_metrics,
     mean_over_tasks,
     resample_differences,
     resample_mean_differences,
 )
+from moe_dist.data.metrics import (
+    LabelSpace,
+    compute_metrics,
+    explain_undefined,
+    metric_title,
+    ratio,
+    why_no_ratio,
+)
 from moe_dist.errors import DataError, MissingInputError
+from moe_dist.whole_files import finite
 
+from ..console import UNDEFINED
 from ..stages import evaluate
 from .nearness import FILE_NAME, MEASURES, load_imitation
 from .report import JSON_NAME, markdown_row
@@ -49,6 +60,7 @@ class SeededRun:
             before distillation under `LABEL/before_distillation`; of a measure of imitation their
             predictions are the errors.
         flops_ratios: each student's active feed-forward FLOPs over its teacher's.
+        space: the task's classes.
     """
 
     directory: Path
@@ -56,6 +68,7 @@ class SeededRun:
     metric: str
     answers: Mapping[str, SavedPredictions]
     flops_ratios: Mapping[str, float | None]
+    space: LabelSpace
 
     @cached_property
     def qualities(self) -> dict[str, float]:
@@ -63,9 +76,35 @@ class SeededRun:
         if self.metric in MEASURES:
             return {name: float(found.predictions.mean()) for name, found in self.answers.items()}
         return {
-            name: compute_metrics([self.metric], found.predictions, found.labels)[self.metric]
+            name: compute_metrics([self.metric], found.predictions, found.labels, self.space)[
+                self.metric
+            ]
             for name, found in self.answers.items()
         }
+
+    def undefined(self, label: str) -> str | None:
+        """Say why a model's quality or retention has no value.
+
+        Args:
+            label: the model.
+
+        Returns:
+            A sentence; None where they have.
+        """
+        value, teacher = self.qualities[label], self.qualities[evaluate.TEACHER]
+        if math.isnan(value):
+            found = self.answers[label]
+            why = explain_undefined(self.metric, found.predictions, found.labels, self.space)
+            return f"{self.title} of {label} in {self.directory} is undefined: {why}"
+        why = why_no_ratio(value, teacher, self.title)
+        if label == evaluate.TEACHER or self.metric in MEASURES or why is None:
+            return None
+        return f"retention of {label} in {self.directory} is undefined: {why}"
+
+    @property
+    def title(self) -> str:
+        """What people call the metric."""
+        return metric_title(self.metric, self.space)
 
     @property
     def labels(self) -> list[str]:
@@ -83,10 +122,13 @@ class Row:
         num_seeds: runs that have it.
         flops_ratio: active feed-forward FLOPs over the teacher's.
         before: mean main metric before distillation; None for a teacher.
-        quality: mean main metric.
+        metric: what people call the main metric.
+        quality: its mean; NaN where it is undefined for a seed.
         spread: its standard deviation over seeds; None for fewer than two.
-        retention: mean of quality over the same run's teacher's.
-        differences: quality minus that of each reference.
+        retention: mean of quality over the same run's teacher's; None where it is undefined for a
+            seed.
+        differences: quality minus that of each reference; None where it is undefined.
+        undefined: why quality or retention has no value; None where they have.
     """
 
     task: str
@@ -94,10 +136,12 @@ class Row:
     num_seeds: int
     flops_ratio: float | None
     before: float | None
+    metric: str
     quality: float
     spread: float | None
     retention: float | None
-    differences: Mapping[str, Interval]
+    differences: Mapping[str, Interval | None]
+    undefined: str | None = None
 
 
 def read_runs(
@@ -132,11 +176,22 @@ def read_runs(
     runs = []
     for task, (own_place, entry) in parts.items():
         answers = _load_answers(own_place, names, before=before)
+        metric = measure or str(entry["main_metric"])
+        space = _label_space(entry, answers[evaluate.TEACHER])
         if measure is not None:
             answers = _load_errors(own_place, measure, answers, before=before)
-        metric = measure or str(entry["main_metric"])
-        runs.append(SeededRun(directory, task, metric, answers, ratios))
+        runs.append(SeededRun(directory, task, metric, answers, ratios, space))
     return runs
+
+
+def _label_space(entry: Mapping[str, Any], answers: SavedPredictions) -> LabelSpace:
+    """The task's classes; a report of an earlier version names none, and means the second one."""
+    if np.issubdtype(answers.labels.dtype, np.floating):
+        return LabelSpace(None)
+    classes = entry.get("classes") or {}
+    return LabelSpace(
+        answers.logits.shape[1], int(classes.get("positive", 1)), tuple(classes.get("names", ()))
+    )
 
 
 def _load_errors(
@@ -216,7 +271,7 @@ def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> lis
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Write the rows as a table.
+    """Write the rows as a table, and below it what its intervals are.
 
     Args:
         rows: what `compare_seeds` found.
@@ -228,7 +283,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     has_before = any(row.before is not None for row in rows)
     quality = ["before", "after"] if has_before else ["quality"]
     head = ["task", "model", "seeds", "FFN FLOPs", *quality, "retention"]
-    head += [f"minus {name} (95 %)" for name in references]
+    for name in references:
+        head += [f"minus {name} (95 %)", "bootstrap", "t over seeds"]
     lines = [markdown_row(head), "|---" * len(head) + "|"]
     for row in rows:
         spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
@@ -238,12 +294,13 @@ def to_markdown(rows: Sequence[Row]) -> str:
             str(row.num_seeds),
             "" if row.flops_ratio is None else f"× {row.flops_ratio:.3f}",
             *([_hundredths(row.before)] if has_before else []),
-            f"{100 * row.quality:.1f}{spread}",
-            "" if row.retention is None else f"{row.retention:.3f}",
+            f"{_hundredths(row.quality)}{spread}",
+            _retention(row),
         ]
-        cells += [_told(row.differences.get(name)) for name in references]
+        for name in references:
+            cells += _told(row, name)
         lines.append(markdown_row(cells))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"\n{note}" for note in _notes(rows))]) + "\n"
 
 
 def to_plain(row: Row) -> dict[str, Any]:
@@ -255,19 +312,62 @@ def to_plain(row: Row) -> dict[str, Any]:
     Returns:
         What JSON can hold.
     """
-    plain = {key: value for key, value in vars(row).items() if key != "differences"}
-    return plain | {"differences": {name: vars(found) for name, found in row.differences.items()}}
+    plain: dict[str, Any] = finite(asdict(row))
+    return plain
 
 
 def _hundredths(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _told(interval: Interval | None) -> str:
-    if interval is None:
+    if value is None:
         return ""
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * interval.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+    return UNDEFINED if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _retention(row: Row) -> str:
+    if row.retention is None:
+        return "" if row.undefined is None else UNDEFINED
+    return f"{row.retention:.3f}"
+
+
+def _told(row: Row, reference: str) -> list[str]:
+    """The difference with the wider interval, and both of which that is one."""
+    if reference not in row.differences:
+        return ["", "", ""]
+    interval = row.differences[reference]
+    if interval is None:
+        return [UNDEFINED, "", ""]
+    difference = f"{100 * interval.difference:+.1f} ({_ends((interval.low, interval.high))})"
+    over_seeds = "one training run" if interval.over_seeds is None else _ends(interval.over_seeds)
+    return [difference, _ends(interval.bootstrap), over_seeds]
+
+
+def _ends(bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What the table cannot say of its intervals."""
+    found = [one for row in rows for one in row.differences.values() if one is not None]
+    measured = dict.fromkeys(f"{row.metric} ({row.task})" for row in rows if row.task != MEAN)
+    notes = [f"Quality: {', '.join(measured)}, in hundredths."]
+    notes += list(dict.fromkeys(f"{row.undefined}." for row in rows if row.undefined))
+    if any(one.over_seeds is not None for one in found):
+        notes.append(
+            "Intervals: the wider one of the paired bootstrap over dev rows and seeds and of "
+            "Student's t over seeds; with two or three seeds the bootstrap alone covers too little."
+        )
+    if any(one.over_seeds is None for one in found):
+        notes.append(
+            "Where one training run of each model stands behind an interval, it knows the dev rows "
+            "and nothing of other seeds: a difference may be the luck of that run."
+        )
+    left_out = max((one.num_undefined for one in found), default=0)
+    if left_out:
+        notes.append(
+            f"Up to {left_out} resamples on which a metric is undefined are left out of a "
+            "bootstrap."
+        )
+    return notes
 
 
 def _check(tasks: Mapping[str, Sequence[SeededRun]], references: Sequence[str]) -> None:
@@ -308,14 +408,19 @@ def _over_seeds(
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            mine_other = [
+            ours, theirs = (
                 [run.answers[model].predictions for run in paired] for model in (label, name)
-            ]
+            )
             differences[name] = (
-                resample_mean_differences(*mine_other, seed=number)
+                resample_mean_differences(ours, theirs, seed=number)
                 if metric in MEASURES
                 else resample_differences(
-                    metric, paired[0].answers[label].labels, *mine_other, seed=number
+                    metric,
+                    paired[0].answers[label].labels,
+                    ours,
+                    theirs,
+                    mine[0].space,
+                    seed=number,
                 )
             )
     row = Row(
@@ -324,14 +429,23 @@ def _over_seeds(
         num_seeds=len(mine),
         flops_ratio=mine[0].flops_ratios.get(label),
         before=fmean(before) if before else None,
+        metric=mine[0].title,
         quality=fmean(qualities),
         spread=stdev(qualities) if len(qualities) > 1 else None,
         retention=None
-        if is_teacher or not all(teachers)
-        else fmean(q / t for q, t in zip(qualities, teachers, strict=True)),
+        if is_teacher or metric in MEASURES
+        else _mean_of_all(map(ratio, qualities, teachers)),
         differences={name: found.interval() for name, found in differences.items()},
+        undefined=next((why for why in (run.undefined(label) for run in mine) if why), None),
     )
     return row, differences
+
+
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """The mean; None where one is missing."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return fmean(known) if len(known) == len(found) else None
 
 
 def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]]) -> list[Row]:
@@ -342,8 +456,6 @@ def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]
             continue
         members = [found[label] for found in by_task]
         own = [row for row, _ in members]
-        retentions = [row.retention for row in own if row.retention is not None]
-        before = [row.before for row in own if row.before is not None]
         shared = [name for name in members[0][1] if all(name in other for _, other in members)]
         rows.append(
             Row(
@@ -351,14 +463,16 @@ def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]
                 label=label,
                 num_seeds=min(row.num_seeds for row in own),
                 flops_ratio=own[0].flops_ratio,
-                before=fmean(before) if len(before) == len(own) else None,
+                before=_mean_of_all(row.before for row in own),
+                metric=MEAN,
                 quality=fmean(row.quality for row in own),
                 spread=None,
-                retention=fmean(retentions) if len(retentions) == len(own) else None,
+                retention=_mean_of_all(row.retention for row in own),
                 differences={
                     name: mean_over_tasks([other[name] for _, other in members]).interval()
                     for name in shared
                 },
+                undefined=next((row.undefined for row in own if row.undefined), None),
             )
         )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
             f'<polyline fill="none" stroke="#555" stroke-dasharray="3 3" points="{path}"/>'
         )
     for dot in sorted(dots, key=lambda dot: bool(dot.colour)):
-        title = f"{dot.name}: {dot.y:.4g} at {dot.x:.4g}"
+        title = f"{dot.name}: {dot.y:.4g} at {tick(dot.x)}"
         parts.append(_circle(axes.x(dot.x), axes.y(dot.y), 5, dot.colour or GREY, title))
     for dot in front:
         x, y = axes.x(dot.x), axes.y(dot.y)
@@ -278,12 +279,14 @@ class _Axes:
 
     def frame(self, x_label: str) -> str:
         parts = [self.bottom(x_label)]
-        for value in self._y_ticks():
+        chosen = self._y_ticks()
+        step = _step(chosen)
+        for value in chosen:
             y = self.y(value)
             parts.append(
                 f'<line x1="{self._left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-                f'class="g"/><text x="{self._left - 5}" y="{y + 4:.1f}" class="e">{tick(value)}'
-                "</text>"
+                f'class="g"/><text x="{self._left - 5}" y="{y + 4:.1f}" class="e">'
+                f"{tick(value, step)}</text>"
             )
         return "".join(parts)
 
@@ -292,11 +295,13 @@ class _Axes:
         parts = [
             f'<line x1="{self._left}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}" class="a"/>'
         ]
-        for value in ticks(*self._xs):
+        chosen = ticks(*self._xs)
+        step = _step(chosen)
+        for value in chosen:
             x = self.x(value)
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}" class="a"/>'
-                f'<text x="{x:.1f}" y="{floor + 16}" class="m">{tick(value)}</text>'
+                f'<text x="{x:.1f}" y="{floor + 16}" class="m">{tick(value, step)}</text>'
             )
         if x_label:
             middle = (self._left + WIDTH - RIGHT) / 2
@@ -333,19 +338,27 @@ def ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def tick(value: float) -> str:
+def tick(value: float, step: float = math.inf) -> str:
     """Write a value at an axis.
 
     Args:
         value: the value.
+        step: distance to the next one, which must not read the same.
 
     Returns:
         Short text, with k, M or G for thousands, millions and so on.
     """
+    near = abs(value) / step if step > 0 else 0.0
+    digits = max(4, math.ceil(math.log10(near)) + 1) if near > 0 else 4
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.4g}{prefix}"
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}"
+            return f"{value / size:.{digits}g}{prefix}"
+    return f"{0.0 if abs(value) < 1e-12 else value:.{digits}g}"
+
+
+def _step(values: Sequence[float]) -> float:
+    """The smallest distance of neighbours."""
+    return min((b - a for a, b in itertools.pairwise(values)), default=math.inf)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -20,10 +20,11 @@ from moe_dist.workers.driver import RaySession
 
 from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key
-from .trial import TrialRunner, main_metric, training_directory
+from .trial import TrialRunner, training_directory
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.tasks import TaskSpec
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -44,8 +45,9 @@ class Confirmation:
         low: lower end of its interval (Student's t over seeds).
         high: upper end.
         on_examples: the same difference on a metric of the task, with the interval of the paired
-            bootstrap over examples and seeds (`metric`, `difference`, `low`, `high`, `p_value`,
-            `confidence`, `num_examples`); None where the answers are not there.
+            bootstrap over examples and seeds or that of Student's t over seeds, whichever is wider
+            (`metric`, `title`, `num_examples` and what `Interval` holds, or why it is
+            `undefined`); None where the answers are not there.
         num_asked: how many different best trials the dev rows have judged so far.
     """
 
@@ -75,11 +77,17 @@ class Confirmation:
             f"{self.low:+.4f} to {self.high:+.4f}: {claim}."
         ]
         found = self.on_examples
-        if found is not None:
+        if found is not None and "undefined" in found:
+            lines.append(
+                f"Over {found['num_examples']} dev rows {found['title']} is undefined: "
+                f"{found['undefined']}."
+            )
+        elif found is not None:
             is_clear = found["low"] > 0 or found["high"] < 0
             lines.append(
-                f"Over {found['num_examples']} dev rows and the seeds together (paired bootstrap): "
-                f"{found['metric']} {found['difference']:+.4f}, "
+                f"Over {found['num_examples']} dev rows and the seeds together (the wider one of "
+                f"paired bootstrap and Student's t over seeds): {found['title']} "
+                f"{found['difference']:+.4f}, "
                 f"{round(100 * found['confidence'])} % interval {found['low']:+.4f} to "
                 f"{found['high']:+.4f}, which {'leaves out' if is_clear else 'holds'} zero."
             )
@@ -144,7 +152,7 @@ def confirm(
         confirmation,
         on_examples=compare_answers(
             place,
-            main_metric(best),
+            workspace.splits.task,
             measured_pairs(metric, trials),
             config.seed,
             workspace.files.fetch,
@@ -180,7 +188,7 @@ def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dic
 
 def compare_answers(
     directory: Path,
-    metric: str,
+    task: TaskSpec,
     pairs: Sequence[int],
     seed: int,
     fetch: Callable[[Path], Path],
@@ -189,7 +197,7 @@ def compare_answers(
 
     Args:
         directory: where `confirm_tasks` were trained.
-        metric: of the task.
+        task: by its main metric.
         pairs: what `measured_pairs` found.
         seed: of the bootstrap.
         fetch: sees to it that a file is on this machine.
@@ -197,7 +205,8 @@ def compare_answers(
     Returns:
         See `Confirmation.on_examples`.
     """
-    from moe_dist.data.metrics import seeded_bootstrap
+    from moe_dist.data.bootstrap import NO_INTERVAL, seeded_bootstrap
+    from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
 
@@ -214,14 +223,14 @@ def compare_answers(
     rows = answers[0].sample_ids.tolist()
     if any(one.sample_ids.tolist() != rows for one in answers):
         return None
-    compared = seeded_bootstrap(
-        metric,
-        answers[0].labels,
-        [one.logits for one in answers[0::2]],
-        [one.logits for one in answers[1::2]],
-        seed=seed,
-    )
-    return {"metric": metric, "num_examples": len(rows), **asdict(compared)}
+    metric, space, labels = task.main_metric, task.label_space, answers[0].labels
+    found = {"metric": metric, "title": metric_title(metric, space), "num_examples": len(rows)}
+    ours, theirs = ([one.logits for one in answers[start::2]] for start in (0, 1))
+    compared = seeded_bootstrap(metric, labels, ours, theirs, space, seed=seed)
+    if compared is not None:
+        return found | asdict(compared)
+    reasons = (explain_undefined(metric, one, labels, space) for one in (*ours, *theirs))
+    return found | {"undefined": next((why for why in reasons if why), NO_INTERVAL)}
 
 
 def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation | None:

@@ -13,6 +13,7 @@ from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_section import MEASURES
 from moe_dist.config.search_space import TABLES, table_values
 from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.router_spec import ROUTER_FACTS
 from moe_dist.search.objectives import Goal
 from moe_dist.search.trials import BASELINE, Trial
 
@@ -91,7 +92,7 @@ def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:
             "otherwise": config.moe.router,
         },
     }
-    gateless = [name for name in table_values("routers") if name.startswith("hash")]
+    gateless = [name for name in table_values("routers") if not ROUTER_FACTS[name].has_gate]
     for key in ("load_balancing_weight", "z_loss_weight"):
         weight = getattr(config.distill, key)
         if weight > 0:
@@ -256,12 +257,10 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
     Returns:
         Median latency in ms by trial, of `MAX_MEASURED` trials at most.
     """
-    import statistics
-
     from moe_dist.inference import load_model
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.results import load_scores
-    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.latency import Rounds, measure_in_turn
     from moe_dist.storage import local_file
 
     from ..chain.workspace import Workspace
@@ -289,16 +288,11 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
             partial(workspace.encoded_tasks, "train", tokenizer),
         )[1]
     size = result.config.search.latency_batch_size
-    times: dict[int, list[float]] = {number: [] for number in models}
-    for _ in range(MEASURE_ROUNDS):
-        for number, model in models.items():
-            timed = measure_latency(
-                model,
-                batch_sizes=(size,),
-                seq_len=min(LATENCY_SEQ_LEN, result.config.model.max_length),
-                repeats=3,
-                num_warmups=1,
-                threads=result.config.parallel.cpus_per_worker,
-            )
-            times[number].append(timed[size].median_ms)
-    return {number: statistics.median(values) for number, values in times.items()}
+    timed = measure_in_turn(
+        models,
+        Rounds(MEASURE_ROUNDS, least=MEASURE_ROUNDS, repeats=3),
+        batch_sizes=(size,),
+        seq_len=min(LATENCY_SEQ_LEN, result.config.model.max_length),
+        threads=result.config.parallel.cpus_per_worker,
+    )
+    return {number: by_size[size].median_ms for number, by_size in timed.items()}

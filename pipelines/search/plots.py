@@ -12,9 +12,11 @@ from moe_dist.search.objectives import pareto_front
 from moe_dist.search.trials import BASELINE, Trial
 
 from ..report.plots import COLOURS, FAINT, INK, new_figure, plot_style, save_figure
+from ..report.report import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 MAX_AXES = 10
 _GAP = 0.06
@@ -52,7 +54,8 @@ def plot_curves(
             axes.plot(steps, values, color=colour, lw=width, marker="o", ms=3, label=label)
             if stopped:
                 axes.plot(steps[-1], values[-1], color=FAINT, marker="x", ms=6)
-        axes.set(xlabel="optimizer step", ylabel=metric)
+        axes.set_xlabel("optimizer step")
+        _label(axes.yaxis, metric)
         axes.set_title("Learning curves by rung (×: ended early)")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right")
@@ -140,7 +143,8 @@ def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
             )
         for place, (name, scale) in enumerate(zip(names, scales, strict=True)):
             _label_axis(axes, place, name.rpartition(".")[2], scale.ticks)
-        ticks = [(0.0, f"{low:.4g}"), (1.0, f"{high:.4g}")]
+        write = quantity if metric in _COUNTS else "{:.4g}".format
+        ticks = [(0.0, write(low)), (1.0, write(high))]
         _label_axis(axes, len(names), metric, ticks)
         axes.set(xlim=(-0.3, len(names) + 0.5), ylim=(-0.15, 1.22))
         axes.set_xticks([])
@@ -206,7 +210,7 @@ def _draw_front(
         where="post",
         color=COLOURS[1],
         lw=1.6,
-        zorder=0,
+        zorder=1,
     )
     labels: dict[tuple[float, float], list[str]] = {}
     for trial in front:
@@ -214,8 +218,26 @@ def _draw_front(
     for place, numbers in labels.items():
         said = ", ".join(numbers[:4]) + (" …" if len(numbers) > 4 else "")
         axes.annotate(said, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=_UNITS.get(cost, cost), ylabel=metric)
+    _label(axes.xaxis, cost)
+    _label(axes.yaxis, metric)
     axes.set_title(f"{metric} against {cost.replace('_', ' ')}")
 
 
-_UNITS = {"flops": "FLOPs for one token", "latency": "latency (ms)"}
+def _label(axis: Axis, measure: str) -> None:
+    """Name an axis by its measure; counts have M and G, as in tables."""
+    axis.set_label_text(_UNITS.get(measure, measure))
+    if measure in _COUNTS:
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
+        axis.set_major_locator(MaxNLocator(_MAX_TICKS))
+        axis.set_major_formatter(EngFormatter(sep=" "))
+
+
+_UNITS = {
+    "flops": "FLOPs for one token",
+    "latency": "latency (ms)",
+    "active_parameters": "active parameters",
+}
+_COUNTS = ("flops", "parameters", "active_parameters")
+# More of such labels would touch each other.
+_MAX_TICKS = 4

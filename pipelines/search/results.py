@@ -24,7 +24,7 @@ from ..console import duration
 from ..report.report import quantity
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult, best_settings
-from .trial import choosing_split, main_metric, training_directory
+from .trial import choosing_split, training_directory
 from .trial_watch import TRIALS_DIRECTORY
 from .weight_history import course_lines, course_remarks, course_words, is_led, table_row
 
@@ -225,10 +225,11 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
         best: the trial.
 
     Returns:
-        `metric`, `difference`, `low`, `high`, `p_value` and `confidence`; None where there is no
-        such trial, or the two were measured on other rows.
+        `metric`, `title` (what people call it) and what `Interval` holds, or why it is
+        `undefined`; None where there is no such trial, or the two were measured on other rows.
     """
-    from moe_dist.data.metrics import paired_bootstrap
+    from moe_dist.data.bootstrap import NO_INTERVAL, paired_bootstrap
+    from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
 
@@ -249,11 +250,15 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
         return None
     if ours.sample_ids.tolist() != theirs.sample_ids.tolist():
         return None
-    metric = main_metric(best)
+    metric, space = result.task.main_metric, result.task.label_space
+    found = {"metric": metric, "title": metric_title(metric, space)}
     compared = paired_bootstrap(
-        metric, ours.labels, ours.logits, theirs.logits, seed=result.config.seed
+        metric, ours.labels, ours.logits, theirs.logits, space, seed=result.config.seed
     )
-    return {"metric": metric, **asdict(compared)}
+    if compared is not None:
+        return found | asdict(compared)
+    reasons = [explain_undefined(metric, one.logits, one.labels, space) for one in (ours, theirs)]
+    return found | {"undefined": next((why for why in reasons if why), NO_INTERVAL)}
 
 
 def to_markdown(
@@ -332,12 +337,17 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
         ]
     lines = [f"Best: trial {best['trial']}, {metric} {best['metrics'][metric]:.4f}."]
     versus = summary["against_baseline"]
-    if versus is not None:
+    if versus is not None and "undefined" in versus:
+        lines.append(
+            f"It cannot be compared with the recipe as it stands: {versus['title']} is undefined: "
+            f"{versus['undefined']}."
+        )
+    elif versus is not None:
         surely = "it beats" if versus["low"] > 0 else "it cannot be told apart from"
         surely = "it is worse than" if versus["high"] < 0 else surely
         lines.append(
             f"On the {ROWS[summary['chosen_on']]} {surely} the recipe as it stands "
-            f"({versus['metric']} {versus['difference']:+.4f}, "
+            f"({versus['title']} {versus['difference']:+.4f}, "
             f"{round(100 * versus['confidence'])} % interval {versus['low']:+.4f} to "
             f"{versus['high']:+.4f})."
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.data_section import TASK_KEYS
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
-from moe_dist.data.metrics import METRICS
+from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
+from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.population import Population
 from moe_dist.search.proposers import build_proposer
@@ -27,7 +28,7 @@ from moe_dist.workers.driver import RaySession, ray_session
 from ..chain.chain import disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
 from ..chain.fingerprints import value_digest
-from ..chain.recording import source_tags
+from ..chain.recording import metric_tags, source_tags
 from ..chain.stage import write_json
 from ..chain.workspace import Workspace
 from ..checks.preflight import check_before_start
@@ -67,6 +68,7 @@ class SweepResult:
         trials: by number.
         seconds: of the sweep, earlier parts of it included.
         teachers: what trials were measured against, by key.
+        task: what they were measured by.
         open_hint: the line that opens the tracking UI.
         num_concurrent: trials at a time.
         confirmed: the best and the recipe as it stands with other seeds; None where not asked for.
@@ -78,6 +80,7 @@ class SweepResult:
     trials: dict[int, Trial]
     seconds: float
     teachers: dict[str, TeacherFacts]
+    task: TaskSpec
     open_hint: str = ""
     num_concurrent: int = 1
     confirmed: Confirmation | None = None
@@ -172,12 +175,19 @@ def _search_in(
             f"{config.name} search",
             directory,
             params=config.flatten(),
-            tags={**tags, "moe_dist.kind": "search", "chosen_on": choosing_split(config)},
+            identity=settings_of_kind(config),
+            tags={
+                **tags,
+                **metric_tags(workspace.rows),
+                "moe_dist.kind": "search",
+                "chosen_on": choosing_split(config),
+            },
         ) as run:
             for dataset in workspace.dataset_inputs:
                 run.log_dataset(dataset)
             workspace.session = session
             teachers = SharedWork(workspace, run).prepare(dimensions)
+            check_retention(config, teachers)
             mark("teachers")
             over = [trial for trial in log.trials.values() if trial.is_over]
             fitting = Fitting(workspace, log)
@@ -212,6 +222,7 @@ def _search_in(
                 dict(sorted(log.trials.items())),
                 supervisor.seconds,
                 teachers,
+                workspace.splits.task,
                 run.open_hint(),
                 room.num_concurrent,
                 files=workspace.files,
@@ -254,9 +265,22 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
         workspace: with its data.
 
     Raises:
-        ConfigError: naming each objective that the data have not.
+        ConfigError: naming each objective that the data have not, or that is undefined on them.
     """
-    task = workspace.splits.task
+    task, split = workspace.splits.task, choosing_split(config)
+    rows = getattr(workspace.splits, split)
+    for name in config.search.wanted:
+        metric = task.main_metric if name in ("quality", "retention") else name
+        if metric in task.metrics:
+            why = undefined_by_labels(metric, rows["label"], task.label_space)
+            if why is not None:
+                raise ConfigError(
+                    [
+                        f"search: {metric} is undefined on the {split} rows, whatever a trial "
+                        f"predicts, since {why}; give other rows, or search for another metric."
+                    ],
+                    source=config.name,
+                )
     missing = [
         name for name in config.search.wanted if name in METRICS and name not in task.metrics
     ]
@@ -269,6 +293,28 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
             ],
             source=config.name,
         )
+
+
+def check_retention(config: RunConfig, teachers: Mapping[str, TeacherFacts]) -> None:
+    """Refuse to search for a part of what no teacher has.
+
+    Args:
+        config: the recipe.
+        teachers: what trials are measured against, by key.
+
+    Raises:
+        ConfigError: if retention is wanted and a teacher's metric is undefined or not above 0.
+    """
+    if "retention" not in config.search.wanted:
+        return
+    values = [facts.quality_on(choosing_split(config)) for facts in teachers.values()]
+    faults = [
+        f"search: retention is undefined: {why}; train a better teacher, or search for quality."
+        for why in (why_no_ratio(1.0, value) for value in values)
+        if why is not None
+    ]
+    if faults:
+        raise ConfigError(faults, source=config.name)
 
 
 def _run_trials(
@@ -358,13 +404,7 @@ def _find_room(
 
 def _identity(config: RunConfig, workspace: Workspace) -> str:
     """Say which sweep this is: continuing another one's trials would mix two searches."""
-    settings = config.model_dump(
-        mode="json", exclude={"search", "output_dir", "tracking", "compare", "parallel"}
-    )
-    # A search has one task; these keys are younger than sweeps that may be continued.
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in TASK_KEYS}
-    # The rows' digest covers it; sweeps from before there was one go on.
-    settings["data"].pop("holdout_samples")
+    settings = settings_of_kind(config)
     search = config.search.model_dump(mode="json", exclude=set(_OPEN_KEYS))
     return value_digest([settings, search, workspace.splits.digest, workspace.start_model_digest])
 
@@ -404,7 +444,7 @@ def sweep_tags(config: RunConfig) -> dict[str, str]:
     Returns:
         Where and from what source it runs, and the recipe's hash, the same as of its chains.
     """
-    return {**source_tags(), "recipe_hash": recipe_hash(config.flatten())}
+    return {**source_tags(), "recipe_hash": recipe_hash(settings_of_kind(config))}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:

@@ -167,7 +167,9 @@ class SharedWork:
             pad_token_id=int(tokenizer.pad_token_id),
             device=device,
         )
-        return compute_metrics([metric], answers.logits.numpy(), encoded.labels)[metric]
+        space = workspace.splits.task.label_space
+        found = compute_metrics([metric], answers.logits.numpy(), encoded.labels, space)
+        return found[metric]
 
     @property
     def _wants_latency(self) -> bool:

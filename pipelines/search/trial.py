@@ -7,7 +7,6 @@ one trial to the next.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
+from moe_dist.data.metrics import ratio
 from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..chain.payloads import distill_settings, training_settings
+from ..chain.payloads import training_settings
 from ..stages.adapt import adapt_settings, convert, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from moe_dist.jobs.distill import DistillJob
     from moe_dist.jobs.job import Split
     from moe_dist.jobs.job_data import JobData
-    from moe_dist.search.trials import Trial
 
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
@@ -166,18 +166,6 @@ def training_directory(trials: Path, number: int) -> Path:
     return trials / trial_name(number) / DISTILL
 
 
-def main_metric(trial: Trial) -> str:
-    """Find the task's main metric in what a trial measured.
-
-    Args:
-        trial: with a report.
-
-    Returns:
-        Its name.
-    """
-    return next(name for name in trial.metrics if name not in ("quality", "retention"))
-
-
 @dataclass(frozen=True)
 class _Warm:
     """What trials of one teacher share on a worker."""
@@ -231,7 +219,7 @@ class _OneTrial:
             costs = self._costs(student)
         train = self._train_here if in_place else self._train_on_workers
         settings = training_settings(self.config, self.config.train)
-        settings["distill"] = distill_settings(self.config.distill)
+        settings["distill"] = settings_of_kind(self.config.distill)
         with stages.stage(DISTILL, settings) as place:
             train(student, costs, place)
 
@@ -385,9 +373,9 @@ class _OneTrial:
             return {}
         quality = next(iter(found.values()))
         measured = {"quality": quality, **found, **costs}
-        teacher_quality = self.facts.quality_on(self.split)
-        if teacher_quality:
-            measured["retention"] = quality / teacher_quality
+        retention = ratio(quality, self.facts.quality_on(self.split))
+        if retention is not None:
+            measured["retention"] = retention
         return {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}
 
 
@@ -401,24 +389,15 @@ def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> 
         seq_len: tokens in a sentence.
 
     Returns:
-        The student's median over the teacher's.
+        The median of the student's times over the teacher's of the same round.
     """
-    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.latency import Rounds, measure_in_turn
 
-    ratios = []
-    begin = time.monotonic()
-    for done in range(LATENCY_ROUNDS):
-        if done >= 2 and time.monotonic() - begin > 2.0:
-            break
-        times = [
-            measure_latency(
-                model,
-                batch_sizes=(batch_size,),
-                seq_len=seq_len,
-                repeats=LATENCY_REPEATS,
-                num_warmups=1,
-            )[batch_size].median_ms
-            for model in (student, teacher)
-        ]
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios)
+    timed = measure_in_turn(
+        {"student": student, "teacher": teacher},
+        Rounds(LATENCY_ROUNDS, least=2, budget_s=2.0, repeats=LATENCY_REPEATS),
+        batch_sizes=(batch_size,),
+        seq_len=seq_len,
+    )
+    own, others = timed["student"][batch_size], timed["teacher"][batch_size]
+    return statistics.median(a / b for a, b in zip(own.times_ms, others.times_ms, strict=True))

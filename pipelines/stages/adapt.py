@@ -6,7 +6,11 @@ They are the teacher's, or those of the smaller student that the stage shrink ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from moe_dist.config.kinds import settings_of_kind
+from moe_dist.router_spec import RouterSpec
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import placed_here, run_job
@@ -22,8 +26,6 @@ NAME = "adapt"
 UNFITTED = "unfitted"
 """Where the student waits for its outputs to be fitted, inside the stage's directory."""
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
-# Settings that earlier versions did not have.
-_ROUTER_OPTIONS = ("gate_noise", "gate_jitter", "capacity_factor", "drop_policy", "task_map")
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -221,26 +223,16 @@ def router_options(config: RunConfig) -> dict[str, Any]:
     Returns:
         Keyword arguments.
     """
-    moe = config.moe
+    spec = config.moe.router_spec
     num_tasks = len(config.data.tasks) if config.data.tasks else 1
     return {
-        "router": moe.router,
-        "top_k": moe.top_k,
-        "gate_scale": moe.gate_scale,
-        "gate_noise": moe.gate_noise,
-        "gate_jitter": moe.gate_jitter,
-        "capacity_factor": moe.capacity_factor,
-        "drop_policy": moe.drop_policy,
-        "task_map": moe.task_map,
-        "num_tasks": num_tasks if moe.router == "task_gate" else None,
+        "router": spec,
+        "num_tasks": num_tasks if spec.facts.chooses_by == "task" else None,
     }
 
 
 def adapt_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of a recipe that the untrained student depends on.
-
-    An option that did not exist before counts only where it is used, so that results of earlier
-    versions stay finished; but for the fit of outputs, which they did only when told to.
 
     Args:
         config: the run's configuration, or a comparison's.
@@ -248,17 +240,11 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     Returns:
         Plain values.
     """
-    moe = config.moe.model_dump(mode="json", exclude={*_unread_keys(config), "fit_output"})
-    defaults = type(config.moe)().model_dump(mode="json")
-    settings: dict[str, Any] = {"seed": config.seed}
-    settings["moe"] = {
-        key: value
-        for key, value in moe.items()
-        if key not in _ROUTER_OPTIONS or value != defaults[key]
-    }
+    unread = _unread_keys(config)
+    moe = {key: value for key, value in settings_of_kind(config.moe).items() if key not in unread}
     # What "auto" comes to, so that saying it changes nothing.
-    if fits_output(config):
-        settings["moe"]["fit_output"] = True
+    moe["fit_output"] = fits_output(config)
+    settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
     return settings
@@ -284,8 +270,8 @@ def _unread_keys(config: RunConfig) -> set[str]:
     unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
-        unread |= {"router", "combine", "gate_scale", "top_k", "num_shared_neurons", "tie_shared"}
-        unread |= set(_ROUTER_OPTIONS)
+        unread |= {"combine", "num_shared_neurons", "tie_shared"}
+        unread |= {one.name for one in fields(RouterSpec)}
     return unread
 
 
@@ -296,7 +282,7 @@ def _splits_by_data(config: RunConfig) -> bool:
 
 
 def _counts_tokens(config: RunConfig) -> bool:
-    return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
+    return config.moe.num_experts > 1 and config.moe.router_spec.facts.reads_token_counts
 
 
 def _token_counts(encoded: Encoded, dense: Any) -> Any:

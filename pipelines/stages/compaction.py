@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from rich import box
 from rich.table import Table
 
 from moe_dist.config.data_section import TaskDataConfig
+from moe_dist.data.metrics import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
 
 from ..chain.stage import write_json
+from ..console import UNDEFINED
 from ..report.report import quantity
 from .compaction_checks import check_compaction
 
@@ -133,12 +136,17 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
         measured["repaired"] = _measure(settings.output / MODEL, config, settings, "repaired")
     else:
         save_model(smaller, settings.output / MODEL, tokenizer=tokenizer)
+    titles = measured["before"].pop("metric_titles")
     whole = measured["before"]["metrics"]
     metric = next(iter(whole))
     for entry in measured.values():
-        entry["retention"] = entry["metrics"][metric] / whole[metric] if whole[metric] else None
+        entry["retention"] = ratio(entry["metrics"][metric], whole[metric])
+        why = why_no_ratio(entry["metrics"][metric], whole[metric], metric)
+        if why is not None:
+            entry["undefined"] = f"retention is undefined: {why}"
     result = {
         "main_metric": metric,
+        "metric_titles": titles,
         "num_experts": settings.num_experts,
         "expert_size": settings.expert_size,
         "method": settings.method,
@@ -200,16 +208,19 @@ def to_table(result: dict[str, Any]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("student")
-    for heading in (f"dev {result['main_metric']}", "retention", "parameters", "active"):
+    metric = result["main_metric"]
+    title = result["metric_titles"].get(metric, metric)
+    for heading in (f"dev {title}", "retention", "parameters", "active"):
         table.add_column(heading, justify="right")
     for name in ("before", "fused", "compressed", "repaired"):
         entry = result.get(name)
         if entry is not None:
             retention = entry["retention"]
+            value = entry["metrics"][metric]
             table.add_row(
                 name,
-                f"{entry['metrics'][result['main_metric']]:.4f}",
-                "" if retention is None else f"{retention:.4f}",
+                UNDEFINED if value is None or math.isnan(value) else f"{value:.4f}",
+                UNDEFINED if retention is None else f"{retention:.4f}",
                 quantity(entry["parameters"]["total"]),
                 quantity(entry["parameters"]["active"]),
             )
@@ -239,7 +250,8 @@ def _measure(
     answer = PredictJob.of(
         config, str(settings.output), model=str(model), output_name=f"predictions-{name}"
     ).run()
-    return {
+    titles = {"metric_titles": answer["metric_titles"]} if name == "before" else {}
+    return titles | {
         "metrics": answer["metrics"],
         "parameters": asdict(count_parameters(load_model(model))),
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..chain.payloads import distill_settings, training_settings
+from moe_dist.config.kinds import settings_of_kind
+
+from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
 from . import adapt, finetune_teacher, shrink
@@ -68,7 +70,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings={
             **training_settings(config, config.train),
-            "distill": distill_settings(config.distill),
+            "distill": settings_of_kind(config.distill),
             **origin,
         },
         input_digests={

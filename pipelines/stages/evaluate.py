@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moe_dist.errors import DataError
+from moe_dist.whole_files import finite
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..report.nearness import (
@@ -24,7 +25,12 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.metrics import Pairing
+    from moe_dist.data.bootstrap import Pairing
+    from moe_dist.data.loaders import Encoded
+    from moe_dist.data.metrics import LabelSpace
+    from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.measure.evaluation import Predictions
+    from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -42,6 +48,8 @@ LATENCY_ROUNDS = 10
 MIN_LATENCY_ROUNDS = 3
 LATENCY_BUDGET_S = 20.0
 LATENCY_REPEATS = 2
+METRIC_RULES = 2
+"""Raised when a metric is measured otherwise, so that no earlier value stands beside a new one."""
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -60,6 +68,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
 
     def work(stage: StageWork) -> StageOutcome:
+        from moe_dist.measure.latency import watch_other_work
+
         workspace = inputs.workspace
         for path, _ in models.values():
             workspace.files.fetch(path)
@@ -71,13 +81,16 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
             entries[name] |= found
-        for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
-            entries[name] |= cost
+        with watch_other_work() as other_work:
+            for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
+                entries[name] |= cost
+            beside = other_work()
         main_metric = workspace.rows.main_metric
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
             for metric, value in entry["metrics"].items()
+            if value is not None
         }
         stage.run.log_metrics(0, metrics)
         return StageOutcome(
@@ -85,6 +98,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             metrics=metrics,
             details={
                 "main_metric": main_metric,
+                "metric_titles": workspace.rows.metric_titles,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "seq_len": seq_len,
                 "models": entries,
@@ -99,7 +113,12 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 },
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
+                "other_work": {
+                    **asdict(beside),
+                    "disturbs": beside.disturbs(answers.num_threads),
+                },
             }
+            | describe_classes(answers)
             | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),
         )
@@ -111,6 +130,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "max_length": config.model.max_length,
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
             "imitation": [*MEASURES, MAX_SAMPLES],
+            "metric_rules": METRIC_RULES,
         },
         input_digests={
             "data": inputs.workspace.rows.digest,
@@ -179,11 +199,13 @@ class TaskAnswers:
 
     Attributes:
         metrics: names, the main one first.
+        space: the task's classes.
         labels: (N,).
         logits: (N, C) by model name.
     """
 
     metrics: tuple[str, ...]
+    space: LabelSpace
     labels: Any
     logits: dict[str, Any]
 
@@ -197,9 +219,28 @@ class TaskAnswers:
         Returns:
             The pairing, for the main metric.
         """
-        from moe_dist.data.metrics import Pairing
+        from moe_dist.data.bootstrap import Pairing
 
-        return Pairing(self.metrics[0], self.labels, self.logits[first], self.logits[second])
+        return Pairing(
+            self.metrics[0], self.labels, self.logits[first], self.logits[second], self.space
+        )
+
+    def undefined(self, name: str) -> dict[str, str]:
+        """Say which metrics of a model have no value, and why.
+
+        Args:
+            name: the model.
+
+        Returns:
+            A clause by metric.
+        """
+        from moe_dist.data.metrics import explain_undefined
+
+        said = {
+            metric: explain_undefined(metric, self.logits[name], self.labels, self.space)
+            for metric in self.metrics
+        }
+        return {metric: why for metric, why in said.items() if why is not None}
 
 
 @dataclass(frozen=True)
@@ -238,15 +279,16 @@ def predict_all(
     """
     import torch
 
-    from moe_dist.data.loaders import Encoded
     from moe_dist.inference.saving import load_tokenizer
-    from moe_dist.jobs.job_data import job_data, measure
-    from moe_dist.measure.evaluation import Predictions, expert_load, predict
+    from moe_dist.jobs.job_data import job_data
+    from moe_dist.measure.evaluation import expert_load, predict
 
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
-        name: TaskAnswers(part.splits.task.metrics, part.dev.labels, {})
+        name: TaskAnswers(
+            part.splits.task.metrics, part.splits.task.label_space, part.dev.labels, {}
+        )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
@@ -267,7 +309,7 @@ def predict_all(
                 device=next(model.parameters()).device,
             )
 
-        found = measure(data, answer)
+        found = _measured(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
@@ -285,6 +327,16 @@ def predict_all(
         advance=advance,
     )
     return Answers(tasks, imitation, loads, torch.get_num_threads())
+
+
+def _measured(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
+    """Run a model over the dev rows; an error names the model."""
+    from moe_dist.jobs.job_data import measure
+
+    try:
+        return measure(data, answer)
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}", remedy=error.remedy) from error
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
@@ -312,7 +364,9 @@ def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
         answers: of all models.
 
     Returns:
-        For each final model `metrics`, and for students `metrics_before_distillation`.
+        For each final model `metrics`, and for students `metrics_before_distillation`; None for a
+        metric that is undefined, with the reason under the same name in `undefined` and
+        `undefined_before_distillation`.
     """
     from moe_dist.data.metrics import compute_metrics
     from moe_dist.data.mixture import joined_metrics
@@ -322,11 +376,39 @@ def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
         owner, _, before = name.partition("/")
         key = f"metrics_{before}" if before else "metrics"
         by_task = {
-            task: compute_metrics(own.metrics, own.logits[name], own.labels)
+            task: compute_metrics(own.metrics, own.logits[name], own.labels, own.space)
             for task, own in answers.tasks.items()
         }
-        entries.setdefault(owner, {})[key] = joined_metrics(by_task)
+        entry = entries.setdefault(owner, {})
+        entry[key] = finite(joined_metrics(by_task))
+        if reasons := undefined_metrics(answers, name):
+            entry[key.replace("metrics", "undefined")] = reasons
     return entries
+
+
+def undefined_metrics(answers: Answers, name: str) -> dict[str, str]:
+    """Say which of a model's metrics have no value, and why.
+
+    Args:
+        answers: of all models.
+        name: the model.
+
+    Returns:
+        A sentence by the metric's name, as `joined_metrics` gives it.
+    """
+    from moe_dist.data.metrics import metric_title
+    from moe_dist.data.mixture import MEAN
+
+    found: dict[str, str] = {}
+    for task, own in answers.tasks.items():
+        reasons = own.undefined(name)
+        for metric, why in reasons.items():
+            place = f"{task}/" if task else ""
+            title = metric_title(metric, own.space)
+            found[f"{place}{metric}"] = f"{place}{title} of {name} is undefined: {why}"
+        if task and own.metrics[0] in reasons:
+            found.setdefault(MEAN, f"{MEAN} of {name} is undefined: {task}/{own.metrics[0]} is")
+    return found
 
 
 def measure_cost(
@@ -340,35 +422,19 @@ def measure_cost(
         stage: the stage that asks.
 
     Returns:
-        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token` and
-        `latency_ms`.
+        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token`, and by batch
+        size `latency_ms` (the median), `latency_low_ms` and `latency_spread`.
     """
-    from moe_dist.conversion.heads import read_heads
-    from moe_dist.measure.latency import measure_latency
+    from moe_dist.measure.latency import measure_in_turn
     from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
-    from moe_dist.moe.routing import use_task
 
-    medians: dict[str, dict[int, list[float]]] = {
-        name: {size: [] for size in LATENCY_BATCH_SIZES} for name in loaded
-    }
-    begin = time.monotonic()
-    # One round of every model after the other: a busy machine slows them alike.
-    for done in range(LATENCY_ROUNDS):
-        if done >= MIN_LATENCY_ROUNDS and time.monotonic() - begin > LATENCY_BUDGET_S:
-            break
-        for name, model in loaded.items():
-            # All tasks cost alike.
-            with use_task(0 if read_heads(model) else None):
-                timed = measure_latency(
-                    model,
-                    batch_sizes=LATENCY_BATCH_SIZES,
-                    seq_len=seq_len,
-                    repeats=LATENCY_REPEATS,
-                    num_warmups=1,
-                )
-            for size, latency in timed.items():
-                medians[name][size].append(latency.median_ms)
-        stage.console.progress(done + 1, LATENCY_ROUNDS)
+    timed = measure_in_turn(
+        loaded,
+        latency_rounds(),
+        batch_sizes=LATENCY_BATCH_SIZES,
+        seq_len=seq_len,
+        progress=stage.console.progress,
+    )
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.items():
         parameters = count_parameters(model)
@@ -378,12 +444,24 @@ def measure_cost(
             "parameters": {"total": parameters.total, "active": parameters.active},
             "flops_per_token": flops.total,
             "ffn_flops_per_token": flops.ffn,
-            "latency_ms": {
-                str(size): round(statistics.median(values), 3)
-                for size, values in medians[name].items()
-            },
+            "latency_ms": _by_size(timed[name], "median_ms"),
+            "latency_low_ms": _by_size(timed[name], "low_ms"),
+            "latency_spread": _by_size(timed[name], "spread"),
         }
     return costs
+
+
+def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:
+    return {str(size): round(getattr(one, figure), 3) for size, one in timed.items()}
+
+
+def latency_rounds() -> Rounds:
+    """Say how often models are timed for a report."""
+    from moe_dist.measure.latency import Rounds
+
+    return Rounds(
+        LATENCY_ROUNDS, MIN_LATENCY_ROUNDS, LATENCY_BUDGET_S, LATENCY_REPEATS, num_warmups=1
+    )
 
 
 def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -395,23 +473,45 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
         seed: of the bootstrap.
 
     Returns:
-        For each other final model the student's metric minus its own, with an interval.
+        For each other final model the student's metric minus its own, with an interval; where
+        there is none, `undefined` says why.
     """
-    from moe_dist.data.metrics import mean_bootstrap
+    from moe_dist.data.bootstrap import NO_INTERVAL, mean_bootstrap
 
     names = next(iter(answers.tasks.values())).logits
-    return {
-        name: {
-            "metric": metric,
-            **asdict(
-                mean_bootstrap(
-                    [task.pairing(STUDENT, name) for task in answers.tasks.values()], seed=seed
-                )
-            ),
-        }
-        for name in names
-        if "/" not in name and name != STUDENT
-    }
+    # One task of several has its name before the metric's.
+    keys = [metric, *(f"{task}/{metric}" for task in answers.tasks)]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if "/" in name or name == STUDENT:
+            continue
+        pairings = [task.pairing(STUDENT, name) for task in answers.tasks.values()]
+        interval = mean_bootstrap(pairings, seed=seed)
+        found[name] = {"metric": metric, "difference": None, "low": None, "high": None}
+        if interval is not None:
+            found[name] |= asdict(interval)
+            continue
+        reasons = [undefined_metrics(answers, model) for model in (STUDENT, name)]
+        found[name]["undefined"] = next(
+            (why[key] for why in reasons for key in keys if key in why), NO_INTERVAL
+        )
+    return found
+
+
+def describe_classes(answers: Answers) -> dict[str, Any]:
+    """Say what classes the one task has, so that its predictions can be measured again.
+
+    Args:
+        answers: of all models.
+
+    Returns:
+        `classes`, with their `names` and the id of the `positive` one of two; nothing for
+        regression and for a run of several tasks, each of which has its own.
+    """
+    space = answers.tasks[""].space if set(answers.tasks) == {""} else None
+    if space is None or space.num_classes is None:
+        return {}
+    return {"classes": {"names": list(space.names), "positive": space.positive}}
 
 
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
@@ -425,12 +525,16 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
         `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
         of one task.
     """
+    from moe_dist.data.metrics import metric_title
+
     if set(answers.tasks) == {""}:
         return {}
     return {
         "tasks": {
             name: {
                 "main_metric": task.metrics[0],
+                **describe_classes(replace(answers, tasks={"": task})),
+                "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_dist.config.kinds import settings_of_kind
+
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance
 
@@ -55,9 +57,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         NAME,
         settings={
             "seed": config.seed,
-            "student": config.student.model_dump(mode="json"),
-            # Earlier versions kept the dimensions of the largest weights.
-            "dimensions": "energy",
+            "student": settings_of_kind(config.student),
         },
         input_digests={
             "teacher": teacher.digests["model"],

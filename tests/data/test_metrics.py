@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,140 +9,171 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from moe_dist.data.metrics import (
+    METRICS,
+    LabelSpace,
     compute_metrics,
-    paired_bootstrap,
-    resample_differences,
-    resample_mean_differences,
-    seeded_bootstrap,
+    explain_undefined,
+    metric_title,
+    missing_classes,
+    ratio,
+    undefined_by_labels,
+    why_no_ratio,
 )
 from moe_dist.errors import DataError
 
+TWO, THREE, VALUES = LabelSpace(2), LabelSpace(3, names=("a", "b", "c")), LabelSpace(None)
+CLASS_METRICS = ["accuracy", "f1", "matthews"]
 
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_class_metrics_agree_with_scikit_learn(num_classes: int) -> None:
+
+@pytest.mark.parametrize("positive", [0, 1])
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+@pytest.mark.parametrize("num_occurring", [2, 3, 7])
+def test_class_metrics_agree_with_scikit_learn(
+    num_classes: int, num_occurring: int, positive: int
+) -> None:
+    """Whatever classes occur among the labels or the predictions: the task's number decides."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, num_classes, 200)
+    occurring = min(num_classes, num_occurring)
+    labels = rng.integers(0, occurring, 200)
     guess = np.where(rng.random(200) < 0.6, labels, rng.integers(0, num_classes, 200))
-    found = compute_metrics(["accuracy", "f1", "matthews"], guess, labels)
-    average: Any = "binary" if num_classes == 2 else "macro"
+    found = compute_metrics(CLASS_METRICS, guess, labels, LabelSpace(num_classes, positive))
+    about: Any = (
+        {"pos_label": positive}
+        if num_classes == 2
+        else {"average": "macro", "labels": range(num_classes)}
+    )
     assert found == pytest.approx(
         {
             "accuracy": reference.accuracy_score(labels, guess),
-            "f1": reference.f1_score(labels, guess, average=average),
+            "f1": reference.f1_score(labels, guess, zero_division=0, **about),
             "matthews": reference.matthews_corrcoef(labels, guess),
         }
     )
 
 
-def test_correlations_agree_with_scipy() -> None:
+def test_one_prediction_of_a_class_that_does_not_occur_changes_f1_a_little() -> None:
+    labels = np.arange(40) % 2
+    guess = labels.copy()
+    without = compute_metrics(["f1"], guess, labels, THREE)["f1"]
+    guess[0] = 2
+    assert without == pytest.approx(2 / 3)
+    assert 0 < without - compute_metrics(["f1"], guess, labels, THREE)["f1"] < 0.02
+    assert missing_classes("f1", labels, THREE) == ["c"]
+    assert missing_classes("f1", labels, TWO) == missing_classes("matthews", labels, THREE) == []
+
+
+def test_a_model_that_says_one_class_to_all_has_its_share_of_the_mean() -> None:
+    labels = np.arange(40) % 2
+    for said in (0, 1):
+        found = compute_metrics(["f1"], np.full(40, said), labels, THREE)["f1"]
+        assert found == pytest.approx((2 / 3) / 3)
+
+
+def test_f1_names_the_class_that_it_is_about() -> None:
+    space = LabelSpace(2, 0, ("fraud", "ok"))
+    labels = np.r_[np.zeros(5, int), np.ones(95, int)]
+    assert compute_metrics(["f1"], np.ones(100, int), labels, space) == {"f1": 0.0}
+    assert metric_title("f1", space) == "f1 of fraud"
+    assert metric_title("f1", LabelSpace(2)) == "f1 of 1"
+    assert metric_title("f1", THREE) == "macro f1"
+    assert metric_title("accuracy", space) == "accuracy"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200, 1e307])
+def test_correlations_agree_with_scipy(scale: float) -> None:
     rng = np.random.default_rng(0)
     labels = np.round(rng.random(100) * 5)
     guess = labels + rng.normal(size=100)
-    found = compute_metrics(["pearson", "spearman"], guess, labels)
+    found = compute_metrics(["pearson", "spearman"], guess * scale, labels, VALUES)
     assert found["pearson"] == pytest.approx(stats.pearsonr(labels, guess).statistic)
     assert found["spearman"] == pytest.approx(stats.spearmanr(labels, guess).statistic)
 
 
 def test_logits_are_accepted() -> None:
     logits = np.array([[0.1, 2.0], [3.0, -1.0], [0.0, 1.0]])
-    assert compute_metrics(["accuracy"], logits, [1, 0, 0]) == {"accuracy": pytest.approx(2 / 3)}
-    assert compute_metrics(["pearson"], [[1.0], [2.0], [3.0]], [2.0, 4.0, 6.0]) == {
+    found = compute_metrics(["accuracy"], logits, [1, 0, 0], TWO)
+    assert found == {"accuracy": pytest.approx(2 / 3)}
+    assert compute_metrics(["pearson"], [[1.0], [2.0], [3.0]], [2.0, 4.0, 6.0], VALUES) == {
         "pearson": pytest.approx(1.0)
     }
 
 
-@pytest.mark.parametrize("name", ["f1", "matthews", "pearson", "spearman"])
-def test_undefined_values_are_zero(name: str) -> None:
-    assert compute_metrics([name], [0, 0, 0], [0, 0, 0]) == {name: 0.0}
+GOOD = LabelSpace(2, names=("bad", "good"))
 
 
 @pytest.mark.parametrize(
-    ("names", "predictions", "labels", "message"),
+    ("name", "guess", "labels", "space", "why", "by_labels"),
     [
-        (["bleu"], [1], [1], "unknown metric: bleu"),
-        (["accuracy"], [1, 0], [1], "do not belong together"),
-        (["accuracy"], [], [], "no examples"),
-        (["pearson"], [np.nan, 1.0], [0.0, 1.0], "NaN"),
-        (["accuracy"], [[np.inf, 1.0]], [0], "NaN or infinity"),
+        ("f1", [0, 1, 0], [0, 0, 0], GOOD, "none of the 3 labels is 'good'", True),
+        ("matthews", [0, 1, 0], [1, 1, 1], GOOD, "all 3 labels are 'good'", True),
+        ("matthews", [2, 1, 0], [2, 2, 2], THREE, "all 3 labels are 'c'", True),
+        ("matthews", [1, 1, 1], [0, 1, 1], GOOD, "all 3 predictions are 'good'", False),
+        ("pearson", [1.0, 2.0], [0.1, 0.1], VALUES, "all 2 labels are equal (0.1)", True),
+        ("pearson", [0.1] * 7, range(7), VALUES, "all 7 predictions are equal (0.1)", False),
+        ("spearman", [3.5] * 5, range(5), VALUES, "all 5 predictions are equal (3.5)", False),
+        ("spearman", [3.5], [1.0], VALUES, "all 1 labels are equal (1)", True),
     ],
 )
-def test_faults_are_named(names: list[str], predictions: Any, labels: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        compute_metrics(names, predictions, labels)
+def test_undefined_is_no_zero_and_says_why(
+    name: str, guess: Any, labels: Any, space: LabelSpace, why: str, by_labels: bool
+) -> None:
+    assert math.isnan(compute_metrics([name], guess, list(labels), space)[name])
+    assert explain_undefined(name, guess, list(labels), space) == why
+    assert undefined_by_labels(name, list(labels), space) == (why if by_labels else None)
 
 
-def test_bootstrap_of_equal_models_is_zero() -> None:
-    labels = np.arange(100) % 2
-    interval = paired_bootstrap("accuracy", labels, labels, labels, num_resamples=100)
-    assert (interval.difference, interval.low, interval.high) == (0.0, 0.0, 0.0)
-    assert interval.p_value == 1.0
-
-
-def test_bootstrap_finds_a_clear_difference() -> None:
+def test_what_has_a_value_needs_no_reason() -> None:
     rng = np.random.default_rng(1)
-    labels = rng.integers(0, 2, 500)
-    worse = np.where(rng.random(500) < 0.2, 1 - labels, labels)
-    interval = paired_bootstrap("accuracy", labels, labels, worse, num_resamples=500)
-    assert 0.1 < interval.low < interval.difference < interval.high < 0.3
-    assert interval.p_value < 0.01
-    mirrored = paired_bootstrap("accuracy", labels, worse, labels, num_resamples=500)
-    assert mirrored.high == pytest.approx(-interval.low)
+    for name in METRICS:
+        space = GOOD if name in CLASS_METRICS else VALUES
+        labels, guess = rng.integers(0, 2, (2, 30))
+        assert math.isfinite(compute_metrics([name], guess, labels, space)[name])
+        assert explain_undefined(name, guess, labels, space) is None
+    assert compute_metrics(["accuracy", "f1"], [1, 0], [1, 1], GOOD) == {
+        "accuracy": 0.5,
+        "f1": pytest.approx(2 / 3),
+    }
 
 
-def test_bootstrap_interval_has_the_width_theory_gives() -> None:
-    rng = np.random.default_rng(2)
-    labels = np.zeros(1000, np.int64)
-    first, second = (rng.random((2, 1000)) < 0.3).astype(np.int64)
-    interval = paired_bootstrap("accuracy", labels, first, second, num_resamples=2000)
-    deviation = np.std((first == labels).astype(float) - (second == labels)) / np.sqrt(1000)
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
-    assert interval == paired_bootstrap("accuracy", labels, first, second, num_resamples=2000)
+@pytest.mark.parametrize(
+    ("value", "whole", "kept", "why"),
+    [
+        (0.8, 0.9, 0.8 / 0.9, None),
+        (0.0, 0.9, 0.0, None),
+        (-0.2, 0.5, -0.4, None),
+        (-0.19, -0.2, None, "the teacher's metric is -0.2"),
+        (0.5, 0.0, None, "the teacher's metric is 0"),
+        (0.5, math.nan, None, "the teacher's metric is undefined"),
+        (None, 0.5, None, "the student's metric is undefined"),
+    ],
+)
+def test_there_is_a_retention_only_of_a_teacher_above_chance(
+    value: float | None, whole: float | None, kept: float | None, why: str | None
+) -> None:
+    assert ratio(value, whole) == (None if kept is None else pytest.approx(kept))
+    said = why_no_ratio(value, whole)
+    assert said is None if why is None else said is not None and said.startswith(why)
 
 
-def test_pairs_make_the_interval_narrow() -> None:
-    rng = np.random.default_rng(3)
-    labels = rng.integers(0, 2, 400)
-    first = np.where(rng.random(400) < 0.3, 1 - labels, labels)
-    second = first.copy()
-    second[:4] = 1 - second[:4]
-    interval = paired_bootstrap("matthews", labels, first, second, num_resamples=300)
-    assert interval.high - interval.low < 0.05
-
-
-def test_seeds_widen_the_interval_and_one_seed_does_not() -> None:
-    rng = np.random.default_rng(4)
-    labels = rng.integers(0, 2, 300)
-
-    def answers(wrong: float) -> np.ndarray:
-        return np.where(rng.random(300) < wrong, 1 - labels, labels)
-
-    ours, theirs = [answers(w) for w in (0.05, 0.25, 0.1)], [answers(0.2) for _ in range(3)]
-    found = seeded_bootstrap("accuracy", labels, ours, theirs, num_resamples=500)
-    alone = [paired_bootstrap("accuracy", labels, a, b) for a, b in zip(ours, theirs, strict=True)]
-    assert found.difference == pytest.approx(np.mean([one.difference for one in alone]))
-    # The middle seed loses, the others win: over examples alone this would be clear.
-    assert found.low < 0 < found.high
-    assert alone[0] == seeded_bootstrap("accuracy", labels, ours[:1], theirs[:1])
-    with pytest.raises(DataError):
-        seeded_bootstrap("accuracy", labels, ours, [labels[:5]] * 3)
-
-
-def test_mean_errors_are_resampled_like_any_metric() -> None:
-    """Errors of 0 and 1 are accuracy by another name: samples agree to the last one."""
-    rng = np.random.default_rng(5)
-    labels = rng.integers(0, 2, 120)
-    answers = rng.integers(0, 2, (2, 3, 120))
-    expected = resample_differences("accuracy", labels, list(answers[0]), list(answers[1]), seed=4)
-    wrong = (answers != labels).astype(np.float32)
-    found = resample_mean_differences(list(wrong[0]), list(wrong[1]), seed=4)
-    assert found.observed == pytest.approx(-expected.observed)
-    np.testing.assert_allclose(found.samples, -expected.samples, atol=1e-12)
-
-
-def test_errors_that_do_not_belong_together_are_refused() -> None:
-    one, other = np.zeros(4), np.ones(5)
-    for first, second in (([one], [other]), ([one], []), ([one, other], [one, other])):
-        with pytest.raises(DataError, match=r"cannot be compared|belong together"):
-            resample_mean_differences(first, second)
-    with pytest.raises(DataError, match="NaN"):
-        resample_mean_differences([one], [one * np.nan])
+@pytest.mark.parametrize(
+    ("names", "predictions", "labels", "space", "message"),
+    [
+        (["bleu"], [1], [1], TWO, "unknown metric: bleu"),
+        (["accuracy"], [1, 0], [1], TWO, "do not belong together"),
+        (["accuracy"], [], [], TWO, "no examples"),
+        (["pearson"], [np.nan, 1.0], [0.0, 1.0], VALUES, "1 of 2 predictions are NaN"),
+        (["pearson"], [np.inf, 1.0], [0.0, 1.0], VALUES, "1 of 2 predictions are NaN or infinite"),
+        (["accuracy"], [[np.inf, 1.0]], [0], TWO, "1 of 1 predictions are NaN or infinite"),
+        (["f1"], [[np.nan, 1.0], [0, 1]], [0, 1], TWO, "1 of 2 predictions are NaN or infinite"),
+        (["pearson"], [0.0, 1.0], [np.nan, 1.0], VALUES, "labels are NaN or infinite"),
+        (["f1"], [0, 2], [0, 1], TWO, "prediction 2 is none of the task's 2 classes"),
+        (["matthews"], [0, 1], [0, -1], TWO, "label -1 is none of the task's 2 classes"),
+        (["accuracy"], [0.5, 1.0], [0, 1], TWO, "prediction 0.5 is none"),
+        (["f1"], [0, 1], [0, 1], VALUES, "this is a regression"),
+    ],
+)
+def test_faults_are_named(
+    names: list[str], predictions: Any, labels: Any, space: LabelSpace, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        compute_metrics(names, predictions, labels, space)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import CheckpointError
@@ -23,6 +23,7 @@ from tests.conversion.dense_models import (
     tiny_model,
     token_batch,
 )
+from tests.inference.start_models import build_model
 
 WORDS = ["a", "fine", "film", "bad", "very", "not", "the", "story", "is", "dull"]
 SENTENCES = ["a very fine film", "the story is dull", "not bad"]
@@ -319,3 +320,52 @@ def test_weights_are_plain_safetensors_under_canonical_names(saved: Path) -> Non
     assert weights["bert.encoder.layer.0.intermediate.experts.w_in"].shape == (4, 4, 16)
     assert weights["bert.encoder.layer.0.intermediate.shared.w_in"].shape == (1, 4, 16)
     assert weights["bert.encoder.layer.0.intermediate.router.gate.weight"].shape == (4, 16)
+
+
+@pytest.mark.parametrize(("family", "converted"), [("bert", False), ("bert", True), ("t5", True)])
+def test_bodies_and_parts_of_models_come_back_in_another_process(
+    family: str, converted: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoModel, BertModel
+
+    config = tiny_model(family).config
+    torch.manual_seed(0)
+    body: Any = (
+        BertModel(config, add_pooling_layer=False)
+        if family == "bert"
+        else AutoModel.from_config(config)
+    )
+    plan = plan_partition(random_scores(body), num_experts=2, expert_size=16, num_shared_neurons=4)
+    model = dense_to_moe(body, plan, router="token_gate").eval() if converted else body.eval()
+    save_model(model, tmp_path / "model")
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 2]])}
+    ids |= {"decoder_input_ids": torch.tensor([[2, 5, 6]])} if config.is_encoder_decoder else {}
+    save_file(ids, tmp_path / "ids.safetensors")
+    with torch.no_grad():
+        expected = {"states": model(**ids).last_hidden_state}
+    save_file(expected, tmp_path / "expected.safetensors")
+    code = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from moe_dist.inference import load_model
+root = Path(sys.argv[1])
+ids, expected = (load_file(root / f"{name}.safetensors") for name in ("ids", "expected"))
+with torch.no_grad():
+    found = load_model(root / "model")(**ids).last_hidden_state
+torch.testing.assert_close(found, expected["states"])
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_bart_of_two_nameless_outputs_comes_back(converted: bool, tmp_path: Path) -> None:
+    model = build_model("bart").eval()
+    if converted:
+        plan = plan_partition(
+            random_scores(model), num_experts=2, expert_size=16, num_shared_neurons=4
+        )
+        model = dense_to_moe(model, plan, router="token_gate")
+    save_model(model, tmp_path / "model")
+    assert load_model(tmp_path / "model").config.num_labels == 2

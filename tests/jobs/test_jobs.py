@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 from moe_dist.config.objectives import ObjectivesConfig
-from moe_dist.data.metrics import compute_metrics
+from moe_dist.data.metrics import LabelSpace, compute_metrics
 from moe_dist.inference.saving import load_model
 from moe_dist.jobs.distill import DistillJob, distill_weights
 from moe_dist.jobs.finetune import FinetuneJob
@@ -92,6 +93,26 @@ def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> N
     assert series(records, "dev/accuracy")[0] == [48]
 
 
+def test_a_student_trained_in_bf16_is_measured_as_the_report_measures_it(
+    chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = chain["root"]
+    seen: set[tuple[bool, bool]] = set()
+    whole = BertForSequenceClassification.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", watched)
+    train = train_section(precision="bf16", max_steps=3)
+    fields = job_fields(root, "bf16", model=str(root / "bert"), train=train)
+    trained = FinetuneJob(**fields).run()
+    assert seen == {(True, True), (False, False)}
+    answered = PredictJob(**job_fields(root, "bf16-answers", model=trained["model"])).run()
+    assert trained["metrics"] == answered["metrics"]
+
+
 def test_many_experts_do_not_flood_the_log() -> None:
     many = [1 / (MAX_LOGGED_EXPERTS + 1)] * (MAX_LOGGED_EXPERTS + 1)
     assert load_metrics({"0": [0.25, 0.75], "1": many}) == {
@@ -135,7 +156,9 @@ def test_the_student_learns_and_predicts_alike_from_its_directory(chain: dict[st
     saved = load_predictions(root / "evaluate" / "student.npz")
     assert np.array_equal(saved.logits, answer["predictions"][""])
     assert np.array_equal(saved.sample_ids, np.arange(33))
-    assert compute_metrics(["accuracy"], saved.predictions, saved.labels) == answer["metrics"]
+    found = compute_metrics(["accuracy"], saved.predictions, saved.labels, LabelSpace(2))
+    assert found == answer["metrics"]
+    assert answer["metric_titles"] == {"accuracy": "accuracy"}
 
 
 def test_results_are_plain_json(chain: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from moe_dist.losses.adversarial import (
     r1_penalty,
     spectral_norm,
 )
+from moe_dist.tasks import TASK_KINDS
 
 
 def weights(num_features: int = 5) -> DiscriminatorWeights:
@@ -55,8 +56,8 @@ def test_extreme_scores_have_finite_losses_and_gradients() -> None:
     assert scores.grad is not None and bool(torch.isfinite(scores.grad).all())
     logits = torch.tensor([[1e5, -1e5]], requires_grad=True)
     vectors = torch.tensor([[1e5, -1e5, 0.0]], requires_grad=True)
-    for is_regression in (False, True):
-        features = discriminator_features(logits, vectors, is_regression=is_regression)
+    for kind in TASK_KINDS.values():
+        features = discriminator_features(kind.bounded(logits), vectors)
         features.sum().backward()
         assert bool((features.abs() < 10).all())
         assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())

@@ -10,14 +10,19 @@ import torch
 from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
 
 
+def balance(logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    """The loss of tokens that are a whole step."""
+    choices_E = torch.bincount(ids_TK.reshape(-1), minlength=logits_TE.shape[1]).float()
+    return load_balancing_loss(logits_TE.softmax(-1).sum(0), choices_E, ids_TK.shape[1])
+
+
 def test_even_routing_costs_one() -> None:
-    logits = torch.eye(4) * 5.0
-    assert float(load_balancing_loss(logits, torch.arange(4).unsqueeze(1))) == pytest.approx(1.0)
+    assert float(balance(torch.eye(4) * 5.0, torch.arange(4).unsqueeze(1))) == pytest.approx(1.0)
 
 
 def test_all_on_one_expert_costs_its_probability_times_the_experts() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0], [math.log(3.0), 0.0]])
-    loss = load_balancing_loss(logits, torch.zeros(2, 1, dtype=torch.long))
+    loss = balance(logits, torch.zeros(2, 1, dtype=torch.long))
     assert float(loss) == pytest.approx(2 * 0.75)
 
 
@@ -26,14 +31,28 @@ def test_two_experts_per_token_count_as_two_choices() -> None:
     ids = logits.topk(2).indices
     share = torch.bincount(ids.reshape(-1), minlength=3) / 12
     expected = 3 * float((logits.softmax(-1).mean(0) * share).sum())
-    assert float(load_balancing_loss(logits, ids)) == pytest.approx(expected, rel=1e-5)
+    assert float(balance(logits, ids)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_balancing_lowers_the_probability_of_the_crowded_expert() -> None:
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
-    load_balancing_loss(logits, torch.zeros(2, 1, dtype=torch.long)).backward()
+    balance(logits, torch.zeros(2, 1, dtype=torch.long)).backward()
     assert logits.grad is not None
     assert bool((logits.grad[:, 0] > 0).all()) and bool((logits.grad[:, 1] < 0).all())
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_parts_of_a_step_add_up(top_k: int) -> None:
+    """One part has all its tokens on one expert, and still counts by the whole step's shares."""
+    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    logits[:4, 1] += 9.0
+    ids = logits.topk(top_k).indices
+    choices_E = torch.bincount(ids.reshape(-1), minlength=3).float()
+    parts = [
+        load_balancing_loss(rows.softmax(-1).sum(0), choices_E, top_k)
+        for rows in (logits[:4], logits[4:])
+    ]
+    assert float(sum(parts)) == pytest.approx(float(balance(logits, ids)), rel=1e-6)
 
 
 def test_z_loss_by_hand() -> None:
@@ -58,16 +77,15 @@ def test_entropy_falls_as_the_choice_sharpens() -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
-    loss = router_z_loss(logits) + load_balancing_loss(logits, torch.zeros(2, 1).long())
+    loss = router_z_loss(logits) + balance(logits, torch.zeros(2, 1).long())
     loss = loss + router_entropy(logits)
     loss.backward()
     assert math.isfinite(float(loss))
     assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())
 
 
-def test_no_tokens_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        load_balancing_loss(torch.zeros(0, 2), torch.zeros(0, 1, dtype=torch.long))
+def test_no_tokens_cost_nothing_or_are_an_error() -> None:
+    assert float(load_balancing_loss(torch.zeros(2), torch.zeros(2))) == 0.0
     with pytest.raises(ValueError, match="at least one token"):
         router_z_loss(torch.zeros(0, 2))
     with pytest.raises(ValueError, match="at least one token"):

@@ -54,12 +54,6 @@ def test_loads_are_those_of_real_tokens() -> None:
     assert expert_load({"idle": torch.zeros(2)}) == {"idle": [0.0, 0.0]}
 
 
-def test_values_are_classes_or_the_single_output() -> None:
-    answers = evaluation.Predictions(torch.tensor([[0.1, 0.3], [0.9, 0.2]]))
-    assert answers.values(is_regression=False).tolist() == [1, 0]
-    assert answers.values(is_regression=True).tolist() == pytest.approx([0.1, 0.9])
-
-
 def test_the_mode_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert()
 

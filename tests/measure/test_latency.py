@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import multiprocessing
+import time
 from typing import Any
 
 import pytest
 import torch
 
-from moe_dist.measure.latency import measure_latency
+from moe_dist.measure.latency import (
+    Latency,
+    OtherWork,
+    Rounds,
+    measure_in_turn,
+    measure_latency,
+    watch_other_work,
+)
 
 
 def tiny_bert() -> Any:
@@ -85,3 +94,53 @@ def test_encoder_decoders_are_timed(family: str) -> None:
 def test_no_repeats_is_an_error() -> None:
     with pytest.raises(ValueError, match="repeats=0"):
         measure_latency(tiny_bert(), repeats=0)
+
+
+def test_models_take_turns_and_a_budget_ends_the_rounds() -> None:
+    models = {name: tiny_bert() for name in ("teacher", "student")}
+    order: list[str] = []
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: order.append(name))
+    rounds: list[tuple[int, int]] = []
+    found = measure_in_turn(
+        models,
+        Rounds(5, least=2, budget_s=0.0, repeats=2, num_warmups=1),
+        batch_sizes=(1,),
+        seq_len=4,
+        progress=lambda done, most: rounds.append((done, most)),
+    )
+    assert order == (["teacher"] * 3 + ["student"] * 3) * 2
+    assert rounds == [(1, 5), (2, 5)]
+    assert {name: len(timed[1].times_ms) for name, timed in found.items()} == {
+        "teacher": 4,
+        "student": 4,
+    }
+
+
+def test_a_disturbed_measurement_has_a_wide_spread_and_a_low_quantile_that_holds() -> None:
+    calm = Latency((12.0, 12.5, 12.1, 12.2, 12.4, 12.0))
+    busy = Latency((12.0, 560.0, 12.1, 700.0, 650.0, 590.0))
+    assert calm.spread < 0.1 and busy.spread > 0.5
+    assert busy.low_ms == pytest.approx(12.05) and busy.median_ms == 575.0
+
+
+def test_other_work_disturbs_where_it_needs_the_same_cores() -> None:
+    assert not OtherWork(num_cores=4, busy_cores=1.2).disturbs(num_threads=2)
+    assert OtherWork(num_cores=2, busy_cores=1.2).disturbs(num_threads=2)
+    assert not OtherWork(num_cores=2, busy_cores=0.2).disturbs(num_threads=2)
+
+
+def _work(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_the_work_of_another_process_is_seen() -> None:
+    other = multiprocessing.get_context("fork").Process(target=_work, args=(2.0,))
+    other.start()
+    with watch_other_work() as look:
+        time.sleep(1.5)
+        seen = look()
+    other.join()
+    assert seen.num_cores >= 1 and seen.busy_cores > 0.2

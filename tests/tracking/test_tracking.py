@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from urllib.parse import quote
 
 import pytest
 
@@ -25,10 +26,16 @@ from moe_dist.tracking import (
     redact_uri,
     scrub,
 )
+from moe_dist.tracking.connection import usable
+from moe_dist.tracking.mlflow_store import MlflowStore
 from moe_dist.tracking.sender import Sender
+from moe_dist.uris import absolute_sqlite
+from pipelines.console import Console
 from tests.tracking.servers import Server
 
 mlflow = pytest.importorskip("mlflow")
+make_url = pytest.importorskip("sqlalchemy.engine").make_url
+variables = pytest.importorskip("mlflow.environment_variables")
 
 CONFIG = {
     "name": "demo",
@@ -168,37 +175,18 @@ def test_other_fingerprint_begins_another_run(
     assert len(child_runs(client, chain.run_id)) == 2
 
 
-def test_chain_goes_on_where_only_workers_or_comparisons_change(
+def test_chain_goes_on_where_only_other_settings_than_its_identity_change(
     tracker: Tracker, client: Any, tmp_path: Path
 ) -> None:
-    first = {
-        "seed": 0,
-        "compare": "{}",
-        "output_dir": "outputs",
-        "parallel.num_workers": 1,
-        "tracking.uri": "sqlite:///a.db",
-        "train.batch_size": 8,
-        "train.checkpoint_every": 5,
-        "train.eval_every": 5,
-        "train.log_every": 5,
-    }
+    own = {"seed": 0, "train": {"batch_size": 8}}
+    first = {"seed": 0, "train.batch_size": 8, "parallel.num_workers": 1}
     with (
-        tracker.chain("x", tmp_path, params=first) as chain,
+        tracker.chain("x", tmp_path, params=first, identity=own) as chain,
         chain.stage("distill", tmp_path / "distill", fingerprint="f"),
     ):
         pass
-    changed = {
-        **first,
-        "compare": '{"dense": {}}',
-        "output_dir": "elsewhere",
-        "parallel.num_workers": 2,
-        "parallel.zero": 1,
-        "tracking.uri": "sqlite:///b.db",
-        "train.checkpoint_every": 7,
-        "train.eval_every": 7,
-        "train.log_every": 7,
-    }
-    with tracker.chain("x", tmp_path, params=changed) as again:
+    changed = {**first, "parallel.num_workers": 2, "parallel.zero": 1}
+    with tracker.chain("x", tmp_path, params=changed, identity=own) as again:
         pass
     assert again.run_id == chain.run_id
     run = client.get_run(chain.run_id)
@@ -206,8 +194,8 @@ def test_chain_goes_on_where_only_workers_or_comparisons_change(
     assert run.data.params["parallel.num_workers"] == "1"
     assert run.data.params["parallel.zero"] == "1"
     assert run.data.tags["changed.parallel.num_workers"] == "2"
-    for key in ("seed", "train.batch_size"):
-        with tracker.chain("x", tmp_path, params={**changed, key: 99}) as other:
+    for name, identity in (("x", {**own, "seed": 99}), ("another", own)):
+        with tracker.chain(name, tmp_path, params=changed, identity=identity) as other:
             pass
         assert other.run_id != chain.run_id
 
@@ -272,11 +260,31 @@ def test_parent_left_running_by_a_killed_driver_is_closed(
             assert client.get_run(chain.run_id).info.status == "FINISHED"
 
 
-def test_open_hint_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/my runs/ml'flow.db"
-    with build_tracker(uri).chain("x", tmp_path, params={}) as chain:
+@pytest.mark.parametrize(
+    "name", ["my runs/ml'flow", "x #1", "100%", "a%20b", "what?", "me@home", "br[red]ackets :x:"]
+)
+def test_open_hint_can_be_pasted_into_a_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    database = tmp_path / name / "flow.db"
+    uri = absolute_sqlite(f"sqlite:///{quote(str(database))}")
+    with build_tracker(uri).chain("x", tmp_path / "run", params={}) as chain:
         hint = chain.open_hint()
-    assert shlex.split(hint) == ["mlflow", "ui", "--backend-store-uri", uri]
+    assert database.is_file()
+    Console().result(f"MLflow: {hint}")
+    command = shlex.split(capsys.readouterr().out.removeprefix("MLflow: "))
+    assert command[:3] == ["mlflow", "ui", "--backend-store-uri"]
+    (store,) = command[3:]
+    assert make_url(store).database == str(database)
+    client = mlflow.MlflowClient(tracking_uri=store)
+    assert client.get_run(chain.run_id).data.params == {}
+
+
+def test_a_hint_hides_the_password_alone() -> None:
+    store = MlflowStore.__new__(MlflowStore)
+    store.shown_uri = store._uri = "postgresql://ann:pw@db/x?sslmode=require"
+    expected = "mlflow ui --backend-store-uri 'postgresql://***@db/x?sslmode=require'"
+    assert store.run_location("1") == expected
 
 
 def test_failed_stage_is_marked(tracker: Tracker, client: Any, tmp_path: Path) -> None:
@@ -371,6 +379,23 @@ def test_flatten_and_scrub() -> None:
     assert redact_uri("postgresql://u:p@db:5432/x?sslkey=a") == "postgresql://db:5432/x"
     assert redact_uri("http://u:p/a?b@host:80/x") == "http://host:80/x"
     assert redact_uri("mlflow.db") == "mlflow.db"
+    assert redact_uri("sqlite:////home/a@b/x #1/m.db?mode=ro") == "sqlite:////home/a@b/x #1/m.db"
+
+
+@pytest.mark.parametrize("given", [{}, {"TIMEOUT": "20"}, {"TIMEOUT": "120", "MAX_RETRIES": "3"}])
+def test_timeouts_of_the_user_are_kept(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name in ("TIMEOUT", "MAX_RETRIES"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "")  # so that it is restored
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}")
+    for name, value in given.items():
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    for _ in range(2):
+        with usable("http://127.0.0.1:9"):
+            assert variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == int(given.get("TIMEOUT", 4))
+        assert variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == int(given.get("TIMEOUT", 20))
+        assert variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == int(given.get("MAX_RETRIES", 0))
 
 
 @pytest.fixture

@@ -17,9 +17,11 @@ from moe_dist.training.objectives import (
     ObjectiveSettings,
     chosen_objectives,
     objective_weights,
+    pair_stacks,
     pair_states,
 )
 from moe_dist.training.step import distill_terms, freeze
+from tests.inference.start_models import build_model
 from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
 
 ALL: dict[str, Any] = {row.weight_key: 1.0 for row in OBJECTIVES.values()}
@@ -185,3 +187,38 @@ def test_nothing_is_added_where_nothing_is_needed() -> None:
     assert not companion.state_dict()
     only = build_companion(tiny_bert(), teacher, losses(mapping_weight=1.0), num_pairs=3)
     assert len(list(only.parameters())) == 3
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("all", ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4))),
+        ("last", ((1, 1), (4, 4))),
+        (2, ((1, 1), (2, 2), (4, 4))),
+    ],
+)
+def test_states_of_two_stacks_meet_stack_by_stack(
+    which: str | int, expected: tuple[tuple[int, int], ...]
+) -> None:
+    assert pair_stacks((1, 2), which) == expected
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_hidden_loss_is_the_sum_over_both_stacks(family: str) -> None:
+    teacher, student = build_model(family).eval(), build_model(family).eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    end = student.config.eos_token_id
+    ids = torch.tensor([[5, 6, 7, end], [8, end, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    terms = distill_terms(student, teacher, batch | {"labels": torch.tensor([0, 1])}).terms
+    with torch.no_grad():
+        own, other = (model(**batch, output_hidden_states=True) for model in (student, teacher))
+    real = batch["attention_mask"].bool()
+    expected = sum(
+        (a[real] - b[real]).square().sum() / 16
+        for name in ("encoder_hidden_states", "decoder_hidden_states")
+        for a, b in zip(own[name], other[name], strict=True)
+    )
+    torch.testing.assert_close(terms["hidden_mse"].sum, expected)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
+from moe_dist.losses.router import router_entropy, router_z_loss
 from moe_dist.moe.routing import record_routing
+from moe_dist.training.balance import balance_term, count_choices, sum_choices
 from moe_dist.training.step import (
     StepTerms,
     distill_terms,
@@ -85,6 +86,9 @@ def test_padding_changes_no_term_and_no_count(router: str) -> None:
     narrow = distill_terms(student, teacher, batch, **EVERYTHING)
     wide = distill_terms(student, teacher, padded(batch, 5), **EVERYTHING)
     assert values(wide) == pytest.approx(values(narrow), rel=1e-4)
+    assert set(wide.gate_sums) == set(narrow.gate_sums)
+    for name, gate in narrow.gate_sums.items():
+        torch.testing.assert_close(wide.gate_sums[name].probability_E, gate.probability_E)
     for name, counts in narrow.tokens_per_expert.items():
         assert torch.equal(counts, wide.tokens_per_expert[name])
         assert counts.sum().item() == batch["attention_mask"].sum().item()
@@ -100,10 +104,17 @@ def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
     num_tokens = int(mask.sum())
     logits = [entry.routing.logits[mask] for entry in record.entries]  # type: ignore[index]
     ids = [entry.routing.expert_ids[mask] for entry in record.entries]
-    found = values(distill_terms(student, teacher, batch, **EVERYTHING))
-    balance = sum(load_balancing_loss(x, i).item() for x, i in zip(logits, ids, strict=True)) / 2
+    computed = distill_terms(student, teacher, batch, **EVERYTHING)
+    found = values(computed)
+    shares = [torch.bincount(one.reshape(-1), minlength=4) / num_tokens for one in ids]
+    balance = [
+        4 * (one.softmax(-1).mean(0) * share_E).sum().item()
+        for one, share_E in zip(logits, shares, strict=True)
+    ]
+    term = balance_term(computed.gate_sums, computed.tokens_per_expert)
+    assert term.count_kind == "steps"
+    assert term.sum.item() == pytest.approx(sum(balance) / 2, rel=1e-5)
     z_loss = sum(router_z_loss(x).item() for x in logits) / 2
-    assert found["load_balancing"] == pytest.approx(balance * num_tokens, rel=1e-5)
     assert found["z_loss"] == pytest.approx(z_loss * num_tokens, rel=1e-5)
     entropy = sum(router_entropy(x).item() for x in logits) / 2
     assert found["router_entropy"] == pytest.approx(entropy * num_tokens, rel=1e-5)
@@ -111,8 +122,9 @@ def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
 
 def test_hash_routing_has_no_router_terms() -> None:
     student, teacher = pair(router="hash_random")
-    terms = distill_terms(student, teacher, tiny_batch(), **EVERYTHING).terms
-    assert set(terms) == {"task", "prediction_kl", "hidden_mse"}
+    computed = distill_terms(student, teacher, tiny_batch(), **EVERYTHING)
+    assert set(computed.terms) == {"task", "prediction_kl", "hidden_mse"}
+    assert computed.gate_sums == {}
 
 
 def test_hidden_states_are_asked_for_only_where_they_count() -> None:
@@ -184,3 +196,19 @@ def test_routing_sums_tell_of_entropy_and_drops() -> None:
     assert len(limited.routing_sums) == 2
     hashed = pair(router="hash_random")[0]
     assert finetune_terms(hashed, batch).routing_sums == {}
+
+
+def test_choices_are_counted_as_the_step_will_make_them() -> None:
+    """With dropout too, if the generator stands where the step will start."""
+    student = tiny_student(tiny_bert(dropout=0.5)).train()
+    batches = [tiny_batch(), tiny_batch(tiny_data(seed=4))]
+    torch.manual_seed(8)
+    counted = sum_choices([count_choices(student, batch) for batch in batches])
+    torch.manual_seed(8)
+    made = sum_choices([finetune_terms(student, batch).tokens_per_expert for batch in batches])
+    torch.manual_seed(9)
+    other = sum_choices([count_choices(student, batch) for batch in batches])
+    assert counted.keys() == made.keys()
+    assert all(torch.equal(counted[name], made[name]) for name in made)
+    assert any(not torch.equal(counted[name], other[name]) for name in made)
+    assert all(parameter.grad is None for parameter in student.parameters())

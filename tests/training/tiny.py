@@ -55,7 +55,9 @@ def tiny_batches(encoded: Encoded | None = None, **changes: Any) -> TrainBatches
     return TrainBatches(encoded if encoded is not None else tiny_data(), **options)
 
 
-def tiny_student(teacher: Any, *, router: str = "token_gate", num_experts: int = 4) -> Any:
+def tiny_student(
+    teacher: Any, *, router: str = "token_gate", num_experts: int = 4, **options: Any
+) -> Any:
     """The teacher's neurons split over experts of 12, of which 8 are tied."""
     from moe_dist.conversion import dense_to_moe, plan_partition
 
@@ -63,7 +65,7 @@ def tiny_student(teacher: Any, *, router: str = "token_gate", num_experts: int =
     plan = plan_partition(
         scores, num_experts=num_experts, expert_size=12, num_shared_neurons=8, tie_shared=True
     )
-    return dense_to_moe(teacher, plan, router=router)
+    return dense_to_moe(teacher, plan, router=router, **options)
 
 
 def tiny_batch(encoded: Encoded | None = None) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_dist.data.metrics import Interval
+from moe_dist.data.bootstrap import Interval
 from pipelines.benchmarks import search as benchmark
 from pipelines.benchmarks.search import (
     SearchBenchmark,
@@ -30,7 +30,7 @@ def test_the_ratio_counts_everything_beside_the_training() -> None:
 def test_the_table_and_the_verdicts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worse = Interval(difference=-0.01, low=-0.03, high=0.01, p_value=0.4, confidence=0.95)
+    worse = Interval(difference=-0.01, low=-0.03, high=0.01, p_value=0.4, bootstrap=(-0.03, 0.01))
     found = SearchFigures(figures("none", 90.0, 400), figures("asha", 40.0, 160), worse)
     Console(width=120).print(to_table(found))
     printed = capsys.readouterr().out
@@ -42,7 +42,9 @@ def test_the_table_and_the_verdicts(
     assert "asha: 12.0 s before the first trial" in printed
     assert "2.25 × the training time" in printed and "2 × is missed" in printed
     assert "ASHA took 40 % of the steps" in printed and printed.endswith("is reached")
-    clearly = Interval(difference=-0.03, low=-0.05, high=-0.01, p_value=0.01, confidence=0.95)
+    clearly = Interval(
+        difference=-0.03, low=-0.05, high=-0.01, p_value=0.01, bootstrap=(-0.05, -0.01)
+    )
     assert not SearchFigures(found.whole, found.asha, clearly).is_as_good
     assert SearchFigures(found.whole, found.asha).is_as_good
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
+from moe_dist.config.kinds import settings_of_kind
 from moe_dist.tracking import RunReader, build_tracker
 from pipelines.chain.chain import run_chain
 from pipelines.chain.recording import chain_tags
@@ -75,7 +76,9 @@ def test_a_sweep_is_found_by_the_tags_of_its_chains(
     tags = sweep_tags(config)
     assert tags["cluster"] == "http://head:8265" and tags == sweep_tags(elsewhere)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    with build_tracker(store).chain("tiny", tmp_path / "run", params=config.flatten()):
+    with build_tracker(store).chain(
+        "tiny", tmp_path / "run", params=config.flatten(), identity=settings_of_kind(config)
+    ):
         pass
     (run,) = RunReader(store).search(parents_only=True)
     assert run.tags["recipe_hash"] == tags["recipe_hash"]

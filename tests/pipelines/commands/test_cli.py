@@ -64,6 +64,21 @@ def test_a_missing_data_file_leaves_nothing_behind(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("command", ["compress", "preflight"])
+@pytest.mark.parametrize("existing", ["outputs", "outputs/tiny", "above"])
+def test_empty_directories_that_were_there_before_stay(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, command: str, existing: str
+) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / existing).mkdir(parents=True)
+    if existing == "above":
+        tiny_settings["output_dir"] = str(tmp_path / "above/new/outputs")
+    recipe = write_recipe(tiny_settings)
+    before = {path for path in tmp_path.rglob("*") if path.is_dir()}
+    assert run(command, recipe).exit_code != 0
+    assert {path for path in tmp_path.rglob("*") if path.is_dir()} == before
+
+
 @pytest.mark.parametrize("command", ["compress", "distill"])
 def test_experts_that_do_not_fit_the_model_are_found_before_training(
     write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, command: str

@@ -12,6 +12,7 @@ from pipelines.chain.stage import StageResult
 from pipelines.report.report import (
     build_report,
     headline_metrics,
+    latency_lines,
     nearness_lines,
     quantity,
     to_markdown,
@@ -29,6 +30,8 @@ def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str,
         "flops_per_token": 2.1e7,
         "ffn_flops_per_token": ffn,
         "latency_ms": {"1": 4.2, "32": 101.0},
+        "latency_low_ms": {"1": 4.1, "32": 99.0},
+        "latency_spread": {"1": 0.1, "32": 0.05},
     }
     if before is not None:
         made["metrics_before_distillation"] = {"accuracy": before}
@@ -52,6 +55,7 @@ def report() -> dict[str, Any]:
         "num_dev_samples": 1500,
         "seq_len": 64,
         "num_threads": 2,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -181,9 +185,77 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(
     entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
     sentence = verdict("dense", entry, 1500)
     assert sentence.startswith(f"{claim} (accuracy of student minus dense: {middle:+.4f}, 95 %")
+    assert "one training run of each" in sentence
 
 
 def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
     assert report["verdicts"] == {"dense": verdict_lines(report)[0]}
     verdicts = {"teacher": "t", "dense": "d", "gate": "g"}
     assert verdict_lines({"verdicts": verdicts}) == ["d", "g", "t"]
+
+
+def undefined_report(teacher: float | None, student: float | None) -> dict[str, Any]:
+    """A report on one metric of two classes, None where it is undefined."""
+    config: Any = SimpleNamespace(
+        name="odd", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
+    )
+    models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
+    for name, value in (("teacher", teacher), ("student", student)):
+        models[name]["metrics"] = {"f1": value}
+        if value is None:
+            models[name]["undefined"] = {"f1": f"f1 of ok of {name} is undefined: all is fraud"}
+    models["student"]["metrics_before_distillation"] = {"f1": None}
+    gap: dict[str, Any] = {"metric": "f1", "difference": None, "low": None, "high": None}
+    details = {
+        "main_metric": "f1",
+        "metric_titles": {"f1": "f1 of ok"},
+        "classes": {"names": ["fraud", "ok"], "positive": 1},
+        "num_dev_samples": 15,
+        "seq_len": 64,
+        "num_threads": 2,
+        "models": models,
+        "differences": {"teacher": gap | {"undefined": "f1 of ok of student is undefined: x"}},
+        "data": {"name": "cards", "digest": "d"},
+    }
+    return build_report(config, {"evaluate": result("evaluate", details)}, run_id=None)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "why"),
+    [
+        (None, 0.5, "the teacher's f1 of ok is undefined"),
+        (0.5, None, "the student's f1 of ok is undefined"),
+        (-0.2, -0.19, "the teacher's f1 of ok is -0.2"),
+        (0.0, 0.3, "the teacher's f1 of ok is 0"),
+    ],
+)
+def test_what_is_undefined_is_null_with_a_sentence(
+    teacher: float | None, student: float | None, why: str
+) -> None:
+    made = undefined_report(teacher, student)
+    assert made["retention"] is made["student"]["retention"] is None
+    assert why in made["student"]["undefined"]["retention"]
+    assert made["verdicts"]["teacher"].startswith("student and teacher cannot be compared: f1 of")
+    shown = headline_metrics(made)
+    assert "retention" not in shown and ("student/f1" in shown) == (student is not None)
+    text = to_markdown(made)
+    assert f"- student: retention is undefined: {why}" in text
+    assert "| dev f1 of ok |" in text and "| undefined |" in text
+    assert to_tables(made)
+
+
+def test_resamples_that_were_left_out_are_counted() -> None:
+    found = {"metric": "f1", "difference": 0.1, "low": 0.0, "high": 0.2, "num_undefined": 7}
+    assert "7 resamples where it is undefined are left out" in verdict("dense", found, 60)
+
+
+def test_latencies_that_cannot_be_judged_are_named(report: dict[str, Any]) -> None:
+    assert latency_lines(report) == []
+    assert "cannot be judged" not in to_markdown(report)
+    assert "4.20 (4.10)" in to_markdown(report)
+    report["student"]["latency_spread"]["32"] = 0.51
+    report["other_work"] = {"num_cores": 2, "busy_cores": 1.83, "disturbs": True}
+    wide, beside = latency_lines(report)
+    assert "cannot be judged" in wide and "student at batch 32 (51 %)" in wide
+    assert "teacher" not in wide and "1.8 of 2 cores" in beside
+    assert "**Latency cannot be judged" in to_markdown(report)

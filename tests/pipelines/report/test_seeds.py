@@ -15,7 +15,7 @@ from moe_dist.errors import DataError, MissingInputError
 from moe_dist.jobs.results import save_predictions
 from pipelines.cli import app
 from pipelines.report.nearness import Imitation, save_imitation
-from pipelines.report.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown
+from pipelines.report.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown, to_plain
 
 NUM_EXAMPLES = 200
 
@@ -226,3 +226,43 @@ def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["seeds", str(tmp_path)])
     assert result.exit_code != 0
     assert "holds no finished run" in result.output
+
+
+def test_student_t_over_seeds_stands_beside_the_bootstrap(tmp_path: Path) -> None:
+    rows = compare_seeds(seeds_of(tmp_path, [140, 160, 180]), ["dense"])
+    found = next(row for row in rows if row.label == "student").differences["dense"]
+    assert found is not None and found.over_seeds is not None
+    # By seed -0.05, +0.05 and +0.15: 4.303 standard errors of 0.1 / sqrt(3).
+    assert found.over_seeds == pytest.approx((0.05 - 0.2484, 0.05 + 0.2484), abs=1e-3)
+    assert (found.low, found.high) == found.over_seeds
+    table = to_markdown(rows)
+    assert "| +5.0 (-19.8 to +29.8) | " in table and "| -19.8 to +29.8 |" in table
+    assert "the bootstrap alone covers too little" in table
+    assert "one training run" not in table.casefold()
+
+
+def test_one_seed_is_called_one_training_run(tmp_path: Path) -> None:
+    table = to_markdown(compare_seeds(seeds_of(tmp_path, [160]), ["dense"]))
+    assert "| one training run |" in table and "may be the luck of that run" in table
+
+
+def test_what_is_undefined_for_a_seed_is_said(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "odd", right={"teacher": 180, "student": 160})
+    report = json.loads((directory / "report.json").read_text())
+    report |= {"main_metric": "f1", "classes": {"names": ["ok", "fraud"], "positive": 0}}
+    (directory / "report.json").write_text(json.dumps(report))
+    assert read_one(directory).title == "f1 of ok"
+    for name in ("teacher", "student"):
+        save_predictions(
+            directory / "evaluate" / "predictions" / f"{name}.npz",
+            logits=torch.zeros(6, 2),
+            predictions=torch.tensor([0, 1, 1, 1, 1, 1]),
+            labels=np.ones(6, int),
+            sample_ids=list("abcdef"),
+        )
+    rows = compare_seeds([read_one(directory)])
+    assert np.isnan(rows[1].quality) and rows[1].retention is None
+    assert rows[1].differences == {"teacher": None}
+    assert to_plain(rows[1])["quality"] is None
+    assert rows[1].undefined is not None and "none of the 6 labels is 'ok'" in rows[1].undefined
+    assert to_markdown(rows).count("undefined") >= 5

@@ -50,6 +50,14 @@ def test_values_at_axes_are_short() -> None:
     ]
 
 
+def test_neighbours_at_an_axis_read_differently() -> None:
+    values = ticks(11_065_000.0, 11_066_000.0)
+    texts = [tick(value, values[1] - values[0]) for value in values]
+    assert texts == ["11.065M", "11.0652M", "11.0654M", "11.0656M", "11.0658M", "11.066M"]
+    dots = [Dot(name, x, 0.8, "#000") for name, x in (("a", 11_065_000.0), ("b", 11_066_000.0))]
+    assert ">11.0655M<" in scatter(dots, x_label="FLOPs")
+
+
 def test_loads_are_coloured_by_their_distance_from_an_even_share() -> None:
     assert shade(1.0) == "#ffffff"
     assert shade(0.0) != shade(0.6) != shade(1.0) != shade(1.6) != shade(4.0)

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from moe_dist.config import load_config
+from moe_dist.data.tasks import TASKS
 from moe_dist.search.objectives import parse_goals
 from moe_dist.search.trials import Report, Trial, rank_trials
 from pipelines.search import sweep as sweeping
@@ -32,7 +33,8 @@ def tried(number: int, retention: float, flops: float, **overrides: Any) -> Tria
 
 
 def sweep_of(*trials: Trial) -> Any:
-    return SweepResult(None, Path(), {trial.number: trial for trial in trials}, 0.0, {})  # type: ignore[arg-type]
+    by_number = {trial.number: trial for trial in trials}
+    return SweepResult(None, Path(), by_number, 0.0, {}, TASKS["sst2"])  # type: ignore[arg-type]
 
 
 def test_the_cheapest_that_keeps_the_goal_is_named() -> None:
@@ -183,3 +185,27 @@ def test_the_curve_of_the_best_is_that_of_the_report(
     best = rank_trials(trials, "flops", "min")[0]
     plots.plot_curves(trials, "flops", tmp_path / "curves.png", best=best.number)
     assert drawn == ["the recipe as it stands", "trial 1, the best"]
+
+
+@pytest.mark.parametrize("narrow", [4e5, 4e2])
+def test_costs_at_an_axis_have_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: float
+) -> None:
+    from pipelines.search import plots
+
+    read: list[tuple[str, list[str]]] = []
+
+    def keep(figure: Any, path: Path) -> Path:
+        figure.canvas.draw()
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+            texts = [label.get_text() for label in axis.get_ticklabels()]
+            read.append((axis.get_offset_text().get_text(), texts))
+        return path
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    trials = [tried(n, 0.998 + n / 1e4, 11_065_000.0 + n * narrow) for n in range(3)]
+    plots.plot_fronts(trials, "retention", ["flops"], tmp_path / "pareto.png")
+    (x_offset, flops), (y_offset, retentions) = read
+    assert x_offset == y_offset == ""
+    assert all(text.endswith(" M") for text in flops) and len(set(flops)) == len(flops) >= 2
+    assert all(text.startswith(("0.99", "1.0")) for text in retentions)

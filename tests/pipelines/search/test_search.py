@@ -19,7 +19,7 @@ from pipelines.chain.files import ResultFiles
 from pipelines.search import sweep as sweeping
 from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import search_recipe
-from pipelines.search.trial import TrialRunner
+from pipelines.search.trial import TeacherFacts, TrialRunner
 from pipelines.search.trial_watch import Supervisor
 from tests.pipelines.recorder import Recorder
 from tests.pipelines.sweeps import finish, in_this_process, settings
@@ -366,3 +366,25 @@ def test_a_dry_run_asks_the_data_for_the_metric(write_recipe: Write, settings: A
     assert done.exit_code == 2 and "f1 is no metric of these data" in done.output
     done = CliRunner().invoke(app, [*wanted, "--set", "data.train=elsewhere.jsonl"])
     assert done.exit_code == 0 and "not known: whether the data have" in done.output
+
+
+def test_a_metric_that_no_trial_could_have_is_refused(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    dev = tmp_path / "dev.jsonl"
+    rows = [line for line in dev.read_text().splitlines() if '"positive"' in line]
+    dev.write_text("\n".join(rows) + "\n")
+    settings["data"]["metrics"] = ["matthews", "accuracy"]
+    with pytest.raises(ConfigError, match="matthews is undefined on the dev rows"):
+        search_recipe(load_config(write_recipe(settings)), Recorder(), finish)
+
+
+@pytest.mark.parametrize("quality", [-0.1, 0.0, float("nan")])
+def test_a_share_of_what_a_teacher_does_not_have_is_refused(
+    write_recipe: Write, settings: dict[str, Any], quality: float
+) -> None:
+    settings["search"]["metric"] = "retention"
+    config = load_config(write_recipe(settings))
+    with pytest.raises(ConfigError, match="retention is undefined"):
+        sweeping.check_retention(config, {"own": TeacherFacts("", "", quality)})
+    sweeping.check_retention(config, {"own": TeacherFacts("", "", 0.5)})

@@ -14,7 +14,6 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model
 from moe_dist.metric_log import MetricLog
 from pipelines.chain.chain import plan_steps, run_chain
-from pipelines.chain.payloads import distill_settings
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.sizes import derive_sizes
 from tests.pipelines.recorder import Recorder
@@ -110,26 +109,6 @@ def test_the_chain_makes_measures_and_reports_small_students(
     )
     assert again.ran == ["distill"]
     assert again.skipped == ["finetune-teacher", "score-importance", "shrink", "adapt"]
-
-
-def test_losses_that_are_off_leave_a_result_as_it_is(
-    write_recipe: Write, tiny_settings: dict[str, Any]
-) -> None:
-    plain = load_config(write_recipe(tiny_settings)).distill
-    assert set(distill_settings(plain)) == {
-        "task_weight",
-        "hidden_weight",
-        "kl_weight",
-        "load_balancing_weight",
-        "z_loss_weight",
-        "temperature",
-        "warmup_fraction",
-    }
-    recipe = write_recipe(tiny_settings)
-    calm = load_config(recipe, ["distill.dropout=0"]).distill
-    assert distill_settings(calm)["dropout"] == 0
-    played = load_config(recipe, ["distill.adversarial_weight=1"]).distill
-    assert {"adversarial_regularizer", "alignment_pooling"} <= set(distill_settings(played))
 
 
 @pytest.mark.parametrize(

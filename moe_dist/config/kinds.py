@@ -1,0 +1,87 @@
+"""What kind of setting each key is, read from the one place that says so: its field.
+
+`learning`: what is learned, or what it is measured on. A change redoes the stages that read it,
+and is another run for the tracking server. `placement`: where and how the work is done; a result
+fits any of them. `observation`: what is watched, recorded or put beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from moe_dist.config.sections import Section
+
+Kind = Literal["learning", "placement", "observation"]
+
+
+def settings_of_kind(section: Section, kind: Kind = "learning") -> dict[str, Any]:
+    """Give the settings of one kind.
+
+    Args:
+        section: a section, or a whole recipe.
+        kind: which.
+
+    Returns:
+        Plain values; sections that have none are left out.
+    """
+    plain = section.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            inner = settings_of_kind(value, kind)
+            found |= {name: inner} if inner else {}
+        elif kind_of(type(section), name) == kind:
+            found[name] = plain[name]
+    return found
+
+
+def kind_of(section: type[Section], name: str) -> Kind:
+    """Say what kind of setting a field is.
+
+    Args:
+        section: its section.
+        name: of the field, which is no section itself.
+
+    Returns:
+        What the field is marked as, else its section.
+    """
+    kind: Kind = _mark(section, name).get("kind", section.setting_kind)
+    return kind
+
+
+def keys_of(section: type[Section]) -> Iterator[tuple[str, type[Section], str]]:
+    """Go through the keys of a section and of those in it.
+
+    Args:
+        section: such as `RunConfig`.
+
+    Yields:
+        The dotted name, the section that holds the field, and the field's name there.
+    """
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from ((f"{name}.{dotted}", owner, own) for dotted, owner, own in keys_of(inner))
+        else:
+            yield name, section, name
+
+
+def in_flight_meaning(section: type[Section], name: str) -> str:
+    """Say what a field is that may change while a distillation runs.
+
+    Args:
+        section: its section.
+        name: of the field.
+
+    Returns:
+        What its new value means; empty for a field that may not.
+    """
+    meaning: str = _mark(section, name).get("in_flight", "")
+    return meaning
+
+
+def _mark(section: type[Section], name: str) -> dict[str, Any]:
+    extra = section.model_fields[name].json_schema_extra
+    return extra if isinstance(extra, dict) else {}
