@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 NAME = "adapt"
 UNFITTED = "unfitted"
 """Where the student waits for its outputs to be fitted, inside the stage's directory."""
-NEEDS = (finetune_teacher.NAME, score_importance.NAME)
 # What only routed experts have.
 _ROUTING_KEYS = frozenset(
     {

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..workspace import Workspace
 
 NAME = "evaluate"
-NEEDS = (finetune_teacher.NAME, adapt.NAME, distill.NAME)
 TEACHER = "teacher"
 STUDENT = "student"
 PREDICTIONS = "predictions"

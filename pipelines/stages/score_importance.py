@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
 NAME = "score-importance"
-NEEDS = (finetune_teacher.NAME,)
 BATCH_SIZE = 32
 
 
