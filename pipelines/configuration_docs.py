@@ -114,9 +114,8 @@ def _table(prefix: str, section: type[Section], names: list[str]) -> str:
     for name in names:
         field = section.model_fields[name]
         meaning = (field.description or "").replace("|", "\\|")
-        kind = kind_of(section, name)
-        if in_flight_meaning(section, name):
-            kind += ", in flight"
+        in_flight = ", in flight" if in_flight_meaning(section, name) else ""
+        kind = f"{kind_of(section, name)}{in_flight}"
         lines.append(
             f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {kind} | {meaning} |"
         )
