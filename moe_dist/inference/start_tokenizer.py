@@ -84,7 +84,7 @@ def fit_tokenizer(tokenizer: Any, model: Any) -> list[str]:
             to pad with, or does not end texts as the model needs it.
     """
     _check_size(tokenizer, model)
-    _check_end(tokenizer, model)
+    check_end(tokenizer, model, "a")
     config = model.config
     lines = []
     if tokenizer.pad_token_id is None:
@@ -108,6 +108,31 @@ def fit_tokenizer(tokenizer: Any, model: Any) -> list[str]:
         )
     config.pad_token_id = tokenizer.pad_token_id
     return lines
+
+
+def check_end(tokenizer: Any, model: Any, *texts: str) -> None:
+    """See that a sample ends as a model needs it which reads its answer there.
+
+    Args:
+        tokenizer: the model's own.
+        model: its configuration is read, and no weights.
+        *texts: one text, or a pair.
+
+    Raises:
+        ConversionError: if the tokenizer does not put the end token there.
+    """
+    if model.config.model_type not in _READS_AT_EOS:
+        return
+    end = model.config.eos_token_id
+    ids = tokenizer(*texts)["input_ids"]
+    if not ids or ids[-1] != end:
+        sample = "pair of texts" if len(texts) > 1 else "text"
+        raise ConversionError(
+            f"model.teacher: the model reads its answer at the end-of-sequence token {end}, and "
+            f"its tokenizer does not put that at the end of a {sample}",
+            remedy="set eos_token_id in config.json to the tokenizer's, and let the tokenizer add "
+            "it: tokenizers call that its post-processor",
+        )
 
 
 def unknown_share(tokenizer: Any, texts: Iterable[str]) -> float:
@@ -140,17 +165,4 @@ def _check_size(tokenizer: Any, model: Any) -> None:
             f"has embeddings ({num_embeddings})",
             remedy="give the model an embedding for each: "
             "model.resize_token_embeddings(len(tokenizer)); model.save_pretrained(DIRECTORY)",
-        )
-
-
-def _check_end(tokenizer: Any, model: Any) -> None:
-    if model.config.model_type not in _READS_AT_EOS:
-        return
-    end = model.config.eos_token_id
-    if tokenizer("a")["input_ids"].count(end) != 1:
-        raise ConversionError(
-            f"model.teacher: the model reads its answer at the end-of-sequence token {end}, and "
-            "its tokenizer does not put that at the end of a text",
-            remedy="set eos_token_id in config.json to the tokenizer's, and let the tokenizer add "
-            "it: tokenizers call that its post-processor",
         )

@@ -173,12 +173,14 @@ def check_start_model(workspace: Workspace, rows: Rows) -> None:
         ConversionError: if they do not fit.
     """
     from moe_dist.inference.pretrained import check_pretrained
-    from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, unknown_share
+    from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, check_end, unknown_share
     from moe_dist.jobs.job_data import label_names
 
     start = check_pretrained(
         workspace.start_model, num_labels=rows.num_labels, label_names=label_names(rows)
     )
+    if any(splits.train[0]["text_b"] is not None for splits in rows.parts.values()):
+        check_end(start.tokenizer, start.model, "a", "b")
     for line in start.notes:
         workspace.console.note(f"start model: {line}")
     for line in start.warnings:

@@ -107,3 +107,21 @@ def test_attention_of_other_families_is_refused_before_the_start(
     tiny_settings["distill"] = {"attention_weight": 1.0}
     refused = CliRunner().invoke(app, ["preflight", str(write_recipe(tiny_settings))])
     assert refused.exit_code == 1 and "attention_weight to 0" in " ".join(refused.output.split())
+
+
+def test_pairs_must_end_where_the_model_reads(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    # This tokenizer ends single texts, and pairs not at all.
+    tiny_settings["model"]["teacher"] = str(write_start_model(tmp_path / "t5", "t5"))
+    recipe = str(write_recipe(tiny_settings))
+    assert CliRunner().invoke(app, ["preflight", recipe]).exit_code == 0
+    for key in ("train", "dev"):
+        lines = (tmp_path / f"{key}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        text = "".join(json.dumps(row | {"other": row["text"]}) + "\n" for row in rows)
+        (tmp_path / f"{key}.jsonl").write_text(text)
+    tiny_settings["data"]["text_columns"] = ["text", "other"]
+    refused = CliRunner().invoke(app, ["preflight", str(write_recipe(tiny_settings))])
+    assert refused.exit_code == 1
+    assert "at the end of a pair of texts" in " ".join(refused.output.split())
