@@ -308,7 +308,7 @@ def predict_all(
                 device=next(model.parameters()).device,
             )
 
-        found = _measured(name, data, answer)
+        found = run_over_dev(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
@@ -328,8 +328,20 @@ def predict_all(
     return Answers(tasks, imitation, loads, torch.get_num_threads())
 
 
-def _measured(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
-    """Run a model over the dev rows; an error names the model."""
+def run_over_dev(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
+    """Run a model over the dev rows.
+
+    Args:
+        name: the model's, for errors.
+        data: holds the dev rows.
+        answer: runs the model.
+
+    Returns:
+        Metrics and answers.
+
+    Raises:
+        DataError: naming the model, if its answers cannot be measured.
+    """
     from moe_dist.jobs.job_data import measure
 
     try:

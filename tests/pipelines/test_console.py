@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from pipelines import console as console_module
@@ -107,3 +109,11 @@ def test_a_live_view_of_a_sweep_is_taken_away_at_its_end(
     console.close()
     console.note("after it")
     assert capsys.readouterr().err.endswith("after it\n")
+
+
+def test_metrics_are_shown_by_what_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(live=False)
+    console.name_metrics({"f1": "f1 of ok"})
+    console.stage_finished("evaluate", 1.0, {"student/f1": 0.5, "f1": math.nan, "accuracy": 1.0})
+    said = capsys.readouterr().err
+    assert "student/f1 of ok 0.5, f1 of ok undefined, accuracy 1" in said

@@ -22,6 +22,7 @@ from moe_dist.errors import ClusterError
 from moe_dist.workers.cluster_capacity import Capacity, Node, read_capacity
 from moe_dist.workers.ray_session import RaySession, ray_session
 from pipelines.chain.workspace import Workspace
+from pipelines.checks.preflight import metric_faults
 from pipelines.checks.readiness import check_cluster_once
 from pipelines.cli import app
 from pipelines.console import Console
@@ -206,3 +207,19 @@ def test_a_node_tells_whether_it_reaches_a_uri() -> None:
     assert probe.write_token(uri, "node-0", "abc") == ""
     assert probe.read_tokens(uri, {"node-0": "abc", "node-1": "def"}) == ["node-1"]
     assert "nosuch" in probe.write_token("nosuch://bucket/results", "node-0", "abc")
+
+
+def test_what_dev_rows_cannot_tell_is_said_before_the_start(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    dev = tmp_path / "dev.jsonl"
+    rows = [line for line in dev.read_text().splitlines() if '"negative"' in line]
+    dev.write_text("\n".join(rows) + "\n")
+    tiny_settings["data"]["metrics"] = ["matthews", "f1", "accuracy"]
+    config = load_config(write_recipe(tiny_settings))
+    lines = metric_faults("", Workspace(config, Console(quiet=True)).splits)
+    assert lines == [
+        f"matthews is undefined on the dev rows: all {len(rows)} labels are 'negative'",
+        f"f1 of positive is undefined on the dev rows: none of the {len(rows)} labels is "
+        "'positive'",
+    ]
