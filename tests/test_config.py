@@ -261,8 +261,9 @@ def test_the_choices_are_those_of_the_tables() -> None:
     from moe_dist.config.moe_section import PartitionName, RouterName
     from moe_dist.conversion import PARTITIONS
     from moe_dist.moe import ROUTERS
+    from moe_dist.router_spec import ROUTER_FACTS
 
-    assert typing.get_args(RouterName) == tuple(ROUTERS)
+    assert typing.get_args(RouterName) == tuple(ROUTERS) == tuple(ROUTER_FACTS)
     assert typing.get_args(PartitionName) == tuple(PARTITIONS)
 
 

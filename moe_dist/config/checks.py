@@ -80,7 +80,7 @@ def _fitted_start(config: RunConfig) -> Iterator[str]:
     moe = config.moe
     if moe.num_experts == 1:
         return
-    if moe.partition == "token_clusters" and moe.router != "token_gate":
+    if moe.partition == "token_clusters" and moe.router_spec.facts.chooses_by != "token":
         yield (
             "moe.partition=token_clusters gives experts to kinds of tokens, which only token_gate "
             f"tells apart, and moe.router is {moe.router}; set moe.router to token_gate, or use "
@@ -132,9 +132,10 @@ def _gate_settings_need_a_gate(config: RunConfig) -> Iterator[str]:
     moe = config.moe
     if moe.num_experts == 1:
         return
-    fixed = moe.router == "task_gate" and moe.task_map == "fixed"
-    if moe.router.startswith("hash") or fixed:
-        router = f"moe.router={moe.router}" + (" and moe.task_map=fixed" if fixed else "")
+    spec = moe.router_spec
+    if not spec.has_gate:
+        is_fixed = spec.facts.has_gate
+        router = f"moe.router={moe.router}" + (" and moe.task_map=fixed" if is_fixed else "")
         for section, key in _GATE_SETTINGS:
             value = getattr(getattr(config, section), key)
             if value > 0:
@@ -142,10 +143,10 @@ def _gate_settings_need_a_gate(config: RunConfig) -> Iterator[str]:
                     f"{section}.{key}={value:g} has no gate to work on with {router}; "
                     "set it to 0, or use router token_gate."
                 )
-    elif moe.router == "task_gate" and moe.gate_jitter > 0:
+    elif moe.gate_jitter > 0 and not spec.facts.reads_hidden:
         yield (
             f"moe.gate_jitter={moe.gate_jitter:g} scales hidden states, which "
-            "moe.router=task_gate does not read; set it to 0, or use moe.gate_noise."
+            f"moe.router={moe.router} does not read; set it to 0, or use moe.gate_noise."
         )
 
 

@@ -214,7 +214,8 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
                 "data.source to tasks, or use importance."
             )
         return
-    if by_task and moe.router != "task_gate":
+    routes_tasks = moe.router_spec.facts.chooses_by == "task"
+    if by_task and not routes_tasks:
         yield (
             f"moe.partition=task_importance gives experts to tasks, and moe.router={moe.router} "
             "sends any task's tokens to them; set moe.router to task_gate, or use importance."
@@ -230,12 +231,11 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
             f"distill.adversarial_weight={distill.adversarial_weight:g} needs one task, since the "
             "discriminator reads logits of one size; set it to 0."
         )
-    routed = moe.num_experts > 1 and moe.router == "task_gate"
-    if routed and distill.load_balancing_weight > 0:
+    if moe.num_experts > 1 and routes_tasks and distill.load_balancing_weight > 0:
         yield (
             f"distill.load_balancing_weight={distill.load_balancing_weight:g} evens out the load "
-            "within a batch, and with moe.router=task_gate a batch is of one task; set it to 0 (a "
-            "task's experts start spread)."
+            f"within a batch, and with moe.router={moe.router} a batch is of one task; set it to 0 "
+            "(a task's experts start spread)."
         )
     if moe.num_experts > 1 and moe.partition in _ONE_TASK_PARTITIONS:
         yield (

@@ -19,7 +19,7 @@ def in_flight_keys() -> dict[str, str]:
     Returns:
         What a new value means then, by dotted name.
     """
-    found = {dotted: in_flight_meaning(*field) for dotted, *field in keys_of(RunConfig)}
+    found = {dotted: in_flight_meaning(owner, name) for dotted, owner, name in keys_of(RunConfig)}
     return {dotted: meaning for dotted, meaning in found.items() if meaning}
 
 

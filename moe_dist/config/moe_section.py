@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moe_dist.config.sections import Integer, Number, Section, Switch
+from moe_dist.router_spec import (
+    DEFAULT_ROUTER,
+    DropPolicy,
+    GateScale,
+    RouterName,
+    RouterSpec,
+    TaskMap,
+)
 
-# The tables ROUTERS and PARTITIONS say what exists; loading them here would cost torch, so a test
-# keeps these in step.
-RouterName = Literal["hash_random", "hash_balanced", "token_gate", "sentence_gate", "task_gate"]
+# The table PARTITIONS says what exists; loading it here would cost torch, so a test keeps this in
+# step.
 PartitionName = Literal[
     "importance",
     "random",
@@ -70,7 +78,7 @@ class MoeConfig(Section):
         default=None, description="Numbers of the layers to convert, from 0; all when not given."
     )
     router: RouterName = Field(
-        default="hash_random",
+        default=DEFAULT_ROUTER,
         description="How tokens find experts: `hash_random` fixes a random expert for each token "
         "id, `hash_balanced` spreads the ids by their counts in the training rows, `token_gate` "
         "learns the choice for each token, `sentence_gate` for each sentence, `task_gate` for each "
@@ -80,42 +88,42 @@ class MoeConfig(Section):
         default="dispatch", description="How experts come together: tokens travel to them."
     )
     top_k: Integer = Field(
-        default=1, ge=1, le=MAX_EXPERTS, description="Experts that each token uses."
+        default=RouterSpec.top_k, ge=1, le=MAX_EXPERTS, description="Experts that each token uses."
     )
-    gate_scale: Literal["straight_through", "probability"] = Field(
-        default="straight_through",
+    gate_scale: GateScale = Field(
+        default=RouterSpec.gate_scale,
         description="Weight of a single chosen expert: `straight_through` is 1 and still trains "
         "the gate, `probability` is the gate's own value, which changes the function at the start.",
     )
     gate_noise: Number = Field(
         json_schema_extra={"in_flight": "noise of the next steps"},
-        default=0.0,
+        default=RouterSpec.gate_noise,
         ge=0,
         description="Standard deviation of noise on a gate's scores, in training only; each sample "
         "draws its own, whatever workers and micro-batches there are.",
     )
     gate_jitter: Number = Field(
         json_schema_extra={"in_flight": "noise of the next steps"},
-        default=0.0,
+        default=RouterSpec.gate_jitter,
         ge=0,
         lt=1,
         description="In training a gate's input is multiplied by random numbers from 1 - jitter to "
         "1 + jitter; for `token_gate` and `sentence_gate`.",
     )
-    task_map: Literal["learned", "fixed"] = Field(
-        default="learned",
+    task_map: TaskMap = Field(
+        default=RouterSpec.task_map,
         description="Of `task_gate`: the experts of a task are `learned`, or `fixed` in turn.",
     )
     capacity_factor: Number | None = Field(
         json_schema_extra={"in_flight": "limit of the next steps"},
-        default=None,
+        default=RouterSpec.capacity_factor,
         gt=0,
         description="In training an expert takes at most so many times its even share of the "
         "tokens of one worker's micro-batch, and `moe/dropped` counts those turned away, which "
         "skip the routed part of the layer. No limit when not given; never one without training.",
     )
-    drop_policy: Literal["position", "probability"] = Field(
-        default="position",
+    drop_policy: DropPolicy = Field(
+        default=RouterSpec.drop_policy,
         description="Who finds a place under `moe.capacity_factor`: the first tokens (`position`) "
         "or those that the gate is surest of (`probability`).",
     )
@@ -133,6 +141,11 @@ class MoeConfig(Section):
         "The partitions `coactivation`, `clustered_importance`, `task_importance` and "
         "`token_clusters`, and `moe.fit_output`, look at the same rows.",
     )
+
+    @property
+    def router_spec(self) -> RouterSpec:
+        """The router and its options, which have the same names here and there."""
+        return RouterSpec(**{one.name: getattr(self, one.name) for one in fields(RouterSpec)})
 
     @property
     def fits_output(self) -> bool:

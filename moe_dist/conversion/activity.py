@@ -22,8 +22,8 @@ from moe_dist.conversion.importance import (
     score_importance,
 )
 from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.moe.gates import spread_tasks
 from moe_dist.moe.routing import use_task
+from moe_dist.moe.task_routers import spread_tasks
 
 
 def coactivation(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,24 +22,20 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate
 from moe_dist.moe.layer import MoELayer
+from moe_dist.router_spec import DEFAULT_ROUTER, NO_ROUTER, RouterSpec
 
 
 def dense_to_moe(
     model: nn.Module,
     plan: PartitionPlan,
     *,
-    router: str = "hash_random",
-    top_k: int = 1,
+    router: str | RouterSpec = DEFAULT_ROUTER,
+    top_k: int | None = None,
     seed: int = 0,
     token_counts: Tensor | None = None,
     num_tasks: int | None = None,
-    gate_scale: str = "straight_through",
-    gate_noise: float = 0.0,
-    gate_jitter: float = 0.0,
-    task_map: str = "learned",
-    capacity_factor: float | None = None,
-    drop_policy: str = "position",
     gates: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> Any:
     """Make the sparse student of a dense model.
 
@@ -49,21 +46,16 @@ def dense_to_moe(
     Args:
         model: a dense transformers model; it is left as it was.
         plan: which neurons go where.
-        router: a name in `moe_dist.moe.routers.ROUTERS`; not read with one expert.
-        top_k: experts for each token; their weights are renormalised to sum 1.
+        router: a name in `moe_dist.moe.routers.ROUTERS`, or one with its options; not read with
+            one expert.
+        top_k: experts for each token; their weights are renormalised to sum 1. When not given it
+            is the router's own, 1 for a name.
         seed: of hash tables and gates.
         token_counts: (V,) counts on the training split, for hash_balanced.
         num_tasks: for task_gate; those of the model's heads when not given.
-        gate_scale: weight of the chosen expert for top_k 1: "straight_through" has the value 1
-            and a gradient, "probability" is the papers' and scales the output.
-        gate_noise: standard deviation of noise on a gate's scores, in training.
-        gate_jitter: how far a gate's input is scaled up or down at random, in training.
-        task_map: of task_gate: "learned", or "fixed" experts for each task.
-        capacity_factor: in training, tokens that an expert takes, as a multiple of its even
-            share; None drops nothing.
-        drop_policy: who finds a place then: see `moe_dist.moe.capacity.Capacity`.
         gates: for each FFN of the model (E, D), what a token_gate starts with (from
             `moe_dist.conversion.token_clusters`); at random when not given.
+        **options: other fields of `RouterSpec`, such as gate_noise.
 
     Returns:
         A new model of the registered class, e.g. MoeBertForSequenceClassification.
@@ -79,7 +71,10 @@ def dense_to_moe(
             f"there are {len(gates)} gates, but the model has {len(slots)} FFNs",
             remedy="pass one for each, from token_clusters on this model",
         )
+    spec = RouterSpec.of(router, **(options if top_k is None else options | {"top_k": top_k}))
     routed = plan.num_experts > 1
+    if not routed:
+        spec = replace(spec, router=NO_ROUTER, top_k=1, capacity_factor=None)
     if num_tasks is None:
         num_tasks = len(read_heads(model)) or None
     settings = MoeSettings(
@@ -88,18 +83,11 @@ def dense_to_moe(
         num_shared_neurons=plan.num_shared_neurons,
         tie_shared=plan.tie_shared,
         layers=plan.layers,
-        router=router if routed else "none",
-        top_k=top_k if routed else 1,
-        gate_scale=gate_scale,
+        router=spec,
         seed=seed,
         num_tasks=num_tasks,
         partition=plan.method,
         vocab_size=_vocab_size(model),
-        gate_noise=gate_noise,
-        gate_jitter=gate_jitter,
-        task_map=task_map,
-        capacity_factor=capacity_factor if routed else None,
-        drop_policy=drop_policy,
     )
     if routed:
         # A checkpoint's table may stand in for missing counts, but here there is none.

@@ -27,9 +27,9 @@ from moe_dist.conversion.heads import (
     task_head,
     task_index,
 )
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.gates import TaskGate, TaskTable
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import RoutingContext
 
@@ -62,6 +62,8 @@ def extract_task(model: Any, task: str | None = None) -> Any:
         )
     index = 0 if task is None else task_index(model, task)
     layers = {layer.name: layer for layer in model.modules() if isinstance(layer, MoELayer)}
+    if layers:
+        _check_router(MoeSettings.from_dict(model.config.moe))
     with torch.no_grad():
         networks = [
             dense_weights(layers[slot.name], index) if slot.name in layers else slot.weights()
@@ -80,24 +82,15 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
     """Join what a layer computes for one task.
 
     Args:
-        layer: with its experts whole.
+        layer: with its experts whole; its router, if any, looks at the task alone.
         task: the task's number.
 
     Returns:
         The weights of a dense FFN: the shared neurons first, then each chosen expert's.
-
-    Raises:
-        ConversionError: if its router looks at more than the task.
     """
     experts = layer.experts
     chosen, scales = [0], torch.ones(1)
     if layer.router is not None:
-        if not isinstance(layer.router, TaskGate | TaskTable):
-            raise ConversionError(
-                f"{type(layer.router).__name__} sends the tokens of one task to different experts, "
-                "so no dense model does the same",
-                remedy="extract from a student with moe.router=task_gate",
-            )
         first = next(layer.router.parameters(), next(layer.router.buffers(), torch.empty(0)))
         where = first.device
         context = RoutingContext(task_ids=torch.tensor([task], device=where))
@@ -123,6 +116,15 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
         w_out=joined["w_out"].t(),
         b_out=torch.stack(biases).sum(dim=0) if biases else None,
     )
+
+
+def _check_router(settings: MoeSettings) -> None:
+    if settings.num_experts > 1 and settings.router.facts.chooses_by != "task":
+        raise ConversionError(
+            f"{settings.router.router} sends the tokens of one task to different experts, so no "
+            "dense model does the same",
+            remedy="extract from a student with moe.router=task_gate",
+        )
 
 
 def _part(experts: Experts, expert: int, scale: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Shapes: D model, E experts, V vocabulary, K active experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from moe_dist.conversion.families import FamilySpec, FFNSlot, find_slots, find_s
 from moe_dist.errors import ConversionError
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.hash_tables import random_table
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers import build_router
 from moe_dist.moe.routing import install_routing_hooks
+from moe_dist.router_spec import FIRST_OPTIONS, RouterSpec
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,12 @@ class MoeSettings:
         num_shared_neurons: how many of them all experts hold.
         tie_shared: the shared neurons are one set of weights beside the routed experts.
         layers: indices of the converted FFNs.
-        router: a name in `moe_dist.moe.routers.ROUTERS`.
-        top_k: experts for each token, K.
-        gate_scale: weight of the chosen expert for K=1: "straight_through" or "probability".
+        router: its name and options; kept as entries beside the others.
         seed: of hash tables and gates; each layer derives its own.
         num_tasks: tasks that a task router tells apart.
         partition: the method that chose the neurons.
-        vocab_size: rows of the hash tables; the configuration's where None.
-        gate_noise: see `moe_dist.moe.gates.Gate`.
-        gate_jitter: see `moe_dist.moe.gates.TokenGate`.
-        task_map: of task_gate: "learned" or "fixed".
-        capacity_factor: see `moe_dist.moe.capacity.Capacity`; None drops nothing.
-        drop_policy: see `moe_dist.moe.capacity.Capacity`.
+        vocab_size: rows of the hash tables; the configuration's where None, as models of earlier
+            versions have it.
         absent: see `moe_dist.conversion.absent`.
     """
 
@@ -50,27 +46,12 @@ class MoeSettings:
     num_shared_neurons: int
     tie_shared: bool
     layers: tuple[int, ...]
-    router: str
-    top_k: int
-    gate_scale: str
+    router: RouterSpec
     seed: int
     num_tasks: int | None
     partition: str
-    # Models of earlier versions lack what follows.
     vocab_size: int | None = None
-    gate_noise: float = 0.0
-    gate_jitter: float = 0.0
-    task_map: str = "learned"
-    capacity_factor: float | None = None
-    drop_policy: str = "position"
     absent: tuple[str, ...] = ()
-
-    @property
-    def capacity(self) -> Capacity | None:
-        """The limit on an expert's tokens, if there is one."""
-        if self.capacity_factor is None:
-            return None
-        return Capacity(self.capacity_factor, self.drop_policy)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain values.
@@ -78,7 +59,8 @@ class MoeSettings:
         Returns:
             What JSON can hold.
         """
-        return asdict(self) | {"layers": list(self.layers), "absent": list(self.absent)}
+        lists = {"layers": list(self.layers), "absent": list(self.absent)}
+        return asdict(self) | lists | asdict(self.router)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeSettings:
@@ -93,20 +75,19 @@ class MoeSettings:
         Raises:
             ConversionError: if a setting is missing.
         """
-        names = [field.name for field in fields(cls) if field.name in values]
-        missing = [
-            field.name
-            for field in fields(cls)
-            if field.default is MISSING and field.name not in values
-        ]
+        required = [one.name for one in fields(cls) if one.default is MISSING]
+        missing = [name for name in (*required, *FIRST_OPTIONS) if name not in values]
         if missing:
             raise ConversionError(
                 f"the model's configuration lacks moe.{', moe.'.join(missing)}",
                 remedy="convert the model again with dense_to_moe",
             )
-        chosen = {name: values[name] for name in names}
+        own, options = (
+            {one.name: values[one.name] for one in fields(kind) if one.name in values}
+            for kind in (cls, RouterSpec)
+        )
         lists = {"layers": tuple(values["layers"]), "absent": tuple(values.get("absent", ()))}
-        return cls(**(chosen | lists))
+        return cls(**(own | lists | {"router": RouterSpec(**options)}))
 
 
 def replace_ffns(
@@ -142,6 +123,7 @@ def router_for(
     vocab_size: int,
     token_counts: Tensor | None = None,
     layer: int = 0,
+    is_filled_later: bool = False,
 ) -> nn.Module:
     """Build the router of one layer.
 
@@ -151,6 +133,7 @@ def router_for(
         vocab_size: V.
         token_counts: (V,) for hash_balanced.
         layer: the FFN's index, from which the layer's own seed follows.
+        is_filled_later: a checkpoint brings the tables, so that any will do.
 
     Returns:
         The router.
@@ -159,19 +142,19 @@ def router_for(
         ConversionError: if there is no such router, or top_k does not fit.
         MissingInputError: if it needs something that was not given.
     """
+    spec, seed = settings.router, settings.seed * 1_000_003 + layer
+    table = None
+    if is_filled_later and spec.facts.reads_token_counts and token_counts is None:
+        table = random_table(vocab_size, settings.num_experts, seed=seed, top_k=spec.top_k)
     return build_router(
-        settings.router,
+        spec,
         d_model=d_model,
         num_experts=settings.num_experts,
-        top_k=settings.top_k,
         vocab_size=vocab_size,
-        seed=settings.seed * 1_000_003 + layer,
+        seed=seed,
         token_counts=token_counts,
         num_tasks=settings.num_tasks,
-        gate_scale=settings.gate_scale,
-        gate_noise=settings.gate_noise,
-        gate_jitter=settings.gate_jitter,
-        task_map=settings.task_map,
+        table=table,
     )
 
 
@@ -196,20 +179,18 @@ def _build_layer(
 
     router = None
     if settings.num_experts > 1:
-        if settings.router == "hash_balanced" and token_counts is None:
-            # The same buffer, for a checkpoint to fill.
-            settings = replace(settings, router="hash_random")
         router = router_for(
             settings,
             d_model=d_model,
             vocab_size=vocab_size,
             token_counts=token_counts,
             layer=slot.index,
+            is_filled_later=True,
         )
     return MoELayer(
         experts(settings.num_experts, settings.expert_size - num_shared, weights.b_out is not None),
         router,
         shared=experts(1, num_shared, False) if num_shared else None,
         name=slot.name,
-        capacity=settings.capacity if router is not None else None,
+        capacity=Capacity.of(settings.router) if router is not None else None,
     )

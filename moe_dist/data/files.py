@@ -162,7 +162,7 @@ def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
     first = next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("["):
         values = _parsed(path, "\n".join(lines), 1)
-        entries = enumerate(values, start=1)
+        entries: Iterable[tuple[int, Any]] = enumerate(values, start=1)
     else:
         entries = (
             (number, _parsed(path, line, number))

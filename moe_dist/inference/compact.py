@@ -28,6 +28,7 @@ from moe_dist.inference.neurons import (
 )
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import moe_layers
+from moe_dist.router_spec import NO_ROUTER
 
 CompactMethod = Literal["merge", "drop"]
 Groups = tuple[tuple[int, ...], ...]
@@ -84,7 +85,7 @@ def compact_experts(
         chosen.append(LayerGroups(layer.name, groups, tuple(share_E.tolist())))
     changes: dict[str, Any] = {"num_experts": num_experts}
     if num_experts == 1:
-        changes |= {"router": "none", "top_k": 1}
+        changes |= {"router": NO_ROUTER, "top_k": 1}
     smaller = rebuilt(model, changes)
     with torch.no_grad():
         for old, new, joined in zip(layers, moe_layers(smaller), chosen, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.inference.neurons import neuron_vectors, neurons_of, put_neurons, rebuilt
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
@@ -32,9 +33,10 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
         probability scales what an expert gives.
     """
     layers = moe_layers(model)
-    settings = model.config.moe
-    scaled = settings["gate_scale"] == "probability" and not settings["router"].startswith("hash")
-    if scaled or any(layer.shared is not None or layer.num_experts == 1 for layer in layers):
+    if any(layer.shared is not None or layer.num_experts == 1 for layer in layers):
+        return model, 0
+    spec = MoeSettings.from_dict(model.config.moe).router
+    if spec.gate_scale == "probability" and spec.has_gate:
         return model, 0
     matches = [_alike_in_all(layer.experts, tolerance) for layer in layers]
     count = min(len(found) for found in matches)

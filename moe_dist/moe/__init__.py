@@ -3,7 +3,7 @@
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.gates import SentenceGate, TaskGate, TaskTable, TokenGate
+from moe_dist.moe.gates import SentenceGate, TokenGate
 from moe_dist.moe.hash_router import HashRouter
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers import ROUTERS, build_router
@@ -19,6 +19,8 @@ from moe_dist.moe.routing import (
     record_routing,
     use_context,
 )
+from moe_dist.moe.task_routers import TaskGate, TaskTable
+from moe_dist.router_spec import RouterSpec
 
 __all__ = [
     "ROUTERS",
@@ -30,6 +32,7 @@ __all__ = [
     "LocalDispatcher",
     "MoELayer",
     "Router",
+    "RouterSpec",
     "Routing",
     "RoutingContext",
     "RoutingRecord",

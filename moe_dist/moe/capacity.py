@@ -6,6 +6,7 @@ its experts.
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from moe_dist.errors import ConversionError
 from moe_dist.moe.routing import Routing
+from moe_dist.router_spec import DropPolicy, RouterSpec
 
-DROP_POLICIES = ("position", "probability")
+DROP_POLICIES = typing.get_args(DropPolicy)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Capacity:
                 f"capacity_factor={self.factor} with drop_policy={self.policy!r} is no capacity",
                 remedy=f"take a factor above 0 and one of {', '.join(DROP_POLICIES)}",
             )
+
+    @classmethod
+    def of(cls, spec: RouterSpec) -> Capacity | None:
+        """Read the limit of a router; None where it drops nothing."""
+        if spec.capacity_factor is None:
+            return None
+        return cls(spec.capacity_factor, spec.drop_policy)
 
     def apply(self, routing: Routing, num_experts: int, mask_T: Tensor | None) -> Routing:
         """Turn away what does not fit.

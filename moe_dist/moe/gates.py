@@ -1,10 +1,11 @@
-"""Learned routers: a gate scores the experts for a token, a sentence or a task.
+"""Learned routers: a gate scores the experts for a token or a sentence.
 
-Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts, N tasks.
+Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts.
 """
 
 from __future__ import annotations
 
+import typing
 from dataclasses import replace
 
 import torch
@@ -13,14 +14,12 @@ from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
-from moe_dist.moe.hash_router import TableRouter
 from moe_dist.moe.noise import normal_rows, uniform_rows
 from moe_dist.moe.routing import Routing, RoutingContext
+from moe_dist.router_spec import GateScale
 
-GATE_SCALES = ("straight_through", "probability")
+GATE_SCALES = typing.get_args(GateScale)
 GATE_STD = 0.02
-# Above the random start of a task's scores, so that tasks begin spread over the experts.
-TASK_START = 0.1
 
 
 class Gate(nn.Module):
@@ -78,8 +77,8 @@ class Gate(nn.Module):
             The routing; its logits are those that decided.
         """
         if self.noise and self.training:
-            salt = 2 * self.seed
-            noise_TE = normal_rows(*logits_TE.shape, context, salt=salt, device=logits_TE.device)
+            (rows, columns), salt = logits_TE.shape, 2 * self.seed
+            noise_TE = normal_rows(rows, columns, context, salt=salt, device=logits_TE.device)
             logits_TE = logits_TE + self.noise * noise_TE.to(logits_TE.dtype)
         if self.top_k > 1:
             chosen_TK, expert_ids = logits_TE.topk(self.top_k, dim=-1)
@@ -138,7 +137,7 @@ class TokenGate(Gate):
         if not self.gate.weight.is_meta:
             # Random rows also tell experts apart that start as copies of each other.
             with torch.no_grad():
-                self.gate.weight.copy_(_random_start(num_experts, d_model, seed))
+                self.gate.weight.copy_(random_start(num_experts, d_model, seed))
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Choose the experts of each token.
@@ -158,7 +157,8 @@ class TokenGate(Gate):
             input_TD = input_TD.to(weight_ED.dtype)
             if self.jitter and self.training:
                 salt = 2 * self.seed + 1
-                drawn_TD = uniform_rows(*input_TD.shape, context, salt=salt, device=input_TD.device)
+                rows, columns = input_TD.shape
+                drawn_TD = uniform_rows(rows, columns, context, salt=salt, device=input_TD.device)
                 spread_TD = 1 + self.jitter * (2 * drawn_TD - 1)
                 input_TD = input_TD * spread_TD.to(input_TD.dtype)
             return F.linear(input_TD, weight_ED).float()
@@ -212,120 +212,25 @@ class SentenceGate(TokenGate):
             return self.choose(scores_TE, compute_dtype(hidden_TD), context)
         mean_BD = hidden_BSD.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
         scores_BE = self._scores(mean_BD, context)
-        return _repeated(self.choose(scores_BE, compute_dtype(hidden_TD), context), length)
+        return repeated(self.choose(scores_BE, compute_dtype(hidden_TD), context), length)
 
 
-class TaskGate(Gate):
-    """Sends all tokens of a task to the same experts, by learned scores of the task.
-
-    Args:
-        num_tasks: N.
-        num_experts: experts to choose from, E.
-        top_k: experts for each task, K.
-        gate_scale: see `Gate`.
-        noise: see `Gate`; drawn once for a sample.
-        seed: of the start, at which a task's own experts (`spread_tasks`) lie far ahead.
-
-    Source: task-level routing, arXiv:2110.03742; a table of scores, in place of a gate on a task
-        embedding, is ours.
-    """
-
-    def __init__(
-        self,
-        num_tasks: int,
-        num_experts: int,
-        *,
-        top_k: int = 1,
-        gate_scale: str = "straight_through",
-        noise: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(num_experts, top_k=top_k, gate_scale=gate_scale, noise=noise, seed=seed)
-        self.num_tasks = num_tasks
-        self.task_scores = nn.Parameter(torch.empty(num_tasks, num_experts))
-        if not self.task_scores.is_meta:
-            start = _random_start(num_tasks, num_experts, seed)
-            start.scatter_add_(
-                1,
-                spread_tasks(num_tasks, num_experts, top_k),
-                torch.full((num_tasks, top_k), TASK_START),
-            )
-            with torch.no_grad():
-                self.task_scores.copy_(start)
-
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Choose the experts of each sample's task.
-
-        Args:
-            hidden_TD: hidden states; only their number, dtype and device matter.
-            context: carries the task of each sample.
-
-        Returns:
-            The routing, alike for all tokens of a task, with logits.
-
-        Raises:
-            MissingInputError: if the tasks are missing or unknown.
-        """
-        tasks_B = _task_ids(hidden_TD, context, self.num_tasks)
-        if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
-            # Each sample draws its own noise, though their task is named once.
-            tasks_B = tasks_B.expand(context.sample_ids.numel())
-        logits_BE = self.task_scores.float()[tasks_B]
-        routing = self.choose(logits_BE, compute_dtype(hidden_TD), context)
-        return _repeated(routing, hidden_TD.shape[0] // max(1, tasks_B.numel()))
-
-
-class TaskTable(TableRouter):
-    """Sends all tokens of a task to fixed experts; the table is saved with the model.
+def random_start(rows: int, columns: int, seed: int) -> Tensor:
+    """Draw the scores that a gate starts with.
 
     Args:
-        table: (N,) or (N, K) int64 expert ids.
-        num_experts: experts to choose from, E.
-
-    Raises:
-        ConversionError: if the table holds no rows or ids that are not experts.
-    """
-
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Look the experts of each sample's task up.
-
-        Args:
-            hidden_TD: hidden states; only their number, dtype and device matter.
-            context: carries the task of each sample.
-
-        Returns:
-            The routing, with equal weights and no logits.
-
-        Raises:
-            MissingInputError: if the tasks are missing or unknown.
-        """
-        tasks_B = _task_ids(hidden_TD, context, self.table.shape[0])
-        length = hidden_TD.shape[0] // max(1, tasks_B.numel())
-        return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
-
-
-def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:
-    """Give every task its experts, all experts in turn, in every layer alike.
-
-    Args:
-        num_tasks: N.
-        num_experts: experts to choose from, E.
-        top_k: different experts for each task, K.
+        rows: of the result.
+        columns: of the result.
+        seed: alone decides the values, whatever the device.
 
     Returns:
-        (N, K) int64.
+        (rows, columns) float32 on the CPU.
     """
-    turns_NK = torch.arange(num_tasks * top_k, device="cpu").view(num_tasks, top_k)
-    return turns_NK % num_experts
-
-
-def _random_start(rows: int, columns: int, seed: int) -> Tensor:
-    # On the CPU and with its own generator, so that a seed means the same everywhere.
     start = torch.empty(rows, columns, device="cpu")
     return start.normal_(std=GATE_STD, generator=torch.Generator().manual_seed(seed))
 
 
-def _repeated(routing: Routing, times: int) -> Routing:
+def repeated(routing: Routing, times: int) -> Routing:
     """From one decision for a sample to one for each of its tokens."""
     assert routing.logits is not None
     return replace(
@@ -351,31 +256,3 @@ def _sentence_mask(hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
         )
     mask_BS = torch.ones_like(known, dtype=torch.bool) if mask is None else mask
     return mask_BS.to(hidden_TD.device)
-
-
-def _task_ids(hidden_TD: Tensor, context: RoutingContext | None, num_tasks: int) -> Tensor:
-    num_tokens = hidden_TD.shape[0]
-    given = None if context is None else context.task_ids
-    if given is None:
-        if num_tasks > 1:
-            raise MissingInputError(
-                f"task_gate knows {num_tasks} tasks, and this forward call names none",
-                remedy="run the model inside use_context(RoutingContext(task_ids=...)), one id "
-                "for each sample",
-            )
-        given = torch.zeros(1, dtype=torch.int64)
-    tasks_B = given.reshape(-1).to(hidden_TD.device)
-    if tasks_B.numel() == 0 or num_tokens % tasks_B.numel():
-        raise MissingInputError(
-            f"task_gate has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
-            remedy="give one task id for each sample of the batch",
-        )
-    if tasks_B.device.type == "cpu" and not 0 <= int(tasks_B.min()) <= int(tasks_B.max()) < (
-        num_tasks
-    ):
-        raise MissingInputError(
-            f"task ids {sorted(set(tasks_B.tolist()))} are not all among the {num_tasks} tasks of "
-            "this model",
-            remedy=f"number the tasks from 0 to {num_tasks - 1}",
-        )
-    return tasks_B

@@ -1,74 +1,65 @@
 """The table of routers: each chooses experts for every token.
 
-A new router is one class and one row of `ROUTERS`.
+A new router is one class, one row of `ROUTERS`, and one of `moe_dist.router_spec.ROUTER_FACTS`.
 Shapes: D model, E experts, K active experts, V vocabulary, N tasks.
 """
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.moe.gates import SentenceGate, TaskGate, TaskTable, TokenGate, spread_tasks
+from moe_dist.moe.gates import SentenceGate, TokenGate
 from moe_dist.moe.hash_router import HashRouter
 from moe_dist.moe.hash_tables import balanced_table, random_table
+from moe_dist.moe.task_routers import TaskGate, TaskTable, spread_tasks
+from moe_dist.router_spec import RouterSpec, TaskMap, router_facts
 
-TASK_MAPS = ("learned", "fixed")
+TASK_MAPS = typing.get_args(TaskMap)
 
 
 @dataclass(frozen=True)
-class RouterOptions:
-    """Everything that a row of `ROUTERS` may read; see `build_router`."""
+class RouterInputs:
+    """What a row of `ROUTERS` may read beside the router's options; see `build_router`."""
 
     d_model: int
     num_experts: int
-    top_k: int
     vocab_size: int | None
     seed: int
     token_counts: Tensor | None
     num_tasks: int | None
-    gate_scale: str
-    gate_noise: float
-    gate_jitter: float
-    task_map: str
     table: Tensor | None
 
 
 def build_router(
-    name: str,
+    router: str | RouterSpec,
     *,
     d_model: int,
     num_experts: int,
-    top_k: int = 1,
     vocab_size: int | None = None,
     seed: int = 0,
     token_counts: Tensor | None = None,
     num_tasks: int | None = None,
-    gate_scale: str = "straight_through",
-    gate_noise: float = 0.0,
-    gate_jitter: float = 0.0,
-    task_map: str = "learned",
     table: Tensor | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Build a router by its name in `ROUTERS`.
 
     Args:
-        name: a key of `ROUTERS`.
+        router: a key of `ROUTERS`, or the name with its options.
         d_model: width of the hidden states.
         num_experts: experts to choose from.
-        top_k: experts for each token.
         vocab_size: rows of a hash table; needed by hash_random without `table`.
         seed: of the hash table; give each layer its own.
         token_counts: (V,) counts on the training split; needed by hash_balanced without `table`.
         num_tasks: needed by task_gate.
-        gate_scale: see `Gate`.
-        gate_noise: see `Gate`; nothing for routers without a gate.
-        gate_jitter: see `TokenGate`; nothing for routers that do not read hidden states.
-        task_map: of task_gate: "learned" scores, or "fixed" experts for each task.
         table: a ready table of token ids or tasks, instead of a fresh one.
+        **options: fields of `RouterSpec`; those that a router has no use for do nothing.
 
     Returns:
         The router, a module that follows the `Router` protocol.
@@ -77,121 +68,114 @@ def build_router(
         ConversionError: if there is no router of that name, or top_k does not fit.
         MissingInputError: if the router needs something that was not given.
     """
-    if name not in ROUTERS:
+    spec = RouterSpec.of(router, **options)
+    router_facts(spec.router)  # refuses names that are not known
+    if not 1 <= spec.top_k <= num_experts:
         raise ConversionError(
-            f"there is no router named {name!r}",
-            remedy=f"use one of: {', '.join(ROUTERS)}",
-        )
-    if not 1 <= top_k <= num_experts:
-        raise ConversionError(
-            f"top_k={top_k} does not fit num_experts={num_experts}",
+            f"top_k={spec.top_k} does not fit num_experts={num_experts}",
             remedy=f"choose top_k between 1 and {num_experts}",
         )
-    if task_map not in TASK_MAPS:
+    if spec.task_map not in TASK_MAPS:
         raise ConversionError(
-            f"there is no task map {task_map!r}", remedy=f"use one of: {', '.join(TASK_MAPS)}"
+            f"there is no task map {spec.task_map!r}", remedy=f"use one of: {', '.join(TASK_MAPS)}"
         )
-    return ROUTERS[name](
-        RouterOptions(
-            d_model=d_model,
-            num_experts=num_experts,
-            top_k=top_k,
-            vocab_size=vocab_size,
-            seed=seed,
-            token_counts=token_counts,
-            num_tasks=num_tasks,
-            gate_scale=gate_scale,
-            gate_noise=gate_noise,
-            gate_jitter=gate_jitter,
-            task_map=task_map,
-            table=table,
-        )
+    inputs = RouterInputs(
+        d_model=d_model,
+        num_experts=num_experts,
+        vocab_size=vocab_size,
+        seed=seed,
+        token_counts=token_counts,
+        num_tasks=num_tasks,
+        table=table,
     )
+    return ROUTERS[spec.router](spec, inputs)
 
 
-def _hash_random(options: RouterOptions) -> nn.Module:
-    table = options.table
+def _hash_random(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    table = inputs.table
     if table is None:
-        if options.vocab_size is None:
+        if inputs.vocab_size is None:
             raise MissingInputError(
                 "hash_random needs the size of the vocabulary",
                 remedy="pass vocab_size, the rows of the model's token embedding",
             )
         table = random_table(
-            options.vocab_size,
-            options.num_experts,
-            seed=options.seed,
-            top_k=options.top_k,
+            inputs.vocab_size,
+            inputs.num_experts,
+            seed=inputs.seed,
+            top_k=spec.top_k,
         )
-    return HashRouter(table, options.num_experts)
+    return HashRouter(table, inputs.num_experts)
 
 
-def _hash_balanced(options: RouterOptions) -> nn.Module:
-    table = options.table
+def _hash_balanced(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    table = inputs.table
     if table is None:
-        if options.token_counts is None:
+        if inputs.token_counts is None:
             raise MissingInputError(
                 "hash_balanced needs the token counts of the training split",
                 remedy="pass token_counts=torch.bincount(all training ids, minlength=vocab_size), "
                 "or use hash_random",
             )
-        if options.vocab_size not in (None, len(options.token_counts)):
+        if inputs.vocab_size not in (None, len(inputs.token_counts)):
             raise MissingInputError(
-                f"hash_balanced was given {len(options.token_counts)} token counts for a "
-                f"vocabulary of {options.vocab_size}",
+                f"hash_balanced was given {len(inputs.token_counts)} token counts for a "
+                f"vocabulary of {inputs.vocab_size}",
                 remedy="count with minlength=vocab_size, the rows of the token embedding",
             )
         table = balanced_table(
-            options.token_counts,
-            options.num_experts,
-            seed=options.seed,
-            top_k=options.top_k,
+            inputs.token_counts,
+            inputs.num_experts,
+            seed=inputs.seed,
+            top_k=spec.top_k,
         )
-    return HashRouter(table, options.num_experts)
+    return HashRouter(table, inputs.num_experts)
 
 
-def _token_gate(options: RouterOptions) -> nn.Module:
-    return _gate_on_hidden_states(TokenGate, options)
+def _token_gate(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    return _gate_on_hidden_states(TokenGate, spec, inputs)
 
 
-def _sentence_gate(options: RouterOptions) -> nn.Module:
-    return _gate_on_hidden_states(SentenceGate, options)
+def _sentence_gate(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    return _gate_on_hidden_states(SentenceGate, spec, inputs)
 
 
-def _gate_on_hidden_states(kind: type[TokenGate], options: RouterOptions) -> nn.Module:
+def _gate_on_hidden_states(
+    kind: type[TokenGate], spec: RouterSpec, inputs: RouterInputs
+) -> nn.Module:
     return kind(
-        options.d_model,
-        options.num_experts,
-        top_k=options.top_k,
-        gate_scale=options.gate_scale,
-        noise=options.gate_noise,
-        jitter=options.gate_jitter,
-        seed=options.seed,
+        inputs.d_model,
+        inputs.num_experts,
+        top_k=spec.top_k,
+        gate_scale=spec.gate_scale,
+        noise=spec.gate_noise,
+        jitter=spec.gate_jitter,
+        seed=inputs.seed,
     )
 
 
-def _task_gate(options: RouterOptions) -> nn.Module:
-    if options.table is not None:
-        return TaskTable(options.table, options.num_experts)
-    if not options.num_tasks:
+def _task_gate(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    if inputs.table is not None:
+        return TaskTable(inputs.table, inputs.num_experts)
+    if not inputs.num_tasks:
         raise MissingInputError(
             "task_gate needs the number of tasks",
             remedy="pass num_tasks; with one task all tokens go to the same experts",
         )
-    if options.task_map == "fixed":
-        table = spread_tasks(options.num_tasks, options.num_experts, options.top_k)
-        return TaskTable(table, options.num_experts)
+    if spec.task_map == "fixed":
+        table = spread_tasks(inputs.num_tasks, inputs.num_experts, spec.top_k)
+        return TaskTable(table, inputs.num_experts)
     return TaskGate(
-        options.num_tasks,
-        options.num_experts,
-        top_k=options.top_k,
-        gate_scale=options.gate_scale,
-        noise=options.gate_noise,
-        seed=options.seed,
+        inputs.num_tasks,
+        inputs.num_experts,
+        top_k=spec.top_k,
+        gate_scale=spec.gate_scale,
+        noise=spec.gate_noise,
+        seed=inputs.seed,
     )
 
 
-ROUTERS: dict[str, Callable[[RouterOptions], nn.Module]] = {
+ROUTERS: dict[str, Callable[[RouterSpec, RouterInputs], nn.Module]] = {
     "hash_random": _hash_random,
     "hash_balanced": _hash_balanced,
     "token_gate": _token_gate,

@@ -13,6 +13,7 @@ from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_section import MEASURES
 from moe_dist.config.search_space import TABLES, table_values
 from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.router_spec import ROUTER_FACTS
 from moe_dist.search.objectives import Goal
 from moe_dist.search.trials import BASELINE, Trial
 
@@ -91,7 +92,7 @@ def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:
             "otherwise": config.moe.router,
         },
     }
-    gateless = [name for name in table_values("routers") if name.startswith("hash")]
+    gateless = [name for name in table_values("routers") if not ROUTER_FACTS[name].has_gate]
     for key in ("load_balancing_weight", "z_loss_weight"):
         weight = getattr(config.distill, key)
         if weight > 0:

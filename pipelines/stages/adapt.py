@@ -6,9 +6,11 @@ They are the teacher's, or those of the smaller student that the stage shrink ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.kinds import settings_of_kind
+from moe_dist.router_spec import RouterSpec
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import placed_here, run_job
@@ -24,22 +26,6 @@ NAME = "adapt"
 UNFITTED = "unfitted"
 """Where the student waits for its outputs to be fitted, inside the stage's directory."""
 NEEDS = (finetune_teacher.NAME, score_importance.NAME)
-# What only routed experts have.
-_ROUTING_KEYS = frozenset(
-    {
-        "router",
-        "combine",
-        "gate_scale",
-        "gate_noise",
-        "gate_jitter",
-        "task_map",
-        "top_k",
-        "capacity_factor",
-        "drop_policy",
-        "num_shared_neurons",
-        "tie_shared",
-    }
-)
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -237,18 +223,11 @@ def router_options(config: RunConfig) -> dict[str, Any]:
     Returns:
         Keyword arguments.
     """
-    moe = config.moe
+    spec = config.moe.router_spec
     num_tasks = len(config.data.tasks) if config.data.tasks else 1
     return {
-        "router": moe.router,
-        "top_k": moe.top_k,
-        "gate_scale": moe.gate_scale,
-        "gate_noise": moe.gate_noise,
-        "gate_jitter": moe.gate_jitter,
-        "capacity_factor": moe.capacity_factor,
-        "drop_policy": moe.drop_policy,
-        "task_map": moe.task_map,
-        "num_tasks": num_tasks if moe.router == "task_gate" else None,
+        "router": spec,
+        "num_tasks": num_tasks if spec.facts.chooses_by == "task" else None,
     }
 
 
@@ -291,7 +270,8 @@ def _unread_keys(config: RunConfig) -> set[str]:
     unread = set() if looks_at_rows else {"importance_samples"}
     if config.moe.num_experts == 1:
         # Nobody routes or shares in the pruned dense student.
-        unread |= _ROUTING_KEYS
+        unread |= {"combine", "num_shared_neurons", "tie_shared"}
+        unread |= {one.name for one in fields(RouterSpec)}
     return unread
 
 
@@ -302,7 +282,7 @@ def _splits_by_data(config: RunConfig) -> bool:
 
 
 def _counts_tokens(config: RunConfig) -> bool:
-    return config.moe.num_experts > 1 and config.moe.router == "hash_balanced"
+    return config.moe.num_experts > 1 and config.moe.router_spec.facts.reads_token_counts
 
 
 def _token_counts(encoded: Encoded, dense: Any) -> Any:

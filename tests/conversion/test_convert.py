@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe import ROUTERS as ROUTER_TABLE
 from moe_dist.moe import Capacity
-from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.layer import MoELayer, moe_layers
 from moe_dist.moe.routing import record_routing
+from moe_dist.router_spec import RouterSpec
 from tests.conversion.dense_models import (
     FAMILY_NAMES,
     NUM_NEURONS,
@@ -178,11 +181,91 @@ def test_noise_and_capacity_are_kept_in_the_configuration() -> None:
     for name in (*options, "drop_policy", "task_map", "vocab_size"):
         del values[name]
     old = MoeSettings.from_dict(values)
-    assert (old.capacity, old.gate_noise, old.vocab_size) == (None, 0.0, None)
+    assert (Capacity.of(old.router), old.router.gate_noise, old.vocab_size) == (None, 0.0, None)
     with pytest.raises(ConversionError, match=r"lacks moe\.router"):
         MoeSettings.from_dict({name: v for name, v in values.items() if name != "router"})
     with pytest.raises(ConversionError, match="no capacity"):
         dense_to_moe(model, plan_for(model), capacity_factor=-1.0)
+
+
+def test_a_router_with_its_options_is_one_value() -> None:
+    model = tiny_model("bert")
+    spec = RouterSpec(router="token_gate", top_k=2, gate_noise=0.5, capacity_factor=1.5)
+    plan = plan_for(model)
+    student = dense_to_moe(model, plan, router=spec)
+    named = dense_to_moe(
+        model, plan, router="token_gate", top_k=2, gate_noise=0.5, capacity_factor=1.5
+    )
+    assert student.config.moe == named.config.moe
+    assert MoeSettings.from_dict(student.config.moe).router == spec
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, named.state_dict()[name]), name
+    single = dense_to_moe(model, plan, router=spec, top_k=1, gate_noise=0.0)
+    assert (single.config.moe["top_k"], single.config.moe["gate_noise"]) == (1, 0.0)
+    assert single.config.moe["capacity_factor"] == 1.5
+    with pytest.raises(TypeError, match="gate_nose"):
+        dense_to_moe(model, plan, gate_nose=0.5)
+
+
+def test_every_option_of_a_router_is_kept_in_the_configuration() -> None:
+    student = dense_to_moe(tiny_model("bert"), plan_for(tiny_model("bert")))
+    assert {one.name for one in fields(RouterSpec)} <= set(student.config.moe)
+
+
+# As version 0.1.0 wrote it.
+SAVED: dict[str, Any] = {
+    "activation": {"hidden_act": "gelu"},
+    "capacity_factor": 1.25,
+    "drop_policy": "probability",
+    "expert_size": 8,
+    "gate_jitter": 0.1,
+    "gate_noise": 0.5,
+    "gate_scale": "probability",
+    "layers": [0, 1],
+    "num_experts": 4,
+    "num_shared_neurons": 4,
+    "num_tasks": None,
+    "partition": "importance",
+    "router": "token_gate",
+    "seed": 3,
+    "task_map": "learned",
+    "tie_shared": True,
+    "top_k": 1,
+    "vocab_size": VOCAB_SIZE,
+}
+
+
+def test_a_model_saved_before_is_read_as_it_was(tmp_path: Path) -> None:
+    from moe_dist.inference import load_model, save_model
+
+    options = {name: SAVED[name] for name in ("gate_noise", "gate_jitter", "drop_policy")}
+    student = dense_to_moe(
+        tiny_model("bert"),
+        plan_for(tiny_model("bert"), tie_shared=True, layers=[0, 1]),
+        router="token_gate",
+        seed=3,
+        gate_scale="probability",
+        capacity_factor=1.25,
+        **options,
+    )
+    file = save_model(student, tmp_path / "model") / "config.json"
+    assert json.loads(file.read_text())["moe"] == SAVED
+    loaded = load_model(file.parent)
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    for layer in moe_layers(loaded):
+        assert (layer.router.noise, layer.router.jitter) == (0.5, 0.1)
+        assert layer.router.gate_scale == "probability"
+        assert layer.capacity == Capacity(1.25, "probability")
+
+
+def test_one_expert_is_saved_without_a_router() -> None:
+    model = tiny_model("bert")
+    plan = plan_for(model, num_experts=1, expert_size=NUM_NEURONS)
+    student = dense_to_moe(model, plan, router="task_gate", top_k=2, capacity_factor=2.0)
+    saved = student.config.moe
+    assert (saved["router"], saved["top_k"], saved["capacity_factor"]) == ("none", 1, None)
+    assert [layer.router for layer in moe_layers(type(student)(student.config))] == [None] * 2
 
 
 def test_tokens_added_later_are_routed(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_costs_that_the_text_names(models: dict[tuple[str, str], nn.Module])
     for share in MIXTURES:
         model = models[share, "mixture of 16"]
         routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
-        gate = sum(2 * p.numel() for router in routers for p in router.parameters())
+        gate = sum(int(2 * p.numel()) for router in routers for p in router.parameters())
         gates.append(round(100 * gate / flops_per_token(model, seq_len=64).ffn))
     mixture, dense = (
         count_parameters(models["1/8", kind]).total for kind in ("mixture of 16", "dense")

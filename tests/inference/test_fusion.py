@@ -46,3 +46,6 @@ def test_fusion_leaves_alone_what_it_may_not_touch() -> None:
         assert fuse_neurons(model) == (model, 0)
     scaled = student(router="token_gate", gate_scale="probability")
     assert fuse_neurons(scaled) == (scaled, 0)
+    for router in ({"router": "hash_random"}, {"router": "task_gate", "task_map": "fixed"}):
+        gateless = student(gate_scale="probability", num_tasks=1, **router)
+        assert fuse_neurons(gateless)[1] == 8, "there is no probability to scale by"
