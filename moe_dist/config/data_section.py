@@ -56,7 +56,7 @@ class TaskDataConfig(Section):
     """One data set: the sentences of one task."""
 
     source: Literal["hub", "files", "package"] = Field(
-        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON lines or "
+        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
         "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
     )
     name: str | None = Field(
@@ -72,13 +72,14 @@ class TaskDataConfig(Section):
     )
     train: str | None = Field(
         default=None,
-        description="`files`: path of the training file. `hub`: name of the training split "
-        "(`train` when not given).",
+        description="`files`: path of the training file (`.tsv`, `.txt`, `.csv`, `.json`, "
+        "`.jsonl`, `.ndjson` or `.parquet`, also `.gz`, `.bz2` or `.xz`), or of a directory of its "
+        "parts. `hub`: name of the training split (`train` when not given).",
     )
     dev: str | None = Field(
         default=None,
-        description="`files`: path of the dev file. `hub`: name of the dev split (that of the task "
-        "when neither it nor `data.dev_size` is given).",
+        description="`files`: path of the dev file or directory. `hub`: name of the dev split "
+        "(that of the task when neither it nor `data.dev_size` is given).",
     )
     dev_size: RowsOrFraction | None = Field(
         default=None,
@@ -103,7 +104,8 @@ class TaskDataConfig(Section):
         default=None,
         description="Names of the classes in the order of their numbers, as the label column has "
         "them (`[negative, positive]`, `[0, 1]`; `true` and `false` in quotes); the task's, or "
-        "found in the training rows (sorted) when not given.",
+        "found in the training rows (sorted) when not given. Only where they are given, here, by "
+        "the task or the hub, may the column hold the numbers instead.",
     )
     kind: Literal["classification", "regression"] | None = Field(
         default=None,
@@ -139,7 +141,7 @@ class DataConfig(TaskDataConfig):
     """The sentences to train and measure on."""
 
     source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
-        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON lines or "
+        description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
         "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
         "several of these, one for each task that one model learns, in `data.tasks`."
     )

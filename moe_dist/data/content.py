@@ -142,12 +142,19 @@ def text_lines(path: Path, content: bytes, say: Say) -> list[str]:
             before.count(b"\n") + 1,
             f"invalid UTF-8 at byte {byte} of the line",
             "convert the file to UTF-8 from the encoding that it was saved in, for example: "
-            f"iconv -f latin1 -t utf-8 {path.name}",
+            f"iconv -f {_likely_encoding(content)} -t utf-8 {path.name}",
         ) from error
     if "\n" not in text.rstrip("\r\n"):
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.rstrip("\r") for line in text.split("\n")]
     return lines if lines[-1] else lines[:-1]
+
+
+def _likely_encoding(content: bytes) -> str:
+    """Name an encoding for a remedy: in Latin-1 letters beyond ASCII mostly stand alone."""
+    runs = re.findall(rb"[\x80-\xff]+", content)
+    is_latin = 2 * sum(len(run) == 1 for run in runs) > len(runs)
+    return "latin1" if is_latin else "gb18030 (or shift_jis, cp1251, ...)"
 
 
 def _encoding(content: bytes) -> str:

@@ -203,7 +203,9 @@ def _refuse_swallowed(path: Path, records: list[_Record], lines: list[str], deli
     num_lines = 0
     for record in long:
         inside = lines[record.first_line - 1 : record.line]
-        rows = [row for row in (line.split(delimiter) for line in inside) if len(row) == width]
+        rows = [line.split(delimiter) for line in inside if line.count(delimiter) == width - 1]
+        if 2 * len(rows) <= len(inside):
+            continue
         others = [column for column, value in enumerate(record.values[:width]) if "\n" not in value]
         repeated = [Counter(row[column] for row in rows) for column in range(width)]
         num_rows = sum(
@@ -215,7 +217,7 @@ def _refuse_swallowed(path: Path, records: list[_Record], lines: list[str], deli
             )
             for row in rows
         )
-        if num_rows > len(inside) / 2:
+        if 2 * num_rows > len(inside):
             found.append(record)
             num_lines += len(inside)
     if found:

@@ -160,9 +160,14 @@ def _partition_values(relative: Path) -> dict[str, str | None]:
 def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
     """Read one object from each line, or an array of objects."""
     first = next((line for line in lines if line.strip()), "")
+    if first.strip() == "{":
+        raise DataError(
+            f"{path}: one JSON object over several lines",
+            remedy="write each row as one object on one line, or all as an array of objects",
+        )
     if first.lstrip().startswith("["):
-        values = _parsed(path, "\n".join(lines), 1)
-        entries: Iterable[tuple[int, Any]] = enumerate(values, start=1)
+        array = _parsed(path, "\n".join(lines), 1)
+        entries: Iterable[tuple[int, Any]] = enumerate(array, start=1)
     else:
         entries = (
             (number, _parsed(path, line, number))

@@ -7,9 +7,11 @@ still seen in training: in the phrases inside it, or in the sentence around it.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from moe_dist.data.splits import near_copies, normalise
+from moe_dist.data.copies import near_copies
+from moe_dist.data.normalisation import normalise, split_characters
 from moe_dist.errors import DataError
 
 Tokens = tuple[str, ...]
@@ -20,7 +22,8 @@ def withhold(
 ) -> tuple[list[int], list[int]]:
     """Draw whole sentences, and drop from the rest what says the same.
 
-    Texts are compared as sequences of words between white space, case folded. A row of a single
+    Texts are compared as sequences of words between white space, case folded; where a script sets
+    none, of characters. A row of a single
     text is withheld only if it lies in no longer text of another row; then every row is dropped
     from the rest that equals it or lies in it. Of pairs any row may be withheld, and rows are
     dropped that share one of its texts. Near copies are dropped as well, as from a dev set.
@@ -39,9 +42,7 @@ def withhold(
     Raises:
         DataError: if there are not so many whole sentences, or no row would be left to train on.
     """
-    tokens = [
-        tuple(tuple(text.casefold().split()) for text in row if text is not None) for row in rows
-    ]
+    tokens = [tuple(_tokens(text) for text in row if text is not None) for row in rows]
     is_pair = any(len(parts) > 1 for parts in tokens)
     nested = None if is_pair else Nested(parts[0] for parts in tokens)
     inner = set() if nested is None else nested.inner
@@ -114,6 +115,10 @@ class Nested:
                 for found in self._texts.get(digest, ()):
                     if len(found) < len(text) and found == text[start:end]:
                         yield found
+
+
+def _tokens(text: str) -> Tokens:
+    return tuple(split_characters(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _words(row: tuple[str, str | None]) -> str:

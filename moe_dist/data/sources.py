@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
@@ -193,13 +193,18 @@ def load_splits(
     task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
 
     def checked(split: RawSplit) -> tuple[list[Sample], dict[str, int]]:
-        return check_rows(
+        found = check_rows(
             split.rows,
             task,
             holds_ids=split.holds_ids,
             may_be_ids=gives_names,
             drops_incomplete=split.drops_incomplete,
         )
+        labels = (row.values[task.label_column] for row in split.rows)
+        num_padded = sum(isinstance(label, str) and label != label.strip() for label in labels)
+        if num_padded and task.kind == "classification":
+            notes.append(f"{num_padded} labels have blanks around them, which were dropped")
+        return found
 
     train_samples, left_out = checked(raw_train)
     left_out_dev: dict[str, int] = {}
@@ -235,9 +240,7 @@ def load_splits(
         train=to_dataset(drawn, task),
         dev=to_dataset(drawn_dev, task),
         task=task,
-        digest=rows_digest(
-            [task.kind, task.label_names, task.metrics, task.positive_label], *parts
-        ),
+        digest=rows_digest(_measured_by(task), *parts),
         train_digest=rows_digest([task.kind, task.label_names], drawn),
         source=words,
         summary=summarise(
@@ -331,6 +334,12 @@ def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
             remedy="add f1 to data.metrics, or remove data.positive_label",
         )
     return replace(task, positive_label=label)
+
+
+def _measured_by(task: TaskSpec) -> list[Any]:
+    """What a digest covers of a task; as it was before a positive class could be chosen."""
+    chosen = [task.positive_label] if task.label_space.positive != 1 else []
+    return [task.kind, task.label_names, task.metrics, *chosen]
 
 
 def _withhold(

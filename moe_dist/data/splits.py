@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from moe_dist.data.copies import near_copies
+from moe_dist.data.normalisation import normalise
 from moe_dist.errors import DataError
-
-_WORD = re.compile(r"[^\W_]+")
-_SHINGLE_WORDS = 3
-# Two texts count as near copies from these shares of common word triples (or words, where one
-# of them is too short for triples) on. A nested text must have 5 words, 3 triples, to count.
-_MIN_JACCARD = 0.5
-_MIN_WORD_JACCARD = 0.75
-_MIN_NESTED = 0.8
-_MIN_NESTED_SHINGLES = 3
-
-
-def normalise(text: str) -> str:
-    """Lower-case words of a text, joined by single spaces, without punctuation.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The words; texts with equal words are copies of each other.
-    """
-    return " ".join(_WORD.findall(text.lower()))
 
 
 def hold_out(
@@ -72,8 +52,36 @@ def hold_out(
     return train, dev
 
 
-def near_copies(texts: Sequence[str], references: Sequence[str]) -> set[int]:
-    """Find the texts that repeat a reference, nearly repeat it, hold it or lie in it.
+@dataclass(frozen=True)
+class Repeats:
+    """Rows that say what other rows say.
+
+    Attributes:
+        exact: rows whose words are those of another, ascending.
+        near: further ones that are near copies, ascending.
+    """
+
+    exact: list[int]
+    near: list[int]
+
+
+def find_repeats(texts: Sequence[str], references: Sequence[str]) -> Repeats:
+    """Find the texts that repeat a reference, such as the dev rows that are training rows.
+
+    Args:
+        texts: to examine, as they are.
+        references: to compare with.
+
+    Returns:
+        Row numbers of `texts`.
+    """
+    keys, others = ([normalise(text) for text in side] for side in (texts, references))
+    exact = exact_copies(keys, others)
+    return Repeats(sorted(exact), sorted(near_copies(keys, others) - exact))
+
+
+def exact_copies(texts: Sequence[str], references: Sequence[str]) -> set[int]:
+    """Find the texts that equal a reference.
 
     Args:
         texts: normalised texts to examine.
@@ -82,61 +90,8 @@ def near_copies(texts: Sequence[str], references: Sequence[str]) -> set[int]:
     Returns:
         Positions in `texts`.
     """
-    exact = set(references)
-    by_shingle = _Index(_shingles(text) for text in references)
-    by_word = _Index(_words(text) for text in references)
-    found = set()
-    for position, text in enumerate(texts):
-        if (
-            text in exact
-            or by_shingle.has_near(_shingles(text), _MIN_JACCARD, nested=True)
-            or by_word.has_near(_words(text), _MIN_WORD_JACCARD, nested=False)
-        ):
-            found.add(position)
-    return found
-
-
-class _Index:
-    """Inverted index from features to the references that hold them."""
-
-    def __init__(self, feature_sets: Iterable[frozenset[str]]) -> None:
-        self._sets = list(feature_sets)
-        self._holders: dict[str, list[int]] = defaultdict(list)
-        for reference, features in enumerate(self._sets):
-            for feature in features:
-                self._holders[feature].append(reference)
-
-    def has_near(self, features: frozenset[str], min_jaccard: float, *, nested: bool) -> bool:
-        probes: Iterable[str] = features
-        if not nested:
-            # Two sets of this similarity share all but a few features, so a few rare ones of
-            # these suffice to find every candidate, and common words need no look.
-            num_probes = int((1.0 - min_jaccard) * len(features)) + 1
-            probes = sorted(features, key=self._rarity)[:num_probes]
-        candidates = {reference for probe in probes for reference in self._holders.get(probe, ())}
-        for reference in candidates:
-            other = self._sets[reference]
-            shared = len(features & other)
-            if shared >= min_jaccard * (len(features) + len(other) - shared):
-                return True
-            smaller = min(len(features), len(other))
-            if nested and smaller >= _MIN_NESTED_SHINGLES and shared >= _MIN_NESTED * smaller:
-                return True
-        return False
-
-    def _rarity(self, feature: str) -> tuple[int, str]:
-        return len(self._holders.get(feature, ())), feature
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-def _shingles(text: str) -> frozenset[str]:
-    words = text.split()
-    return frozenset(
-        " ".join(words[i : i + _SHINGLE_WORDS]) for i in range(len(words) - _SHINGLE_WORDS + 1)
-    )
+    known = set(references)
+    return {row for row, text in enumerate(texts) if text in known}
 
 
 def _draw(seed: int, key: str) -> bytes:

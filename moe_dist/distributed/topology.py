@@ -100,25 +100,6 @@ class Topology:
         )
 
 
-def lay_out(workers_on_nodes: Sequence[tuple[Hashable, int]], ep_size: int) -> Topology:
-    """Number the workers node by node, as Ray Train does.
-
-    Args:
-        workers_on_nodes: nodes with the number of workers on each.
-        ep_size: ranks that share one set of experts.
-
-    Returns:
-        Where each rank is.
-
-    Raises:
-        ValueError: if the ranks cannot be divided into expert groups.
-    """
-    nodes = tuple(node for node, count in workers_on_nodes for _ in range(count))
-    if ep_size < 1 or not nodes or len(nodes) % ep_size:
-        raise ValueError(f"ep_size={ep_size} does not divide {len(nodes)} workers")
-    return Topology(nodes, ep_size)
-
-
 def list_groups(groups: Sequence[Sequence[int]], *, most: int = 4) -> str:
     """Write groups of ranks in few words.
 

@@ -101,54 +101,71 @@ def _load(
     *,
     shapes: dict[str, torch.Tensor] | None = None,
 ) -> StartModel:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     names = [str(name) for name in label_names] if label_names is not None else None
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
     with clear_errors(source), quiet_transformers():
-        config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
-        entries, _ = config.get_config_dict(source, revision=revision)
-        own, contradiction = own_names(entries, num_labels)
-        config.num_labels = num_labels
-        for key, value in head_kind(names).head_settings(names).items():
-            setattr(config, key, value)
-        if hasattr(config, TASK_HEADS):
-            # Heads of several tasks, as rows of one layer: another task makes its own.
-            delattr(config, TASK_HEADS)
+        config, entries = _configure(source, num_labels, names, revision)
         torch.manual_seed(seed)
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": torch.float32,
-            "ignore_mismatched_sizes": True,
-            "output_loading_info": True,
-        }
-        if shapes is None:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
-                # Without it transformers would read a pickle where there is nothing else.
-                use_safetensors=True,
-                **options,
-                **UNTRUSTED,
-            )
-        else:
-            kind = AutoModelForSequenceClassification._model_mapping[type(config)]
-            model, info = kind.from_pretrained(None, state_dict=shapes, **options)
+        model, info = _build(source, config, revision, shapes)
     taken = compare_weights(model, info, source, entries.get("architectures") or ())
-    notes, warnings = taken.lines(), []
+    notes = taken.lines()
+    warnings: list[str] = []
     in_place = HeadUse(tuple(range(num_labels)))
-    use = in_place
+    use = HeadUse(None) if taken.other_head else in_place
     if taken.has_head and names is not None:
+        own, contradiction = own_names(entries, num_labels)
         use = match_head(own, names)
+        (warnings if use.is_guess else notes).extend([use.line] if use.line else [])
         warnings += [contradiction] if contradiction else []
-    if use.line:
-        (warnings if use.is_guess else notes).append(use.line)
-    if taken.other_head:
-        use = HeadUse(None)
     if use.rows != in_place.rows and shapes is None:
         std = getattr(config, "initializer_range", None) or _NEW_HEAD_STD
         put_in_order(task_head(model), use, std=std, seed=seed)
     tokenizer = read_tokenizer(source, revision)
     warnings += fit_tokenizer(tokenizer, model)
     return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings))
+
+
+def _configure(
+    source: str, num_labels: int, names: Sequence[str] | None, revision: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration for the task, and the entries of config.json as they stand there."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
+    entries, _ = config.get_config_dict(source, revision=revision)
+    config.num_labels = num_labels
+    for key, value in head_kind(names).head_settings(names).items():
+        setattr(config, key, value)
+    if hasattr(config, TASK_HEADS):
+        # Heads of several tasks, as rows of one layer: another task makes its own.
+        delattr(config, TASK_HEADS)
+    return config, entries
+
+
+def _build(
+    source: str, config: Any, revision: str | None, shapes: dict[str, torch.Tensor] | None
+) -> tuple[Any, dict[str, Any]]:
+    """The classifier and its loading info; of `shapes`, where they are given, in place of files."""
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    found: tuple[Any, dict[str, Any]]
+    if shapes is None:
+        found = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=revision,
+            # Without it transformers would read a pickle where there is nothing else.
+            use_safetensors=True,
+            **options,
+            **UNTRUSTED,
+        )
+    else:
+        kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+        found = kind.from_pretrained(None, state_dict=shapes, **options)
+    return found

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, MoeDistError
 from moe_dist.inference.silence import quiet_transformers
 
 UNTRUSTED = {"trust_remote_code": False}
 """Said to transformers, which would otherwise ask on the terminal whether to run a model's code."""
+
+_SHOWN_CHARACTERS = 300
 
 
 def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = None) -> Any:
@@ -33,9 +34,8 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    with clear_errors(source):
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
+    with clear_errors(source), quiet_transformers():
+        config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
         config.num_labels = num_labels
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config).eval()
@@ -43,24 +43,30 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
 
 @contextmanager
 def clear_errors(source: str) -> Iterator[None]:
-    """Say which model cannot be loaded, and what to do about it.
+    """Say in one line that a start model cannot be read, whatever a library raises of it.
 
     Args:
-        source: a directory, or a name on the Hugging Face hub.
+        source: the start model.
 
     Yields:
-        While it is read.
+        Nothing; only calls of transformers belong inside.
 
     Raises:
-        ConversionError: for what transformers raises.
+        ConversionError: if something is raised.
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = "directory" if Path(source).is_dir() else "hub model"
+    except MoeDistError:
+        raise
+    # A wrong entry of a config.json comes back as almost any error, from StrictDataclassError to
+    # AssertionError.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (OSError, ValueError)):
+            text = f"{type(error).__name__}: {text}"
+        place = "directory" if Path(source).is_dir() else "hub model"
         raise ConversionError(
-            f"model.teacher: the {kind} {source!r} cannot be loaded: {first_line}",
+            f"model.teacher: the {place} {source!r} cannot be loaded: {text[:_SHOWN_CHARACTERS]}",
             remedy="give a directory with config.json, model.safetensors and tokenizer files, "
             "the name of a hub model that this machine can reach, or package:NAME",
         ) from error

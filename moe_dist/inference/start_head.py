@@ -35,8 +35,8 @@ def own_names(entries: Mapping[str, Any], count: int) -> tuple[list[str], str]:
         Names in the order of the outputs, none where it has no such names; and what is wrong with
         them, if anything.
     """
-    by_number = {int(number): str(name) for number, name in (entries.get("id2label") or {}).items()}
-    by_name = {int(number): str(name) for name, number in (entries.get("label2id") or {}).items()}
+    by_number = {int(number): str(name) for number, name in _pairs(entries.get("id2label"))}
+    by_name = {int(number): str(name) for name, number in _pairs(entries.get("label2id"))}
     found = by_number or by_name
     names = [name for _, name in sorted(found.items())]
     if sorted(found) != list(range(count)):
@@ -105,6 +105,10 @@ def put_in_order(layer: Any, use: HeadUse, *, std: float, seed: int) -> None:
             return
         for parameter in layer.parameters():
             parameter.copy_(parameter[list(use.rows)].clone())
+
+
+def _pairs(entry: Any) -> list[tuple[Any, Any]]:
+    return list(entry.items()) if isinstance(entry, dict) else []
 
 
 def _keys(names: Sequence[str]) -> list[str]:

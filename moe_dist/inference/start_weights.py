@@ -30,6 +30,8 @@ _WRAPPERS = {
     "model.": "a module around the model, such as a LightningModule",
 }
 _OTHER_FORMATS = (*sorted(PICKLES), ".h5", ".msgpack", ".onnx", ".gguf")
+_SAME_NAMES = ("ForTokenClassification", "ForMultipleChoice")
+"""Ends of classes whose heads have the names of a sequence classifier's in some families."""
 _SHOWN = 4
 
 
@@ -132,8 +134,8 @@ def compare_weights(
     head = {name for name in model.state_dict() if not _is_body(model, name)}
     own_head = {name for name in head if name.startswith(f"{last}.")}
     lacks_head = not own_head.isdisjoint(missing | shapes.keys())
-    others = set(spec.heads if spec is not None else ()) - {type(model).__name__}
-    other_head = "" if lacks_head else next((one for one in architectures if one in others), "")
+    others = [one for one in architectures if one.endswith(_SAME_NAMES)]
+    other_head = others[0] if others and not lacks_head else ""
     is_new = lacks_head or bool(other_head)
     # What feeds the last layer may be new where that layer is; below a trained one it may not.
     may_lack = {name for name in head if is_new}

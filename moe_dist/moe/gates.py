@@ -77,8 +77,8 @@ class Gate(nn.Module):
             The routing; its logits are those that decided.
         """
         if self.noise and self.training:
-            (rows, columns), salt = logits_TE.shape, 2 * self.seed
-            noise_TE = normal_rows(rows, columns, context, salt=salt, device=logits_TE.device)
+            salt = 2 * self.seed
+            noise_TE = normal_rows(logits_TE.shape, context, salt=salt, device=logits_TE.device)
             logits_TE = logits_TE + self.noise * noise_TE.to(logits_TE.dtype)
         if self.top_k > 1:
             chosen_TK, expert_ids = logits_TE.topk(self.top_k, dim=-1)
@@ -157,8 +157,7 @@ class TokenGate(Gate):
             input_TD = input_TD.to(weight_ED.dtype)
             if self.jitter and self.training:
                 salt = 2 * self.seed + 1
-                rows, columns = input_TD.shape
-                drawn_TD = uniform_rows(rows, columns, context, salt=salt, device=input_TD.device)
+                drawn_TD = uniform_rows(input_TD.shape, context, salt=salt, device=input_TD.device)
                 spread_TD = 1 + self.jitter * (2 * drawn_TD - 1)
                 input_TD = input_TD * spread_TD.to(input_TD.dtype)
             return F.linear(input_TD, weight_ED).float()

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, N rows (a token's or a whole sample's), C columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -22,8 +23,7 @@ _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def uniform_rows(
-    num_rows: int,
-    num_columns: int,
+    shape: Sequence[int],
     context: RoutingContext | None,
     *,
     salt: int,
@@ -32,8 +32,7 @@ def uniform_rows(
     """Draw numbers evenly between 0 and 1.
 
     Args:
-        num_rows: N; either one for each token of the forward call or one for each sample.
-        num_columns: C.
+        shape: N, either one row for each token of the forward call or one for each sample, and C.
         context: numbers the samples. Where it does not, its rows are numbered as they come, and
             where it has no seed, torch's generator gives one.
         salt: of the layer and the use; another one draws other numbers.
@@ -42,6 +41,7 @@ def uniform_rows(
     Returns:
         (N, C) float64, above 0 and below 1.
     """
+    num_rows, num_columns = shape
     context = context or RoutingContext()
     seed = context.noise_seed
     if seed is None:
@@ -55,8 +55,7 @@ def uniform_rows(
 
 
 def normal_rows(
-    num_rows: int,
-    num_columns: int,
+    shape: Sequence[int],
     context: RoutingContext | None,
     *,
     salt: int,
@@ -65,8 +64,7 @@ def normal_rows(
     """Draw from the standard normal distribution.
 
     Args:
-        num_rows: see `uniform_rows`.
-        num_columns: see `uniform_rows`.
+        shape: see `uniform_rows`.
         context: see `uniform_rows`.
         salt: see `uniform_rows`.
         device: see `uniform_rows`.
@@ -74,7 +72,7 @@ def normal_rows(
     Returns:
         (N, C) float64.
     """
-    uniform_NC = uniform_rows(num_rows, num_columns, context, salt=salt, device=device)
+    uniform_NC = uniform_rows(shape, context, salt=salt, device=device)
     return cast(Tensor, torch.special.ndtri(uniform_NC))
 
 

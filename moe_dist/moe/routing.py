@@ -87,17 +87,6 @@ class LayerRouting:
     routing: Routing
     mask_T: Tensor | None
 
-    def tokens_per_expert(self) -> Tensor:
-        """Count the real tokens that each expert received.
-
-        Returns:
-            (E,) int64; a token with K experts counts K times.
-        """
-        expert_ids = self.routing.expert_ids
-        if self.mask_T is not None:
-            expert_ids = expert_ids[self.mask_T]
-        return torch.bincount(expert_ids.reshape(-1), minlength=self.num_experts)
-
 
 @dataclass
 class RoutingRecord:

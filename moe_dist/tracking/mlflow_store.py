@@ -28,12 +28,12 @@ from moe_dist.tracking.connection import (
 )
 from moe_dist.tracking.database_lock import DatabaseLock
 from moe_dist.tracking.journal import RUNNING, Journal, Sent
-from moe_dist.tracking.metric_summary import summarise_metrics
+from moe_dist.tracking.metric_summary import experiment_tags, summarise_metrics
 from moe_dist.tracking.models import ModelSender
 from moe_dist.tracking.privacy import redact_uri
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Experiment, Metric, Run
 
 logger = logging.getLogger("moe_dist.tracking")
 
@@ -42,6 +42,7 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_METRICS_PER_BATCH = 1000
 MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
+SOURCE_TAGS = ("mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 IDENTITY_TAG = "moe_dist.identity"
 _NAME_FAULTS = re.compile(r"[^\w.\- /:]")
 
@@ -81,7 +82,9 @@ class MlflowStore:
             root = None if database is None else database.parent.resolve() / "mlartifacts"
             try:
                 return str(
-                    self._client.create_experiment(name, artifact_location=root and root.as_uri())
+                    self._client.create_experiment(
+                        name, artifact_location=root and root.as_uri(), tags=experiment_tags()
+                    )
                 )
             except MlflowException as fault:
                 if fault.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -90,7 +93,20 @@ class MlflowStore:
             found = self._client.get_experiment_by_name(name)
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
+        self._tag(found)
         return str(found.experiment_id)
+
+    def _tag(self, experiment: Experiment) -> None:
+        """Say how an experiment is shown, where nobody has said it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            for key, value in experiment_tags().items():
+                if key not in experiment.tags:
+                    self._client.set_experiment_tag(experiment.experiment_id, key, value)
+        except MlflowException as fault:
+            # Who may log runs into an experiment need not own it.
+            logger.warning("MLflow shows the experiment as it is: %s", describe_fault(fault))
 
     def sync(self, journal: Journal) -> None:
         """Send what the server lacks of a run; does nothing if it lacks nothing.
@@ -153,6 +169,8 @@ class MlflowStore:
             journal.save()
             tags = {IDENTITY_TAG: wanted.identity}
             if journal.parent is not None:
+                # Children have the same source as the run that they belong to.
+                tags |= {k: v for k, v in journal.parent.wanted.tags.items() if k in SOURCE_TAGS}
                 tags["mlflow.parentRunId"] = str(journal.parent.sent.run_id)
                 if not journal.parent.is_new:
                     self._close_abandoned(wanted.name, tags["mlflow.parentRunId"])

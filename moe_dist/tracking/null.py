@@ -34,9 +34,6 @@ class _LocalRun:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def log_params(self, params: Mapping[str, object]) -> None:
-        pass
-
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         MetricLog(self._directory / METRIC_LOG).append(step, metrics)
 

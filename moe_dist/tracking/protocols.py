@@ -85,9 +85,6 @@ class TrackedRun(Protocol):
     def run_id(self) -> str | None:
         """The MLflow run id; None without MLflow, or as long as the server has not answered."""
 
-    def log_params(self, params: Mapping[str, object]) -> None:
-        """Add parameters, nested or flat; secrets and machine paths are taken out."""
-
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append to the run's `metrics.jsonl`; not while a job's rank 0 writes it."""
 

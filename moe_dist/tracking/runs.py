@@ -102,10 +102,6 @@ class _MlflowRun:
     def run_id(self) -> str | None:
         return self._journal.sent.run_id
 
-    def log_params(self, params: Mapping[str, object]) -> None:
-        with self._journal.changing() as wanted:
-            wanted.params.update(flatten(params))
-
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._journal.metric_log.append(step, metrics)
         if self._journal.wanted.status != RUNNING:

@@ -151,7 +151,6 @@ def train(
     metric_log: Log | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     report: Callable[[int, dict[str, float]], None] | None = None,
-    on_checkpoint: Callable[[Path], None] | None = None,
     after_step: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Train until `settings.num_steps`, from the newest checkpoint if there is one; collective.
@@ -166,7 +165,6 @@ def train(
         metric_log: rank 0's log; None elsewhere, or to log nothing.
         evaluate: run on every rank, returns the same metrics on each.
         report: called after each log line and evaluation on every rank.
-        on_checkpoint: called on rank 0, in the writer's thread, with each complete checkpoint.
         after_step: trains what has an optimizer of its own, after each update, on every rank; it
             is told the samples of the step, and gives values to log, equal on every rank.
 
@@ -206,7 +204,6 @@ def train(
             engine,
             keep=settings.keep_checkpoints,
             resumed_from=result.resumed_from,
-            on_written=on_checkpoint,
         )
     with saving as writer:
         # Steps are numbered from 1 once they are done: checkpoint 10 has taken ten of them.

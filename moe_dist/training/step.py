@@ -86,32 +86,20 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def finetune_terms(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    load_balancing: bool = False,
-    z_loss: bool = False,
-    entropy: bool = False,
-) -> StepTerms:
-    """Compute the task loss, and where asked for the router's own losses.
+def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
+    """Compute the task loss.
 
     Args:
         model: a classifier or regressor of Hugging Face's form.
         batch: input_ids, attention_mask, labels (float for regression) and so on.
-        load_balancing: keep what the load-balancing loss needs.
-        z_loss: add the router z-loss.
-        entropy: add the router's entropy.
 
     Returns:
-        Terms ``task`` and, where asked for, ``z_loss`` and ``router_entropy``.
+        The term ``task``.
     """
     with record_routing() as record:
         output = model(**model_inputs(batch))
     terms = {"task": _task_term(model, output.logits, batch["labels"])}
-    terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
-    gates = gate_sums(record) if load_balancing else {}
-    return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
+    return StepTerms(terms, expert_counts(record), routing_sums(record))
 
 
 def distill_terms(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_dist.tracking import TrackedModel, redact_uri
 
+from ..checks.cluster_package import cluster_module
 from ..stages import distill, evaluate, finetune_teacher
 from .stage import StageResult, stage_key
 
@@ -63,13 +64,16 @@ def source_tags() -> dict[str, str]:
     """
     from moe_dist import __version__
 
+    in_job = cluster_module("lasting").in_ray_job()
     tags = {
+        "mlflow.source.name": "moe-dist",
+        "mlflow.source.type": "JOB" if in_job else "LOCAL",
         "moe_dist.version": __version__,
         "cluster": redact_uri(os.environ.get("RAY_ADDRESS", "")) or "local",
     }
     commit = _git_commit()
     if commit:
-        # MLflow shows the second as the source of the run; the first can be a column.
+        # MLflow shows the second as the version of the source; the first can be a column.
         tags |= {"git_commit": commit, "mlflow.source.git.commit": commit}
     return tags
 

@@ -123,11 +123,11 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
             faults.append(f"{prefix}{error.message}; {error.remedy}.")
     if faults:
         raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    check_start_model(workspace, rows)
     num_rows = sum(len(splits.train) + len(splits.dev) for splits in rows.parts.values())
     if num_rows >= MANY_ROWS:
         workspace.console.note(f"tokenising {num_rows} rows, to see how many are cut")
     say_summaries(workspace.summaries, workspace.console)
-    check_start_model(workspace, rows)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -67,7 +67,7 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
-    """Show the library's warnings between the progress lines and not across them.
+    """Show the library's warnings and notes between the progress lines and not across them.
 
     Args:
         console: where to show them.
@@ -78,16 +78,19 @@ def shown_warnings(console: Console) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            console.warn(record.getMessage())
+            show = console.warn if record.levelno >= logging.WARNING else console.note
+            show(record.getMessage())
 
     logger = logging.getLogger("moe_dist")
-    handler, propagated = Handler(level=logging.WARNING), logger.propagate
+    handler, propagated, level = Handler(), logger.propagate, logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
         logger.propagate = propagated
 
 

@@ -23,7 +23,6 @@ NUM_TICKS = 5
 _ROW = 20
 # From fewer tokens than an even share (blue) to more (red), white between.
 _SHADES = "#2166ac #4393c3 #92c5de #d1e5f0 #ffffff #fddbc7 #f4a582 #d6604d #b2182b #8e0b22".split()
-_EVEN = 4
 _STEPS = (0.25, 0.5, 0.75, 0.9, 1.1, 1.4, 1.8, 2.5, 3.5)
 """Share divided by the even share at which the next shade begins."""
 

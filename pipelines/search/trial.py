@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 5
 LATENCY_REPEATS = 2
-POLL_S = 0.5
 Say = Callable[[Mapping[str, Any]], None]
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NAME = "adapt"
 UNFITTED = "unfitted"
 """Where the student waits for its outputs to be fitted, inside the stage's directory."""
-NEEDS = (finetune_teacher.NAME, score_importance.NAME)
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
 NAME = "distill"
-NEEDS = (finetune_teacher.NAME, adapt.NAME)
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ..chain.workspace import Workspace
 
 NAME = "evaluate"
-NEEDS = (finetune_teacher.NAME, adapt.NAME, distill.NAME)
 TEACHER = "teacher"
 STUDENT = "student"
 PREDICTIONS = "predictions"

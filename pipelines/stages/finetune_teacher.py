@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
 NAME = "finetune-teacher"
-NEEDS: tuple[str, ...] = ()
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from moe_dist.tracking import TrackedRun
 
 NAME = "shrink"
-NEEDS = (finetune_teacher.NAME, score_importance.NAME)
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:

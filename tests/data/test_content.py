@@ -82,6 +82,23 @@ def test_mixed_line_ends_are_named(tmp_path: Path) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text", "named"),
+    [
+        ("latin-1", "ein Café", "latin1"),
+        ("gb18030", "这家餐厅", "gb18030"),
+        ("cp1251", "фильм", "cp1251"),
+    ],
+)
+def test_the_remedy_names_a_likely_encoding(
+    tmp_path: Path, encoding: str, text: str, named: str
+) -> None:
+    path = write(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n".encode(encoding))
+    with pytest.raises(DataError, match=r"line 2: invalid UTF-8 at byte") as caught:
+        read_rows(path)
+    assert named in caught.value.remedy
+
+
 def zipped(name: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

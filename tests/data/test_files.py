@@ -67,6 +67,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", "not a readable Parquet file"),
         ("a.parquet", "", "not a readable Parquet file"),
         ("a.xls", "x", "unknown kind of data file"),
+        ("a.json", '{\n "text": "x"\n}\n', "one JSON object over several lines"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

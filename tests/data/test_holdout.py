@@ -92,6 +92,20 @@ def test_too_many_rows_are_refused_with_the_number_there_is() -> None:
         withhold([("a", "b")], 2, seed=0)
 
 
+def test_phrases_without_spaces_leave_with_their_sentence() -> None:
+    rows: list[Row] = [
+        ("这家餐厅的服务非常好下次还来", None),
+        ("服务非常好", None),
+        ("很糟糕", None),
+    ]
+    rows += [("😂😂", None), ("😭", None)]
+    for seed in range(8):
+        train, holdout = withhold(rows, 1, seed=seed)
+        assert train and 1 not in holdout
+        if 0 in holdout:
+            assert train == [2, 3, 4]
+
+
 def test_nested_texts_agree_with_comparing_all_pairs() -> None:
     rng = random.Random(5)
     texts = [tuple(rng.choices("abc", k=rng.randint(0, 6))) for _ in range(120)]

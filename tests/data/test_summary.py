@@ -129,6 +129,12 @@ def test_empty_texts_are_counted(tmp_path: Path) -> None:
     assert summary.warnings == ("2 training rows have no text",)
 
 
+def test_blanks_around_labels_are_said(tmp_path: Path) -> None:
+    summary = load(tmp_path, [*TRAIN, ("x", "good "), ("y", " bad")], TRAIN[2:]).summary
+    assert summary.notes == ("2 labels have blanks around them, which were dropped",)
+    assert list(summary.train.class_counts) == ["bad", "good"]
+
+
 def encoded(lengths: list[int], full_lengths: list[int]) -> Encoded:
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     return Encoded(

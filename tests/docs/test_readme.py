@@ -71,12 +71,16 @@ def test_the_headline_table_has_what_the_tool_counts(
 
 def test_the_costs_that_the_text_names(models: dict[tuple[str, str], nn.Module]) -> None:
     """Gates beside FFNs, and what a mixture stores beside teacher and dense student."""
-    gates = []
+    gates: list[int] = []
     for share in MIXTURES:
         model = models[share, "mixture of 16"]
-        routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
-        gate = sum(int(2 * p.numel()) for router in routers for p in router.parameters())
-        gates.append(round(100 * gate / flops_per_token(model, seq_len=64).ffn))
+        routers = nn.ModuleList(
+            layer.router
+            for layer in model.modules()
+            if isinstance(layer, MoELayer) and layer.router is not None
+        )
+        gate_flops = 2 * count_parameters(routers).total
+        gates.append(round(100 * gate_flops / flops_per_token(model, seq_len=64).ffn))
     mixture, dense = (
         count_parameters(models["1/8", kind]).total for kind in ("mixture of 16", "dense")
     )

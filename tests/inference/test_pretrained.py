@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.pretrained import load_pretrained
+from moe_dist.inference.pretrained import check_pretrained, load_pretrained
+from moe_dist.inference.skeleton import build_skeleton
 from tests.training.tiny_task import write_bert
 
 
@@ -40,3 +42,26 @@ def test_code_that_comes_with_a_model_is_not_run(bert: Path) -> None:
     (bert / "evil.py").write_text("raise SystemExit('this ran')\n")
     with pytest.raises(ConversionError, match=r"model\.teacher: .* cannot be loaded"):
         load_pretrained(str(bert), num_labels=2)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"hidden_size": "16"},
+        {"num_attention_heads": 3},
+        {"hidden_act": "nope"},
+        {"id2label": ["a", "b"]},
+        {"vocab_size": None},
+        {"pad_token_id": 999},
+        {"hidden_size": -1},
+    ],
+)
+def test_a_senseless_configuration_is_said_in_one_line(bert: Path, entry: dict[str, Any]) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | entry))
+    for attempt in (check_pretrained, load_pretrained, build_skeleton):
+        with pytest.raises(
+            ConversionError, match=r"^model\.teacher: .* cannot be loaded: "
+        ) as caught:
+            attempt(str(bert), num_labels=2)
+        assert "\n" not in caught.value.message

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
 from moe_dist.moe import (
-    LayerRouting,
     Routing,
     RoutingContext,
     current_context,
@@ -192,20 +191,13 @@ def test_a_record_ends_with_an_error() -> None:
     assert record.entries == []
 
 
-def test_padding_is_in_the_record_but_not_in_the_counts() -> None:
+def test_padding_is_in_the_record() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     with use_context(RoutingContext(IDS, mask)), record_routing() as record:
         append_routing("layer", 3, routing(6, expert=1))
     (entry,) = record.entries
     assert entry.mask_T is not None
     assert entry.mask_T.tolist() == mask.view(-1).tolist()
-    assert entry.tokens_per_expert().tolist() == [0, 3, 0]
-
-
-def test_tokens_with_several_experts_count_for_each() -> None:
-    ids = torch.tensor([[0, 2], [2, 1]])
-    entry = LayerRouting("layer", 4, Routing(ids, torch.ones(2, 2)), None)
-    assert entry.tokens_per_expert().tolist() == [1, 1, 2, 0]
 
 
 def test_a_mask_that_does_not_cover_the_layers_tokens_is_an_error_with_a_remedy() -> None:

@@ -287,6 +287,38 @@ def test_a_hint_hides_the_password_alone() -> None:
     assert store.run_location("1") == expected
 
 
+def test_an_experiment_opens_as_one_of_trained_models_unless_its_owner_chose(
+    client: Any, tmp_path: Path, sqlite_uri: str
+) -> None:
+    with build_tracker(sqlite_uri, experiment="new").chain("x", tmp_path / "x", params={}):
+        pass
+    tags = client.get_experiment_by_name("new").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(tags["mlflow.sharedViewState.moe-dist"])
+    assert view["name"] == "moe-dist" and view["createdAt"] > 0
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert "metrics.`retention`" in columns and "attributes.`Source`" in columns
+    older = client.create_experiment("older", tags={"mlflow.experimentKind": "genai_development"})
+    build_tracker(sqlite_uri, experiment="older")
+    tags = client.get_experiment(older).tags
+    assert tags["mlflow.experimentKind"] == "genai_development"
+    assert "mlflow.sharedViewState.moe-dist" in tags
+
+
+def test_stages_have_the_source_of_their_chain(
+    tracker: Tracker, client: Any, tmp_path: Path
+) -> None:
+    source = {"mlflow.source.name": "moe-dist", "mlflow.source.type": "LOCAL"}
+    with (
+        tracker.chain("x", tmp_path, params={}, tags={**source, "router": "a"}) as chain,
+        chain.stage("adapt", tmp_path / "adapt") as stage,
+    ):
+        pass
+    for run_id in (chain.run_id, stage.run_id):
+        assert source.items() <= client.get_run(run_id).data.tags.items()
+    assert "router" not in client.get_run(stage.run_id).data.tags
+
+
 def test_failed_stage_is_marked(tracker: Tracker, client: Any, tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError),

@@ -58,6 +58,7 @@ def test_tags_name_the_choices(
     monkeypatch.setenv("RAY_ADDRESS", "ray://ann:secret@head:10001")
     tags = chain_tags(load_config(write_recipe(tiny_settings), ["seed=3"]))
     assert tags["seed"] == "3" and tags["num_experts"] == "2"
+    assert tags["mlflow.source.name"] == "moe-dist" and tags["mlflow.source.type"] == "LOCAL"
     assert "head" in tags["cluster"] and "secret" not in tags["cluster"]
 
 
