@@ -59,8 +59,10 @@ class MoeSettings:
         Returns:
             What JSON can hold.
         """
-        lists = {"layers": list(self.layers), "absent": list(self.absent)}
-        return asdict(self) | lists | asdict(self.router)
+        values = asdict(self) | {"layers": list(self.layers)} | asdict(self.router)
+        # Nearly no model lacks a part; entries of earlier versions do not name it.
+        del values["absent"]
+        return values | ({"absent": list(self.absent)} if self.absent else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeSettings:
