@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from moe_dist.data.loaders import Encoded, TrainBatches, encode
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
+from moe_dist.data.tasks import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.training.collectives import num_ranks, own_rank
-
-if TYPE_CHECKING:
-    from moe_dist.jobs.job import Split
 
 Predict = Callable[[Encoded], Predictions]
 

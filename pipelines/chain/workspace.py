@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
     from moe_dist.data.summary import DataSummary
-    from moe_dist.jobs.job import Split
+    from moe_dist.data.tasks import Split
     from moe_dist.tracking import DatasetInput
     from moe_dist.workers.ray_session import RaySession
 

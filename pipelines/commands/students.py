@@ -71,8 +71,9 @@ def compact(
         from moe_dist.errors import ConfigError
 
         from ..console import Console
-        from ..stages.compaction import CompactSettings, find_recipe, to_table
+        from ..stages.compact_settings import CompactSettings
         from ..stages.compaction import compact as run
+        from ..stages.compaction import find_recipe, to_table
 
         faults = []
         if method not in ("merge", "drop"):

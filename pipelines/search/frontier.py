@@ -17,7 +17,7 @@ from moe_dist.router_spec import ROUTER_FACTS
 from moe_dist.search.objectives import Goal
 from moe_dist.search.trials import BASELINE, Trial
 
-from .results import shown
+from .measures import shown
 from .sweep import SweepResult
 from .teachers import teacher_key
 from .trial import LATENCY_SEQ_LEN

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.config.search_section import MEASURES
 from moe_dist.search.importance import key_importance
 from moe_dist.search.trials import BASELINE, Trial, finished_front, rank_trials
 from moe_dist.whole_files import write_json
 
 from ..console import duration
 from ..markdown import markdown_table
-from ..report.report import quantity
+from .measures import shown
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult
 from .sweep_files import PARQUET_NAME, ROWS, write_best, write_table
@@ -315,23 +314,6 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
         rows.append([who, *cells, duration(trial.seconds)])
     return markdown_table(heads, rows)
-
-
-def shown(measure: str, value: float) -> str:
-    """Write one measure.
-
-    Args:
-        measure: its name.
-        value: its value.
-
-    Returns:
-        A few digits; empty where it is missing.
-    """
-    if math.isnan(value):
-        return ""
-    if measure == "latency":
-        return f"{value:.1f} ms"
-    return quantity(value) if MEASURES.get(measure) == "min" else f"{value:.4f}"
 
 
 def _entry(trial: Trial) -> dict[str, Any]:

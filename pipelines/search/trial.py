@@ -28,8 +28,8 @@ from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
+    from moe_dist.data.tasks import Split
     from moe_dist.jobs.distill import DistillJob
-    from moe_dist.jobs.job import Split
     from moe_dist.jobs.job_data import JobData
 
 LATENCY_SEQ_LEN = 128
