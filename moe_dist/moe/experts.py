@@ -116,7 +116,8 @@ class Experts(nn.Module):
     def forward(self, sorted_TD: Tensor, tokens_per_expert_E: Tensor | None = None) -> Tensor:
         """Apply each expert to its own tokens, in `compute_dtype` of the input.
 
-        The rows are grouped by expert, expert 0 first; their counts may lack for one expert only.
+        The rows are grouped by expert, expert 0 first. Only one expert can do without their
+        counts, else they are a ValueError.
         """
         if tokens_per_expert_E is None:
             if self.num_experts > 1:

@@ -16,7 +16,7 @@ from moe_dist.errors import MissingInputError
 def random_table(vocab_size: int, num_experts: int, *, seed: int, top_k: int = 1) -> Tensor:
     """Give every token id fixed random experts: (V,) int64 for top_k 1, else (V, K) distinct.
 
-    The same seed gives the same table on every machine.
+    The same seed gives the same table on every machine. A ValueError if top_k is not 1 to E.
 
     Source: Hash Layers, arXiv:2106.04426.
     """

@@ -139,7 +139,7 @@ def use_context(context: RoutingContext) -> Iterator[RoutingContext]:
 
 @contextmanager
 def use_task(task: int | None) -> Iterator[None]:
-    """Name the task of forward calls inside the block, in this thread only; None changes nothing."""
+    """Name the task of forward calls inside the block, in this thread; None changes nothing."""
     if task is None:
         yield
         return
@@ -212,10 +212,10 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContex
 
 
 def install_routing_hooks(stack: nn.Module, *, causal: bool = False) -> None:
-    """Open a `RoutingContext` around each forward of a stack; in a causal one routers see no later.
+    """Open a `RoutingContext` around each forward of a stack; `causal` if it is a decoder.
 
-    The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by the names in its forward's
-    signature. Being module-level functions, they let it be copied and pickled; twice is once.
+    The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by name, and can be copied
+    and pickled with the stack. Installing twice changes nothing.
     """
     open_context = _open_causal_context if causal else _open_context
     if open_context in stack._forward_pre_hooks.values():
