@@ -157,13 +157,9 @@ def train_model(
 
 
 def load_metrics(loads: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Name the share of tokens of each expert, as the metric log has it.
+    """Name each expert's share of tokens for the metric log.
 
-    Args:
-        loads: each expert's share by layer.
-
-    Returns:
-        Values by name; none for layers of more than `MAX_LOGGED_EXPERTS` experts.
+    Layers of more than `MAX_LOGGED_EXPERTS` experts are left out.
     """
     return {
         f"moe/expert_load/{layer}/{expert}": share
