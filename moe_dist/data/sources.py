@@ -66,6 +66,7 @@ class Splits:
         num_near_copies: training rows that were left out as near copies of held-out dev rows.
         holdout: training rows that are withheld, for recipes to be chosen on; None without them.
         num_overlapping: training rows that were left out since they share text with these.
+        is_held_out: the dev rows are some of the source's training rows.
     """
 
     train: Dataset
@@ -78,6 +79,7 @@ class Splits:
     num_near_copies: int = 0
     holdout: Dataset | None = None
     num_overlapping: int = 0
+    is_held_out: bool = False
 
     @property
     def parts(self) -> dict[str, Splits]:
@@ -255,6 +257,7 @@ def load_splits(
         num_near_copies=num_near_copies,
         holdout=to_dataset(withheld, task) if withheld else None,
         num_overlapping=num_overlapping,
+        is_held_out=raw_dev is None,
     )
 
 

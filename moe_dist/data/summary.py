@@ -132,6 +132,16 @@ class DataSummary:
         )
         return replace(found, warnings=(*self.warnings, warning))
 
+    def with_near_copies(self, number: int) -> DataSummary:
+        """Warn of dev rows that nearly repeat a training row, beside the exact copies."""
+        if not number:
+            return self
+        warning = (
+            f"{number} more of {self.dev.num_samples} dev rows are near copies of training rows: "
+            "dev metrics may count what was learned by heart; look at them, or give data.dev_size"
+        )
+        return replace(self, warnings=(*self.warnings, warning))
+
     @property
     def line(self) -> str:
         """All of it in one line."""

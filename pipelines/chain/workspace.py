@@ -84,6 +84,7 @@ class Workspace:
     @cached_property
     def summaries(self) -> dict[str, DataSummary]:
         """What each task's data hold, with what cutting takes from them; "" where there is one."""
+        from moe_dist.data.dev_copies import num_near_copies
         from moe_dist.data.summary import measure_cut
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
@@ -93,7 +94,7 @@ class Workspace:
         return {
             name: splits.summary.with_cuts(
                 measure_cut(train[name], max_length), measure_cut(dev[name], max_length)
-            )
+            ).with_near_copies(num_near_copies(splits))
             for name, splits in self.rows.parts.items()
         }
 

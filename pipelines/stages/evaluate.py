@@ -113,7 +113,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
                 "other_work": {
-                    **asdict(beside),
+                    "num_cores": beside.num_cores,
+                    "busy_cores": round(beside.busy_cores, 2),
                     "disturbs": beside.disturbs(answers.num_threads),
                 },
             }
