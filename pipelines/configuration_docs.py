@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from moe_dist.config import RunConfig
-from moe_dist.config.kinds import in_flight_meaning, kind_of
 from moe_dist.config.sections import Section
+from moe_dist.config.setting_kinds import in_flight_meaning, kind_of
 
 from .markdown import markdown_table
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_dist.config.kinds import in_flight_meaning, keys_of
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.search_section import MEASURES
 from moe_dist.config.search_space import Dimension
+from moe_dist.config.setting_kinds import in_flight_meaning, keys_of
 
 
 def in_flight_keys() -> dict[str, str]:

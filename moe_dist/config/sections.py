@@ -70,8 +70,8 @@ WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-# Marks of a field that differs from its section: its kind (`kinds.py` has the meanings), or what a
-# value is that may change while a distillation runs.
+# Marks of a field that differs from its section: its kind (`setting_kinds.py` has the meanings), or
+# what a value is that may change while a distillation runs.
 PLACEMENT: dict[str, Any] = {"kind": "placement"}
 OBSERVATION: dict[str, Any] = {"kind": "observation"}
 LOSS_WEIGHT: dict[str, Any] = {"in_flight": "weight in the loss"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.errors import ClusterError, ConfigError, MoeDistError, is_full_disk
 from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking import build_tracker, scrub

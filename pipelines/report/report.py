@@ -440,8 +440,8 @@ def latency_lines(report: Mapping[str, Any]) -> list[str]:
     doubts = []
     if wide:
         doubts.append(
-            "latency cannot be judged: the middle eight tenths of the passes lie further apart than "
-            f"{100 * MAX_SPREAD:.0f} % of the median: {', '.join(wide)}"
+            "latency cannot be judged: the middle eight tenths of the passes lie further apart "
+            f"than {100 * MAX_SPREAD:.0f} % of the median: {', '.join(wide)}"
         )
     other = report["other_work"]
     if other["disturbs"]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
 from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import ConfigError, MoeDistError

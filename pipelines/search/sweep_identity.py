@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.errors import MoeDistError
 from moe_dist.whole_files import write_json
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig
-from moe_dist.config.kinds import settings_of_kind
 from moe_dist.config.search_checks import point_settings
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.data.metrics import ratio
 from moe_dist.errors import StorageError
 from moe_dist.timeline import mark

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.router_spec import RouterSpec
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute

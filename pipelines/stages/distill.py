@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 
 from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key

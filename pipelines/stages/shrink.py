@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from . import finetune_teacher, score_importance

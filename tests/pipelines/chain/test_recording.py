@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.config.kinds import settings_of_kind
+from moe_dist.config.setting_kinds import settings_of_kind
 from moe_dist.tracking import RunReader, build_tracker
 from pipelines.chain.chain import run_chain
 from pipelines.chain.recording import chain_tags
