@@ -167,20 +167,21 @@ def submit(
 
         console = Console(quiet=quiet)
         module = cluster_module("submit")
-        code = module.submit(
-            module.Submission(
-                recipe,
-                tuple(overrides or ()),
-                address,
-                excludes=tuple(exclude or ()),
-                max_package_mib=max_package_mib,
-                wait=not no_wait,
-                stop_on_interrupt=stop_on_interrupt,
-            ),
-            check=lambda config: check_before_submit(config, Workspace(config, console)),
-            say=console.note,
-            write=console.output,
-        )
+        with shown_warnings(console):
+            code = module.submit(
+                module.Submission(
+                    recipe,
+                    tuple(overrides or ()),
+                    address,
+                    excludes=tuple(exclude or ()),
+                    max_package_mib=max_package_mib,
+                    wait=not no_wait,
+                    stop_on_interrupt=stop_on_interrupt,
+                ),
+                check=lambda config: check_before_submit(config, Workspace(config, console)),
+                say=console.note,
+                write=console.output,
+            )
     raise typer.Exit(code)
 
 

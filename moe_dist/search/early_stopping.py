@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 TIME, OBJECTIVE = "ruled_rung", "objective"
+# Finite, since schedulers take quantiles and means of it.
+_WORST = 1e9
 """What a scheduler reads of a report."""
 
 
@@ -67,10 +69,17 @@ def build_scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | N
         stand_in = _PastTrial(f"past-{trial.number}")
         scheduler.on_trial_add(None, stand_in)
         for report in trial.reports:
-            value = report.metrics.get(ruling.metric, math.nan)
-            if math.isfinite(value):
-                scheduler.on_trial_result(None, stand_in, {TIME: report.rung, OBJECTIVE: value})
+            value = ruled_value(report.metrics, ruling)
+            scheduler.on_trial_result(None, stand_in, {TIME: report.rung, OBJECTIVE: value})
     return scheduler
+
+
+def ruled_value(metrics: Mapping[str, float], ruling: Ruling) -> float:
+    """Give what trials are compared by; one whose measure is undefined is the worst, not spared."""
+    value = metrics.get(ruling.metric, math.nan)
+    if math.isfinite(value):
+        return value
+    return -_WORST if ruling.mode == "max" else _WORST
 
 
 def compared_by(ruling: Ruling) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
 import time
@@ -22,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_dist.errors import MoeDistError
 from moe_dist.search.driver_only import DriverOnly
-from moe_dist.search.early_stopping import OBJECTIVE, TIME, Ruling, build_scheduler, compared_by
+from moe_dist.search.early_stopping import (
+    OBJECTIVE,
+    TIME,
+    Ruling,
+    build_scheduler,
+    compared_by,
+    ruled_value,
+)
 from moe_dist.search.population import Population, all_at_once, in_step
 from moe_dist.search.trials import Report, Trial
 from moe_dist.workers.cluster_capacity import Capacity, describe_nodes
@@ -234,11 +240,10 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
             last.update(report, seconds=time.monotonic() - begin)
             checkpoint = last.pop("checkpoint", None)
             result = {"report": json.dumps(last)}
-            value = last.get("metrics", {}).get(ruling.metric, math.nan)
             # A population is not changed at the end, where nothing is left to train.
             is_late = ruling.scheduler == "pbt" and last["rung"] >= ruling.last_rung
-            if task.get("is_ruled", True) and math.isfinite(value) and not is_late:
-                result |= {TIME: last["rung"], OBJECTIVE: value}
+            if task.get("is_ruled", True) and not is_late:
+                result |= {TIME: last["rung"], OBJECTIVE: ruled_value(last["metrics"], ruling)}
             if checkpoint is None:
                 tune.report(result)
                 return

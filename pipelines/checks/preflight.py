@@ -24,7 +24,7 @@ from moe_dist.redaction import hide_secrets
 from ..chain.workspace import Workspace
 from ..report.report import RESERVED_LABELS
 from .cluster_package import cluster_module
-from .data_summaries import MANY_ROWS, say_summaries
+from .data_summaries import MANY_ROWS, data_heading, say_summaries
 from .sizes import (
     BYTES_FP32,
     GIB,
@@ -104,12 +104,7 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     from moe_dist.jobs.job_data import task_heads
 
     rows = workspace.rows
-    workspace.console.name_metrics(rows.metric_titles)
-    for task, splits in rows.parts.items():
-        titles = ", ".join(splits.metric_titles.values())
-        workspace.console.note(f"data{f' of {task}' if task else ''}: measured by {titles}")
-        for line in metric_faults(task, splits):
-            workspace.console.warn(line)
+    say_metrics(workspace)
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
         set_heads(model, task_heads(rows))
@@ -129,6 +124,17 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
         workspace.console.note(f"tokenising {num_rows} rows, to see how many are cut")
     say_summaries(workspace.summaries, workspace.console)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def say_metrics(workspace: Workspace) -> None:
+    """Say what each task is measured by, and what that cannot tell on its rows."""
+    rows, console = workspace.rows, workspace.console
+    console.name_metrics(rows.metric_titles)
+    for task, splits in rows.parts.items():
+        titles = ", ".join(splits.metric_titles.values())
+        console.note(f"{data_heading(task)}: measured by {titles}")
+        for line in metric_faults(task, splits):
+            console.warn(line)
 
 
 def metric_faults(name: str, splits: Splits) -> list[str]:

@@ -254,9 +254,15 @@ def show_sizes(config: RunConfig, console: Console) -> None:
     """
     from moe_dist.inference.pretrained import check_pretrained
 
+    from .preflight import check_start_model, say_metrics
+
     workspace = Workspace(config, console)
     sizes = derive_sizes(config, workspace)
-    if sizes.models:
+    if sizes.data:
+        say_metrics(workspace)
+    if sizes.models and sizes.data:
+        check_start_model(workspace, workspace.rows)
+    elif sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
         check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
     say_summaries(sizes.data, console)

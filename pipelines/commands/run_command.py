@@ -58,12 +58,14 @@ def open_console(*, quiet: bool, as_json: bool) -> Iterator[Console]:
     if as_json:
         from ..json_console import json_console
 
-        with json_console(quiet=quiet) as console:
+        with json_console(quiet=quiet) as console, shown_warnings(console):
             yield console
         return
     from ..console import Console
 
-    yield Console(quiet=quiet)
+    console = Console(quiet=quiet)
+    with shown_warnings(console):
+        yield console
 
 
 def _run_until(
@@ -84,8 +86,7 @@ def _run_until(
     lasting = cluster_module("lasting")
     if lasting.in_ray_job():
         lasting.check_job(config)
-    with shown_warnings(console):
-        _run(stage, config, console)
+    _run(stage, config, console)
 
 
 def _run(stage: str, config: RunConfig, console: Console) -> None:

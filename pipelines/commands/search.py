@@ -17,7 +17,6 @@ from .command_line import (
     Recipe,
     clean_errors,
     quieten_libraries,
-    shown_warnings,
 )
 from .run_command import open_console
 
@@ -134,8 +133,7 @@ def _check_and_search(
     lasting = cluster_module("lasting")
     if lasting.in_ray_job():
         lasting.check_job(config)
-    with shown_warnings(console):
-        return _search(config, console, goals, minimize)
+    return _search(config, console, goals, minimize)
 
 
 def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:

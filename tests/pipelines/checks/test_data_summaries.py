@@ -47,6 +47,24 @@ def test_what_may_be_wrong_is_a_warning(
     assert "warning: data: 48 of 48 dev rows are training rows too" in output
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_long_comparison_of_rows_says_that_it_goes_on(
+    command: list[str],
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moe_dist.data.copies._SILENT_S", 0.0)
+    rows = [{"text": f"{n} is word{n} of line{n}", "label": "ab"[n % 2]} for n in range(40)]
+    path = tmp_path / "numbered.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_settings["data"] |= {"train": str(path), "dev": None, "dev_size": 8}
+    assert "32 rows are compared with 8 for near copies" in run(
+        write_recipe(tiny_settings), command
+    )
+
+
 def test_several_tasks_are_said_by_name(write_recipe: Write, tiny_settings: dict[str, Any]) -> None:
     task = tiny_settings["data"]
     tiny_settings["data"] = {"source": "tasks", "tasks": {"mood": task, "tone": dict(task)}}

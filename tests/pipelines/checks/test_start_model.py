@@ -59,17 +59,20 @@ def test_a_spoilt_start_model_is_refused(
     assert not (tmp_path / "outputs" / "tiny").exists()
 
 
+@pytest.mark.parametrize("command", [["preflight"], ["compress", "--dry-run"]])
 def test_what_is_new_or_strange_is_said(
-    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, command: list[str]
 ) -> None:
     rows = [f'{{"text": "xyz{n} uvw", "label": "{"ab"[n % 2]}"}}\n' for n in range(40)]
     for key in ("train", "dev"):
         path = tmp_path / f"strange.{key}.jsonl"
         path.write_text("".join(rows[: 40 if key == "train" else 10]))
         tiny_settings["data"][key] = str(path)
-    result = CliRunner().invoke(app, ["preflight", str(write_recipe(tiny_settings))])
+    recipe = str(write_recipe(tiny_settings))
+    result = CliRunner().invoke(app, [command[0], recipe, *command[1:]])
     said = " ".join(result.output.split())
     assert result.exit_code == 0
+    assert "data: measured by accuracy" in said
     assert "start model: new: classifier.bias, classifier.weight" in said
     assert "does not know 100% of the tokens" in said
 

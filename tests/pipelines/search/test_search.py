@@ -146,11 +146,11 @@ def test_a_space_with_too_few_points_says_so(write_recipe: Write, settings: dict
     recorder = Recorder()
     result = search_recipe(load_config(write_recipe(settings)), recorder, finish)
     assert len(result.trials) == 2
-    (said,) = recorder.warned
+    (said,) = (line for line in recorder.warned if "point" in line)
     assert "no further point for search.num_trials=9: 2 fit; 2 others" in said
     enough = Recorder()
     search_recipe(load_config(write_recipe(settings), ["search.num_trials=2"]), enough, finish)
-    assert enough.warned == []
+    assert not any("point" in line for line in enough.warned)
 
 
 @pytest.mark.usefixtures("in_this_process")
