@@ -45,17 +45,7 @@ def read_csv(
 ) -> Iterator[Row]:
     """Read comma-separated fields, quoted where they hold commas, quotes or line ends.
 
-    Args:
-        path: names the file.
-        lines: of the file.
-        column_names: where it has no header line.
-        say: not needed here; see `read_tsv`.
-
-    Returns:
-        Rows by column, numbered by the line that they end on.
-
-    Raises:
-        DataError: for a malformed row, or a quote that takes in rows.
+    Rows are numbered by the line that they end on; a DataError names a malformed one.
     """
     records = _parse_quoted(path, lines, ",")
     _refuse_swallowed(path, records, lines, ",")
@@ -68,20 +58,8 @@ def read_tsv(
     """Read tab-separated fields: as they stand, unless the whole file is quoted like a CSV file.
 
     Texts of many tab-separated files (GLUE's) hold quotes that mean nothing. What pandas, R or a
-    spreadsheet wrote is told from these: there every field with a quote in it is wrapped in
-    quotes, and those inside it are doubled.
-
-    Args:
-        path: names the file.
-        lines: of the file.
-        column_names: where it has no header line.
-        say: is told what was made of quotes.
-
-    Returns:
-        Rows by column, numbered by the line that they end on.
-
-    Raises:
-        DataError: for a row with too many or too few fields.
+    spreadsheet wrote is told from these: there every field with a quote in it is wrapped in quotes,
+    and those inside it are doubled.
     """
     records = [_Record(n, n, line.split("\t")) for n, line in enumerate(lines, 1) if line]
     if any(_QUOTE in line for line in lines):

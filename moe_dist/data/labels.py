@@ -30,18 +30,7 @@ def is_missing(label: Any) -> bool:
 
 
 def class_key(row: SourceRow, label: Any) -> str:
-    """Give a class's name as its row writes it.
-
-    Args:
-        row: for errors.
-        label: its label.
-
-    Returns:
-        The name, without blanks around it.
-
-    Raises:
-        DataError: if there is none, or it is not a single one.
-    """
+    """Give a class's name as its row writes it, stripped; DataError if it has not just one."""
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     if is_missing(label):
@@ -123,19 +112,9 @@ def refuse_header_label(rows: Sequence[SourceRow], label_column: str) -> None:
 
 
 def class_id(row: SourceRow, label: Any, ids: Mapping[str, int], may_be_id: bool) -> int:
-    """Give the number of a row's class.
+    """Give the number of a row's class; DataError if there is no such class.
 
-    Args:
-        row: for errors.
-        label: its label.
-        ids: numbers by class name.
-        may_be_id: the label may be a number itself.
-
-    Returns:
-        The number.
-
-    Raises:
-        DataError: if there is no such class.
+    With `may_be_id` the label may be the number itself.
     """
     key = class_key(row, label)
     if key in ids:
