@@ -35,17 +35,7 @@ Data = TypeVar("Data", bound=TaskDataConfig)
 
 
 def find_recipe(directory: Path) -> Path:
-    """Find the recipe that a student was made with.
-
-    Args:
-        directory: the student's, inside the results of its run.
-
-    Returns:
-        The resolved recipe beside them.
-
-    Raises:
-        MissingInputError: if there is none.
-    """
+    """Find the resolved recipe that a student was made with, or raise MissingInputError."""
     for parent in directory.absolute().parents:
         if (parent / RECIPE_NAME).is_file():
             return parent / RECIPE_NAME
@@ -171,14 +161,7 @@ def _compress(
 
 
 def to_table(result: dict[str, Any]) -> Table:
-    """Draw what became of a student.
-
-    Args:
-        result: from `compact`.
-
-    Returns:
-        One row for each state that it went through.
-    """
+    """Draw what became of a student: one row for each state that it went through."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("student")
     metric = result["main_metric"]

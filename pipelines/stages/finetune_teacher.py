@@ -16,16 +16,7 @@ NAME = "finetune-teacher"
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
-    """Fine-tune the teacher.
-
-    Args:
-        config: the run's configuration.
-        inputs: the workspace; no earlier stage is needed.
-        tracker: the chain's run.
-
-    Returns:
-        `model`: the teacher's directory.
-    """
+    """Fine-tune the teacher; needs no earlier stage, and `model` is the teacher's directory."""
     workspace = inputs.workspace
     train = config.teacher_train
 
