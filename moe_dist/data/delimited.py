@@ -189,7 +189,7 @@ def _refuse_swallowed(path: Path, records: list[_Record], lines: list[str], deli
         num_rows = sum(
             any(
                 row[column] in columns[column]
-                or repeated[column][row[column]] > 1
+                or (row[column] and repeated[column][row[column]] > 1)
                 or (numeric[column] and is_number(row[column]))
                 for column in others
             )
@@ -227,6 +227,8 @@ def _with_header(
             f"{path}: columns named twice: {', '.join(map(repr, twice))}",
             remedy=f"rename one of each; {_HEADERLESS}",
         )
+    if header and header[0].lstrip().startswith(("{", "[{")):
+        raise DataError(f"{path} holds JSON", remedy="give it the ending .jsonl")
     if len(header) == 1 and not column_names:
         others = [sign for sign in ",;\t|" if sign != delimiter and sign in header[0]]
         if others:
@@ -236,6 +238,13 @@ def _with_header(
                 "format: .tsv for tabs, .csv for commas",
             )
     for record in records:
+        if record.values == header and len(header) > 1:
+            raise row_error(
+                path,
+                record.line,
+                "this is the header again, as where files were joined",
+                "drop the line",
+            )
         if len(record.values) != len(header):
             mixed = ", and a line end CR" if any("\r" in value for value in record.values) else ""
             raise row_error(
