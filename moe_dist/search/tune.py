@@ -229,7 +229,7 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
         def say(report: Mapping[str, Any]) -> None:
             last.update(report, seconds=time.monotonic() - begin)
             checkpoint = last.pop("checkpoint", None)
-            result = {"report": json.dumps(last)}
+            result: dict[str, Any] = {"report": json.dumps(last)}
             # A population is not changed at the end, where nothing is left to train.
             is_late = ruling.scheduler == "pbt" and last["rung"] >= ruling.last_rung
             if task.get("is_ruled", True) and not is_late:

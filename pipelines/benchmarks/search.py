@@ -19,8 +19,8 @@ from rich.table import Table
 from moe_dist.config import RunConfig, build_config, read_settings
 from moe_dist.config.override_texts import parse_overrides
 from moe_dist.config.overrides import apply_overrides
-from moe_dist.data.bootstrap import paired_bootstrap
 from moe_dist.jobs.results import PREDICTIONS, RESULT, load_predictions
+from moe_dist.measure.bootstrap import paired_bootstrap
 from moe_dist.search.trials import LOG_NAME, rank_trials
 
 from ..chain.chain import run_chain

@@ -40,8 +40,8 @@ def open_console(*, quiet: bool, as_json: bool) -> Iterator[Console]:
     if as_json:
         from ..json_console import json_console
 
-        with json_console(quiet=quiet) as console, shown_warnings(console):
-            yield console
+        with json_console(quiet=quiet) as json_lines, shown_warnings(json_lines):
+            yield json_lines
         return
     from ..console import Console
 

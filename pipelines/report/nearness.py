@@ -13,8 +13,8 @@ from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
-    from moe_dist.data.bootstrap import Interval
     from moe_dist.jobs.job_data import AnyJobData
+    from moe_dist.measure.bootstrap import Interval
 
 HIDDEN, PREDICTION = "hidden_error", "prediction_error"
 MEASURES = (HIDDEN, PREDICTION)
@@ -49,7 +49,7 @@ class Imitation:
         Returns the difference of the mean errors, the first's minus the second's, and its
         bootstrap interval.
         """
-        from moe_dist.data.bootstrap import mean_over_tasks, resample_mean_differences
+        from moe_dist.measure.bootstrap import mean_over_tasks, resample_mean_differences
 
         if any(not {first, second} <= set(errors[measure]) for errors in self.tasks.values()):
             return None

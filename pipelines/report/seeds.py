@@ -17,13 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_dist.data.bootstrap import (
-    Interval,
-    Resampled,
-    mean_over_tasks,
-    resample_differences,
-    resample_mean_differences,
-)
 from moe_dist.data.metrics import (
     LabelSpace,
     compute_metrics,
@@ -33,6 +26,13 @@ from moe_dist.data.metrics import (
     why_no_ratio,
 )
 from moe_dist.errors import DataError, MissingInputError
+from moe_dist.measure.bootstrap import (
+    Interval,
+    Resampled,
+    mean_over_tasks,
+    resample_differences,
+    resample_mean_differences,
+)
 from moe_dist.whole_files import finite
 
 from ..console import UNDEFINED

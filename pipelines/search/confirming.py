@@ -192,10 +192,10 @@ def compare_answers(
 
     `pairs` come from `measured_pairs`; `fetch` sees to it that a file is on this machine.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, seeded_bootstrap
     from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
+    from moe_dist.measure.bootstrap import NO_INTERVAL, seeded_bootstrap
 
     try:
         answers = [

@@ -122,10 +122,10 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
         `metric`, `title` (what people call it) and what `Interval` holds, or why it is
         `undefined`; None where there is no such trial, or the two were measured on other rows.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, paired_bootstrap
     from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
+    from moe_dist.measure.bootstrap import NO_INTERVAL, paired_bootstrap
 
     baseline = result.trials.get(BASELINE)
     if baseline is None or baseline.status != "finished" or best.number == BASELINE:

@@ -21,7 +21,7 @@ from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..chain.payloads import training_settings
+from ..chain.training_settings import training_settings
 from ..stages.adapt import adapt_settings, convert, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.setting_kinds import settings_of_kind
 
-from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
+from ..chain.training_settings import training_settings
 from . import adapt, finetune_teacher, shrink
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.bootstrap import Pairing
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.metrics import LabelSpace
     from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.measure.bootstrap import Pairing
     from moe_dist.measure.evaluation import Predictions
     from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
@@ -189,7 +189,7 @@ class TaskAnswers:
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
-        from moe_dist.data.bootstrap import Pairing
+        from moe_dist.measure.bootstrap import Pairing
 
         return Pairing(
             self.metrics[0], self.labels, self.logits[first], self.logits[second], self.space
@@ -403,7 +403,7 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
     For each other final model the student's metric minus its own, with an interval; where there
     is none, `undefined` says why. The metric is the mean over tasks where there are several.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, mean_bootstrap
+    from moe_dist.measure.bootstrap import NO_INTERVAL, mean_bootstrap
 
     names = next(iter(answers.tasks.values())).logits
     # One task of several has its name before the metric's.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
+from ..chain.training_settings import training_settings
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
