@@ -34,13 +34,9 @@ class Exchange:
 
 
 def exchange_job(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Exchange rows between all ranks, small and large; collective.
+    """Exchange rows between all ranks, small and large, into fields of `Exchange`; collective.
 
-    Args:
-        payload: with ``num_bytes``, what each rank sends in a large exchange.
-
-    Returns:
-        The fields of `Exchange`.
+    `payload` has ``num_bytes``, what each rank sends in a large exchange.
     """
     import ray
     import torch

@@ -35,14 +35,7 @@ class Finding:
 
 
 def judge_versions(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Compare what is installed on the nodes.
-
-    Args:
-        versions: by node, then by package.
-
-    Returns:
-        One fault for each package that differs or is missing somewhere.
-    """
+    """Give a fault for each package that differs or is missing on a node."""
     packages = dict.fromkeys(name for found in versions.values() for name in found)
     findings = []
     for package in packages:
@@ -72,13 +65,7 @@ def judge_storage(
 ) -> list[Finding]:
     """Tell whether all nodes write to, and see, the same storage.
 
-    Args:
-        directory: where results go.
-        unwritable: the reason, by node that could not write there.
-        unseen: by node, the nodes whose files it did not find.
-
-    Returns:
-        One finding, or one for each sort of fault.
+    `unwritable` has the reason by node; `unseen` has by node the nodes whose files it did not find.
     """
     findings = []
     if unwritable:
@@ -107,13 +94,9 @@ def judge_storage(
 
 
 def judge_clocks(offsets_s: Mapping[str, tuple[float, float]]) -> Finding:
-    """Compare the nodes' clocks with this one.
+    """Warn where two nodes' clocks are surely more than `MAX_SKEW_S` apart.
 
-    Args:
-        offsets_s: by node, how far it is ahead and how far that may be wrong, in seconds.
-
-    Returns:
-        A warning where two of them are surely more than `MAX_SKEW_S` apart.
+    `offsets_s` has by node how far it is ahead and how far that may be wrong, in seconds.
     """
     low = min((offset + error for offset, error in offsets_s.values()), default=0.0)
     high = max((offset - error for offset, error in offsets_s.values()), default=0.0)
@@ -132,16 +115,9 @@ def judge_clocks(offsets_s: Mapping[str, tuple[float, float]]) -> Finding:
 def judge_exchange(
     exchange: Exchange, *, wished_ep_size: int, num_experts: int, memory_gib: float | None
 ) -> list[Finding]:
-    """Judge what the workers measured.
+    """Judge the measured all-to-all, the topology, and the GPUs' memory where there is any.
 
-    Args:
-        exchange: their measurement.
-        wished_ep_size: `parallel.ep_size`.
-        num_experts: of each layer.
-        memory_gib: what one rank needs at least, where known.
-
-    Returns:
-        On the all-to-all, on the topology, and on the GPUs' memory where there are any.
+    `memory_gib` is what one rank needs at least, where known.
     """
     found = (
         f"{len(exchange.nodes)} workers over {exchange.backend}: {exchange.gb_per_s:.3g} GB/s out "
@@ -166,15 +142,9 @@ def judge_exchange(
 
 
 def judge_topology(nodes: Sequence[str], wished_ep_size: int, num_experts: int) -> Finding:
-    """Tell whether the expert groups stay on their nodes.
+    """Warn where an expert group crosses nodes, or the wish does not fit the workers.
 
-    Args:
-        nodes: for each rank the id of its node.
-        wished_ep_size: `parallel.ep_size`.
-        num_experts: of each layer.
-
-    Returns:
-        A warning where a group crosses nodes, or the wish does not fit the workers.
+    `nodes` has for each rank the id of its node.
     """
     ep_size = fitting_ep_size(len(nodes), num_experts, wished_ep_size)
     topology = Topology(tuple(nodes), ep_size)

@@ -39,11 +39,7 @@ class JobRecipe:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def faults(self) -> list[str]:
-        """Find what a job could not read, would lose, or must not be told.
-
-        Returns:
-            One line for each fault, with its remedy.
-        """
+        """List what a job could not read, would lose, or must not be told, with remedies."""
         tracking = self._section("tracking")
         uri = self._tracking_uri if tracking.get("enabled", True) else None
         output_dir = str(self.settings.get("output_dir") or "")

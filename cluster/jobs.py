@@ -30,16 +30,10 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def normal_address(address: str) -> str:
-    """Complete the address of a cluster's dashboard, which takes jobs.
+    """Complete the address of a cluster's dashboard, as Ray wants it.
 
-    Args:
-        address: `HOST:PORT`, a URL, `ray://...` or `auto`.
-
-    Returns:
-        The address as Ray wants it.
-
-    Raises:
-        ConfigError: if it names no host, or a port that cannot be.
+    It may be `HOST:PORT`, a URL, `ray://...` or `auto`; without a host, or with a port that cannot
+    be, it is a ConfigError.
     """
     if address == "auto":
         return address
@@ -95,16 +89,9 @@ def cluster_at(address: str) -> Iterator[None]:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Reach the cluster's Jobs API.
+    """Reach the cluster's Jobs API, inside `cluster_at`.
 
-    Args:
-        address: of `normal_address`; `cluster_at` must be entered.
-
-    Returns:
-        Ray's client.
-
-    Raises:
-        ClusterError: if nothing answers there, or the token is missing or wrong.
+    ClusterError if nothing answers there, or the token is missing or wrong.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -159,18 +146,7 @@ def follow(
 
 
 def wait_for_answer(client: JobSubmissionClient, submission_id: str) -> JobDetails:
-    """Ask for a job's state, patiently.
-
-    Args:
-        client: of `connect`.
-        submission_id: the job.
-
-    Returns:
-        Its state.
-
-    Raises:
-        ClusterError: if no answer comes for `PATIENCE_S` seconds.
-    """
+    """Ask for a job's state; ClusterError if none comes for `PATIENCE_S` seconds."""
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         try:

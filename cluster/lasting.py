@@ -39,14 +39,7 @@ def temporary_directories() -> tuple[Path, ...]:
 
 
 def check_job(config: RunConfig) -> None:
-    """Insist, inside a job, that results and records outlive it.
-
-    Args:
-        config: the run's configuration, with paths as the job sees them.
-
-    Raises:
-        ConfigError: with a remedy for each of `output_dir` and `tracking.uri` that would be lost.
-    """
+    """Insist, inside a job, that results and records outlive it, or raise a ConfigError."""
     faults = lasting_faults(
         str(config.output_dir),
         config.tracking.uri if config.tracking.enabled else None,

@@ -72,11 +72,7 @@ def _read(directory: str, name: str) -> bytes | None:
 
 
 def source_digest() -> str:
-    """Hash the Python files of moe_dist that this process would import.
-
-    Returns:
-        The first digits of a SHA-256 over names and contents; `missing` where there are none.
-    """
+    """Give the first digits of a SHA-256 over the Python files of moe_dist, or `missing`."""
     spec = importlib.util.find_spec("moe_dist")
     if spec is None or not spec.submodule_search_locations:
         return MISSING

@@ -57,14 +57,9 @@ class Package:
 
 
 def collect(root: Path, excludes: Sequence[str] = ()) -> Package:
-    """Find the files of a working directory that a job gets.
+    """Find the files of a working directory that a job gets; nothing is read yet.
 
-    Args:
-        root: the working directory.
-        excludes: further patterns to leave out, as in a `.gitignore`.
-
-    Returns:
-        The files with their sizes; nothing is read yet.
+    `excludes` are further patterns, as in a `.gitignore`.
     """
     # What Ray itself walks with, so that what is measured here is what it sends.
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
@@ -93,13 +88,7 @@ def size_faults(package: Package, max_mib: int) -> list[str]:
 
 
 def write_package(package: Package, target: Path, extra: Mapping[str, str]) -> None:
-    """Write the archive that Ray unpacks on each node.
-
-    Args:
-        package: the files.
-        target: where the archive goes; ends with .zip.
-        extra: texts to add, by their path in the job's directory.
-    """
+    """Write the .zip that Ray unpacks on each node, with `extra` texts by their path."""
     from ray._private.runtime_env.packaging import create_package
 
     create_package(

@@ -65,15 +65,7 @@ def check_cluster(scope: Scope, *, compare_one: bool = True) -> list[Finding]:
 
 
 def check_slots(scope: Scope, capacity: Capacity) -> list[Finding]:
-    """Check that the workers have CPUs, GPUs and memory, now or later.
-
-    Args:
-        scope: recipe and cluster.
-        capacity: of the cluster.
-
-    Returns:
-        On the worker slots, and on the memory where it is known.
-    """
+    """Check that the workers have CPUs, GPUs and memory, now or later."""
     parallel = scope.config.parallel
     use_gpu = None if parallel.use_gpu == "auto" else parallel.use_gpu
     try:
@@ -101,16 +93,7 @@ def check_slots(scope: Scope, capacity: Capacity) -> list[Finding]:
 def check_memory(
     capacity: Capacity, placement: Placement, memory_gib: float | None
 ) -> list[Finding]:
-    """Check that the nodes have memory for their workers.
-
-    Args:
-        capacity: of the cluster.
-        placement: the workers.
-        memory_gib: what one of them needs at least; None if not known.
-
-    Returns:
-        One finding where it is known, else none.
-    """
+    """Check that the nodes have memory for their workers, where their need is known."""
     if memory_gib is None or placement.need.gpus:
         return []
     need = placement.need
@@ -131,14 +114,7 @@ def check_memory(
 
 
 def check_token(num_nodes: int) -> Finding:
-    """Tell whether the cluster asks for a token; the token itself is never read.
-
-    Args:
-        num_nodes: of the cluster.
-
-    Returns:
-        A warning where anyone who reaches the cluster may run code there.
-    """
+    """Warn where anyone who reaches the cluster may run code; the token is never read."""
     from ray import _raylet
 
     mode: Any = _raylet  # Compiled, so its stub knows little.
@@ -154,15 +130,7 @@ def check_token(num_nodes: int) -> Finding:
 
 
 def check_tracking(config: RunConfig, num_nodes: int) -> list[Finding]:
-    """Check that what is recorded outlives the run.
-
-    Args:
-        config: the run's configuration.
-        num_nodes: of the cluster.
-
-    Returns:
-        A finding where several nodes meet a store that is a file.
-    """
+    """Check that what is recorded outlives the run; an sqlite file on many nodes may not."""
     tracking = config.tracking
     if not tracking.enabled or num_nodes == 1 or not tracking.uri.startswith("sqlite"):
         return []
@@ -175,14 +143,7 @@ def check_tracking(config: RunConfig, num_nodes: int) -> list[Finding]:
 
 
 def check_exchange(scope: Scope) -> list[Finding]:
-    """Start the recipe's workers as a run would, and let them exchange rows.
-
-    Args:
-        scope: recipe and cluster; the storage works.
-
-    Returns:
-        On the all-to-all and the topology.
-    """
+    """Start the recipe's workers as a run would, and let them exchange rows."""
     config, parallel = scope.config, scope.config.parallel
     if parallel.max_workers == 1:
         return [Finding("all-to-all", "ok", "one worker, which sends nothing to anyone")]

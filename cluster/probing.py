@@ -28,14 +28,7 @@ Probes = Mapping[str, Any]
 
 
 def start_probes(nodes: Sequence[Node]) -> tuple[dict[str, Any], list[Finding]]:
-    """Put a probe on every node.
-
-    Args:
-        nodes: of the cluster.
-
-    Returns:
-        Probes by the node's name, and a fault for each node that does not answer.
-    """
+    """Put a probe on every node, by its name; a node that does not answer is a fault."""
     import ray
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -74,14 +67,7 @@ def start_probes(nodes: Sequence[Node]) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def name_nodes(nodes: Sequence[Node]) -> dict[str, Node]:
-    """Name nodes by their addresses, and several on one address by their ids too.
-
-    Args:
-        nodes: of the cluster.
-
-    Returns:
-        The nodes by name, in the order of their names.
-    """
+    """Name nodes by their addresses, and several on one address by their ids too."""
     addresses = [node.address for node in nodes]
     named = {
         node.address
@@ -112,15 +98,7 @@ def _wait_for(name: str, answer: Any) -> Any:
 
 
 def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
-    """Let every node write a file and look for those of the others.
-
-    Args:
-        probes: by node.
-        output_dir: where results go; a directory, or a URI as text.
-
-    Returns:
-        See `judge_storage`.
-    """
+    """Let every node write a file and look for those of the others."""
     shown, name = redact_uri(str(output_dir)), f".preflight-{secrets.token_hex(4)}"
     directory = path_below(output_dir, name)
     made = MadeDirectories()
@@ -166,15 +144,7 @@ def remove_below(output_dir: Path | str, name: str) -> None:
 def measure_clocks(
     probes: Probes, clock: Callable[[], float] = time.time
 ) -> dict[str, tuple[float, float]]:
-    """Compare the nodes' clocks with this process's.
-
-    Args:
-        probes: by node.
-        clock: this process's.
-
-    Returns:
-        By node, how far its clock is ahead, and how far that may be wrong, in seconds.
-    """
+    """Give by node how far its clock is ahead, and how far that may be wrong, in seconds."""
     offsets = {}
     for name, probe in probes.items():
         pings = []

@@ -66,11 +66,7 @@ class MetricLog:
             os.close(descriptor)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records past a step, as a job does that resumes from that step's checkpoint.
-
-        Args:
-            step: the last step to keep.
-        """
+        """Drop the records past a step, as a job does that resumes from its checkpoint."""
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record.step <= step]
@@ -98,11 +94,7 @@ class LineTail:
         self._inode: int | None = None
 
     def poll(self) -> list[bytes]:
-        """Read what was written since the last call; a file in its place is read from its start.
-
-        Returns:
-            The new whole lines, oldest first; empty if there are none.
-        """
+        """Read the whole lines since the last call; another file in its place from the start."""
         try:
             with self.path.open("rb") as stream:
                 status = os.fstat(stream.fileno())

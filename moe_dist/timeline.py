@@ -11,11 +11,7 @@ VARIABLE = "MOE_DIST_TIMELINE"
 
 
 def mark(event: str) -> None:
-    """Note that something has just been done, if `MOE_DIST_TIMELINE` names a file.
-
-    Args:
-        event: what was done; other processes may note the same.
-    """
+    """Note that something has just been done, if `MOE_DIST_TIMELINE` names a file."""
     path = os.environ.get(VARIABLE)
     if not path:
         return

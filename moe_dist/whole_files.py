@@ -53,11 +53,7 @@ def write_json(path: Path, value: Any, *, keeps_nan: bool = False) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Ask the system to write a file or a directory's entries to the disk.
-
-    Args:
-        path: the file or directory.
-    """
+    """Ask the system to write a file or a directory's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

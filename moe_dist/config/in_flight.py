@@ -27,15 +27,7 @@ def changes_in_flight(path: str) -> bool:
 
 
 def population_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
-    """Check what population based training needs.
-
-    Args:
-        config: the recipe, with `search.scheduler: pbt`.
-        dimensions: of its space.
-
-    Yields:
-        One line for each fault.
-    """
+    """Check what population based training needs; one line for each fault."""
     search = config.search
     start = "search.scheduler=pbt"
     if search.objectives:

@@ -8,12 +8,7 @@ from typing import Any
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Write overrides into nested settings, in place.
-
-    Args:
-        raw: nested settings.
-        overrides: dotted keys, or nested mappings that are merged key by key.
-    """
+    """Write overrides, by dotted keys or nested mappings, into nested settings, in place."""
     for dotted, value in overrides.items():
         *parents, last = str(dotted).split(".")
         target = raw

@@ -158,14 +158,7 @@ class RunConfig(Section):
 
 
 def flatten_settings(plain: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Give settings under their dotted keys.
-
-    Args:
-        plain: a resolved recipe as plain data, without secrets.
-
-    Returns:
-        Plain values; lists and mappings as JSON, null as "null".
-    """
+    """Give plain settings by dotted key; lists and mappings as JSON, null as "null"."""
     flat: dict[str, str | int | float | bool] = {}
     for key, value in plain.items():
         entries = value if isinstance(value, dict) and key != "compare" else {"": value}
@@ -190,15 +183,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
-    """Give the raw settings of one comparison, not yet checked.
-
-    Args:
-        config: the main run.
-        label: a key of `config.compare`.
-
-    Returns:
-        Nested plain values, with the built-in overrides of the label first and its own on top.
-    """
+    """Give the raw settings of one comparison: built-in overrides, then its own on top."""
     teacher = config.teacher_train
     pinned = {key: getattr(teacher, key) for key in FinetuneConfig.model_fields}
     raw = config.model_dump()
@@ -215,14 +200,7 @@ def merge_comparison(config: RunConfig, label: str) -> dict[str, Any]:
 
 
 def dense_overrides(moe: MoeConfig) -> dict[str, Any]:
-    """Give what turns a recipe into its pruned dense baseline of the same active size.
-
-    Args:
-        moe: settings of the student to compare with.
-
-    Returns:
-        Dotted overrides.
-    """
+    """Give what turns a recipe into its pruned dense baseline of the same active size."""
     return {
         "moe.num_experts": 1,
         "moe.expert_size": moe.active_neurons,

@@ -116,16 +116,7 @@ def is_number(value: object) -> bool:
 
 
 def sample_point(dimensions: tuple[Dimension, ...], config: RunConfig, draw: Draw) -> Point:
-    """Draw a point, dimension by dimension; conditions are looked at on the way.
-
-    Args:
-        dimensions: as `parse_space` orders them.
-        config: the recipe, for keys that the space leaves alone.
-        draw: draws a value of one dimension.
-
-    Returns:
-        The point.
-    """
+    """Draw a point, dimension by dimension; conditions are looked at on the way."""
     drawn: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
 
@@ -146,14 +137,7 @@ def sample_point(dimensions: tuple[Dimension, ...], config: RunConfig, draw: Dra
 
 
 def random_draw(generator: random.Random) -> Draw:
-    """Return what draws values at random.
-
-    Args:
-        generator: its source of chance.
-
-    Returns:
-        A function of one dimension.
-    """
+    """Return what draws a value of one dimension at random."""
 
     def draw(dimension: Dimension) -> Any:
         if dimension.kind == "choice":
@@ -172,15 +156,7 @@ def random_draw(generator: random.Random) -> Draw:
 
 
 def grid_points(dimensions: tuple[Dimension, ...], config: RunConfig) -> Iterator[Point]:
-    """Go through every point of a finite space once.
-
-    Args:
-        dimensions: all with `choices`.
-        config: the recipe.
-
-    Yields:
-        Points, each with other overrides.
-    """
+    """Go through every point of a finite space once, each with other overrides."""
     seen: set[str] = set()
     by_path = [dimension.path for dimension in dimensions]
     for values in itertools.product(*(dimension.choices or () for dimension in dimensions)):
@@ -205,14 +181,7 @@ def grid_size(dimensions: tuple[Dimension, ...]) -> float:
 
 
 def parse_space(space: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], list[str]]:
-    """Read a space, and say what is wrong with how it is written.
-
-    Args:
-        space: the recipe's `search.space`.
-
-    Returns:
-        The dimensions that could be read, each after those it depends on, and the faults.
-    """
+    """Read `search.space`: dimensions, each after those it depends on, and the faults."""
     faults: list[str] = []
     found: dict[str, Dimension] = {}
     for path, entry in _flat(space).items():
@@ -230,11 +199,7 @@ def parse_space(space: Mapping[str, Any]) -> tuple[tuple[Dimension, ...], list[s
 
 
 def known_paths() -> list[str]:
-    """List the keys that a space may name.
-
-    Returns:
-        Dotted names.
-    """
+    """List the dotted keys that a space may name."""
     paths = []
     for name, entry in RunConfig.model_fields.items():
         if name not in SEARCHABLE_SECTIONS:

@@ -16,15 +16,7 @@ Kind = Literal["learning", "placement", "observation"]
 
 
 def settings_of_kind(section: Section, kind: Kind = "learning") -> dict[str, Any]:
-    """Give the settings of one kind.
-
-    Args:
-        section: a section, or a whole recipe.
-        kind: which.
-
-    Returns:
-        Plain values; sections that have none are left out.
-    """
+    """Give the settings of one kind as plain values; sections without any are left out."""
     plain = section.model_dump(mode="json")
     found: dict[str, Any] = {}
     for name in type(section).model_fields:

@@ -19,11 +19,7 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 
 
 def default_cache_dir() -> Path:
-    """The cache's folder: `MOE_DIST_CACHE`, else `moe-dist` in the XDG cache.
-
-    Returns:
-        An absolute path, which need not exist yet.
-    """
+    """The cache's folder: `MOE_DIST_CACHE`, else `moe-dist` in the XDG cache."""
     given = os.environ.get("MOE_DIST_CACHE")
     if given:
         return Path(given).expanduser().absolute()

@@ -73,14 +73,7 @@ class Encoded:
         return self.subset(order[:num_samples].sort().values.numpy())
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Encoded:
-        """Some of the samples, in the order given.
-
-        Args:
-            positions: of the samples.
-
-        Returns:
-            A copy with these samples.
-        """
+        """A copy with the samples at these positions, in the order given."""
         chosen = np.asarray(positions, dtype=np.int64)
         lengths = self.lengths[chosen]
         offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)

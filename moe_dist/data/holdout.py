@@ -98,14 +98,7 @@ class Nested:
             self.inner.update(self.inside(text))
 
     def inside(self, text: Tokens) -> Iterator[Tokens]:
-        """List the texts that lie in one as a run of its words.
-
-        Args:
-            text: the one.
-
-        Yields:
-            Each shorter text, as often as it occurs.
-        """
+        """List each shorter text that lies in one as a run of its words, as often as it does."""
         for start in range(len(text)):
             digest = 0
             for end in range(start + 1, len(text) + 1):

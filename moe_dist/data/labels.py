@@ -94,14 +94,9 @@ def infer_names(
 
 
 def refuse_header_label(rows: Sequence[SourceRow], label_column: str) -> None:
-    """Refuse a first row whose label alone is no number: the header of a file read without one.
+    """Raise a DataError on a first row whose label alone is no number.
 
-    Args:
-        rows: of one file that was given column names.
-        label_column: of their labels.
-
-    Raises:
-        DataError: if the first row is a header.
+    It is the header of a file that was given column names.
     """
     first, rest = rows[0], rows[1:]
     label = first.values.get(label_column)
@@ -138,18 +133,7 @@ def class_id(row: SourceRow, label: Any, ids: Mapping[str, int], may_be_id: bool
 
 
 def regression_value(row: SourceRow, label: Any) -> float:
-    """Give the number that a row's label is.
-
-    Args:
-        row: for errors.
-        label: its label.
-
-    Returns:
-        The number.
-
-    Raises:
-        DataError: if it is none, or too large to train on in 32-bit floats.
-    """
+    """Give the number that a label is; DataError if none, or too large for 32-bit floats."""
     try:
         number = math.nan if isinstance(label, list | dict | bytes) else float(label)
     except (TypeError, ValueError):
@@ -169,15 +153,7 @@ def regression_value(row: SourceRow, label: Any) -> float:
 
 
 def class_warnings(train: Mapping[str, int], dev: Mapping[str, int]) -> list[str]:
-    """Say what is odd about the classes of a data set.
-
-    Args:
-        train: training rows of each class, in the order of their ids.
-        dev: dev rows of each class.
-
-    Returns:
-        One line for each oddity.
-    """
+    """Say, a line each, what is odd about the classes, whose rows are in order of ids."""
     found = []
     names = list(train)
     if all(map(is_number, names)) and not all(float(name).is_integer() for name in names):

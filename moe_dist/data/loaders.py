@@ -109,14 +109,7 @@ class TrainBatches:
             yield self._step(batch)
 
     def global_batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Positions of the samples of every step, over all ranks.
-
-        Args:
-            epoch: number of the epoch.
-
-        Returns:
-            One array for each step.
-        """
+        """Positions of the samples of every step of an epoch, over all ranks."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.encoded))
         bounds = np.linspace(0, len(order), self.steps_per_epoch + 1).astype(np.int64)

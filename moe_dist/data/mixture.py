@@ -187,15 +187,7 @@ class MixtureBatches:
         return order
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """The steps of one epoch.
-
-        Args:
-            epoch: number of the epoch.
-            start_step: steps of this epoch that are already done.
-
-        Yields:
-            One StepBatch for each step that is left, with its task.
-        """
+        """The steps left of one epoch, each with its task."""
         plan = self.tasks_of(epoch)
         before = np.concatenate([*map(self.tasks_of, range(epoch)), plan[:start_step]])
         streams = [

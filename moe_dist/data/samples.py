@@ -115,15 +115,7 @@ def draw(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
 
 
 def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
-    """Bring samples into columns.
-
-    Args:
-        samples: of one split.
-        task: says what labels are.
-
-    Returns:
-        Columns text_a, text_b, label and sample_id.
-    """
+    """Bring samples into columns text_a, text_b, label and sample_id."""
     from datasets import Dataset, Features, Value
 
     label = Value(task.task_kind.label_type)

@@ -60,16 +60,7 @@ class SplitSummary:
     def of(
         cls, samples: Sequence[Sample], task: TaskSpec, left_out: Mapping[str, int]
     ) -> SplitSummary:
-        """Summarise the samples of a split.
-
-        Args:
-            samples: that are used.
-            task: with its label names resolved.
-            left_out: rows that are not, by the reason.
-
-        Returns:
-            The summary.
-        """
+        """Summarise the samples of a split; `left_out` counts the other rows by reason."""
         labels = np.array([sample.label for sample in samples])
         counts: dict[str, int] = {}
         values = None
@@ -110,15 +101,7 @@ class DataSummary:
     warnings: tuple[str, ...] = ()
 
     def with_cuts(self, train: Cut, dev: Cut) -> DataSummary:
-        """Add what tokenising found.
-
-        Args:
-            train: of the training rows.
-            dev: of the dev rows.
-
-        Returns:
-            A summary that says and warns of it.
-        """
+        """Add what tokenising cut, to be said and warned of."""
         found = replace(self, train=replace(self.train, cut=train), dev=replace(self.dev, cut=dev))
         num_cut = train.num_cut + dev.num_cut
         if not num_cut:
@@ -223,15 +206,7 @@ def summarise(
 
 
 def measure_cut(encoded: Encoded, max_length: int) -> Cut:
-    """Say what cutting at a length took from a split.
-
-    Args:
-        encoded: its samples.
-        max_length: that they were cut at.
-
-    Returns:
-        How many were cut, and by how much.
-    """
+    """Say how many samples cutting at a length shortened, and by how much."""
     full_lengths = encoded.full_lengths
     assert full_lengths is not None, "`encode` counts them"
     lost = full_lengths - encoded.lengths

@@ -15,15 +15,7 @@ T = TypeVar("T")
 
 
 def on_rank_zero(engine: TrainEngine, work: Callable[[], T]) -> T:
-    """Run on rank 0 and return, or raise, on every rank alike.
-
-    Args:
-        engine: whose ranks call this together.
-        work: what rank 0 does; its result must be plain values.
-
-    Returns:
-        The result, on every rank.
-    """
+    """Run on rank 0 and return plain values, or raise, on every rank alike; collective."""
     result: T | None = None
     failure: Exception | None = None
     if engine.rank == 0:
@@ -40,15 +32,7 @@ def on_rank_zero(engine: TrainEngine, work: Callable[[], T]) -> T:
 
 
 def on_every_rank(engine: TrainEngine, work: Callable[[], T]) -> T:
-    """Run on every rank; if it fails on one, it raises on all, so that none waits for another.
-
-    Args:
-        engine: whose ranks call this together.
-        work: what each rank does.
-
-    Returns:
-        This rank's result.
-    """
+    """Run on every rank; if it fails on one, it raises on all, so that none waits for another."""
     result, failure = _attempt(work)
     if engine.world_size > 1:
         failures: list[Exception | None] = [None] * engine.world_size

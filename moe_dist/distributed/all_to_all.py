@@ -43,15 +43,9 @@ class AllToAllDispatcher:
         self.traffic = Traffic()
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """Apply the chosen experts to every token.
+        """Apply the chosen experts, numbered globally, to this rank's tokens.
 
-        Args:
-            hidden_TD: this rank's tokens.
-            routing: their experts, by global number.
-            experts: this rank's slice of the experts.
-
-        Returns:
-            (T, D) weighted sums, in `compute_dtype` of the input.
+        `experts` is this rank's slice; the (T, D) sums are in `compute_dtype` of the input.
         """
         num_ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         num_experts = num_ranks * experts.num_experts

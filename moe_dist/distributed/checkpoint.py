@@ -91,14 +91,7 @@ def load_checkpoint(directory: Path, engine: TrainEngine) -> dict[str, Any] | No
 
 
 def verify_checkpoint(step_dir: Path) -> None:
-    """Check a checkpoint's files, and the experts in them, against its manifest.
-
-    Args:
-        step_dir: the checkpoint's directory.
-
-    Raises:
-        CheckpointError: naming the missing, damaged or unsafe file, or the experts.
-    """
+    """Check a checkpoint's files and experts; a CheckpointError names the faulty ones."""
     step_dir = Path(step_dir)
     if not step_dir.is_dir():
         raise CheckpointError(f"{step_dir} is not a checkpoint", remedy="check the path")

@@ -93,12 +93,7 @@ class DeepSpeedEngine(ScheduledEngine):
             mark_calls(self._engine.optimizer, "reduce_ipg_grads", "reduction of gradients")
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
-        """Add a micro-batch's gradients, and reduce them over ranks after the last.
-
-        Args:
-            loss: scalar, see `TrainEngine`.
-            is_last_micro_batch: whether `step` comes next.
-        """
+        """Add a micro-batch's gradients, and reduce them over ranks after the last."""
         self._engine.set_gradient_accumulation_boundary(is_last_micro_batch)
         self._engine.backward(loss, scale_wrt_gas=False)
         if self.zero_stage == 0 and is_last_micro_batch:
@@ -108,11 +103,7 @@ class DeepSpeedEngine(ScheduledEngine):
                 average_gradients(self._trained, experts)
 
     def step(self) -> float:
-        """Clip, update and clear the gradients.
-
-        Returns:
-            The global norm before clipping, over all ranks' experts.
-        """
+        """Clip, update and clear the gradients; give all ranks' norm before clipping."""
         set_rates(self.optimizer, self._schedule.factor(self.steps_done))
         if self.zero_stage == 0:
             norm = checked_norm(self._whole_norm(), self.steps_done)
@@ -137,12 +128,7 @@ class DeepSpeedEngine(ScheduledEngine):
         return read_flat_moments(self.module, self._engine.optimizer)
 
     def write_moments(self, moments: Mapping[str, Tensor] | None, steps: int) -> None:
-        """Set the optimizer moments and adopt the module's present weights.
-
-        Args:
-            moments: of this rank's parameters; None leaves the optimizer fresh.
-            steps: optimizer steps that are done.
-        """
+        """Set the moments (None: fresh) and adopt the module's present weights."""
         self.steps_done = steps
         if self.zero_stage > 0:
             # The optimizer updates its own copy of the weights.

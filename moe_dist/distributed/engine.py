@@ -81,11 +81,7 @@ class LocalEngine(ScheduledEngine):
         loss.backward()
 
     def step(self) -> float:
-        """Clip, update and clear the gradients.
-
-        Returns:
-            The global norm before clipping.
-        """
+        """Clip, update and clear the gradients; give the global norm before clipping."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         fill_missing_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -144,11 +144,7 @@ class RowExchange:
         return target
 
     def wait(self) -> Tensor:
-        """Wait for all messages.
-
-        Returns:
-            What `start` returned.
-        """
+        """Wait for all messages, and return what `start` returned."""
         assert self._in_flight is not None, "nothing was started"
         with collective("all-to-all of tokens"):
             for work in self._works:

@@ -82,16 +82,7 @@ def parallelize_experts(model: nn.Module, ep_size: int) -> None:
 
 
 def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:
-    """Check that the experts can be spread.
-
-    Args:
-        model: a whole model.
-        ep_size: ranks that are to share one set of experts.
-        world_size: number of ranks.
-
-    Raises:
-        ConfigError: listing every fault.
-    """
+    """Check that the experts can be spread; a ConfigError lists every fault."""
     faults = []
     if ep_size < 1 or world_size % ep_size:
         faults.append(

@@ -46,15 +46,7 @@ def gather_model(engine: TrainEngine, buffers: HostBuffers | None = None) -> dic
 
 
 def gather_moments(engine: TrainEngine, buffers: HostBuffers | None = None) -> dict[str, Tensor]:
-    """Return all optimizer moments on rank 0; all ranks call it together.
-
-    Args:
-        engine: of any kind.
-        buffers: where they are laid down; new memory if None.
-
-    Returns:
-        `<moment>.<name>` to CPU tensors on rank 0, nothing elsewhere.
-    """
+    """Return `<moment>.<name>` on the CPU of rank 0, nothing elsewhere; collective."""
     buffers = HostBuffers() if buffers is None else buffers
     experts = {name for name, p in engine.module.named_parameters() if is_expert_slice(p)}
     gathered = {}
@@ -67,14 +59,7 @@ def gather_moments(engine: TrainEngine, buffers: HostBuffers | None = None) -> d
 
 
 def gather_rng(engine: TrainEngine) -> dict[str, Tensor]:
-    """Return every rank's random state; all ranks call it together.
-
-    Args:
-        engine: of any kind.
-
-    Returns:
-        `rank.<r>.cpu` and, on GPUs, `rank.<r>.cuda`.
-    """
+    """Return every rank's `rank.<r>.cpu` and, on GPUs, `rank.<r>.cuda`; collective."""
     states = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(engine.device)

@@ -36,12 +36,7 @@ def set_thread_count(num_threads: int | None = None) -> int:
 
 
 def training_device() -> torch.device:
-    """Return the device that this process trains on.
-
-    Returns:
-        The GPU of this process where one is visible and the process group (if any) can use it,
-        otherwise the CPU.
-    """
+    """Return this process's GPU where its process group (if any) can use it, else the CPU."""
     if dist.is_available() and dist.is_initialized():
         use_gpu = "nccl" in dist.get_backend() and torch.cuda.is_available()
     else:

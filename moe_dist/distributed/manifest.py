@@ -18,11 +18,9 @@ _REMEDY = "use another checkpoint, or delete this one and train again from the o
 
 
 def write_manifest(directory: Path, experts: Mapping[str, str]) -> None:
-    """Write the manifest over all files of a directory, and flush it to disk.
+    """Write and flush the manifest over all files of a directory, which are complete.
 
-    Args:
-        directory: whose other files are complete.
-        experts: digests by `<layer>.<global expert>`.
+    `experts` has digests by `<layer>.<global expert>`.
     """
     files = {
         path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}
@@ -34,14 +32,7 @@ def write_manifest(directory: Path, experts: Mapping[str, str]) -> None:
 
 
 def check_manifest(directory: Path) -> None:
-    """Check every file of a directory against its manifest.
-
-    Args:
-        directory: a checkpoint.
-
-    Raises:
-        CheckpointError: naming the first missing, damaged or unsafe file.
-    """
+    """Check a directory's files; a CheckpointError names the first one at fault."""
     files = _read_files(directory / MANIFEST)
     for path in sorted(directory.iterdir()):
         if path.suffix.lower() in PICKLES:

@@ -78,14 +78,7 @@ def read_flat_moments(module: nn.Module, zero: Any) -> dict[str, Tensor]:
 def write_flat_moments(
     module: nn.Module, zero: Any, moments: Mapping[str, Tensor], steps: int
 ) -> None:
-    """Set moments that ZeRO 1 or 2 keeps in flat partitions.
-
-    Args:
-        module: the model, for the names.
-        zero: DeepSpeed's ZeRO optimizer.
-        moments: as `read_flat_moments` returns them, for this rank's parameters.
-        steps: optimizer steps that are done.
-    """
+    """Set this rank's moments, which ZeRO 1 or 2 keeps in flat partitions."""
     names = {id(p): name for name, p in module.named_parameters()}
     for index, partition in enumerate(zero.single_partition_of_fp32_groups):
         cut: list[Tensor] = []

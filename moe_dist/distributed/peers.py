@@ -127,14 +127,7 @@ class Listener:
 
 
 def own_peer(listener: Listener | None = None) -> Peer:
-    """Describe this process.
-
-    Args:
-        listener: where it answers; None if it does not.
-
-    Returns:
-        Its entry; rank 0 without a process group.
-    """
+    """Describe this process, which is rank 0 without a process group."""
     return Peer(
         rank=dist.get_rank() if dist.is_initialized() else 0,
         pid=os.getpid(),
@@ -146,11 +139,7 @@ def own_peer(listener: Listener | None = None) -> Peer:
 
 
 def own_address() -> str:
-    """Find the address under which the other ranks reach this host.
-
-    Returns:
-        That of the way to the group's master; loopback without one.
-    """
+    """Find this host's address on the way to the group's master; loopback without one."""
     master = os.environ.get("MASTER_ADDR", "127.0.0.1")
     with suppress(OSError):
         family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
@@ -180,16 +169,10 @@ def meet(own: Peer, *, attempt: int = 1) -> Roster:
 
 
 def ask(peer: Peer, token: str, *, patience_s: float = _PATIENCE_S) -> Answer:
-    """Ask a rank where it is.
+    """Ask a rank where it is, for `patience_s` seconds at most.
 
-    Args:
-        peer: the rank.
-        token: the group's.
-        patience_s: how long to wait for the answer.
-
-    Returns:
-        `SILENT` where the process is stopped or its host cannot be reached, `GONE` where the host
-        answers and the process does not exist any more.
+    `SILENT` where the process is stopped or its host cannot be reached, `GONE` where the host
+    answers and the process does not exist any more.
     """
     try:
         with socket.create_connection((peer.address, peer.port), timeout=patience_s) as connection:

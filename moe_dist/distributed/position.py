@@ -98,13 +98,7 @@ def follow_phases(on_phase: Callable[[str], None] | None) -> None:
 
 
 def mark_calls(owner: Any, method: str, name: str) -> None:
-    """Mark a method of somebody else's object as a collective.
-
-    Args:
-        owner: the object, which gets a marked method of its own.
-        method: the method's name.
-        name: the collective's, as messages show it.
-    """
+    """Mark a method of somebody else's object as a collective, named as messages show it."""
     unmarked = getattr(owner, method)
 
     @wraps(unmarked)

@@ -95,13 +95,9 @@ class Watchdog:
             enter_phase(FINISHED)
 
     def explain(self, fault: BaseException) -> Stall | None:
-        """Find out whether an error is the echo of another rank's death, and leave word of it.
+        """Find which ranks are lost behind a collective's error, and leave word of it.
 
-        Args:
-            fault: what a collective raised.
-
-        Returns:
-            Which ranks are lost; None where every rank still answers.
+        None where every rank still answers.
         """
         position, waited_s = _position_and_wait()
         self._done.set()

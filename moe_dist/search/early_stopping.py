@@ -38,15 +38,7 @@ class Ruling:
 
 
 def build_scheduler(ruling: Ruling, past: Iterable[Trial]) -> TrialScheduler | None:
-    """Build Ray Tune's scheduler, and tell it of trials that are over.
-
-    Args:
-        ruling: which, and what it compares.
-        past: trials that another process ran.
-
-    Returns:
-        The scheduler.
-    """
+    """Build Ray Tune's scheduler, and tell it of trials that are over."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
     common = compared_by(ruling)

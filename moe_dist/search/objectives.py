@@ -46,16 +46,9 @@ class Goal:
 
 
 def parse_goals(text: str) -> tuple[Goal, ...]:
-    """Read what the command line gives, such as `retention>=0.99, parameters<2e7`.
+    """Read bounds with commas or `and` between, such as `retention>=0.99, parameters<2e7`.
 
-    Args:
-        text: bounds, with commas or `and` between them.
-
-    Returns:
-        The goals.
-
-    Raises:
-        ConfigError: with every part that cannot be read.
+    A ConfigError has every part that cannot be read.
     """
     goals, faults = [], []
     for part in re.split(r",|\band\b", text):
@@ -97,15 +90,9 @@ def is_better(mode: MeasureMode, value: float, other: float) -> bool:
 def pareto_front(
     rows: Sequence[Mapping[str, float]], objectives: Mapping[str, MeasureMode]
 ) -> list[int]:
-    """Find the trials that no other one beats.
+    """Find the positions of the trials that no other one beats.
 
-    Args:
-        rows: the measures of each trial.
-        objectives: which of them count, and which way is better.
-
-    Returns:
-        Positions of trials that have every objective and that no trial equals in all objectives
-        while it is better in one.
+    They have every objective, and no trial equals them in all and is better in one.
     """
     points = {
         position: [row[name] if mode == "max" else -row[name] for name, mode in objectives.items()]

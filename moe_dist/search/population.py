@@ -43,9 +43,8 @@ class Population:
 def all_at_once() -> SearchAlgorithm:
     """Propose the tasks of a parameter space that lists them.
 
-    Returns:
-        Tune's own generator, which is not over before its trials are: Tune keeps no worker warm
-        for trials that wait if nothing new can come.
+    Tune's own generator, but not over before its trials are: Tune keeps no worker warm for trials
+    that wait if nothing new can come.
     """
     from ray.tune.search import BasicVariantGenerator
 

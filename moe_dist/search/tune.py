@@ -106,7 +106,7 @@ def find_room(
 ) -> TrialRoom:
     """Work out how many trials, `most` at the most, fit into a cluster at once.
 
-    The pair of `num_workers` is the least and the most for one trial; with a `use_gpu` of None GPUs
+    A pair for `num_workers` is the least and the most for one trial; with a `use_gpu` of None GPUs
     are taken where there are enough. ClusterError, with the arithmetic, if not one trial fits.
     """
     placement = choose_placement(capacity, num_workers, cpus_per_worker, use_gpu)

@@ -10,13 +10,9 @@ from moe_dist.errors import StorageError
 
 
 def scratch_root() -> Path:
-    """Return this user's scratch directory on this machine, and make it.
+    """Make this user's scratch directory; StorageError if it is another user's.
 
-    Returns:
-        `MOE_DIST_SCRATCH`, else `moe-dist-<user id>` among the temporary files.
-
-    Raises:
-        StorageError: if it belongs to another user.
+    It is `MOE_DIST_SCRATCH`, else `moe-dist-<user id>` among the temporary files.
     """
     given = os.environ.get("MOE_DIST_SCRATCH")
     name = f"moe-dist-{os.getuid()}"

@@ -73,14 +73,7 @@ class Store:
         return below
 
     def list(self, name: str = "") -> list[Entry]:
-        """List all files at any depth below a directory.
-
-        Args:
-            name: the directory; the whole store by default.
-
-        Returns:
-            Its files in order of name; empty if there is no such directory.
-        """
+        """List all files at any depth below a directory, in order of name; may be empty."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self._path(name), allow_not_found=True, recursive=True)
@@ -112,11 +105,7 @@ class Store:
                 stream.write(content)
 
     def upload(self, pairs: Sequence[tuple[Path, str]]) -> None:
-        """Upload files, several at a time.
-
-        Args:
-            pairs: each local file and its name here.
-        """
+        """Upload files, several at a time, by pairs of local file and name here."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
         local = LocalFileSystem()
@@ -136,11 +125,7 @@ class Store:
         _in_parallel(send, pairs)
 
     def download(self, pairs: Sequence[tuple[str, Path]]) -> None:
-        """Download files, several at a time; each appears whole.
-
-        Args:
-            pairs: each name here and the local file.
-        """
+        """Download files, several at a time, by name here; each appears whole."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
         local = LocalFileSystem()
@@ -159,11 +144,7 @@ class Store:
         _in_parallel(fetch, pairs)
 
     def copy(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Copy files inside the store.
-
-        Args:
-            pairs: each old and new name.
-        """
+        """Copy files inside the store, by pairs of old and new name."""
 
         def copy(pair: tuple[str, str]) -> None:
             source, target = map(self._path, pair)
@@ -174,11 +155,7 @@ class Store:
         _in_parallel(copy, pairs)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files; those that are gone already are no fault.
-
-        Args:
-            names: the files.
-        """
+        """Delete files; those that are gone already are no fault."""
 
         def remove(name: str) -> None:
             with storage_errors(join_uri(self.uri, name), "delete"):
@@ -190,11 +167,7 @@ class Store:
         _in_parallel(remove, list(names))
 
     def probe(self) -> None:
-        """Write, read and delete a small file, to find every fault before anything depends on it.
-
-        Raises:
-            StorageError: if one of them fails.
-        """
+        """Write, read and delete a small file, to find every fault before all depends on it."""
         name, content = f".probe-{uuid.uuid4().hex}", uuid.uuid4().bytes[:_PROBE_SIZE]
         self.write(name, content)
         if self.read(name) != content:

@@ -31,16 +31,10 @@ def upload_tree(store: Store, local: Path, name: str, *, marker: str = MANIFEST)
 
 
 def download_tree(store: Store, name: str, local: Path, *, marker: str | None = MANIFEST) -> None:
-    """Download a directory; it appears whole or not at all.
+    """Download a directory; it appears whole or not at all, and replaces what is there.
 
-    Args:
-        store: where from.
-        name: its name in the store.
-        local: where to; what is there is replaced.
-        marker: the file without which the directory does not count; None takes any files.
-
-    Raises:
-        StorageError: if there is no such directory, or it was not uploaded to its end.
+    Without the file `marker` the directory does not count, which is a StorageError; None takes any
+    files.
     """
     names = [entry.name for entry in store.list(name)]
     prefix = f"{name}/" if name else ""
@@ -87,15 +81,9 @@ def move_tree(
 
 
 def receive_lines(store: Store, name: str, local: Path) -> bool:
-    """Append what a file of lines has grown by, so that readers go on where they were.
+    """Append what a file of lines has grown by; False if there is no such file.
 
-    Args:
-        store: where the file is written.
-        name: its name there.
-        local: its copy; replaced where the file does not continue it.
-
-    Returns:
-        Whether there is such a file.
+    Readers go on where they were; a `local` that the file does not continue is replaced.
     """
     content = store.read(name)
     if content is None:
@@ -114,14 +102,7 @@ def receive_lines(store: Store, name: str, local: Path) -> bool:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Download a directory for as long as it is needed.
-
-    Args:
-        uri: a directory with a manifest, such as a model; a path is left where it is.
-
-    Yields:
-        Where it lies on this machine; a download is gone afterwards.
-    """
+    """Download a directory that has a manifest while it is needed; a path stays in place."""
     if not is_uri(uri):
         yield Path(uri)
         return

@@ -30,18 +30,10 @@ _DATABRICKS = "databricks"
 
 
 def connect(uri: str, lock: DatabaseLock | None = None) -> MlflowClient:
-    """Connect to a store and ask it something.
+    """Connect to a store and ask it something; TrackingError if it cannot be used.
 
-    Args:
-        uri: `http(s)://...`, `sqlite:///FILE` or another database URI, `databricks` or
-            `databricks://PROFILE`.
-        lock: of a sqlite database, for who is going to write.
-
-    Returns:
-        MLflow's client.
-
-    Raises:
-        TrackingError: if the server does not answer, or the store cannot be used.
+    `uri` is `http(s)://...`, `sqlite:///FILE` or another database URI, `databricks` or
+    `databricks://PROFILE`; who is going to write gives the `lock` of a sqlite database.
     """
     if uri.startswith("file:") or ("://" not in uri and uri != _DATABRICKS):
         raise TrackingError(
@@ -64,17 +56,7 @@ def connect(uri: str, lock: DatabaseLock | None = None) -> MlflowClient:
 
 @contextmanager
 def usable(uri: str) -> Iterator[None]:
-    """Turn what goes wrong with a store into one error, and hurry.
-
-    Args:
-        uri: the store's.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TrackingError: if anything goes wrong within.
-    """
+    """Turn what goes wrong with a store into one TrackingError, and hurry."""
     # MLflow would retry for minutes; the sender has its own patience. What the user set wins.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

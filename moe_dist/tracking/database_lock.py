@@ -34,11 +34,7 @@ class DatabaseLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Wait for the lock, and give it back at the block's end.
-
-        Yields:
-            Nothing.
-        """
+        """Wait for the lock, and give it back at the block's end."""
         if self._path is None:
             yield
             return

@@ -124,11 +124,7 @@ class Journal:
             self.save()
 
     def nest_below(self, parent: Journal | None) -> None:
-        """Make this the journal of a parent's child, or of a chain.
-
-        Args:
-            parent: the parent's journal; None for a chain.
-        """
+        """Make this the journal of a parent's child, or (None) of a chain."""
         above = self.directory if parent is None else parent.directory
         with self.lock:
             self.parent = parent

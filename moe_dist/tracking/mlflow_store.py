@@ -109,11 +109,7 @@ class MlflowStore:
             logger.warning("MLflow shows the experiment as it is: %s", describe_fault(fault))
 
     def sync(self, journal: Journal) -> None:
-        """Send what the server lacks of a run; does nothing if it lacks nothing.
-
-        Args:
-            journal: the run; its parent must have been synchronised before it.
-        """
+        """Send what the server lacks of a run whose parent has been synchronised."""
         sent = journal.sent
         if sent.uri != self.shown_uri:
             journal.sent = sent = Sent(uri=self.shown_uri)

@@ -51,12 +51,7 @@ class ModelSender:
         """The name of the model that is on its way; empty if none is."""
 
     def send(self, journal: Journal, run_id: str) -> None:
-        """Log and register what is new.
-
-        Args:
-            journal: of the run that made the models.
-            run_id: the run.
-        """
+        """Log and register the models that a run made since."""
         with journal.lock:
             wanted = {name: dict(entry) for name, entry in journal.wanted.models.items()}
         for name, entry in wanted.items():

@@ -37,13 +37,9 @@ def scrub(value: object, key: str = "") -> object:
 
 
 def flatten(config: Mapping[str, object]) -> dict[str, str]:
-    """Turn a nested configuration into MLflow parameters with dotted names, scrubbed.
+    """Turn nested plain data into MLflow parameters with dotted names, scrubbed.
 
-    Args:
-        config: plain data, such as pydantic's `model_dump(mode="json")`.
-
-    Returns:
-        One text for each leaf; lists of plain values stay together, empty mappings count as a leaf.
+    Lists of plain values stay together, empty mappings count as a leaf.
     """
     flat: dict[str, str] = {}
 

@@ -154,13 +154,9 @@ class RunReader:
         return found[:limit]
 
     def find(self, names: Sequence[str]) -> dict[str, RecordedRun]:
-        """Find runs by their ids, the beginnings of their ids, or their names.
+        """Find runs by id, beginning of an id, or name, and give them by that.
 
-        Args:
-            names: of several runs of one name the newest that is no child counts.
-
-        Returns:
-            The runs that were found, by what they were asked for.
+        Of several runs of one name the newest that is no child counts.
         """
         found: dict[str, RecordedRun] = {}
         for name in names:
@@ -177,14 +173,7 @@ class RunReader:
         return found
 
     def children(self, runs: Iterable[RecordedRun]) -> dict[str, list[RecordedRun]]:
-        """Find the children of runs.
-
-        Args:
-            runs: the parents.
-
-        Returns:
-            Children by the parent's id, oldest first; an empty list for a run without any.
-        """
+        """Find runs' children, by the parent's id, oldest first; an empty list for none."""
         found: dict[str, list[RecordedRun]] = {run.run_id: [] for run in runs}
         if len(found) > FEW:
             below = [run for run in self._everything() if run.parent_id]
@@ -220,15 +209,7 @@ class RunReader:
             return read_histories(self._uri, self._client, names)
 
     def read_json(self, run: RecordedRun, name: str) -> dict[str, Any]:
-        """Read an artifact that is a JSON document.
-
-        Args:
-            run: the run.
-            name: the artifact's path.
-
-        Returns:
-            The document; empty where there is none.
-        """
+        """Read an artifact that is a JSON document; empty where there is none."""
         local = run.artifact_uri.removeprefix(FILE_SCHEME)
         try:
             if local != run.artifact_uri:
@@ -251,16 +232,7 @@ def recorded_id(directory: Path) -> str:
 def sort_runs(
     runs: Sequence[RecordedRun], key: str, *, ascending: bool = False
 ) -> list[RecordedRun]:
-    """Sort by a metric, a parameter or a property.
-
-    Args:
-        runs: the runs.
-        key: a metric's name, a parameter's, or `name`, `status`, `started`.
-        ascending: smallest first.
-
-    Returns:
-        The runs; those that lack it come last.
-    """
+    """Sort by a metric, a parameter, or `name`, `status`, `started`; runs without it come last."""
 
     def value(run: RecordedRun) -> Any:
         if key in run.metrics:

@@ -116,11 +116,7 @@ class Sender:
                 pause_s = SEND_INTERVAL_S
 
     def _pass(self) -> bool:
-        """Bring every journal up to date.
-
-        Returns:
-            False if the server is away.
-        """
+        """Bring every journal up to date; False if the server is away."""
         with self._lock:
             journals = sorted(self._journals.values(), key=lambda journal: journal.depth)
         try:

@@ -84,12 +84,7 @@ def next_attempt(records: Path) -> int:
 
 
 def note_attempt(records: Path, roster: Roster) -> None:
-    """Leave word that the workers have begun, and which processes they are; on rank 0.
-
-    Args:
-        records: the job's directory.
-        roster: the processes.
-    """
+    """Leave word that the workers have begun, and which processes they are; on rank 0."""
     now, attempt = time.time(), roster.attempt
     _append(
         records / WORKERS_NAME,
@@ -136,9 +131,7 @@ def note_fault(records: Path, attempt: int, stall: Stall) -> None:
 def note_deaths(records: Path, failures: Mapping[int, BaseException]) -> None:
     """Leave word of workers that died, where no other rank lived long enough to tell it.
 
-    Args:
-        records: the job's directory.
-        failures: what each failed worker's error was, by rank, as the one who placed them saw it.
+    `failures` has the error by rank, as the one who placed the workers saw it.
     """
     workers = _read_lines(records / WORKERS_NAME)
     if not workers:
@@ -154,14 +147,7 @@ def note_deaths(records: Path, failures: Mapping[int, BaseException]) -> None:
 
 
 def read_restarts(records: Path) -> list[Restart]:
-    """Join what is known of the failures so far.
-
-    Args:
-        records: the job's directory.
-
-    Returns:
-        One entry for each attempt that failed, oldest first.
-    """
+    """Join what is known of each attempt that failed so far, oldest first."""
     num_attempts = len(_read_lines(records / ATTEMPTS_NAME))
     timeline = _read_lines(records / _TIMELINE_NAME)
     restarts = []

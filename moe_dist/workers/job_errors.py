@@ -33,10 +33,6 @@ def note_stop(records: Path, error: MoeDistError) -> None:
     """Leave word that the job must not be tried again, and why.
 
     On a full disk it takes the place of what `keep_room` put aside.
-
-    Args:
-        records: the job's directory, which all ranks and the driver share.
-        error: the reason.
     """
     note = {
         "kind": type(error).__name__,
@@ -68,14 +64,7 @@ def write_first(path: Path, note: Mapping[str, Any]) -> None:
 
 
 def read_stop(records: Path) -> MoeDistError | None:
-    """Read the error that `note_stop` left.
-
-    Args:
-        records: the job's directory.
-
-    Returns:
-        The error of the rank that failed first; None if no rank left one.
-    """
+    """Read what `note_stop` left of the rank that failed first; None if no rank did."""
     path = records / STOPPED_NAME
     if not path.exists():
         return None
@@ -88,14 +77,10 @@ def read_stop(records: Path) -> MoeDistError | None:
 
 
 def user_error(fault: BaseException) -> MoeDistError | None:
-    """Name the errors that another attempt cannot mend.
+    """Name the errors that another attempt cannot mend, for the user.
 
-    Args:
-        fault: what the job raised.
-
-    Returns:
-        The error for the user; None for a RuntimeError or OSError, which may be the echo of
-        another worker's death and is worth another attempt.
+    None for a RuntimeError or OSError, which may be the echo of another worker's death and is worth
+    another attempt.
     """
     if isinstance(fault, MoeDistError):
         return fault

@@ -74,7 +74,7 @@ def choose_placement(
 ) -> Placement:
     """Check a wish against what a cluster has and may get; it can be met now or later.
 
-    The pair of `num_workers` is the least and the most; a `use_gpu` of None takes a GPU for each
+    A pair for `num_workers` is the least and the most; a `use_gpu` of None takes a GPU for each
     worker where there can be enough. ClusterError, with the arithmetic, if it can never be met.
     """
     least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)

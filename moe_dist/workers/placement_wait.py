@@ -85,15 +85,10 @@ class PlacementWait:
         self._notice_s = 0.0
 
     def look(self, now_s: float, capacity: Capacity, placed: bool) -> None:
-        """Compare what the job wants with what is free.
+        """Compare what the job wants with what is free; ClusterError after too long a wait.
 
-        Args:
-            now_s: a clock that only goes forward.
-            capacity: of the cluster.
-            placed: whether the job has its worker slots.
-
-        Raises:
-            ClusterError: if it has waited too long.
+        `now_s` is of a clock that only goes forward; `placed` says that the job has its worker
+        slots.
         """
         placement, need = self._placement, self._placement.need
         free = capacity.free_slots(need)
@@ -127,14 +122,7 @@ class PlacementWait:
 
 
 def is_placed(placement: Placement) -> bool:
-    """Tell whether this process's jobs hold worker slots such as a wish asks for.
-
-    Args:
-        placement: the wish.
-
-    Returns:
-        Whether Ray has reserved between the least and the most of them.
-    """
+    """Tell whether Ray has reserved as many worker slots for this process as a wish asks for."""
     import ray
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData

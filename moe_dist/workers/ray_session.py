@@ -58,13 +58,9 @@ class RaySession:
             ray.shutdown()
 
     def connect(self, *, beside: Callable[[], None] | None = None) -> None:
-        """Start or join Ray; does nothing if that was done.
+        """Start or join Ray, unless that was done; ClusterError if it does not answer.
 
-        Args:
-            beside: done in a thread meanwhile, since Ray mostly waits for its own processes.
-
-        Raises:
-            ClusterError: if the cluster cannot be reached, or a local Ray does not start.
+        `beside` is done in a thread meanwhile, since Ray mostly waits for its own processes.
         """
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

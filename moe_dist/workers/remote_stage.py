@@ -82,16 +82,7 @@ def _plan(store: Store) -> _Plan:
 
 
 def _prepare(store: Store, plan: _Plan, inputs: Mapping[str, str]) -> Path:
-    """Download what the job reads, once for each node.
-
-    Args:
-        store: the stage.
-        plan: what all ranks do.
-        inputs: URIs of what the job reads, by name.
-
-    Returns:
-        The attempt's directory on this node.
-    """
+    """Download what the job reads, once for each node, into the attempt's directory there."""
     jobs = scratch_root() / "jobs"
     jobs.mkdir(exist_ok=True)
     stage_key = hashlib.sha256(store.uri.encode()).hexdigest()[:12]

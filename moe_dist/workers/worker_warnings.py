@@ -23,14 +23,7 @@ _LIBRARY = "moe_dist"
 
 @contextmanager
 def forwarded_warnings(records: Path) -> Iterator[None]:
-    """Write this process's warnings to the job's directory.
-
-    Args:
-        records: that directory.
-
-    Yields:
-        While warnings are written.
-    """
+    """Write this process's warnings to the job's directory."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -52,14 +45,7 @@ def forwarded_warnings(records: Path) -> Iterator[None]:
 
 @contextmanager
 def followed_warnings(records: Records) -> Iterator[None]:
-    """Log what `forwarded_warnings` writes in another process.
-
-    Args:
-        records: the job's.
-
-    Yields:
-        While the job runs; what came last is logged before the end.
-    """
+    """Log what `forwarded_warnings` writes in another process, the last before the end."""
 
     def follow(over: threading.Event) -> None:
         offset, is_last = 0, False
