@@ -224,6 +224,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
         ("moe.partition=importence", "Did you mean importance?"),
         ("train.learning_rate=fast", "train.learning_rate=fast is not a number"),
         ("train.learning_rate=.nan", "train.learning_rate=.nan is not a finite number"),
+        ("distill.temperature=1e-320", "distill.temperature=1.0e-320 is too close to 0"),
         ("train.learning_rate=true", "train.learning_rate=true is not a number"),
         ("train.learning_rate=0", "train.learning_rate=0 is not greater than 0"),
         ("train.warmup_fraction=1", "train.warmup_fraction=1 is not less than 1"),

@@ -20,6 +20,8 @@ from pydantic import (
 MAX_INTEGER = 2**32 - 1
 """What a seed may be at most; no other whole number needs more."""
 MAX_NUMBER = 1e12
+MIN_NUMBER = 1e-30
+"""Of what is not 0; 32-bit floats hold what it divides, and what it multiplies."""
 MAX_SAMPLES = 2**20
 """In one batch, and tokens in one text."""
 MAX_WORKERS = 2**16
@@ -33,6 +35,8 @@ def _refuse_odd_numbers(value: Any) -> Any:
         raise ValueError("is not a finite number; give a finite one.")
     if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
         raise ValueError(f"is beyond any use; give a number of at most {MAX_NUMBER:g}.")
+    if isinstance(value, int | float) and 0 < abs(value) < MIN_NUMBER:
+        raise ValueError(f"is too close to 0; give 0, or a number of at least {MIN_NUMBER:g}.")
     return value
 
 

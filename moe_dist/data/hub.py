@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from moe_dist.errors import DataError, is_full_disk
 # What transformers needs of a model; no pickled weights.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _PROBE_TIMEOUT_S = 10
+_UNKNOWN_SPLIT = re.compile(r"Unknown split .*one of \[(.*)\]")
 
 
 def read_hub(
@@ -86,7 +88,12 @@ def resolve_model(
             )
         return str(folder.absolute())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"{name}: no such model directory", remedy="check model.teacher")
+        remedy = "give a path without file://" if name.startswith("file://") else "check the path"
+        raise DataError(
+            f"model.teacher={name}: no such model directory",
+            remedy=f"{remedy}; a model is a directory of this machine, a name on the hub, or "
+            f"{MODEL_PREFIX}NAME",
+        )
 
     from huggingface_hub import snapshot_download
 
@@ -149,6 +156,12 @@ def _hub_error(what: str, key: str, error: Exception) -> DataError:
         chain.append(cause)
     if any(is_full_disk(e) for e in chain):
         return full_disk_error(Path(os.environ.get("HF_HOME", "~/.cache/huggingface")))
+    split = next((m for e in chain if (m := _UNKNOWN_SPLIT.search(str(e)))), None)
+    if split is not None:
+        return DataError(
+            f"{what} is not to be had from the Hugging Face hub: it has the splits {split[1]}",
+            remedy="choose with data.train and data.dev, or hold rows out with data.dev_size",
+        )
     names = {type(e).__name__ for e in chain}
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     absent = {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}

@@ -16,7 +16,7 @@ from moe_dist.inference.silence import quiet_transformers
 from moe_dist.inference.skeleton import UNTRUSTED, clear_errors
 from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
 from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
-from moe_dist.inference.start_weights import compare_weights, read_shapes
+from moe_dist.inference.start_weights import compare_weights, read_shapes, refuse_not_finite
 from moe_dist.tasks import head_kind
 
 _NEW_HEAD_STD = 0.02
@@ -100,6 +100,8 @@ def _load(
         torch.manual_seed(seed)
         model, info = _build(source, config, revision, shapes)
     taken = compare_weights(model, info, source, entries.get("architectures") or ())
+    if shapes is None:
+        refuse_not_finite(model, source)
     notes = taken.lines()
     warnings: list[str] = []
     in_place = HeadUse(tuple(range(num_labels)))

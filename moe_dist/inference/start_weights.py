@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.conversion.families import known_family
+from moe_dist.data.content import foreign_format
 from moe_dist.digests import PICKLES
 from moe_dist.errors import ConversionError
 
+_HEAD_BYTES = 512
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|attn\.masked_bias|version|_float_tensor)$")
 """Buffers of older transformers that today's models make themselves."""
@@ -80,13 +82,12 @@ def read_shapes(directory: Path) -> dict[str, Tensor]:
         Zeros in each weight's shape, which take no memory.
 
     Raises:
-        ConversionError: if there are no weights in safetensors format.
-        SafetensorError: if a file is damaged.
+        ConversionError: if there are no weights in safetensors format, or a file is damaged.
         OSError: if a file cannot be read.
     """
     import json
 
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     names = [WEIGHTS]
     if not (directory / WEIGHTS).is_file():
@@ -102,10 +103,31 @@ def read_shapes(directory: Path) -> dict[str, Tensor]:
         )
     shapes: dict[str, Tensor] = {}
     for name in names:
-        with safe_open(directory / name, framework="pt") as file:
-            for key in file.offset_keys():
-                shapes[key] = torch.zeros(()).expand(file.get_slice(key).get_shape())
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                for key in file.offset_keys():
+                    shapes[key] = torch.zeros(()).expand(file.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise _damaged(directory / name, error) from error
     return shapes
+
+
+def refuse_not_finite(model: Any, source: str) -> None:
+    """Refuse weights that are NaN or infinite, of which training makes nothing.
+
+    Args:
+        model: with its weights loaded.
+        source: the start model, for the message.
+
+    Raises:
+        ConversionError: naming them.
+    """
+    names = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    if names:
+        raise ConversionError(
+            f"model.teacher: weights of {source!r} hold NaN or infinity: {shown(names)}",
+            remedy="take an earlier checkpoint: the training that wrote this one had failed",
+        )
 
 
 def compare_weights(
@@ -248,6 +270,16 @@ def _no_weights(directory: Path) -> str:
     others = [path.name for path in _others(directory)]
     only = f", only {shown(others)}" if others else ""
     return f"model.teacher: the directory '{directory}' holds no {WEIGHTS}{only}"
+
+
+def _damaged(path: Path, error: Exception) -> ConversionError:
+    with path.open("rb") as file:
+        foreign = foreign_format(file.read(_HEAD_BYTES))
+    if foreign is not None:
+        return ConversionError(f"model.teacher: {path} is {foreign[0]}", remedy=foreign[1])
+    return ConversionError(
+        f"model.teacher: {path} is damaged: {error}", remedy="copy or download the file again"
+    )
 
 
 def _as_safetensors(directory: Path) -> str:

@@ -38,10 +38,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         "set AWS_REGION (or `?region=` in the URI) to the bucket's region",
     ),
     (
-        r"NETWORK_CONNECTION|curlCode|Could not connect|Could not resolve|timed? ?out",
+        r"NETWORK_CONNECTION|curlCode|Cannot connect to host|Could not connect|Could not resolve|timed? ?out",
         "the store cannot be reached",
         "check the network, and AWS_ENDPOINT_URL (or `?endpoint_override=` in the URI)",
     ),
+    (r"FileNotFoundError", "there is no such file", "check the URI"),
 )
 
 
@@ -63,8 +64,10 @@ def explain(error: Exception, uri: str, doing: str) -> StorageError:
     """Name an error of pyarrow or fsspec; texts that are not known are quoted, to search by."""
     text = _without_secrets(str(error).strip() or repr(error), uri)
     where = f"cannot {doing} {redact_uri(uri)}"
+    # fsspec hides why a server did not answer behind a FileNotFoundError.
+    said = f"{text} {error.__cause__ or ''} {type(error).__name__}"
     for pattern, reason, remedy in _KINDS:
-        if re.search(pattern, text, re.IGNORECASE):
+        if re.search(pattern, said, re.IGNORECASE):
             return StorageError(f"{where}: {reason}", remedy=remedy)
     return StorageError(
         f"{where}: {text.splitlines()[0]}",

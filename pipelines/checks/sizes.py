@@ -128,7 +128,8 @@ def length_faults(model: Any, config: RunConfig) -> list[str]:
     """Say where the start model has too few positions for the recipe's tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
     length = config.model.max_length
-    if not isinstance(limit, int) or length <= limit:
+    # XLNet writes -1 where there is no limit.
+    if not isinstance(limit, int) or limit < 1 or length <= limit:
         return []
     return [
         f"model.max_length: {length} is more than the {limit} positions that the model has; "

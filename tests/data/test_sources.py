@@ -262,8 +262,9 @@ def test_hub_data_set_with_declared_classes(tmp_path: Path) -> None:
     assert splits.dev["text_a"][:] == ["validation 0"]
     with pytest.raises(DataError, match="there is no column 'text'"):
         load_splits(source="hub", name=str(tmp_path), text_columns=["text"])
-    with pytest.raises(DataError, match=r"split 'dev'.*not to be had"):
+    with pytest.raises(DataError, match=r"split 'dev'.*splits 'train', 'validation'") as caught:
         load_splits(source="hub", name=str(tmp_path), text_columns=["premise"], dev="dev")
+    assert "data.dev_size" in caught.value.remedy
 
 
 def test_hub_ids_stay_ids_where_names_are_numbers(tmp_path: Path) -> None:
@@ -307,6 +308,7 @@ def test_model_names_are_resolved(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("./absent", "no such model directory"),
+        ("file:///absent", "no such model directory"),
         ("a/b/c", "no such model directory"),
         ("package:absent", "no model package"),
         ("moe-dist/absent", "hub cannot be used"),

@@ -223,8 +223,29 @@ def test_other_formats_are_named_before_the_start(tmp_path: Path, name: str) -> 
     assert "convert it" in caught.value.remedy
 
 
-def test_damage_is_found_before_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message", "remedy"),
+    [
+        (b"not weights at all", "model.safetensors is damaged", "download the file again"),
+        (None, "model.safetensors is damaged", "download the file again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page", "download the file itself"),
+    ],
+)
+def test_damage_is_found_before_the_start(
+    tmp_path: Path, content: bytes | None, message: str, remedy: str
+) -> None:
+    path = write_start_model(tmp_path / "bert") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ConversionError, match=message) as caught:
+        check(path.parent)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    name = "bert.encoder.layer.0.output.dense.weight"
     directory = write_start_model(tmp_path / "bert")
-    (directory / "model.safetensors").write_bytes(b"not weights at all")
-    with pytest.raises(ConversionError, match="cannot be loaded"):
-        check(directory)
+    edit_weights(directory, lambda weights: weights | {name: torch.full_like(weights[name], value)})
+    with pytest.raises(ConversionError, match=rf"NaN or infinity: {name}"):
+        load_pretrained(str(directory), num_labels=2, label_names=("c0", "c1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,17 @@ def test_credentials_that_are_not_accepted_are_named(guarded: str) -> None:
 )
 def test_faults_of_real_services_are_recognised(text: str, reason: str) -> None:
     assert reason in explain(OSError(text), "s3://bucket/x", "write").message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"a\.tsv: there is no such file"):
+        Store("memory://nowhere").download([("a.tsv", tmp_path / "a.tsv")])
+
+
+def test_a_server_that_does_not_answer_is_no_missing_file() -> None:
+    error = FileNotFoundError("http://127.0.0.1:9/a.tsv")
+    error.__cause__ = OSError("Cannot connect to host 127.0.0.1:9")
+    assert "cannot be reached" in explain(error, "http://127.0.0.1:9/a.tsv", "read").message
 
 
 def test_no_error_shows_credentials() -> None:

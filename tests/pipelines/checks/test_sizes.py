@@ -76,6 +76,7 @@ def test_memory_follows_zero_and_expert_parallelism(
         ({"max_position_embeddings": 16}, True),
         ({"max_position_embeddings": 15}, False),
         ({"max_position_embeddings": None}, True),
+        ({"max_position_embeddings": -1}, True),
         ({}, True),
     ],
 )
