@@ -348,9 +348,7 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
         ConversionError: if the architecture is not known or has no FFN.
     """
     spec = spec or family_of(model)
-    blocks = [
-        (name, module) for name, module in model.named_modules() if _is_a(module, spec.blocks)
-    ]
+    blocks = [(name, module) for name, module in model.named_modules() if is_a(module, spec.blocks)]
     if not blocks:
         raise ConversionError(
             f"{type(model).__name__} holds none of {', '.join(spec.blocks)}",
@@ -370,9 +368,9 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module,
         Encoder and decoder stacks, each with whether its tokens see no later ones.
     """
     for module in model.modules():
-        if _is_a(module, spec.stacks):
+        if is_a(module, spec.stacks):
             is_decoder = bool(getattr(getattr(module, "config", None), "is_decoder", False))
-            yield module, is_decoder or _is_a(module, spec.causal_stacks)
+            yield module, is_decoder or is_a(module, spec.causal_stacks)
 
 
 def find_attention(model: nn.Module) -> list[nn.Module]:
@@ -392,7 +390,7 @@ def find_attention(model: nn.Module) -> list[nn.Module]:
     found = [
         module
         for module in model.modules()
-        if spec is not None and spec.attention and _is_a(module, (spec.attention,))
+        if spec is not None and spec.attention and is_a(module, (spec.attention,))
     ]
     if not found:
         known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
@@ -403,7 +401,8 @@ def find_attention(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+def is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module's class, or one that it inherits from, has one of these names."""
     return any(kind.__name__ in names for kind in type(module).__mro__)
 
 
