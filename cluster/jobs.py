@@ -130,17 +130,7 @@ def connect(address: str) -> JobSubmissionClient:
 def send(
     client: JobSubmissionClient, submission_id: str, command: str, runtime_env: dict[str, Any]
 ) -> None:
-    """Upload the working directory and start the job.
-
-    Args:
-        client: of `connect`.
-        submission_id: the job's name on the cluster.
-        command: the entry point, for a shell.
-        runtime_env: of Ray.
-
-    Raises:
-        ClusterError: if the cluster refuses it.
-    """
+    """Upload the working directory and start the job; a refusal is a ClusterError."""
     try:
         client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=runtime_env)
     except (OSError, RuntimeError) as fault:
@@ -155,16 +145,7 @@ def follow(
 ) -> JobDetails:
     """Show a job's output until it ends, also across breaks of the connection.
 
-    Args:
-        client: of `connect`.
-        submission_id: the job.
-        write: takes the output, as it comes.
-
-    Returns:
-        The ended job.
-
-    Raises:
-        ClusterError: if the cluster stays away; the job may go on all the same.
+    A ClusterError, if the cluster stays away, leaves the job running.
     """
     log = _Log(write)
     while True:
@@ -206,18 +187,7 @@ def wait_for_answer(client: JobSubmissionClient, submission_id: str) -> JobDetai
 
 
 def stop(client: JobSubmissionClient, submission_id: str) -> JobDetails:
-    """Stop a job and wait until it is down.
-
-    Args:
-        client: of `connect`.
-        submission_id: the job.
-
-    Returns:
-        The ended job.
-
-    Raises:
-        ClusterError: if the cluster does not answer.
-    """
+    """Stop a job and wait until it is down; ClusterError if the cluster does not answer."""
     details = wait_for_answer(client, submission_id)
     if not details.status.is_terminal():
         client.stop_job(submission_id)
@@ -228,15 +198,7 @@ def stop(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
 
 def exit_code(details: JobDetails) -> int:
-    """Give the exit code that a shell would have seen.
-
-    Args:
-        details: an ended job.
-
-    Returns:
-        The entry point's own code; 128 more than the signal if one ended it; 1 for a job that
-        never began.
-    """
+    """Give the entry point's code; 128 + signal if one ended it, 1 if it never began."""
     status = details.status.value
     if status == "SUCCEEDED":
         return 0

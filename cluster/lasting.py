@@ -32,11 +32,7 @@ def in_ray_job() -> bool:
 
 
 def temporary_directories() -> tuple[Path, ...]:
-    """List the directories of this job that end with it.
-
-    Returns:
-        The working directory, Ray's own directory, and the session's where Ray was given another.
-    """
+    """List what ends with this job: its working directory and Ray's own ones."""
     here = Path.cwd()
     sessions = [parent.parent for parent in here.parents if parent.name == _COPIES]
     return (here, RAY_DIRECTORY, *sessions)
@@ -68,16 +64,10 @@ def lasting_faults(
     temporary: Sequence[Path],
     count_nodes: Callable[[], int],
 ) -> list[str]:
-    """Find what of a run would be lost when its job ends.
+    """Find what of a run would be lost when its job ends, one line with remedy each.
 
-    Args:
-        output_dir: as given: a path or a URI; empty if it was not given.
-        tracking_uri: as given; empty if it was not given, None where tracking is off.
-        temporary: directories that end with the job.
-        count_nodes: asked for the cluster's nodes where the answer matters.
-
-    Returns:
-        One line for each fault, with its remedy.
+    `output_dir` and `tracking_uri` are as given, empty if not given; a `tracking_uri` of None means
+    that tracking is off. `count_nodes` is asked only where the answer matters.
     """
     faults = list(_output_faults(output_dir, temporary))
     if tracking_uri is not None:

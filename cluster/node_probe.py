@@ -31,16 +31,7 @@ class NodeProbe:
         return found | {"moe_dist source": source_digest()}
 
     def write_token(self, directory: str, name: str, token: str) -> str:
-        """Write a small file that the other nodes are to find.
-
-        Args:
-            directory: on the storage that all nodes should share; a path or a URI.
-            name: of the file.
-            token: its content.
-
-        Returns:
-            What went wrong; empty if nothing did.
-        """
+        """Write a file that the other nodes are to find; give what went wrong, or ""."""
         try:
             _write(directory, name, token.encode())
         except Exception as fault:  # Whatever this node lacks is what is asked for.
@@ -48,15 +39,7 @@ class NodeProbe:
         return ""
 
     def read_tokens(self, directory: str, tokens: dict[str, str]) -> list[str]:
-        """Look for the files that other nodes wrote.
-
-        Args:
-            directory: on the storage that all nodes should share; a path or a URI.
-            tokens: name and content of each file.
-
-        Returns:
-            The names of those that are not there, or hold something else.
-        """
+        """Name the files of `tokens` (content by name) that are missing or differ."""
         missing = []
         for name, token in tokens.items():
             try:

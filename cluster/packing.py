@@ -42,25 +42,14 @@ class Package:
         return sum(self.sizes.values())
 
     def holds(self, path: Path) -> bool:
-        """Say whether a file, or something below a directory, is among the files.
-
-        Args:
-            path: an absolute path.
-
-        Returns:
-            True if the job finds it at the same place below its working directory.
-        """
+        """Say whether an absolute path, or something below it, is among the files."""
         if not path.is_relative_to(self.root):
             return False
         name = path.relative_to(self.root).as_posix()
         return name in self.sizes or any(known.startswith(f"{name}/") for known in self.sizes)
 
     def biggest(self) -> list[tuple[str, int]]:
-        """Name the biggest entries at the top.
-
-        Returns:
-            Name and bytes, the biggest first.
-        """
+        """Name the biggest entries at the top, with their bytes, the biggest first."""
         tops: Counter[str] = Counter()
         for name, size in self.sizes.items():
             tops[name.partition("/")[0]] += size
@@ -92,15 +81,7 @@ def collect(root: Path, excludes: Sequence[str] = ()) -> Package:
 
 
 def size_faults(package: Package, max_mib: int) -> list[str]:
-    """Say what makes a package too large to be sent.
-
-    Args:
-        package: the files.
-        max_mib: the limit.
-
-    Returns:
-        Nothing, or one line that names the biggest folders and the remedy.
-    """
+    """Say what makes a package too large to be sent, naming the biggest folders."""
     if package.num_bytes <= max_mib * MIB:
         return []
     biggest = ", ".join(f"{name} ({size / MIB:.0f} MiB)" for name, size in package.biggest())

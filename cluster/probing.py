@@ -93,16 +93,7 @@ def name_nodes(nodes: Sequence[Node]) -> dict[str, Node]:
 
 
 def ask(probes: Probes, question: str, *arguments: Any) -> dict[str, Any]:
-    """Ask all nodes at once.
-
-    Args:
-        probes: by node.
-        question: a method of `NodeProbe`.
-        *arguments: for it, alike on every node.
-
-    Returns:
-        Answers by node.
-    """
+    """Ask all nodes at once; `question` is a method of `NodeProbe`, the answers come by node."""
     answers = {name: getattr(probe, question).remote(*arguments) for name, probe in probes.items()}
     return {name: _wait_for(name, answer) for name, answer in answers.items()}
 
@@ -159,25 +150,12 @@ def check_storage(probes: Probes, output_dir: Path | str) -> list[Finding]:
 
 
 def path_below(output_dir: Path | str, name: str) -> str:
-    """Name a directory among the results.
-
-    Args:
-        output_dir: where results go; a directory, or a URI as text.
-        name: of the directory.
-
-    Returns:
-        Its path or URI.
-    """
+    """Name a directory among the results, which lie at a path or a URI."""
     return str(output_dir / name) if isinstance(output_dir, Path) else join_uri(output_dir, name)
 
 
 def remove_below(output_dir: Path | str, name: str) -> None:
-    """Remove a directory from among the results, where that can be done.
-
-    Args:
-        output_dir: where results go; a directory, or a URI as text.
-        name: of the directory.
-    """
+    """Remove a directory from among the results, where that can be done."""
     if isinstance(output_dir, Path):
         shutil.rmtree(output_dir / name, ignore_errors=True)
         return

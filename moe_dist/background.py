@@ -11,12 +11,7 @@ from contextlib import contextmanager
 def in_background(work: Callable[[threading.Event], object], name: str) -> Iterator[None]:
     """Run something in a thread while a `with` block lasts, and wait for its end.
 
-    Args:
-        work: is handed an event that is set when the block is over, and then returns.
-        name: of the thread.
-
-    Yields:
-        While the thread runs.
+    `work` is handed an event that is set when the block is over, and then returns.
     """
     over = threading.Event()
     thread = threading.Thread(target=work, args=(over,), name=name, daemon=True)

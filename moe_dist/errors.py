@@ -86,12 +86,7 @@ class TrackingError(MoeDistError):
 def is_full_disk(fault: BaseException | str) -> bool:
     """Say whether something failed because a disk is full or a quota is used up.
 
-    Args:
-        fault: what was raised, or what another program printed.
-
-    Returns:
-        Whether that is so. Libraries such as safetensors leave only the system's words, since they
-        wrap its error in one of their own.
+    Libraries such as safetensors leave only the system's words, since they wrap its error.
     """
     if isinstance(fault, OSError) and fault.errno in _FULL_DISK:
         return True

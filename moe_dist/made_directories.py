@@ -13,14 +13,7 @@ class MadeDirectories:
         self._made: list[Path] = []
 
     def make(self, directory: Path) -> None:
-        """Make a directory and those above it.
-
-        Args:
-            directory: may exist.
-
-        Raises:
-            OSError: if one of them cannot be made.
-        """
+        """Make a directory, which may exist, and those above it."""
         missing = [place for place in (directory, *directory.parents) if not place.exists()]
         for place in reversed(missing):
             with suppress(FileExistsError):  # Another process makes it at this moment.

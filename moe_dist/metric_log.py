@@ -81,11 +81,7 @@ class MetricLog:
                 stream.write(json.dumps(line) + "\n")
 
     def read(self) -> list[MetricRecord]:
-        """Read every whole record; lines that a killed writer left torn are passed over.
-
-        Returns:
-            The records in the order in which they were written; empty if there is no file.
-        """
+        """Read every whole record as written; torn lines of a killed writer are passed over."""
         return MetricTail(self.path).poll()
 
 
@@ -132,28 +128,17 @@ class MetricTail:
         self._lines = LineTail(path)
 
     def poll(self) -> list[MetricRecord]:
-        """Read what was written since the last call.
+        """Read the whole records written since the last call, oldest first.
 
         After `MetricLog.truncate_after` the whole file is delivered again: who counts points must
         know which of them it has had.
-
-        Returns:
-            The new whole records, oldest first; empty if there are none.
         """
         parsed = (_parse(line) for line in self._lines.poll())
         return [record for record in parsed if record is not None]
 
 
 def series(records: list[MetricRecord], name: str) -> tuple[list[int], list[float]]:
-    """Pick one metric out of a log.
-
-    Args:
-        records: what `MetricLog.read` returned.
-        name: the metric's name.
-
-    Returns:
-        Steps and values, in the order of the log; of two values for one step the later counts.
-    """
+    """Pick one metric's steps and values out of a log; the later of two for a step counts."""
     values = {record.step: record.metrics[name] for record in records if name in record.metrics}
     return list(values), list(values.values())
 

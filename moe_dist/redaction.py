@@ -21,17 +21,11 @@ _SECRET_VARIABLE = re.compile(rf"(?:^|_){_WORD}$", re.IGNORECASE)
 
 
 def hide_secrets(text: str) -> str:
-    """Take the credentials out of a text.
+    """Put `***` in the place of the credentials in a text.
 
     Hidden are user names and passwords in URIs, parameters such as `?token=`, tokens of well-known
     forms, and the values of this process's own variables such as `HF_TOKEN` or
     `AWS_SECRET_ACCESS_KEY`.
-
-    Args:
-        text: anything that is to be shown, logged or stored.
-
-    Returns:
-        The text with `***` in their places.
     """
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)

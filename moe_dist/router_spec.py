@@ -53,17 +53,7 @@ ROUTER_FACTS: dict[str, RouterFacts] = {
 
 
 def router_facts(name: str) -> RouterFacts:
-    """Look up what is true of a router.
-
-    Args:
-        name: a key of `ROUTER_FACTS`.
-
-    Returns:
-        Its row.
-
-    Raises:
-        ConversionError: if there is no router of that name.
-    """
+    """Look up what is true of a router; ConversionError if there is none of that name."""
     if name not in ROUTER_FACTS:
         raise ConversionError(
             f"there is no router named {name!r}", remedy=f"use one of: {', '.join(ROUTER_FACTS)}"
@@ -100,15 +90,7 @@ class RouterSpec:
 
     @classmethod
     def of(cls, router: str | RouterSpec, **options: Any) -> RouterSpec:
-        """Gather a router and its options.
-
-        Args:
-            router: its name, or a value that has options already.
-            **options: fields of this class, which go before those of the value.
-
-        Returns:
-            All of them.
-        """
+        """Gather a router and its options, which go before those that it has already."""
         if isinstance(router, RouterSpec):
             return replace(router, **options)
         return cls(router=router, **options)

@@ -25,14 +25,7 @@ def mark(event: str) -> None:
 
 
 def read_marks(path: Path) -> list[tuple[str, float]]:
-    """Read when each event first happened, in a worker on rank 0 or in the driver.
-
-    Args:
-        path: the file that was named.
-
-    Returns:
-        Events with their times in seconds since 1970, in the order of time.
-    """
+    """Read when each event first happened, on rank 0 or in the driver, in seconds since 1970."""
     first: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         mark_ = json.loads(line)

@@ -12,54 +12,24 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
 def is_uri(location: object) -> bool:
-    """Say whether a location is a URI and not a path.
-
-    Args:
-        location: a text, or anything else, which is no URI.
-
-    Returns:
-        Whether it begins with a scheme, as `s3://` does.
-    """
+    """Say whether a location is a text that begins with a scheme, as `s3://` does."""
     return isinstance(location, str) and _SCHEME.match(location) is not None
 
 
 def join_uri(uri: str, *names: str) -> str:
-    """Name something below a URI.
-
-    Args:
-        uri: a directory's URI; a query (`?region=...`) stays at the end.
-        *names: what to append, one part of the path or several.
-
-    Returns:
-        The longer URI.
-    """
+    """Name something below a URI; a query (`?region=...`) stays at the end."""
     location, mark, query = uri.partition("?")
     parts = [location.rstrip("/"), *(name.strip("/") for name in names if name)]
     return "/".join(parts) + mark + query
 
 
 def below(location: Path | str, name: str) -> Path | str:
-    """Name something below a location.
-
-    Args:
-        location: a path, or a URI as text.
-        name: one part.
-
-    Returns:
-        A location of the same kind.
-    """
+    """Name something below a path, or below a URI as text."""
     return join_uri(location, name) if isinstance(location, str) else location / name
 
 
 def redact_uri(uri: str) -> str:
-    """Strip user name, password, query and fragment from a URI.
-
-    Args:
-        uri: any URI, or a plain path, which is returned as it is.
-
-    Returns:
-        The URI, fit to be shown and stored.
-    """
+    """Strip user name, password, query and fragment from a URI; a path stays as it is."""
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
@@ -70,27 +40,13 @@ def redact_uri(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> str | None:
-    """Find the file that a sqlite URI names.
-
-    Args:
-        uri: a database URI, as SQLAlchemy reads it.
-
-    Returns:
-        The file's path, relative or absolute; None for other databases.
-    """
+    """Find the file, relative or absolute, of a sqlite URI; None for other databases."""
     found = _SQLITE.match(uri)
     return unquote(uri[found.end() :].partition("?")[0]) if found else None
 
 
 def absolute_sqlite(uri: str) -> str:
-    """Let a sqlite URI name the same file from any working directory.
-
-    Args:
-        uri: a database URI.
-
-    Returns:
-        The same with an absolute path; other URIs, and a database in memory, as they are.
-    """
+    """Make the path of a sqlite URI absolute; other URIs, and `:memory:`, stay as they are."""
     path = sqlite_path(uri)
     if path is None or path in ("", ":memory:"):
         return uri

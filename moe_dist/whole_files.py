@@ -43,12 +43,9 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, *, keeps_nan: bool = False) -> None:
-    """Write a JSON file whole or not at all, without credentials.
+    """Write a JSON file whole or not at all, without credentials, and make its directory.
 
-    Args:
-        path: the file; its directory is made.
-        value: plain values and paths.
-        keeps_nan: write NaN as Python alone reads it; else it becomes null.
+    With `keeps_nan`, NaN is written as Python alone reads it; else it becomes null.
     """
     text = json.dumps(value if keeps_nan else finite(value), indent=2, default=os.fspath)
     with whole_file(path, durable=True) as beside:
@@ -69,14 +66,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Replace what JSON has no word for.
-
-    Args:
-        value: plain values.
-
-    Returns:
-        A copy with None in place of NaN and infinity.
-    """
+    """Copy plain values, with None in place of NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

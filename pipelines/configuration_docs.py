@@ -90,11 +90,7 @@ compare:
 
 
 def render_configuration() -> str:
-    """Describe every key of a recipe.
-
-    Returns:
-        The text of docs/configuration.md.
-    """
+    """Describe every key of a recipe: the text of docs/configuration.md."""
     tops = [name for name, field in RunConfig.model_fields.items() if not _section(field)]
     parts = [_HEAD, "## Top level\n\n" + _table("", RunConfig, tops)]
     for name, field in RunConfig.model_fields.items():

@@ -55,36 +55,20 @@ class Console:
         self._titles: dict[str, str] = {}
 
     def name_metrics(self, titles: Mapping[str, str]) -> None:
-        """Take what people call each metric, which is shown from then on.
-
-        Args:
-            titles: such as `f1 of ok` for `f1`.
-        """
+        """Show metrics from now on by what people call each, such as `f1 of ok` for `f1`."""
         self._titles = dict(titles)
 
     def note(self, message: str) -> None:
-        """Print one line, unless quiet.
-
-        Args:
-            message: the line.
-        """
+        """Print one line, unless quiet."""
         if not self.quiet:
             self._print(escape(message))
 
     def warn(self, message: str) -> None:
-        """Print a warning.
-
-        Args:
-            message: what the user should know.
-        """
+        """Print a warning."""
         self._print(f"[yellow]warning:[/] {escape(message)}")
 
     def result(self, renderable: Any) -> None:
-        """Print a result to standard output.
-
-        Args:
-            renderable: text or anything that rich can draw.
-        """
+        """Print text, or anything that rich can draw, to standard output."""
         if isinstance(renderable, str):
             # As it is: a path may hold what rich takes for markup.
             self._out.print(hide_secrets(renderable), soft_wrap=True, markup=False, emoji=False)
@@ -92,47 +76,24 @@ class Console:
             self._out.print(renderable)
 
     def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
-        """Show what came out.
-
-        Args:
-            content: the same as plain values, for programs.
-            show: draws it for people.
-        """
+        """Show what came out: `show` draws for people what `content` holds for programs."""
         show()
 
     def planned(self, stages: Sequence[str]) -> None:
-        """Take note of the stages to come, so that each says how many are left.
-
-        Args:
-            stages: their names, in their order.
-        """
+        """Take note of the stages to come, in order, so that each says how many are left."""
         self._plan = list(stages)
 
     def output(self, text: str) -> None:
-        """Pass on what a job on a cluster printed, to standard output.
-
-        Args:
-            text: lines, or parts of them, as they came.
-        """
+        """Pass on what a job on a cluster printed, lines or parts of them, to standard output."""
         sys.stdout.write(hide_secrets(text))
         sys.stdout.flush()
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
-        """Say that a stage was already finished.
-
-        Args:
-            stage: its name.
-            seconds: what it took when it ran.
-        """
+        """Say that a stage was already finished, and the seconds it took when it ran."""
         self.note(f"{stage}: already finished ({duration(seconds)}), nothing changed; skipped")
 
     def stage_started(self, stage: str, *, resumed: bool) -> None:
-        """Open the progress of a stage.
-
-        Args:
-            stage: its name.
-            resumed: whether it continues an earlier attempt.
-        """
+        """Open the progress of a stage."""
         self._begin(stage)
         if not self._live:
             self.note(f"{self._placed(stage)}: {'continuing' if resumed else 'started'}")
@@ -148,11 +109,8 @@ class Console:
     ) -> None:
         """Show how far a sweep is; `close` ends it.
 
-        Args:
-            over: trials that are over.
-            total: trials in all.
-            figures: values worth showing, such as the best so far.
-            running: what trials under way have measured, by their name and rung.
+        `over` trials of `total` are over; `running` holds what those under way have
+        measured, by their name and rung.
         """
         if self._stage != TRIALS or (self._live and self._progress is None):
             self._begin(TRIALS)
@@ -186,14 +144,7 @@ class Console:
         figures: Mapping[str, float] | None = None,
         terms: Mapping[str, float] | None = None,
     ) -> None:
-        """Show how far the current stage is.
-
-        Args:
-            step: steps done.
-            total: steps in all, where known.
-            figures: values worth showing, such as the loss.
-            terms: what the loss is made of.
-        """
+        """Show how far the current stage is; `terms` are what the loss is made of."""
         if self.quiet:
             return
         now = time.monotonic()
@@ -213,13 +164,7 @@ class Console:
         self._last_step = step
 
     def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
-        """Close the progress of a stage that finished.
-
-        Args:
-            stage: its name.
-            seconds: what it took.
-            metrics: its figures.
-        """
+        """Close the progress of a stage that finished."""
         self.close()
         shown = ", ".join(
             f"{self._titled(name)} {_figure(value)}" for name, value in list(metrics.items())[:4]
@@ -271,14 +216,7 @@ def _figure(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people write it.
-
-    Args:
-        seconds: how long.
-
-    Returns:
-        For example `8.4 s`, `3 min 05 s` or `2 h 10 min`.
-    """
+    """Return a duration as people write it: `8.4 s`, `3 min 05 s` or `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -34,83 +34,43 @@ class JsonConsole(Console):
         self._only_results = quiet
 
     def event(self, kind: str, **fields: object) -> None:
-        """Write one event.
-
-        Args:
-            kind: its name.
-            **fields: what belongs to it.
-        """
+        """Write one event."""
         line = json.dumps(finite({"event": kind, **fields}), default=str)
         self._stream.write(hide_secrets(line) + "\n")
         self._stream.flush()
 
     def note(self, message: str) -> None:
-        """Write a note, unless quiet.
-
-        Args:
-            message: the line.
-        """
+        """Write a note, unless quiet."""
         self._progress_event("note", message=message)
 
     def warn(self, message: str) -> None:
-        """Write a warning.
-
-        Args:
-            message: what the user should know.
-        """
+        """Write a warning."""
         self.event("warning", message=message)
 
     def result(self, renderable: Any) -> None:
-        """Write a result that is text; tables are for people, and a document comes at the end.
-
-        Args:
-            renderable: text, or what rich draws.
-        """
+        """Write a result that is text; tables are for people, and a document comes at the end."""
         if isinstance(renderable, str):
             self.event("result", message=renderable)
 
     def output(self, text: str) -> None:
-        """Pass on what a job on a cluster printed.
-
-        Args:
-            text: as it came.
-        """
+        """Pass on what a job on a cluster printed."""
         self._progress_event("output", message=text)
 
     def document(self, content: Mapping[str, Any], show: Callable[[], None]) -> None:
-        """Write what came out, as one object.
-
-        Args:
-            content: with its `event`.
-            show: draws the same for people; not called.
-        """
+        """Write `content` as one object, with its `event`; `show` is for people and not called."""
         fields = dict(content)
         self.event(str(fields.pop("event")), **fields)
 
     def planned(self, stages: Sequence[str]) -> None:
-        """Write which stages there are.
-
-        Args:
-            stages: in their order.
-        """
+        """Write which stages there are."""
         self._progress_event("planned", stages=list(stages))
 
     def stage_skipped(self, stage: str, seconds: float) -> None:
-        """Write that a stage was already finished.
-
-        Args:
-            stage: its name.
-            seconds: what it took when it ran.
-        """
+        """Write that a stage was already finished, and the seconds it took when it ran."""
         self._progress_event("stage_skipped", stage=stage, seconds=seconds)
 
     def stage_started(self, stage: str, *, resumed: bool) -> None:
-        """Write that a stage begins.
-
-        Args:
-            stage: its name.
-            resumed: whether it continues an earlier attempt.
-        """
+        """Write that a stage begins."""
         self._stage = stage
         self._progress_event("stage_started", stage=stage, resumed=resumed)
 
@@ -144,13 +104,7 @@ class JsonConsole(Console):
         )
 
     def stage_finished(self, stage: str, seconds: float, metrics: Mapping[str, float]) -> None:
-        """Write that a stage finished.
-
-        Args:
-            stage: its name.
-            seconds: what it took.
-            metrics: its figures.
-        """
+        """Write that a stage finished."""
         self._progress_event("stage_finished", stage=stage, seconds=seconds, metrics=dict(metrics))
 
     def _progress_event(self, kind: str, **fields: object) -> None:
@@ -162,11 +116,7 @@ class JsonConsole(Console):
 def json_console(*, quiet: bool = False) -> Iterator[JsonConsole]:
     """Keep standard output for JSON, whatever libraries and workers print.
 
-    Args:
-        quiet: write warnings, results and errors only.
-
-    Yields:
-        The console.
+    When quiet, only warnings, results and errors are written.
     """
     sys.stdout.flush()
     kept = os.dup(STANDARD_OUTPUT)

@@ -13,7 +13,7 @@ from moe_dist.config import RunConfig, load_config
 from moe_dist.config.in_flight import in_flight_keys
 from moe_dist.config.setting_kinds import Kind, keys_of, kind_of, settings_of_kind
 from moe_dist.tracking import recipe_hash
-from pipelines.chain.payloads import training_settings
+from pipelines.chain.training_settings import training_settings
 from pipelines.stages.adapt import adapt_settings
 from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe
 

@@ -16,14 +16,9 @@ _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", 
 
 
 def find_cross_faults(config: RunConfig, faulty: frozenset[str] = frozenset()) -> list[str]:
-    """Check the rules that join several keys.
+    """Check the rules that join several keys; one line for each fault, with its remedy.
 
-    Args:
-        config: settings, with stand-ins for keys that are themselves at fault.
-        faulty: dotted keys or sections that are at fault; rules that read them are skipped.
-
-    Returns:
-        One line for each fault: dotted path, what is wrong, remedy.
+    `config` has stand-ins for the keys or sections in `faulty`; rules that read them are skipped.
     """
     return [
         fault

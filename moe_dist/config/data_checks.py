@@ -33,14 +33,7 @@ _ONE_TASK_PARTITIONS = ("coactivation", "clustered_importance")
 
 
 def data_sections(config: RunConfig) -> dict[str, TaskDataConfig]:
-    """Give each data set of a recipe by the path of its keys.
-
-    Args:
-        config: the recipe.
-
-    Returns:
-        `data`, or `data.tasks.NAME` for each task.
-    """
+    """Give each data set by the path of its keys: `data`, or `data.tasks.NAME` for each task."""
     if config.data.source != "tasks":
         return {"data": config.data}
     return {f"data.tasks.{name}": task for name, task in (config.data.tasks or {}).items()}

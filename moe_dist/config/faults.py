@@ -86,14 +86,7 @@ def check_keys(raw: Mapping[str, Any]) -> tuple[RunConfig, list[str], frozenset[
 
 
 def annotation_of(dotted: str) -> Any:
-    """Give the type of a key.
-
-    Args:
-        dotted: its name; one of a comparison's or a task's keys too.
-
-    Returns:
-        The annotation of its field; that of the innermost known part where there is no such key.
-    """
+    """Give the type of a dotted key; of its innermost known part where there is no such key."""
     keys = tuple(dotted.split("."))
     # compare.LABEL.moe.router is a moe.router.
     is_compared = keys[0] == "compare" and len(keys) > 2
@@ -101,14 +94,7 @@ def annotation_of(dotted: str) -> Any:
 
 
 def either(values: Sequence[object]) -> str:
-    """Join choices for a remedy.
-
-    Args:
-        values: at least one.
-
-    Returns:
-        For example `1, 2 or 4`.
-    """
+    """Join at least one choice for a remedy, such as `1, 2 or 4`."""
     words = [str(value) for value in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 

@@ -11,27 +11,18 @@ from moe_dist.config.setting_kinds import in_flight_meaning, keys_of
 
 
 def in_flight_keys() -> dict[str, str]:
-    """List the keys that change no tensor's shape, no data, no length and no schedule.
+    """List, with what a new value means, the keys that may change in flight.
 
-    `distill.mapping_weight` and `distill.adversarial_weight` bring parameters of their own, and are
-    none of them; neither are the lengths of warm-ups, nor what decides how many steps there are.
-
-    Returns:
-        What a new value means then, by dotted name.
+    They change no tensor's shape, no data, no length and no schedule. `distill.mapping_weight` and
+    `distill.adversarial_weight` bring parameters of their own, and are none of them; neither are
+    the lengths of warm-ups, nor what decides how many steps there are.
     """
     found = {dotted: in_flight_meaning(owner, name) for dotted, owner, name in keys_of(RunConfig)}
     return {dotted: meaning for dotted, meaning in found.items() if meaning}
 
 
 def changes_in_flight(path: str) -> bool:
-    """Tell whether a key's value may change at a rung, the weights kept.
-
-    Args:
-        path: its dotted name.
-
-    Returns:
-        Whether it may; all others are drawn once, and go along with the weights.
-    """
+    """Tell whether a key may change at a rung; others are drawn once and go with the weights."""
     return path in in_flight_keys()
 
 

@@ -47,17 +47,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a recipe and apply overrides, without checking what they say.
+    """Read a recipe and apply overrides such as `moe.top_k=2`, without checking the values.
 
-    Args:
-        path: the YAML recipe.
-        overrides: texts such as `moe.top_k=2`; the values are YAML.
-
-    Returns:
-        Nested plain values as they were given: paths may be relative, defaults are missing.
-
-    Raises:
-        ConfigError: if the recipe or an override is no YAML.
+    Plain values as they were given: paths may be relative, defaults are missing. What is no YAML is
+    a ConfigError.
     """
     raw = _read_recipe(Path(path))
     for section, value in list(raw.items()):
@@ -68,17 +61,9 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
 
 
 def build_config(raw: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """Check settings that are already in memory.
+    """Check settings in memory; a ConfigError has every fault, each with its remedy.
 
-    Args:
-        raw: nested plain values.
-        source: what to call them in an error.
-
-    Returns:
-        The checked settings, with absolute paths.
-
-    Raises:
-        ConfigError: with every fault, each with its remedy.
+    `source` is what an error calls them; paths in the result are absolute.
     """
     config, faults, faulty = check_keys(raw)
     faults += find_cross_faults(config, faulty)

@@ -130,19 +130,10 @@ class RunConfig(Section):
         return self.train.model_copy(update=changes)
 
     def resolve_comparison(self, label: str) -> RunConfig:
-        """Give the settings of one student of `compare`.
+        """Give the settings of one student of `compare`; ConfigError if there is none.
 
         The teacher's settings stay those of the main run, whatever the comparison changes in
         `train`, so that all students share one teacher.
-
-        Args:
-            label: a key of `compare`.
-
-        Returns:
-            The recipe with the comparison's overrides applied and no further comparisons.
-
-        Raises:
-            ConfigError: if there is no such comparison.
         """
         if label not in self.compare:
             known = ", ".join(self.compare) or "none"
@@ -150,11 +141,7 @@ class RunConfig(Section):
         return RunConfig.model_validate(merge_comparison(self, label))
 
     def flatten(self) -> dict[str, str | int | float | bool]:
-        """Give every setting under its dotted key, without secrets, as MLflow wants parameters.
-
-        Returns:
-            Plain values; lists and mappings as JSON, null as "null".
-        """
+        """Give settings by dotted key, without secrets; lists and mappings as JSON."""
         return flatten_settings(self._plain())
 
     def to_yaml(self) -> str:

@@ -61,17 +61,10 @@ def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faul
 
 
 def point_settings(config: RunConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the raw settings of one trial.
+    """Give the raw settings of one trial, without search and comparisons.
 
     The teacher's settings stay those of the recipe, whatever the point changes in `train`, so that
     trials share a teacher; keys of `finetune` in the point change it.
-
-    Args:
-        config: the recipe.
-        overrides: the point's.
-
-    Returns:
-        Nested plain values, without search and comparisons.
     """
     teacher = config.teacher_train
     raw = config.model_dump(exclude={"search", "compare"})
@@ -185,14 +178,7 @@ def _shape_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Itera
 
 
 def changes_teacher(path: str) -> bool:
-    """Tell whether trials that differ in a key need different teachers or scores.
-
-    Args:
-        path: the key's dotted name.
-
-    Returns:
-        Whether they do.
-    """
+    """Tell whether trials that differ in a key need different teachers or scores."""
     return path.split(".")[0] in TEACHER_SECTIONS or path in TEACHER_KEYS
 
 

@@ -103,15 +103,7 @@ class Point:
 
 
 def value_of(config: RunConfig, path: str) -> Any:
-    """Read a setting by its dotted name.
-
-    Args:
-        config: a recipe.
-        path: such as `moe.top_k`.
-
-    Returns:
-        Its value.
-    """
+    """Read a setting by its dotted name."""
     value: Any = config
     for key in path.split("."):
         value = getattr(value, key)
@@ -119,14 +111,7 @@ def value_of(config: RunConfig, path: str) -> Any:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a key's value can be counted with.
-
-    Args:
-        value: of a recipe or a point.
-
-    Returns:
-        Whether it is a number; true and false are none.
-    """
+    """Tell whether a key's value can be counted with; true and false cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -212,14 +197,7 @@ def _look_up(chosen: Mapping[str, Any], dimension: Dimension) -> Any:
 
 
 def grid_size(dimensions: tuple[Dimension, ...]) -> float:
-    """Count the combinations, conditions not looked at.
-
-    Args:
-        dimensions: of the space.
-
-    Returns:
-        Infinite where a dimension is a range.
-    """
+    """Count the combinations, conditions not looked at; infinite where there is a range."""
     return math.prod(
         math.inf if dimension.choices is None else len(dimension.choices)
         for dimension in dimensions
@@ -268,14 +246,7 @@ def known_paths() -> list[str]:
 
 
 def table_values(table: str) -> tuple[Any, ...]:
-    """List what a table holds now.
-
-    Args:
-        table: a key of `TABLES`.
-
-    Returns:
-        Its names that one task can use; what is added to the table later is among them then.
-    """
+    """List the names now in a table of `TABLES` that one task can use, later additions too."""
     section, key = TABLES[table].split(".")
     kind = RunConfig.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -38,28 +38,13 @@ def settings_of_kind(section: Section, kind: Kind = "learning") -> dict[str, Any
 
 
 def kind_of(section: type[Section], name: str) -> Kind:
-    """Say what kind of setting a field is.
-
-    Args:
-        section: its section.
-        name: of the field, which is no section itself.
-
-    Returns:
-        What the field is marked as, else its section.
-    """
+    """Give what a field, which is no section itself, is marked as, else its section."""
     kind: Kind = _mark(section, name).get("kind", section.setting_kind)
     return kind
 
 
 def keys_of(section: type[Section]) -> Iterator[tuple[str, type[Section], str]]:
-    """Go through the keys of a section and of those in it.
-
-    Args:
-        section: such as `RunConfig`.
-
-    Yields:
-        The dotted name, the section that holds the field, and the field's name there.
-    """
+    """Yield each key's dotted name, the section that holds its field, and the field's name."""
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
@@ -69,15 +54,7 @@ def keys_of(section: type[Section]) -> Iterator[tuple[str, type[Section], str]]:
 
 
 def in_flight_meaning(section: type[Section], name: str) -> str:
-    """Say what a field is that may change while a distillation runs.
-
-    Args:
-        section: its section.
-        name: of the field.
-
-    Returns:
-        What its new value means; empty for a field that may not.
-    """
+    """Say what a field's new value means in flight; empty for one that may not change."""
     meaning: str = _mark(section, name).get("in_flight", "")
     return meaning
 

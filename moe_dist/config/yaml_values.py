@@ -31,15 +31,7 @@ class WrittenInt(int):
 
     @classmethod
     def of(cls, value: int, text: str) -> WrittenInt:
-        """Join a value and its text.
-
-        Args:
-            value: the integer.
-            text: how it was written.
-
-        Returns:
-            Both.
-        """
+        """Join an integer and how it was written."""
         written = cls(value)
         written.text = text
         return written
@@ -87,17 +79,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse one YAML document.
-
-    Args:
-        text: the document, or the value of a command line override.
-
-    Returns:
-        Plain Python values: dict, list, str, int, float, bool or None.
-
-    Raises:
-        yaml.YAMLError: if the text is not YAML, or gives a key twice.
-    """
+    """Parse one YAML document to plain values; YAMLError if a key is given twice."""
     # _Loader is a SafeLoader: no object is ever built from a tag.
     return yaml.load(text, Loader=_Loader)  # noqa: S506
 
@@ -105,14 +87,7 @@ def parse_yaml(text: str) -> Any:
 def hidden_syntax(text: str) -> str:
     """Find what would change or shorten a value without a word.
 
-    Args:
-        text: one YAML value.
-
-    Returns:
-        What it holds, such as "a comment"; empty if it holds nothing of the kind.
-
-    Raises:
-        yaml.YAMLError: if the text is not YAML.
+    Empty if the YAML value holds nothing of the kind, else such as "a comment".
     """
     end = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -135,14 +110,7 @@ _HIDDEN = {
 
 
 def describe_yaml_error(error: yaml.YAMLError) -> str:
-    """Say where YAML stopped making sense, and why.
-
-    Args:
-        error: what the parser raised.
-
-    Returns:
-        One line, with the line and column where the parser knows them.
-    """
+    """Say in one line why YAML stopped making sense, and where, if that is known."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"

@@ -12,15 +12,7 @@ from torch import nn
 
 
 def absent_modules(model: nn.Module, whole: nn.Module) -> list[str]:
-    """Find what a model lacks.
-
-    Args:
-        model: what somebody built.
-        whole: what its class builds from its configuration.
-
-    Returns:
-        Dotted names of modules of the second that are None in the first.
-    """
+    """Name (dotted) the modules that are None in `model`, but not in `whole`, its class's own."""
     own = dict(model.named_modules())
     found = []
     for name, _ in whole.named_modules():
@@ -31,12 +23,7 @@ def absent_modules(model: nn.Module, whole: nn.Module) -> list[str]:
 
 
 def leave_out(model: nn.Module, names: Iterable[str]) -> None:
-    """Take modules off a model.
-
-    Args:
-        model: changed in place.
-        names: dotted, from `absent_modules`.
-    """
+    """Take modules, named as by `absent_modules`, off a model in place."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, None)

@@ -165,19 +165,11 @@ class _PairCounter:
         )
 
     def install(self) -> Any:
-        """Hook the FFN's second linear layer, which reads the activations.
-
-        Returns:
-            What removes the hook.
-        """
+        """Hook the FFN's second linear layer, which reads the activations; gives the handle."""
         return self.slot.linear_out.register_forward_pre_hook(self._count)
 
     def cosines(self) -> Tensor:
-        """Scale the sums.
-
-        Returns:
-            (N, N) float32.
-        """
+        """Scale the sums: (N, N) float32."""
         norms_N = self._sum_NN.diagonal().sqrt().clamp(min=1e-30)
         return (self._sum_NN / norms_N / norms_N.unsqueeze(1)).float().cpu()
 
@@ -188,16 +180,7 @@ class _PairCounter:
 
 
 def real_rows(value: Tensor, batch: Mapping[str, Any], slot: FFNSlot) -> Tensor:
-    """Take what an FFN has of real tokens.
-
-    Args:
-        value: (B, S, ...), one vector for each token.
-        batch: the model's inputs.
-        slot: the FFN.
-
-    Returns:
-        (T, ...) without padding, where the batch says what that is.
-    """
+    """Take what an FFN has, (B, S, ...), of real tokens: (T, ...) where the batch tells padding."""
     rows = value.flatten(0, -2)
     mask = _mask_of(batch, value.shape[:-1], in_decoder=slot.in_decoder)
     return rows if mask is None else rows[mask.reshape(-1)]

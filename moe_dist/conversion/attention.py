@@ -33,16 +33,9 @@ class AttentionInputs:
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
-    """Keep each layer's queries and keys of the forward passes inside the block.
+    """Keep queries and keys of forward passes inside the block: an entry for each layer, in order.
 
-    Args:
-        model: a BERT, dense or converted.
-
-    Yields:
-        A list that has one entry for each layer, in order, once a forward has run.
-
-    Raises:
-        ConversionError: if the model's family is not known here.
+    A model whose family is not known here is a ConversionError.
     """
     modules = find_attention(model)
     recorded: list[AttentionInputs] = []
@@ -58,17 +51,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
 
 
 def num_attention_heads(model: nn.Module) -> int:
-    """Say how many heads a model's attention has.
-
-    Args:
-        model: a BERT, dense or converted.
-
-    Returns:
-        Heads of each layer.
-
-    Raises:
-        ConversionError: if the model's family is not known here.
-    """
+    """Say how many heads each layer of a BERT has; other families are a ConversionError."""
     first: Any = find_attention(model)[0]
     return int(first.num_attention_heads)
 

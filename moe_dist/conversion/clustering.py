@@ -63,15 +63,7 @@ def balanced_clusters(
 
 
 def squared_distance(gram_NN: Tensor, cluster_N: Tensor) -> float:
-    """Sum the squared distances of all items to the means of their clusters.
-
-    Args:
-        gram_NN: inner products of all pairs of items.
-        cluster_N: the cluster of each item.
-
-    Returns:
-        The sum.
-    """
+    """Sum the squared distances of all items to their clusters' means, from inner products."""
     gram = gram_NN.double()
     total = float(gram.diagonal().sum())
     for cluster in cluster_N.unique():

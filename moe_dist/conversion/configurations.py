@@ -37,11 +37,7 @@ class MoeConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all entries, with the activation where only these classes find it.
-
-        Returns:
-            What config.json holds.
-        """
+        """Give what config.json holds, with the activation where only these classes find it."""
         values: dict[str, Any] = super().to_dict()
         if values.get("moe"):
             keys = FAMILIES[self.model_type.removeprefix("moe_")].activation_keys
@@ -53,14 +49,7 @@ class MoeConfig(PretrainedConfig):
 
 @functools.cache
 def config_class(model_type: str) -> type[MoeConfig]:
-    """Build the configuration class of a family's converted models.
-
-    Args:
-        model_type: the dense family, a key of `FAMILIES`.
-
-    Returns:
-        The class, of model_type ``moe_<model_type>``.
-    """
+    """Build the class of a family's converted models, of model_type ``moe_<model_type>``."""
     spec = FAMILIES[model_type]
     module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
     dense = getattr(module, spec.config_class)

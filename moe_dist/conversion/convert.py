@@ -164,15 +164,7 @@ def _below(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def with_modes_of(model: Any, other: Any) -> Any:
-    """Hand on what a model is beside its weights and its configuration.
-
-    Args:
-        model: what is frozen in it, how it generates, and whether it is in training mode counts.
-        other: a model made of it; changed in place.
-
-    Returns:
-        The other model.
-    """
+    """Hand what is frozen, how it generates and the training mode on from `model` to `other`."""
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     for name, parameter in other.named_parameters():
         parameter.requires_grad_(name not in frozen)

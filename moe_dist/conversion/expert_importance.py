@@ -157,14 +157,7 @@ def _by_sample(products_TF: Tensor, sample_T: Tensor, num_samples: int) -> Tenso
 
 
 def _products(experts: Experts, expert: int, rows_TD: Tensor, grad_TD: Tensor) -> Tensor:
-    """What each token adds to ``w1·∂L/∂w1 + w2·∂L/∂w2``, (T, F).
-
-    Args:
-        experts: of the layer.
-        expert: which of them.
-        rows_TD: its tokens.
-        grad_TD: the gradient of its output for each.
-    """
+    """What each token adds to ``w1·∂L/∂w1 + w2·∂L/∂w2``, (T, F); gradients are of the output."""
     if experts.w_in is None or experts.w_out is None:
         return rows_TD.new_zeros(len(rows_TD), 0)
 

@@ -79,14 +79,9 @@ def extract_task(model: Any, task: str | None = None) -> Any:
 
 
 def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
-    """Join what a layer computes for one task.
+    """Join what a layer, its experts whole, computes for one task into one dense FFN's weights.
 
-    Args:
-        layer: with its experts whole; its router, if any, looks at the task alone.
-        task: the task's number.
-
-    Returns:
-        The weights of a dense FFN: the shared neurons first, then each chosen expert's.
+    The shared neurons come first, then each chosen expert's; a router may look at the task alone.
     """
     experts = layer.experts
     chosen, scales = [0], torch.ones(1)

@@ -260,22 +260,14 @@ class FFNSlot:
         return float(value.p if isinstance(value, nn.Dropout) else value)
 
     def weights(self) -> FFNWeights:
-        """Read the weights as (F, D) and (D, F).
-
-        Returns:
-            Views of the model's own parameters.
-        """
+        """Read the weights as (F, D) and (D, F): views of the model's own."""
         w_in, b_in = self._read(self.linear_in)
         w_out, b_out = self._read(self.linear_out)
         w_gate, b_gate = (None, None) if self.gate is None else self._read(self.gate)
         return FFNWeights(w_in, b_in, w_gate, b_gate, w_out, b_out)
 
     def replace(self, layer: nn.Module) -> None:
-        """Put `layer` where the FFN was, and identities where it does the work now.
-
-        Args:
-            layer: maps (..., D) to (..., D).
-        """
+        """Put `layer`, (..., D) to (..., D), where the FFN was, and identities for its parts."""
         for path in self.spec.emptied:
             parent, leaf = _parent(self.block, path)
             setattr(parent, leaf, nn.Identity())
@@ -295,30 +287,13 @@ class FFNSlot:
 
 
 def known_family(model: nn.Module) -> FamilySpec | None:
-    """Find the family of a model, whether it is converted or not.
-
-    Args:
-        model: a transformers model.
-
-    Returns:
-        Its family; None if the architecture is not known.
-    """
+    """Find the family of a model, dense or converted; None if the architecture is not known."""
     config: Any = getattr(model, "config", None)
     return FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
 
 
 def family_of(model: nn.Module) -> FamilySpec:
-    """Find the family of a model.
-
-    Args:
-        model: a transformers model.
-
-    Returns:
-        Its family.
-
-    Raises:
-        ConversionError: if the architecture is not known, or the model is converted already.
-    """
+    """Find a dense model's family; one not known, or converted already, is a ConversionError."""
     spec = known_family(model)
     config: Any = getattr(model, "config", None)
     if spec is not None and config.model_type != spec.model_type:
@@ -335,17 +310,9 @@ def family_of(model: nn.Module) -> FamilySpec:
 
 
 def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot]:
-    """List a dense model's FFNs, in the order of its modules.
+    """List a dense model's FFNs, in the order of its modules; scores and plans are indexed alike.
 
-    Args:
-        model: a dense transformers model of a known family.
-        spec: that family; by default what the model's configuration says.
-
-    Returns:
-        At least one slot; scores, plans and `layers` are indexed alike.
-
-    Raises:
-        ConversionError: if the architecture is not known or has no FFN.
+    The family is by default what the model's configuration says; without FFNs a ConversionError.
     """
     spec = spec or family_of(model)
     blocks = [(name, module) for name, module in model.named_modules() if is_a(module, spec.blocks)]
@@ -358,15 +325,7 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
 
 
 def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield the modules whose forward takes token ids.
-
-    Args:
-        model: a model of the family, dense or converted.
-        spec: the family.
-
-    Yields:
-        Encoder and decoder stacks, each with whether its tokens see no later ones.
-    """
+    """Yield the stacks that take token ids, each with whether its tokens see no later ones."""
     for module in model.modules():
         if is_a(module, spec.stacks):
             is_decoder = bool(getattr(getattr(module, "config", None), "is_decoder", False))
@@ -374,16 +333,9 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module,
 
 
 def find_attention(model: nn.Module) -> list[nn.Module]:
-    """List the self-attention modules of a model, in the order of its layers.
+    """List the self-attention modules, each with `query` and `key`, in the order of the layers.
 
-    Args:
-        model: a model of a known family, dense or converted.
-
-    Returns:
-        Modules with linear layers `query` and `key`.
-
-    Raises:
-        ConversionError: if the family keeps its queries and keys elsewhere.
+    A family that keeps its queries and keys elsewhere is a ConversionError.
     """
     config: Any = getattr(model, "config", None)
     spec = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))

@@ -54,14 +54,7 @@ class TaskHead:
 
 
 def read_heads(model: nn.Module) -> tuple[TaskHead, ...]:
-    """Say which tasks a model answers.
-
-    Args:
-        model: a transformers model, dense or converted.
-
-    Returns:
-        Its heads in the order of the tasks' numbers; none for a model of one task.
-    """
+    """Give a model's heads in the order of the tasks' numbers; none for a model of one task."""
     entries = getattr(getattr(model, "config", None), KEY, None) or ()
     return tuple(
         TaskHead(entry["name"], tuple(entry["label_names"]) if entry["label_names"] else None)
@@ -105,11 +98,7 @@ def set_heads(model: Any, heads: Sequence[TaskHead]) -> None:
 
 
 def install_heads(model: nn.Module) -> None:
-    """Make a model of several tasks answer for one task at a time; others are left as they are.
-
-    Args:
-        model: changed in place; a second call changes nothing.
-    """
+    """Let a model of several tasks answer for one at a time; others are left as they are."""
     if not read_heads(model) or _keep_own_logits in model._forward_hooks.values():
         return
     model.register_forward_pre_hook(_check_call, with_kwargs=True)
@@ -117,15 +106,7 @@ def install_heads(model: nn.Module) -> None:
 
 
 def choose_task(model: nn.Module, name: str) -> None:
-    """Use a model for one of its tasks from now on, where no `use_task` says otherwise.
-
-    Args:
-        model: changed in place.
-        name: the task's.
-
-    Raises:
-        MissingInputError: if it has no such task.
-    """
+    """Use a model for one of its tasks from now on, where no `use_task` says otherwise."""
     index = task_index(model, name)
     stacks = [stack for stack, _ in find_stacks(model, family_spec(model))]
     for module in (model, *stacks):
@@ -133,14 +114,7 @@ def choose_task(model: nn.Module, name: str) -> None:
 
 
 def chosen_head(model: nn.Module) -> TaskHead | None:
-    """Say which task a model is used for where no `use_task` names one.
-
-    Args:
-        model: dense or converted.
-
-    Returns:
-        What `choose_task` chose; None before that, and for a model of one task.
-    """
+    """Say what `choose_task` chose; None before that, and for a model of one task."""
     index = getattr(model, CHOSEN_TASK, None)
     return None if index is None else read_heads(model)[index]
 
@@ -161,18 +135,7 @@ def answered_kind(model: nn.Module) -> TaskKind:
 
 
 def task_index(model: nn.Module, name: str) -> int:
-    """Give a task's number.
-
-    Args:
-        model: dense or converted.
-        name: the task's.
-
-    Returns:
-        Its place among the model's heads.
-
-    Raises:
-        MissingInputError: if the model has no such task.
-    """
+    """Give a task's place among the model's heads; one it lacks is a MissingInputError."""
     names = [head.name for head in read_heads(model)]
     if name not in names:
         raise MissingInputError(
@@ -183,30 +146,15 @@ def task_index(model: nn.Module, name: str) -> int:
 
 
 def head_rows(heads: Sequence[TaskHead], index: int) -> slice:
-    """Say which outputs are a task's.
-
-    Args:
-        heads: of all tasks.
-        index: the task's number.
-
-    Returns:
-        Rows of the last layer, columns of the logits.
-    """
+    """Say which rows of the last layer, so which columns of the logits, are a task's."""
     ends = list(accumulate(head.num_labels for head in heads))
     return slice(ends[index] - heads[index].num_labels, ends[index])
 
 
 def task_head(model: nn.Module) -> Any:
-    """Find the linear layer that gives a classifier's logits.
+    """Find a classifier's last layer: `weight` (outputs, width) and perhaps `bias`.
 
-    Args:
-        model: a sequence classifier, dense or converted.
-
-    Returns:
-        A module with `weight` (outputs, width) and perhaps `bias`.
-
-    Raises:
-        ConversionError: if it is no sequence classifier of a known family.
+    What is no sequence classifier of a known family is a ConversionError.
     """
     try:
         return model.get_submodule(family_spec(model).task_head)
@@ -218,17 +166,7 @@ def task_head(model: nn.Module) -> Any:
 
 
 def family_spec(model: nn.Module) -> FamilySpec:
-    """Find a model's family, whether it is converted or not.
-
-    Args:
-        model: a transformers model.
-
-    Returns:
-        The family.
-
-    Raises:
-        ConversionError: if the architecture is not known.
-    """
+    """Find a model's family, converted or not; one not known is a ConversionError."""
     spec = known_family(model)
     if spec is None:
         raise ConversionError(

@@ -23,15 +23,7 @@ class StackStates:
 
 
 def hidden_stacks(output: Any, inputs: Mapping[str, Tensor]) -> tuple[StackStates, ...]:
-    """Take the hidden states out of a forward's output.
-
-    Args:
-        output: of a forward with `output_hidden_states`.
-        inputs: what that forward was given.
-
-    Returns:
-        The one stack; of an encoder-decoder the encoder and then the decoder.
-    """
+    """Take the hidden states out of a forward's output; of encoder and decoder in this order."""
     mask_BS = inputs.get("attention_mask")
     encoder = getattr(output, "encoder_hidden_states", None)
     if encoder is None:
@@ -46,17 +38,10 @@ def hidden_stacks(output: Any, inputs: Mapping[str, Tensor]) -> tuple[StackState
 
 
 def with_decoder_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Say which of a decoder's tokens are real where it reads the encoder's, one place later.
+    """Add `decoder_attention_mask` where an encoder-decoder's decoder tokens are not given.
 
-    transformers leaves that open in its encoder-decoders' classifiers, since no answer depends on
-    it: a decoder sees no later token. Who counts or compares tokens needs it.
-
-    Args:
-        inputs: keyword arguments of an encoder-decoder's forward.
-
-    Returns:
-        The same with `decoder_attention_mask`, where the decoder's tokens are not given. The last
-        real one counts as padding: a sample that is the longest of its batch has no place for it.
+    transformers leaves it open, since no answer depends on it; who counts or compares tokens needs
+    it. The last real one counts as padding: the longest sample has no place for it.
     """
     labels = inputs.get("labels")
     own = {"decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask"}
@@ -68,14 +53,7 @@ def with_decoder_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_depths(model: nn.Module) -> tuple[int, ...]:
-    """Say how many layers each stack has.
-
-    Args:
-        model: dense or converted.
-
-    Returns:
-        Hidden states without the embeddings: of the one stack, or of encoder and decoder.
-    """
+    """Count the layers (no embeddings) of the one stack, or of encoder and decoder."""
     config: Any = model.config
     if not getattr(config, "is_encoder_decoder", False):
         return (int(config.num_hidden_layers),)

@@ -93,20 +93,10 @@ def sum_over_batches(
     per_sample_loss: PerSampleLoss | None = None,
     capture: Callable[[FFNSlot], CaptureT],
 ) -> list[Tensor]:
-    """Run a model forward and backward on each batch, and add up what is read from its FFNs.
+    """Run forward and backward on each batch, and add up what `read` takes from FFN captures.
 
-    Args:
-        model: evaluated, and left as it was.
-        batches: as `score_importance` takes them.
-        read: from one capture for each FFN to one tensor for each, of the same shapes every time.
-        per_sample_loss: as in `score_importance`.
-        capture: what reads an FFN while a batch passes through it.
-
-    Returns:
-        The sums.
-
-    Raises:
-        ConversionError: for an unknown architecture, or no batches.
+    Arguments and errors as in `sum_of_readers`, besides a ConversionError for an unknown
+    architecture; `capture` makes what reads one FFN while a batch passes through it.
     """
     slots = find_slots(model)
     with ExitStack() as stack:
@@ -174,30 +164,14 @@ def sum_of_readers(
 
 
 def evened(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Let tasks count alike, whatever their losses and their numbers of rows.
-
-    Args:
-        scores: one task's, (F,) or (E, F) for each FFN.
-
-    Returns:
-        The same, with sum 1 in each FFN; zeros stay.
-    """
+    """Let tasks count alike: scale one task's scores to sum 1 in each FFN; zeros stay."""
     return [score_F / score_F.sum().clamp(min=1e-30) for score_F in scores]
 
 
 def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Compute each sample's task loss as the model's own head would for that sample alone.
+    """Compute each sample's task loss, (B,) float32, as the model's head would for it alone.
 
-    Args:
-        model: the model; its config says which kind of problem it solves.
-        outputs: what it returned.
-        batch: holds the labels.
-
-    Returns:
-        (B,) float32 losses.
-
-    Raises:
-        MissingInputError: if the labels are missing.
+    A batch without labels is a MissingInputError.
     """
     if hasattr(outputs, "start_logits"):
         start = _cross_entropy(outputs.start_logits, _labels(batch, "start_positions"))
@@ -245,11 +219,7 @@ class Capture:
             handle.remove()
 
     def scores_BF(self) -> Tensor:
-        """Signed score of each sample; the absolute value comes after all terms are added.
-
-        Returns:
-            (B, F) float32.
-        """
+        """Signed score of each sample; the absolute value comes after all terms are added."""
         if not self.products:
             # The loss does not depend on this FFN, so removing a neuron changes nothing.
             return torch.zeros(1, self.slot.num_neurons)
@@ -280,14 +250,7 @@ class Capture:
 
 @contextmanager
 def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Keep a model in eval mode and its parameters without gradient, and put both back.
-
-    Args:
-        model: changed inside the `with` block only.
-
-    Yields:
-        Nothing.
-    """
+    """Keep a model in eval mode and its parameters without gradient, and put both back."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -327,15 +290,7 @@ def _cut_to_first_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[An
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Move a batch to the model's device.
-
-    Args:
-        model: on one device.
-        batch: tensors and other values.
-
-    Returns:
-        The same entries there.
-    """
+    """Move the tensors of a batch to the model's one device."""
     device = next(model.parameters()).device
     return {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -344,15 +299,7 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what a model's forward does not take, and labels where it can do without.
-
-    Args:
-        model: a transformers model.
-        batch: inputs, labels and others.
-
-    Returns:
-        Keyword arguments of its forward.
-    """
+    """Leave out what a model's forward does not take, and labels where it can do without."""
     names = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in batch.items() if key in names}
     config: Any = model.config

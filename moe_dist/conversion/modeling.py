@@ -62,13 +62,7 @@ class MoeModel(PreTrainedModel):
     ) -> None:
         """Recompute activations in the backward pass, with the routing of the forward pass.
 
-        Args:
-            activation_checkpointing_kwargs: for torch.utils.checkpoint; use_reentrant must not
-                be True, since routers would find no token ids when they run again.
-            **kwargs: the parent's own.
-
-        Raises:
-            ConversionError: if use_reentrant is True.
+        `use_reentrant` True is a ConversionError: routers would find no token ids then.
         """
         given = dict(activation_checkpointing_kwargs or {})
         if given.get("use_reentrant"):
@@ -93,17 +87,7 @@ class MoeModel(PreTrainedModel):
 
 @functools.cache
 def model_class(name: str) -> type[MoeModel]:
-    """Build a converted model's class.
-
-    Args:
-        name: "Moe" and the dense class's name.
-
-    Returns:
-        The class.
-
-    Raises:
-        ConversionError: if no family has such a class.
-    """
+    """Build the class of a name like MoeBertModel; a ConversionError if no family has it."""
     for model_type, spec in FAMILIES.items():
         dense_name = name.removeprefix("Moe")
         if name == f"Moe{dense_name}" and dense_name in spec.heads:

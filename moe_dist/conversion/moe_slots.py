@@ -54,26 +54,17 @@ class MoeSettings:
     absent: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as plain values.
-
-        Returns:
-            What JSON can hold.
-        """
-        lists = {"layers": list(self.layers), "absent": list(self.absent)}
-        return asdict(self) | lists | asdict(self.router)
+        """Give the settings as values that JSON can hold."""
+        values = asdict(self) | {"layers": list(self.layers)} | asdict(self.router)
+        # Nearly no model lacks a part; entries of earlier versions do not name it.
+        del values["absent"]
+        return values | ({"absent": list(self.absent)} if self.absent else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeSettings:
-        """Read the `moe` entry of a configuration.
+        """Read the `moe` entry of a configuration; a setting it lacks is a ConversionError.
 
-        Args:
-            values: the entry; what it holds beside the settings is left alone.
-
-        Returns:
-            The settings.
-
-        Raises:
-            ConversionError: if a setting is missing.
+        Entries that are no settings are left alone.
         """
         required = [one.name for one in fields(cls) if one.default is MISSING]
         missing = [name for name in (*required, *FIRST_OPTIONS) if name not in values]
@@ -97,14 +88,10 @@ def replace_ffns(
     *,
     token_counts: Tensor | None = None,
 ) -> None:
-    """Put fresh MoE layers where the FFNs of a dense architecture are, and install the hooks.
+    """Put fresh MoE layers where the FFNs of a dense model are, in place, and install the hooks.
 
-    Args:
-        model: an instance of a dense architecture; changed in place.
-        spec: its family.
-        settings: sizes and router.
-        token_counts: (V,) for hash_balanced; without it the table is a placeholder that a
-            checkpoint's own replaces.
+    `token_counts`, (V,), serve hash_balanced; without them its table is a placeholder that a
+    checkpoint's own replaces.
     """
     slots = find_slots(model, spec)
     vocab_size = settings.vocab_size
@@ -125,22 +112,10 @@ def router_for(
     layer: int = 0,
     is_filled_later: bool = False,
 ) -> nn.Module:
-    """Build the router of one layer.
+    """Build the router of one layer; the FFN's index decides its seed.
 
-    Args:
-        settings: the model's.
-        d_model: D.
-        vocab_size: V.
-        token_counts: (V,) for hash_balanced.
-        layer: the FFN's index, from which the layer's own seed follows.
-        is_filled_later: a checkpoint brings the tables, so that any will do.
-
-    Returns:
-        The router.
-
-    Raises:
-        ConversionError: if there is no such router, or top_k does not fit.
-        MissingInputError: if it needs something that was not given.
+    `token_counts`, (V,), serve hash_balanced. With `is_filled_later` a checkpoint brings the
+    tables, so that any will do. Errors are those of `build_router`.
     """
     spec, seed = settings.router, settings.seed * 1_000_003 + layer
     table = None

@@ -150,11 +150,7 @@ class _LayerFit:
         self._is_counting = True
 
     def install(self) -> list[Any]:
-        """Hook the layer and its router.
-
-        Returns:
-            What removes the hooks.
-        """
+        """Hook the layer and its router; gives the handles."""
         handles: list[Any] = [self.layer.register_forward_hook(self._see)]
         if self.layer.router is not None:
             handles.append(self.layer.router.register_forward_hook(self._route))
@@ -218,12 +214,7 @@ class _LayerFit:
 
         The unknowns of the experts meet in the shared neurons alone: these are found first, with
         the experts eliminated from the equations (Schur complement), and then expert by expert.
-
-        Args:
-            ridge: see `fit_outputs`.
-
-        Raises:
-            ConversionError: if a fitted weight is not finite.
+        A fitted weight that is not finite is a ConversionError.
         """
         shared, num_experts = self._num_shared, len(self._gram_ENN)
         shared_SD, own_END = self._weights()
@@ -292,17 +283,10 @@ class _LayerFit:
 
 
 def solve_definite(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve linear systems with positive definite matrices.
+    """Solve symmetric systems, (..., N, N) and (..., N, D); NaN where one is not positive definite.
 
     Not by `torch.linalg.solve`: oneMKL's LU of several matrices at once fails on some CPUs with
     two threads or more (seen with torch 2.13 on an AMD EPYC with AVX-512, four of size 385).
-
-    Args:
-        matrix: (..., N, N), symmetric.
-        right: (..., N, D).
-
-    Returns:
-        (..., N, D); NaN where a matrix is not positive definite or not finite.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     found = torch.cholesky_solve(right, factor)

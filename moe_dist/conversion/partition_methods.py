@@ -103,58 +103,26 @@ class PartitionMethod:
 
 
 def by_importance(request: PartitionRequest) -> LayerPartition:
-    """Share the most important neurons and deal out the next ones.
-
-    Args:
-        request: the FFN.
-
-    Returns:
-        Its split.
-
-    Source: MoEBERT, 2022.naacl-main.116.
-    """
+    """Share the most important neurons, deal out the next (MoEBERT, 2022.naacl-main.116)."""
     return _deal(request, request.ranked_ids)
 
 
 def by_inverse_importance(request: PartitionRequest) -> LayerPartition:
-    """Keep the least important neurons: the ablation that shows what the scores are worth.
-
-    Args:
-        request: the FFN.
-
-    Returns:
-        Its split.
-    """
+    """Keep the least important neurons: the ablation that shows what the scores are worth."""
     return _deal(request, torch.argsort(request.scores_F, stable=True))
 
 
 def at_random(request: PartitionRequest) -> LayerPartition:
-    """Keep and share neurons drawn at random.
-
-    Args:
-        request: the FFN.
-
-    Returns:
-        Its split.
-    """
+    """Keep and share neurons drawn at random."""
     num_neurons = request.scores_F.numel()
     return _deal(request, torch.randperm(num_neurons, generator=request.generator))
 
 
 def full_copy(request: PartitionRequest) -> LayerPartition:
-    """Give every expert all neurons (upcycling).
+    """Give every expert all neurons (upcycling); another expert_size than F is a ConversionError.
 
     Copies become different experts because routers never treat them alike: hash tables and gates
     start at random, so that each copy sees other tokens from the first step on.
-
-    Args:
-        request: the FFN; its expert_size is F.
-
-    Returns:
-        Its split.
-
-    Raises:
-        ConversionError: if expert_size is not F.
     """
     num_neurons = request.scores_F.numel()
     if request.expert_size != num_neurons:
@@ -175,17 +143,9 @@ def full_copy(request: PartitionRequest) -> LayerPartition:
 def by_weights(request: PartitionRequest) -> LayerPartition:
     """Share the most important neurons, and group the next ones by their input weights.
 
-    The same neurons survive as in `by_importance`. Balanced k-means groups the rows of w_in (in
-    a gated FFN those of w_gate beside them): neurons that look for like inputs go together.
-
-    Args:
-        request: the FFN, with its weights.
-
-    Returns:
-        Its split.
-
-    Source: MoEfication, arXiv:2110.01786 (parameter clustering); keeping only the most important
-        neurons is ours.
+    The same neurons survive as in `by_importance`. Balanced k-means groups the rows of w_in and
+    w_gate: neurons that look for like inputs go together. Source: MoEfication, arXiv:2110.01786
+    (parameter clustering); keeping only the most important neurons is ours.
     """
     assert request.weights is not None
     dealt = request.dealt_ids
@@ -200,14 +160,7 @@ def by_coactivation(request: PartitionRequest) -> LayerPartition:
     """Share the most important neurons, and group the next ones by how they fire together.
 
     The same neurons survive as in `by_importance`. Groups of equal size maximise the sum of the
-    cosines of their neurons' activations over training tokens, which is balanced k-means on these
-    cosines.
-
-    Args:
-        request: the FFN, with its co-activation.
-
-    Returns:
-        Its split.
+    cosines of their neurons' activations over training tokens: balanced k-means on these.
 
     Source: MoEfication, arXiv:2110.01786 (co-activation graph); k-means in place of METIS is ours.
     """
@@ -220,13 +173,7 @@ def by_clustered_importance(request: PartitionRequest) -> LayerPartition:
 
     Shared are the neurons that matter most in sum. The rest are assigned so that the importance
     of all experts' neurons, each for the expert's own cluster, is as large as possible; who finds
-    no place is dropped.
-
-    Args:
-        request: the FFN, with scores by cluster.
-
-    Returns:
-        Its split; private neurons of an expert by falling importance for its cluster.
+    no place is dropped. Private neurons come by falling importance for the expert's cluster.
 
     Source: importance as in MoEBERT, 2022.naacl-main.116; the exact assignment is ours.
     """
@@ -256,16 +203,10 @@ def by_expert_importance(request: PartitionRequest) -> LayerPartition:
     """Give each expert the neurons that matter most for its own tasks or kind of tokens.
 
     Shared are the neurons that matter most in sum. Beside them every expert takes what its own
-    data need most, whatever the others take: a neuron may be in several experts.
-
-    Args:
-        request: the FFN, with scores for each expert.
-
-    Returns:
-        Its split; private neurons of an expert by falling importance for its data.
+    data need most, by falling importance; a neuron may be in several experts.
 
     Source: importance as in MoEBERT, 2022.naacl-main.116; by task (task_gate) or by kind of token
-        (a gate that starts out with it) is ours.
+    (a gate that starts out with it) is ours.
     """
     scores_EF = _evened_scores(request)
     order = torch.argsort(scores_EF.sum(dim=0), descending=True, stable=True)

@@ -69,11 +69,7 @@ class PartitionPlan:
         return tuple(part.layer for part in self.partitions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the plan as plain values.
-
-        Returns:
-            What JSON can hold.
-        """
+        """Give the plan as values that JSON can hold."""
         return {
             "num_experts": self.num_experts,
             "expert_size": self.expert_size,
@@ -95,17 +91,7 @@ class PartitionPlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PartitionPlan:
-        """Build a plan from `to_dict`'s values.
-
-        Args:
-            values: as `to_dict` gives them.
-
-        Returns:
-            The plan.
-
-        Raises:
-            ConversionError: if something is missing.
-        """
+        """Build a plan from `to_dict`'s values; a missing one is a ConversionError."""
         try:
             parts = tuple(
                 LayerPartition(
@@ -133,26 +119,12 @@ class PartitionPlan:
             ) from error
 
     def save(self, path: Path | str) -> None:
-        """Write the plan as JSON.
-
-        Args:
-            path: the file.
-        """
+        """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> PartitionPlan:
-        """Read a plan that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The plan.
-
-        Raises:
-            ConversionError: if the file does not hold one.
-        """
+        """Read a plan that `save` wrote; a file without one is a ConversionError."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

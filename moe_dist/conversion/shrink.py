@@ -235,15 +235,7 @@ def shrink_model(model: Any, plan: ShrinkPlan, *, seed: int = 0) -> Any:
 
 
 def shrink_scores(scores: Sequence[Tensor], plan: ShrinkPlan) -> list[Tensor]:
-    """Hand the teacher's neuron scores on to the neurons that its student kept.
-
-    Args:
-        scores: (F,) for each FFN of the teacher.
-        plan: what the student kept.
-
-    Returns:
-        One tensor for each FFN of the student.
-    """
+    """Hand the teacher's scores, (F,) for each FFN, on to the neurons that its student kept."""
     return [
         scores[layer][list(ids)].clone()
         for layer, ids in zip(plan.layers, plan.neuron_ids, strict=True)

@@ -105,14 +105,7 @@ def _clear_disk_errors(final: Path) -> Iterator[None]:
 
 
 def full_disk_error(folder: Path) -> DataError:
-    """The error for a disk that is full.
-
-    Args:
-        folder: the cache folder that could not be written.
-
-    Returns:
-        An error that names the folder and the remedy.
-    """
+    """The error for a cache folder on a disk that is full."""
     return DataError(
         f"no space left on the disk of {folder}; nothing was kept of what did not fit",
         remedy="free some space, or set MOE_DIST_CACHE to a folder on a disk that has more",

@@ -93,14 +93,7 @@ def read_content(path: Path, say: Say) -> bytes:
 
 
 def foreign_format(content: bytes) -> tuple[str, str] | None:
-    """Recognise a format that is not read.
-
-    Args:
-        content: of a file.
-
-    Returns:
-        What the file is, and a remedy; None where it may be text.
-    """
+    """Name a format that is not read, and the remedy; None where it may be text."""
     for magic, name, remedy in _FOREIGN:
         if magic.match(content):
             return name, remedy

@@ -83,15 +83,7 @@ _BY_WORD = _Rule(min_jaccard=0.75)
 
 
 def near_copies(texts: Sequence[str], references: Sequence[str]) -> set[int]:
-    """Find the texts that repeat a reference, nearly repeat it, hold it or lie in it.
-
-    Args:
-        texts: normalised texts to examine.
-        references: normalised texts to compare with.
-
-    Returns:
-        Positions in `texts`.
-    """
+    """Positions of normalised texts that repeat a reference, nearly, hold it or lie in it."""
     exact = dict.fromkeys(references)
     others = list(dict.fromkeys(text for text in texts if text not in exact))
     near = _near(others, list(exact))

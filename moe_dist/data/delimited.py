@@ -45,17 +45,7 @@ def read_csv(
 ) -> Iterator[Row]:
     """Read comma-separated fields, quoted where they hold commas, quotes or line ends.
 
-    Args:
-        path: names the file.
-        lines: of the file.
-        column_names: where it has no header line.
-        say: not needed here; see `read_tsv`.
-
-    Returns:
-        Rows by column, numbered by the line that they end on.
-
-    Raises:
-        DataError: for a malformed row, or a quote that takes in rows.
+    Rows are numbered by the line that they end on; a DataError names a malformed one.
     """
     records = _parse_quoted(path, lines, ",")
     _refuse_swallowed(path, records, lines, ",")
@@ -68,20 +58,8 @@ def read_tsv(
     """Read tab-separated fields: as they stand, unless the whole file is quoted like a CSV file.
 
     Texts of many tab-separated files (GLUE's) hold quotes that mean nothing. What pandas, R or a
-    spreadsheet wrote is told from these: there every field with a quote in it is wrapped in
-    quotes, and those inside it are doubled.
-
-    Args:
-        path: names the file.
-        lines: of the file.
-        column_names: where it has no header line.
-        say: is told what was made of quotes.
-
-    Returns:
-        Rows by column, numbered by the line that they end on.
-
-    Raises:
-        DataError: for a row with too many or too few fields.
+    spreadsheet wrote is told from these: there every field with a quote in it is wrapped in quotes,
+    and those inside it are doubled.
     """
     records = [_Record(n, n, line.split("\t")) for n, line in enumerate(lines, 1) if line]
     if any(_QUOTE in line for line in lines):
@@ -211,7 +189,7 @@ def _refuse_swallowed(path: Path, records: list[_Record], lines: list[str], deli
         num_rows = sum(
             any(
                 row[column] in columns[column]
-                or repeated[column][row[column]] > 1
+                or (row[column] and repeated[column][row[column]] > 1)
                 or (numeric[column] and is_number(row[column]))
                 for column in others
             )
@@ -249,6 +227,8 @@ def _with_header(
             f"{path}: columns named twice: {', '.join(map(repr, twice))}",
             remedy=f"rename one of each; {_HEADERLESS}",
         )
+    if header and header[0].lstrip().startswith(("{", "[{")):
+        raise DataError(f"{path} holds JSON", remedy="give it the ending .jsonl")
     if len(header) == 1 and not column_names:
         others = [sign for sign in ",;\t|" if sign != delimiter and sign in header[0]]
         if others:
@@ -258,6 +238,13 @@ def _with_header(
                 "format: .tsv for tabs, .csv for commas",
             )
     for record in records:
+        if record.values == header and len(header) > 1:
+            raise row_error(
+                path,
+                record.line,
+                "this is the header again, as where files were joined",
+                "drop the line",
+            )
         if len(record.values) != len(header):
             mixed = ", and a line end CR" if any("\r" in value for value in record.values) else ""
             raise row_error(

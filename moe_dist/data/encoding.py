@@ -62,26 +62,11 @@ class Encoded:
         return int(self.offsets[-1])
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each token id occurs.
-
-        Args:
-            vocab_size: length of the answer.
-
-        Returns:
-            Counts (vocab_size,).
-        """
+        """How often each token id occurs, (vocab_size,)."""
         return np.bincount(self.input_ids, minlength=vocab_size).astype(np.int64)
 
     def draw(self, num_samples: int | None, *, seed: int) -> Encoded:
-        """Some of the samples, drawn at random and in their own order.
-
-        Args:
-            num_samples: how many; None, or as many as there are, gives all.
-            seed: decides which.
-
-        Returns:
-            A copy with these samples, or these samples themselves.
-        """
+        """Some of the samples, drawn at random, in their own order; None gives all."""
         if num_samples is None or num_samples >= len(self):
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))

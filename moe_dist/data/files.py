@@ -24,6 +24,7 @@ __all__ = ["Row", "read_place", "read_rows", "row_error"]
 
 _PARQUET = ".parquet"
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_SHOWN_CHARACTERS = 40
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _SPLIT_NAME = re.compile(r"(train|dev|valid|test|eval)[a-z]*(?=[-_.]|$)")
 
@@ -62,7 +63,7 @@ def read_place(
         ]
     if not rows:
         raise DataError(f"{path}: its files hold no rows", remedy="give files with data in them")
-    names = ", ".join(part.name for part in parts[:2])
+    names = ", ".join(str(part.relative_to(path)) for part in parts[:2])
     more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
     say(f"{path.name} is a directory, whose files were read: {names}{more}")
     return rows
@@ -182,11 +183,36 @@ def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
 
 def _parsed(path: Path, text: str, line: int) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            line += error.lineno - 1
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise row_error(path, line, "malformed JSON: nested too deeply", "mend the line") from error
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        if not text.lstrip().startswith(("{", "[")):
+            what = f"not a JSON object: {text[:_SHOWN_CHARACTERS]!r}"
+            remedy = (
+                "write one object on each line; tab-separated files end in .tsv, others in .csv"
+            )
+            raise row_error(path, line, what, remedy) from error
         raise row_error(path, line, f"malformed JSON: {error}", "mend the line") from error
+    except _RepeatedKeyError as error:
+        what = f"the key {error.args[0]!r} stands twice in one object"
+        raise row_error(path, line, what, "keep one of them") from error
+    except ValueError as error:
+        what = "malformed JSON: a number of thousands of digits"
+        raise row_error(path, line, what, "mend the line, or write it as text") from error
+
+
+class _RepeatedKeyError(Exception):
+    """A key that stands twice in one object, of which Python would keep the last."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in found if names.count(name) > 1))
+    return found
 
 
 def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:

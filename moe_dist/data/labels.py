@@ -20,6 +20,9 @@ _MANY_CLASSES = 20
 _FEW_ROWS = 5
 _MAX_ID_DIGITS = 9
 _SHOWN = 5
+# What people and programs write where there is no class; rare beside the others if so.
+_PLACEHOLDERS = {"-1", "-", "--", "?", "n/a", "na", "nan", "none", "null", "unknown", "unlabelled"}
+_RARE_SHARE = 0.5
 _SHOWN_LENGTH = 40
 
 
@@ -30,18 +33,7 @@ def is_missing(label: Any) -> bool:
 
 
 def class_key(row: SourceRow, label: Any) -> str:
-    """Give a class's name as its row writes it.
-
-    Args:
-        row: for errors.
-        label: its label.
-
-    Returns:
-        The name, without blanks around it.
-
-    Raises:
-        DataError: if there is none, or it is not a single one.
-    """
+    """Give a class's name as its row writes it, stripped; DataError if it has not just one."""
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     if is_missing(label):
@@ -123,19 +115,9 @@ def refuse_header_label(rows: Sequence[SourceRow], label_column: str) -> None:
 
 
 def class_id(row: SourceRow, label: Any, ids: Mapping[str, int], may_be_id: bool) -> int:
-    """Give the number of a row's class.
+    """Give the number of a row's class; DataError if there is no such class.
 
-    Args:
-        row: for errors.
-        label: its label.
-        ids: numbers by class name.
-        may_be_id: the label may be a number itself.
-
-    Returns:
-        The number.
-
-    Raises:
-        DataError: if there is no such class.
+    With `may_be_id` the label may be the number itself.
     """
     key = class_key(row, label)
     if key in ids:
@@ -144,10 +126,14 @@ def class_id(row: SourceRow, label: Any, ids: Mapping[str, int], may_be_id: bool
     if may_be_id and looks_like_id:
         return int(key)
     why = ", whose names were found in the training rows" if looks_like_id else ""
+    remedy = "mend the line, or set data.label_names"
+    if why:
+        remedy += " in the order of the numbers; only then are numbers read as ids"
+    elif is_number(key) and len(ids) >= _MANY_CLASSES and all(map(is_number, ids)):
+        remedy = "set data.kind=regression if labels are values to be predicted"
     raise row.error(
         f"label {key!r} is not in the list {shown(list(map(repr, ids)))}{why}",
-        "mend the line, or set data.label_names"
-        + (" in the order of the numbers; only then are numbers read as ids" if why else ""),
+        remedy,
     )
 
 
@@ -176,7 +162,9 @@ def regression_value(row: SourceRow, label: Any) -> float:
             f"divide the labels by a constant, so that all lie within ±{MAX_VALUE:g}",
         )
     if not math.isfinite(number):
-        raise row.error(f"label {label!r} is not a finite number", "mend or drop the line")
+        has_comma = isinstance(label, str) and is_number(label.replace(",", ".", 1))
+        remedy = "write decimals with a point" if has_comma else "mend or drop the line"
+        raise row.error(f"label {label!r} is not a finite number", remedy)
     return number
 
 
@@ -204,6 +192,7 @@ def class_warnings(train: Mapping[str, int], dev: Mapping[str, int]) -> list[str
             f"each ({shown(names)}): check data.label_column, or set data.kind=regression for "
             "numbers"
         )
+    found += _mixed_names(names) + _placeholders(train)
     alike = [" and ".join(map(repr, group)) for group in _names_alike(names)]
     if alike:
         found.append(
@@ -236,6 +225,33 @@ def _names_alike(names: Sequence[str]) -> list[list[str]]:
         key = str(float(plain)) if is_number(plain) else plain
         groups.setdefault(key, []).append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _mixed_names(names: Sequence[str]) -> list[str]:
+    """Say that some classes are numbers and others words, as where two files were joined."""
+    numbers = [name for name in names if is_number(name)]
+    words = [name for name in names if not is_number(name) and not _is_placeholder(name)]
+    if min(len(numbers), len(words)) < 2:
+        return []
+    return [
+        f"some classes are numbers and others words: {shown(numbers)} beside {shown(words)}; write "
+        "them alike if both mean the same"
+    ]
+
+
+def _placeholders(counts: Mapping[str, int]) -> list[str]:
+    """Say which rare classes may be none."""
+    mean = sum(counts.values()) / max(1, len(counts))
+    return [
+        f"{count} training rows are of the class {name!r}, which often stands where a row has no "
+        "class; leave them out if so"
+        for name, count in counts.items()
+        if len(counts) > 2 and _is_placeholder(name) and count < _RARE_SHARE * mean
+    ]
+
+
+def _is_placeholder(name: str) -> bool:
+    return name.casefold() in _PLACEHOLDERS
 
 
 def _no_single_label(row: SourceRow, label: Any) -> DataError:

@@ -104,15 +104,7 @@ class TrainBatches:
         return max(1, len(self.encoded) // self.batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """The steps of one epoch.
-
-        Args:
-            epoch: number of the epoch; another one is another order.
-            start_step: steps of this epoch that are already done.
-
-        Yields:
-            One StepBatch for each step that is left.
-        """
+        """The steps left of one epoch, which has an order of its own."""
         for batch in self.global_batches(epoch)[start_step:]:
             yield self._step(batch)
 

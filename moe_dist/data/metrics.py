@@ -65,16 +65,7 @@ def f1(labels: Array, predictions: Array, space: LabelSpace) -> float:
 
 
 def matthews(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """Matthews correlation, for any number of classes.
-
-    Args:
-        labels: class ids (N,).
-        predictions: class ids (N,).
-        space: the task's classes.
-
-    Returns:
-        A value in [-1, 1]; NaN where one side is constant.
-    """
+    """Matthews correlation in [-1, 1], for any number of classes; NaN where a side is constant."""
     counts = _confusion(labels, predictions, space).astype(np.float64)
     true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
     covariance = np.trace(counts) * total - true @ predicted
@@ -106,15 +97,7 @@ _ON_CLASSES = Classification.metrics
 
 
 def metric_title(name: str, space: LabelSpace) -> str:
-    """Name a metric so that people know what it is about.
-
-    Args:
-        name: out of METRICS, or any other figure, which is called by its own name.
-        space: the task's classes.
-
-    Returns:
-        For example `f1 of ok`, or `macro f1` for more than two classes.
-    """
+    """Name a metric for people: `f1 of ok`, or `macro f1` for more than two classes."""
     if name != "f1" or space.num_classes is None:
         return name
     return f"f1 of {space.called(space.positive)}" if space.num_classes == 2 else "macro f1"
@@ -149,19 +132,9 @@ def compute_metrics(
 def explain_undefined(
     name: str, predictions: ArrayLike, labels: ArrayLike, space: LabelSpace
 ) -> str | None:
-    """Say why a metric is undefined.
+    """Say why a metric is undefined, in a clause; None where it has a value.
 
-    Args:
-        name: out of METRICS.
-        predictions: as in `compute_metrics`.
-        labels: class ids or values (N,).
-        space: the task's classes.
-
-    Returns:
-        A clause such as `all 40 labels are 'good'`; None where the metric has a value.
-
-    Raises:
-        DataError: as `compute_metrics`.
+    Takes predictions and raises as `compute_metrics` does.
     """
     true, guess = check_answers(name, predictions, labels, space)
     if not math.isnan(METRICS[name](true, guess, space)):
@@ -170,15 +143,9 @@ def explain_undefined(
 
 
 def undefined_by_labels(name: str, labels: ArrayLike, space: LabelSpace) -> str | None:
-    """Say why a metric is undefined on such rows, whatever a model predicts.
+    """Say why a metric is undefined on such labels (N,), whatever a model predicts.
 
-    Args:
-        name: out of METRICS.
-        labels: class ids or values (N,).
-        space: the task's classes.
-
-    Returns:
-        A clause such as `all 40 labels are 'good'`; None where it depends on the model.
+    A clause such as `all 40 labels are 'good'`; None where it depends on the model.
     """
     true = np.asarray(labels)
     if name == "f1" and space.num_classes == 2:
@@ -189,16 +156,7 @@ def undefined_by_labels(name: str, labels: ArrayLike, space: LabelSpace) -> str 
 
 
 def missing_classes(name: str, labels: ArrayLike, space: LabelSpace) -> list[str]:
-    """List the classes that the mean F1 counts as 0, since they do not occur.
-
-    Args:
-        name: out of METRICS.
-        labels: class ids (N,).
-        space: the task's classes.
-
-    Returns:
-        Their names; empty for all other metrics.
-    """
+    """Name the classes that the mean F1 counts as 0, since they do not occur."""
     if name != "f1" or space.num_classes in (None, 2):
         return []
     counts = np.bincount(np.asarray(labels), minlength=space.num_classes)
@@ -206,15 +164,10 @@ def missing_classes(name: str, labels: ArrayLike, space: LabelSpace) -> list[str
 
 
 def ratio(value: float | None, whole: float | None) -> float | None:
-    """Give the part that a student keeps of its teacher's metric.
+    """Give the part that a student keeps of its teacher's metric; None if undefined.
 
-    Args:
-        value: the student's; None or NaN where it is undefined.
-        whole: the teacher's, likewise.
-
-    Returns:
-        The part; None where one is undefined or the teacher's is not above 0: a part of a metric
-        that says "no better than chance", or worse, is no success however near to 1 it is.
+    So it is where the teacher's is not above 0: a part of "no better than chance", or worse, is no
+    success however near to 1 it is.
     """
     if value is None or whole is None or why_no_ratio(value, whole) is not None:
         return None
@@ -222,16 +175,7 @@ def ratio(value: float | None, whole: float | None) -> float | None:
 
 
 def why_no_ratio(value: float | None, whole: float | None, metric: str = "metric") -> str | None:
-    """Say why there is no retention.
-
-    Args:
-        value: the student's metric; None or NaN where it is undefined.
-        whole: the teacher's, likewise.
-        metric: what it is called.
-
-    Returns:
-        A clause; None where there is one.
-    """
+    """Say in a clause why there is no retention; None where it is defined."""
     if whole is None or math.isnan(whole):
         return f"the teacher's {metric} is undefined"
     if value is None or math.isnan(value):
@@ -244,17 +188,7 @@ def why_no_ratio(value: float | None, whole: float | None, metric: str = "metric
 
 
 def check_names(names: Sequence[str]) -> Sequence[str]:
-    """See that all metrics are known.
-
-    Args:
-        names: of metrics.
-
-    Returns:
-        The same.
-
-    Raises:
-        DataError: naming those that are not.
-    """
+    """Give metric names back; a DataError names those that are not known."""
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise DataError(

@@ -134,13 +134,10 @@ def mixing_shares(
 
 
 def joined_metrics(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Join the metrics of all tasks.
+    """Join the tasks' metrics: `MEAN` of the main ones and `TASK/METRIC`.
 
-    Args:
-        by_task: each task's metrics, the main one first; under the name "" where there is one task.
-
-    Returns:
-        Metrics by name: those of the one task, or `MEAN` (of the main metrics) and `TASK/METRIC`.
+    `by_task` has the main metric of each task first; the metrics of a single task, under the name
+    "", stay as they are.
     """
     if set(by_task) == {""}:
         return dict(by_task[""])
@@ -180,14 +177,7 @@ class MixtureBatches:
         return mixture_steps([len(part.encoded) for part in parts], next(iter(parts)).batch_size)
 
     def tasks_of(self, epoch: int) -> NDArray[np.int64]:
-        """Draw the task of each step.
-
-        Args:
-            epoch: number of the epoch.
-
-        Returns:
-            (steps_per_epoch,) numbers of tasks.
-        """
+        """Draw the number of the task of each step, (steps_per_epoch,)."""
         rng = np.random.default_rng([self._seed, epoch, _DRAW])
         steps = self.steps_per_epoch
         # Evenly spaced points with one random offset: less noise than a draw for each step.
@@ -218,28 +208,12 @@ class MixtureBatches:
 
 
 def even_share(limit: int, num_tasks: int) -> int:
-    """Share a number of rows out evenly.
-
-    Args:
-        limit: rows of all tasks together.
-        num_tasks: among so many.
-
-    Returns:
-        Rows of each, rounded up.
-    """
+    """Share a number of rows out evenly among tasks, rounded up."""
     return -(-limit // num_tasks)
 
 
 def mixture_steps(num_rows: Sequence[int], batch_size: int) -> int:
-    """Count the optimizer steps in one epoch of several tasks.
-
-    Args:
-        num_rows: training rows of each task.
-        batch_size: samples of a step.
-
-    Returns:
-        At least 1.
-    """
+    """Count the optimizer steps in one epoch of several tasks, at least 1."""
     return max(1, sum(num_rows) // batch_size)
 
 

@@ -32,12 +32,6 @@ def normalise(text: str) -> str:
     Where a script sets no spaces, the overlapping runs of a few characters stand for words. Emoji
     and other symbols without words between them count as one word. A text of neither words nor
     symbols is taken as it is, without its white space.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The words; texts with equal words are copies of each other.
     """
     if text.isascii():  # Most texts; this takes a tenth of the time.
         return " ".join(_ASCII_WORD.findall(text.lower())) or "".join(text.split())
@@ -51,14 +45,7 @@ def normalise(text: str) -> str:
 
 
 def split_characters(text: str) -> list[str]:
-    """Split a text at white space, and between characters of scripts that set none.
-
-    Args:
-        text: any text.
-
-    Returns:
-        Words, and single characters with their marks.
-    """
+    """Split a text at white space, and between characters of scripts that set none."""
     if text.isascii():
         return text.split()
     return _patterns().character.sub(r" \g<0> ", text).split()

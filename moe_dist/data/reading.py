@@ -34,16 +34,7 @@ class RawSplit:
 def missing_files(
     train: str | Path | None, dev: str | Path | None, section: str = "data"
 ) -> list[str]:
-    """Name the data files that are not on this machine; one at a URI is not looked for.
-
-    Args:
-        train: the training file.
-        dev: the dev file; None where dev rows are held out of the training file.
-        section: path of the two keys in the recipe.
-
-    Returns:
-        Key and path of each, such as `data.train=/home/me/train.tsv`.
-    """
+    """List `KEY=PATH` of data files not on this machine; one at a URI is not looked for."""
     given = ((f"{section}.train", train), (f"{section}.dev", dev))
     return [
         f"{key}={path}"

@@ -34,17 +34,7 @@ class SourceRow(NamedTuple):
 
 
 def row_error(path: Path, line: int, message: str, remedy: str) -> DataError:
-    """The error for one row of a file.
-
-    Args:
-        path: the file.
-        line: 1-based.
-        message: what is wrong.
-        remedy: what to do.
-
-    Returns:
-        An error that begins with file and line.
-    """
+    """The error for one row of a file; `line` is 1-based."""
     return DataError(f"{path}, line {line}: {message}", remedy=remedy)
 
 

@@ -42,18 +42,7 @@ class Sample:
 
 
 def column_value(row: SourceRow, column: str) -> Any:
-    """Give what a row has in a column.
-
-    Args:
-        row: the row.
-        column: its name.
-
-    Returns:
-        The value.
-
-    Raises:
-        DataError: if there is no such column.
-    """
+    """Give what a row has in a column; DataError if there is no such column."""
     if column not in row.values:
         raise row.error(
             f"there is no column {column!r}; there are {', '.join(map(repr, row.values))}",
@@ -118,16 +107,7 @@ def check_rows(
 
 
 def draw(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Draw so many samples, which keep their order.
-
-    Args:
-        samples: to draw from.
-        limit: at most so many; None takes all.
-        seed: of the draw.
-
-    Returns:
-        The samples drawn.
-    """
+    """Draw `limit` samples at most, which keep their order; None takes all."""
     if limit is None or limit >= len(samples):
         return samples
     chosen = np.random.default_rng(seed).permutation(len(samples))[:limit]
@@ -162,15 +142,7 @@ def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
 
 
 def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
-    """Identify a task with its rows.
-
-    Args:
-        task: what of the task counts.
-        *splits: the samples that count.
-
-    Returns:
-        SHA-256.
-    """
+    """Identify a task with its rows by a SHA-256."""
     digest = hashlib.sha256(json.dumps(task).encode())
     for samples in splits:
         digest.update(b"\nsplit\n")

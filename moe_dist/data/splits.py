@@ -66,30 +66,14 @@ class Repeats:
 
 
 def find_repeats(texts: Sequence[str], references: Sequence[str]) -> Repeats:
-    """Find the texts that repeat a reference, such as the dev rows that are training rows.
-
-    Args:
-        texts: to examine, as they are.
-        references: to compare with.
-
-    Returns:
-        Row numbers of `texts`.
-    """
+    """Find the texts that repeat a reference, such as dev rows that are training rows."""
     keys, others = ([normalise(text) for text in side] for side in (texts, references))
     exact = exact_copies(keys, others)
     return Repeats(sorted(exact), sorted(near_copies(keys, others) - exact))
 
 
 def exact_copies(texts: Sequence[str], references: Sequence[str]) -> set[int]:
-    """Find the texts that equal a reference.
-
-    Args:
-        texts: normalised texts to examine.
-        references: normalised texts to compare with.
-
-    Returns:
-        Positions in `texts`.
-    """
+    """Positions of the normalised texts that equal a normalised reference."""
     known = set(references)
     return {row for row, text in enumerate(texts) if text in known}
 

@@ -9,6 +9,7 @@ from moe_dist.data.metrics import LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
 
 Kind = Literal["classification", "regression"]
+Split = Literal["train", "dev", "holdout"]
 
 
 @dataclass(frozen=True)

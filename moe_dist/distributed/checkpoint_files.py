@@ -39,40 +39,18 @@ _REPLACED, _UNFINISHED, _DISCARDED = ".replaced-", ".unfinished-", ".discarded-"
 
 
 def step_directory(directory: Path, step: int) -> Path:
-    """Return where a step's checkpoint lies.
-
-    Args:
-        directory: of the run's checkpoints.
-        step: its number.
-
-    Returns:
-        The path.
-    """
+    """Return where a step's checkpoint lies."""
     return directory / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """Read a checkpoint's step from its name.
-
-    Args:
-        path: any path.
-
-    Returns:
-        The step; None if this is no checkpoint's name.
-    """
+    """Read a checkpoint's step from its name; None if this is no checkpoint's name."""
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, newest first.
-
-    Args:
-        directory: of the run's checkpoints.
-
-    Returns:
-        Their directories; none if there are none.
-    """
+    """Return the complete checkpoints of a run, newest first."""
     directory = Path(directory)
     if not directory.is_dir():
         return []

@@ -137,13 +137,9 @@ class CheckpointWriter:
         return time.perf_counter() - started
 
     def wait(self) -> float:
-        """Wait until nothing is being written; collective.
+        """Wait until nothing is being written, and return the seconds; collective.
 
-        Returns:
-            Seconds waited.
-
-        Raises:
-            CheckpointError: on every rank, if the write failed.
+        If the write failed, it is a CheckpointError on every rank.
         """
         started = time.perf_counter()
         on_rank_zero(self._engine, self._finish)

@@ -128,11 +128,9 @@ class DeepSpeedEngine(ScheduledEngine):
         return norm
 
     def read_moments(self) -> dict[str, Tensor]:
-        """Return the optimizer moments of this rank's parameters; a collective call.
+        """Return this rank's optimizer moments, as `LocalEngine` does; collective.
 
-        Returns:
-            `exp_avg.<name>` and `exp_avg_sq.<name>`; under ZeRO 1 and 2 only on the first of the
-            ranks that hold a parameter. Empty before the first step.
+        Under ZeRO 1 and 2 only the first of the ranks that hold a parameter has them.
         """
         if self.zero_stage == 0:
             return read_plain_moments(self.module, self.optimizer)

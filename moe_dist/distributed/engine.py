@@ -76,12 +76,7 @@ class LocalEngine(ScheduledEngine):
     zero_stage = 0
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
-        """Add a micro-batch's gradients.
-
-        Args:
-            loss: scalar.
-            is_last_micro_batch: not needed in one process.
-        """
+        """Add a micro-batch's gradients; one process need not know the last one."""
         del is_last_micro_batch
         loss.backward()
 
@@ -103,20 +98,11 @@ class LocalEngine(ScheduledEngine):
         return norm
 
     def read_moments(self) -> dict[str, Tensor]:
-        """Return the optimizer moments.
-
-        Returns:
-            `exp_avg.<name>` and `exp_avg_sq.<name>`; empty before the first step.
-        """
+        """Return `exp_avg.<name>` and `exp_avg_sq.<name>`; empty before the first step."""
         return read_plain_moments(self.module, self.optimizer)
 
     def write_moments(self, moments: Mapping[str, Tensor] | None, steps: int) -> None:
-        """Set the optimizer moments.
-
-        Args:
-            moments: as `read_moments` returns them; None leaves the optimizer fresh.
-            steps: optimizer steps that are done.
-        """
+        """Set the optimizer moments; None leaves the optimizer fresh."""
         self.steps_done = steps
         if moments is not None:
             write_plain_moments(self.module, self.optimizer, moments, steps)

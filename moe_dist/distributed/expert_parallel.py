@@ -41,23 +41,15 @@ class ExpertParallelMoE(MoELayer, MoE):
         _keep_slice(self.experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Create the expert groups if need be and dispatch through them; DeepSpeed calls this.
-
-        Args:
-            use_data_before_expert_parallel_: DeepSpeed's other rank order, which is not used.
-        """
+        """Create the expert groups and dispatch through them; DeepSpeed calls this."""
         assert not use_data_before_expert_parallel_, "expert slices follow consecutive ranks"
         self.dispatcher = AllToAllDispatcher(expert_group(self.ep_size))
 
 
 def expert_group(ep_size: int) -> dist.ProcessGroup:
-    """Return the group of ranks that together hold all experts, and create it the first time.
+    """Return this rank's group of `ep_size` consecutive ranks, which hold all experts.
 
-    Args:
-        ep_size: ranks in the group; they are consecutive.
-
-    Returns:
-        This rank's group. Every rank must call this for a new ep_size.
+    Every rank must call this for a new `ep_size`: it creates the groups the first time.
     """
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
@@ -66,30 +58,17 @@ def expert_group(ep_size: int) -> dist.ProcessGroup:
 
 
 def expert_data_group(ep_size: int) -> dist.ProcessGroup:
-    """Return the group of ranks that hold the same experts.
-
-    Args:
-        ep_size: for which `expert_group` was called before.
-
-    Returns:
-        This rank's group.
-    """
+    """Return the group of ranks that hold this rank's experts, after `expert_group`."""
     name = f"ep_size_{ep_size}"
     return cast(dist.ProcessGroup, groups._get_expert_data_parallel_group(name))
 
 
 def parallelize_experts(model: nn.Module, ep_size: int) -> None:
-    """Cut every MoE layer's experts to this rank's slice, in place.
+    """Cut every MoE layer's experts to slice `rank % ep_size`, in place.
 
     Parameter names stay as they are. With ep_size 1 nothing changes: every rank keeps all experts
-    and they are trained like any other parameter. Layers with one expert stay whole.
-
-    Args:
-        model: a model whose experts are all present.
-        ep_size: ranks that share one set of experts; rank r holds slice r % ep_size.
-
-    Raises:
-        ConfigError: if ep_size does not divide the ranks or the experts of a layer.
+    and they are trained like any other parameter. Layers with one expert stay whole. It is a
+    ConfigError if ep_size does not divide the ranks or the experts of a layer.
     """
     check_ep_size(model, ep_size, dist.get_world_size())
     if ep_size == 1:

@@ -15,14 +15,7 @@ from moe_dist.distributed.position import collective
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a checkpoint of a module holds: parameters and persistent buffers.
-
-    Args:
-        module: the model.
-
-    Yields:
-        (name, tensor); a tensor with several names comes once, under its first.
-    """
+    """Yield parameters and persistent buffers; a tied tensor once, under its first name."""
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
@@ -31,14 +24,7 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def gather_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
-    """Return the whole model's state with all experts; all ranks call it together.
-
-    Args:
-        engine: of any kind.
-
-    Returns:
-        Names to CPU tensors, experts in global order, on every rank.
-    """
+    """Return the whole model on the CPU of every rank, experts in global order; collective."""
     return {
         name: gather_experts(engine, tensor, is_expert=is_expert_slice(tensor))
         for name, tensor in named_state(engine.module)
@@ -46,14 +32,9 @@ def gather_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
 
 
 def gather_model(engine: TrainEngine, buffers: HostBuffers | None = None) -> dict[str, Tensor]:
-    """Return the whole model's state on rank 0; all ranks call it together.
+    """Return the whole model on the CPU of rank 0, nothing elsewhere; collective.
 
-    Args:
-        engine: of any kind.
-        buffers: where it is laid down; new memory if None.
-
-    Returns:
-        Names to CPU tensors on rank 0, nothing elsewhere.
+    It is laid down in `buffers`, or in new memory.
     """
     buffers = HostBuffers() if buffers is None else buffers
     gathered = {}
@@ -155,14 +136,6 @@ def _on_rank_zero(
 
 
 def slice_of(engine: TrainEngine, num_local: int) -> slice:
-    """Return where this rank's experts lie among all.
-
-    Args:
-        engine: whose ranks share the experts.
-        num_local: experts on each rank.
-
-    Returns:
-        A slice of the first dimension.
-    """
+    """Return where this rank's experts lie among all, in the first dimension."""
     start = (engine.rank % engine.ep_size) * num_local
     return slice(start, start + num_local)

@@ -21,15 +21,9 @@ class HostBuffers:
         self._tensors: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the tensor of a name; its values are those of its last use.
+        """Return a name's contiguous CPU tensor, with the values of its last use.
 
-        Args:
-            name: of the tensor.
-            shape: a new tensor is made if the last one's was another.
-            dtype: likewise.
-
-        Returns:
-            A contiguous tensor on the CPU.
+        Another shape or dtype than the last one's makes a new tensor.
         """
         held = self._tensors.get(name)
         if held is None or held.shape != torch.Size(shape) or held.dtype != dtype:

@@ -37,14 +37,7 @@ class HeldExpert:
 
 
 def held_digests(module: nn.Module) -> Digests:
-    """Hash the experts that a module holds.
-
-    Args:
-        module: whole, or a rank's part.
-
-    Returns:
-        Digests in the order of each layer's own experts.
-    """
+    """Hash the experts that a module holds, in the order of each layer's own."""
     return {
         name: expert_digests(dict(layer.experts.named_parameters()))
         for name, layer in moe_layers(module)
@@ -52,15 +45,7 @@ def held_digests(module: nn.Module) -> Digests:
 
 
 def gather_digests(engine: TrainEngine, held: Digests) -> list[Digests]:
-    """Bring the ranks' digests together; collective.
-
-    Args:
-        engine: whose ranks call this.
-        held: this rank's.
-
-    Returns:
-        Those of each rank, in order, on every rank.
-    """
+    """Bring the ranks' digests to every rank, in the order of the ranks; collective."""
     if engine.world_size == 1:
         return [held]
     found: list[Digests] = [{}] * engine.world_size
@@ -69,15 +54,7 @@ def gather_digests(engine: TrainEngine, held: Digests) -> list[Digests]:
 
 
 def stored_digests(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> Digests:
-    """Hash the experts among a whole model's tensors.
-
-    Args:
-        tensors: by name, experts in global order.
-        layers: dotted names of the layers.
-
-    Returns:
-        Digests in global order.
-    """
+    """Hash the experts among a whole model's tensors, in global order."""
     return {
         layer: expert_digests(
             {name: tensors[name] for name in tensors if name.startswith(_prefix(layer))}

@@ -20,17 +20,10 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 def set_thread_count(num_threads: int | None = None) -> int:
-    """Set how many CPU threads torch uses in this process.
+    """Set how many CPU threads torch uses in this process, and return it.
 
-    Args:
-        num_threads: the count; None takes `OMP_NUM_THREADS`, which Ray and torchrun set from a
-            worker's CPUs, or else leaves torch's own choice.
-
-    Returns:
-        The number of threads now in use.
-
-    Raises:
-        ValueError: if the count is not positive.
+    None takes `OMP_NUM_THREADS`, which Ray and torchrun set from a worker's CPUs, or else leaves
+    torch's own choice. A count that is not positive is a ValueError.
     """
     if num_threads is None:
         given = os.environ.get("OMP_NUM_THREADS", "")
@@ -79,14 +72,10 @@ def ensure_process_group() -> None:
 
 
 def spawn_gloo(fn: Callable[..., Any], world_size: int, *args: Any) -> None:
-    """Run a function in several CPU processes that form a gloo group.
+    """Run `fn(rank, world_size, *args)` in several CPU processes of a gloo group.
 
-    The processes meet through a file, so that parallel runs cannot race for a port.
-
-    Args:
-        fn: a function of a module, called as `fn(rank, world_size, *args)`.
-        world_size: how many processes.
-        *args: picklable arguments of the function.
+    `fn` and `args` must be picklable. The processes meet through a file, so that parallel runs
+    cannot race for a port.
     """
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as directory:
         store_path = str(Path(directory) / "store")

@@ -88,30 +88,13 @@ def _read_files(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def read_experts(directory: Path) -> dict[str, str]:
-    """Read the experts' digests.
-
-    Args:
-        directory: a checkpoint whose manifest is known to be good.
-
-    Returns:
-        Digests by `<layer>.<global expert>`.
-    """
+    """Read digests by `<layer>.<global expert>` from a manifest known to be good."""
     experts = read_json(directory / MANIFEST).get("experts", {})
     return {str(key): str(digest) for key, digest in experts.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: if the file is missing or is not a JSON object.
-    """
+    """Read a JSON object of a checkpoint; CheckpointError if missing or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,15 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def read_plain_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return moments that a torch optimizer keeps by parameter.
-
-    Args:
-        module: the model, for the names.
-        optimizer: AdamW over its parameters.
-
-    Returns:
-        `<moment>.<name>` to tensors as the optimizer holds them; empty before the first step.
-    """
+    """Return a torch optimizer's own tensors as `<moment>.<name>`; empty before a step."""
     found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         state = optimizer.state.get(parameter)
@@ -43,14 +35,7 @@ def write_plain_moments(
     moments: Mapping[str, Tensor],
     steps: int,
 ) -> None:
-    """Set moments that a torch optimizer keeps by parameter.
-
-    Args:
-        module: the model, for the names.
-        optimizer: AdamW over its parameters.
-        moments: as `read_plain_moments` returns them.
-        steps: optimizer steps that are done.
-    """
+    """Set moments, as `read_plain_moments` returns them, after `steps` done steps."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
         if id(parameter) in held and f"{MOMENTS[0]}.{name}" in moments:
@@ -114,16 +99,7 @@ def write_flat_moments(
 
 
 def flat_views(zero: Any, index: int, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each parameter's view of its group's flat tensor.
-
-    Args:
-        zero: DeepSpeed's ZeRO optimizer.
-        index: of the parameter group.
-        flat: laid out as the group's flat weights.
-
-    Returns:
-        (parameter, view) pairs.
-    """
+    """Return each parameter's view of its group's flat tensor, laid out as its weights."""
     offsets = zero.round_robin_bit16_offsets[index]
     return [
         (parameter, flat.narrow(0, offset, parameter.numel()).view(parameter.shape))

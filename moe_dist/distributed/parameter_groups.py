@@ -12,13 +12,9 @@ from moe_dist.moe import MoELayer
 
 
 def routed_expert_names(module: nn.Module) -> set[str]:
-    """Return the names of the parameters that belong to routed experts.
+    """Return the dotted names of the parameters that belong to routed experts.
 
-    Args:
-        module: a model with MoE layers, or without.
-
-    Returns:
-        Dotted names; the tied shared part of a layer sees every token and is not among them.
+    The tied shared part of a layer sees every token and is not among them.
     """
     names: set[str] = set()
     for layer_name, layer in moe_layers(module):
@@ -29,28 +25,14 @@ def routed_expert_names(module: nn.Module) -> set[str]:
 
 
 def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoELayer]]:
-    """Yield each MoE layer with its dotted name.
-
-    Args:
-        module: a model.
-
-    Yields:
-        (name, layer), in the order of the model.
-    """
+    """Yield each MoE layer with its dotted name, in the order of the model."""
     for name, child in module.named_modules():
         if isinstance(child, MoELayer):
             yield name, child
 
 
 def is_expert_slice(tensor: Tensor) -> bool:
-    """Tell whether a parameter holds only this rank's experts.
-
-    Args:
-        tensor: a parameter or buffer.
-
-    Returns:
-        True for what `parallelize_experts` has sliced; DeepSpeed reads the same mark.
-    """
+    """Tell whether `parallelize_experts` sliced a tensor; DeepSpeed reads the same mark."""
     return getattr(tensor, "allreduce", True) is False
 
 
@@ -101,16 +83,7 @@ def parameter_groups(
 
 
 def build_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> Any:
-    """Return AdamW over the groups, fused where every parameter allows it.
-
-    Args:
-        groups: as `parameter_groups` returns them.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-
-    Returns:
-        A torch.optim.AdamW.
-    """
+    """Return AdamW over `parameter_groups`, fused where every parameter allows it."""
     fused = all(
         parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
         for group in groups

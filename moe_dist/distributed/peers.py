@@ -106,11 +106,7 @@ class Listener:
         self.port = int(self._socket.getsockname()[1])
 
     def start(self, token: str) -> None:
-        """Answer from now on.
-
-        Args:
-            token: what who asks must know.
-        """
+        """Answer from now on who knows the token."""
         self._token = token.encode()
         threading.Thread(target=self._serve, name="where-am-i", daemon=True).start()
 
@@ -167,15 +163,9 @@ def own_address() -> str:
 def meet(own: Peer, *, attempt: int = 1) -> Roster:
     """Exchange entries with all ranks of the default group; all of them call it together.
 
-    The exchange goes through the group's store and not through a collective, so it works alike
-    with every backend and before any device is chosen.
-
-    Args:
-        own: this process's entry.
-        attempt: how often the job was started; rank 0's word counts.
-
-    Returns:
-        The same on every rank.
+    The exchange goes through the group's store and not through a collective, so it works alike with
+    every backend and before any device is chosen. Of `attempt`, how often the job was started, rank
+    0's word counts.
     """
     token = secrets.token_hex(_TOKEN_BYTES)
     if not dist.is_initialized():

@@ -60,31 +60,19 @@ _here = _Here()
 
 
 def current_position() -> Position:
-    """Return where this process is.
-
-    Returns:
-        The position of the last mark.
-    """
+    """Return where this process is: the position of the last mark."""
     return _here.position
 
 
 def enter_phase(phase: str) -> None:
-    """Mark that another kind of work begins.
-
-    Args:
-        phase: its name, as messages show it.
-    """
+    """Mark that another kind of work begins, named as messages show it."""
     _here.position = Position(phase, _here.position.step, since=time.monotonic())
     if _here.on_phase is not None:
         _here.on_phase(phase)
 
 
 def begin_step(step: int) -> None:
-    """Mark that an optimizer step begins.
-
-    Args:
-        step: its number, counted from 1.
-    """
+    """Mark that an optimizer step begins, counted from 1."""
     _here.position = Position(_here.position.phase, step, since=time.monotonic())
 
 
@@ -94,14 +82,7 @@ def note_progress() -> None:
 
 
 def advancing(items: Iterable[T]) -> Iterator[T]:
-    """Mark progress with each item that is taken.
-
-    Args:
-        items: the work, batch by batch.
-
-    Yields:
-        The items.
-    """
+    """Mark progress with each item that is taken."""
     for item in items:
         note_progress()
         yield item
@@ -110,8 +91,7 @@ def advancing(items: Iterable[T]) -> Iterator[T]:
 def follow_phases(on_phase: Callable[[str], None] | None) -> None:
     """Begin anew at the start-up phase, and have later phases told.
 
-    Args:
-        on_phase: called with each phase's name in the thread that enters it; None for nobody.
+    `on_phase` is called in the thread that enters the phase; None tells nobody.
     """
     _here.position = Position(since=time.monotonic())
     _here.on_phase = on_phase

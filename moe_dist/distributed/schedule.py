@@ -27,14 +27,7 @@ class LearningRateSchedule:
             raise ValueError(f"lr_schedule={self.kind!r} is not one of linear, constant")
 
     def factor(self, step: int) -> float:
-        """Return the share of the full learning rate.
-
-        Args:
-            step: optimizer steps that are done.
-
-        Returns:
-            A number between 0 and 1.
-        """
+        """Return the share, 0 to 1, of the full rate after so many optimizer steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.kind == "constant":

@@ -55,14 +55,7 @@ class GroupState:
     missing_s: Mapping[int, float]
 
     def with_health(self, health: Health) -> tuple[Peer, ...]:
-        """Pick the other ranks whose process is so.
-
-        Args:
-            health: how.
-
-        Returns:
-            Their entries.
-        """
+        """Pick the other ranks whose process is in such health."""
         return tuple(peer for peer in self.others if self.answers[peer.rank].health is health)
 
 
@@ -101,16 +94,7 @@ def judge(state: GroupState, *, step_timeout_s: float) -> Stall | None:
 
 
 def lost_ranks(state: GroupState, lost: Sequence[Peer], cause: str = "") -> Stall:
-    """Say which ranks are lost, and where this rank waited for them.
-
-    Args:
-        state: of the group.
-        lost: the ranks.
-        cause: what the collective said, where it said anything.
-
-    Returns:
-        The stall.
-    """
+    """Say which ranks are lost, and where this rank waited; `cause` quotes the collective."""
     found = "; ".join(f"{peer} {state.answers[peer.rank].health.value}" for peer in lost)
     doing = (
         f"waited in {state.position}" if state.position.collective else f"was in {state.position}"

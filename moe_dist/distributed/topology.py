@@ -15,16 +15,8 @@ from math import gcd
 def fitting_ep_size(world_size: int, num_experts: int, wished: int) -> int:
     """Find the expert parallel size for a number of workers that was not planned for.
 
-    Args:
-        world_size: workers at hand.
-        num_experts: experts of each layer.
-        wished: the size that was asked for.
-
-    Returns:
-        The wish where it divides both; else the largest number below it that does.
-
-    Raises:
-        ValueError: if a number is not positive.
+    It is the wish where that divides both numbers; else the largest number below it that does. A
+    number that is not positive is a ValueError.
     """
     if min(world_size, num_experts, wished) < 1:
         raise ValueError(
@@ -101,15 +93,7 @@ class Topology:
 
 
 def list_groups(groups: Sequence[Sequence[int]], *, most: int = 4) -> str:
-    """Write groups of ranks in few words.
-
-    Args:
-        groups: of ranks.
-        most: how many are written out.
-
-    Returns:
-        For example `0-3, 4-7` or `0+2, 1+3`.
-    """
+    """Write groups of ranks in few words: `0-3, 4-7` or `0+2, 1+3`, `most` of them."""
     shown = ", ".join(_group(group) for group in groups[:most])
     return f"{shown}, ..." if len(groups) > most else shown
 

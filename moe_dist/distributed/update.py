@@ -15,41 +15,20 @@ Precision = Literal["fp32", "bf16"]
 
 
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context that computes in a precision over fp32 weights.
-
-    Args:
-        precision: "fp32" or "bf16".
-        device: where the model is.
-
-    Returns:
-        Autocast, or a context that does nothing.
-    """
+    """Return autocast for bf16 over fp32 weights, or a context that does nothing."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate.
-
-    Args:
-        optimizer: with `base_lr` in its groups.
-        factor: share of the base rate.
-    """
+    """Set each group's learning rate to this share of its `base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def current_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Return the learning rate of what is not a routed expert, or of all if nothing else is.
-
-    Args:
-        optimizer: with `base_lr` in its groups.
-        factor: share of the base rate.
-
-    Returns:
-        The rate.
-    """
+    """Return the learning rate of what is not a routed expert, or of all if nothing else is."""
     dense = [g for g in optimizer.param_groups if g.get("name") == "dense"]
     chosen = dense or optimizer.param_groups
     return float(chosen[0]["base_lr"]) * factor if chosen else 0.0
@@ -59,9 +38,6 @@ def fill_missing_gradients(parameters: list[nn.Parameter]) -> None:
     """Give a zero gradient to parameters that the loss did not reach.
 
     DeepSpeed does so; one process must treat them alike (decay and moments go on).
-
-    Args:
-        parameters: those that the optimizer holds.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -69,18 +45,7 @@ def fill_missing_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def checked_norm(norm: float, step: int) -> float:
-    """Refuse an update whose gradients are not finite.
-
-    Args:
-        norm: the global gradient norm.
-        step: optimizer steps done before this one.
-
-    Returns:
-        The norm.
-
-    Raises:
-        TrainingError: if it is NaN or infinite.
-    """
+    """Give a finite gradient norm back; a TrainingError refuses any other."""
     if not math.isfinite(norm):
         raise TrainingError(
             f"the gradient norm became {norm} at step {step + 1}; the update was not applied",
@@ -91,12 +56,6 @@ def checked_norm(norm: float, step: int) -> float:
 
 
 def scale_gradients(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Clip gradients by their global norm.
-
-    Args:
-        gradients: changed in place.
-        norm: their global norm.
-        max_norm: 0 for no clipping.
-    """
+    """Clip gradients in place by their global norm; a `max_norm` of 0 clips nothing."""
     if max_norm > 0 and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))

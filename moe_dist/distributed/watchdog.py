@@ -37,13 +37,9 @@ _DEATH_LOOK_EVERY_S = 0.2
 
 
 def group_timeout_s(step_timeout_s: float) -> float:
-    """Return how long a collective may last before torch itself gives up.
+    """Return how long a collective may last before torch itself gives up, in seconds.
 
-    Args:
-        step_timeout_s: what a watchdog allows a step.
-
-    Returns:
-        Seconds, beyond all that a watchdog allows, since it names the culprit and torch cannot.
+    That is beyond all that a watchdog allows, since it names the culprit and torch cannot.
     """
     return (SLOW_PHASE_FACTOR + 1) * step_timeout_s + 60.0
 

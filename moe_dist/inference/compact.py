@@ -98,15 +98,10 @@ def compact_experts(
 
 
 def check_reduction(model: nn.Module, num_experts: int) -> None:
-    """See that a model can be brought down to so many experts.
+    """Refuse a number of experts that a model cannot be brought down to.
 
-    Args:
-        model: a converted model.
-        num_experts: experts of each layer afterwards.
-
-    Raises:
-        ConversionError: if it has no more than that, needs more for each token, or has a router
-            whose choices cannot be joined.
+    It must be fewer than it has and enough for each token, and its router's choices must join; else
+    a ConversionError.
     """
     layers = moe_layers(model)
     fewest = min(layer.num_experts for layer in layers)

@@ -21,14 +21,9 @@ INTO = ("w_in", "b_in", "w_gate", "b_gate")
 
 
 def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
-    """Make a model of the same class with other experts, all else copied.
+    """Make a model of the same class with changed entries of its `moe`, all else copied.
 
-    Args:
-        model: a converted model; it is left as it was.
-        changes: entries of its configuration's `moe`.
-
-    Returns:
-        The model, whose experts and routers are still to be filled.
+    Its experts and routers are still to be filled.
     """
     config = copy.deepcopy(model.config)
     config.moe = {**config.moe, **changes}
@@ -49,14 +44,7 @@ def rebuilt(model: Any, changes: Mapping[str, Any]) -> Any:
 
 @torch.no_grad()
 def neuron_norms(experts: Experts) -> Tensor:
-    """Tell how much a neuron can do: the length of its input weights times that of its output's.
-
-    Args:
-        experts: of one layer.
-
-    Returns:
-        (E, F) float32.
-    """
+    """Give (E, F) float32 sizes of neurons: length of input weights times that of the output's."""
     if experts.w_out is None:
         return torch.zeros(experts.num_experts, 0)
     into = [

@@ -75,16 +75,7 @@ def check_pretrained(
 ) -> StartModel:
     """See that `load_pretrained` will take a model over, without reading its weights.
 
-    Args:
-        directory: of the model.
-        num_labels: outputs of the head.
-        label_names: class names in the order of their ids; None for regression.
-
-    Returns:
-        The model, with weights of no meaning, and what there is to say of it.
-
-    Raises:
-        ConversionError: as `load_pretrained`.
+    Arguments and errors are its own; the model returned has weights of no meaning.
     """
     with clear_errors(directory):
         shapes = read_shapes(Path(directory))

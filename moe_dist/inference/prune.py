@@ -83,15 +83,7 @@ def prune_experts(
 
 
 def check_expert_size(model: nn.Module, expert_size: int) -> None:
-    """See that a model's experts can be brought down to so many neurons.
-
-    Args:
-        model: a converted model.
-        expert_size: neurons that an expert computes for a token afterwards, shared ones included.
-
-    Raises:
-        ConversionError: if they have no more than that.
-    """
+    """Refuse a size, in neurons with shared ones, that is no smaller than the model's experts'."""
     sizes = [layer.experts.expert_size + layer.num_shared_neurons for layer in moe_layers(model)]
     if not 1 <= expert_size < min(sizes):
         raise ConversionError(

@@ -135,17 +135,7 @@ def load_model(
 
 
 def load_tokenizer(directory: Path | str) -> Any:
-    """Read the tokenizer that was saved with a model.
-
-    Args:
-        directory: the model's directory, or its URI.
-
-    Returns:
-        A transformers tokenizer.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """Read the tokenizer saved with a model, from a directory or URI; none is a CheckpointError."""
     from transformers import AutoTokenizer
 
     if is_uri(directory):
@@ -166,11 +156,7 @@ def load_tokenizer(directory: Path | str) -> Any:
 def verify_model(directory: Path | str) -> None:
     """Check every file of a model directory against its manifest.
 
-    Args:
-        directory: the model's directory.
-
-    Raises:
-        CheckpointError: naming the file that is damaged, missing, or not allowed.
+    A CheckpointError names the file that is damaged, missing, or not allowed.
     """
     source = Path(directory).absolute()
     again = "copy the directory again from its source, or save the model again"

@@ -89,16 +89,9 @@ class TextModel:
 
 
 def text_columns(model_input: Any) -> list[list[str]]:
-    """Bring what MLflow hands over into columns of texts.
+    """Bring what MLflow hands over (see `TextModel.predict`) into one or two columns of texts.
 
-    Args:
-        model_input: see `TextModel.predict`.
-
-    Returns:
-        One or two columns.
-
-    Raises:
-        DataError: if these are no texts, or more than two columns.
+    What is no texts, or more than two columns, is a DataError.
     """
     if hasattr(model_input, "columns"):
         columns = [model_input[name].tolist() for name in model_input.columns]
@@ -115,15 +108,7 @@ def text_columns(model_input: Any) -> list[list[str]]:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
-    """Load a model directory; MLflow calls it.
-
-    Args:
-        path: the directory.
-        model_config: `max_length`, in tokens; `task`, of a model of several.
-
-    Returns:
-        The model.
-    """
+    """Load a model directory for MLflow; settings are `max_length` (tokens) and `task`."""
     settings = model_config or {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TextModel(

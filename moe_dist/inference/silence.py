@@ -12,9 +12,6 @@ def quiet_transformers() -> Iterator[None]:
 
     What it warns of there is known: a classifier's head is new, a student's class is ours. What
     the user has set is put back afterwards.
-
-    Yields:
-        Nothing.
     """
     from transformers.utils import logging
 

@@ -19,18 +19,10 @@ _SHOWN_CHARACTERS = 300
 
 
 def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = None) -> Any:
-    """Build a sequence classifier on the meta device from its configuration alone.
+    """Build a sequence classifier in eval mode on the meta device, from its configuration alone.
 
-    Args:
-        source: a directory, or a name on the Hugging Face hub.
-        num_labels: outputs of the head.
-        revision: hub commit, tag or branch.
-
-    Returns:
-        A model in evaluation mode whose parameters have shapes and no values.
-
-    Raises:
-        ConversionError: if the configuration cannot be read, or knows no classifier.
+    `source` is a directory or a name on the Hugging Face hub, `revision` a commit, tag or branch.
+    A configuration that cannot be read, or knows no classifier, is a ConversionError.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -43,17 +35,7 @@ def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = N
 
 @contextmanager
 def clear_errors(source: str) -> Iterator[None]:
-    """Say in one line that a start model cannot be read, whatever a library raises of it.
-
-    Args:
-        source: the start model.
-
-    Yields:
-        Nothing; only calls of transformers belong inside.
-
-    Raises:
-        ConversionError: if something is raised.
-    """
+    """Turn what calls of transformers inside the block raise into a ConversionError of one line."""
     try:
         yield
     except MoeDistError:

@@ -25,15 +25,9 @@ class HeadUse:
 
 
 def own_names(entries: Mapping[str, Any], count: int) -> tuple[list[str], str]:
-    """Read what a start model calls its outputs.
+    """Read what a start model's config.json calls its outputs, in their order, and what is wrong.
 
-    Args:
-        entries: of its config.json; transformers fills in names where there are none.
-        count: outputs of the head.
-
-    Returns:
-        Names in the order of the outputs, none where it has no such names; and what is wrong with
-        them, if anything.
+    There are no names where they do not stand for `count` outputs.
     """
     by_number = {int(number): str(name) for number, name in _pairs(entries.get("id2label"))}
     by_name = {int(number): str(name) for name, number in _pairs(entries.get("label2id"))}
@@ -89,13 +83,9 @@ def match_head(own: Sequence[str], wanted: Sequence[str]) -> HeadUse:
 
 
 def put_in_order(layer: Any, use: HeadUse, *, std: float, seed: int) -> None:
-    """Let a classifier's last layer answer in the task's order.
+    """Let a classifier's last layer answer in the task's order, in place.
 
-    Args:
-        layer: with `weight` (outputs, width) and perhaps `bias`; changed in place.
-        use: what `match_head` found.
-        std: standard deviation of new weights.
-        seed: of new weights.
+    `std` is the standard deviation of new weights.
     """
     with torch.no_grad():
         if use.rows is None:

@@ -20,15 +20,7 @@ MAX_UNKNOWN = 0.3
 def read_tokenizer(source: str, revision: str | None = None) -> Any:
     """Read a start model's tokenizer, and none that transformers makes up.
 
-    Args:
-        source: a directory, or a name on the Hugging Face hub.
-        revision: hub commit, tag or branch.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ConversionError: if there is none, or it has no vocabulary.
+    `source` is a directory or a name on the hub. One without a vocabulary is a ConversionError.
     """
     from transformers import AutoTokenizer
 
@@ -111,15 +103,9 @@ def fit_tokenizer(tokenizer: Any, model: Any) -> list[str]:
 
 
 def check_end(tokenizer: Any, model: Any, *texts: str) -> None:
-    """See that a sample ends as a model needs it which reads its answer there.
+    """See that a text, or pair, ends with the token at which a model reads its answer.
 
-    Args:
-        tokenizer: the model's own.
-        model: its configuration is read, and no weights.
-        *texts: one text, or a pair.
-
-    Raises:
-        ConversionError: if the tokenizer does not put the end token there.
+    A tokenizer that puts no end token there is a ConversionError. No weights are read.
     """
     if model.config.model_type not in _READS_AT_EOS:
         return
@@ -136,15 +122,7 @@ def check_end(tokenizer: Any, model: Any, *texts: str) -> None:
 
 
 def unknown_share(tokenizer: Any, texts: Iterable[str]) -> float:
-    """Say which part of some texts a tokenizer does not know.
-
-    Args:
-        tokenizer: any.
-        texts: at least one; a few are enough.
-
-    Returns:
-        Unknown tokens divided by all; 0 where the tokenizer knows every text.
-    """
+    """Give unknown tokens divided by all tokens of some texts (at least one; a few are enough)."""
     unknown = tokenizer.unk_token_id
     lists: Sequence[Sequence[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [one for row in lists for one in row]

@@ -156,15 +156,7 @@ def compare_weights(
 
 
 def shown(names: Iterable[str], limit: int = _SHOWN) -> str:
-    """List a few names, and how many more there are.
-
-    Args:
-        names: all of them.
-        limit: how many are listed.
-
-    Returns:
-        One line.
-    """
+    """List a few names, and how many more there are, in one line."""
     known = sorted(names)
     more = f" and {len(known) - limit} more" if len(known) > limit else ""
     return f"{', '.join(known[:limit])}{more}"

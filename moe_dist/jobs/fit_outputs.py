@@ -78,11 +78,7 @@ class DrawnBatches:
     pad_token_id: int
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Give the batches, longest samples first.
-
-        Yields:
-            Batches as in `eval_batches`.
-        """
+        """Give batches as `eval_batches` does, longest samples first."""
         yield from advancing(
             eval_batches(self.rows, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
         )
@@ -96,18 +92,7 @@ def draw_tasks(
     pad_token_id: int,
     batch_size: int = BATCH_SIZE,
 ) -> list[DrawnBatches]:
-    """Draw equally many training rows of each task: those that neurons were scored on.
-
-    Args:
-        tasks: the training rows of each.
-        num_samples: rows of all tasks together; None for all.
-        seed: the recipe's.
-        pad_token_id: fills up shorter samples.
-        batch_size: samples in a batch.
-
-    Returns:
-        Batches for each task.
-    """
+    """Draw the rows that neurons were scored on: as many of each task, `num_samples` in sum."""
     share = None if num_samples is None else even_share(num_samples, len(tasks))
     return [
         DrawnBatches(encoded.draw(share, seed=seed), batch_size, pad_token_id) for encoded in tasks
@@ -115,13 +100,7 @@ def draw_tasks(
 
 
 def fit_start(student: nn.Module, dense: Any, batches: Sequence[DrawnBatches]) -> None:
-    """Fit the outputs of a fresh student's experts where the dense model lies; see `fit_outputs`.
-
-    Args:
-        student: changed, and left on the device it came from.
-        dense: what it was made from.
-        batches: for each task.
-    """
+    """Fit a student's outputs (`fit_outputs`) on the dense model's device, and move it back."""
     home = next(student.parameters()).device
     fit_outputs(student.to(next(dense.parameters()).device), dense, batches)
     student.to(home)

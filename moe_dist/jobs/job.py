@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moe_dist.config.data_section import TASK_KEYS, DataConfig
 from moe_dist.config.sections import ParallelConfig, TrainConfig
@@ -18,9 +18,8 @@ from moe_dist.config.sections import ParallelConfig, TrainConfig
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.mixture import Rows
+    from moe_dist.data.tasks import Split
     from moe_dist.jobs.job_data import AnyJobData
-
-Split = Literal["train", "dev", "holdout"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from moe_dist.data.loaders import Encoded, TrainBatches, encode
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
+from moe_dist.data.tasks import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.training.collectives import num_ranks, own_rank
-
-if TYPE_CHECKING:
-    from moe_dist.jobs.job import Split
 
 Predict = Callable[[Encoded], Predictions]
 
@@ -79,14 +77,7 @@ class JobData:
         return self._encode(self.splits.holdout, "holdout")
 
     def part(self, name: Split) -> Encoded:
-        """Give a split by its name.
-
-        Args:
-            name: which.
-
-        Returns:
-            Its samples.
-        """
+        """Give a split by its name."""
         encoded: Encoded = getattr(self, name)
         return encoded
 
@@ -101,15 +92,7 @@ class JobData:
         return int(self.tokenizer.pad_token_id)
 
     def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
-        """Cut the training split into this rank's steps.
-
-        Args:
-            section: the recipe's ``train``.
-            seed: of the order.
-
-        Returns:
-            The batches.
-        """
+        """Cut the training split into this rank's steps."""
         return TrainBatches(
             self.train,
             batch_size=section.batch_size,
@@ -121,26 +104,12 @@ class JobData:
         )
 
     def metrics(self, logits: torch.Tensor, encoded: Encoded) -> dict[str, float]:
-        """Compute the task's metrics.
-
-        Args:
-            logits: (N, C) of all samples.
-            encoded: the samples.
-
-        Returns:
-            Values by name, the task's main metric first; NaN where one is undefined.
-        """
+        """Compute the task's metrics, the main one first; NaN where one is undefined."""
         task = self.splits.task
         return compute_metrics(task.metrics, logits.numpy(), encoded.labels, task.label_space)
 
     def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
-        """Write what a model says about a split.
-
-        Args:
-            answers: of all samples.
-            encoded: the split.
-            path: the file.
-        """
+        """Write what a model says about a split."""
         save_predictions(
             path,
             logits=answers.logits,
@@ -182,15 +151,7 @@ class MixtureData:
         return int(self.tokenizer.pad_token_id)
 
     def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
-        """Cut the training splits into this rank's steps, each of one task.
-
-        Args:
-            section: the recipe's ``train``.
-            seed: of the order of tasks and samples.
-
-        Returns:
-            The batches.
-        """
+        """Cut the training splits into this rank's steps, each of one task."""
         parts = {name: part.batches(section, seed=seed) for name, part in self.parts.items()}
         return MixtureBatches(parts, self.shares, seed=seed)
 
@@ -201,17 +162,7 @@ AnyJobData = JobData | MixtureData
 def job_data(
     rows: Rows, tokenizer: Any, *, max_length: int, cache_dir: str | None = None
 ) -> AnyJobData:
-    """Join rows with what a job needs to tokenise them.
-
-    Args:
-        rows: of one task or several.
-        tokenizer: the model's own.
-        max_length: tokens per sample; longer ones are cut.
-        cache_dir: where tokenised data is cached; None for the default.
-
-    Returns:
-        The data.
-    """
+    """Join rows with what a job needs to tokenise them; samples are cut at `max_length` tokens."""
     parts = {
         name: JobData(part, tokenizer, max_length, cache_dir) for name, part in rows.parts.items()
     }
@@ -219,42 +170,19 @@ def job_data(
 
 
 def task_heads(mixture: Mixture) -> tuple[TaskHead, ...]:
-    """Give a head to each task of a mixture.
-
-    Args:
-        mixture: the tasks.
-
-    Returns:
-        The heads, in the order of the tasks' numbers.
-    """
+    """Give a head to each task of a mixture, in the order of the tasks' numbers."""
     return tuple(TaskHead(name, splits.task.label_names) for name, splits in mixture.parts.items())
 
 
 def label_names(rows: Rows) -> tuple[str, ...] | None:
-    """Name the outputs of a model for one task or several.
-
-    Args:
-        rows: the data of all tasks.
-
-    Returns:
-        Names in the order of the outputs; None for regression.
-    """
+    """Name a model's outputs for one task or several, in their order; None for regression."""
     if isinstance(rows, Mixture):
         return tuple(name for head in task_heads(rows) for name in head.output_names)
     return rows.task.label_names
 
 
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
-    """Measure a model task by task.
-
-    Args:
-        data: of one task or several.
-        predict: runs the model over a split.
-        split: what it is measured on.
-
-    Returns:
-        Metrics, loads and answers.
-    """
+    """Measure a model on a split, task by task."""
     answers: dict[str, Predictions] = {}
     loads: dict[str, Tensor] = {}
     parts = data.parts
@@ -271,13 +199,7 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
 
 
 def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:
-    """Write what a model says about a split, each task's answers in a file of its own.
-
-    Args:
-        data: of one task or several.
-        measured: what was found on it.
-        path: the file; with several tasks their names are added to its own.
-    """
+    """Write a model's answers; with several tasks, a file for each with its name added."""
     for name, part in data.parts.items():
         file = path.with_stem(f"{path.stem}-{name}") if name else path
         part.save_answers(measured.answers[name], part.part(measured.split), file)

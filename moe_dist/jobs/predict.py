@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_dist.data.loaders import Encoded
+from moe_dist.data.tasks import Split
 from moe_dist.distributed.position import enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.jobs.job import Job, Split
+from moe_dist.jobs.job import Job
 from moe_dist.jobs.job_data import measure, save_answers
 from moe_dist.measure.evaluation import Predictions, expert_load, predict
 from moe_dist.training.collectives import own_rank, wait_for_ranks

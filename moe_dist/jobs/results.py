@@ -41,12 +41,7 @@ class SavedPredictions:
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:
-    """Write importance scores, whole or not at all.
-
-    Args:
-        scores: (F,) for each feed-forward network, in the model's order.
-        path: the file.
-    """
+    """Write importance scores, (F,) for each FFN in the model's order, whole or not at all."""
     named = {f"{index:04d}": score.contiguous().cpu() for index, score in enumerate(scores)}
     with whole_file(path) as beside:
         # Not `save_file`, which lets none but the owner read; stages are shared.
@@ -54,17 +49,7 @@ def save_scores(scores: Sequence[Tensor], path: Path) -> None:
 
 
 def load_scores(path: Path) -> list[Tensor]:
-    """Read what `save_scores` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        (F,) float32 for each feed-forward network, in the model's order.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged.
-    """
+    """Read what `save_scores` wrote; a missing or damaged file is a CheckpointError."""
     try:
         named = load_file(str(path))
     except (OSError, SafetensorError) as error:
@@ -78,15 +63,7 @@ def load_scores(path: Path) -> list[Tensor]:
 def save_predictions(
     path: Path, *, logits: Tensor, predictions: Tensor, labels: Any, sample_ids: Any
 ) -> None:
-    """Write predictions, whole or not at all.
-
-    Args:
-        path: the ``.npz`` file.
-        logits: (N, C).
-        predictions: (N,).
-        labels: (N,).
-        sample_ids: (N,).
-    """
+    """Write logits (N, C), predictions, labels and ids (N,) as ``.npz``, whole or not at all."""
     with whole_file(path) as beside, beside.open("wb") as stream:
         np.savez(
             stream,
@@ -98,17 +75,7 @@ def save_predictions(
 
 
 def load_predictions(path: Path) -> SavedPredictions:
-    """Read what `save_predictions` wrote.
-
-    Args:
-        path: the ``.npz`` file.
-
-    Returns:
-        The arrays.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged.
-    """
+    """Read what `save_predictions` wrote; a missing or damaged file is a CheckpointError."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return SavedPredictions(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.data.loaders import Encoded
+from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
 from moe_dist.distributed.position import enter_phase
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs.expert_groups import settle_ep_size
-from moe_dist.jobs.job import Split, TrainJob
+from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
 from moe_dist.jobs.results import (
     CHECKPOINT_DIR,
@@ -156,13 +157,9 @@ def train_model(
 
 
 def load_metrics(loads: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Name the share of tokens of each expert, as the metric log has it.
+    """Name each expert's share of tokens for the metric log.
 
-    Args:
-        loads: each expert's share by layer.
-
-    Returns:
-        Values by name; none for layers of more than `MAX_LOGGED_EXPERTS` experts.
+    Layers of more than `MAX_LOGGED_EXPERTS` experts are left out.
     """
     return {
         f"moe/expert_load/{layer}/{expert}": share

@@ -35,26 +35,14 @@ class DiscriminatorWeights:
     b_out: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """List the weights in the order of the fields.
-
-        Returns:
-            Four tensors.
-        """
+        """List the four weights in the order of the fields."""
         return [self.w_in, self.b_in, self.w_out, self.b_out]
 
 
 def discriminator_features(bounded_BC: Tensor, vectors_BD: Tensor) -> Tensor:
-    """Join prediction and sentence vector into what the discriminator sees.
+    """Join bounded predictions (`TaskKind.bounded`) and sentence vectors: (B, C + D) float32.
 
-    Probabilities instead of logits and normalised vectors keep both in a range where neither
-    drowns the other, however large the logits are.
-
-    Args:
-        bounded_BC: predictions in a fixed range (`TaskKind.bounded`), float32.
-        vectors_BD: sentence vectors, at the teacher's width.
-
-    Returns:
-        (B, C + D) float32.
+    Probabilities and normalised vectors: neither drowns the other, however large the logits are.
     """
     bounded_BC = bounded_BC.reshape(vectors_BD.shape[0], -1)
     vectors_BD = vectors_BD.float()
@@ -62,15 +50,7 @@ def discriminator_features(bounded_BC: Tensor, vectors_BD: Tensor) -> Tensor:
 
 
 def discriminator_scores(features_BN: Tensor, weights: DiscriminatorWeights) -> Tensor:
-    """Score samples: above 0 they look like the teacher's.
-
-    Args:
-        features_BN: from `discriminator_features`.
-        weights: of the discriminator, with spectral norm applied where it is wanted.
-
-    Returns:
-        (B,) float32, also under autocast.
-    """
+    """Score samples, (B,) float32 also under autocast: above 0 they look like the teacher's."""
     with torch.autocast(features_BN.device.type, enabled=False):
         hidden_BH = functional.linear(features_BN.float(), weights.w_in, weights.b_in)
         hidden_BH = functional.leaky_relu(hidden_BH, LEAK)
@@ -78,14 +58,7 @@ def discriminator_scores(features_BN: Tensor, weights: DiscriminatorWeights) -> 
 
 
 def discriminator_loss(teacher_scores_B: Tensor, student_scores_B: Tensor) -> Tensor:
-    """What the discriminator learns from: cross entropy of telling the two apart.
-
-    Args:
-        teacher_scores_B: of the teacher's samples.
-        student_scores_B: of the student's.
-
-    Returns:
-        Scalar, summed over samples.
+    """Cross entropy of telling teacher and student apart, summed over samples.
 
     Source: arXiv:1406.2661.
     """
@@ -96,32 +69,18 @@ def discriminator_loss(teacher_scores_B: Tensor, student_scores_B: Tensor) -> Te
 
 
 def fooling_loss(student_scores_B: Tensor) -> Tensor:
-    """What the student learns from: ``-log`` of the chance that it is taken for the teacher.
+    """``-log`` of the chance that the student is taken for the teacher, summed over samples.
 
     The non-saturating form: where the discriminator is sure, the gradient stays.
-
-    Args:
-        student_scores_B: of the student's samples, with their graph.
-
-    Returns:
-        Scalar, summed over samples.
-
     Source: arXiv:1406.2661.
     """
     return functional.softplus(-student_scores_B.float()).sum()
 
 
 def r1_penalty(teacher_features_BN: Tensor, weights: DiscriminatorWeights) -> Tensor:
-    """Half the squared gradient of the discriminator's score at the teacher's samples.
+    """Half the squared gradient of the scores at the teacher's samples, summed, unweighted.
 
-    Args:
-        teacher_features_BN: from `discriminator_features`.
-        weights: of the discriminator; its gradient flows through them.
-
-    Returns:
-        Scalar, summed over samples, unweighted.
-
-    Source: arXiv:1801.04406.
+    The gradient flows through the discriminator's weights. Source: arXiv:1801.04406.
     """
     with torch.enable_grad():
         points_BN = teacher_features_BN.detach().requires_grad_()
@@ -131,31 +90,15 @@ def r1_penalty(teacher_features_BN: Tensor, weights: DiscriminatorWeights) -> Te
 
 
 def power_iteration(weight: Tensor, left: Tensor) -> Tensor:
-    """Take one step towards a matrix's first left singular vector.
-
-    Args:
-        weight: (rows, columns).
-        left: (rows,) of length 1.
-
-    Returns:
-        (rows,) of length 1.
-    """
+    """Take one step towards a matrix's first left singular vector, of length 1."""
     right = functional.normalize(weight.detach().t() @ left, dim=0)
     return functional.normalize(weight.detach() @ right, dim=0)
 
 
 def spectral_norm(weight: Tensor, left: Tensor) -> Tensor:
-    """Divide a matrix by its estimated largest singular value.
+    """Divide a matrix by its largest singular value, estimated with `left` from `power_iteration`.
 
-    Args:
-        weight: (rows, columns), with its graph where it is trained.
-        left: (rows,) from `power_iteration`.
-
-    Returns:
-        The same shape, of the same type under autocast; its largest singular value is about 1,
-        never far below.
-
-    Source: arXiv:1802.05957.
+    Under autocast too its type stays. Source: arXiv:1802.05957.
     """
     with torch.autocast(weight.device.type, enabled=False):
         right = functional.normalize(weight.detach().t() @ left, dim=0)

@@ -15,28 +15,12 @@ from moe_dist.losses.distillation import hidden_mse
 
 
 def cls_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Take the first token's state.
-
-    Args:
-        hidden_BSD: hidden states of a layer.
-        mask_BS: not read; the first token is always real.
-
-    Returns:
-        (B, D) float32.
-    """
+    """Take the first token's state, (B, D) float32; it is always real, so no mask is read."""
     return hidden_BSD[:, 0].float()
 
 
 def mean_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Average the states of real tokens.
-
-    Args:
-        hidden_BSD: hidden states of a layer.
-        mask_BS: True or 1 for real tokens; None if all are real.
-
-    Returns:
-        (B, D) float32.
-    """
+    """Average the states of real tokens, all where there is no mask: (B, D) float32."""
     if mask_BS is None:
         return hidden_BSD.float().mean(dim=1)
     real_BS1 = mask_BS.bool().unsqueeze(-1)
@@ -45,15 +29,7 @@ def mean_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
 
 
 def max_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Take each dimension's maximum over real tokens.
-
-    Args:
-        hidden_BSD: hidden states of a layer.
-        mask_BS: True or 1 for real tokens; None if all are real.
-
-    Returns:
-        (B, D) float32.
-    """
+    """Take each dimension's maximum over real tokens, over all without a mask: (B, D) float32."""
     hidden_BSD = hidden_BSD.float()
     if mask_BS is not None:
         lowest = torch.finfo(torch.float32).min
@@ -69,17 +45,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 
 def alignment_mse(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """Squared distance of sentence vectors: feature alignment.
-
-    Args:
-        student_BD: the student's vectors, at the teacher's width.
-        teacher_BD: the teacher's, without gradient.
-
-    Returns:
-        Scalar: mean over the width, summed over samples.
-
-    Raises:
-        ValueError: if the shapes differ.
+    """Squared distance of sentence vectors of one width: mean over it, summed over samples.
 
     Source: MicroBERT, Appl. Sci. 2024, 14, 6171, names the loss without its formula; the squared
     distance is our choice.

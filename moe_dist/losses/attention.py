@@ -12,15 +12,9 @@ from torch import Tensor
 
 
 def attention_scores(query_BSD: Tensor, key_BSD: Tensor, num_heads: int) -> Tensor:
-    """Compute attention scores before softmax, in float32 even under autocast.
+    """Compute (B, H, S, S) scores before softmax, divided by the root of the head size.
 
-    Args:
-        query_BSD: queries of all heads side by side.
-        key_BSD: keys, likewise.
-        num_heads: H.
-
-    Returns:
-        (B, H, S, S), divided by the root of the head size.
+    In float32 even under autocast; queries and keys hold all heads side by side.
     """
     with torch.autocast(query_BSD.device.type, enabled=False):
         query_BSHD = query_BSD.float().unflatten(-1, (num_heads, -1))

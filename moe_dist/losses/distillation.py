@@ -45,38 +45,16 @@ def prediction_kl(
 def soft_targets(
     student_logits_BC: Tensor, teacher_logits_BC: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Divergence ``KL(teacher‖student)`` of softened predictions, times the temperature's square.
+    """``KL(teacher‖student)`` of softened predictions, times temperature², summed over samples.
 
-    Unlike `prediction_kl` it is not symmetric: the student is asked to cover what the teacher holds
-    likely. Both logarithms are log-softmaxes, so extreme logits stay finite.
-
-    Args:
-        student_logits_BC: scores before softmax.
-        teacher_logits_BC: the same of the teacher, without gradient.
-        temperature: divides both; 1 leaves them.
-
-    Returns:
-        Scalar, summed over samples.
-
-    Raises:
-        ValueError: if the shapes differ or the temperature is not positive.
-
-    Source: Hinton et al., arXiv:1503.02531.
+    Source: Hinton et al., arXiv:1503.02531. Extreme logits stay finite, as in `prediction_kl`.
     """
     student_BC, teacher_BC = _softened(student_logits_BC, teacher_logits_BC, temperature)
     return temperature**2 * (teacher_BC.exp() * (teacher_BC - student_BC)).sum()
 
 
 def prediction_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Squared error of the predictions: what stands for `prediction_kl` in regression.
-
-    Args:
-        student_logits: (B, 1) or (B,).
-        teacher_logits: the same of the teacher, without gradient.
-
-    Returns:
-        Scalar, summed over samples.
-    """
+    """Squared error of (B, 1) or (B,) predictions, summed: `prediction_kl` for regression."""
     return functional.mse_loss(student_logits.float(), teacher_logits.float(), reduction="sum")
 
 

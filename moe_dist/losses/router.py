@@ -32,16 +32,7 @@ def load_balancing_loss(probability_E: Tensor, choices_E: Tensor, top_k: int = 1
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Penalise large router logits, so that the softmax stays stable.
-
-    Args:
-        logits_TE: router scores before softmax, padding removed.
-
-    Returns:
-        Scalar, unweighted: the mean over tokens of ``logsumexp²``.
-
-    Raises:
-        ValueError: if there are no tokens.
+    """Mean over tokens (padding removed, at least one) of ``logsumexp²``: keeps the softmax stable.
 
     Source: ST-MoE, arXiv:2202.08906.
     """
@@ -51,18 +42,9 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
 
 
 def router_entropy(logits_TE: Tensor) -> Tensor:
-    """Penalise undecided routing.
+    """Mean over tokens (padding removed, at least one) of the routing's entropy, 0 to log(E) nats.
 
-    Args:
-        logits_TE: router scores before softmax, padding removed.
-
-    Returns:
-        Scalar, unweighted: the mean over tokens of the entropy of their expert probabilities, in
-        nats; between 0 and log(E). It makes each token's choice sharp and says nothing of the
-        load, so that it goes with `load_balancing_loss`.
-
-    Raises:
-        ValueError: if there are no tokens.
+    It makes choices sharp and says nothing of the load: it goes with `load_balancing_loss`.
     """
     if logits_TE.shape[0] == 0:
         raise ValueError("the entropy needs at least one token that is not padding")
@@ -70,13 +52,6 @@ def router_entropy(logits_TE: Tensor) -> Tensor:
 
 
 def token_entropy(logits_TE: Tensor) -> Tensor:
-    """Compute how undecided a router is about each token.
-
-    Args:
-        logits_TE: router scores before softmax.
-
-    Returns:
-        (T,) float32 entropies in nats.
-    """
+    """Compute (T,) float32 entropies, in nats, of each token's expert probabilities."""
     log_TE = torch.log_softmax(logits_TE.float(), dim=-1)
     return -(log_TE.exp() * log_TE).sum(dim=-1)

@@ -43,14 +43,7 @@ class LossWeight:
     num_steps: int = 0
 
     def at(self, step: int) -> float:
-        """Return the coefficient.
-
-        Args:
-            step: how many optimizer steps have been taken.
-
-        Returns:
-            The coefficient at this step.
-        """
+        """Return the coefficient after `step` optimizer steps."""
         if self.schedule == "warmup":
             # From the first step on the term counts a little: a step without any loss is none.
             return self.weight * min(1.0, (step + 1) / max(1, self.num_steps))

@@ -85,14 +85,7 @@ def predict(
 
 
 def expert_load(tokens_per_expert: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Give each expert's share of its layer's tokens.
-
-    Args:
-        tokens_per_expert: (E,) counts by layer.
-
-    Returns:
-        Shares that add up to 1, by layer.
-    """
+    """Give each expert's share of its layer's tokens; the shares of a layer add up to 1."""
     return {
         name: (count_E.double() / count_E.double().sum().clamp(min=1.0)).tolist()
         for name, count_E in tokens_per_expert.items()

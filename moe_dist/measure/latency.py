@@ -66,14 +66,7 @@ class OtherWork:
     busy_cores: float
 
     def disturbs(self, num_threads: int) -> bool:
-        """Tell whether a computation had to share its cores.
-
-        Args:
-            num_threads: that it used.
-
-        Returns:
-            Whether both together wanted clearly more cores than there are.
-        """
+        """Tell whether both together wanted clearly more cores than there are."""
         return self.busy_cores + num_threads > self.num_cores + 0.5
 
 
@@ -87,20 +80,7 @@ def measure_latency(
     threads: int | None = None,
     seed: int = 0,
 ) -> dict[int, Latency]:
-    """Time one model by itself; see `measure_in_turn`.
-
-    Args:
-        model: a transformers model; its mode is restored.
-        batch_sizes: to measure, one after the other.
-        seq_len: tokens in a sequence (for a decoder of an encoder-decoder as well).
-        repeats: timed passes for each batch size.
-        num_warmups: passes before them.
-        threads: CPU threads of torch, restored afterwards; None leaves them.
-        seed: of the tokens.
-
-    Returns:
-        Batch size to latency.
-    """
+    """Time one model by itself, by batch size; the rest is as in `measure_in_turn`."""
     rounds = Rounds(1, repeats=repeats, num_warmups=num_warmups)
     models = {"": model}
     return measure_in_turn(
@@ -127,11 +107,7 @@ class Rounds:
     num_warmups: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what times nothing.
-
-        Raises:
-            ValueError: if no pass would be timed.
-        """
+        """Refuse what times nothing, with a ValueError."""
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats}; at least one pass must be timed")
 
@@ -180,11 +156,7 @@ def measure_in_turn(
 
 @contextmanager
 def watch_other_work() -> Iterator[Callable[[], OtherWork]]:
-    """Watch what other processes do while something is timed.
-
-    Yields:
-        A function that says what they have done since.
-    """
+    """Give a function that says what other processes have done since."""
     own = psutil.Process()
     begin, others, mine = time.monotonic(), _busy_s(), sum(own.cpu_times()[:2])
 

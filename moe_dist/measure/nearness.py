@@ -30,18 +30,9 @@ def measure_hidden_errors(
 ) -> dict[str, Tensor]:
     """Compare students' hidden states with their teacher's, in this process alone.
 
-    Each batch goes through the teacher once, and then through every student.
-
-    Args:
-        teacher: in evaluation mode; all models are on one device.
-        students: in evaluation mode, by name; those of another depth or width are left out.
-        encoded: the samples.
-        batch_size: samples for one forward.
-        pad_token_id: fills up shorter samples.
-        advance: called after each batch.
-
-    Returns:
-        (N,) float32 by name, from `hidden_errors`: after every layer, embeddings left out.
+    Each batch goes through the teacher once, then through every student. All models are in
+    evaluation mode and on one device; students of another depth or width are left out. Results, by
+    name: (N,) float32 from `hidden_errors`, after every layer, embeddings left out.
     """
     shape = _shape(teacher)
     chosen = {name: model for name, model in students.items() if _shape(model) == shape}

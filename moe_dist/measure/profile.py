@@ -60,14 +60,7 @@ class FlopCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters.
-
-    Args:
-        model: dense or converted, not spread over processes.
-
-    Returns:
-        Total and active parameters.
-    """
+    """Count a model's total and active parameters; it must not be spread over processes."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         (layer.num_experts - layer.top_k) * _size_of_one(layer.experts, bias=True)
@@ -113,14 +106,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
 
 
 def model_shape(model: nn.Module) -> dict[str, int]:
-    """Give a model's depth and width.
-
-    Args:
-        model: dense or converted; of an encoder-decoder the encoder counts.
-
-    Returns:
-        `num_layers` and `hidden_size`.
-    """
+    """Give `num_layers` and `hidden_size`; of an encoder-decoder the encoder's."""
     config: Any = model.config
     return {
         "num_layers": int(config.num_hidden_layers),

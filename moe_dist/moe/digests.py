@@ -10,14 +10,9 @@ from torch import Tensor
 
 
 def expert_digests(stacked: Mapping[str, Tensor]) -> list[str]:
-    """Hash the weights of each expert.
+    """Hash each expert: SHA-256 in hexadecimal over its rows of the (E, ...) tensors, by name.
 
-    Args:
-        stacked: the (E, ...) tensors of one layer's experts by name.
-
-    Returns:
-        A SHA-256 in hexadecimal for each expert, over the bytes of its rows in order of name;
-        none if there are no tensors.
+    There are none if there are no tensors.
     """
     tensors = [stacked[name].detach().to("cpu").contiguous() for name in sorted(stacked)]
     num_experts = tensors[0].shape[0] if tensors else 0
@@ -32,14 +27,7 @@ def expert_digests(stacked: Mapping[str, Tensor]) -> list[str]:
 
 
 def numbered(digests: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Give each expert a key of its own, as manifests have them.
-
-    Args:
-        digests: by layer, in global order.
-
-    Returns:
-        Digests by `<layer>.<global expert>`.
-    """
+    """Key the digests by `<layer>.<global expert>`, as manifests have them."""
     return {
         f"{layer}.{expert}": digest
         for layer, of_layer in digests.items()
@@ -48,14 +36,7 @@ def numbered(digests: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def by_layer(experts: Mapping[str, str]) -> dict[str, list[str]]:
-    """Undo `numbered`.
-
-    Args:
-        experts: digests by `<layer>.<global expert>`.
-
-    Returns:
-        Digests by layer, in global order.
-    """
+    """Undo `numbered`; digests come in global order."""
     sorted_keys = sorted((_layer_and_number(key), key) for key in experts)
     layers: dict[str, list[str]] = {}
     for (layer, _), key in sorted_keys:

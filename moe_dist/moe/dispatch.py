@@ -49,16 +49,7 @@ class LocalDispatcher:
     """Sort tokens by expert, compute each group, put the results back."""
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """Apply the chosen experts to every token.
-
-        Args:
-            hidden_TD: tokens.
-            routing: which experts, with which weights.
-            experts: all experts of the layer.
-
-        Returns:
-            (T, D) weighted sums, in `compute_dtype` of the input.
-        """
+        """Give the (T, D) weighted sums, in `compute_dtype` of the input."""
         order = sort_slots(routing.expert_ids, experts.num_experts, routing.kept)
         sorted_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)
         return unpermute(experts(sorted_SD, order.tokens_per_expert_E), routing, order)
@@ -92,29 +83,12 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int, kept_TK: Tensor | None =
 
 
 def permute(hidden_TD: Tensor, order: SlotOrder) -> Tensor:
-    """Copy each token to the sorted positions of its slots.
-
-    Args:
-        hidden_TD: tokens.
-        order: from `sort_slots`.
-
-    Returns:
-        (N, D) rows grouped by expert.
-    """
+    """Copy each token to the sorted positions of its slots: (N, D) rows grouped by expert."""
     return cast(Tensor, _Permute.apply(hidden_TD, order))
 
 
 def unpermute(sorted_SD: Tensor, routing: Routing, order: SlotOrder) -> Tensor:
-    """Bring each token's results back and add them, weighted.
-
-    Args:
-        sorted_SD: (N, D) results in the order of `permute`.
-        routing: gives the weights, 0 for slots that are not kept.
-        order: the same order as before.
-
-    Returns:
-        (T, D).
-    """
+    """Undo `permute` and add each token's results, weighted (0 for slots not kept): (T, D)."""
     weights_TK = None if routing.unit_weights else routing.expert_weights.to(sorted_SD.dtype)
     return cast(Tensor, _Unpermute.apply(sorted_SD, weights_TK, order))
 

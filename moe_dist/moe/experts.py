@@ -30,15 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Tell the dtype that a linear layer would compute in here.
+    """Tell the dtype a linear layer would compute in: autocast's where it is on, else the input's.
 
     Autocast does not reach grouped products, so the layer casts by itself.
-
-    Args:
-        hidden: the layer's input.
-
-    Returns:
-        Autocast's dtype where it is on for the input's device, else the input's own.
     """
     device_type = hidden.device.type
     if hidden.dtype is not torch.float64 and torch.is_autocast_enabled(device_type):
@@ -120,17 +114,10 @@ class Experts(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, sorted_TD: Tensor, tokens_per_expert_E: Tensor | None = None) -> Tensor:
-        """Apply each expert to its own tokens.
+        """Apply each expert to its own tokens, in `compute_dtype` of the input.
 
-        Args:
-            sorted_TD: tokens grouped by expert, expert 0 first.
-            tokens_per_expert_E: tokens of each expert, summing to T; not needed for one expert.
-
-        Returns:
-            (T, D) outputs in the same order, in `compute_dtype` of the input.
-
-        Raises:
-            ValueError: if the counts are missing.
+        The rows are grouped by expert, expert 0 first. Only one expert can do without their
+        counts, else they are a ValueError.
         """
         if tokens_per_expert_E is None:
             if self.num_experts > 1:
@@ -141,17 +128,10 @@ class Experts(nn.Module):
     def in_chunks(
         self, dtype: torch.dtype, num_chunks: int = 1
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Prepare to apply the experts to the parts of one batch, one after the other.
+        """Give a function like `forward`, to be called `num_chunks` times on parts of one batch.
 
         The weights are cast once, and their gradients are added up in one buffer. All parts must
         end up in one output, or the gradient is never complete.
-
-        Args:
-            dtype: to compute in.
-            num_chunks: how often the result will be called.
-
-        Returns:
-            A function of grouped rows and their counts, like `forward`.
         """
         weights = {
             name: _Weight(parameter.to(dtype), GradientSum(num_chunks) if num_chunks > 1 else None)
@@ -188,11 +168,7 @@ class Experts(nn.Module):
         return linear(hidden_TF, "out")
 
     def extra_repr(self) -> str:
-        """Describe the sizes.
-
-        Returns:
-            What `print(module)` shows.
-        """
+        """Describe the sizes for `print(module)`."""
         return (
             f"num_experts={self.num_experts}, d_model={self.d_model}, "
             f"expert_size={self.expert_size}, gated={self.gated}, dropout={self.dropout}"

@@ -66,16 +66,7 @@ class Gate(nn.Module):
     def choose(
         self, logits_TE: Tensor, dtype: torch.dtype, context: RoutingContext | None
     ) -> Routing:
-        """Choose the experts with the largest scores, noise included.
-
-        Args:
-            logits_TE: float32 scores.
-            dtype: of the weights.
-            context: numbers the samples, for the noise.
-
-        Returns:
-            The routing; its logits are those that decided.
-        """
+        """Choose the experts with the largest scores; the routing's logits include the noise."""
         if self.noise and self.training:
             salt = 2 * self.seed
             noise_TE = normal_rows(logits_TE.shape, context, salt=salt, device=logits_TE.device)
@@ -140,15 +131,7 @@ class TokenGate(Gate):
                 self.gate.weight.copy_(random_start(num_experts, d_model, seed))
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Choose the experts of each token.
-
-        Args:
-            hidden_TD: hidden states.
-            context: numbers the samples, for noise and jitter.
-
-        Returns:
-            The routing, with logits.
-        """
+        """Choose each token's experts; the context numbers the samples, for noise and jitter."""
         return self.choose(self._scores(hidden_TD, context), compute_dtype(hidden_TD), context)
 
     def _scores(self, input_TD: Tensor, context: RoutingContext | None) -> Tensor:
@@ -215,16 +198,7 @@ class SentenceGate(TokenGate):
 
 
 def random_start(rows: int, columns: int, seed: int) -> Tensor:
-    """Draw the scores that a gate starts with.
-
-    Args:
-        rows: of the result.
-        columns: of the result.
-        seed: alone decides the values, whatever the device.
-
-    Returns:
-        (rows, columns) float32 on the CPU.
-    """
+    """Draw a gate's first scores: float32 on the CPU; the seed alone decides them."""
     start = torch.empty(rows, columns, device="cpu")
     return start.normal_(std=GATE_STD, generator=torch.Generator().manual_seed(seed))
 

@@ -31,11 +31,7 @@ class Groups:
     expert_of_row_T: Tensor | None = None
 
     def rows(self) -> list[tuple[int, slice]]:
-        """List the experts that have rows, with their rows.
-
-        Returns:
-            Pairs of expert and slice; empty experts are left out.
-        """
+        """List the experts that have rows, each with its slice of them."""
         assert self.sizes is not None
         found = []
         start = 0
@@ -69,17 +65,7 @@ class GradientSum:
         weight_EOI: Tensor,
         rows_of_experts: list[tuple[int, slice]],
     ) -> Tensor | None:
-        """Add one product's share, expert by expert.
-
-        Args:
-            grad_TO: gradient of its result.
-            rows_TI: its rows.
-            weight_EOI: the weights.
-            rows_of_experts: from `Groups.rows`.
-
-        Returns:
-            (E, O, I) the sum after the last product, before it None.
-        """
+        """Add one product's share expert by expert: (E, O, I) after the last, before it None."""
         if self._sum_EOI is None:
             self._sum_EOI = torch.empty_like(weight_EOI)
         for expert, rows in rows_of_experts:
@@ -92,14 +78,7 @@ class GradientSum:
         return self._hand_out(set(range(weight_EOI.shape[0])) - self._written)
 
     def add_stack(self, grad_EOI: Tensor) -> Tensor | None:
-        """Add one product's share as a whole.
-
-        Args:
-            grad_EOI: the share; it may be changed later.
-
-        Returns:
-            (E, O, I) the sum after the last product, before it None.
-        """
+        """Add one product's share as `add_groups` does, but whole; it may be changed later."""
         self._sum_EOI = grad_EOI if self._sum_EOI is None else self._sum_EOI.add_(grad_EOI)
         return self._hand_out(set())
 
@@ -117,16 +96,7 @@ class GradientSum:
 
 
 def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool) -> Groups:
-    """Turn counts into group boundaries.
-
-    Args:
-        tokens_per_expert_E: rows of each expert, summing to T.
-        rows_TI: the grouped rows.
-        on_device: keep the counts on an accelerator, so that the host need not wait for them.
-
-    Returns:
-        The groups.
-    """
+    """Turn counts into group boundaries; with `on_device` the host need not wait for the counts."""
     if not on_device:
         sizes = tokens_per_expert_E.tolist()
         assert sum(sizes) == rows_TI.shape[0], "tokens_per_expert does not sum to the rows"
@@ -139,17 +109,9 @@ def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool)
 
 
 def can_use_grouped_mm(rows_TI: Tensor, weight_EOI: Tensor) -> bool:
-    """Tell whether torch's grouped matrix product takes these operands and is worth it.
+    """Tell whether `grouped_linear` may get groups whose sizes only the device knows.
 
-    On CPU the loop is as fast and fuses the bias, so grouped_mm serves accelerators only; there it
-    also spares the host from waiting for the counts.
-
-    Args:
-        rows_TI: grouped rows.
-        weight_EOI: stacked weights.
-
-    Returns:
-        True if `grouped_linear` may get groups whose sizes only the device knows.
+    On CPU the loop is as fast and fuses the bias, so grouped_mm serves accelerators only.
     """
     aligned = all(width * rows_TI.element_size() % 16 == 0 for width in weight_EOI.shape[1:])
     return rows_TI.is_cuda and rows_TI.dtype is torch.bfloat16 and aligned
@@ -162,17 +124,9 @@ def grouped_linear(
     groups: Groups,
     weight_grad: GradientSum | None = None,
 ) -> Tensor:
-    """Apply each expert's linear layer to its own rows.
+    """Apply each expert's linear layer to its own rows (of the weights' dtype): (T, O).
 
-    Args:
-        rows_TI: rows grouped by expert; same dtype as the weights.
-        weight_EOI: stacked weights.
-        bias_EO: stacked biases, or None.
-        groups: where each expert's rows lie.
-        weight_grad: shared with the other products of these weights, if there are any.
-
-    Returns:
-        (T, O) rows in the same order.
+    `weight_grad` is shared with the other products of these weights, if there are any.
     """
     if weight_EOI.shape[0] == 1 and weight_grad is None:
         # A view: the gradient of an index would be a second copy of the weights.

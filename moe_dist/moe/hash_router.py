@@ -34,15 +34,7 @@ class TableRouter(nn.Module):
         self.register_buffer("table", table.to(torch.int64))
 
     def look_up(self, rows_T: Tensor, hidden_TD: Tensor) -> Routing:
-        """Give each token the experts of its row, equally weighted.
-
-        Args:
-            rows_T: the row of each token.
-            hidden_TD: the tokens; tells dtype and device.
-
-        Returns:
-            The routing, without logits.
-        """
+        """Give each token the experts of its row, equally weighted and without logits."""
         num_tokens = hidden_TD.shape[0]
         weight = torch.full(
             (1, 1), 1.0 / self.top_k, dtype=compute_dtype(hidden_TD), device=hidden_TD.device
@@ -107,15 +99,7 @@ class HashRouter(TableRouter):
 
 
 def _check_table(table: Tensor, num_experts: int) -> None:
-    """Check that a table names experts only.
-
-    Args:
-        table: any shape; not read where it has no values (the meta device).
-        num_experts: experts to choose from, E.
-
-    Raises:
-        ConversionError: if it is empty or names others.
-    """
+    """Refuse a table that is empty or names other experts."""
     # A model built on the meta device to be filled from a checkpoint has no values to check.
     if table.numel() == 0 or (
         not table.is_meta and not 0 <= int(table.min()) <= int(table.max()) < num_experts

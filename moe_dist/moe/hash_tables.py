@@ -14,19 +14,9 @@ from moe_dist.errors import MissingInputError
 
 
 def random_table(vocab_size: int, num_experts: int, *, seed: int, top_k: int = 1) -> Tensor:
-    """Give every token id fixed random experts.
+    """Give every token id fixed random experts: (V,) int64 for top_k 1, else (V, K) distinct.
 
-    Args:
-        vocab_size: rows of the table, V.
-        num_experts: experts to choose from, E.
-        seed: the same seed gives the same table on every machine.
-        top_k: different experts for each token id, K.
-
-    Returns:
-        (V,) int64 for top_k 1, else (V, K) with distinct experts in each row.
-
-    Raises:
-        ValueError: if top_k is not between 1 and num_experts.
+    The same seed gives the same table on every machine. A ValueError if top_k is not 1 to E.
 
     Source: Hash Layers, arXiv:2106.04426.
     """

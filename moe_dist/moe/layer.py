@@ -106,26 +106,12 @@ class MoELayer(nn.Module):
         return cast(Tensor, out_TD.view(hidden.shape))
 
     def extra_repr(self) -> str:
-        """Describe the layer.
-
-        Returns:
-            What `print(module)` shows.
-        """
+        """Describe the layer for `print(module)`."""
         return f"name={self.name!r}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """List the MoE layers of a model.
-
-    Args:
-        model: one that has some.
-
-    Returns:
-        At least one layer, in order.
-
-    Raises:
-        ConversionError: if the model has none.
-    """
+    """List the MoE layers of a model, in order; one without any is a ConversionError."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     if not layers:
         raise ConversionError(

@@ -61,17 +61,7 @@ def normal_rows(
     salt: int,
     device: torch.device,
 ) -> Tensor:
-    """Draw from the standard normal distribution.
-
-    Args:
-        shape: see `uniform_rows`.
-        context: see `uniform_rows`.
-        salt: see `uniform_rows`.
-        device: see `uniform_rows`.
-
-    Returns:
-        (N, C) float64.
-    """
+    """Draw (N, C) float64 from the standard normal distribution; arguments as `uniform_rows`."""
     uniform_NC = uniform_rows(shape, context, salt=salt, device=device)
     return cast(Tensor, torch.special.ndtri(uniform_NC))
 

@@ -19,16 +19,7 @@ from moe_dist.moe.routing import Routing, current_context
 
 
 def reference_expert(experts: Experts, token_D: Tensor, expert: int) -> Tensor:
-    """Apply one expert to one token, without dropout.
-
-    Args:
-        experts: the stacked experts.
-        token_D: the token.
-        expert: which expert.
-
-    Returns:
-        (D,) output.
-    """
+    """Apply one expert to one token, without dropout."""
 
     def pick(stack: Tensor | None) -> Tensor | None:
         return None if stack is None else stack[expert]
@@ -46,16 +37,7 @@ def reference_expert(experts: Experts, token_D: Tensor, expert: int) -> Tensor:
 
 
 def reference_dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Apply the chosen experts to every token, one by one.
-
-    Args:
-        hidden_TD: tokens.
-        routing: which experts, with which weights.
-        experts: all experts of the layer.
-
-    Returns:
-        (T, D) weighted sums.
-    """
+    """Apply the chosen experts to every token, one by one: (T, D) weighted sums."""
     outputs = []
     for token, token_D in enumerate(hidden_TD):
         out_D = torch.zeros_like(token_D)
@@ -69,17 +51,7 @@ def reference_dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts) ->
 def reference_capacity(
     capacity: Capacity, routing: Routing, num_experts: int, mask_T: Tensor | None
 ) -> Routing:
-    """Let the slots come one by one, and turn away who finds an expert full.
-
-    Args:
-        capacity: the limit.
-        routing: what the router chose.
-        num_experts: E.
-        mask_T: False for padding; None if all tokens are real.
-
-    Returns:
-        What `Capacity.apply` returns.
-    """
+    """Do what `Capacity.apply` does, slot by slot: turn away who finds an expert full."""
     ids = routing.expert_ids.tolist()
     num_tokens, top_k = routing.expert_ids.shape
     real = [True] * num_tokens if mask_T is None else mask_T.tolist()
@@ -100,15 +72,7 @@ def reference_capacity(
 
 
 def reference_layer(layer: MoELayer, hidden: Tensor) -> Tensor:
-    """Compute what `MoELayer.forward` returns, one token at a time and without dropout.
-
-    Args:
-        layer: the layer, with all its experts in this process.
-        hidden: (B, S, D) or (T, D).
-
-    Returns:
-        The same shape.
-    """
+    """Compute what `MoELayer.forward` returns, one token at a time and without dropout."""
     hidden_TD = hidden.reshape(-1, hidden.shape[-1])
     if layer.router is None:
         tokens = [reference_expert(layer.experts, token_D, 0) for token_D in hidden_TD]

@@ -121,25 +121,14 @@ _RECORD: ContextVar[RoutingRecord | None] = ContextVar("moe_dist_routing_record"
 
 
 def current_context() -> RoutingContext | None:
-    """Return the context of the innermost open forward call of this thread, if any.
-
-    Returns:
-        The context, or None outside any.
-    """
+    """Return the context of this thread's innermost open forward call, None outside any."""
     frame = _FRAME.get()
     return None if frame is None else frame.context
 
 
 @contextmanager
 def use_context(context: RoutingContext) -> Iterator[RoutingContext]:
-    """Make `context` the current one inside the `with` block, in this thread only.
-
-    Args:
-        context: what the routers inside the block read.
-
-    Yields:
-        The same context.
-    """
+    """Make `context` the current one inside the `with` block, in this thread only."""
     outer = _FRAME.get()
     _FRAME.set(_Frame(context, None, outer))
     try:
@@ -150,14 +139,7 @@ def use_context(context: RoutingContext) -> Iterator[RoutingContext]:
 
 @contextmanager
 def use_task(task: int | None) -> Iterator[None]:
-    """Name the task of every forward call inside the `with` block, in this thread only.
-
-    Args:
-        task: its number among the model's tasks; None changes nothing.
-
-    Yields:
-        Nothing.
-    """
+    """Name the task of forward calls inside the block, in this thread; None changes nothing."""
     if task is None:
         yield
         return
@@ -168,17 +150,10 @@ def use_task(task: int | None) -> Iterator[None]:
 
 @contextmanager
 def use_samples(sample_ids: Tensor, noise_seed: int) -> Iterator[None]:
-    """Number the samples of every forward call inside the `with` block, in this thread only.
+    """Number the (B,) samples of forward calls inside the `with` block, in this thread only.
 
-    What gates draw then depends on seed, sample, place in the sample and layer, and not on what
-    else is in the batch.
-
-    Args:
-        sample_ids: (B,) int64.
-        noise_seed: give each step its own.
-
-    Yields:
-        Nothing.
+    What gates draw then depends on seed (give each step its own), sample, place in the sample and
+    layer, and not on what else is in the batch.
     """
     outer = current_context() or RoutingContext()
     with use_context(replace(outer, sample_ids=sample_ids, noise_seed=noise_seed)):
@@ -187,13 +162,10 @@ def use_samples(sample_ids: Tensor, noise_seed: int) -> Iterator[None]:
 
 @contextmanager
 def record_routing() -> Iterator[RoutingRecord]:
-    """Collect the routing of every MoE layer that runs inside the `with` block.
+    """Collect the routing, with its graph, of every MoE layer that runs inside the `with` block.
 
     Blocks nest: the innermost one collects. Layers recomputed for gradient checkpointing do not
     appear twice if the checkpoint was given `checkpoint_context_fn`.
-
-    Yields:
-        The record, filled as the layers run; its logits keep their graph.
     """
     outer = _RECORD.get()
     record = RoutingRecord()
@@ -205,16 +177,7 @@ def record_routing() -> Iterator[RoutingRecord]:
 
 
 def append_routing(name: str, num_experts: int, routing: Routing) -> None:
-    """Add one layer's routing to the active record; do nothing where none is active.
-
-    Args:
-        name: the layer's name.
-        num_experts: how many experts it has.
-        routing: what its router returned.
-
-    Raises:
-        MissingInputError: if the context's mask does not cover the layer's tokens.
-    """
+    """Add one layer's routing to the active record; do nothing where none is active."""
     record = _RECORD.get()
     if record is None:
         return
@@ -223,18 +186,9 @@ def append_routing(name: str, num_experts: int, routing: Routing) -> None:
 
 
 def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> Tensor | None:
-    """Tell which tokens of a layer are real.
+    """Tell which tokens of a layer are real: (T,) bool, or None if all are.
 
-    Args:
-        name: the layer's name.
-        num_tokens: tokens that it sees, T.
-        context: of the forward call.
-
-    Returns:
-        (T,) bool, or None if all are.
-
-    Raises:
-        MissingInputError: if the context's mask does not cover the layer's tokens.
+    A mask that does not cover the layer's tokens is a MissingInputError.
     """
     if context is None or context.mask is None:
         return None
@@ -253,23 +207,15 @@ def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContex
 
     Pass it as ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=...)``;
     without it the backward pass, which may run in another thread, finds no context.
-
-    Returns:
-        Context managers around the forward and around the recomputation.
     """
     return nullcontext(), _recomputation(_FRAME.get())
 
 
 def install_routing_hooks(stack: nn.Module, *, causal: bool = False) -> None:
-    """Open a `RoutingContext` around each forward call of a Transformer stack.
+    """Open a `RoutingContext` around each forward of a stack; `causal` if it is a decoder.
 
-    The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by the names in the stack's
-    own forward signature, positional arguments included. They are module-level functions, so
-    the stack can still be copied and pickled. Installing twice changes nothing.
-
-    Args:
-        stack: the module whose forward takes the token ids, e.g. a ``BertModel``.
-        causal: it is a decoder, whose routers must not look ahead.
+    The hooks read ``input_ids``, ``attention_mask`` and ``task_ids`` by name, and can be copied
+    and pickled with the stack. Installing twice changes nothing.
     """
     open_context = _open_causal_context if causal else _open_context
     if open_context in stack._forward_pre_hooks.values():

@@ -57,17 +57,9 @@ class TaskGate(Gate):
                 self.task_scores.copy_(start)
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Choose the experts of each sample's task.
+        """Choose the experts of each sample's task, which the context carries, for all its tokens.
 
-        Args:
-            hidden_TD: hidden states; only their number, dtype and device matter.
-            context: carries the task of each sample.
-
-        Returns:
-            The routing, alike for all tokens of a task, with logits.
-
-        Raises:
-            MissingInputError: if the tasks are missing or unknown.
+        Tasks that are missing or unknown are a MissingInputError.
         """
         tasks_B = _task_ids(hidden_TD, context, self.num_tasks)
         if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
@@ -90,34 +82,14 @@ class TaskTable(TableRouter):
     """
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Look the experts of each sample's task up.
-
-        Args:
-            hidden_TD: hidden states; only their number, dtype and device matter.
-            context: carries the task of each sample.
-
-        Returns:
-            The routing, with equal weights and no logits.
-
-        Raises:
-            MissingInputError: if the tasks are missing or unknown.
-        """
+        """Look up the experts of each sample's task: equal weights, no logits."""
         tasks_B = _task_ids(hidden_TD, context, self.table.shape[0])
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
 
 
 def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:
-    """Give every task its experts, all experts in turn, in every layer alike.
-
-    Args:
-        num_tasks: N.
-        num_experts: experts to choose from, E.
-        top_k: different experts for each task, K.
-
-    Returns:
-        (N, K) int64.
-    """
+    """Give every task K experts, all E in turn, in every layer alike: (N, K) int64."""
     turns_NK = torch.arange(num_tasks * top_k, device="cpu").view(num_tasks, top_k)
     return turns_NK % num_experts
 

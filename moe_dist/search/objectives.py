@@ -80,17 +80,7 @@ def parse_goals(text: str) -> tuple[Goal, ...]:
 
 
 def check_cost(metric: str) -> str:
-    """See that a measure is one that is minimised.
-
-    Args:
-        metric: what `--minimize` names.
-
-    Returns:
-        The same.
-
-    Raises:
-        ConfigError: if it is none.
-    """
+    """Give a measure of `--minimize` back; ConfigError if it is not minimised."""
     if metric not in COSTS:
         fault = f"--minimize {metric} is no cost; use one of {', '.join(COSTS)}."
         raise ConfigError([fault], source="--minimize")
@@ -98,16 +88,7 @@ def check_cost(metric: str) -> str:
 
 
 def is_better(mode: MeasureMode, value: float, other: float) -> bool:
-    """Compare two values; NaN is worse than anything.
-
-    Args:
-        mode: which way is better.
-        value: the one.
-        other: the other.
-
-    Returns:
-        Whether the one is better.
-    """
+    """Say whether a value beats another; NaN is worse than anything."""
     if math.isnan(value) or math.isnan(other):
         return math.isnan(other) and not math.isnan(value)
     return value > other if mode == "max" else value < other

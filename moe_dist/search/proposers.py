@@ -145,16 +145,9 @@ def build_proposer(
     is_trainable: IsTrainable = bool,
     past: Iterable[Trial] = (),
 ) -> Proposer:
-    """Choose who proposes, and tell it what is known.
+    """Choose who proposes, and tell it of the past trials of an interrupted sweep.
 
-    Args:
-        dimensions: of the space.
-        config: the recipe; its `search` section names the algorithm.
-        is_trainable: tells whether a point can be trained and was not yet.
-        past: trials of an interrupted sweep that are over.
-
-    Returns:
-        The proposer.
+    `is_trainable` tells whether a point can be trained and was not yet.
     """
     proposer = PROPOSERS[config.search.chosen_algorithm](dimensions, config, is_trainable)
     for trial in past:

@@ -186,16 +186,7 @@ class TrialLog:
 
 
 def rank_trials(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
-    """Order the trials that were trained to the end, the best first.
-
-    Args:
-        trials: of the sweep.
-        metric: the objective.
-        mode: `max` or `min`.
-
-    Returns:
-        Those that have the measure; of equal ones the earlier first.
-    """
+    """Order the finished trials that have the measure, best first; of equal ones the earlier."""
     sign = -1.0 if mode == "max" else 1.0
     whole = [t for t in trials if t.status == "finished" and not math.isnan(t.value(metric))]
     return sorted(whole, key=lambda trial: (sign * trial.value(metric), trial.number))

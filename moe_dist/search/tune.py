@@ -104,20 +104,10 @@ def find_room(
     use_gpu: bool | None,
     most: int | None = None,
 ) -> TrialRoom:
-    """Work out how many trials fit into a cluster at once.
+    """Work out how many trials, `most` at the most, fit into a cluster at once.
 
-    Args:
-        capacity: of the cluster.
-        num_workers: of one trial, or the least and the most of them.
-        cpus_per_worker: CPUs that each of them reserves.
-        use_gpu: one GPU for each worker; None takes them where there are enough.
-        most: no more trials than that at a time.
-
-    Returns:
-        The room, of one trial at least.
-
-    Raises:
-        ClusterError: if not even one fits; with the arithmetic.
+    The pair of `num_workers` is the least and the most for one trial; with a `use_gpu` of None GPUs
+    are taken where there are enough. ClusterError, with the arithmetic, if not one trial fits.
     """
     placement = choose_placement(capacity, num_workers, cpus_per_worker, use_gpu)
     # What an autoscaler may add is not counted: a sweep that waits for it would wait as a whole.
@@ -239,7 +229,7 @@ def _trainable(run_trial: RunTrial, ruling: Ruling) -> Callable[[dict[str, Any]]
         def say(report: Mapping[str, Any]) -> None:
             last.update(report, seconds=time.monotonic() - begin)
             checkpoint = last.pop("checkpoint", None)
-            result = {"report": json.dumps(last)}
+            result: dict[str, Any] = {"report": json.dumps(last)}
             # A population is not changed at the end, where nothing is left to train.
             is_late = ruling.scheduler == "pbt" and last["rung"] >= ruling.last_rung
             if task.get("is_ruled", True) and not is_late:

@@ -47,17 +47,9 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
 
 @contextmanager
 def storage_errors(uri: str, doing: str) -> Iterator[None]:
-    """Turn what pyarrow and fsspec raise into a StorageError.
+    """Turn what pyarrow and fsspec raise into a StorageError, which redacts the URI.
 
-    Args:
-        uri: shown without user info and query.
-        doing: what was tried: `read`, `write`.
-
-    Yields:
-        Nothing. A full disk of this machine stays an OSError.
-
-    Raises:
-        StorageError: saying what is wrong and what to do.
+    `doing` is `read` or `write`. A full disk of this machine stays an OSError.
     """
     try:
         yield
@@ -68,16 +60,7 @@ def storage_errors(uri: str, doing: str) -> Iterator[None]:
 
 
 def explain(error: Exception, uri: str, doing: str) -> StorageError:
-    """Name an error of a store.
-
-    Args:
-        error: what pyarrow or fsspec raised.
-        uri: shown without user info and query.
-        doing: what was tried.
-
-    Returns:
-        The error for the user. Texts that are not known are quoted, since they help to search.
-    """
+    """Name an error of pyarrow or fsspec; texts that are not known are quoted, to search by."""
     text = _without_secrets(str(error).strip() or repr(error), uri)
     where = f"cannot {doing} {redact_uri(uri)}"
     for pattern, reason, remedy in _KINDS:

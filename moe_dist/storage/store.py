@@ -66,14 +66,7 @@ class Store:
         return self._opened[1]
 
     def at(self, *names: str) -> Store:
-        """Return a directory below this one.
-
-        Args:
-            *names: parts of its path.
-
-        Returns:
-            Its store, on the same connection.
-        """
+        """Return a directory below this one, on the same connection."""
         below = Store(join_uri(self.uri, *names))
         path = "/".join([self.root, *(name.strip("/") for name in names if name)])
         below.__dict__["_opened"] = (self.filesystem, path)
@@ -102,14 +95,7 @@ class Store:
         return sorted(entries, key=lambda entry: entry.name)
 
     def read(self, name: str) -> bytes | None:
-        """Read a small file.
-
-        Args:
-            name: the file.
-
-        Returns:
-            Its content; None if there is no such file.
-        """
+        """Read a small file; None if there is no such file."""
         with storage_errors(join_uri(self.uri, name), "read"):
             try:
                 with self.filesystem.open_input_stream(self._path(name)) as stream:
@@ -118,12 +104,7 @@ class Store:
                 return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file; readers see the old content or the new one.
-
-        Args:
-            name: the file.
-            content: its new content.
-        """
+        """Write a small file; readers see the old content or the new one."""
         path = self._path(name)
         with storage_errors(join_uri(self.uri, name), "write"):
             self._make_parent(path)

@@ -17,16 +17,10 @@ MANIFEST = "manifest.json"
 
 
 def upload_tree(store: Store, local: Path, name: str, *, marker: str = MANIFEST) -> None:
-    """Upload a directory; readers see it when all of it is there.
+    """Upload a directory; readers see it when `marker`, the last file, is there.
 
     What lay there before is taken away first, so that a reader finds the old directory, none, or
     the new one.
-
-    Args:
-        store: where to.
-        local: the directory.
-        name: its name in the store.
-        marker: the file that makes it visible; uploaded last.
     """
     delete_tree(store, name, marker=marker)
     files = [path for path in sorted(local.rglob("*")) if path.is_file()]
@@ -67,13 +61,9 @@ def download_tree(store: Store, name: str, local: Path, *, marker: str | None = 
 
 
 def delete_tree(store: Store, name: str, *, marker: str = MANIFEST, last: str = "") -> None:
-    """Delete a directory; it is no longer visible from the first moment.
+    """Delete a directory, `marker` first, so that it is not seen any more, and `last` last.
 
-    Args:
-        store: where it lies.
-        name: its name there.
-        marker: the file that makes it visible; deleted first.
-        last: a file that goes last, which tells whose the directory is.
+    `last` is a file that tells whose the directory is.
     """
     names = [entry.name for entry in store.list(name)]
     ends = (f"{name}/{marker}", f"{name}/{last}")
@@ -85,14 +75,9 @@ def delete_tree(store: Store, name: str, *, marker: str = MANIFEST, last: str = 
 def move_tree(
     store: Store, source: str, target: str, *, marker: str = MANIFEST, last: str = ""
 ) -> None:
-    """Give a directory another name: copied inside the store, then deleted under the old one.
+    """Give a directory another name: copied inside the store, then deleted as `delete_tree` does.
 
-    Args:
-        store: where it lies.
-        source: its name.
-        target: its new name; what is there is replaced.
-        marker: the file that makes it visible.
-        last: as for `delete_tree`.
+    What is at the target is replaced.
     """
     delete_tree(store, target, marker=marker, last=last)
     names = [entry.name.removeprefix(f"{source}/") for entry in store.list(source)]
@@ -149,14 +134,7 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """Download one file for as long as it is needed.
-
-    Args:
-        uri: the file; a path is left where it is.
-
-    Yields:
-        Where it lies on this machine, under its own name; a download is gone afterwards.
-    """
+    """Download one file while it is needed, under its own name; a path stays in place."""
     if not is_uri(uri):
         yield Path(uri)
         return

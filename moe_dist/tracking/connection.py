@@ -96,40 +96,18 @@ def usable(uri: str) -> Iterator[None]:
 
 
 def is_databricks(uri: str) -> bool:
-    """Say whether a URI names a Databricks workspace.
-
-    Args:
-        uri: a tracking URI.
-
-    Returns:
-        True for `databricks` and `databricks://PROFILE`.
-    """
+    """Say whether a tracking URI is `databricks` or `databricks://PROFILE`."""
     return uri == _DATABRICKS or uri.startswith(f"{_DATABRICKS}://")
 
 
 def database_path(uri: str) -> Path | None:
-    """Find the file of a sqlite store.
-
-    Args:
-        uri: a tracking URI.
-
-    Returns:
-        The file; None for other stores.
-    """
+    """Find the file of a sqlite store; None for other stores."""
     path = sqlite_path(uri)
     return Path(path) if path else None
 
 
 def describe_fault(fault: BaseException, uri: str = "") -> str:
-    """Say in one line why the server could not be used.
-
-    Args:
-        fault: what was raised.
-        uri: the tracking URI, whose credentials the fault may repeat.
-
-    Returns:
-        The line, without credentials.
-    """
+    """Say in one line, without the URI's credentials, why the server could not be used."""
     text = str(fault).strip().splitlines() or [type(fault).__name__]
     line = text[0].replace(uri, redact_uri(uri)) if uri else text[0]
     line = re.sub(r"//[^/@\s]+@", "//", line)

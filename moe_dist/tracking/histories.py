@@ -27,16 +27,7 @@ _MAX_IDS = 500
 def read_histories(
     uri: str, client: MlflowClient, wanted: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Points]]:
-    """Read metrics of runs.
-
-    Args:
-        uri: the tracking store.
-        client: the connection to it.
-        wanted: names of metrics by run id; all of them have been logged.
-
-    Returns:
-        Points by run id and metric.
-    """
+    """Read logged metrics, named by run id, as points by run id and metric."""
     if not (uri.startswith("http") or is_databricks(uri)):
         from sqlalchemy.exc import SQLAlchemyError
 

@@ -151,14 +151,9 @@ class Journal:
 
 
 def load_journal(directory: Path, parent: Journal | None = None) -> Journal | None:
-    """Read a directory's journal.
+    """Read a directory's journal; None if there is none or it cannot be read.
 
-    Args:
-        directory: the run's directory.
-        parent: the journal of its parent run.
-
-    Returns:
-        The journal; None if there is none, or if it cannot be read (the run is then begun anew).
+    Without it, the run is begun anew. `parent` is the journal of the parent run.
     """
     try:
         entry = json.loads((directory / JOURNAL_NAME).read_text(encoding="utf-8"))

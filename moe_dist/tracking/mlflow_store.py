@@ -140,14 +140,7 @@ class MlflowStore:
         return self._models.uploading
 
     def run_location(self, run_id: str | None) -> str:
-        """Say how a run is looked at.
-
-        Args:
-            run_id: the run.
-
-        Returns:
-            Its URL, or the command that serves the database.
-        """
+        """Give a run's URL, or the command that serves the database."""
         if self.shown_uri.startswith("http"):
             base = self.shown_uri.rstrip("/")
             return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"

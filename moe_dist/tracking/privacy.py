@@ -20,17 +20,10 @@ _ABSOLUTE_PATH = re.compile(r"^(?:/|~|[A-Za-z]:[\\/])")
 
 
 def scrub(value: object, key: str = "") -> object:
-    """Copy a value without its secrets and machine paths.
+    """Copy plain data without its secrets and machine paths, to be sent or stored.
 
     Values under keys such as `hub_token` or `password` are hidden, user info is taken out of URIs,
-    and of an absolute path the last part is kept.
-
-    Args:
-        value: plain data: mappings, sequences, paths, strings, numbers.
-        key: the name that the value stands under.
-
-    Returns:
-        A copy that may be sent to a tracking server, or stored as an artifact.
+    and of an absolute path the last part is kept. `key` is the name that the value stands under.
     """
     if isinstance(value, Mapping):
         return {str(name): scrub(inner, str(name)) for name, inner in value.items()}

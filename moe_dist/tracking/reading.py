@@ -203,27 +203,15 @@ class RunReader:
         return self._all
 
     def history(self, run: RecordedRun, metric: str) -> Points:
-        """Read how a metric went.
-
-        Args:
-            run: the run.
-            metric: its name.
-
-        Returns:
-            Steps and values, in the order of the steps; empty if it was not logged.
-        """
+        """Read a metric in the order of its steps; empty if it was not logged."""
         return self.histories([(run, [metric])])[run.run_id].get(metric, [])
 
     def histories(
         self, wanted: Iterable[tuple[RecordedRun, Iterable[str]]]
     ) -> dict[str, dict[str, Points]]:
-        """Read how metrics of several runs went, at once.
+        """Read metrics of several runs at once, by run id and metric name.
 
-        Args:
-            wanted: runs, each with names of metrics; those that were not logged are left out.
-
-        Returns:
-            Steps and values in the order of the steps, by run id and metric.
+        Points are in the order of the steps; names that were not logged are left out.
         """
         names = {
             run.run_id: [name for name in metrics if name in run.metrics] for run, metrics in wanted
@@ -255,14 +243,7 @@ class RunReader:
 
 
 def recorded_id(directory: Path) -> str:
-    """Tell under which id a store has the run that a directory holds.
-
-    Args:
-        directory: of a chain, a stage, a sweep or a trial.
-
-    Returns:
-        The id; empty where no run was recorded.
-    """
+    """Give the id of the run that a directory holds; empty where none was recorded."""
     journal = load_journal(directory)
     return "" if journal is None else journal.sent.run_id or ""
 

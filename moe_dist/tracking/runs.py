@@ -29,18 +29,10 @@ RECIPE_TAG = "recipe_hash"
 
 
 def build_tracker(uri: str, *, experiment: str = "moe-dist", enabled: bool = True) -> Tracker:
-    """Connect to MLflow.
+    """Connect to MLflow; TrackingError, within seconds, if it cannot be used.
 
-    Args:
-        uri: `sqlite:///FILE`, `http(s)://...` or another MLflow tracking URI.
-        experiment: the experiment's name.
-        enabled: False gives a tracker that only keeps the metric files.
-
-    Returns:
-        The tracker.
-
-    Raises:
-        TrackingError: within seconds, if the server does not answer or the store is unusable.
+    `uri` is `sqlite:///FILE`, `http(s)://...` or another MLflow tracking URI. Not `enabled`, the
+    tracker only keeps the metric files.
     """
     return MLflowTracker(uri, experiment=experiment) if enabled else NullTracker()
 
@@ -68,20 +60,11 @@ class MLflowTracker:
         identity: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """Open the parent run of a chain; one of the same name and identity is continued.
+        """Open the parent run of a chain; one of the same name and identity goes on.
 
         Other parameters may differ. Those that the run has already keep their values, since MLflow
-        cannot change them; a tag `changed.KEY` gives the new one.
-
-        Args:
-            name: the run's name.
-            directory: the chain's output directory; `tracking.json` goes there.
-            params: the whole configuration, nested or flat.
-            identity: the part of it that makes the chain the one it is; all of it when not given.
-            tags: further tags.
-
-        Returns:
-            The run, to be used in a `with` statement.
+        cannot change them; a tag `changed.KEY` gives the new one. `identity` is the part of
+        `params` that makes the chain the one it is; None is all of it.
         """
         own = params if identity is None else identity
         journal = _open_journal(name, Path(directory), _identity_digest(own), None)
@@ -196,14 +179,7 @@ class _MlflowRun:
 
 
 def recipe_hash(identity: Mapping[str, object]) -> str:
-    """Name a recipe, whatever the workers, directories and comparisons that it runs with.
-
-    Args:
-        identity: the settings that make it the one it is, nested or flat.
-
-    Returns:
-        What chains have as the tag `recipe_hash`.
-    """
+    """Name a recipe, whatever the workers, directories and comparisons that it runs with."""
     return _identity_digest(identity)[:12]
 
 

@@ -49,14 +49,7 @@ class Sender:
         self._wake.set()
 
     def followed(self, directory: Path) -> Journal | None:
-        """Give the journal of a directory that is being sent.
-
-        Args:
-            directory: a run's directory.
-
-        Returns:
-            The one journal that this process may write there; None if there is none yet.
-        """
+        """Give the one journal that this process may write there; None if there is none."""
         with self._lock:
             return self._journals.get(directory.absolute())
 

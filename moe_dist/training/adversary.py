@@ -90,12 +90,7 @@ class Adversary(nn.Module):
     def student_loss(self, student_features_BN: Tensor, teacher_features_BN: Tensor) -> Tensor:
         """Reward the student for being taken for the teacher; keeps both samples for `update`.
 
-        Args:
-            student_features_BN: from `discriminator_features`, with their graph.
-            teacher_features_BN: the same samples of the teacher.
-
-        Returns:
-            Scalar, summed over samples; 0 without a gradient once the discriminator is off.
+        Scalar, summed over samples; 0 without a gradient once the discriminator is off.
         """
         self._seen.append((student_features_BN.detach(), teacher_features_BN.detach()))
         loss = fooling_loss(

@@ -24,29 +24,14 @@ Choices = dict[str, Tensor]
 
 @torch.no_grad()
 def count_choices(model: nn.Module, batch: Mapping[str, Tensor]) -> Choices:
-    """Route a micro-batch and count what its experts would get.
-
-    Args:
-        model: in training mode, since noise and dropout belong to the routing.
-        batch: a micro-batch.
-
-    Returns:
-        (E,) float32 by layer.
-    """
+    """Route a micro-batch in training mode (noise, dropout) and count: (E,) by layer."""
     with record_routing() as record:
         model(**model_inputs(batch))
     return expert_counts(record)
 
 
 def sum_choices(parts: Iterable[Mapping[str, Tensor]]) -> Choices:
-    """Add the choices of this rank's micro-batches, and those of all ranks; collective.
-
-    Args:
-        parts: (E,) by layer, for each micro-batch of the step.
-
-    Returns:
-        (E,) by layer, of the whole step, the same on every rank.
-    """
+    """Add the (E,) choices of a step's micro-batches by layer, over all ranks; collective."""
     total: Choices = {}
     for part in parts:
         for name, choices_E in part.items():
@@ -59,15 +44,7 @@ def sum_choices(parts: Iterable[Mapping[str, Tensor]]) -> Choices:
 
 
 def balance_term(gates: Mapping[str, GateSum], choices: Mapping[str, Tensor]) -> LossTerm:
-    """Compute a micro-batch's part of the load-balancing loss.
-
-    Args:
-        gates: of the micro-batch, by layer.
-        choices: of the whole step, by layer.
-
-    Returns:
-        The mean over layers; the parts of a step add up to it.
-    """
+    """Compute a micro-batch's part of the load-balancing loss, the mean over layers."""
     parts = [
         load_balancing_loss(gate.probability_E, choices[name], gate.top_k)
         for name, gate in gates.items()

@@ -16,32 +16,17 @@ from moe_dist.distributed.position import collective
 
 
 def num_ranks() -> int:
-    """Return how many processes train together.
-
-    Returns:
-        1 without a process group.
-    """
+    """Return how many processes train together: 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def own_rank() -> int:
-    """Return this process's place among them.
-
-    Returns:
-        0 without a process group.
-    """
+    """Return this process's place among them: 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add a tensor over all ranks, in place.
-
-    Args:
-        tensor: of equal shape on every rank.
-
-    Returns:
-        The same tensor.
-    """
+    """Add a tensor, of equal shape on every rank, over all ranks, in place."""
     if num_ranks() > 1:
         with collective("sum over ranks"):
             dist.all_reduce(tensor)
@@ -49,15 +34,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
-    """Find the largest of the ranks' values.
-
-    Args:
-        value: this rank's.
-        device: where the backend communicates.
-
-    Returns:
-        The largest.
-    """
+    """Find the largest of the ranks' values; `device` is where the backend communicates."""
     if num_ranks() == 1:
         return value
     largest = torch.tensor(value, dtype=torch.int64, device=device)
@@ -67,14 +44,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 
 def gather_values(value: Any) -> list[Any]:
-    """Give every rank the values of all, for error messages and the like.
-
-    Args:
-        value: this rank's, small and picklable.
-
-    Returns:
-        One value for each rank.
-    """
+    """Give every rank the (small, picklable) values of all, for error messages and the like."""
     if num_ranks() == 1:
         return [value]
     values: list[Any] = [None] * num_ranks()

@@ -38,14 +38,7 @@ class Companion(nn.Module):
         self.adversary = adversary
 
     def after_step(self, num_samples: int) -> dict[str, float]:
-        """Train what has an optimizer of its own; collective.
-
-        Args:
-            num_samples: of the step, over ranks and micro-batches.
-
-        Returns:
-            Values for the metric log, equal on every rank.
-        """
+        """Train what has an optimizer of its own, collective; values for the metric log."""
         return {} if self.adversary is None else self.adversary.update(num_samples)
 
 
@@ -107,15 +100,7 @@ def build_companion(
 
 
 def check_heads(student: nn.Module, teacher: nn.Module) -> None:
-    """See that attention scores can be compared.
-
-    Args:
-        student: weights not needed.
-        teacher: likewise.
-
-    Raises:
-        ConversionError: if the models differ in heads, or hide their attention.
-    """
+    """Refuse models whose attention scores cannot be compared, with a ConversionError."""
     own, other = num_attention_heads(student), num_attention_heads(teacher)
     if own != other:
         raise ConversionError(
@@ -126,15 +111,7 @@ def check_heads(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_pooling(model: nn.Module, section: ObjectivesConfig) -> None:
-    """See that the state which stands for a sentence has seen it.
-
-    Args:
-        model: student or teacher; weights not needed.
-        section: the recipe's ``distill``.
-
-    Raises:
-        ConversionError: if it is the first token's, in a stack where no token sees a later one.
-    """
+    """See that the state which stands for a sentence has seen it; else a ConversionError."""
     is_read = section.alignment_weight > 0 or section.adversarial_weight > 0
     if not is_read or section.alignment_pooling != "cls":
         return
@@ -153,20 +130,11 @@ def _width(model: nn.Module) -> int:
 
 
 def attach(student: nn.Module, companion: Companion) -> None:
-    """Make the companion part of what is trained and checkpointed.
-
-    Args:
-        student: changed in place; its forward does not see the companion.
-        companion: what learns beside it.
-    """
+    """Make the companion part of what is trained and checkpointed; forward does not see it."""
     student.add_module(ATTRIBUTE, companion)
 
 
 def detach(student: nn.Module) -> None:
-    """Take the companion off, so that the student is saved alone.
-
-    Args:
-        student: changed in place.
-    """
+    """Take the companion off, so that the student is saved alone."""
     if hasattr(student, ATTRIBUTE):
         delattr(student, ATTRIBUTE)

@@ -6,16 +6,11 @@ from torch import nn
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Give every dropout that a model has the same probability.
+    """Give every dropout that a model has the same probability, from 0 to below 1, in place.
 
-    Hugging Face's models keep some in modules and some as plain numbers (BART's, T5's attention),
-    and experts keep theirs as a number too. One of 0 stays 0: the architecture has none there
-    (BERT's and GPT-2's experts), or another module drops in its place (BART's FFN, whose experts
-    do). BART's dropping of whole layers is left alone.
-
-    Args:
-        model: changed in place; its configuration, and so what is saved, is not.
-        probability: from 0, which drops nothing, to below 1.
+    Modules and plain numbers (BART's, T5's attention, experts) alike. One of 0 stays 0: there the
+    architecture has none, or another module drops. BART's dropping of whole layers is left alone,
+    and so is the configuration, which is what is saved.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:

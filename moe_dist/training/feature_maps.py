@@ -50,41 +50,18 @@ class FeatureMaps(nn.Module):
         )
 
     def map_hidden(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Carry hidden states to the teacher's width.
-
-        Args:
-            hidden_BSD: of the student.
-            mask_BS: True or 1 for real tokens; None if all are real.
-
-        Returns:
-            (B, S, W); the states themselves where the widths are equal.
-        """
+        """Carry hidden states to the teacher's width, (B, S, W); unchanged where it is theirs."""
         if self.hidden is None:
             return hidden_BSD
         return _mapped(without_padding(hidden_BSD, mask_BS), self.hidden)
 
     def map_sentence(self, vectors_BD: Tensor) -> Tensor:
-        """Carry sentence vectors to the teacher's width.
-
-        Args:
-            vectors_BD: of the student.
-
-        Returns:
-            (B, W); the vectors themselves where the widths are equal.
-        """
+        """Carry sentence vectors to the teacher's width; unchanged where it is theirs."""
         return vectors_BD if self.sentence is None else _mapped(vectors_BD, self.sentence)
 
 
 def without_padding(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Set padding to 0, so that it reaches no gradient of a map, whatever it holds.
-
-    Args:
-        hidden_BSD: hidden states.
-        mask_BS: True or 1 for real tokens; None if all are real.
-
-    Returns:
-        The same shape.
-    """
+    """Set padding to 0, so that it reaches no gradient of a map, whatever it holds."""
     if mask_BS is None:
         return hidden_BSD
     return hidden_BSD.masked_fill(~mask_BS.bool().unsqueeze(-1), 0.0)

@@ -18,16 +18,9 @@ Precision = Literal["fp32", "bf16"]
 
 
 def pick_device(use_gpu: bool | str = "auto") -> torch.device:
-    """Choose this worker's device.
+    """Choose this worker's device; ``auto`` takes its GPU where one is visible.
 
-    Args:
-        use_gpu: ``auto`` takes a GPU where one is visible.
-
-    Returns:
-        The worker's own GPU, or the CPU.
-
-    Raises:
-        ClusterError: if a GPU is asked for and none is visible.
+    A GPU that is asked for and not visible is a ClusterError.
     """
     if use_gpu is False or (use_gpu == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -40,15 +33,7 @@ def pick_device(use_gpu: bool | str = "auto") -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> Precision:
-    """Turn ``auto`` into what every worker is fast at; collective.
-
-    Args:
-        precision: ``auto``, ``fp32`` or ``bf16``.
-        device: this worker's.
-
-    Returns:
-        The same on every rank.
-    """
+    """Turn ``auto`` into what every worker is fast at; collective."""
     if precision in ("fp32", "bf16"):
         return "bf16" if precision == "bf16" else "fp32"
     slow = max_over_ranks(0 if _is_fast_at_bf16(device) else 1, device)
@@ -56,21 +41,13 @@ def pick_precision(precision: str, device: torch.device) -> Precision:
 
 
 def peak_memory_gib() -> float:
-    """Return the largest resident memory this process has had.
-
-    Returns:
-        GiB of main memory.
-    """
+    """Return the largest resident main memory this process has had, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**3 if sys.platform == "darwin" else 1024**2)
 
 
 def return_free_memory() -> None:
-    """Hand the pages of what was freed back to the operating system, where the C library can.
-
-    glibc keeps the activations of a training in its heap, in pieces that the next training, of
-    other sizes, uses only in part: a process that trains one model after another grows and grows.
-    """
+    """Hand freed pages back to the system: glibc keeps them, and with many trainings they grow."""
     with suppress(OSError, AttributeError):  # No glibc.
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -112,18 +112,9 @@ class TrainResult:
 
 
 def planned_steps(steps_per_epoch: int, *, num_epochs: float | None, max_steps: int | None) -> int:
-    """Turn epochs and a limit into a number of steps.
+    """Turn epochs (a fraction will do) and a limit, or one of them, into at least 1 step.
 
-    Args:
-        steps_per_epoch: optimizer steps in an epoch.
-        num_epochs: may be a fraction; None leaves it to `max_steps`.
-        max_steps: an upper limit, or None.
-
-    Returns:
-        At least 1.
-
-    Raises:
-        TrainingError: if neither is given or the data do not fill one step.
+    A TrainingError if neither is given or the data do not fill one step.
     """
     if steps_per_epoch < 1:
         raise TrainingError(
@@ -404,16 +395,7 @@ def _take_step(
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix a run's seed with the step and the rank.
-
-    Args:
-        seed: the run's.
-        step: number of the step.
-        rank: of this process.
-
-    Returns:
-        A seed below 2**63, far from those of neighbouring steps and ranks.
-    """
+    """Mix a run's seed with step and rank: below 2**63, far from those of neighbours."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % (
         1 << 64
     )

@@ -44,13 +44,9 @@ class LogWindow:
         weighted: Mapping[str, Tensor] | None = None,
         routing_sums: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add one micro-batch's part of the step.
+        """Add one micro-batch's part: losses already divided by the counts of the whole step.
 
-        Args:
-            losses: detached scalars, already divided by the counts of the whole step.
-            tokens_per_expert: (E,) counts by layer.
-            weighted: the same losses as they enter the total.
-            routing_sums: by layer what `moe_dist.training.step.routing_sums` gives.
+        `weighted` has them as they enter the total; loads and `routing_sums` are by layer.
         """
         self._names.update(losses)
         _add(self._losses, losses, self._device)
@@ -66,13 +62,9 @@ class LogWindow:
         seconds: float,
         figures: Mapping[str, float] | None = None,
     ) -> None:
-        """Close a step.
+        """Close a step of so many real tokens of all ranks; `grad_norm` is before clipping.
 
-        Args:
-            grad_norm: before clipping, the same on every rank.
-            num_tokens: real tokens of all ranks.
-            seconds: what the step took.
-            figures: further values, equal on every rank.
+        Norm and `figures` are equal on every rank.
         """
         for name, value in (figures or {}).items():
             self._figures[name] = self._figures.get(name, 0.0) + value
@@ -87,9 +79,7 @@ class LogWindow:
     def metrics(self) -> dict[str, float]:
         """Reduce over ranks and name the values; collective.
 
-        Returns:
-            Means over the window's steps (of a loss, over those that had it); empty if it has
-            none.
+        Means over the window's steps (of a loss, over those that had it); empty if it has none.
         """
         if self.num_steps == 0:
             return {}
@@ -114,11 +104,7 @@ class LogWindow:
         return values
 
     def state(self) -> dict[str, Any]:
-        """Give what a resumed run needs to log the same values; collective.
-
-        Returns:
-            Plain values, summed over ranks.
-        """
+        """Give, summed over ranks, what a resumed run needs to log the same values; collective."""
         losses, loads = self._reduced(self._losses), self._reduced(self._loads)
         weighted = self._reduced(self._weighted)
         return {
@@ -135,12 +121,7 @@ class LogWindow:
         }
 
     def restore(self, state: Mapping[str, Any], *, keeps_sums: bool) -> None:
-        """Continue a window that a checkpoint interrupted.
-
-        Args:
-            state: what `state` gave.
-            keeps_sums: True on one rank only, since the sums are already over ranks.
-        """
+        """Continue an interrupted window; `keeps_sums` on one rank only, as sums are over ranks."""
         self.clear()
         self.num_steps = int(state["num_steps"])
         self.num_tokens = int(state["num_tokens"])
@@ -177,14 +158,7 @@ class LogWindow:
 
 
 def load_imbalance(count_E: Tensor) -> float:
-    """Measure how unevenly experts are used.
-
-    Args:
-        count_E: tokens of each expert.
-
-    Returns:
-        The largest count over the mean: 1 is even, E is all on one.
-    """
+    """Give the largest of (E,) counts over their mean: 1 is even, E is all on one."""
     mean = float(count_E.double().mean())
     return float(count_E.max()) / mean if mean > 0 else 1.0
 

@@ -108,20 +108,12 @@ class PairedOutputs:
         return tuple((index, index) for index in range(depths[0]))
 
     def states(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Give the hidden states that meet.
-
-        Returns:
-            The student's, the teacher's and their mask, pair by pair.
-        """
+        """Give the hidden states that meet: the student's, the teacher's, their mask."""
         own, masks, other = self.student.hidden, self.student.masks, self.teacher.hidden
         return [(own[index], other[match], masks[index]) for index, match in self.pairs]
 
     def sentences(self) -> tuple[Tensor, Tensor]:
-        """Give both sentence vectors of the last layer, at the teacher's width.
-
-        Returns:
-            The student's and the teacher's.
-        """
+        """Give both models' sentence vectors of the last layer, at the teacher's width."""
         pool = POOLINGS[self.settings.pooling]
         own, other = self.student.stacks[-1], self.teacher.stacks[-1]
         return (
@@ -252,28 +244,12 @@ def _names(objective: str) -> tuple[str, ...]:
 
 
 def reads(names: Collection[str], what: str) -> bool:
-    """Tell whether any of the objectives needs something of a forward pass.
-
-    Args:
-        names: keys of `OBJECTIVES`.
-        what: ``hidden`` or ``attention``.
-
-    Returns:
-        Whether one does.
-    """
+    """Tell whether an objective needs the ``hidden`` or ``attention`` of a forward pass."""
     return any(what in OBJECTIVES[name].reads for name in names)
 
 
 def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, LossTerm]:
-    """Compute the chosen losses of a micro-batch.
-
-    Args:
-        names: keys of `OBJECTIVES`.
-        paired: what student and teacher showed.
-
-    Returns:
-        Terms by name, undivided and unweighted.
-    """
+    """Compute a micro-batch's losses by name (keys of `OBJECTIVES`), undivided and unweighted."""
     terms = {}
     for name in names:
         row = OBJECTIVES[name]
@@ -283,15 +259,7 @@ def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, 
 
 
 def pair_stacks(depths: Sequence[int], which: str | int = "all") -> StatePairs:
-    """Say which hidden states meet in two models of equal depth.
-
-    Args:
-        depths: layers of each stack.
-        which: see `pair_states`; in each stack.
-
-    Returns:
-        Pairs of positions, the student's first.
-    """
+    """Say which hidden states meet, in each stack as in `pair_states`; the student's first."""
     pairs: list[tuple[int, int]] = []
     first = 0
     for depth in depths:
@@ -302,14 +270,9 @@ def pair_stacks(depths: Sequence[int], which: str | int = "all") -> StatePairs:
 
 
 def pair_states(layers: Sequence[int], which: str | int = "all") -> StatePairs:
-    """Say which hidden states meet.
+    """Pair positions of hidden states; `layers` has the teacher's of each student's, from 0.
 
-    Args:
-        layers: the teacher's layer of each student layer, from 0.
-        which: ``all`` with the embeddings, the ``last``, or every so many counted back from it.
-
-    Returns:
-        Pairs of positions, the student's first.
+    `which`: ``all`` with the embeddings, the ``last``, or every so many counted back from it.
     """
     pairs = ((0, 0), *((own + 1, other + 1) for own, other in enumerate(layers)))
     step = {"all": 1, "last": len(pairs)}.get(which) if isinstance(which, str) else which

@@ -62,40 +62,18 @@ class StepTerms:
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the columns that models do not take.
-
-    Args:
-        batch: a micro-batch with labels.
-
-    Returns:
-        The keyword arguments of a model's forward.
-    """
+    """Leave out the columns that models do not take."""
     return {name: column for name, column in batch.items() if name not in NOT_INPUTS}
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Make a model a teacher: no dropout, no gradients.
-
-    Args:
-        model: changed in place.
-
-    Returns:
-        The same model.
-    """
+    """Make a model a teacher, in place: no dropout, no gradients."""
     model.eval()
     return model.requires_grad_(False)
 
 
 def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
-    """Compute the task loss.
-
-    Args:
-        model: a classifier or regressor of Hugging Face's form.
-        batch: input_ids, attention_mask, labels (float for regression) and so on.
-
-    Returns:
-        The term ``task``.
-    """
+    """Compute the loss term ``task`` of a micro-batch; labels are float for regression."""
     with record_routing() as record:
         output = model(**model_inputs(batch))
     terms = {"task": _task_term(model, output.logits, batch["labels"])}
@@ -157,14 +135,7 @@ def distill_terms(
 
 
 def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
-    """Count the real tokens that each expert of each layer received, without a device sync.
-
-    Args:
-        record: what `record_routing` collected.
-
-    Returns:
-        (E,) float32 by layer name.
-    """
+    """Count each expert's real tokens, (E,) float32 by layer, without a device sync."""
     counts: dict[str, Tensor] = {}
     for position, entry in enumerate(record.entries):
         ids = entry.routing.expert_ids
@@ -180,15 +151,10 @@ def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
-    """Add up how undecided each layer's gate was and what its experts turned away.
+    """Add up how undecided each layer's gate was and what its experts turned away, without a sync.
 
-    Args:
-        record: what `record_routing` collected.
-
-    Returns:
-        By layer name (4,) float32, without a device sync: the sum of the gate's entropy, the
-        tokens it is over, the slots dropped, and the slots they are among. Layers without gate
-        and capacity are left out.
+    By layer (4,) float32: the sum of the gate's entropy, the tokens it is over, the slots dropped,
+    the slots they are among. Layers without gate and capacity are left out.
     """
     sums: dict[str, Tensor] = {}
     for position, entry in enumerate(record.entries):
@@ -212,14 +178,7 @@ def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
 
 
 def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
-    """Add up the probabilities that each layer's gate gave its experts.
-
-    Args:
-        record: what `record_routing` collected.
-
-    Returns:
-        By layer name; layers without a gate are left out.
-    """
+    """Add up the gates' probabilities of each expert; layers without a gate are left out."""
     sums: dict[str, GateSum] = {}
     for position, entry in enumerate(record.entries):
         if entry.routing.logits is None:

@@ -13,27 +13,12 @@ ItemT = TypeVar("ItemT")
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a micro-batch; copies from pinned memory overlap with computation.
-
-    Args:
-        batch: tensors by name.
-        device: where to.
-
-    Returns:
-        A new dict.
-    """
+    """Move a micro-batch; copies from pinned memory overlap with computation."""
     return {name: column.to(device, non_blocking=True) for name, column in batch.items()}
 
 
 def pinned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put a micro-batch into page-locked memory.
-
-    Args:
-        batch: tensors by name, on the CPU.
-
-    Returns:
-        A new dict.
-    """
+    """Put a micro-batch from the CPU into page-locked memory."""
     return {
         name: column if column.is_pinned() else column.pin_memory()
         for name, column in batch.items()
@@ -45,12 +30,7 @@ def ahead(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield micro-batches on the device, collated while the one before computes.
 
-    Args:
-        batches: on the CPU.
-        device: where to; without a GPU nothing runs ahead, since the cores are busy anyway.
-
-    Yields:
-        Moved micro-batches.
+    Without a GPU nothing runs ahead, since the cores are busy anyway.
     """
     for batch in prepared(batches, pinned, device):
         yield to_device(batch, device)
@@ -59,16 +39,7 @@ def ahead(
 def prepared(
     items: Iterable[ItemT], prepare: Callable[[ItemT], ItemT], device: torch.device
 ) -> Iterator[ItemT]:
-    """Take and prepare the next item in a thread while the caller works with this one.
-
-    Args:
-        items: what to iterate over.
-        prepare: applied to each where there is a GPU.
-        device: on a CPU the items come as they are, without a thread.
-
-    Yields:
-        The items in order.
-    """
+    """Take and prepare the next item in a thread; on a CPU items come as they are, without one."""
     if device.type != "cuda":
         yield from items
         return

@@ -79,14 +79,7 @@ class Restart:
 
 
 def next_attempt(records: Path) -> int:
-    """Count the attempts.
-
-    Args:
-        records: the job's directory.
-
-    Returns:
-        The number of the one that begins, from 1.
-    """
+    """Give the number of the attempt that begins, from 1."""
     return 1 + len(_read_lines(records / ATTEMPTS_NAME))
 
 
@@ -126,11 +119,7 @@ class PhaseNotes:
         self._awaited = set(_PARTS)
 
     def __call__(self, phase: str) -> None:
-        """Take note.
-
-        Args:
-            phase: what begins.
-        """
+        """Take note of a phase that begins, the first time."""
         if phase in self._awaited:
             self._awaited.remove(phase)
             with suppress(OSError):  # A full disk is no matter here.
@@ -138,13 +127,7 @@ class PhaseNotes:
 
 
 def note_fault(records: Path, attempt: int, stall: Stall) -> None:
-    """Leave word of why an attempt ends.
-
-    Args:
-        records: the job's directory.
-        attempt: its number.
-        stall: what a rank found.
-    """
+    """Leave word of why an attempt ends, unless another rank has."""
     note = {"message": stall.message, "waited_s": stall.waited_s, "time": time.time()}
     with suppress(OSError):
         write_first(records / f"fault-{attempt}.json", note)

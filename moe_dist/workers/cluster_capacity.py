@@ -148,13 +148,7 @@ def grown_capacity(
 ) -> Capacity:
     """Work out what an autoscaler may still add to the nodes that are up.
 
-    Args:
-        nodes: those that are up.
-        kinds: each node type, with the most that there may be of it.
-        max_workers: the most nodes of all types together, the head not counted.
-
-    Returns:
-        Nodes, and what may be added.
+    `kinds` gives the most nodes of each type, `max_workers` of all together without the head.
     """
     present = _count(node.kind for node in nodes)
     left = tuple(
@@ -168,14 +162,9 @@ def grown_capacity(
 
 
 def describe_nodes(capacity: Capacity, *, free: bool = False) -> str:
-    """List the nodes' CPUs and GPUs in one line.
+    """List the nodes' CPUs and GPUs, or the free ones, in one line.
 
-    Args:
-        capacity: of the cluster.
-        free: those that are free, instead of all.
-
-    Returns:
-        For example `10.0.0.1: 4 CPUs; 10.0.0.2: 8 CPUs, 1 GPU`.
+    For example `10.0.0.1: 4 CPUs; 10.0.0.2: 8 CPUs, 1 GPU`.
     """
     parts = []
     for node in sorted(capacity.nodes, key=lambda node: (node.address, node.node_id)):

@@ -144,18 +144,7 @@ def run_on_workers(
 
 
 def runs_here(launcher: str, num_workers: NumWorkers) -> bool:
-    """Tell whether a job runs in this process, without Ray.
-
-    Args:
-        launcher: see `run_on_workers`.
-        num_workers: see `run_on_workers`.
-
-    Returns:
-        Whether it does.
-
-    Raises:
-        ClusterError: if several workers are to run in one process.
-    """
+    """Tell whether a job runs without Ray; `local` with several workers is a ClusterError."""
     if launcher == "local" and num_workers != 1:
         raise ClusterError(
             f"parallel.launcher=local runs one worker, and parallel.num_workers={num_workers}",

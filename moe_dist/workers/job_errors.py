@@ -23,11 +23,7 @@ _DEATHS = ("ActorDiedError", "ActorUnavailableError", "OutOfMemoryError", "NodeD
 
 
 def keep_room(records: Path) -> None:
-    """Put aside the space that a last word takes, for when the disk is full.
-
-    Args:
-        records: the job's directory.
-    """
+    """Put aside the space that a last word takes, for when the disk is full."""
     # Zeros would take no space on a file system that compresses.
     with suppress(OSError):
         (records / ROOM_NAME).write_bytes(os.urandom(_ROOM_BYTES))
@@ -61,15 +57,7 @@ def note_stop(records: Path, error: MoeDistError) -> None:
 
 
 def write_first(path: Path, note: Mapping[str, Any]) -> None:
-    """Write a file whole, unless another rank was first: the first to fail tells the reason.
-
-    Args:
-        path: the file.
-        note: plain values.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a file whole, unless another rank was first: the first to fail tells the reason."""
     beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         beside.write_text(json.dumps(note), encoding="utf-8")
@@ -166,14 +154,7 @@ def first_line(fault: BaseException) -> str:
 
 
 def died(failure: BaseException) -> str:
-    """Tell the death of a worker's process from an error that it raised.
-
-    Args:
-        failure: what Ray Train says of the worker.
-
-    Returns:
-        What became of it, in words that follow its name; empty for an error.
-    """
+    """Say how a worker's process died, to follow its name; empty for an error it raised."""
     if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
         return "does not answer Ray"
     cause = _cause(failure)
@@ -187,12 +168,6 @@ def last_line(fault: BaseException) -> str:
     """Return the kind and the last line of an error, without what Ray put around it.
 
     Of our own errors it is the first line, since the remedy ends them.
-
-    Args:
-        fault: the error.
-
-    Returns:
-        One line.
     """
     cause = _cause(fault)
     if isinstance(cause, MoeDistError):

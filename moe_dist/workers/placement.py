@@ -65,38 +65,17 @@ class Placement:
 def plan_placement(
     num_workers: NumWorkers, cpus_per_worker: int, use_gpu: bool | None
 ) -> Placement:
-    """Check a wish against the cluster that this process is connected to.
-
-    Args:
-        num_workers: processes, or the least and the most of them.
-        cpus_per_worker: CPUs that each of them reserves.
-        use_gpu: one GPU for each worker; None takes them where there can be enough of them.
-
-    Returns:
-        The wish, which can be met now or later.
-
-    Raises:
-        ClusterError: if the cluster can never meet it.
-    """
+    """Check a wish, as `choose_placement`, against the cluster of this process."""
     return choose_placement(read_capacity(), num_workers, cpus_per_worker, use_gpu)
 
 
 def choose_placement(
     capacity: Capacity, num_workers: NumWorkers, cpus_per_worker: int, use_gpu: bool | None
 ) -> Placement:
-    """Check a wish against what a cluster has and may get.
+    """Check a wish against what a cluster has and may get; it can be met now or later.
 
-    Args:
-        capacity: of the cluster.
-        num_workers: see `plan_placement`.
-        cpus_per_worker: see `plan_placement`.
-        use_gpu: see `plan_placement`.
-
-    Returns:
-        The wish, which can be met now or later.
-
-    Raises:
-        ClusterError: if the cluster can never meet it; with the arithmetic.
+    The pair of `num_workers` is the least and the most; a `use_gpu` of None takes a GPU for each
+    worker where there can be enough. ClusterError, with the arithmetic, if it can never be met.
     """
     least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
     on_gpu = Placement(least, most, WorkerNeed(cpus_per_worker, gpus=1))

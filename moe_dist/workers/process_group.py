@@ -38,14 +38,7 @@ class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def interface_of(address: str) -> str | None:
-    """Find the network interface that carries an address.
-
-    Args:
-        address: an IPv4 or IPv6 address of this machine.
-
-    Returns:
-        The interface's name; None if none carries the address.
-    """
+    """Find the network interface of an IPv4 or IPv6 address; None if none carries it."""
     for name, addresses in psutil.net_if_addrs().items():
         # A link-local IPv6 address ends in its interface: fe80::1%eth0.
         if address in {entry.address.partition("%")[0] for entry in addresses}:

@@ -133,14 +133,7 @@ def available_cpus() -> int:
 
 
 def ray_session(*, dashboard: bool = False) -> RaySession:
-    """Open one Ray session for a chain of jobs, each of which is handed it.
-
-    Args:
-        dashboard: see `RaySession`.
-
-    Returns:
-        The session, for a `with` statement.
-    """
+    """Open one Ray session, in a `with` block, for a chain of jobs, which are handed it."""
     return RaySession(dashboard=dashboard)
 
 

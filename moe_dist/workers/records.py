@@ -43,11 +43,7 @@ class Records:
         return {"name": self.directory.name, "storage_path": str(self.directory.parent)}
 
     def clear(self, patterns: Sequence[str]) -> None:
-        """Forget what an earlier job left.
-
-        Args:
-            patterns: its files, as for `fnmatch`.
-        """
+        """Forget what an earlier job left, by `fnmatch` patterns."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in list(self.directory.iterdir()):
             if _matches(path.name, patterns):
@@ -92,11 +88,7 @@ class RemoteRecords(Records):
         }
 
     def clear(self, patterns: Sequence[str]) -> None:
-        """Forget what an earlier job left.
-
-        Args:
-            patterns: its files, as for `fnmatch`.
-        """
+        """Forget what an earlier job left, here and at the URI."""
         super().clear(patterns)
         names = [entry.name for entry in self._store.list()]
         self._store.delete([name for name in names if _matches(name, patterns)])
@@ -141,15 +133,7 @@ class RemoteRecords(Records):
 
 
 def open_records(storage_path: Path | str, name: str) -> Records:
-    """Find a job's records; nothing is read or written yet.
-
-    Args:
-        storage_path: a directory, or a URI as text.
-        name: the job's name.
-
-    Returns:
-        The records in `storage_path / name`.
-    """
+    """Find the records in `storage_path / name`; nothing is read or written yet."""
     if is_uri(storage_path):
         return RemoteRecords(join_uri(str(storage_path), name))
     return Records(Path(storage_path).absolute() / name)
@@ -163,14 +147,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def local_records(location: str) -> Iterator[Records]:
     """Give a worker a directory of records that all processes of its job know.
 
-    Args:
-        location: `Records.location`.
-
-    Yields:
-        The records; where they lie at a URI, changes are uploaded every second.
-
-    Raises:
-        StorageError: if the records cannot be read.
+    Records at a URI are uploaded every second; StorageError if they cannot be read.
     """
     if not is_uri(location):
         yield Records(Path(location))

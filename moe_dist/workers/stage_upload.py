@@ -22,18 +22,9 @@ _HELD = ".uploading"
 def uploaded_stage(store: Store, stage: Path) -> Iterator[Callable[[], None]]:
     """Upload a local stage directory for as long as a job writes into it.
 
-    When the `with` block ends well, the results go up too; else the newest metrics and checkpoint,
-    where that can be done.
-
-    Args:
-        store: the stage's.
-        stage: the local directory; what it holds now came from the store.
-
-    Yields:
-        What uploads now what has changed, and leaves what fails to the next time.
-
-    Raises:
-        StorageError: if the store does not take the results.
+    When the `with` block ends well, the results go up too, or it is a StorageError; else the newest
+    metrics and checkpoint, where that can be done. What it yields uploads the changes now, and
+    leaves what fails to the next time. What the directory holds at first came from the store.
     """
     upload = _StageUpload(store, stage)
     sync = Sync(upload.copy_changes)

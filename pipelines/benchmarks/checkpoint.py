@@ -84,29 +84,12 @@ class CheckpointCost:
     megabytes: float
 
     def share(self, checkpoint_every: int) -> float:
-        """Compare stall and slowing with the steps between two checkpoints.
-
-        Args:
-            checkpoint_every: their number.
-
-        Returns:
-            The part of the time that checkpoints cost.
-        """
+        """Return the part of the time that checkpoints cost, one every `checkpoint_every` steps."""
         return (self.stall_s + max(0.0, self.slowed_s)) / (checkpoint_every * self.step_s)
 
 
 def run(settings: CheckpointBenchmark | None = None) -> list[CheckpointCost]:
-    """Train and save in processes of one thread each.
-
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        One entry for each number of workers.
-
-    Raises:
-        ConfigError: if a size is not positive.
-    """
+    """Train and save in processes of one thread each; a ConfigError if a size is not positive."""
     settings = CheckpointBenchmark() if settings is None else settings
     _check(settings)
     costs = []
@@ -119,15 +102,7 @@ def run(settings: CheckpointBenchmark | None = None) -> list[CheckpointCost]:
 
 
 def to_table(costs: list[CheckpointCost], settings: CheckpointBenchmark) -> Table:
-    """Lay the costs out for a terminal.
-
-    Args:
-        costs: what `run` returned.
-        settings: what it ran with.
-
-    Returns:
-        A rich table.
-    """
+    """Lay the costs out for a terminal."""
     table = Table(
         title=f"Checkpoints of a student of {costs[0].num_parameters / 1e6:.1f}M parameters, "
         f"{settings.batch_size} sentences of {settings.num_tokens} tokens a step",
@@ -149,11 +124,7 @@ def to_table(costs: list[CheckpointCost], settings: CheckpointBenchmark) -> Tabl
 
 
 def main(settings: CheckpointBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark checkpoint` calls.
-
-    Args:
-        settings: what to time; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark checkpoint` calls."""
     settings = CheckpointBenchmark() if settings is None else settings
     costs = run(settings)
     console = Console(highlight=False)

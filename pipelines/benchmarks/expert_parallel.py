@@ -83,16 +83,9 @@ class ExpertParallelTiming:
 
 
 def run(settings: ExpertParallelBenchmark | None = None) -> list[ExpertParallelTiming]:
-    """Start the processes, and time every way once in each round.
+    """Start the processes and time every way once a round; three lines for each load.
 
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        Three lines for each load.
-
-    Raises:
-        ConfigError: if a setting does not fit.
+    A ConfigError if a setting does not fit.
     """
     settings = ExpertParallelBenchmark() if settings is None else settings
     _check(settings)
@@ -110,15 +103,7 @@ def run(settings: ExpertParallelBenchmark | None = None) -> list[ExpertParallelT
 
 
 def to_table(timings: Sequence[ExpertParallelTiming], settings: ExpertParallelBenchmark) -> Table:
-    """Lay the timings out for the console.
-
-    Args:
-        timings: from `run`.
-        settings: what was timed.
-
-    Returns:
-        The table.
-    """
+    """Lay the timings out for the console."""
     table = Table(
         title=f"forward and backward, ep {settings.ep_size}, {settings.num_tokens} tokens a rank, "
         f"{settings.d_model}→{settings.expert_size}→{settings.d_model}, "
@@ -142,11 +127,7 @@ def to_table(timings: Sequence[ExpertParallelTiming], settings: ExpertParallelBe
 
 
 def main(settings: ExpertParallelBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark expert-parallel` calls.
-
-    Args:
-        settings: what to time; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark expert-parallel` calls."""
     settings = ExpertParallelBenchmark() if settings is None else settings
     timings = run(settings)
     console = Console(highlight=False)

@@ -56,11 +56,7 @@ class Pass:
     grad: Tensor
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Run it.
-
-        Returns:
-            The output and the input's gradient.
-        """
+        """Run it and return the output and the input's gradient."""
         self.module.zero_grad(set_to_none=True)
         rows = self.rows.detach().requires_grad_()
         output = self.apply(rows)
@@ -116,16 +112,7 @@ def measure(sizes: Sizes, load: int, num_repeats: int) -> dict[str, Any]:
 
 
 def draw_experts(sizes: Sizes, load: int, rank: int) -> Tensor:
-    """Give each token an expert: the first one `load` times as many as each other.
-
-    Args:
-        sizes: how many tokens and experts.
-        load: share of the first expert over the others'.
-        rank: seeds the order.
-
-    Returns:
-        (T,) expert numbers.
-    """
+    """Give each token an expert, (T,): the first one `load` times as many as each other."""
     shares_E = torch.ones(sizes.num_experts)
     shares_E[0] = load
     ends_E = (shares_E.cumsum(0) / shares_E.sum() * sizes.num_tokens).round().long()
@@ -135,16 +122,7 @@ def draw_experts(sizes: Sizes, load: int, rank: int) -> Tensor:
 
 
 def make_tokens(sizes: Sizes, expert_ids: Tensor, rank: int) -> Tensor:
-    """Draw tokens whose first columns tell the gate which expert they want.
-
-    Args:
-        sizes: shape.
-        expert_ids: (T,) the wanted experts.
-        rank: seeds the values.
-
-    Returns:
-        (T, D).
-    """
+    """Draw tokens (T, D) whose first columns tell the gate which expert, of (T,), they want."""
     generator = torch.Generator().manual_seed(10 + rank)
     tokens_TD = torch.randn(sizes.num_tokens, sizes.d_model, generator=generator)
     tokens_TD[:, : sizes.num_experts] = nn.functional.one_hot(expert_ids, sizes.num_experts).float()
@@ -152,14 +130,7 @@ def make_tokens(sizes: Sizes, expert_ids: Tensor, rank: int) -> Tensor:
 
 
 def whole_layer(sizes: Sizes) -> MoELayer:
-    """Build our layer with all experts, alike on every rank.
-
-    Args:
-        sizes: what is multiplied.
-
-    Returns:
-        The layer; its gate reads the tokens' first columns.
-    """
+    """Build our layer with all experts, alike on every rank; its gate reads the first columns."""
     torch.manual_seed(0)
     router = build_router("token_gate", d_model=sizes.d_model, num_experts=sizes.num_experts)
     gate = cast(nn.Linear, router.gate)
@@ -170,14 +141,7 @@ def whole_layer(sizes: Sizes) -> MoELayer:
 
 
 def plain_experts(experts: Experts) -> nn.ModuleList:
-    """Copy stacked experts to one plain network each.
-
-    Args:
-        experts: ungated, with biases.
-
-    Returns:
-        Linear, GELU, Linear for each expert.
-    """
+    """Copy stacked ungated experts with biases to one plain Linear, GELU, Linear each."""
     copies = nn.ModuleList()
     for index in range(experts.num_experts):
         network = nn.Sequential(
@@ -193,16 +157,7 @@ def plain_experts(experts: Experts) -> nn.ModuleList:
 
 
 def native_layer(sizes: Sizes, ours: ExpertParallelMoE, mine: nn.ModuleList) -> MoE:
-    """Build DeepSpeed's own layer with the same gate and experts.
-
-    Args:
-        sizes: what is multiplied.
-        ours: whose gate is copied.
-        mine: this rank's experts.
-
-    Returns:
-        Its `MoE`, dropping no tokens.
-    """
+    """Build DeepSpeed's own layer with our gate and this rank's experts; it drops no tokens."""
     layer = MoE(sizes.d_model, mine[0], sizes.num_experts, ours.ep_size, k=1, drop_tokens=False)
     layer.set_deepspeed_parallelism()
     inner = layer.deepspeed_moe
@@ -226,14 +181,7 @@ class GroupedRows(nn.Module):
         self.counts = counts
 
     def forward(self, rows_RD: Tensor) -> Tensor:
-        """Apply them.
-
-        Args:
-            rows_RD: grouped by expert.
-
-        Returns:
-            (R, D).
-        """
+        """Apply them to (R, D) rows grouped by expert."""
         groups = rows_RD.split(self.counts)
         return torch.cat(
             [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
@@ -241,15 +189,7 @@ class GroupedRows(nn.Module):
 
 
 def time_in_turns(passes: dict[str, Pass], num_repeats: int) -> dict[str, list[float]]:
-    """Time each way once in every round; all ranks start together and the slowest counts.
-
-    Args:
-        passes: by name, in the same order on every rank.
-        num_repeats: rounds, after two that are not timed.
-
-    Returns:
-        Seconds by name.
-    """
+    """Time each way in seconds, once a round; the slowest rank counts, and two rounds warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for round_number in range(-2, num_repeats):
         for name, one_pass in passes.items():

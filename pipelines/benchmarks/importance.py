@@ -120,17 +120,7 @@ class ImportanceResult:
 
 
 def run(settings: ImportanceBenchmark | None = None) -> ImportanceResult:
-    """Score sentences in all three ways, in turns.
-
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        Times, work and the largest differences between the scores.
-
-    Raises:
-        ConfigError: if a size is not positive.
-    """
+    """Score sentences in all three ways, in turns; a ConfigError if a size is not positive."""
     settings = ImportanceBenchmark() if settings is None else settings
     _check(settings)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -222,15 +212,7 @@ def score_by_loop(
 
 
 def to_table(result: ImportanceResult, settings: ImportanceBenchmark) -> Table:
-    """Lay the timings out for a terminal.
-
-    Args:
-        result: what `run` returned.
-        settings: what it ran with.
-
-    Returns:
-        A rich table.
-    """
+    """Lay the timings out for a terminal."""
     table = Table(
         title=f"sentences of {result.mean_tokens[0]:.1f} tokens, batches of "
         f"{settings.batch_size} with {result.padding:.0%} padding"
@@ -250,10 +232,9 @@ def to_table(result: ImportanceResult, settings: ImportanceBenchmark) -> Table:
 
 
 def main(*settings: ImportanceBenchmark) -> None:
-    """Run the benchmark and print its tables; what `moe-dist benchmark importance` calls.
+    """Run the benchmark for each of the settings, or the defaults, and print its tables.
 
-    Args:
-        *settings: what to time, one after the other; the defaults if none are given.
+    What `moe-dist benchmark importance` calls.
     """
     console = Console(highlight=False)
     for one in settings or (ImportanceBenchmark(),):
@@ -291,14 +272,7 @@ def _check(settings: ImportanceBenchmark) -> None:
 
 
 def build_model(settings: ImportanceBenchmark) -> Any:
-    """Load the model that is named, or draw one at random.
-
-    Args:
-        settings: its directory or sizes.
-
-    Returns:
-        A dense classifier.
-    """
+    """Load the model that is named, or draw one at random."""
     if settings.model is not None:
         from moe_dist.inference import load_model
 
@@ -314,15 +288,7 @@ def build_model(settings: ImportanceBenchmark) -> Any:
 
 
 def draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:
-    """Draw sentences of random tokens with log-normal lengths.
-
-    Args:
-        model: whose vocabulary and labels they have.
-        settings: number and lengths.
-
-    Returns:
-        The sentences.
-    """
+    """Draw sentences of random tokens with log-normal lengths."""
     rng = np.random.default_rng(settings.seed)
     count = settings.num_samples
     drawn = rng.lognormal(

@@ -80,14 +80,8 @@ class LayerTiming:
 def run(settings: LayerBenchmark | None = None) -> list[LayerTiming]:
     """Time every layer once in each round, so that a busy machine slows all of them alike.
 
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        For each precision the dense layer first, then one line for each router.
-
-    Raises:
-        ConfigError: if a setting does not fit.
+    For each precision the dense layer comes first, then one line for each router. A ConfigError
+    if a setting does not fit.
     """
     settings = LayerBenchmark() if settings is None else settings
     _check(settings)
@@ -106,15 +100,7 @@ def run(settings: LayerBenchmark | None = None) -> list[LayerTiming]:
 
 
 def to_table(timings: Sequence[LayerTiming], settings: LayerBenchmark) -> Table:
-    """Lay the timings out for the console.
-
-    Args:
-        timings: from `run`.
-        settings: what was timed.
-
-    Returns:
-        The table.
-    """
+    """Lay the timings out for the console."""
     passes = "forward and backward" if settings.backward else "forward"
     table = Table(
         title=f"{passes}, {settings.num_tokens} tokens, width {settings.d_model}, "
@@ -137,11 +123,7 @@ def to_table(timings: Sequence[LayerTiming], settings: LayerBenchmark) -> Table:
 
 
 def main(settings: LayerBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark layer` calls.
-
-    Args:
-        settings: what to time; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark layer` calls."""
     settings = LayerBenchmark() if settings is None else settings
     timings = run(settings)
     console = Console(highlight=False)

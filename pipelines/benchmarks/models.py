@@ -18,16 +18,7 @@ def random_classifier(
 ) -> Any:
     """Draw a BERT with a head for two classes, heads of attention 32 wide.
 
-    Args:
-        vocab_size: token embeddings.
-        d_model: width.
-        num_layers: layers.
-        num_neurons: of each FFN.
-        max_tokens: of the longest sentence; positions for 512 are there in any case.
-        seed: of the weights.
-
-    Returns:
-        A dense classifier.
+    It has positions for 512 tokens even where `max_tokens` is less.
     """
     from transformers import BertConfig, BertForSequenceClassification
 

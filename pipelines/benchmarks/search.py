@@ -19,8 +19,8 @@ from rich.table import Table
 from moe_dist.config import RunConfig, build_config, read_settings
 from moe_dist.config.override_texts import parse_overrides
 from moe_dist.config.overrides import apply_overrides
-from moe_dist.data.bootstrap import paired_bootstrap
 from moe_dist.jobs.results import PREDICTIONS, RESULT, load_predictions
+from moe_dist.measure.bootstrap import paired_bootstrap
 from moe_dist.search.trials import LOG_NAME, rank_trials
 
 from ..chain.chain import run_chain
@@ -123,14 +123,7 @@ class SearchFigures:
 
 
 def run(settings: SearchBenchmark | None = None) -> SearchFigures:
-    """Search the same points with and without early stopping.
-
-    Args:
-        settings: what to search; the defaults if None.
-
-    Returns:
-        Times and steps.
-    """
+    """Search the same points with and without early stopping."""
     settings = SearchBenchmark() if settings is None else settings
     with tempfile.TemporaryDirectory(prefix="moe-dist-search-") as name:
         config = _config(settings, Path(name))
@@ -143,14 +136,7 @@ def run(settings: SearchBenchmark | None = None) -> SearchFigures:
 
 
 def to_table(figures: SearchFigures) -> Table:
-    """Lay the figures out for the console.
-
-    Args:
-        figures: from `run`.
-
-    Returns:
-        The table.
-    """
+    """Lay the figures out for the console."""
     table = Table(title="sweeps over the same points")
     for heading in (
         "early stopping",
@@ -177,11 +163,7 @@ def to_table(figures: SearchFigures) -> Table:
 
 
 def main(settings: SearchBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark search` calls.
-
-    Args:
-        settings: what to search; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark search` calls."""
     figures = run(settings)
     console = RichConsole(highlight=False)
     console.print(to_table(figures))

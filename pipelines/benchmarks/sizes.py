@@ -7,15 +7,7 @@ from contextlib import contextmanager
 
 
 def below_one(settings: object, *names: str) -> list[str]:
-    """List the sizes with which there would be nothing to measure.
-
-    Args:
-        settings: of a benchmark.
-        *names: its sizes.
-
-    Returns:
-        One fault for each that is less than 1.
-    """
+    """Name each size below 1, with which there would be nothing to measure."""
     return [
         f"{name} is {getattr(settings, name)}; it must be at least 1"
         for name in names
@@ -25,14 +17,7 @@ def below_one(settings: object, *names: str) -> list[str]:
 
 @contextmanager
 def cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads in this process.
-
-    Args:
-        num_threads: CPU threads; torch's own choice if None.
-
-    Yields:
-        Nothing.
-    """
+    """Let torch use so many CPU threads in this process; its own choice if None."""
     import torch
 
     before = torch.get_num_threads()

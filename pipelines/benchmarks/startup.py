@@ -60,30 +60,13 @@ class Startup:
 
 
 def run(settings: StartupBenchmark | None = None) -> list[Startup]:
-    """Start the command several times.
-
-    Args:
-        settings: what to start; the defaults if None.
-
-    Returns:
-        The starts that count.
-
-    Raises:
-        MoeDistError: if a start fails or takes too long.
-    """
+    """Start the command several times; a MoeDistError if a start fails or takes too long."""
     settings = StartupBenchmark() if settings is None else settings
     return [_start_once(settings) for _ in range(settings.num_repeats + 1)][1:]
 
 
 def to_table(startups: Sequence[Startup]) -> Table:
-    """Lay the parts out for the console.
-
-    Args:
-        startups: from `run`.
-
-    Returns:
-        The table.
-    """
+    """Lay the parts out for the console."""
     table = Table(title="from `moe-dist compress` to the end of the first training step")
     table.add_column("until")
     for number in range(1, len(startups) + 1):
@@ -95,11 +78,7 @@ def to_table(startups: Sequence[Startup]) -> Table:
 
 
 def main(settings: StartupBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark startup` calls.
-
-    Args:
-        settings: what to start; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark startup` calls."""
     startups = run(settings)
     console = Console(highlight=False)
     console.print(to_table(startups))

@@ -86,14 +86,7 @@ class StudentReport:
 def run(settings: StudentBenchmark | None = None) -> StudentReport:
     """Time both models once in each round, so that a busy machine slows them alike.
 
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        Sizes and times.
-
-    Raises:
-        ConfigError: if a setting does not fit.
+    A ConfigError if a setting does not fit.
     """
     settings = StudentBenchmark() if settings is None else settings
     faults = below_one(settings, "num_repeats", "seq_len")
@@ -117,15 +110,7 @@ def run(settings: StudentBenchmark | None = None) -> StudentReport:
 
 
 def to_table(report: StudentReport, settings: StudentBenchmark) -> Table:
-    """Lay the result out for the console.
-
-    Args:
-        report: from `run`.
-        settings: what was timed.
-
-    Returns:
-        The table.
-    """
+    """Lay the result out for the console."""
     total, flops = report.num_parameters, report.flops_per_sentence
     table = Table(
         title=f"{settings.num_layers} layers of width {settings.hidden_size}: "
@@ -146,11 +131,7 @@ def to_table(report: StudentReport, settings: StudentBenchmark) -> Table:
 
 
 def main(settings: StudentBenchmark | None = None) -> None:
-    """Run and print.
-
-    Args:
-        settings: what to time; the defaults if None.
-    """
+    """Run the benchmark and print its table; the defaults if None."""
     settings = StudentBenchmark() if settings is None else settings
     report = run(settings)
     console = Console()

@@ -88,16 +88,9 @@ class Throughput:
 
 
 def run(settings: ThroughputBenchmark | None = None) -> list[Throughput]:
-    """Start all four processes, and let the pair and the loners take turns.
+    """Start all four processes, and let the pair and the loners take turns; the pair comes first.
 
-    Args:
-        settings: what to time; the defaults if None.
-
-    Returns:
-        Two lines, the pair first.
-
-    Raises:
-        ConfigError: if a setting does not fit.
+    A ConfigError if a setting does not fit.
     """
     settings = ThroughputBenchmark() if settings is None else settings
     _check(settings)
@@ -116,15 +109,7 @@ def run(settings: ThroughputBenchmark | None = None) -> list[Throughput]:
 
 
 def to_table(lines: Sequence[Throughput], settings: ThroughputBenchmark) -> Table:
-    """Lay the result out for the console.
-
-    Args:
-        lines: from `run`.
-        settings: what was timed.
-
-    Returns:
-        The table.
-    """
+    """Lay the result out for the console."""
     table = Table(
         title=f"distillation steps, {settings.batch_size} sentences a worker, one thread each, "
         f"ep {settings.ep_size}, ZeRO {settings.zero_stage}"
@@ -140,11 +125,7 @@ def to_table(lines: Sequence[Throughput], settings: ThroughputBenchmark) -> Tabl
 
 
 def main(settings: ThroughputBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark throughput` calls.
-
-    Args:
-        settings: what to time; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark throughput` calls."""
     settings = ThroughputBenchmark() if settings is None else settings
     lines = run(settings)
     console = Console(highlight=False)

@@ -79,17 +79,7 @@ class TrackingResult:
 
 
 def run(settings: TrackingBenchmark) -> TrackingResult:
-    """Log, read back and report.
-
-    Args:
-        settings: what to log.
-
-    Returns:
-        What arrived.
-
-    Raises:
-        MoeDistError: if a size is below 1, or a process does not end.
-    """
+    """Log, read back and report; a MoeDistError if a size is below 1 or a process does not end."""
     faults = below_one(settings, "num_runs", "num_processes", "num_steps")
     if faults:
         raise MoeDistError("; ".join(faults), remedy="give a larger one.")
@@ -156,15 +146,7 @@ def _command(root: Path, uri: str, settings: TrackingBenchmark, first: int) -> l
 
 
 def expected(number: int, step: int) -> tuple[float, float]:
-    """Give the points of one step of one run.
-
-    Args:
-        number: the run's.
-        step: the step.
-
-    Returns:
-        Its loss and its dev metric.
-    """
+    """Give loss and dev metric of one step of one run."""
     return number + 1.0 / step, 0.5 + 0.4 * step / (step + number + 1)
 
 
@@ -200,14 +182,7 @@ def _report(uri: str, settings: TrackingBenchmark) -> tuple[float, float, int]:
 
 
 def to_table(result: TrackingResult) -> Table:
-    """Lay the result out for the console.
-
-    Args:
-        result: from `run`.
-
-    Returns:
-        The table.
-    """
+    """Lay the result out for the console."""
     table = Table(title="concurrent processes, one sqlite store")
     table.add_column("what")
     table.add_column("found", justify="right")
@@ -227,11 +202,7 @@ def to_table(result: TrackingResult) -> Table:
 
 
 def main(settings: TrackingBenchmark | None = None) -> None:
-    """Run the benchmark and print its table; what `moe-dist benchmark tracking` calls.
-
-    Args:
-        settings: what to log; the defaults if None.
-    """
+    """Run the benchmark and print its table; what `moe-dist benchmark tracking` calls."""
     result = run(settings or TrackingBenchmark())
     console = Console()
     console.print(to_table(result))

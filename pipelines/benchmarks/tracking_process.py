@@ -20,11 +20,7 @@ NUM_EXPERTS = 8
 
 
 def main(task: str) -> None:
-    """Log the runs of one process.
-
-    Args:
-        task: as JSON: `root`, `uri`, the runs' `numbers` and `num_steps`.
-    """
+    """Log the runs that a JSON task names by `root`, `uri`, `numbers` and `num_steps`."""
     told = json.loads(task)
     tracker = build_tracker(told["uri"], experiment=EXPERIMENT)
     for number in told["numbers"]:
@@ -32,14 +28,7 @@ def main(task: str) -> None:
 
 
 def log_run(tracker: Tracker, directory: Path, number: int, num_steps: int) -> None:
-    """Log one run.
-
-    Args:
-        tracker: the store.
-        directory: the run's.
-        number: says what it found.
-        num_steps: lines of its metric log.
-    """
+    """Log one run, whose `number` says what it found."""
     params = {f"section.setting_{index}": index for index in range(60)}
     params |= {"moe.num_shared_neurons": 64 * (number % 8), "seed": number}
     with tracker.chain(directory.name, directory, params=params) as chain:

@@ -121,16 +121,8 @@ def _is_smaller(config: RunConfig, label: str) -> bool:
 def run_chain(config: RunConfig, console: Console, *, until: str = evaluate.NAME) -> ChainResult:
     """Run the chain up to a stage; finished stages are skipped.
 
-    Args:
-        config: the run's configuration.
-        console: where progress is shown.
-        until: the last stage.
-
-    Returns:
-        Results, and the report where everything was measured.
-
-    Raises:
-        MoeDistError: if the run cannot start, or a stage fails.
+    There is a report where everything was measured. Raises MoeDistError if the run cannot start
+    or a stage fails.
     """
     workspace = Workspace(config, console)
     with disk_errors(workspace.root):
@@ -178,28 +170,16 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
 
 
 def write_resolved_recipe(config: RunConfig, root: Path) -> None:
-    """Write the recipe with every default filled in.
-
-    A password in `tracking.uri` is masked: to run the file again, give the address anew.
-
-    Args:
-        config: the run's configuration.
-        root: the run's directory.
-    """
+    """Write the recipe with every default filled in, a password in `tracking.uri` masked."""
     with whole_file(root / RECIPE_NAME) as beside:
         beside.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def write_shared_recipe(config: RunConfig, root: Path) -> Path:
-    """Write the resolved recipe as it may leave this machine: without paths and secrets of its own.
+    """Write the recipe as it may leave this machine: without paths and secrets of its own.
 
-    Args:
-        config: the run's configuration.
-        root: the run's directory.
-
-    Returns:
-        The file. The recipe that runs again here is the one in `root` itself; there too a password
-        in `tracking.uri` is masked.
+    Returns the file. The recipe that runs again here is the one in `root` itself; there too a
+    password in `tracking.uri` is masked.
     """
     import yaml
 
@@ -277,17 +257,7 @@ def _report(
 
 @contextmanager
 def only_one(root: Path) -> Iterator[None]:
-    """Keep a second process from writing the same run at the same time.
-
-    Args:
-        root: the run's directory.
-
-    Yields:
-        Nothing, while the run is held.
-
-    Raises:
-        MoeDistError: if another process holds it.
-    """
+    """Keep a second process from writing the same run meanwhile; a MoeDistError if one does."""
     with (root / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,17 +275,7 @@ def only_one(root: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
-    """Say in plain words that the disk is full.
-
-    Args:
-        root: the run's directory.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MoeDistError: if it is.
-    """
+    """Turn the error of a full disk into a MoeDistError in plain words."""
     try:
         yield
     except OSError as error:

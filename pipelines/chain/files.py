@@ -67,97 +67,39 @@ class ResultFiles:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the files ready for as long as a chain runs.
-
-        Yields:
-            Nothing.
-        """
+        """Hold the files ready for as long as a chain runs."""
         yield
 
     def address(self, path: Path) -> str:
-        """Say where workers find a file or directory of the run.
-
-        Args:
-            path: below the root, or anywhere else that workers need to see.
-
-        Returns:
-            A path or a URI.
-        """
+        """Return the path or URI where workers find a file or directory, in the run or not."""
         return str(path)
 
     def shown(self, path: Path) -> str:
-        """Say where a file lies, without credentials.
-
-        Args:
-            path: below the root.
-
-        Returns:
-            A path or a URI.
-        """
+        """Say where a file lies, without credentials: a path or a URI."""
         return str(path)
 
     def fetch(self, path: Path) -> Path:
-        """Make sure that a file or directory of the run is on this machine.
-
-        Args:
-            path: below the root.
-
-        Returns:
-            The same path.
-        """
+        """Make sure that a file or directory of the run is on this machine; returns the path."""
         return path
 
     def digest(self, path: Path) -> str:
-        """Identify an output of a stage.
-
-        Args:
-            path: a file or directory below the root.
-
-        Returns:
-            See `path_digest`.
-        """
+        """Identify an output of a stage; see `path_digest`."""
         return path_digest(path)
 
     def refresh(self, log: Path, records: Path) -> None:
-        """Bring up to date what workers are writing.
-
-        Args:
-            log: a job's metric log, below the root.
-            records: the directory of its records.
-        """
+        """Bring up to date a job's metric log and the directory of its records."""
 
     def follow(self, path: Path) -> None:
-        """Bring a file of lines up to date that a worker writes.
-
-        Args:
-            path: below the root.
-        """
+        """Bring a file of lines up to date that a worker writes."""
 
     def received(self, directory: Path) -> None:
-        """Take note of what workers wrote into a stage's directory.
-
-        Args:
-            directory: the stage's.
-        """
+        """Take note of what workers wrote into a stage's directory."""
 
     def publish(self, directory: Path) -> None:
-        """Make what this process wrote into a directory lasting; the stage's result comes last.
-
-        Args:
-            directory: the root or below it.
-        """
+        """Make what this process wrote into a directory lasting; the stage's result comes last."""
 
     def moved(self, source: Path, target: Path) -> None:
-        """Follow a directory that was given another name.
-
-        Args:
-            source: its old name.
-            target: its new name.
-        """
+        """Follow a directory that was given another name."""
 
     def removed(self, directory: Path) -> None:
-        """Follow a directory, or a file, that was removed.
-
-        Args:
-            directory: its name.
-        """
+        """Follow a directory, or a file, that was removed."""

@@ -15,14 +15,7 @@ STAGE_FORMAT = 2
 
 
 def file_size(path: Path) -> int | None:
-    """Measure a file.
-
-    Args:
-        path: may be missing.
-
-    Returns:
-        Its size in bytes; None if it is not there.
-    """
+    """Return a file's size in bytes; None if it is not there."""
     return path.stat().st_size if path.is_file() else None
 
 
@@ -59,28 +52,16 @@ def path_digest(path: Path, size_of: Callable[[Path], int | None] = file_size) -
 
 
 def value_digest(value: Any) -> str:
-    """Return the SHA-256 of a plain value, whatever the order of its mappings.
-
-    Args:
-        value: anything that JSON can hold.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Return the SHA-256, in hexadecimal, of what JSON can hold, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_fingerprint(stage: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Return what identifies a stage's result.
+    """Return 64 hexadecimal digits that identify a stage's result.
 
-    Args:
-        stage: the stage's name.
-        settings: the part of the configuration that the stage reads.
-        inputs: the digest of each input.
-
-    Returns:
-        64 hexadecimal digits.
+    `settings` is the part of the configuration that the stage reads, `inputs` each input's
+    digest.
     """
     return value_digest(
         {

@@ -69,14 +69,7 @@ class MirroredFiles(ResultFiles):
         self._lock = threading.RLock()
 
     def prepare(self, source: str) -> None:
-        """Check scratch space and store before anything starts.
-
-        Args:
-            source: the recipe's name, for an error.
-
-        Raises:
-            ConfigError: if either of them takes no files.
-        """
+        """Check scratch space and store; raise ConfigError if either of them takes no files."""
         super().prepare(source)
         try:
             self.store.probe()
@@ -87,49 +80,24 @@ class MirroredFiles(ResultFiles):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Fill the mirror, keep the journals safe meanwhile, and publish the rest at the end.
-
-        Yields:
-            Nothing.
-        """
+        """Fill the mirror, keep the journals safe meanwhile, and publish the rest at the end."""
         self._fill()
         journals = Sync(self._upload_journals)
         with journals.every(SYNC_INTERVAL_S, "mirror", finish=self._close, salvage=self._close):
             yield
 
     def address(self, path: Path) -> str:
-        """Say where workers find a file of the run; a directory from elsewhere is uploaded first.
-
-        Args:
-            path: below the root, or a directory of this machine.
-
-        Returns:
-            A URI.
-        """
+        """Give the URI of a file of the run; a directory from elsewhere is uploaded first."""
         if path.is_relative_to(self.root):
             return join_uri(self.store.uri, self._name(path))
         return self._shared(path)
 
     def shown(self, path: Path) -> str:
-        """Say where a file lies, without credentials.
-
-        Args:
-            path: below the root.
-
-        Returns:
-            A URI.
-        """
+        """Say where a file lies, without credentials: a URI."""
         return redact_uri(self.address(path))
 
     def fetch(self, path: Path) -> Path:
-        """Download what is missing of a file or directory.
-
-        Args:
-            path: below the root.
-
-        Returns:
-            The same path.
-        """
+        """Download what is missing of a file or directory; returns the path."""
         name = self._name(path)
         with self._lock:
             wanted = [
@@ -141,25 +109,13 @@ class MirroredFiles(ResultFiles):
         return path
 
     def digest(self, path: Path) -> str:
-        """Identify an output, without downloading the weights of a model.
-
-        Args:
-            path: below the root.
-
-        Returns:
-            See `path_digest`.
-        """
+        """Identify an output, without downloading the weights of a model; see `path_digest`."""
         if not (path / MANIFEST).is_file():
             self.fetch(path)
         return path_digest(path, self._size)
 
     def refresh(self, log: Path, records: Path) -> None:
-        """Download what workers are writing, every few seconds at most.
-
-        Args:
-            log: a job's metric log, below the root.
-            records: the directory of its records.
-        """
+        """Download what workers are writing, every few seconds at most."""
         now = time.monotonic()
         if now - self._refreshed < SYNC_INTERVAL_S:
             return
@@ -171,22 +127,14 @@ class MirroredFiles(ResultFiles):
             logger.warning("%s; progress is shown later", error.message)
 
     def follow(self, path: Path) -> None:
-        """Bring a file of lines up to date that a worker writes.
-
-        Args:
-            path: below the root.
-        """
+        """Bring a file of lines up to date that a worker writes."""
         try:
             self._receive_log(path)
         except StorageError as error:
             logger.warning("%s; progress is shown later", error.message)
 
     def received(self, directory: Path) -> None:
-        """Take note of what workers uploaded, and download the small files.
-
-        Args:
-            directory: the stage's.
-        """
+        """Take note of what workers uploaded, and download the small files."""
         name = self._name(directory)
         with self._lock:
             self._remote = {
@@ -200,11 +148,7 @@ class MirroredFiles(ResultFiles):
             self._receive_log(directory / METRIC_LOG)
 
     def publish(self, directory: Path) -> None:
-        """Upload what this process wrote below a directory; manifests and results come last.
-
-        Args:
-            directory: the root or below it.
-        """
+        """Upload what this process wrote below a directory; manifests and results come last."""
         with self._lock:
             changed = self._changed(directory)
             ends = {MANIFEST: 1, FINISHED: 2}
@@ -213,12 +157,7 @@ class MirroredFiles(ResultFiles):
                 self._upload(group)
 
     def moved(self, source: Path, target: Path) -> None:
-        """Move a stage's directory in the store too.
-
-        Args:
-            source: its old name.
-            target: its new name.
-        """
+        """Move a stage's directory in the store too."""
         old, new = self._name(source), self._name(target)
         with self._lock:
             move_tree(self.store, old, new, marker=FINISHED, last=STARTED)
@@ -229,11 +168,7 @@ class MirroredFiles(ResultFiles):
                     known[new + key.removeprefix(old)] = known.pop(key)  # type: ignore[assignment]
 
     def removed(self, directory: Path) -> None:
-        """Delete a directory, or a file, in the store too.
-
-        Args:
-            directory: its name.
-        """
+        """Delete a directory, or a file, in the store too."""
         name = self._name(directory)
         with self._lock:
             if self._remote.pop(name, None) is not None:

@@ -9,8 +9,5 @@ from .mirror import MirroredFiles
 
 
 def open_files(location: Path | str) -> ResultFiles:
-    """Choose how results are kept: in a directory, or at a URI, which is given as text.
-
-    Nothing has been read or written yet.
-    """
+    """Keep results in a directory, or at a URI given as text; nothing is read or written yet."""
     return MirroredFiles(location) if isinstance(location, str) else ResultFiles(location)

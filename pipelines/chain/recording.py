@@ -26,14 +26,7 @@ GIT_TIMEOUT_S = 5.0
 
 
 def chain_tags(config: RunConfig) -> dict[str, str]:
-    """Give what people filter and group runs by.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        Tags; `git_commit` only where the program runs from a checkout.
-    """
+    """Give what people filter and group runs by; `git_commit` only from a checkout."""
     return {
         **source_tags(),
         "router": config.moe.router,
@@ -45,23 +38,12 @@ def chain_tags(config: RunConfig) -> dict[str, str]:
 
 
 def metric_tags(rows: Rows) -> dict[str, str]:
-    """Say what a run is measured by, since metrics in a store have short names.
-
-    Args:
-        rows: the run's data.
-
-    Returns:
-        The tag `measured_by`, such as `f1 of ok, accuracy`.
-    """
+    """Say what a run is measured by: the tag `measured_by`, such as `f1 of ok, accuracy`."""
     return {"measured_by": ", ".join(rows.metric_titles.values())}
 
 
 def source_tags() -> dict[str, str]:
-    """Say where the program runs, and from what source.
-
-    Returns:
-        Tags; `git_commit` only where it runs from a checkout.
-    """
+    """Say where the program runs, and from what source; `git_commit` only from a checkout."""
     from moe_dist import __version__
 
     in_job = cluster_module("lasting").in_ray_job()
@@ -86,14 +68,8 @@ def log_models(
 ) -> None:
     """Log the trained models of a chain, and register the student where the recipe asks for it.
 
-    A stage that was skipped counts too, so that a finished chain can still be registered. A model
-    of several tasks is logged once for each, since what it takes and gives differs.
-
-    Args:
-        config: the run's configuration.
-        workspace: holds the data and the files.
-        chain: the chain's run.
-        results: of its stages, by key.
+    A stage that was skipped counts too, so that a finished chain can still be registered. A
+    model of several tasks is logged once for each, since what it takes and gives differs.
     """
     tracking = config.tracking
     if not (tracking.enabled and tracking.log_models):

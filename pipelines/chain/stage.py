@@ -82,17 +82,7 @@ class StageInputs:
     label: str = ""
 
     def result(self, stage: str) -> StageResult:
-        """Return the result of an earlier stage.
-
-        Args:
-            stage: the stage's name.
-
-        Returns:
-            Its result.
-
-        Raises:
-            MissingInputError: if that stage has not been run.
-        """
+        """Return the result of an earlier stage; a MissingInputError if it has not been run."""
         key = stage_key(stage, self.label)
         if key in self.upstream:
             return self.upstream[key]
@@ -139,15 +129,7 @@ class StageWork:
 
 
 def stage_key(stage: str, label: str = "") -> str:
-    """Return the name that a stage has in reports and mappings.
-
-    Args:
-        stage: the stage's name.
-        label: the comparison; empty for the main student.
-
-    Returns:
-        `distill` or `distill/dense`.
-    """
+    """Name a stage in reports and mappings: `distill`, or `distill/LABEL` for a comparison."""
     return f"{stage}/{label}" if label else stage
 
 
@@ -232,15 +214,7 @@ def execute(
 
 
 def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
-    """Read a finished stage back.
-
-    Args:
-        directory: the stage's directory.
-        files: the run's.
-
-    Returns:
-        The result; None where the stage never finished or an output has gone or changed.
-    """
+    """Read a stage back; None where it never finished or an output has gone or changed."""
     try:
         written = json.loads((directory / FINISHED).read_text(encoding="utf-8"))
         outputs = {name: directory / entry["path"] for name, entry in written["outputs"].items()}

@@ -103,15 +103,7 @@ def run_job(
 
 
 def show_failures(records: Path, console: Console) -> Callable[[], None]:
-    """Return a function that tells of workers that failed and run again since the last call.
-
-    Args:
-        records: the job's directory.
-        console: where to tell it.
-
-    Returns:
-        A function without arguments, to be called now and then.
-    """
+    """Return a function that tells of workers that failed and run again since its last call."""
     from moe_dist.workers.attempts import read_restarts
 
     failed: set[int] = set()
@@ -132,16 +124,10 @@ def show_failures(records: Path, console: Console) -> Callable[[], None]:
 def placed_here(config: RunConfig) -> RunConfig:
     """Place a short job in this process where that is as good as the recipe's workers.
 
-    Starting a group of workers takes Ray some 15 seconds, which is most of a job that is over in
-    20. Where the workers would share this machine's CPUs anyway, one process with all of their
-    threads does the same work; on a cluster (`RAY_ADDRESS`) and on GPUs the workers are as
-    many machines or devices, and stay. So they do with `parallel.launcher=ray`.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        The configuration to run the job with.
+    Starting a group of workers takes Ray some 15 seconds, which is most of a job that is over
+    in 20. Where the workers would share this machine's CPUs anyway, one process with all of
+    their threads does the same work; on a cluster (`RAY_ADDRESS`) and on GPUs the workers are
+    as many machines or devices, and stay. So they do with `parallel.launcher=ray`.
     """
     import torch
 
@@ -159,15 +145,7 @@ def placed_here(config: RunConfig) -> RunConfig:
 
 
 def draw_losses(work: StageWork, title: str) -> Path:
-    """Draw the loss terms that a training job logged.
-
-    Args:
-        work: the stage that ran it.
-        title: the heading.
-
-    Returns:
-        The picture.
-    """
+    """Draw the loss terms that a training job logged, and return the picture."""
     from ..report.plots import plot_losses
 
     records = MetricLog(work.directory / METRIC_LOG).read()
@@ -175,31 +153,14 @@ def draw_losses(work: StageWork, title: str) -> Path:
 
 
 def draw_load(work: StageWork, loads: Mapping[str, Sequence[float]]) -> tuple[Path, ...]:
-    """Draw how busy the experts are at the end of a training job.
-
-    Args:
-        work: the stage that ran it.
-        loads: each expert's share by layer; empty for a dense model.
-
-    Returns:
-        The picture, if there is one.
-    """
+    """Draw the experts' load at the end of a training job; no picture for a dense model."""
     from ..report.plots import plot_expert_load
 
     return (plot_expert_load(loads, work.directory / "expert-load.png"),) if loads else ()
 
 
 def show_progress(log: Path, console: Console, num_steps: int | None) -> Callable[[], None]:
-    """Return a function that shows what a job wrote to its metric log since the last call.
-
-    Args:
-        log: the job's metric log.
-        console: where to show it.
-        num_steps: steps in all, where known.
-
-    Returns:
-        A function without arguments, to be called now and then.
-    """
+    """Return a function that shows what was written to a job's metric log since its last call."""
     tail = MetricTail(log)
     figures: dict[str, float] = {}
     terms: dict[str, float] = {}
@@ -219,14 +180,7 @@ def show_progress(log: Path, console: Console, num_steps: int | None) -> Callabl
 
 
 def shown_figures(record: MetricRecord) -> dict[str, float]:
-    """Pick what the progress line shows of a line of the metric log.
-
-    Args:
-        record: of training or of an evaluation.
-
-    Returns:
-        Loss and speed, or the main dev metric, by the name that is shown; empty for other lines.
-    """
+    """Pick loss and speed, or the main dev metric, for the progress line; empty for other lines."""
     metrics = record.metrics
     chosen = {label: metrics[name] for name, label in SHOWN.items() if name in metrics}
     # The job writes the task's main metric first.
@@ -237,14 +191,7 @@ def shown_figures(record: MetricRecord) -> dict[str, float]:
 
 
 def loss_terms(record: MetricRecord) -> dict[str, float]:
-    """Pick what the loss is made of from a line of the metric log.
-
-    Args:
-        record: of training or of an evaluation.
-
-    Returns:
-        Values by the name that is shown; empty where the loss is one term, or not there.
-    """
+    """Pick what the loss is made of; empty where it is one term, or not there."""
     terms = {
         name.removeprefix(LOSS_PREFIX).replace("_", " "): value
         for name, value in record.metrics.items()

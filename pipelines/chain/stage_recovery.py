@@ -25,11 +25,6 @@ def recover(directory: Path, fingerprint: str, files: ResultFiles) -> None:
 
     The earlier result is put back where the attempt after it left no checkpoint, or where it is
     itself the one that is wanted; it goes where the attempt finished.
-
-    Args:
-        directory: the stage's directory.
-        fingerprint: what the stage is wanted for.
-        files: follow what happens here.
     """
     previous = _previous(directory)
     for path in (directory, previous):
@@ -45,12 +40,7 @@ def recover(directory: Path, fingerprint: str, files: ResultFiles) -> None:
 
 
 def set_aside(directory: Path, files: ResultFiles) -> None:
-    """Clear a stage's directory; a result or checkpoints in it are kept beside it.
-
-    Args:
-        directory: the stage's directory, with files of an earlier run.
-        files: follow what happens here.
-    """
+    """Clear a stage's directory; a result or checkpoints in it are kept beside it."""
     has_worth = (directory / FINISHED).exists() or _has_checkpoint(directory)
     # A result that is kept already is worth more than an attempt that came after it.
     if has_worth and not _previous(directory).exists():
@@ -61,12 +51,7 @@ def set_aside(directory: Path, files: ResultFiles) -> None:
 
 
 def discard_previous(directory: Path, files: ResultFiles) -> None:
-    """Remove the earlier result of a stage that has finished.
-
-    Args:
-        directory: the stage's directory.
-        files: follow what happens here.
-    """
+    """Remove the earlier result of a stage that has finished."""
     if _previous(directory).exists():
         _remove(_previous(directory), files)
 
@@ -74,13 +59,8 @@ def discard_previous(directory: Path, files: ResultFiles) -> None:
 def move_back(directory: Path, files: ResultFiles) -> bool:
     """Put the earlier result back after an attempt that failed before its first checkpoint.
 
-    Args:
-        directory: the stage's directory.
-        files: follow what happens here.
-
-    Returns:
-        Whether it was put back. An error of the disk does not hide the one that ended the
-        attempt; the next start tries again.
+    Returns whether it did: an error of the disk does not hide the one that ended the attempt,
+    and the next start tries again.
     """
     if (
         not _previous(directory).exists()
@@ -97,28 +77,14 @@ def move_back(directory: Path, files: ResultFiles) -> bool:
 
 
 def holds_foreign_files(directory: Path) -> bool:
-    """Say whether a directory holds files and none of them says that a stage wrote them.
-
-    Args:
-        directory: may be missing.
-
-    Returns:
-        Whether its files must be left alone.
-    """
+    """Say whether a directory holds files and none of them says that a stage wrote them."""
     if not directory.exists() or any((directory / name).exists() for name in (STARTED, FINISHED)):
         return False
     return any(path.name not in _FIRST_FILES for path in directory.iterdir())
 
 
 def read_started(directory: Path) -> dict[str, Any] | None:
-    """Read what the newest attempt in a directory was started with.
-
-    Args:
-        directory: the stage's directory.
-
-    Returns:
-        The content of `started.json`; None where there is none that can be read.
-    """
+    """Read the newest attempt's `started.json`; None where there is none that can be read."""
     try:
         value = json.loads((directory / STARTED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,14 +93,7 @@ def read_started(directory: Path) -> dict[str, Any] | None:
 
 
 def read_fingerprint(directory: Path) -> str | None:
-    """Read which fingerprint the newest attempt in a directory has.
-
-    Args:
-        directory: the stage's directory.
-
-    Returns:
-        The fingerprint; None where nothing was started.
-    """
+    """Read which fingerprint the newest attempt has; None where nothing was started."""
     return (read_started(directory) or {}).get("fingerprint")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_dist.data.mixture import Rows
     from moe_dist.data.sources import Splits
     from moe_dist.data.summary import DataSummary
-    from moe_dist.jobs.job import Split
+    from moe_dist.data.tasks import Split
     from moe_dist.tracking import DatasetInput
     from moe_dist.workers.ray_session import RaySession
 
@@ -45,15 +45,7 @@ class Workspace:
         self.root = self.files.root
 
     def stage_directory(self, stage: str, label: str = "") -> Path:
-        """Return where a stage keeps its files.
-
-        Args:
-            stage: the stage's name.
-            label: the comparison; empty for the main student.
-
-        Returns:
-            An absolute path, which need not exist.
-        """
+        """Return where a stage keeps its files; without a label, the main student's."""
         return self.root / COMPARE_DIRECTORY / label / stage if label else self.root / stage
 
     @cached_property
@@ -99,26 +91,13 @@ class Workspace:
         }
 
     def encoded(self, part: Split, tokenizer: Any) -> Encoded:
-        """Tokenise a split of a run of one task; see `encoded_tasks`.
-
-        Args:
-            part: which split.
-            tokenizer: the teacher's.
-
-        Returns:
-            The samples.
-        """
+        """Tokenise a split of a run of one task; see `encoded_tasks`."""
         return self._encode(self.splits, part, tokenizer)
 
     def encoded_tasks(self, part: Split, tokenizer: Any) -> dict[str, Encoded]:
-        """Tokenise a split in this process, as workers do: the cache entry is theirs too.
+        """Tokenise a split in this process, by task; the cache entry is the workers' too.
 
-        Args:
-            part: which split.
-            tokenizer: the teacher's.
-
-        Returns:
-            The samples of each task by its name, which is "" where there is one task.
+        The name of a run's only task is "".
         """
         return {
             name: self._encode(splits, part, tokenizer) for name, splits in self.rows.parts.items()
@@ -190,14 +169,7 @@ class Workspace:
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
     def num_steps(self, train: TrainConfig) -> int:
-        """Return how many optimizer steps a training stage takes.
-
-        Args:
-            train: the stage's settings.
-
-        Returns:
-            Steps over all epochs, within `max_steps`.
-        """
+        """Return the optimizer steps of a training stage over all epochs, within `max_steps`."""
         from moe_dist.data.mixture import mixture_steps
 
         # As `TrainBatches` cuts an epoch too.

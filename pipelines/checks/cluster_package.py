@@ -7,13 +7,6 @@ from typing import Any
 
 
 def cluster_module(name: str) -> Any:
-    """Import a module of `cluster`.
-
-    Args:
-        name: of the module, such as `preflight`.
-
-    Returns:
-        `cluster.NAME` of a checkout, or `moe_dist._cluster.NAME` of an installed wheel.
-    """
+    """Import a module of `cluster`, from a checkout or as `moe_dist._cluster` of a wheel."""
     is_installed = __package__ is not None and __package__.startswith("moe_dist.")
     return import_module(f"{'moe_dist._cluster' if is_installed else 'cluster'}.{name}")

@@ -18,9 +18,7 @@ MANY_ROWS = 20_000
 def say_summaries(summaries: Mapping[str, DataSummary], console: Console) -> None:
     """Say in one line what each task's data hold, and warn of what may be wrong with them.
 
-    Args:
-        summaries: by task; the one name is empty where there is one task.
-        console: where to.
+    The name of a task that is the only one is empty.
     """
     for task, summary in summaries.items():
         name = data_heading(task)

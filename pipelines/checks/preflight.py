@@ -138,15 +138,7 @@ def say_metrics(workspace: Workspace) -> None:
 
 
 def metric_faults(name: str, splits: Splits) -> list[str]:
-    """Say what metrics cannot tell on rows such as these, whatever a model predicts.
-
-    Args:
-        name: the task's; empty where there is one.
-        splits: its rows.
-
-    Returns:
-        A sentence for each metric and split.
-    """
+    """Say what metrics cannot tell on rows such as these, whatever a model predicts."""
     from moe_dist.data.metrics import metric_title, missing_classes, undefined_by_labels
 
     task, of_task = splits.task, f" of {name}" if name else ""
@@ -169,15 +161,7 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
 
 
 def check_start_model(workspace: Workspace, rows: Rows) -> None:
-    """See that the start model's weights and tokenizer fit, and say what is new or guessed.
-
-    Args:
-        workspace: finds the start model.
-        rows: the data of all tasks.
-
-    Raises:
-        ConversionError: if they do not fit.
-    """
+    """See that weights and tokenizer fit, or raise ConversionError; say what is new or guessed."""
     from moe_dist.inference.pretrained import check_pretrained
     from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, check_end, unknown_share
     from moe_dist.jobs.job_data import label_names
@@ -205,10 +189,7 @@ def check_start_model(workspace: Workspace, rows: Rows) -> None:
 def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_trained: int) -> None:
     """Warn where a whole run may not fit on the disk; finished stages may make it fit all the same.
 
-    Args:
-        workspace: knows where results go.
-        num_parameters: of the start model.
-        num_trained: models that are trained: teacher, student and comparisons.
+    `num_trained` counts teacher, student and comparisons.
     """
     # Every model, and of the one in training up to three checkpoints (two kept, one being
     # written) with two moments each; a finished stage keeps none.
@@ -222,16 +203,7 @@ def warn_of_little_space(workspace: Workspace, num_parameters: int, *, num_train
 
 
 def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False) -> bool:
-    """Check a recipe and the cluster it would run on, and print what was found.
-
-    Args:
-        config: the run's configuration.
-        console: where to print.
-        as_json: print JSON instead of a table.
-
-    Returns:
-        Whether there is no fault.
-    """
+    """Check a recipe and its cluster, print what was found, and say whether there is no fault."""
     workspace = Workspace(config, console)
     findings = find_all(workspace)
     is_sound = all(finding.state != "fault" for finding in findings)
@@ -250,14 +222,7 @@ def run_preflight(config: RunConfig, console: Console, *, as_json: bool = False)
 
 
 def find_all(workspace: Workspace) -> list[Finding]:
-    """Check the recipe, the cluster and its network.
-
-    Args:
-        workspace: of the run; finds data and start model.
-
-    Returns:
-        All findings; one fault does not keep the others from being looked for.
-    """
+    """Check recipe, cluster and network; one fault does not keep the others from being found."""
     from moe_dist.workers.driver import runs_here
     from moe_dist.workers.ray_session import ray_session
 

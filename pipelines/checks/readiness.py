@@ -16,16 +16,10 @@ if TYPE_CHECKING:
 
 
 def check_cluster_once(config: RunConfig, workspace: Workspace) -> None:
-    """Check the cluster before a chain's first job, as far as that costs seconds.
+    """Check the cluster before a chain's first job; a ClusterError names every fault.
 
-    On this machine alone there is nothing to compare; its CPUs and GPUs are counted for each job.
-
-    Args:
-        config: the run's configuration.
-        workspace: holds the chain's connection to Ray.
-
-    Raises:
-        ClusterError: naming every fault.
+    On this machine alone there is nothing to compare; its CPUs and GPUs are counted for each
+    job.
     """
     session = workspace.session
     is_local = config.parallel.launcher == "local" or not os.environ.get("RAY_ADDRESS")

@@ -117,18 +117,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
 
 
 def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
-    """Build the start model's shape.
-
-    Args:
-        workspace: finds the start model.
-        num_labels: outputs of the head.
-
-    Returns:
-        A dense model on the meta device.
-
-    Raises:
-        ConversionError: if it cannot be read.
-    """
+    """Build the start model's shape on the meta device; a ConversionError if it cannot be read."""
     from moe_dist.inference.skeleton import build_skeleton
 
     revision = workspace.config.model.revision
@@ -136,15 +125,7 @@ def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
 
 
 def length_faults(model: Any, config: RunConfig) -> list[str]:
-    """Check that the start model has a position for every token that the recipe lets through.
-
-    Args:
-        model: a dense model, weights not needed.
-        config: the run's configuration.
-
-    Returns:
-        One line where it has too few; none where it fits, or where the model names no limit.
-    """
+    """Say where the start model has too few positions for the recipe's tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
     length = config.model.max_length
     if not isinstance(limit, int) or length <= limit:
@@ -184,15 +165,7 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
 
 
 def plan_skeleton(dense: Any, config: RunConfig) -> Any:
-    """Plan the split of a model whose scores are not known yet.
-
-    Args:
-        dense: from `dense_skeleton`; weights not needed.
-        config: the configuration of one student.
-
-    Returns:
-        A plan of the right shape.
-    """
+    """Plan the split of a dense skeleton, whose scores are not known yet."""
     import torch
 
     from moe_dist.conversion import PARTITIONS, plan_partition
@@ -218,15 +191,7 @@ def plan_skeleton(dense: Any, config: RunConfig) -> Any:
 
 
 def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
-    """Convert a model that has shapes only.
-
-    Args:
-        teacher: a dense model on the meta device.
-        config: the configuration of one student.
-
-    Returns:
-        The student, with shapes only.
-    """
+    """Convert a dense model on the meta device into a student that has shapes only."""
     import torch
 
     from moe_dist.conversion import dense_to_moe
@@ -246,12 +211,7 @@ def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
 
 
 def show_sizes(config: RunConfig, console: Console) -> None:
-    """Print the sizes of a recipe.
-
-    Args:
-        config: the run's configuration.
-        console: where to print.
-    """
+    """Print the sizes of a recipe."""
     from moe_dist.inference.pretrained import check_pretrained
 
     from .preflight import check_start_model, say_metrics
@@ -321,14 +281,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
 
 
 def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
-    """Name the rows that a dry run does not read, and why.
-
-    Args:
-        data_sets: of the recipe, by the path of their keys.
-
-    Yields:
-        A few words for each.
-    """
+    """Name the rows that a dry run does not read, and why."""
     from moe_dist.data.sources import missing_files
 
     for path, data in data_sets.items():

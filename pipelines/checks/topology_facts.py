@@ -15,12 +15,8 @@ MAX_SHOWN_SIZES = 4
 def topology_facts(config: RunConfig) -> list[tuple[str, str]]:
     """Say how the workers share batches and experts.
 
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        One line for each number of workers that there may be, and one for ZeRO; of many numbers
-        only the least and the most.
+    One line for each number of workers that there may be, and one for ZeRO; of many numbers
+    only the least and the most.
     """
     parallel, num_experts = config.parallel, config.moe.num_experts
     facts = []
@@ -39,14 +35,7 @@ def topology_facts(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def zero_fact(config: RunConfig) -> str:
-    """Say what ZeRO spreads, and over how many ranks.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        One line, without the word ZeRO.
-    """
+    """Say what ZeRO spreads, and over how many ranks, in one line without the word ZeRO."""
     parallel = config.parallel
     stage, num_workers = parallel.zero_stage, parallel.max_workers
     if stage == 0:

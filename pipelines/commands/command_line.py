@@ -67,14 +67,7 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def shown_warnings(console: Console) -> Iterator[None]:
-    """Show the library's warnings and notes between the progress lines and not across them.
-
-    Args:
-        console: where to show them.
-
-    Yields:
-        While they are shown there.
-    """
+    """Show the library's warnings and notes between the progress lines and not across them."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -98,17 +91,8 @@ def shown_warnings(console: Console) -> Iterator[None]:
 def clean_errors(*, debug: bool) -> Iterator[None]:
     """Print a user's error as one message; leave the traceback to --debug.
 
-    Of any other error, which is a fault of the program, the traceback is printed. Credentials are
-    taken out of all of it.
-
-    Args:
-        debug: show the traceback of a user's error too.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        typer.Exit: with the code of the error.
+    Of any other error, which is a fault of the program, the traceback is printed. Credentials
+    are taken out of all of it. Ends in a typer.Exit with the error's code.
     """
     try:
         yield

@@ -28,12 +28,7 @@ Experiment = Annotated[str, typer.Option(help="Only runs of this experiment.")]
 
 
 def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
-    """Add the commands to the program.
-
-    Args:
-        app: the program.
-        benchmark_app: its benchmarks.
-    """
+    """Add the commands to the program and its benchmarks."""
     app.command("runs")(runs)
     app.command("report")(report)
     app.command("seeds")(seeds)
@@ -212,23 +207,11 @@ def benchmark_tracking(
 
 
 def tracking_uri(given: str) -> str:
-    """Choose the store, as a recipe does.
-
-    Args:
-        given: on the command line.
-
-    Returns:
-        Its URI.
-    """
+    """Choose the store's URI as a recipe does, unless one is given on the command line."""
     return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def write_page(page: str, path: Path) -> None:
-    """Write a page, whole or not at all.
-
-    Args:
-        page: the document.
-        path: the file; its directory is made.
-    """
+    """Write a page, whole or not at all; its directory is made."""
     with whole_file(path) as beside:
         beside.write_text(page, encoding="utf-8")

@@ -11,11 +11,7 @@ from .command_line import Debug, Quiet, clean_errors, quieten_libraries, shown_w
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the program.
-
-    Args:
-        app: the program.
-    """
+    """Add the command to the program."""
     app.command("export")(export)
 
 

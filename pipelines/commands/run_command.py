@@ -27,17 +27,7 @@ def run_until(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Run the chain up to a stage, as its command does.
-
-    Args:
-        stage: the last stage.
-        recipe: the recipe's file.
-        overrides: `key=value` each.
-        dry_run: print the derived sizes and stop.
-        quiet: show warnings and results only.
-        as_json: print JSON lines.
-        debug: show tracebacks.
-    """
+    """Run the chain up to a stage, as its command does; a dry run prints the derived sizes only."""
     with clean_errors(debug=debug):
         quieten_libraries()
         with open_console(quiet=quiet, as_json=as_json) as console:
@@ -46,20 +36,12 @@ def run_until(
 
 @contextmanager
 def open_console(*, quiet: bool, as_json: bool) -> Iterator[Console]:
-    """Open what shows progress and results.
-
-    Args:
-        quiet: show warnings and results only.
-        as_json: print JSON lines.
-
-    Yields:
-        The console.
-    """
+    """Open what shows progress and results, as text or JSON lines; when quiet, no progress."""
     if as_json:
         from ..json_console import json_console
 
-        with json_console(quiet=quiet) as console, shown_warnings(console):
-            yield console
+        with json_console(quiet=quiet) as json_lines, shown_warnings(json_lines):
+            yield json_lines
         return
     from ..console import Console
 

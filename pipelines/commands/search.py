@@ -31,12 +31,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
-    """Add the commands to the program.
-
-    Args:
-        app: the program.
-        benchmark_app: its benchmarks.
-    """
+    """Add the commands to the program and its benchmarks."""
     app.command("search")(search)
     benchmark_app.command("search")(benchmark_search)
 

@@ -11,12 +11,7 @@ from .command_line import Debug, Overrides, Quiet, clean_errors, quieten_librari
 
 
 def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
-    """Add the commands to the program.
-
-    Args:
-        app: the program.
-        benchmark_app: its benchmarks.
-    """
+    """Add the commands to the program and its benchmarks."""
     app.command("compact")(compact)
     benchmark_app.command("students")(benchmark_students)
 
@@ -71,8 +66,9 @@ def compact(
         from moe_dist.errors import ConfigError
 
         from ..console import Console
-        from ..stages.compaction import CompactSettings, find_recipe, to_table
+        from ..stages.compact_settings import CompactSettings
         from ..stages.compaction import compact as run
+        from ..stages.compaction import find_recipe, to_table
 
         faults = []
         if method not in ("merge", "drop"):

@@ -21,28 +21,14 @@ _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u206
 
 
 def number(value: object) -> float | None:
-    """Read a value that should be a number.
-
-    Args:
-        value: anything.
-
-    Returns:
-        The number; None for everything else, NaN and infinity included.
-    """
+    """Read a number; None for everything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < MAX_NUMBER else None
 
 
 def numbers(content: object) -> dict[str, float]:
-    """Read a mapping that should hold numbers.
-
-    Args:
-        content: anything.
-
-    Returns:
-        The numbers by name; other entries are left out.
-    """
+    """Read a mapping of numbers; other entries are left out."""
     if not isinstance(content, Mapping):
         return {}
     found = {str(name): number(value) for name, value in content.items()}
@@ -50,15 +36,7 @@ def numbers(content: object) -> dict[str, float]:
 
 
 def clean_report(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what should be a chain's report.
-
-    Args:
-        content: a JSON document.
-
-    Returns:
-        The parts of `report.json` that a comparison reads, numbers and texts as such; empty for
-        a document of another kind.
-    """
+    """Read the parts of a chain's `report.json` that are compared; empty for another document."""
     main_metric, student = content.get("main_metric"), content.get(STUDENT)
     if not isinstance(main_metric, str) or not isinstance(student, Mapping):
         return {}
@@ -89,14 +67,7 @@ def clean_report(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_loads(content: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Read what should be the result of the stage `evaluate`.
-
-    Args:
-        content: a JSON document.
-
-    Returns:
-        Each expert's share by model and layer.
-    """
+    """Read each expert's share, by model and layer, of a JSON document of the stage `evaluate`."""
     details = content.get("details")
     models = details.get("expert_loads") if isinstance(details, Mapping) else None
     found: dict[str, dict[str, list[float]]] = {}
@@ -110,15 +81,10 @@ def clean_loads(content: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]
 
 
 def shown(text: str, *, kept: str = "") -> str:
-    """Make a foreign text harmless where it is shown.
+    """Make a foreign text harmless where it is shown; control characters in `kept` may stay.
 
-    Args:
-        text: anything.
-        kept: control characters that may stay.
-
-    Returns:
-        The text, with control characters (a terminal would obey them), changes of its direction
-        and halves of characters replaced.
+    Others (a terminal would obey them), changes of its direction and halves of characters are
+    replaced.
     """
     return _HARMFUL.sub(lambda found: found[0] if found[0] in kept else _REPLACEMENT, text)
 

@@ -121,18 +121,7 @@ def _check_key(key: str, runs: Sequence[RecordedRun]) -> None:
 
 
 def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
-    """Draw the list.
-
-    Args:
-        entries: from `list_runs`.
-        listing: what was asked for.
-
-    Returns:
-        One table.
-
-    Raises:
-        MissingInputError: if there is nothing to list.
-    """
+    """Draw the list; a MissingInputError if there is nothing in it."""
     if not entries:
         raise MissingInputError(
             "no run matches.",
@@ -173,14 +162,7 @@ def list_tables(entries: Sequence[Entry], listing: Listing) -> list[Table]:
 
 
 def comparison_tables(views: Sequence[RunView]) -> list[Table]:
-    """Draw what differs between runs and what came out.
-
-    Args:
-        views: the runs.
-
-    Returns:
-        Two tables: settings, with a column for each run, and results, with a row for each student.
-    """
+    """Draw what differs between runs, a column for each, and results, a row for each student."""
     settings = Table(
         title="what differs", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -204,12 +186,8 @@ def comparison_tables(views: Sequence[RunView]) -> list[Table]:
 def comparison_json(views: Sequence[RunView]) -> dict[str, Any]:
     """Give what differs and what came out as plain values.
 
-    Args:
-        views: the runs.
-
-    Returns:
-        `differing` names of settings, and for each run `name`, `source`, `params` (those only),
-        `teacher` and its students under `models`.
+    `differing` names of settings, and for each run `name`, `source`, `params` (those only),
+    `teacher` and its students under `models`.
     """
     differing = differing_params(views)
     return {

@@ -13,8 +13,8 @@ from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
 if TYPE_CHECKING:
-    from moe_dist.data.bootstrap import Interval
     from moe_dist.jobs.job_data import AnyJobData
+    from moe_dist.measure.bootstrap import Interval
 
 HIDDEN, PREDICTION = "hidden_error", "prediction_error"
 MEASURES = (HIDDEN, PREDICTION)
@@ -37,33 +37,19 @@ class Imitation:
     tasks: Mapping[str, Errors]
 
     def mean(self, measure: str, name: str) -> float | None:
-        """Average over samples, and then over tasks.
-
-        Args:
-            measure: one of MEASURES.
-            name: the student's.
-
-        Returns:
-            Its error; None where it was not measured.
-        """
+        """Average a student's error over samples, then tasks; None where it was not measured."""
         parts = [errors[measure][name] for errors in self.tasks.values() if name in errors[measure]]
         if len(parts) < len(self.tasks):
             return None
         return float(np.mean([np.mean(part, dtype=np.float64) for part in parts]))
 
     def difference(self, measure: str, first: str, second: str, seed: int) -> Interval | None:
-        """Compare two students on the same samples.
+        """Compare two students' errors on the same samples; None where one was not measured.
 
-        Args:
-            measure: one of MEASURES.
-            first: the student whose error is the minuend.
-            second: the other.
-            seed: of the bootstrap.
-
-        Returns:
-            Difference of the mean errors and its interval; None where one was not measured.
+        Returns the difference of the mean errors, the first's minus the second's, and its
+        bootstrap interval.
         """
-        from moe_dist.data.bootstrap import mean_over_tasks, resample_mean_differences
+        from moe_dist.measure.bootstrap import mean_over_tasks, resample_mean_differences
 
         if any(not {first, second} <= set(errors[measure]) for errors in self.tasks.values()):
             return None
@@ -130,15 +116,7 @@ def measure_imitation(
 
 
 def count_batches(data: AnyJobData, batch_size: int) -> int:
-    """Say how often `measure_imitation` calls `advance`.
-
-    Args:
-        data: holds the dev rows.
-        batch_size: samples for one forward.
-
-    Returns:
-        Batches of all tasks.
-    """
+    """Say how often `measure_imitation` calls `advance`."""
     return sum(-(-min(len(part.dev), MAX_SAMPLES) // batch_size) for part in data.parts.values())
 
 
@@ -179,12 +157,7 @@ def _differences(imitation: Imitation, first: str, second: str) -> dict[str, Any
 
 
 def save_imitation(imitation: Imitation, directory: Path) -> None:
-    """Write the errors of each task beside its predictions.
-
-    Args:
-        imitation: what was measured.
-        directory: of the predictions.
-    """
+    """Write the errors of each task beside its predictions."""
     for task, errors in imitation.tasks.items():
         arrays = {
             f"{measure}/{name}": values
@@ -196,16 +169,9 @@ def save_imitation(imitation: Imitation, directory: Path) -> None:
 
 
 def load_imitation(path: Path) -> dict[str, dict[str, Any]]:
-    """Read what `save_imitation` wrote of one task.
+    """Read one task's errors by measure and model; none where the run was measured before them.
 
-    Args:
-        path: the file.
-
-    Returns:
-        By measure and model; nothing where the run was measured before there was such a file.
-
-    Raises:
-        CheckpointError: if the file is damaged.
+    A CheckpointError if the file is damaged.
     """
     found: dict[str, dict[str, Any]] = {measure: {} for measure in MEASURES}
     if not path.exists():
@@ -224,15 +190,7 @@ def load_imitation(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def imitation_lines(differences: Mapping[str, Mapping[str, Any]], student: str) -> Sequence[str]:
-    """Say which student is nearer to the teacher.
-
-    Args:
-        differences: from `describe_imitation`.
-        student: the main one's name.
-
-    Returns:
-        A sentence for each comparison: by hidden error where both have one.
-    """
+    """Say for each comparison which student is nearer: by hidden error where both have one."""
     lines = []
     for name, found in differences.items():
         measure = next(one for one in MEASURES if one in found)
@@ -250,12 +208,8 @@ def imitation_lines(differences: Mapping[str, Mapping[str, Any]], student: str) 
 def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     """Warn of students that their distillation led away from the teacher.
 
-    Args:
-        entries: from `describe_imitation`, perhaps of an earlier version that held no change.
-
-    Returns:
-        A sentence for each student of which one error rose, its whole interval above 0, and none
-        fell.
+    One error rose, its whole interval above 0, and none fell. Entries of an earlier version
+    hold no change.
     """
     lines = []
     for name, entry in entries.items():

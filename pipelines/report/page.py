@@ -70,15 +70,7 @@ class TableRow:
 
 
 def render_page(views: Sequence[RunView], title: str = "Runs compared") -> str:
-    """Write the page.
-
-    Args:
-        views: the runs.
-        title: the heading.
-
-    Returns:
-        An HTML document.
-    """
+    """Write the HTML page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     views = sorted(views, key=_rank)
@@ -127,27 +119,13 @@ def render_page(views: Sequence[RunView], title: str = "Runs compared") -> str:
 
 
 def csp_source(script: str) -> str:
-    """Name a script in a content security policy, so that the browser runs no other.
-
-    Args:
-        script: its text.
-
-    Returns:
-        The source expression, without quotes.
-    """
+    """Name a script in a content security policy, so that the browser runs no other."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def differing_params(views: Sequence[RunView]) -> list[str]:
-    """List the settings in which the runs differ.
-
-    Args:
-        views: the runs.
-
-    Returns:
-        Dotted names.
-    """
+    """List the settings, as dotted names, in which the runs differ."""
     names = dict.fromkeys(key for view in views for key in view.params)
     return [key for key in names if len({view.params.get(key) for view in views}) > 1]
 
@@ -162,16 +140,7 @@ def _same_params(views: Sequence[RunView]) -> dict[str, str]:
 def result_rows(
     views: Sequence[RunView], colours: Mapping[str, str]
 ) -> tuple[list[str], list[TableRow]]:
-    """Lay out what the runs found.
-
-    Args:
-        views: the runs.
-        colours: by run.
-
-    Returns:
-        Headings, and a row for each student of each run; for a run without results one that says
-        its state.
-    """
+    """Lay out headings and a row for each student; for a run without results its state."""
     sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     metrics = {view.metric_title for view in views if view.metric_title}
     name = metrics.pop() if len(metrics) == 1 else ""
@@ -201,15 +170,7 @@ def result_rows(
 
 
 def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[Figure]:
-    """Draw quality against each cost, with the Pareto front.
-
-    Args:
-        views: the runs.
-        colours: by run.
-
-    Returns:
-        A chart for FLOPs and one for each batch size that was timed.
-    """
+    """Draw quality against FLOPs and the latency at each batch size, with the Pareto front."""
     sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     costs: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "FLOPs per token": lambda entry: entry.get("flops_per_token")
@@ -231,12 +192,7 @@ def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[F
 def curve_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[Figure]:
     """Draw the learning curves of the main students, or of all where there is one run.
 
-    Args:
-        views: the runs.
-        colours: by run.
-
-    Returns:
-        A chart for each dev metric, loss term and the worst imbalance.
+    A chart for each dev metric, loss term and the worst imbalance.
     """
     lines: dict[str, list[Line]] = {}
     for view in views:
@@ -262,14 +218,7 @@ def curve_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[
 
 
 def curve_title(metric: str) -> str:
-    """Say what a learning curve shows.
-
-    Args:
-        metric: its name in the metric log.
-
-    Returns:
-        For example `loss: hidden mse`.
-    """
+    """Say what a learning curve shows, for example `loss: hidden mse`."""
     kind, _, name = metric.removeprefix("train/").rpartition("/")
     return f"{kind}: {name.replace('_', ' ')}"
 

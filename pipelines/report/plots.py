@@ -98,16 +98,7 @@ def plot_importance(
 
 
 def plot_losses(records: Sequence[MetricRecord], path: Path, *, title: str = "Loss terms") -> Path:
-    """Draw the loss terms over steps, and below them the dev metrics where there are any.
-
-    Args:
-        records: what the stage's metric log holds.
-        path: the PNG to write.
-        title: the heading.
-
-    Returns:
-        The path.
-    """
+    """Draw the loss terms over steps, and below them the dev metrics where there are any."""
     kept = list(records)
     names = sorted({name for record in kept for name in record.metrics})
     terms = [name for name in names if name.startswith(LOSS_PREFIX) and name != TOTAL_LOSS]
@@ -136,15 +127,7 @@ def plot_losses(records: Sequence[MetricRecord], path: Path, *, title: str = "Lo
 
 
 def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
-    """Draw the share of tokens that each expert of each layer receives, as a heat map.
-
-    Args:
-        loads: the shares of a layer's experts, which add up to 1, by layer name.
-        path: the PNG to write.
-
-    Returns:
-        The path.
-    """
+    """Draw, as a heat map, each layer's shares of tokens by expert, which add up to 1."""
     import numpy as np
 
     num_experts = max((len(shares) for shares in loads.values()), default=1)
@@ -178,26 +161,14 @@ def plot_expert_load(loads: Mapping[str, Sequence[float]], path: Path) -> Path:
 
 
 def plot_style() -> Any:
-    """Give all pictures one look.
-
-    Returns:
-        A context to draw in.
-    """
+    """Give all pictures one look: a context to draw in."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-
-    Returns:
-        The figure.
-    """
+    """Make an empty figure, measured in inches."""
     # Not pyplot, which keeps every figure alive and wants a main thread.
     from matplotlib.figure import Figure
 
@@ -205,15 +176,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as a PNG, whole or not at all.
-
-    Args:
-        figure: what was drawn.
-        path: the file; its directory is made.
-
-    Returns:
-        The path.
-    """
+    """Write a figure as a PNG, whole or not at all; its directory is made."""
     with whole_file(path) as beside:
         figure.savefig(beside, format="png", dpi=150, facecolor="white")
     return path
@@ -327,14 +290,7 @@ def _ticks(count: int) -> list[int]:
 
 
 def short_layer_name(layer: str) -> str:
-    """Keep what tells layers apart.
-
-    Args:
-        layer: a module's name, such as `bert.encoder.layer.3.intermediate`.
-
-    Returns:
-        For example `encoder 3`; just the number where there is no stack.
-    """
+    """Keep what tells layers apart: `encoder 3`, or just the number where there is no stack."""
     number = re.search(r"\.(\d+)(?:\.|$)", layer)
     if number is None:
         return layer

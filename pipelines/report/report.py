@@ -58,15 +58,9 @@ RESERVED_LABELS = frozenset(
 def build_report(
     config: RunConfig, results: Mapping[str, StageResult], *, run_id: str | None
 ) -> dict[str, Any]:
-    """Join what the stages found into one document.
+    """Join what the stages found into one document; docs/architecture.md lists its keys.
 
-    Args:
-        config: the run's configuration.
-        results: the result of each stage, by key.
-        run_id: the chain's MLflow run; None without tracking.
-
-    Returns:
-        Plain values; see `docs/architecture.md` for the keys.
+    `results` by the stage's key; `run_id` of the chain's MLflow run, None without tracking.
     """
     measured = results[evaluate.NAME].details
     models = {name: dict(entry) for name, entry in measured["models"].items()}
@@ -144,15 +138,7 @@ def _add_retention(
 
 
 def metric_key(task: str, entry: Mapping[str, Any]) -> str:
-    """Name a task's main metric among a model's metrics.
-
-    Args:
-        task: its name.
-        entry: of the report's `tasks`.
-
-    Returns:
-        For example `sst2/accuracy`.
-    """
+    """Name a task's main metric among a model's metrics, for example `sst2/accuracy`."""
     return f"{task}/{entry['main_metric']}"
 
 
@@ -191,14 +177,7 @@ def verdict(
 
 
 def undefined_lines(report: Mapping[str, Any]) -> list[str]:
-    """Say which figures have no value, and why.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        A sentence for each.
-    """
+    """Say which figures of a report have no value, and why."""
     return [
         sentence if figure in report[name]["metrics"] else f"{name}: {sentence}"
         for name in model_names(report)
@@ -207,14 +186,7 @@ def undefined_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """Pick the figures that the chain's own run shows.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        Values by metric name.
-    """
+    """Pick the figures that the chain's own run shows."""
     chosen: dict[str, float] = {}
     if report["retention"] is not None:
         chosen["retention"] = report["retention"]
@@ -237,26 +209,12 @@ def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def model_names(report: Mapping[str, Any]) -> list[str]:
-    """List the models of a report, teacher and student first.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        Their names.
-    """
+    """List the models of a report, teacher and student first."""
     return [evaluate.TEACHER, evaluate.STUDENT, *report["comparisons"]]
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Write a report for people.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        A Markdown document, without credentials.
-    """
+    """Write a report for people, in Markdown, without credentials."""
     data = report["data"]
     lines = [
         f"# {report['name']}",
@@ -364,14 +322,7 @@ def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
 
 
 def to_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Draw a report for the console.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        The models' table, that of the tasks where there are several, and the stages'.
-    """
+    """Draw the models' table, that of the tasks where there are several, and the stages'."""
     models = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, heading in enumerate(_headings(report)):
         models.add_column(heading, justify="left" if position == 0 else "right")
@@ -395,27 +346,13 @@ def to_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
-    """Say how the student stands to each other model.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        One sentence for each, comparisons first: the teacher is not what the student must beat.
-    """
+    """Compare the student with each other model, comparisons first: they are what it must beat."""
     verdicts = report["verdicts"]
     return [verdicts[name] for name in sorted(verdicts, key=lambda name: name == evaluate.TEACHER)]
 
 
 def nearness_lines(report: Mapping[str, Any]) -> list[str]:
-    """Say which student is nearer to the teacher, and which one left it while it was trained.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        Sentences; none where the run was measured before there were such figures.
-    """
+    """Say which student is nearer to the teacher, and which left it; none in an older report."""
     return [
         *imitation_lines(report["imitation_differences"], evaluate.STUDENT),
         *drift_lines({name: report[name] for name in model_names(report)}),
@@ -423,14 +360,7 @@ def nearness_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def latency_lines(report: Mapping[str, Any]) -> list[str]:
-    """Say where the latencies of a report cannot be relied on.
-
-    Args:
-        report: what `build_report` returned.
-
-    Returns:
-        Sentences; none where nothing disturbed the measurement.
-    """
+    """Say where the latencies of a report cannot be relied on."""
     wide = [
         f"{name} at batch {size} ({100 * spread:.0f} %)"
         for name in model_names(report)
@@ -489,14 +419,7 @@ def _row(report: Mapping[str, Any], name: str) -> list[str]:
 
 
 def quantity(count: float) -> str:
-    """Write a count with a unit prefix.
-
-    Args:
-        count: any number.
-
-    Returns:
-        For example `22.7 M`.
-    """
+    """Write a count with a unit prefix, for example `22.7 M`."""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= size:
             return f"{count / size:.1f} {prefix}"

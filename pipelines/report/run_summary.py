@@ -88,42 +88,17 @@ class RunView:
 
 
 def quality(entry: Mapping[str, Any], metric: str) -> float | None:
-    """Read a model's quality.
-
-    Args:
-        entry: its part of a report.
-        metric: the main metric.
-
-    Returns:
-        The value; None where it is missing or no number.
-    """
+    """Read a model's main metric; None where it is missing or no number."""
     return number(entry.get("metrics", {}).get(metric))
 
 
 def holds_run(directory: Path) -> bool:
-    """Tell whether a directory is the output of a chain.
-
-    Args:
-        directory: any.
-
-    Returns:
-        Whether it has a recipe.
-    """
+    """Tell whether a directory is the output of a chain: whether it has a recipe."""
     return (directory / RECIPE_NAME).is_file()
 
 
 def read_directory(directory: Path) -> RunView:
-    """Read a run from its output directory.
-
-    Args:
-        directory: `output_dir/name`.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        MissingInputError: if no run left its files there.
-    """
+    """Read a run from `output_dir/name`; a MissingInputError if none left its files there."""
     if not holds_run(directory):
         raise MissingInputError(
             f"{directory} is no run's directory: it has no {RECIPE_NAME}.",
@@ -150,14 +125,7 @@ def read_directory(directory: Path) -> RunView:
 
 
 def curve_metrics(run: RecordedRun) -> list[str]:
-    """List the metrics that are drawn as learning curves.
-
-    Args:
-        run: a run, or a stage of one.
-
-    Returns:
-        Their names.
-    """
+    """List the metrics that are drawn as learning curves."""
     return [name for name in run.metrics if name.startswith(CURVE_PREFIXES)]
 
 
@@ -201,14 +169,7 @@ def read_recorded(
 
 
 def trial_report(run: RecordedRun) -> dict[str, Any]:
-    """Bring what a sweep measured of a trial into the form of a chain's report.
-
-    Args:
-        run: the trial's run, with metrics such as `trial/accuracy` and `trial/flops`.
-
-    Returns:
-        What a view reads of a report; empty for a trial that measured nothing.
-    """
+    """Bring a trial's metrics, such as `trial/flops`, into a report's form; empty without any."""
     found = {
         name.removeprefix(TRIAL_PREFIX): value
         for name, value in run.metrics.items()
@@ -302,14 +263,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content; empty where there is no such file.
-    """
+    """Read a JSON file of a run; empty where there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

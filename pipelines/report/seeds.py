@@ -17,13 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_dist.data.bootstrap import (
-    Interval,
-    Resampled,
-    mean_over_tasks,
-    resample_differences,
-    resample_mean_differences,
-)
 from moe_dist.data.metrics import (
     LabelSpace,
     compute_metrics,
@@ -33,6 +26,13 @@ from moe_dist.data.metrics import (
     why_no_ratio,
 )
 from moe_dist.errors import DataError, MissingInputError
+from moe_dist.measure.bootstrap import (
+    Interval,
+    Resampled,
+    mean_over_tasks,
+    resample_differences,
+    resample_mean_differences,
+)
 from moe_dist.whole_files import finite
 
 from ..console import UNDEFINED
@@ -84,14 +84,7 @@ class SeededRun:
         }
 
     def undefined(self, label: str) -> str | None:
-        """Say why a model's quality or retention has no value.
-
-        Args:
-            label: the model.
-
-        Returns:
-            A sentence; None where they have.
-        """
+        """Say why a model's quality or retention has no value; None where they have."""
         value, teacher = self.qualities[label], self.qualities[evaluate.TEACHER]
         if math.isnan(value):
             found = self.answers[label]
@@ -272,14 +265,7 @@ def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> lis
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Write the rows as a table, and below it what its intervals are.
-
-    Args:
-        rows: what `compare_seeds` found.
-
-    Returns:
-        Markdown; qualities, errors and differences in hundredths.
-    """
+    """Write the rows as a Markdown table, in hundredths, and below it what its intervals are."""
     references = list(dict.fromkeys(name for row in rows for name in row.differences))
     has_before = any(row.before is not None for row in rows)
     quality = ["before", "after"] if has_before else ["quality"]
@@ -306,14 +292,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_plain(row: Row) -> dict[str, Any]:
-    """Give a row as plain values.
-
-    Args:
-        row: one of `compare_seeds`.
-
-    Returns:
-        What JSON can hold.
-    """
+    """Give a row as what JSON can hold."""
     plain: dict[str, Any] = finite(asdict(row))
     return plain
 

@@ -81,15 +81,9 @@ class Span:
 
 
 def line_chart(lines: Sequence[Line], *, x_label: str, logarithmic: bool = False) -> Markup:
-    """Draw curves, the coloured ones above the others.
+    """Draw curves, the coloured ones above the others; empty if there are none.
 
-    Args:
-        lines: the curves.
-        x_label: what is along.
-        logarithmic: scale of the y axis; all values must then be above 0.
-
-    Returns:
-        An `svg` element; empty if there is nothing to draw.
+    On a logarithmic y axis all values must be above 0.
     """
     kept = [(line, _thinned(line)) for line in lines]
     kept = [(line, points) for line, points in kept if points]
@@ -116,15 +110,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, logarithmic: bool = False
 
 
 def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
-    """Draw quality against cost, and the front of those that none beats in both.
-
-    Args:
-        dots: the points.
-        x_label: the cost.
-
-    Returns:
-        An `svg` element; empty if there is nothing to draw.
-    """
+    """Draw quality against cost, and the front of those that none beats in both; empty if none."""
     if not dots:
         return Markup("")
     axes = _Axes([dot.x for dot in dots], [dot.y for dot in dots])
@@ -145,29 +131,14 @@ def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
 
 
 def front_of(dots: Sequence[Dot]) -> list[Dot]:
-    """Find the points that none is as cheap as and better than.
-
-    Args:
-        dots: quality is better the higher, cost the lower.
-
-    Returns:
-        The front, cheapest first.
-    """
+    """Find the points that none is as cheap as and better than, cheapest first."""
     rows = [{"quality": dot.y, "cost": dot.x} for dot in dots]
     front = pareto_front(rows, {"quality": "max", "cost": "min"})
     return sorted((dots[index] for index in front), key=lambda dot: dot.x)
 
 
 def spans(rows: Sequence[Span], *, reference: float | None = None) -> Markup:
-    """Draw values with their intervals, one below the other.
-
-    Args:
-        rows: from top to bottom.
-        reference: where a line is drawn through all of them.
-
-    Returns:
-        An `svg` element; empty if there is nothing to draw.
-    """
+    """Draw values with their intervals, top to bottom, and a line at `reference`; empty if none."""
     if not rows:
         return Markup("")
     ends = [end for row in rows for end in (row.low, row.high, row.value) if end is not None]
@@ -199,13 +170,9 @@ def spans(rows: Sequence[Span], *, reference: float | None = None) -> Markup:
 
 
 def heat_map(loads: Mapping[str, Sequence[float]]) -> Markup:
-    """Draw which experts of which layer are busy.
+    """Draw which experts of which layer are busy, from each one's share of the layer's tokens.
 
-    Args:
-        loads: each expert's share of its layer's tokens, by layer.
-
-    Returns:
-        An `svg` element: a row for each layer, white at an even share, red above, blue below.
+    A row for each layer, white at an even share, red above, blue below.
     """
     num_experts = max((len(shares) for shares in loads.values()), default=0)
     if num_experts == 0:
@@ -237,14 +204,7 @@ def heat_map(loads: Mapping[str, Sequence[float]]) -> Markup:
 
 
 def shade(relative: float) -> str:
-    """Choose the colour of a load.
-
-    Args:
-        relative: share divided by the even share.
-
-    Returns:
-        A colour: white from 0.9 to 1.1.
-    """
+    """Choose the colour of share divided by even share: white from 0.9 to 1.1."""
     return _SHADES[sum(relative >= step for step in _STEPS)]
 
 
@@ -320,15 +280,7 @@ class _Axes:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Choose round values between two.
-
-    Args:
-        low: the lower end.
-        high: the upper end, above it.
-
-    Returns:
-        About five values that are multiples of 1, 2 or 5 times a power of ten.
-    """
+    """Choose about five values in a range: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / NUM_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough)
@@ -338,15 +290,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def tick(value: float, step: float = math.inf) -> str:
-    """Write a value at an axis.
-
-    Args:
-        value: the value.
-        step: distance to the next one, which must not read the same.
-
-    Returns:
-        Short text, with k, M or G for thousands, millions and so on.
-    """
+    """Write a value at an axis, with k, M or G, so that the next `step` does not read the same."""
     near = abs(value) / step if step > 0 else 0.0
     digits = max(4, math.ceil(math.log10(near)) + 1) if near > 0 else 4
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -165,13 +165,7 @@ def confirm(
 def confirm_tasks(config: RunConfig, best: Trial, *, in_place: bool) -> list[dict[str, Any]]:
     """List what is to be trained: even numbers are the best, odd ones the recipe as it stands.
 
-    Args:
-        config: the sweep's recipe.
-        best: the best trial.
-        in_place: whether a trial runs in its own actor.
-
-    Returns:
-        Tasks.
+    `in_place` trials run in their own actor.
     """
     return [
         {
@@ -194,22 +188,14 @@ def compare_answers(
     seed: int,
     fetch: Callable[[Path], Path],
 ) -> dict[str, Any] | None:
-    """Compare what the two say of each dev row, over all seeds.
+    """Compare what the two say of each dev row, over all seeds; see `Confirmation.on_examples`.
 
-    Args:
-        directory: where `confirm_tasks` were trained.
-        task: by its main metric.
-        pairs: what `measured_pairs` found.
-        seed: of the bootstrap.
-        fetch: sees to it that a file is on this machine.
-
-    Returns:
-        See `Confirmation.on_examples`.
+    `pairs` come from `measured_pairs`; `fetch` sees to it that a file is on this machine.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, seeded_bootstrap
     from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
+    from moe_dist.measure.bootstrap import NO_INTERVAL, seeded_bootstrap
 
     try:
         answers = [
@@ -235,16 +221,7 @@ def compare_answers(
 
 
 def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation | None:
-    """Compare the two, seed by seed.
-
-    Args:
-        metric: the objective.
-        best: the best trial's number.
-        trials: what `confirm_tasks` became.
-
-    Returns:
-        The comparison; None for fewer than two seeds.
-    """
+    """Compare the two, seed by seed; None for fewer than two seeds."""
     from scipy import stats
 
     pairs = [
@@ -264,12 +241,7 @@ def judge(metric: str, best: int, trials: Mapping[int, Trial]) -> Confirmation |
 def measured_pairs(metric: str, trials: Mapping[int, Trial]) -> list[int]:
     """Find the seeds with which both were measured.
 
-    Args:
-        metric: the objective.
-        trials: what `confirm_tasks` became.
-
-    Returns:
-        The numbers of the best's trials; the next of each is the recipe's as it stands.
+    Returns the numbers of the best's trials; the next of each is the recipe's as it stands.
     """
     measured = {number for number, one in trials.items() if not math.isnan(one.value(metric))}
     return sorted(n for n in measured if n % 2 == 0 and n + 1 in measured)

@@ -17,7 +17,7 @@ from moe_dist.router_spec import ROUTER_FACTS
 from moe_dist.search.objectives import Goal
 from moe_dist.search.trials import BASELINE, Trial
 
-from .results import shown
+from .measures import shown
 from .sweep import SweepResult
 from .teachers import teacher_key
 from .trial import LATENCY_SEQ_LEN
@@ -34,17 +34,7 @@ SEVERAL = {"moe.num_experts": {"not": [1]}}
 
 
 def goal_config(config: RunConfig, goals: Sequence[Goal], cost: str, console: Console) -> RunConfig:
-    """Turn a recipe into the search for its cheapest model.
-
-    Args:
-        config: the recipe; its own space is kept where it has one.
-        goals: what the model must keep.
-        cost: what is to be low.
-        console: where the workspace shows what it reads.
-
-    Returns:
-        The recipe with objectives, and a space of pruned dense and MoE students.
-    """
+    """Give a recipe objectives and, where it has no space, one of pruned dense and MoE students."""
     kept = next((goal.metric for goal in goals if MEASURES[goal.metric] == "max"), "quality")
     search = config.search.model_dump()
     # What a goal bounds must be measured, latency above all, which costs time.
@@ -60,14 +50,8 @@ def goal_config(config: RunConfig, goals: Sequence[Goal], cost: str, console: Co
 def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:
     """Write a space of students of all sizes, with whatever routers and partitions there are.
 
-    One expert is the pruned dense student.
-
-    Args:
-        config: the recipe.
-        ffn_size: neurons of the teacher's feed-forward layers.
-
-    Returns:
-        As `search.space`.
+    One expert is the pruned dense student. `ffn_size` is the teacher's; returned as
+    `search.space`.
     """
     sizes = sorted({max(1, round(ffn_size * share)) for share in SIZE_SHARES})
     space: dict[str, Any] = {
@@ -168,14 +152,7 @@ def answer_goal(
 ) -> Answer:
     """Choose the cheapest model that meets every goal.
 
-    Args:
-        result: the sweep.
-        goals: what it must keep.
-        cost: what is to be low.
-        remeasured: the cost of some trials, measured again with nothing beside it.
-
-    Returns:
-        The answer.
+    `remeasured` holds the cost of some trials, measured again with nothing beside it.
     """
     again = remeasured or {}
     whole = [trial for trial in result.trials.values() if trial.status == "finished"]
@@ -220,14 +197,7 @@ def answer_goal(
 
 
 def describe_student(trial: Trial) -> str:
-    """Say what a trial's student is.
-
-    Args:
-        trial: of a search.
-
-    Returns:
-        A few words.
-    """
+    """Say in a few words what a trial's student is."""
     if trial.number == BASELINE:
         return "the recipe as it stands"
     point = trial.overrides
@@ -250,12 +220,7 @@ def _distance(trial: Trial, goals: Sequence[Goal]) -> float:
 def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float]:
     """Time the cheapest models that meet the goals, in turn, with nothing of ours beside them.
 
-    Args:
-        result: the sweep, whose Ray is down.
-        goals: what a model must keep.
-
-    Returns:
-        Median latency in ms by trial, of `MAX_MEASURED` trials at most.
+    Ray must be down. Returns the median latency in ms of `MAX_MEASURED` trials at most.
     """
     from moe_dist.inference import load_model
     from moe_dist.inference.saving import load_tokenizer

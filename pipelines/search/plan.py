@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 def show_plan(config: RunConfig, console: Console) -> None:
     """Print what a recipe's search would try; nothing is run.
 
-    Args:
-        config: the recipe.
-        console: where to print.
-
-    Raises:
-        ConfigError: if there is no space, or the data have no such metric.
+    A ConfigError if there is no space, or the data have no such metric.
     """
     search = config.search
     if not search.space:

@@ -24,17 +24,7 @@ _GAP = 0.06
 def plot_curves(
     trials: Sequence[Trial], metric: str, path: Path, *, best: int | None = None
 ) -> Path:
-    """Draw what each trial measured at each rung.
-
-    Args:
-        trials: of the sweep.
-        metric: the objective.
-        path: the PNG to write.
-        best: the number of the trial that the report calls so.
-
-    Returns:
-        The path.
-    """
+    """Draw what each trial measured at each rung, as a PNG; `best` is the report's."""
     with plot_style():
         figure = new_figure(8.0, 4.4)
         axes = figure.subplots()
@@ -62,16 +52,7 @@ def plot_curves(
 
 
 def plot_importance_of_keys(shares: Mapping[str, float], metric: str, path: Path) -> Path:
-    """Draw how much each key matters.
-
-    Args:
-        shares: by path, the largest first.
-        metric: what they move.
-        path: the PNG to write.
-
-    Returns:
-        The path.
-    """
+    """Draw how much each key matters, as a PNG; shares by path, the largest first."""
     with plot_style():
         figure = new_figure(7.0, 1.6 + 0.36 * len(shares))
         axes = figure.subplots()
@@ -89,15 +70,7 @@ def plot_fronts(
 ) -> Path:
     """Draw the objective against each cost, and the trials that no other beats in both.
 
-    Args:
-        trials: of the sweep; those that ended early are faint.
-        metric: the objective.
-        costs: measures that are better when low.
-        path: the PNG to write.
-        maximise: whether the objective is better when high.
-
-    Returns:
-        The path.
+    Trials that ended early are faint. Costs are better when low, the metric as `maximise` says.
     """
     with plot_style():
         figure = new_figure(5.2 * len(costs) + 0.6, 4.4)
@@ -107,16 +80,7 @@ def plot_fronts(
 
 
 def plot_parallel(trials: Sequence[Trial], metric: str, path: Path) -> Path:
-    """Draw each trial as a line through its values, coloured by the objective.
-
-    Args:
-        trials: of the sweep.
-        metric: the objective.
-        path: the PNG to write.
-
-    Returns:
-        The path.
-    """
+    """Draw each trial, in a PNG, as a line through its values, coloured by the objective."""
     import matplotlib
 
     shown = [t for t in trials if t.drawn and not math.isnan(t.value(metric))]

@@ -53,15 +53,7 @@ class PointChecks:
         return True
 
     def ran_out(self, num_tried: int, num_trials: int) -> str:
-        """Say that the space has no further point.
-
-        Args:
-            num_tried: points that had a trial.
-            num_trials: what was asked for.
-
-        Returns:
-            Words with a remedy.
-        """
+        """Say, with a remedy, that the space has no further point."""
         refused = (
             f"; {self.num_refused} others are no sound recipe, or ask for more neurons than the "
             "model's layers have"

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.config.search_section import MEASURES
 from moe_dist.search.importance import key_importance
 from moe_dist.search.trials import BASELINE, Trial, finished_front, rank_trials
 from moe_dist.whole_files import write_json
 
 from ..console import duration
 from ..markdown import markdown_table
-from ..report.report import quantity
+from .measures import shown
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
 from .sweep import SweepResult
 from .sweep_files import PARQUET_NAME, ROWS, write_best, write_table
@@ -42,16 +41,9 @@ PICTURES = {
 def write_results(
     result: SweepResult, run: TrackedRun, answer: Answer | None = None
 ) -> dict[str, Any]:
-    """Write everything that a sweep leaves, and hand it to the tracking server.
+    """Write all that a sweep leaves, hand it to the tracking server, and return the report.
 
-    Args:
-        result: the sweep.
-        run: its run.
-        answer: what a goal came to; its trial is that of `best.yaml`, which is the best by the
-            first objective when there was no goal.
-
-    Returns:
-        The content of `report.json`.
+    The trial of `best.yaml` is the answer's, or the best by the first objective without a goal.
     """
     trials = list(result.trials.values())
     metric, mode = next(iter(result.config.search.wanted.items()))
@@ -80,15 +72,7 @@ def write_results(
 
 
 def summarise(result: SweepResult, best: Trial | None) -> dict[str, Any]:
-    """Say what a sweep found, in plain values.
-
-    Args:
-        result: the sweep.
-        best: the one of `best.yaml`.
-
-    Returns:
-        The content of `report.json`.
-    """
+    """Say what a sweep found, as `report.json` holds it; `best` is the trial of `best.yaml`."""
     trials, search = list(result.trials.values()), result.config.search
     metric = next(iter(search.wanted))
     counts = {
@@ -138,10 +122,10 @@ def against_baseline(result: SweepResult, best: Trial) -> dict[str, Any] | None:
         `metric`, `title` (what people call it) and what `Interval` holds, or why it is
         `undefined`; None where there is no such trial, or the two were measured on other rows.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, paired_bootstrap
     from moe_dist.data.metrics import explain_undefined, metric_title
     from moe_dist.errors import CheckpointError
     from moe_dist.jobs.results import PREDICTIONS, load_predictions
+    from moe_dist.measure.bootstrap import NO_INTERVAL, paired_bootstrap
 
     baseline = result.trials.get(BASELINE)
     if baseline is None or baseline.status != "finished" or best.number == BASELINE:
@@ -177,16 +161,9 @@ def to_markdown(
     ranked: Sequence[Trial],
     pictures: Sequence[Path],
 ) -> str:
-    """Write the report for people.
+    """Write the report for people, in Markdown.
 
-    Args:
-        result: the sweep.
-        summary: what `summarise` returned.
-        ranked: its whole trials, the best first.
-        pictures: beside the report.
-
-    Returns:
-        A Markdown document.
+    `ranked` are the whole trials, the best first; the pictures lie beside the report.
     """
     counts, steps = summary["trials"], summary["steps"]
     share = steps["taken"] / steps["of_all_to_the_end"] if steps["of_all_to_the_end"] else 1.0
@@ -227,14 +204,7 @@ def to_markdown(
 
 
 def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Say which trial is best, and what it is worth.
-
-    Args:
-        summary: what `summarise` returned.
-
-    Returns:
-        Sentences.
-    """
+    """Say which trial is best, and what it is worth."""
     best, metric = summary["best"], next(iter(summary["objectives"]))
     if "goal" in summary:
         return list(summary["goal"]["said"])
@@ -279,29 +249,14 @@ def _confirmed_goals(answer: Answer, result: SweepResult) -> list[str]:
 
 
 def dev_words(summary: Mapping[str, Any]) -> str:
-    """Say what the dev rows were used for, where trials were chosen on other rows.
-
-    Args:
-        summary: what `summarise` returned.
-
-    Returns:
-        A sentence.
-    """
+    """Say what the dev rows were used for, where trials were chosen on other rows."""
     if summary["confirmed"] is not None:
         return "The dev rows had no part in the choice; they judged the seeds alone."
     return "The dev rows judged no trial; `moe-dist compress best.yaml` measures on them."
 
 
 def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str]:
-    """Lay trials out as a Markdown table.
-
-    Args:
-        trials: in the order of the rows.
-        summary: what `summarise` returned.
-
-    Returns:
-        Lines.
-    """
+    """Lay trials out as a Markdown table, in their order."""
     names = sorted({name for trial in trials for name in trial.overrides})
     measures = [*summary["objectives"]]
     measures += [n for n in ("retention", "flops", "active_parameters") if n not in measures]
@@ -315,23 +270,6 @@ def table_lines(trials: Sequence[Trial], summary: Mapping[str, Any]) -> list[str
         who = "as it stands" if trial.number == BASELINE else str(trial.number)
         rows.append([who, *cells, duration(trial.seconds)])
     return markdown_table(heads, rows)
-
-
-def shown(measure: str, value: float) -> str:
-    """Write one measure.
-
-    Args:
-        measure: its name.
-        value: its value.
-
-    Returns:
-        A few digits; empty where it is missing.
-    """
-    if math.isnan(value):
-        return ""
-    if measure == "latency":
-        return f"{value:.1f} ms"
-    return quantity(value) if MEASURES.get(measure) == "min" else f"{value:.4f}"
 
 
 def _entry(trial: Trial) -> dict[str, Any]:

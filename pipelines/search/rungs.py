@@ -9,27 +9,12 @@ if TYPE_CHECKING:
 
 
 def rung_times(search: SearchConfig) -> tuple[int, ...]:
-    """List a trial's rungs, in units of the first.
-
-    Args:
-        search: the recipe's section.
-
-    Returns:
-        1, F, F² … for the schedulers that halve, else 1, 2, 3 …; the last is the trial's end.
-    """
+    """List a trial's rungs: 1, F, F² … for the schedulers that halve, else 1, 2, 3 …."""
     if search.chosen_scheduler in ("asha", "hyperband"):
         return tuple(search.reduction_factor**power for power in range(search.rungs))
     return tuple(range(1, search.rungs + 1))
 
 
 def rung_steps(times: tuple[int, ...], num_steps: int) -> dict[int, int]:
-    """Place the rungs on a training's steps.
-
-    Args:
-        times: what `rung_times` gave.
-        num_steps: optimizer steps of the training.
-
-    Returns:
-        The rung's time by step; of rungs that fall on one step the later.
-    """
+    """Place the rungs on a training's steps; of rungs that fall on one step the later counts."""
     return {max(1, round(num_steps * time / times[-1])): time for time in times}

@@ -117,14 +117,7 @@ def search_recipe(
 
 
 def pin_teacher(config: RunConfig) -> RunConfig:
-    """Write the teacher's settings out, so that no point of the space changes them by `train`.
-
-    Args:
-        config: the recipe.
-
-    Returns:
-        The same recipe, with everything in `finetune` given that may be.
-    """
+    """Write the teacher's settings out, so that no point of the space changes them by `train`."""
     teacher = config.teacher_train
     pinned = {key: getattr(teacher, key) for key in type(config.finetune).model_fields}
     return config.model_copy(update={"finetune": config.finetune.model_copy(update=pinned)})
@@ -233,29 +226,14 @@ def _search_in(
 
 
 def best_trial(result: SweepResult) -> Trial | None:
-    """Find the best trial by the first objective.
-
-    Args:
-        result: the sweep.
-
-    Returns:
-        The trial; None if none was trained to the end.
-    """
+    """Find the best trial by the first objective; None if none was trained to the end."""
     metric, mode = next(iter(result.config.search.wanted.items()))
     ranked = rank_trials(list(result.trials.values()), metric, mode)
     return ranked[0] if ranked else None
 
 
 def check_metrics(config: RunConfig, workspace: Workspace) -> None:
-    """Refuse what the task does not measure: every trial would end without a value.
-
-    Args:
-        config: the recipe.
-        workspace: with its data.
-
-    Raises:
-        ConfigError: naming each objective that the data have not, or that is undefined on them.
-    """
+    """Refuse, with a ConfigError, what the task does not measure or the data leave undefined."""
     task, split = workspace.splits.task, choosing_split(config)
     rows = getattr(workspace.splits, split)
     for name in config.search.wanted:
@@ -285,15 +263,7 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
 
 
 def check_retention(config: RunConfig, teachers: Mapping[str, TeacherFacts]) -> None:
-    """Refuse to search for a part of what no teacher has.
-
-    Args:
-        config: the recipe.
-        teachers: what trials are measured against, by key.
-
-    Raises:
-        ConfigError: if retention is wanted and a teacher's metric is undefined or not above 0.
-    """
+    """Refuse, with a ConfigError, to search for a part of what no teacher has."""
     if "retention" not in config.search.wanted:
         return
     values = [facts.quality_on(choosing_split(config)) for facts in teachers.values()]
@@ -392,28 +362,12 @@ def _find_room(
 
 
 def sweep_tags(config: RunConfig) -> dict[str, str]:
-    """Give the tags that a sweep and its trials share, beside those of their points.
-
-    Args:
-        config: the recipe.
-
-    Returns:
-        Where and from what source it runs, and the recipe's hash, the same as of its chains.
-    """
+    """Give the tags that a sweep and its trials share: source, and the same hash as its chains."""
     return {**source_tags(), "recipe_hash": recipe_hash(settings_of_kind(config))}
 
 
 def best_settings(config: RunConfig, trial: Trial, num_teacher_steps: int) -> dict[str, Any]:
-    """Give the recipe of one trial, for `compress`.
-
-    Args:
-        config: the sweep's recipe, the teacher's settings pinned.
-        trial: the trial.
-        num_teacher_steps: what its teacher trains for.
-
-    Returns:
-        Nested plain values, as a recipe has them.
-    """
+    """Give the recipe of one trial, for `compress`; `config` has the teacher's settings pinned."""
     point = RunConfig.model_validate(point_settings(config, trial.overrides))
     finetune = point.finetune
     if finetune.max_steps is None and point.train.max_steps is not None:

@@ -56,15 +56,7 @@ def write_best(result: SweepResult, best: Trial) -> Path:
 
 
 def write_table(trials: Sequence[Trial], path: Path) -> Path:
-    """Write a row for each trial.
-
-    Args:
-        trials: of the sweep.
-        path: the Parquet file.
-
-    Returns:
-        The path.
-    """
+    """Write a row for each trial into a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 

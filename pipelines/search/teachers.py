@@ -32,15 +32,7 @@ HOLDOUT_DIRECTORY = "holdout"
 
 
 def teacher_key(config: RunConfig, overrides: Mapping[str, Any]) -> str:
-    """Name the teacher that a point needs.
-
-    Args:
-        config: the recipe.
-        overrides: the point's.
-
-    Returns:
-        `OWN`, or a short digest of what it changes of the teacher.
-    """
+    """Name the teacher of a point: `OWN`, or a short digest of what it changes of the teacher."""
     changed = {
         path: value
         for path, value in overrides.items()
@@ -52,15 +44,7 @@ def teacher_key(config: RunConfig, overrides: Mapping[str, Any]) -> str:
 def teacher_points(
     config: RunConfig, dimensions: tuple[Dimension, ...]
 ) -> Iterator[dict[str, Any]]:
-    """List what trials may change of the teacher; the checks keep these few.
-
-    Args:
-        config: the recipe.
-        dimensions: of the space.
-
-    Yields:
-        Overrides, one for each teacher.
-    """
+    """List what trials may change of the teacher, once each; the checks keep these few."""
     concerned = [one for one in dimensions if changes_teacher(one.path)]
     if config.search.baseline and concerned:
         yield {}
@@ -85,14 +69,7 @@ class SharedWork:
     tracker: TrackedRun
 
     def prepare(self, dimensions: tuple[Dimension, ...]) -> dict[str, TeacherFacts]:
-        """Make every teacher that trials may need; finished ones are skipped.
-
-        Args:
-            dimensions: of the space.
-
-        Returns:
-            Facts by key.
-        """
+        """Make every teacher that trials may need, facts by key; finished ones are skipped."""
         config = self.workspace.config
         needed = {
             teacher_key(config, overrides): overrides

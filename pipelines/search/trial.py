@@ -21,15 +21,15 @@ from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
 
-from ..chain.payloads import training_settings
+from ..chain.training_settings import training_settings
 from ..stages.adapt import adapt_settings, convert, fits_output
 from .rungs import rung_steps
 from .shared_weights import checkpoint_at, shared_checkpoints, take_over
 from .trial_stages import ADAPT, DISTILL, EVALUATE, StageLog
 
 if TYPE_CHECKING:
+    from moe_dist.data.tasks import Split
     from moe_dist.jobs.distill import DistillJob
-    from moe_dist.jobs.job import Split
     from moe_dist.jobs.job_data import JobData
 
 LATENCY_SEQ_LEN = 128
@@ -57,14 +57,7 @@ class TeacherFacts:
     latency_ms: float | None = None
 
     def quality_on(self, split: Split) -> float:
-        """Give its main metric on a split.
-
-        Args:
-            split: `dev`, or `holdout` where there is one.
-
-        Returns:
-            Its value.
-        """
+        """Give its main metric on `dev`, or on `holdout` where there is one."""
         if split == "holdout":
             assert self.holdout_quality is not None, "measured where there is a hold-out"
             return self.holdout_quality
@@ -72,14 +65,7 @@ class TeacherFacts:
 
 
 def choosing_split(config: RunConfig) -> Split:
-    """Name the rows that trials are ranked on.
-
-    Args:
-        config: the recipe.
-
-    Returns:
-        The hold-out of the training rows where the recipe has one, else the dev rows.
-    """
+    """Name the rows that trials are ranked on: the hold-out where the recipe has one, else dev."""
     return "holdout" if config.data.holdout_samples else "dev"
 
 
@@ -141,27 +127,12 @@ class TrialRunner:
 
 
 def trial_name(number: int) -> str:
-    """Name a trial's directory and run.
-
-    Args:
-        number: the trial's.
-
-    Returns:
-        For example `trial-0007`.
-    """
+    """Name a trial's directory and run, for example `trial-0007`."""
     return f"trial-{number:04d}"
 
 
 def training_directory(trials: Path, number: int) -> Path:
-    """Name the place of what a trial's training left: metric log, figures, dev predictions.
-
-    Args:
-        trials: the directory of the sweep's trials.
-        number: the trial's.
-
-    Returns:
-        The directory.
-    """
+    """Name the place of what a trial's training left: metric log, figures, dev predictions."""
     return trials / trial_name(number) / DISTILL
 
 
@@ -381,14 +352,8 @@ class _OneTrial:
 def latency_ratio(student: Any, teacher: Any, batch_size: int, seq_len: int) -> float:
     """Time a student and its teacher in turn, so that a busy machine slows both alike.
 
-    Args:
-        student: on the device to measure on.
-        teacher: on the same device.
-        batch_size: sentences in a batch.
-        seq_len: tokens in a sentence.
-
-    Returns:
-        The median of the student's times over the teacher's of the same round.
+    Both must be on the device to measure on. Returns the median, over rounds, of the student's
+    time over the teacher's.
     """
     from moe_dist.measure.latency import Rounds, measure_in_turn
 

@@ -27,15 +27,7 @@ _OF_NO_USE = (STUDENT, MODEL_DIR, CHECKPOINT_DIR)
 
 @contextmanager
 def written_here(directory: Path | str) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Give a training in this process a place to write to.
-
-    Args:
-        directory: the stage's; a URI as text.
-
-    Yields:
-        A directory of this machine, and what uploads its metric log now. All of its files go up
-        when the block ends well.
-    """
+    """Give a training here a directory, and what uploads its log; all files go up at a good end."""
     if isinstance(directory, Path):
         yield directory, lambda: None
         return
@@ -51,14 +43,8 @@ def student_for_workers(
 ) -> Iterator[Callable[[], list[MetricRecord]]]:
     """Put a student where the trial's workers find it, and follow what they log.
 
-    Args:
-        student: the model.
-        tokenizer: the teacher's.
-        directory: the stage's; a URI as text. The student is `STUDENT` below it.
-
-    Yields:
-        What reads the lines that the metric log has gained. Models and checkpoints are removed
-        with the block.
+    Yields what reads the lines that the metric log has gained. The student is `STUDENT` below
+    the directory, a path or a URI as text; models and checkpoints are removed with the block.
     """
     from moe_dist.inference.saving import save_model
 

@@ -58,15 +58,7 @@ class StageLog:
 
     @contextmanager
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[Path | str]:
-        """Note a stage's beginning, and its end with the block.
-
-        Args:
-            name: the stage.
-            params: the settings that it reads.
-
-        Yields:
-            The stage's own directory; a URI as text.
-        """
+        """Note a stage's beginning, and its end with the block; yields its directory."""
         directory = below(self._directory, name)
         if isinstance(directory, Path):
             directory.mkdir(parents=True, exist_ok=True)
@@ -102,12 +94,7 @@ class StageLog:
 
 
 def clear_stages(directory: Path, files: ResultFiles) -> None:
-    """Forget the stages of an earlier attempt, before a trial begins again.
-
-    Args:
-        directory: the trial's.
-        files: the sweep's.
-    """
+    """Forget the stages of an earlier attempt, before a trial begins again."""
     path = directory / STAGES_NAME
     if path.exists():
         files.removed(path)
@@ -159,12 +146,7 @@ class TrialStages:
             self._measured.clear()
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note what the trial measured: in its own run, and as a result of `evaluate`.
-
-        Args:
-            step: optimizer steps done.
-            metrics: values by name.
-        """
+        """Note what the trial measured: in its own run, and as a result of `evaluate`."""
         own, named = (
             {f"{prefix}{name}": value for name, value in metrics.items()}
             for prefix in (TRIAL_PREFIX, f"{evaluate.STUDENT}/")
@@ -175,11 +157,7 @@ class TrialStages:
         self.follow()
 
     def end(self, status: str) -> None:
-        """End what the worker has not ended, since it was stopped or died.
-
-        Args:
-            status: the trial's, in MLflow's words.
-        """
+        """End, with a status in MLflow's words, what the worker has not: it was stopped or died."""
         self._receive()
         try:
             self._files.received(self._directory / DISTILL)

@@ -135,13 +135,8 @@ class Supervisor:
     def breed(self, weak: int, strong: int, step: int) -> dict[str, Any]:
         """Let a weak trial follow a strong one; see `moe_dist.search.population.Population`.
 
-        Args:
-            weak: the trial that gives up its own weights.
-            strong: the trial whose weights, and whose values near enough, it takes over.
-            step: that these weights are at.
-
-        Returns:
-            The weak trial's task from now on.
+        From `step` on it takes over the strong trial's weights, and values near its own.
+        Returns the weak trial's task from now on.
         """
         point = self._near(self._log.trials[strong], f"{self._config.seed}-{weak}-{step}")
         self._log.took_over(weak, strong, step, point.drawn, point.overrides)
@@ -261,11 +256,7 @@ class Supervisor:
                     run.__exit__(KeyboardInterrupt, None, None)
 
     def mark_best(self, best: int) -> None:
-        """Mark one trial's run as the best, and no other.
-
-        Args:
-            best: its number.
-        """
+        """Mark one trial's run as the best, and no other."""
         for number, trial in self._log.trials.items():
             run = self._runs.get(number)
             mark = self._trial_directory(number) / "best"
@@ -343,15 +334,7 @@ class Supervisor:
 
 
 def point_tags(config: RunConfig, overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Give what people filter trials by.
-
-    Args:
-        config: the sweep's recipe.
-        overrides: of the trial.
-
-    Returns:
-        Tags.
-    """
+    """Give what people filter trials by."""
     settings = point_settings(config, overrides)
     return {path.rpartition(".")[2]: str(_at(settings, path)) for path in TAGGED}
 

@@ -11,26 +11,12 @@ if TYPE_CHECKING:
 
 
 def took_over_weights(trial: Trial) -> bool:
-    """Tell whether a trial took over the weights of another.
-
-    Args:
-        trial: of the sweep.
-
-    Returns:
-        Whether its history has more than one segment.
-    """
+    """Tell whether a trial took over the weights of another."""
     return len(trial.weight_history) > 1
 
 
 def history_words(trial: Trial) -> str:
-    """Say in which trials the weights were trained.
-
-    Args:
-        trial: of the sweep.
-
-    Returns:
-        For example `2, from step 40 on 5`.
-    """
+    """Say in which trials the weights were trained, for example `2, from step 40 on 5`."""
     return ", ".join(
         f"from step {segment.step} on {segment.trial}" if segment.step else f"{segment.trial}"
         for segment in trial.weight_history
@@ -38,14 +24,7 @@ def history_words(trial: Trial) -> str:
 
 
 def changed_keys(trial: Trial) -> list[str]:
-    """Find what changed while a trial's weights were trained.
-
-    Args:
-        trial: of the sweep.
-
-    Returns:
-        Paths of keys that differ between segments of its history.
-    """
+    """Find the paths of keys that changed while a trial's weights were trained."""
     paths = sorted({path for segment in trial.weight_history for path in segment.overrides})
     return [
         path
@@ -58,15 +37,7 @@ def changed_keys(trial: Trial) -> list[str]:
 
 
 def history_lines(best: Trial | None, is_population: bool) -> list[str]:
-    """Lay the best trial's values over its steps.
-
-    Args:
-        best: the trial; None if none was trained to the end.
-        is_population: whether trials could take over weights.
-
-    Returns:
-        Lines of Markdown; none for other searches.
-    """
+    """Lay the best trial's values over its steps, in Markdown; none but for a population."""
     if best is None or not is_population:
         return []
     keys = changed_keys(best)
@@ -90,14 +61,7 @@ def history_lines(best: Trial | None, is_population: bool) -> list[str]:
 
 
 def history_remarks(best: Trial) -> list[str]:
-    """Say in the best trial's recipe what a recipe cannot hold.
-
-    Args:
-        best: the trial.
-
-    Returns:
-        Lines; none where it kept its values.
-    """
+    """Say in the best trial's recipe what a recipe cannot hold; none where it kept its values."""
     keys = changed_keys(best)
     if not keys:
         return []

@@ -31,15 +31,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     """Convert the teacher, or what was cut from it, into a student that has not been trained yet.
 
     A smaller student that is to stay dense with all its neurons stays a plain model of its
-    architecture, which needs nothing of this project.
-
-    Args:
-        config: the run's configuration, or a comparison's.
-        inputs: must hold the teacher and the scores, and the smaller student where there is one.
-        tracker: the chain's run.
-
-    Returns:
-        `model` (the student's directory) and `plan` (which neurons went where).
+    architecture, which needs nothing of this project. Inputs must hold the teacher and the
+    scores, and the smaller student where there is one. Returns `model` (the student's
+    directory) and `plan` (which neurons went where).
     """
     is_smaller = config.student.is_smaller
     source = inputs.result(shrink.NAME if is_smaller else finetune_teacher.NAME)
@@ -188,40 +182,19 @@ def convert(
 
 
 def fits_output(config: RunConfig) -> bool:
-    """Tell whether output weights are fitted.
-
-    Args:
-        config: the configuration of one student.
-
-    Returns:
-        False also for a small dense student that keeps all its neurons and has nothing to fit.
-    """
+    """Tell whether output weights are fitted; a dense student with all neurons has none to fit."""
     moe, student = config.moe, config.student
     keeps_all = moe.num_experts == 1 and moe.expert_size == student.intermediate_size
     return moe.fits_output and not (student.is_smaller and keeps_all)
 
 
 def reads_rows(config: RunConfig) -> bool:
-    """Tell whether partition, router or the fit of output weights look at training rows.
-
-    Args:
-        config: the configuration of one student.
-
-    Returns:
-        Whether other rows would make another student.
-    """
+    """Tell whether partition, router or the fit of output weights look at training rows."""
     return _splits_by_data(config) or _counts_tokens(config) or fits_output(config)
 
 
 def router_options(config: RunConfig) -> dict[str, Any]:
-    """Return what `dense_to_moe` takes from the recipe beside the plan.
-
-    Args:
-        config: the run's configuration, or a comparison's.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Return what `dense_to_moe` takes from the recipe beside the plan."""
     spec = config.moe.router_spec
     num_tasks = len(config.data.tasks) if config.data.tasks else 1
     return {
@@ -231,14 +204,7 @@ def router_options(config: RunConfig) -> dict[str, Any]:
 
 
 def adapt_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the part of a recipe that the untrained student depends on.
-
-    Args:
-        config: the run's configuration, or a comparison's.
-
-    Returns:
-        Plain values.
-    """
+    """Return the part of a recipe that the untrained student depends on."""
     unread = _unread_keys(config)
     moe = {key: value for key, value in settings_of_kind(config.moe).items() if key not in unread}
     # What "auto" comes to, so that saying it changes nothing.
@@ -250,14 +216,7 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def keeps_all_neurons(plan: PartitionPlan) -> bool:
-    """Tell whether a plan leaves a dense model as it is.
-
-    Args:
-        plan: of the split.
-
-    Returns:
-        Whether there is one expert, with every neuron.
-    """
+    """Tell whether a plan leaves a dense model as it is: one expert, with every neuron."""
     return plan.num_experts == 1 and all(
         part.num_neurons == plan.expert_size for part in plan.partitions
     )

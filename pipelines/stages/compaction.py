@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -19,6 +19,7 @@ from moe_dist.whole_files import write_json
 
 from ..console import UNDEFINED
 from ..report.report import quantity
+from .compact_settings import CompactSettings
 from .compaction_checks import check_compaction
 
 if TYPE_CHECKING:
@@ -33,46 +34,8 @@ RECIPE_NAME = "recipe.yaml"
 Data = TypeVar("Data", bound=TaskDataConfig)
 
 
-@dataclass(frozen=True)
-class CompactSettings:
-    """What to make of a student.
-
-    Args:
-        directory: the student's.
-        output: where results go.
-        num_experts: experts of each layer afterwards; None for as many as there are.
-        expert_size: neurons that an expert computes for a token afterwards; None for as many as
-            there are.
-        teacher: the model that the repair distils; the student as it was if None.
-        method: ``merge`` or ``drop``.
-        tolerance: of fusion.
-        repair_steps: optimizer steps of the distillation afterwards; 0 for none.
-        use_samples: training rows on which the use of experts is counted and neurons are scored.
-    """
-
-    directory: Path
-    output: Path
-    num_experts: int | None = None
-    expert_size: int | None = None
-    teacher: Path | None = None
-    method: Literal["merge", "drop"] = "merge"
-    tolerance: float = 1e-6
-    repair_steps: int = 200
-    use_samples: int = 2048
-
-
 def find_recipe(directory: Path) -> Path:
-    """Find the recipe that a student was made with.
-
-    Args:
-        directory: the student's, inside the results of its run.
-
-    Returns:
-        The resolved recipe beside them.
-
-    Raises:
-        MissingInputError: if there is none.
-    """
+    """Find the resolved recipe that a student was made with, or raise MissingInputError."""
     for parent in directory.absolute().parents:
         if (parent / RECIPE_NAME).is_file():
             return parent / RECIPE_NAME
@@ -198,14 +161,7 @@ def _compress(
 
 
 def to_table(result: dict[str, Any]) -> Table:
-    """Draw what became of a student.
-
-    Args:
-        result: from `compact`.
-
-    Returns:
-        One row for each state that it went through.
-    """
+    """Draw what became of a student: one row for each state that it went through."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("student")
     metric = result["main_metric"]

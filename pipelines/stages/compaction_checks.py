@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .compaction import CompactSettings
+    from .compact_settings import CompactSettings
 
 
 def check_compaction(student: Any, settings: CompactSettings, *, compares_attention: bool) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.setting_kinds import settings_of_kind
 
-from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_load, draw_losses, run_job
+from ..chain.training_settings import training_settings
 from . import adapt, finetune_teacher, shrink
 
 if TYPE_CHECKING:
@@ -19,16 +19,10 @@ NAME = "distill"
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
-    """Distil the teacher into the student.
+    """Distil the teacher into the student; `model` is the trained student's directory.
 
-    Args:
-        config: the run's configuration, or a comparison's.
-        inputs: must hold the teacher and the adapted student, and what it was cut from the
-            teacher by where it is smaller.
-        tracker: the chain's run.
-
-    Returns:
-        `model`: the trained student's directory.
+    Inputs must hold the teacher and the adapted student, and what it was cut from the teacher
+    by where it is smaller.
     """
     teacher = inputs.result(finetune_teacher.NAME)
     student = inputs.result(adapt.NAME)

@@ -25,10 +25,10 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.bootstrap import Pairing
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.metrics import LabelSpace
     from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.measure.bootstrap import Pairing
     from moe_dist.measure.evaluation import Predictions
     from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
@@ -54,14 +54,9 @@ METRIC_RULES = 2
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
     """Measure quality and cost of all models of the chain.
 
-    Args:
-        config: the run's configuration.
-        inputs: must hold the teacher, and the adapted and distilled models of the main student
-            and of each comparison that is to be measured.
-        tracker: the chain's run.
-
-    Returns:
-        `predictions`, with the figures of each model in `details`.
+    Inputs must hold the teacher, and the adapted and distilled models of the main student and
+    of each comparison that is to be measured. Returns `predictions`, with the figures of each
+    model in `details`.
     """
     models = model_directories(inputs)
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
@@ -143,14 +138,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
 
 def model_directories(inputs: StageInputs) -> dict[str, tuple[Path, str]]:
-    """Find the models to measure.
+    """Give directory and digest of each model to measure.
 
-    Args:
-        inputs: what the stage was given.
-
-    Returns:
-        Directory and digest by name: `teacher`, `student`, each comparison's label, and for each
-        student `NAME/before_distillation`.
+    Names are `teacher`, `student`, each comparison's label, and `NAME/before_distillation`.
     """
     found = {TEACHER: _model(inputs.result(finetune_teacher.NAME))}
     for label in ("", *_comparisons(inputs)):
@@ -162,28 +152,16 @@ def model_directories(inputs: StageInputs) -> dict[str, tuple[Path, str]]:
 
 
 def final_models(loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the students that have not been trained: they cost what trained ones cost.
-
-    Args:
-        loaded: a value for each name of `model_directories`.
-
-    Returns:
-        Value by name.
-    """
+    """Leave out the students that have not been trained: they cost what trained ones cost."""
     return {name: value for name, value in loaded.items() if not name.endswith(f"/{BEFORE}")}
 
 
 def load_all(
     models: Mapping[str, tuple[Path, str]], *, use_gpu: bool | str = "auto"
 ) -> dict[str, Any]:
-    """Load every model, on a GPU where this process has one and may use it.
+    """Load every model for evaluation, on a GPU where this process has one and may use it.
 
-    Args:
-        models: what `model_directories` found.
-        use_gpu: the recipe's `parallel.use_gpu`; this process may lack what the workers have.
-
-    Returns:
-        Model by name, in evaluation mode.
+    `use_gpu` is the recipe's; this process may lack what the workers have.
     """
     import torch
 
@@ -210,30 +188,15 @@ class TaskAnswers:
     logits: dict[str, Any]
 
     def pairing(self, first: str, second: str) -> Pairing:
-        """Put two models' answers side by side.
-
-        Args:
-            first: the model whose metric is the minuend.
-            second: the other.
-
-        Returns:
-            The pairing, for the main metric.
-        """
-        from moe_dist.data.bootstrap import Pairing
+        """Put two models' answers side by side for the main metric, the first minus the second."""
+        from moe_dist.measure.bootstrap import Pairing
 
         return Pairing(
             self.metrics[0], self.labels, self.logits[first], self.logits[second], self.space
         )
 
     def undefined(self, name: str) -> dict[str, str]:
-        """Say which metrics of a model have no value, and why.
-
-        Args:
-            name: the model.
-
-        Returns:
-            A clause by metric.
-        """
+        """Say which metrics of a model have no value, and why: a clause by metric."""
         from moe_dist.data.metrics import explain_undefined
 
         said = {
@@ -266,17 +229,7 @@ def predict_all(
     workspace: Workspace,
     stage: StageWork,
 ) -> Answers:
-    """Run every model over the dev rows, and keep what they say.
-
-    Args:
-        loaded: model by name.
-        models: what `model_directories` found.
-        workspace: holds the data.
-        stage: the stage that asks.
-
-    Returns:
-        Labels, outputs and expert loads.
-    """
+    """Run every model over the dev rows, and keep what they say."""
     import torch
 
     from moe_dist.inference.saving import load_tokenizer
@@ -330,19 +283,7 @@ def predict_all(
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
-    """Run a model over the dev rows.
-
-    Args:
-        name: the model's, for errors.
-        data: holds the dev rows.
-        answer: runs the model.
-
-    Returns:
-        Metrics and answers.
-
-    Raises:
-        DataError: naming the model, if its answers cannot be measured.
-    """
+    """Run a model over the dev rows; a DataError names it if its answers cannot be measured."""
     from moe_dist.jobs.job_data import measure
 
     try:
@@ -352,15 +293,7 @@ def run_over_dev(name: str, data: AnyJobData, answer: Callable[[Encoded], Predic
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
-    """Draw each model's expert load on the dev split.
-
-    Args:
-        loads: each expert's share by layer, by model name.
-        directory: where the pictures go.
-
-    Returns:
-        The pictures.
-    """
+    """Draw each model's expert load on the dev split."""
     from ..report.plots import plot_expert_load
 
     return tuple(
@@ -372,13 +305,9 @@ def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) 
 def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
     """Compute the dev metrics of each model.
 
-    Args:
-        answers: of all models.
-
-    Returns:
-        For each final model `metrics`, and for students `metrics_before_distillation`; None for a
-        metric that is undefined, with the reason under the same name in `undefined` and
-        `undefined_before_distillation`.
+    For each final model `metrics`, and for students `metrics_before_distillation`; None for a
+    metric that is undefined, with the reason under the same name in `undefined` and
+    `undefined_before_distillation`.
     """
     from moe_dist.data.metrics import compute_metrics
     from moe_dist.data.mixture import joined_metrics
@@ -399,15 +328,7 @@ def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
 
 
 def undefined_metrics(answers: Answers, name: str) -> dict[str, str]:
-    """Say which of a model's metrics have no value, and why.
-
-    Args:
-        answers: of all models.
-        name: the model.
-
-    Returns:
-        A sentence by the metric's name, as `joined_metrics` gives it.
-    """
+    """Say why metrics of a model have no value, by the name that `joined_metrics` gives them."""
     from moe_dist.data.metrics import metric_title
     from moe_dist.data.mixture import MEAN
 
@@ -479,16 +400,10 @@ def latency_rounds() -> Rounds:
 def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict[str, Any]]:
     """Compare the student with teacher and comparisons on the same examples.
 
-    Args:
-        answers: of all models.
-        metric: what the report calls the main metric; the mean over tasks where there are several.
-        seed: of the bootstrap.
-
-    Returns:
-        For each other final model the student's metric minus its own, with an interval; where
-        there is none, `undefined` says why.
+    For each other final model the student's metric minus its own, with an interval; where there
+    is none, `undefined` says why. The metric is the mean over tasks where there are several.
     """
-    from moe_dist.data.bootstrap import NO_INTERVAL, mean_bootstrap
+    from moe_dist.measure.bootstrap import NO_INTERVAL, mean_bootstrap
 
     names = next(iter(answers.tasks.values())).logits
     # One task of several has its name before the metric's.
@@ -513,12 +428,8 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
 def describe_classes(answers: Answers) -> dict[str, Any]:
     """Say what classes the one task has, so that its predictions can be measured again.
 
-    Args:
-        answers: of all models.
-
-    Returns:
-        `classes`, with their `names` and the id of the `positive` one of two; nothing for
-        regression and for a run of several tasks, each of which has its own.
+    `classes`, with their `names` and the id of the `positive` one of two; nothing for
+    regression and several tasks.
     """
     space = answers.tasks[""].space if set(answers.tasks) == {""} else None
     if space is None or space.num_classes is None:
@@ -529,13 +440,8 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    Args:
-        answers: of all models.
-        seed: of the bootstrap.
-
-    Returns:
-        `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
-        of one task.
+    `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
+    of one task.
     """
     from moe_dist.data.metrics import metric_title
 

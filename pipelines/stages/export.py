@@ -35,15 +35,10 @@ class Exported:
 
 
 def default_output(directory: Path, task: str | None) -> Path:
-    """Choose a place for the dense model of a task.
+    """Choose a place for the dense model of a task; None for a model of one task.
 
-    Args:
-        directory: of the model.
-        task: its name; None for a model of one task.
-
-    Returns:
-        A directory beside the model's; beside its stage where a stage made it, since a stage's own
-        directory is cleared when it is done again.
+    Beside the model's directory, or beside its stage where a stage made it, since a stage's own
+    directory is cleared when it is done again.
     """
     stage = directory.parent
     beside = stage.parent if (stage / FINISHED).is_file() else stage

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..chain.payloads import training_settings
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
 from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, run_job
+from ..chain.training_settings import training_settings
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -16,16 +16,7 @@ NAME = "finetune-teacher"
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
-    """Fine-tune the teacher.
-
-    Args:
-        config: the run's configuration.
-        inputs: the workspace; no earlier stage is needed.
-        tracker: the chain's run.
-
-    Returns:
-        `model`: the teacher's directory.
-    """
+    """Fine-tune the teacher; needs no earlier stage, and `model` is the teacher's directory."""
     workspace = inputs.workspace
     train = config.teacher_train
 

@@ -18,15 +18,9 @@ NAME = "score-importance"
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
     """Score the teacher's neurons on the training split.
 
-    The job takes seconds, so on this machine's CPUs alone it runs in this process (`placed_here`).
-
-    Args:
-        config: the run's configuration.
-        inputs: must hold the teacher.
-        tracker: the chain's run.
-
-    Returns:
-        `scores`: one float32 vector for each feed-forward layer, in a safetensors file.
+    The job takes seconds, so on this machine's CPUs alone it runs in this process
+    (`placed_here`). Returns `scores`: one float32 vector for each feed-forward layer, in a
+    safetensors file.
     """
     teacher = inputs.result(finetune_teacher.NAME)
     address = inputs.workspace.files.address

@@ -17,16 +17,10 @@ NAME = "shrink"
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
-    """Cut the teacher to the recipe's `student` sizes.
+    """Cut the teacher, by its scores, to the recipe's `student` sizes.
 
-    Args:
-        config: the run's configuration, or a comparison's.
-        inputs: must hold the teacher and the scores.
-        tracker: the chain's run.
-
-    Returns:
-        `model` (a plain dense model) and `scores` (those of the neurons it kept), with the
-        teacher's `layers` and `hidden_ids` that it started from in `details`.
+    Returns `model` (a plain dense model) and `scores` (those of the neurons it kept), with the
+    teacher's `layers` and `hidden_ids` that it started from in `details`.
     """
     teacher = inputs.result(finetune_teacher.NAME)
     scores = inputs.result(score_importance.NAME)

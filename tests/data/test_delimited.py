@@ -66,6 +66,7 @@ def test_numbers_as_labels_count_as_rows(tmp_path: Path) -> None:
         "Dear team,\nplease help, soon\nbye, Ann",
         "a list:\ngood things\nbad things",
         "a,b\nc,d\ne,f",
+        "roses are red,\nviolets are blue,\nsugar is sweet,\nand so are you,",
     ],
 )
 @pytest.mark.parametrize("layout", [["text", "label"], ["label", "text"]])
@@ -161,6 +162,13 @@ def test_a_header_is_no_row(tmp_path: Path, name: str, content: str, names: list
     with pytest.raises(DataError, match=r"line 1: this is a header") as caught:
         read_rows(path, names)
     assert "drop data.column_names" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_header_among_the_rows_is_none(tmp_path: Path, name: str, sign: str) -> None:
+    rows = [*ROWS[:4], ("text", "label"), *ROWS[4:]]
+    with pytest.raises(DataError, match=rf"{name}, line 6: this is the header again"):
+        read(tmp_path, raw("text,label", rows, sign=sign), name)
 
 
 @pytest.mark.parametrize(("name", "sign"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ",")])

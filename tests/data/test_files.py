@@ -64,6 +64,13 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.csv", 'text,label\n"x,1\n', r"line 2: malformed CSV"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"line 2: malformed JSON"),
         ("a.jsonl", "[1]\n", r"line 1: not a JSON object"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', r"line 2: the key 'a' stands twice"),
+        ("a.json", '[{"a": 1, "a": 3}]\n', r"the key 'a' stands twice"),
+        ("a.jsonl", f'{{"a": 1}}\n{{"a": {"9" * 5000}}}\n', r"line 2: .*thousands of digits"),
+        ("a.jsonl", "[" * 100_000, r"line 1: malformed JSON: nested too deeply"),
+        ("a.jsonl", "text\tlabel\nx\t1\n", r"line 1: not a JSON object: 'text\\tlabel'"),
+        ("a.tsv", '{"text": "x", "label": 1}\n', r"a\.tsv holds JSON"),
+        ("a.csv", '[{"text": "x", "label": 1}]\n', r"a\.csv holds JSON"),
         ("a.parquet", "no parquet", "not a readable Parquet file"),
         ("a.parquet", "", "not a readable Parquet file"),
         ("a.xls", "x", "unknown kind of data file"),
@@ -145,10 +152,12 @@ def test_a_directory_of_parquet_parts_with_a_column_in_its_names(tmp_path: Path)
         part.mkdir(parents=True)
         pq.write_table(pa.table({"text": [text]}), part / "part-0.snappy.parquet")
     (folder / "_SUCCESS").touch()
-    assert [row.values for row in read_place(folder)] == [
+    said: list[str] = []
+    assert [row.values for row in read_place(folder, say=said.append)] == [
         {"text": "y", "label": "bad"},
         {"text": "x", "label": "very good"},
     ]
+    assert "label=bad/part-0.snappy.parquet, label=very%20good/part-0" in said[0]
 
 
 @pytest.mark.parametrize(

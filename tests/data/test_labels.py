@@ -50,6 +50,19 @@ def test_a_list_as_a_number_is_refused(tmp_path: Path) -> None:
         load(tmp_path, [0.5, [0.5]], kind="regression")
 
 
+def test_numbers_with_a_comma_name_their_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"label '0,5' is not a finite number") as caught:
+        load(tmp_path, [0.5, "0,5"], kind="regression")
+    assert caught.value.remedy == "write decimals with a point"
+
+
+def test_values_that_are_no_classes_name_their_remedy(tmp_path: Path) -> None:
+    values = [i / 7 for i in range(30)]
+    with pytest.raises(DataError, match=r"dev\.jsonl, line 1: label '5.5' is not in") as caught:
+        load(tmp_path, values, [5.5])
+    assert "data.kind=regression" in caught.value.remedy
+
+
 @pytest.mark.parametrize("label", [1e39, -1e39, 2 * MAX_VALUE, "1e30", 10**400])
 def test_numbers_that_training_cannot_hold_are_refused(tmp_path: Path, label: Any) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl, line 2: label .*too large") as caught:
@@ -123,6 +136,10 @@ def test_a_header_with_names_of_its_own_is_no_row(tmp_path: Path) -> None:
         ({"0.5": 9, "1": 9}, "set data.kind=regression"),
         ({str(i): 4 for i in range(30)}, "30 classes for 120 training rows, 4.0 for each"),
         ({"a": 9, "b": 0}, "no training row is of the class 'b'"),
+        ({"0": 9, "1": 9, "ham": 9, "spam": 9}, "numbers and others words: 0, 1 beside ham, spam"),
+        ({"0": 9, "1": 9, "False": 9, "True": 9}, "0, 1 beside False, True"),
+        ({"-1": 1, "0": 9, "1": 9}, "1 training rows are of the class '-1', which often stands"),
+        ({"-": 2, "no": 9, "yes": 9}, "2 training rows are of the class '-'"),
     ],
 )
 def test_odd_classes_are_said(counts: dict[str, int], message: str) -> None:
@@ -136,6 +153,10 @@ def test_odd_classes_are_said(counts: dict[str, int], message: str) -> None:
         {"good": 1, "bad": 1},
         {"1": 9, "2": 9, "10": 9},
         {"0.0": 9, "1.0": 9},
+        {"-1": 9, "0": 9, "1": 9},
+        {"-1": 1, "1": 9},
+        {"none": 9, "some": 9, "all": 9},
+        {"18": 9, "young": 9, "old": 9},
         {str(i): 50 for i in range(77)},
         {},
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_dist.data.bootstrap import Interval
+from moe_dist.measure.bootstrap import Interval
 from pipelines.benchmarks import search as benchmark
 from pipelines.benchmarks.search import (
     SearchBenchmark,

@@ -11,7 +11,7 @@ import pytest
 
 from moe_dist.config import load_config
 from pipelines.chain.fingerprints import path_digest, stage_fingerprint, value_digest
-from pipelines.chain.payloads import training_settings
+from pipelines.chain.training_settings import training_settings
 
 
 def test_the_order_of_keys_does_not_matter_but_every_value_does() -> None:

@@ -189,23 +189,9 @@ def seeded_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Interval of the mean of metric(a) - metric(b) over seeds, see `Resampled.interval`.
+    """Interval of the mean of metric(a) - metric(b) over seeds, see `resample_differences`.
 
-    Args:
-        metric: a name out of METRICS.
-        labels: class ids or values (N,).
-        runs_a: the answers of a, trained with each seed; as in `compute_metrics`.
-        runs_b: those of b with the same seeds, for the same examples in the same order.
-        space: the task's classes.
-        num_resamples: bootstrap samples to draw.
-        seed: fixes the samples.
-        confidence: the interval's coverage.
-
-    Returns:
-        Difference, interval and two-sided p-value; None where they are undefined.
-
-    Raises:
-        DataError: as `resample_differences`.
+    `runs_a` and `runs_b` hold the answers for each seed; None where the metric is undefined.
     """
     return resample_differences(
         metric, labels, runs_a, runs_b, space, num_resamples=num_resamples, seed=seed
@@ -219,19 +205,9 @@ def mean_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Percentile interval of the mean over tasks of metric(a) - metric(b).
+    """Percentile interval of the mean over tasks of metric(a) - metric(b), or None.
 
-    Args:
-        pairings: of each task; the examples of each are resampled on their own.
-        num_resamples: bootstrap samples to draw.
-        seed: fixes the samples.
-        confidence: the interval's coverage.
-
-    Returns:
-        Difference, interval and two-sided p-value; None where they are undefined.
-
-    Raises:
-        DataError: as `resample_differences`.
+    The examples of each pairing are resampled on their own; errors as in `resample_differences`.
     """
     drawn = [
         resample_differences(
@@ -249,14 +225,7 @@ def mean_bootstrap(
 
 
 def mean_over_tasks(parts: Sequence[Resampled]) -> Resampled:
-    """Average what was found on several tasks, each resampled on its own.
-
-    Args:
-        parts: of each task, with as many samples as the others.
-
-    Returns:
-        The mean difference and its samples.
-    """
+    """Average what was found on several tasks, with equally many samples each."""
     return Resampled(
         float(np.mean([part.observed for part in parts])),
         np.mean([part.samples for part in parts], axis=0),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from moe_dist.data.bootstrap import (
+from moe_dist.data.metrics import LabelSpace
+from moe_dist.errors import DataError
+from moe_dist.measure.bootstrap import (
     Interval,
     Resampled,
     mean_over_tasks,
@@ -17,8 +19,6 @@ from moe_dist.data.bootstrap import (
     resample_mean_differences,
     seeded_bootstrap,
 )
-from moe_dist.data.metrics import LabelSpace
-from moe_dist.errors import DataError
 
 TWO, THREE, VALUES = LabelSpace(2), LabelSpace(3), LabelSpace(None)
 

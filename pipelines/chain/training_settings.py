@@ -18,16 +18,7 @@ def training_settings(
 ) -> dict[str, Any]:
     """Return the training settings that a stage's fingerprint covers.
 
-    Settings of placement are left out: a checkpoint loads at any of them, so a run that continues
-    on other hardware is the same run.
-
-    Args:
-        config: the run's configuration.
-        train: the training settings of the stage.
-        has_experts: whether the model that is trained may have routed experts.
-
-    Returns:
-        Plain values.
+    Placement is left out: a run that continues on other hardware is the same run.
     """
     learning = settings_of_kind(train)
     if not has_experts:
