@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.redaction import hide_secrets
+from moe_dist.uris import is_uri
 
 from .lasting import RAY_DIRECTORY, count_nodes, lasting_faults
 from .packing import Package
@@ -104,10 +105,15 @@ class JobRecipe:
     def _paths(self) -> Iterator[tuple[str, Path]]:
         """Give the settings that name files or directories, as they were written."""
         data = self._section("data")
-        if data.get("source") == "files":
-            for key in ("train", "dev"):
-                if data.get(key):
-                    yield f"data.{key}", Path(data[key])
+        sections = {"data": data}
+        if data.get("source") == "tasks":
+            sections = {
+                f"data.tasks.{task}": own for task, own in (data.get("tasks") or {}).items()
+            }
+        for name, own in sections.items():
+            for key in ("train", "dev") if own.get("source") == "files" else ():
+                if own.get(key) and not is_uri(own[key]):
+                    yield f"{name}.{key}", Path(own[key])
         teacher = str(self._section("model").get("teacher", ""))
         if teacher.startswith(("/", "~", ".")) or (self.package.root / teacher).is_dir():
             yield "model.teacher", Path(teacher)

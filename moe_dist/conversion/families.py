@@ -315,9 +315,7 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
     The family is by default what the model's configuration says; without FFNs a ConversionError.
     """
     spec = spec or family_of(model)
-    blocks = [
-        (name, module) for name, module in model.named_modules() if _is_a(module, spec.blocks)
-    ]
+    blocks = [(name, module) for name, module in model.named_modules() if is_a(module, spec.blocks)]
     if not blocks:
         raise ConversionError(
             f"{type(model).__name__} holds none of {', '.join(spec.blocks)}",
@@ -329,9 +327,9 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
 def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module, bool]]:
     """Yield the stacks that take token ids, each with whether its tokens see no later ones."""
     for module in model.modules():
-        if _is_a(module, spec.stacks):
+        if is_a(module, spec.stacks):
             is_decoder = bool(getattr(getattr(module, "config", None), "is_decoder", False))
-            yield module, is_decoder or _is_a(module, spec.causal_stacks)
+            yield module, is_decoder or is_a(module, spec.causal_stacks)
 
 
 def find_attention(model: nn.Module) -> list[nn.Module]:
@@ -344,7 +342,7 @@ def find_attention(model: nn.Module) -> list[nn.Module]:
     found = [
         module
         for module in model.modules()
-        if spec is not None and spec.attention and _is_a(module, (spec.attention,))
+        if spec is not None and spec.attention and is_a(module, (spec.attention,))
     ]
     if not found:
         known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
@@ -355,7 +353,8 @@ def find_attention(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+def is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module's class, or one that it inherits from, has one of these names."""
     return any(kind.__name__ in names for kind in type(module).__mro__)
 
 

@@ -190,14 +190,15 @@ def _any_task(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _time_ms(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float:
-    _wait_for(device)
+    wait_for(device)
     start_s = time.perf_counter()
     model(**batch)
-    _wait_for(device)
+    wait_for(device)
     return (time.perf_counter() - start_s) * 1e3
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told; a CPU has already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

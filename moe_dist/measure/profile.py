@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_dist.conversion.families import FAMILIES, FamilySpec, known_family
+from moe_dist.conversion.families import FAMILIES, FamilySpec, is_a, known_family
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -94,13 +94,13 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
             experts = 2 * _active_weights(module)
             ffn += experts
             total += experts + _gate_flops(module)
-        elif _is_a(module, _LINEAR):
+        elif is_a(module, _LINEAR):
             flops = 2.0 * _weight_size(module)
             if name in ffn_names:
                 ffn += flops
             total += flops / seq_len if _is_pooled(name, model) else flops
         for kind, width in _ATTENTION_WIDTH.items():
-            if _is_a(module, (kind,)):
+            if is_a(module, (kind,)):
                 total += 4 * seq_len * int(getattr(module, width))
     return FlopCount(total, ffn)
 
@@ -127,7 +127,7 @@ def _family(model: nn.Module) -> FamilySpec:
 def _ffn_names(model: nn.Module, spec: FamilySpec) -> Iterator[str]:
     paths = (spec.linear_in, spec.linear_out, spec.gated_in, spec.gate)
     for name, module in model.named_modules():
-        if _is_a(module, spec.blocks):
+        if is_a(module, spec.blocks):
             yield from (f"{name}.{path}" for path in paths if path is not None)
 
 
@@ -156,7 +156,7 @@ def _size_of_one(experts: Experts, *, bias: bool) -> int:
 def _gate_flops(layer: MoELayer) -> float:
     if layer.router is None:
         return 0.0
-    return sum(2.0 * _weight_size(m) for m in layer.router.modules() if _is_a(m, _LINEAR))
+    return sum(2.0 * _weight_size(m) for m in layer.router.modules() if is_a(m, _LINEAR))
 
 
 def _weight_size(module: nn.Module) -> int:
@@ -171,7 +171,3 @@ def _is_pooled(name: str, model: nn.Module) -> bool:
         return True
     per_sequence = ("ForSequenceClassification", "ForMultipleChoice")
     return parts[-1] == "classifier" and type(model).__name__.endswith(per_sequence)
-
-
-def _is_a(module: nn.Module, names: tuple[str, ...]) -> bool:
-    return any(kind.__name__ in names for kind in type(module).__mro__)

@@ -27,6 +27,7 @@ from moe_dist.conversion import score_importance
 from moe_dist.conversion.families import FFNSlot, find_slots
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.errors import ConfigError
+from moe_dist.measure.latency import wait_for
 from moe_dist.tasks import model_kind
 
 from .models import random_classifier
@@ -309,10 +310,10 @@ def _to(device: torch.device, batches: Iterator[dict[str, Tensor]]) -> list[dict
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     start_s = time.perf_counter()
     call()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start_s
 
 
@@ -342,8 +343,3 @@ def _difference(scores: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
         float((one - other).abs().max() / other.abs().max())
         for one, other in zip(scores, reference, strict=True)
     )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

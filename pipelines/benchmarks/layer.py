@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.measure.latency import wait_for
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 
 from .sizes import below_one, cpu_threads
@@ -203,15 +204,10 @@ def _time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(num_repeats + 1):
         for name, call in calls.items():
-            _wait(device)
+            wait_for(device)
             start_s = time.perf_counter()
             call()
-            _wait(device)
+            wait_for(device)
             if round_number:
                 seconds[name].append(time.perf_counter() - start_s)
     return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -102,6 +102,24 @@ def test_data_that_the_job_would_not_find_are_refused(make: Make, path: str) -> 
     assert fault.startswith(f"data.train={path}") and "shared storage" in fault
 
 
+def test_data_of_each_task_are_looked_at(make: Make) -> None:
+    tasks = {"one": DATA, "two": DATA | {"train": "data/two.tsv"}}
+    recipe = make(LASTING | {"data": {"source": "tasks", "tasks": tasks}})
+    (fault,) = recipe.faults()
+    assert fault.startswith("data.tasks.two.train=data/two.tsv") and "shared storage" in fault
+    assert recipe.paths_on_cluster == [
+        "data.tasks.one.train",
+        "data.tasks.one.dev",
+        "data.tasks.two.dev",
+    ]
+
+
+def test_data_at_uris_are_found_by_every_job(make: Make) -> None:
+    data = DATA | {"train": "s3://bucket/train.tsv", "dev": "gs://bucket/dev.tsv"}
+    recipe = make(LASTING | {"data": data})
+    assert recipe.faults() == [] and recipe.paths_on_cluster == []
+
+
 def test_data_and_models_that_go_along_are_fine(make: Make, tmp_path: Path) -> None:
     (tmp_path / "checkout/recipes/train.tsv").touch()
     (tmp_path / "checkout/tiny").mkdir()

@@ -189,7 +189,10 @@ class TestOnACluster:
         (finding,) = check_storage(probes, tmp_path / "file" / "outputs")
         assert finding.state == "fault" and "Not a directory" in finding.found
         (fine,) = check_storage(probes, tmp_path / "outputs")
-        assert fine.state == "ok" and list((tmp_path / "outputs").iterdir()) == []
+        assert fine.state == "ok" and not (tmp_path / "outputs").exists()
+        (tmp_path / "mine").mkdir()
+        (fine,) = check_storage(probes, tmp_path / "mine")
+        assert fine.state == "ok" and list((tmp_path / "mine").iterdir()) == []
 
     def test_a_node_that_is_gone(
         self, session: RaySession, monkeypatch: pytest.MonkeyPatch
