@@ -38,7 +38,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         "set AWS_REGION (or `?region=` in the URI) to the bucket's region",
     ),
     (
-        r"NETWORK_CONNECTION|curlCode|Cannot connect to host|Could not connect|Could not resolve|timed? ?out",
+        r"NETWORK_CONNECTION|curlCode|Cannot connect to host|Could not connect"
+        r"|Could not resolve|timed? ?out",
         "the store cannot be reached",
         "check the network, and AWS_ENDPOINT_URL (or `?endpoint_override=` in the URI)",
     ),
