@@ -253,16 +253,32 @@ def show_sizes(config: RunConfig, console: Console) -> None:
         config: the run's configuration.
         console: where to print.
     """
+    sizes = checked_sizes(config, Workspace(config, console))
+    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
+    console.document(content, lambda: _show(config, sizes, console))
+
+
+def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
+    """Derive the sizes of a recipe, check its start model, and say what its data hold.
+
+    Args:
+        config: the run's configuration.
+        workspace: its data and start model.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        MoeDistError: if data or start model are refused.
+    """
     from moe_dist.inference.pretrained import check_pretrained
 
-    workspace = Workspace(config, console)
     sizes = derive_sizes(config, workspace)
     if sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
         check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
-    say_summaries(sizes.data, console)
-    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
-    console.document(content, lambda: _show(config, sizes, console))
+    say_summaries(sizes.data, workspace.console)
+    return sizes
 
 
 def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
