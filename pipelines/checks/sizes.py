@@ -213,11 +213,17 @@ def convert_skeleton(teacher: Any, config: RunConfig) -> Any:
 
 def show_sizes(config: RunConfig, console: Console) -> None:
     """Print the sizes of a recipe."""
+    sizes = checked_sizes(config, Workspace(config, console))
+    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
+    console.document(content, lambda: _show(config, sizes, console))
+
+
+def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
+    """Derive the sizes of a recipe, check its start model, and say what its data hold."""
     from moe_dist.inference.pretrained import check_pretrained
 
     from .preflight import check_start_model, say_metrics
 
-    workspace = Workspace(config, console)
     sizes = derive_sizes(config, workspace)
     if sizes.data:
         say_metrics(workspace)
@@ -226,9 +232,8 @@ def show_sizes(config: RunConfig, console: Console) -> None:
     elif sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
         check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
-    say_summaries(sizes.data, console)
-    content = {"event": "sizes", "name": config.name, **asdict(sizes)}
-    console.document(content, lambda: _show(config, sizes, console))
+    say_summaries(sizes.data, workspace.console)
+    return sizes
 
 
 def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:

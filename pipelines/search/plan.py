@@ -10,14 +10,15 @@ from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError
 
 from ..chain.workspace import Workspace
-from ..checks.sizes import unread_data
-from ..console import Console
+from ..checks.sizes import checked_sizes, unread_data
 from .rungs import rung_times
 from .sweep import check_metrics
 from .teachers import teacher_key, teacher_points
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+
+    from ..console import Console
 
 
 def show_plan(config: RunConfig, console: Console) -> None:
@@ -28,7 +29,8 @@ def show_plan(config: RunConfig, console: Console) -> None:
     search = config.search
     if not search.space:
         raise ConfigError(["search.space is missing; see docs/search.md."], source=config.name)
-    unknown = _check_data(config)
+    workspace = Workspace(config, console)
+    unknown = checked_sizes(config, workspace).unknown + _check_data(config, workspace)
     dimensions, _ = parse_space(search.space)
     size = grid_size(dimensions)
     console.result(f"{config.name}: the search is valid; nothing was run.")
@@ -54,7 +56,7 @@ def show_plan(config: RunConfig, console: Console) -> None:
         console.result(f"not known: {line}")
 
 
-def _check_data(config: RunConfig) -> list[str]:
+def _check_data(config: RunConfig, workspace: Workspace) -> list[str]:
     """See that the data have the metrics that are named; say where they could not be asked."""
     if not METRICS.keys() & config.search.wanted.keys():
         return []
@@ -62,5 +64,5 @@ def _check_data(config: RunConfig) -> list[str]:
     unread = list(unread_data(data_sets))
     if unread:
         return [f"whether the data have these metrics: they are {', and '.join(unread)}."]
-    check_metrics(config, Workspace(config, Console(quiet=True)))
+    check_metrics(config, workspace)
     return []

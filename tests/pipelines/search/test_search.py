@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import search_recipe
 from pipelines.search.trial import TeacherFacts, TrialRunner
 from pipelines.search.trial_watch import Supervisor
+from tests.inference.start_models import remove_tokenizer
 from tests.pipelines.recorder import Recorder
 from tests.pipelines.sweeps import finish, in_this_process, settings
 
@@ -367,6 +369,25 @@ def test_a_dry_run_asks_the_data_for_the_metric(write_recipe: Write, settings: A
     assert done.exit_code == 2 and "f1 is no metric of these data" in done.output
     done = CliRunner().invoke(app, [*wanted, "--set", "data.train=elsewhere.jsonl"])
     assert done.exit_code == 0 and "not known: whether the data have" in done.output
+
+
+def test_a_dry_run_refuses_what_the_search_would(
+    write_recipe: Write, settings: Any, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    recipe = str(write_recipe(settings))
+    teacher = Path(shutil.copytree(settings["model"]["teacher"], tmp_path / "model"))
+    remove_tokenizer(teacher)
+    (tmp_path / "bad.csv").write_text('text,label\n"never closed,1\n')
+    for override, fault in (
+        (f"data.train={tmp_path / 'bad.csv'}", "is never closed"),
+        (f"model.teacher={teacher}", "no tokenizer in"),
+    ):
+        done = CliRunner().invoke(app, ["search", recipe, "--dry-run", "--set", override])
+        assert done.exit_code == 2 and fault in " ".join(done.output.split())
 
 
 def test_a_metric_that_no_trial_could_have_is_refused(
