@@ -22,6 +22,7 @@ parameters without those of placement and observation, such as `parallel` and `c
 
 from __future__ import annotations
 
+from moe_dist.tracking.connection import check_store
 from moe_dist.tracking.metric_summary import summarise_metrics
 from moe_dist.tracking.null import NullTracker
 from moe_dist.tracking.privacy import flatten, redact_uri, scrub
@@ -52,6 +53,7 @@ __all__ = [
     "TrackedRun",
     "Tracker",
     "build_tracker",
+    "check_store",
     "flatten",
     "recipe_hash",
     "recorded_id",

@@ -54,6 +54,20 @@ def connect(uri: str, lock: DatabaseLock | None = None) -> MlflowClient:
         return client
 
 
+def check_store(uri: str) -> None:
+    """See that a store can be used, without making one; TrackingError if it cannot."""
+    path = database_path(uri)
+    if path is None or path.exists():
+        connect(uri)
+        return
+    parent = next(one for one in path.absolute().parents if one.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise TrackingError(
+            f"the tracking database {path.name} cannot be made in {parent}",
+            remedy="Name a file that can be written, for example tracking.uri=sqlite:///mlflow.db.",
+        )
+
+
 @contextmanager
 def usable(uri: str) -> Iterator[None]:
     """Turn what goes wrong with a store into one TrackingError, and hurry."""

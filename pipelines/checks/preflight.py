@@ -229,6 +229,7 @@ def find_all(workspace: Workspace) -> list[Finding]:
     checks = cluster_module("preflight")
     config = workspace.config
     findings, memory_gib = _find_in_recipe(workspace)
+    findings += _find_in_tracking(config)
     parallel = config.parallel
     if runs_here(parallel.launcher, parallel.num_workers):
         return [*findings, checks.Finding("workers", "ok", "one, in this process, without Ray")]
@@ -266,6 +267,21 @@ def _find_in_recipe(workspace: Workspace) -> tuple[list[Finding], float | None]:
     found = "fits its data and its model"
     memory_gib = max((model.memory_gib for model in sizes.models), default=None)
     return [checks.Finding("recipe", "ok", found)], memory_gib
+
+
+def _find_in_tracking(config: RunConfig) -> list[Finding]:
+    """See that the tracking store answers, as a run does before its first stage."""
+    from moe_dist.errors import TrackingError
+    from moe_dist.tracking import check_store
+
+    if not config.tracking.enabled:
+        return []
+    try:
+        check_store(config.tracking.uri)
+    except TrackingError as error:
+        finding = cluster_module("preflight").Finding
+        return [finding("tracking", "fault", error.message, error.remedy)]
+    return []
 
 
 def _findings_table(findings: list[Finding]) -> Table:

@@ -66,6 +66,24 @@ def test_a_table_names_the_remedy(write_recipe: Write, tiny_settings: dict[str, 
     assert "missing.jsonl" in result.stdout and "not ready" in result.stdout
 
 
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///{}/file/mlflow.db"])
+def test_a_tracking_store_that_cannot_be_used(
+    uri: str, write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    tiny_settings["tracking"] = {"uri": uri.format(tmp_path)}
+    code, findings = run_preflight(write_recipe(tiny_settings))
+    assert code == 1 and state_of(findings)["tracking"] == "fault"
+
+
+def test_a_tracking_store_is_not_made_to_be_looked_at(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_settings["tracking"] = {"uri": f"sqlite:///{tmp_path}/runs/mlflow.db"}
+    assert run_preflight(write_recipe(tiny_settings))[0] == 0
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_no_secret_is_listed(
     flags: list[str], write_recipe: Write, tiny_settings: dict[str, Any]
