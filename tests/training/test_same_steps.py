@@ -18,7 +18,7 @@ from moe_dist.losses.total import LossWeight
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.gates import Gate
 from moe_dist.training.loop import LoopSettings, train
-from moe_dist.training.step import finetune_terms
+from moe_dist.training.step import distill_terms
 from tests.training.tiny import tiny_batches, tiny_bert, tiny_student
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -100,7 +100,7 @@ def run(
     train(
         engine,
         tiny_batches(accumulation=accumulation, rank=rank, world_size=world),
-        lambda model, batch: finetune_terms(model, batch, **setting.terms),
+        lambda model, batch: distill_terms(model, model, batch, objectives=(), **setting.terms),
         WEIGHTS,
         settings=LoopSettings(num_steps=NUM_STEPS, seed=3, log_every=1),
         metric_log=log,
