@@ -70,7 +70,7 @@ def test_every_key_has_a_kind_that_exists() -> None:
 def test_a_mark_that_does_not_exist_is_no_silent_default() -> None:
     for dotted, section, name in keys_of(RunConfig):
         extra = section.model_fields[name].json_schema_extra or {}
-        assert isinstance(extra, dict) and set(extra) <= {"kind", "in_flight"}, dotted
+        assert isinstance(extra, dict) and set(extra) <= {"kind", "in_flight", "read_with"}, dotted
 
 
 def test_the_table_below_has_every_key_that_is_no_learning() -> None:
@@ -101,7 +101,10 @@ def test_what_is_not_learned_changes_no_fingerprint_and_no_run(
         ("train.expert_learning_rate_scale=0.5", {"distill", "chain"}),
         ("finetune.num_epochs=2", {"finetune-teacher", "chain"}),
         ("moe.router=token_gate", {"adapt", "chain"}),
-        ("distill.adversarial_learning_rate=0.5", {"distill", "chain"}),
+        ("distill.adversarial_weight=0.5", {"distill", "chain"}),
+        # Nobody reads them where the loss has no weight.
+        ("distill.adversarial_learning_rate=0.5", set()),
+        ("distill.alignment_pooling=max", set()),
         ("data.metrics=[f1]", {"chain"}),
     ],
 )
@@ -111,6 +114,21 @@ def test_what_is_learned_changes_the_stages_that_read_it_and_the_run(
     recipe = write_recipe(tiny_settings)
     before, after = identities(load_config(recipe)), identities(load_config(recipe, [override]))
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_what_a_loss_reads_counts_with_it(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    recipe = write_recipe(tiny_settings)
+    for weight, other in (
+        ("adversarial", "adversarial_learning_rate=0.5"),
+        ("alignment", "alignment_pooling=max"),
+    ):
+        used = f"distill.{weight}_weight=1"
+        before, after = (
+            identities(load_config(recipe, more)) for more in ([used], [used, f"distill.{other}"])
+        )
+        assert {name for name in before if before[name] != after[name]} == {"distill", "chain"}
 
 
 def test_what_changes_in_flight_is_learning() -> None:

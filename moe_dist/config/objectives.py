@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moe_dist.config.sections import LOSS_WEIGHT, MAX_LAYERS, DistillConfig, Integer, Number
+from moe_dist.config.sections import (
+    LOSS_WEIGHT,
+    MAX_LAYERS,
+    DistillConfig,
+    Integer,
+    Number,
+    read_with,
+)
 
 
 def _counts_layers(value: object) -> object:
@@ -50,6 +57,7 @@ class ObjectivesConfig(DistillConfig):
         description="Weight of the squared distance between sentence vectors of the last layer.",
     )
     alignment_pooling: Literal["cls", "mean", "max"] = Field(
+        json_schema_extra=read_with("alignment_weight", "adversarial_weight"),
         default="cls",
         description="What makes a sentence vector of hidden states: the first token's (`cls`), or "
         "the `mean` or the maximum (`max`) over all tokens.",
@@ -67,14 +75,19 @@ class ObjectivesConfig(DistillConfig):
         "discriminator takes its prediction and sentence vector for the teacher's.",
     )
     adversarial_regularizer: Literal["spectral", "r1"] = Field(
+        json_schema_extra=read_with("adversarial_weight"),
         default="spectral",
         description="What keeps the discriminator smooth: `spectral` norm of its weights, or the "
         "`r1` penalty on its gradient at the teacher's vectors.",
     )
     adversarial_learning_rate: Number = Field(
-        default=1e-3, gt=0, description="Learning rate of the discriminator's own Adam."
+        json_schema_extra=read_with("adversarial_weight"),
+        default=1e-3,
+        gt=0,
+        description="Learning rate of the discriminator's own Adam.",
     )
     adversarial_warmup_fraction: Number = Field(
+        json_schema_extra=read_with("adversarial_weight"),
         default=0.1,
         ge=0,
         lt=1,

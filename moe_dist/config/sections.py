@@ -81,6 +81,11 @@ OBSERVATION: dict[str, Any] = {"kind": "observation"}
 LOSS_WEIGHT: dict[str, Any] = {"in_flight": "weight in the loss"}
 
 
+def read_with(*weights: str) -> dict[str, Any]:
+    """Mark a field that nothing reads where all of these weights of its section are 0."""
+    return {"read_with": list(weights)}
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are faults.
 

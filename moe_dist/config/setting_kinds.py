@@ -16,7 +16,7 @@ Kind = Literal["learning", "placement", "observation"]
 
 
 def settings_of_kind(section: Section, kind: Kind = "learning") -> dict[str, Any]:
-    """Give the settings of one kind as plain values; sections without any are left out."""
+    """Give the settings of one kind that are read, as plain values; no empty sections."""
     plain = section.model_dump(mode="json")
     found: dict[str, Any] = {}
     for name in type(section).model_fields:
@@ -24,7 +24,7 @@ def settings_of_kind(section: Section, kind: Kind = "learning") -> dict[str, Any
         if isinstance(value, Section):
             inner = settings_of_kind(value, kind)
             found |= {name: inner} if inner else {}
-        elif kind_of(type(section), name) == kind:
+        elif kind_of(type(section), name) == kind and _is_read(section, name):
             found[name] = plain[name]
     return found
 
@@ -49,6 +49,12 @@ def in_flight_meaning(section: type[Section], name: str) -> str:
     """Say what a field's new value means in flight; empty for one that may not change."""
     meaning: str = _mark(section, name).get("in_flight", "")
     return meaning
+
+
+def _is_read(section: Section, name: str) -> bool:
+    """Whether a loss is used that reads a field; True where no loss decides it."""
+    weights = _mark(type(section), name).get("read_with")
+    return weights is None or any(getattr(section, weight) > 0 for weight in weights)
 
 
 def _mark(section: type[Section], name: str) -> dict[str, Any]:
