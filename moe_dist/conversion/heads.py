@@ -119,19 +119,10 @@ def chosen_head(model: nn.Module) -> TaskHead | None:
     return None if index is None else read_heads(model)[index]
 
 
-def current_head(model: nn.Module) -> TaskHead | None:
-    """Say which task a forward call now answers; None for a model of one task."""
-    heads = read_heads(model)
-    context = current_context()
-    if heads and context is not None and context.task_ids is not None:
-        return heads[int(context.task_ids.reshape(-1)[0])]
-    return chosen_head(model)
-
-
 def answered_kind(model: nn.Module) -> TaskKind:
     """Say what kind of task a forward call now answers."""
-    head = current_head(model)
-    return model_kind(model.config) if head is None else head.kind
+    heads = read_heads(model)
+    return heads[_asked_task(model)].kind if heads else model_kind(model.config)
 
 
 def task_index(model: nn.Module, name: str) -> int:

@@ -221,8 +221,7 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut:
 
 def _normalised(sample: Sample) -> tuple[str, ...]:
     texts = (sample.text_a, sample.text_b)
-    # What has no letters, such as emoji, is compared as it is.
-    return tuple(normalise(text) or text.strip() for text in texts if text is not None)
+    return tuple(normalise(text) for text in texts if text is not None)
 
 
 def _size(split: SplitSummary, purpose: str) -> str:
