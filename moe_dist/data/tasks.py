@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_dist.data.metrics import LabelSpace
+from moe_dist.data.metrics import METRICS, LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
 
 Kind = Literal["classification", "regression"]
@@ -60,6 +60,11 @@ class TaskSpec:
     def main_metric(self) -> str:
         """The metric that retention and comparisons are about."""
         return self.metrics[0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the main metric is better."""
+        return METRICS[self.main_metric].higher_is_better
 
 
 _PAIR = ("sentence1", "sentence2")
