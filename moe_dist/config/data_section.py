@@ -107,9 +107,20 @@ class TaskDataConfig(Section):
         "found in the training rows (sorted) when not given. Only where they are given, here, by "
         "the task or the hub, may the column hold the numbers instead.",
     )
-    kind: Literal["classification", "regression"] | None = Field(
+    kind: (
+        Literal[
+            "classification",
+            "regression",
+            "embedding",
+            "causal_lm",
+            "question_answering",
+            "seq2seq",
+        ]
+        | None
+    ) = Field(
         default=None,
-        description="What the label is; classification when neither given nor known from the task.",
+        description="The kind of task: what is asked of the model, and what the label is; "
+        "classification when neither given nor known from the task.",
     )
     metrics: Metrics | None = Field(
         default=None,
