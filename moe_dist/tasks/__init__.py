@@ -24,7 +24,9 @@ __all__ = [
     "model_kind",
 ]
 
-TASK_KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (Classification(), Regression(), Embedding())}
+TASK_KINDS: dict[str, TaskKind] = {
+    kind.name: kind for kind in (Classification(), Regression(), Embedding())
+}
 
 
 def head_kind(label_names: Sequence[str] | None) -> TaskKind:

@@ -8,13 +8,12 @@ Shapes: B or N texts, S positions, D width, M pairs, P distinct passages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,6 +28,7 @@ from moe_dist.tasks.kind import (
     TokenRows,
     full_lengths,
 )
+from moe_dist.tasks.retrieval import ranks
 from moe_dist.tasks.tokens import tokenise
 
 POOLING, NORMALISED = "sentence_pooling", "sentence_normalised"
@@ -37,7 +37,6 @@ _RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
 _SIMILARITY = ("cosine_spearman", "cosine_pearson")
 _SIDES = ("text_a", "text_b")
 _DIRECTIONS_SEED = 15
-_RANKED_AT_ONCE = 1024
 _SMALLEST_LENGTH = 1e-12
 
 
@@ -199,13 +198,14 @@ class Embedding(TaskKind):
                 zip(answered.sample_ids.tolist(), sides, strict=True)
             )
         }
-        lengths = np.linalg.norm(answered.raw, axis=1, keepdims=True)
-        vectors_ND = answered.raw / np.maximum(lengths, _SMALLEST_LENGTH)
         passages = {text: place for place, text in enumerate(dict.fromkeys(b for _, b in pairs))}
+        vectors_ND = torch.from_numpy(answered.raw)
         passages_PD = vectors_ND[[places[text] for text in passages]]
         questions_MD = vectors_ND[[places[text] for text, _ in pairs]]
-        own_M = np.array([passages[text] for _, text in pairs])
-        values = np.concatenate(list(_cosines_and_ranks(questions_MD, passages_PD, own_M)))
+        own_M = torch.tensor([passages[text] for _, text in pairs])
+        cosine_M = functional.cosine_similarity(questions_MD, passages_PD[own_M])
+        rank_M = ranks(questions_MD, passages_PD, own_M)
+        values = torch.stack([cosine_M, rank_M.float()], dim=1).numpy()
         return Figures(
             values,
             np.asarray(list(answered.rows["label"])),
@@ -215,19 +215,3 @@ class Embedding(TaskKind):
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """The vector."""
         return [{"vector": vector} for vector in answers.tolist()]
-
-
-def _cosines_and_ranks(
-    questions_MD: NDArray[np.float32], passages_PD: NDArray[np.float32], own_M: NDArray[np.int64]
-) -> Iterator[NDArray[np.float32]]:
-    """Compare questions with all passages, some at once; (.., 2), the best rank is 1.
-
-    A passage as near as the own one, or without a number, counts as nearer: a model that gives the
-    same vector to all texts finds nothing.
-    """
-    for first in range(0, len(questions_MD), _RANKED_AT_ONCE):
-        part = slice(first, first + _RANKED_AT_ONCE)
-        cosines = questions_MD[part] @ passages_PD.T
-        own = np.take_along_axis(cosines, own_M[part, None], axis=1)
-        ranks = (~(cosines < own)).sum(axis=1, keepdims=True)
-        yield np.concatenate([own, np.where(np.isnan(own), np.nan, ranks)], axis=1, dtype=np.float32)
