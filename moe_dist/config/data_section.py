@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.sections import Integer, Number, Section, Switch
 from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
@@ -159,13 +159,14 @@ class TaskDataConfig(Section):
     )
     pooling: Literal["mean", "cls", "max"] | None = Field(
         default=None,
-        description="`embedding`: what makes one vector of a text's last hidden states: their mean "
-        "over all tokens (also when not given), the first token's, or each dimension's maximum. "
-        "Where the model comes with files of sentence-transformers, these say it.",
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
     )
-    normalise: bool | None = Field(
+    normalise: Switch | None = Field(
         default=None,
-        description="`embedding`: scale vectors to length 1; not when not given. Where the model "
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
         "comes with files of sentence-transformers, these say it.",
     )
     max_train_samples: Integer | None = Field(

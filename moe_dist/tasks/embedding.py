@@ -31,8 +31,9 @@ from moe_dist.tasks.kind import (
 from moe_dist.tasks.retrieval import ranks
 from moe_dist.tasks.tokens import tokenise
 
-POOLING, NORMALISED = "sentence_pooling", "sentence_normalised"
+POOLING, NORMALISE = "sentence_pooling", "sentence_normalise"
 """Entries of a model's configuration: how tokens become a vector, and if it has length 1."""
+_MAX_LENGTH = "sentence_max_seq_length"
 _RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
 _SIMILARITY = ("cosine_spearman", "cosine_pearson")
 _SIDES = ("text_a", "text_b")
@@ -52,6 +53,7 @@ class Embedding(TaskKind):
     unit = "pair"
     columns = ("cosine", "rank")
     option_names = ("pooling", "normalise", "pair_columns")
+    reads_pairs = False
     takes_encoder_decoders = False
     is_one_a_row = False
     served_columns: ClassVar[Mapping[str, str]] = {"vector": "numbers"}
@@ -69,10 +71,12 @@ class Embedding(TaskKind):
     def model_settings(
         self, label_names: Sequence[str] | None, options: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
-        """How tokens become a vector; the mean as it is where nothing is said."""
+        """How tokens become a vector: their mean, of length 1, where nothing is said."""
+        normalise = options.get("normalise")
         return {
             POOLING: options.get("pooling") or "mean",
-            NORMALISED: bool(options.get("normalise")),
+            NORMALISE: True if normalise is None else normalise,
+            _MAX_LENGTH: options.get("max_seq_length"),
         }
 
     def dev_rows(self, options: Mapping[str, Any], *, has_labels: bool) -> DevRows:
@@ -129,7 +133,7 @@ class Embedding(TaskKind):
         config: Any = model.config
         pool = POOLINGS[getattr(config, POOLING)]
         vectors_BD = pool(output.last_hidden_state, batch["attention_mask"])
-        return functional.normalize(vectors_BD) if getattr(config, NORMALISED) else vectors_BD
+        return functional.normalize(vectors_BD) if getattr(config, NORMALISE) else vectors_BD
 
     def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """There is none: texts have no labels."""

@@ -137,6 +137,7 @@ class TaskKind(ABC):
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
+        reads_pairs: the two texts of a row are read together.
         joins_tasks: several of its tasks may share one model.
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
@@ -155,6 +156,7 @@ class TaskKind(ABC):
     option_names: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
+    reads_pairs: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
