@@ -113,8 +113,10 @@ class Embedding(TaskKind):
             if text is not None
         ]
         if not is_training:
-            found = list({text: (text, row, side) for text, row, side in reversed(found)}.values())
-            found.reverse()
+            first: dict[str, tuple[str, int, int]] = {}
+            for one in found:
+                first.setdefault(one[0], one)
+            found = list(first.values())
         texts = [text for text, _, _ in found]
         tokens = tokenise(tokenizer, texts, max_length=max_length)
         labels = [rows["label"][row] for _, row, _ in found]
