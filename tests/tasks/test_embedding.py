@@ -15,9 +15,10 @@ from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config
 
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import DataError, MissingInputError
+from moe_dist.inference.sentence_directory import SentencePooling
 from moe_dist.losses.alignment import POOLINGS
 from moe_dist.tasks import TASK_KINDS, Answered, model_kind
-from moe_dist.tasks.embedding import NORMALISE, POOLING
+from moe_dist.tasks.embedding import MAX_LENGTH, NORMALISED, POOLING
 
 KIND = TASK_KINDS["embedding"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who wrote it a man what is that thing".split()
@@ -66,7 +67,7 @@ def test_measuring_takes_each_text_once_and_says_whose_it_is(tokenizer: BertToke
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_vectors_are_those_of_real_tokens_alone(pooling: str, normalise: bool, side: str) -> None:
-    config = SimpleNamespace(**{POOLING: pooling, NORMALISE: normalise})
+    config = SimpleNamespace(**{POOLING: pooling, NORMALISED: normalise})
     model = SimpleNamespace(config=config)
     torch.manual_seed(0)
     lengths, width = [3, 5, 1], 5
@@ -193,6 +194,13 @@ def test_dev_rows_need_pairs_and_are_measured_by_what_they_have() -> None:
     assert all(METRICS[metric].reads_labels for metric in scored.metrics)
 
 
+def test_sentence_transformers_files_are_written_of_the_same_entries() -> None:
+    config = SimpleNamespace(**{POOLING: "cls", NORMALISED: False, MAX_LENGTH: 77})
+    assert SentencePooling.of(config) == SentencePooling("cls", False, 77)
+    settings = KIND.model_settings(None, {"max_seq_length": 9})
+    assert SentencePooling.of(SimpleNamespace(**settings)) == SentencePooling("mean", True, 9)
+
+
 def test_a_model_is_known_by_its_configuration() -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     config = BertConfig(hidden_size=8, intermediate_size=8, **sizes)
@@ -200,7 +208,7 @@ def test_a_model_is_known_by_its_configuration() -> None:
     for key, value in KIND.model_settings(None, {"pooling": "max", "normalise": False}).items():
         setattr(config, key, value)
     assert model_kind(BertModel(config, add_pooling_layer=False)) is KIND
-    assert getattr(config, POOLING) == "max" and getattr(config, NORMALISE) is False
+    assert getattr(config, POOLING) == "max" and getattr(config, NORMALISED) is False
     assert not KIND.owns("BertForSequenceClassification", config)
     decoder = GPT2Config(**{POOLING: "mean"})
     assert KIND.owns("GPT2Model", decoder) and not KIND.owns("GPT2LMHeadModel", decoder)
