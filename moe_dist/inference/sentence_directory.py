@@ -20,8 +20,8 @@ from moe_dist.losses.alignment import POOLINGS
 MODULES = "modules.json"
 _TRANSFORMER_SETTINGS = "sentence_bert_config.json"
 _LIBRARY_SETTINGS = "config_sentence_transformers.json"
-POOLING, NORMALISE = "sentence_pooling", "sentence_normalise"
-MAX_LENGTH = "sentence_max_seq_length"
+POOLING, NORMALISED = "sentence_pooling", "sentence_normalised"
+MAX_LENGTH = "sentence_max_length"
 """With those above, the entries of a model's configuration."""
 
 # As sentence-transformers before 6.0 writes it, and every version since reads it.
@@ -58,7 +58,7 @@ class SentencePooling:
         if pooling is None:
             return None
         return cls(
-            pooling, bool(getattr(config, NORMALISE, False)), getattr(config, MAX_LENGTH, None)
+            pooling, bool(getattr(config, NORMALISED, False)), getattr(config, MAX_LENGTH, None)
         )
 
     def vectors(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from moe_dist.errors import CheckpointError, ConversionError
 from moe_dist.inference import load_model, load_tokenizer, save_model
 from moe_dist.inference.sentence_directory import (
     MAX_LENGTH,
-    NORMALISE,
+    NORMALISED,
     POOLING,
     SentencePooling,
     read_sentence_pooling,
@@ -47,7 +47,7 @@ def save_sentence_model(base: Path, target: Path, pooling: SentencePooling, mixt
         )
         model = dense_to_moe(model, plan, router="token_gate", top_k=2)
     setattr(model.config, POOLING, pooling.pooling)
-    setattr(model.config, NORMALISE, pooling.normalise)
+    setattr(model.config, NORMALISED, pooling.normalise)
     setattr(model.config, MAX_LENGTH, pooling.max_seq_length)
     return save_model(model, target, AutoTokenizer.from_pretrained(base))
 
