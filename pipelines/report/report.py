@@ -298,8 +298,8 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
         "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
-        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
-        "their squared difference.",
+        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, their "
+        "squared difference, or 1 − cosine of vectors.",
         "",
         *markdown_table(head, rows),
         "",
