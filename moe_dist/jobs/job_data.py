@@ -246,10 +246,26 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
             found = answer(part.part(split))
             calibration = part.calibrate(answer)
         figures[name] = part.figures(found.answers, split, calibration)
-        for layer, count_E in found.tokens_per_expert.items():
-            loads[layer] = loads[layer] + count_E if layer in loads else count_E
+        _add_loads(loads, found)
     metrics = {name: parts[name].metrics(one) for name, one in figures.items()}
     return Measured(joined_metrics(metrics), split, loads, figures)
+
+
+def count_use(data: AnyJobData, predict: Predict, split: Split) -> dict[str, Tensor]:
+    """Count each expert's tokens on a split, (E,) by layer; training rows need not be measurable.
+
+    Those of all tasks together.
+    """
+    loads: dict[str, Tensor] = {}
+    for number, (name, part) in enumerate(data.parts.items()):
+        with use_task(number if name else None):
+            _add_loads(loads, predict(part.part(split), part.splits.task.options))
+    return loads
+
+
+def _add_loads(loads: dict[str, Tensor], found: Predictions) -> None:
+    for layer, count_E in found.tokens_per_expert.items():
+        loads[layer] = loads[layer] + count_E if layer in loads else count_E
 
 
 def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:

@@ -12,7 +12,7 @@ from moe_dist.data.tasks import Split
 from moe_dist.distributed.position import enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import Job
-from moe_dist.jobs.job_data import measure, save_answers
+from moe_dist.jobs.job_data import count_use, measure, save_answers
 from moe_dist.measure.evaluation import Predictions, expert_load, predict
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
@@ -27,6 +27,7 @@ class PredictJob(Job):
         split: which rows.
         batch_size: samples in a batch.
         output_name: of the file with the answers, in the stage's directory.
+        measures: bring answers into metrics; without, only the experts' load is found.
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
@@ -35,6 +36,7 @@ class PredictJob(Job):
     split: Split = "dev"
     batch_size: int = 64
     output_name: str = "predictions"
+    measures: bool = True
 
     def run(self) -> dict[str, Any]:
         """Predict and measure.
@@ -60,6 +62,8 @@ class PredictJob(Job):
                 options=options,
             )
 
+        if not self.measures:
+            return {"expert_load": expert_load(count_use(data, answer, self.split))}
         measured = measure(data, answer, self.split)
         if own_rank() == 0:
             save_answers(data, measured, Path(self.stage_dir) / f"{self.output_name}.npz")

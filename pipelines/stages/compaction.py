@@ -226,7 +226,7 @@ def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[f
         data=_fewer_rows(config.data, settings.use_samples),
         model=str(settings.directory),
         split="train",
-        output_name="predictions-use",
+        measures=False,
     )
     load: dict[str, list[float]] = job.run()["expert_load"]
     return load

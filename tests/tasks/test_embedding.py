@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config
 
+from moe_dist.conversion import score_importance
+from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.inference.sentence_directory import SentencePooling
@@ -214,3 +216,28 @@ def test_a_model_is_known_by_its_configuration() -> None:
     assert KIND.owns("GPT2Model", decoder) and not KIND.owns("GPT2LMHeadModel", decoder)
     assert KIND.model_arguments(["self", "config", "add_pooling_layer"])
     assert not KIND.model_arguments(["self", "config"])
+
+
+def test_neurons_score_the_same_at_every_batch_size_and_on_every_rank() -> None:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
+    config = BertConfig(hidden_size=8, intermediate_size=12, **sizes)
+    for key, value in KIND.model_settings(None).items():
+        setattr(config, key, value)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    lengths = np.array([3, 7, 5, 6, 4])
+    encoded = Encoded(
+        input_ids=np.arange(lengths.sum(), dtype=np.int32) % 30,
+        token_type_ids=None,
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        labels=np.zeros(5, np.int64),
+        sample_ids=np.array([40, 3, 17, 8, 25]),
+    )
+    expected = score_importance(model, eval_batches(encoded, batch_size=5))
+    parts = [
+        score_importance(model, eval_batches(encoded.subset(range(rank, 5, 2)), batch_size=2))
+        for rank in range(2)
+    ]
+    for whole, first, second in zip(expected, *parts, strict=True):
+        assert whole.min() > 0
+        torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-7)

@@ -18,6 +18,7 @@ from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConversionError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.inference.serving import TextModel
+from moe_dist.jobs.predict import PredictJob
 from moe_dist.tasks import model_kind
 from pipelines.chain.chain import run_chain
 from pipelines.chain.workspace import Workspace
@@ -64,8 +65,8 @@ def settings(tiny_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_texts_alone_make_a_student_of_sentence_vectors(
     write_recipe: Write, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    recorder = Recorder()
-    run_chain(load_config(write_recipe(settings)), recorder)
+    recorder, config = Recorder(), load_config(write_recipe(settings))
+    run_chain(config, recorder)
     assert any(
         "vectors are the mean of a text's last hidden states" in line for line in recorder.noted
     )
@@ -76,6 +77,12 @@ def test_texts_alone_make_a_student_of_sentence_vectors(
         assert list(metrics) == ["recall_at_1", "recall_at_10", "mrr"]
         assert 0 < metrics["mrr"] <= 1 and metrics["recall_at_10"] == 1
     assert report["data"]["num_dev_samples"] == 8
+
+    # Training rows have no pairs, and show all the same what experts are used for.
+    student = root / "distill/model"
+    job = PredictJob.of(config, str(root), model=str(student), split="train", measures=False)
+    load = job.run()["expert_load"]
+    assert [sum(shares) for shares in load.values()] == pytest.approx([1, 1])
 
     texts = ["the film was good", "a", "it was a very dull plot"]
     vectors = {}
