@@ -232,7 +232,10 @@ class FinetuneConfig(Section):
 
     learning_rate: Number | None = Field(default=None, gt=0, description="Peak learning rate.")
     num_epochs: Integer | None = Field(
-        default=None, ge=1, le=1_000_000, description="Passes over the training rows."
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Passes over the training rows; 0 takes the start model as it is.",
     )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps."

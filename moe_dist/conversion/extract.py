@@ -141,7 +141,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     values = {name: value for name, value in values.items() if name not in _MOE_ENTRIES}
     values |= activation | dict.fromkeys(spec.size_keys, size)
     if head is not None:
-        values |= head.kind.head_settings(head.label_names)
+        values |= head.kind.model_settings(head.label_names)
     kind = getattr(transformers, type(model).__name__.removeprefix("Moe"))
     config = getattr(transformers, spec.config_class)(**values)
     config.architectures = [kind.__name__]

@@ -19,6 +19,10 @@ from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import with_decoder_mask
 from moe_dist.errors import ConversionError, MissingInputError
 
+INDEX = "index"
+"""Column of batches that a kind of task made of rows (`moe_dist.data.loaders.eval_batches`): the
+kind says what a model takes of them. Other batches hold what transformers' models take."""
+
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
 
 
@@ -173,6 +177,9 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
 
     A batch without labels is a MissingInputError.
     """
+    if INDEX in batch:
+        kind = answered_kind(model)
+        return kind.scored_losses(kind.predictions(model, outputs, batch), batch)
     if hasattr(outputs, "start_logits"):
         start = _cross_entropy(outputs.start_logits, _labels(batch, "start_positions"))
         end = _cross_entropy(outputs.end_logits, _labels(batch, "end_positions"))
@@ -192,7 +199,7 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
             logits.float(), labels.float(), reduction="none"
         )
         return losses_BC.mean(dim=-1)
-    return answered_kind(model).losses(logits, labels)
+    return answered_kind(model).losses(logits, {"labels": labels})
 
 
 class Capture:
@@ -300,6 +307,8 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what a model's forward does not take, and labels where it can do without."""
+    if INDEX in batch:
+        return dict(answered_kind(model).inputs(model, batch))
     names = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in batch.items() if key in names}
     config: Any = model.config

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_dist.data.encoding import Encoded, encode
 from moe_dist.errors import DataError
+from moe_dist.tasks.kind import IGNORED
 
 __all__ = ["Encoded", "StepBatch", "TrainBatches", "encode", "eval_batches"]
 
@@ -29,6 +30,7 @@ class StepBatch:
             if the tokenizer knows them, token_type_ids.
         num_samples: of the whole step, over all ranks and micro-batches.
         num_tokens: real tokens of the whole step, over all ranks and micro-batches.
+        num_targets: what the task losses of the whole step are a sum over.
         sample_ids: of this rank's samples.
         task: number of the task that all samples are of; None in a run of one task.
         task_name: its name.
@@ -37,6 +39,7 @@ class StepBatch:
     micro_batches: list[dict[str, Tensor]]
     num_samples: int
     num_tokens: int
+    num_targets: int
     sample_ids: list[int]
     task: int | None = None
     task_name: str = ""
@@ -139,6 +142,7 @@ class TrainBatches:
             ],
             num_samples=len(batch),
             num_tokens=int(lengths[batch].sum()),
+            num_targets=self.encoded.count_targets(batch),
             sample_ids=self.encoded.sample_ids[np.concatenate(mine)].tolist(),
         )
 
@@ -190,7 +194,9 @@ def collate(
         pin_memory: put the tensors into page-locked memory.
 
     Returns:
-        input_ids, attention_mask, token_type_ids (if known), all (B, S) int64, and labels (B,).
+        input_ids, attention_mask, token_type_ids (if known) and the kind's own columns, all
+        (B, S) int64; labels (B, ...); and where there are some, targets (B, T) int64, filled up
+        with `IGNORED`, and num_targets (B,).
     """
     starts, lengths = encoded.offsets[rows], encoded.lengths[rows]
     width = int(lengths.max())
@@ -205,6 +211,16 @@ def collate(
     }
     if encoded.token_type_ids is not None:
         arrays["token_type_ids"] = np.where(mask, encoded.token_type_ids[positions], 0)
+    for name, column in encoded.columns.items():
+        arrays[name] = np.where(mask, column[positions], 0)
+    if encoded.targets is not None and encoded.target_offsets is not None:
+        begins, counts = encoded.target_offsets[rows], np.diff(encoded.target_offsets)[rows]
+        places = np.arange(int(counts.max()))
+        is_real = places < counts[:, None]
+        written = encoded.targets[np.where(is_real, begins[:, None] + places, 0)]
+        arrays["targets"] = np.where(is_real, written, IGNORED)
+    if encoded.num_targets is not None:
+        arrays["num_targets"] = encoded.num_targets[rows]
     batch = {name: torch.from_numpy(value.astype(np.int64)) for name, value in arrays.items()}
     batch["labels"] = torch.from_numpy(np.array(encoded.labels[rows]))
     return {name: value.pin_memory() for name, value in batch.items()} if pin_memory else batch

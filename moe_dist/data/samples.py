@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
+from moe_dist.tasks.kind import LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,13 +27,13 @@ class Sample:
     Attributes:
         text_a: its text.
         text_b: its second one; None for single texts.
-        label: class id, or value of a regression.
+        label: class id, value of a regression, or text, as the kind of task has it; 0 for none.
         sample_id: position among the source's rows.
     """
 
     text_a: str
     text_b: str | None
-    label: int | float
+    label: int | float | str
     sample_id: int
 
     @property
@@ -76,18 +77,24 @@ def check_rows(
     Raises:
         DataError: for the first row that cannot be used, with its file and line.
     """
-    names = task.label_names or ()
+    kind, names = task.task_kind, task.label_names or ()
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
+    read_label: dict[LabelKind, Callable[[SourceRow, Any], int | float | str]] = {
+        "class": lambda row, label: class_id(row, label, ids, may_be_ids),
+        "number": regression_value,
+        "text": lambda row, label: label_text(row, task.label_column, label),
+        "none": lambda row, label: 0,
+    }
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = column_value(row, task.label_column)
+        label = None if kind.label == "none" else column_value(row, task.label_column)
         if drops_incomplete:
-            has_no_class = task.task_kind.has_classes and str(label) == UNLABELLED not in ids
-            if is_missing(label) or has_no_class:
+            has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
+            if kind.label != "none" and (is_missing(label) or has_no_class):
                 left_out["without a label"] += 1
                 continue
             if None in texts:
@@ -97,12 +104,8 @@ def check_rows(
             if not isinstance(text, str):
                 raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
             encodable(row, column, text)
-        number = (
-            regression_value(row, label)
-            if not task.task_kind.has_classes
-            else class_id(row, label, ids, may_be_ids)
-        )
-        samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
+        value = read_label[kind.label](row, label)
+        samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 
 
@@ -141,6 +144,13 @@ def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
         for s in samples:
             digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
     return digest.hexdigest()
+
+
+def label_text(row: SourceRow, column: str, label: Any) -> str:
+    """Give the text that a row is labelled with; a DataError if it is none."""
+    if not isinstance(label, str) or not label.strip():
+        raise row.error(f"column {column!r} holds no text: {label!r}", _text_remedy(label))
+    return encodable(row, column, label)
 
 
 def _text_remedy(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,7 @@ from moe_dist.data.samples import (
 )
 from moe_dist.data.splits import hold_out
 from moe_dist.data.summary import DataSummary, summarise
-from moe_dist.data.tasks import TASKS, Kind, TaskSpec
+from moe_dist.data.tasks import Kind, TaskSpec, known_task
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
@@ -129,6 +129,7 @@ def load_splits(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
+    **options: Any,
 ) -> Splits:
     """Load a task's rows, check every one of them, and split where there is no dev set.
 
@@ -157,6 +158,8 @@ def load_splits(
         seed: of the draws.
         cache_dir: the cache, or None for `default_cache_dir()`.
         revision: of the hub's data set.
+        **options: what the kind of task reads beside (`TaskKind.option_names`); None for its own
+            default.
 
     Returns:
         Checked rows with resolved label names.
@@ -165,6 +168,7 @@ def load_splits(
         DataError: for whatever is wrong with the data, with file and line.
     """
     task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
+    task = _with_options(task, options)
     notes: list[str] = []
     cache = Path(cache_dir) if cache_dir is not None else None
     if dev is not None and dev_size is not None:
@@ -207,10 +211,11 @@ def load_splits(
             may_be_ids=gives_names,
             drops_incomplete=split.drops_incomplete,
         )
-        labels = (row.values[task.label_column] for row in split.rows)
+        labels = (row.values.get(task.label_column) for row in split.rows)
         num_padded = sum(isinstance(label, str) and label != label.strip() for label in labels)
-        if num_padded and task.kind == "classification":
-            notes.append(f"{num_padded} labels have blanks around them, which were dropped")
+        if num_padded and task.task_kind.has_classes:
+            where = "dev labels" if split is raw_dev else "labels"
+            notes.append(f"{num_padded} {where} have blanks around them, which were dropped")
         return found
 
     train_samples, left_out = checked(raw_train)
@@ -248,7 +253,7 @@ def load_splits(
         dev=to_dataset(drawn_dev, task),
         task=task,
         digest=rows_digest(_measured_by(task), *parts),
-        train_digest=rows_digest([task.kind, task.label_names], drawn),
+        train_digest=rows_digest(_trained_by(task), drawn),
         source=words,
         summary=summarise(
             words,
@@ -275,7 +280,7 @@ def _task(
     kind: Kind | None,
     metrics: Sequence[str] | None,
 ) -> TaskSpec:
-    known = TASKS.get(subset or "") or TASKS.get(name or "")
+    known = known_task(name, subset)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
         known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
@@ -291,7 +296,8 @@ def _task(
     )
     if task.label_names and not task.task_kind.has_classes:
         raise DataError(
-            "data.label_names is given for a regression", remedy="drop it, or set data.kind"
+            f"data.label_names names classes, and data.kind={task.kind} has none",
+            remedy="drop it, or set data.kind",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(
@@ -311,6 +317,18 @@ def _task(
             remedy=f"choose from {', '.join(suitable)}, or set data.kind",
         )
     return task
+
+
+def _with_options(task: TaskSpec, options: Mapping[str, Any]) -> TaskSpec:
+    """Keep what was given; a DataError names what the kind of task does not read."""
+    given = {name: value for name, value in options.items() if value is not None}
+    strange = sorted(set(given) - set(task.task_kind.option_names))
+    if strange:
+        raise DataError(
+            f"data.{strange[0]} is not read by data.kind={task.kind}",
+            remedy="remove it, or set the kind of task that reads it",
+        )
+    return replace(task, options=given)
 
 
 def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
@@ -353,7 +371,13 @@ def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
 def _measured_by(task: TaskSpec) -> list[Any]:
     """What a digest covers of a task; as it was before a positive class could be chosen."""
     chosen = [task.positive_label] if task.label_space.positive != 1 else []
-    return [task.kind, task.label_names, task.metrics, *chosen]
+    options = [sorted(task.options.items())] if task.options else []
+    return [task.kind, task.label_names, task.metrics, *chosen, *options]
+
+
+def _trained_by(task: TaskSpec) -> list[Any]:
+    """What the digest of training rows covers of a task."""
+    return [task.kind, task.label_names, *([sorted(task.options.items())] if task.options else [])]
 
 
 def _withhold(

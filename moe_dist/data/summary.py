@@ -64,9 +64,9 @@ class SplitSummary:
         labels = np.array([sample.label for sample in samples])
         counts: dict[str, int] = {}
         values = None
-        if task.label_names is None:
+        if task.task_kind.label == "number":
             values = (float(labels.min()), float(labels.mean()), float(labels.max()))
-        else:
+        elif task.label_names is not None:
             by_id = np.bincount(labels, minlength=len(task.label_names)).tolist()
             counts = dict(zip(task.label_names, by_id, strict=True))
         return cls(

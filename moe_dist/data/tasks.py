@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from moe_dist.data.metrics import METRICS, LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
 
-Kind = Literal["classification", "regression"]
+Kind = Literal[
+    "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
+]
 Split = Literal["train", "dev", "holdout"]
 
 
@@ -18,7 +21,7 @@ class TaskSpec:
 
     Attributes:
         name: short name, also the subset's name on the hub.
-        kind: classification (labels are class ids) or regression (floats).
+        kind: a key of `TASK_KINDS`.
         text_columns: one or two columns that hold the text.
         label_column: the column that holds the label.
         label_names: class names in the order of their ids; None where they are to be inferred,
@@ -26,6 +29,7 @@ class TaskSpec:
         metrics: names out of METRICS; the first one is the task's main metric.
         positive_label: the class that F1 of two classes is about; the second one if None.
         dev_split: the split of the hub's data set that serves as dev set.
+        options: what its kind of task reads beside (`TaskKind.option_names`).
     """
 
     name: str
@@ -36,6 +40,7 @@ class TaskSpec:
     metrics: tuple[str, ...] = ("accuracy",)
     positive_label: str | None = None
     dev_split: str = "validation"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
@@ -51,7 +56,7 @@ class TaskSpec:
     def label_space(self) -> LabelSpace:
         """What metrics know of the task."""
         if not self.task_kind.has_classes:
-            return LabelSpace(None)
+            return LabelSpace(None, columns=self.task_kind.columns)
         names = self.label_names or ()
         positive = 1 if self.positive_label is None else names.index(self.positive_label)
         return LabelSpace(self.num_labels, positive, names)
@@ -65,6 +70,17 @@ class TaskSpec:
     def higher_is_better(self) -> bool:
         """Which way the main metric is better."""
         return METRICS[self.main_metric].higher_is_better
+
+
+def known_task(name: str | None, subset: str | None) -> TaskSpec | None:
+    """Find what is known of a data set by its names; None for one of somebody's own."""
+    return TASKS.get(subset or "") or TASKS.get(name or "")
+
+
+def kind_for(kind: str | None, name: str | None, subset: str | None) -> TaskKind:
+    """Say what kind of task a data section is about: what it says, or what is known of the set."""
+    known = known_task(name, subset)
+    return TASK_KINDS[kind or (known.kind if known else "classification")]
 
 
 _PAIR = ("sentence1", "sentence2")

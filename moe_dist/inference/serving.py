@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from moe_dist.conversion.heads import chosen_head
-from moe_dist.data.tokens import tokenise
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.tasks import model_kind
+from moe_dist.tasks.tokens import tokenise
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -83,7 +83,7 @@ class TextModel:
         if head is not None:
             return None if head.label_names is None else list(head.label_names)
         config = self._model.config
-        if not model_kind(config).has_classes:
+        if not model_kind(self._model).has_classes:
             return None
         return [str(config.id2label[index]) for index in range(config.num_labels)]
 

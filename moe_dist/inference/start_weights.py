@@ -1,4 +1,4 @@
-"""What of a start model's weights a classifier takes over: the whole body, or it is refused.
+"""What of a start model's weights a task takes over: the whole body, or it is refused.
 
 transformers draws weights anew that it does not find and leaves those out that it does not know,
 and says so in a warning at most. A body with one such weight is another model than its name says.
@@ -20,6 +20,7 @@ from moe_dist.conversion.families import known_family
 from moe_dist.data.content import foreign_format
 from moe_dist.digests import PICKLES
 from moe_dist.errors import ConversionError
+from moe_dist.tasks import TASK_KINDS, TaskKind
 
 _HEAD_BYTES = 512
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -131,15 +132,21 @@ def refuse_not_finite(model: Any, source: str) -> None:
 
 
 def compare_weights(
-    model: Any, info: Mapping[str, Any], source: str, architectures: Sequence[str] = ()
+    model: Any,
+    info: Mapping[str, Any],
+    source: str,
+    architectures: Sequence[str] = (),
+    *,
+    kind: TaskKind | None = None,
 ) -> TakenOver:
-    """See that a classifier has taken its whole body over from a file.
+    """See that a model has taken its whole body over from a file.
 
     Args:
-        model: the classifier that transformers made.
+        model: what transformers made.
         info: its loading info.
         source: the start model, for messages.
         architectures: the classes that its configuration names.
+        kind: of the task, which says what a head is; classification if None.
 
     Returns:
         What is new, replaced and dropped of the head.
@@ -152,11 +159,12 @@ def compare_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     extra = {name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name)}
     spec = known_family(model)
-    last = spec.task_head if spec is not None and spec.task_head else "classifier"
+    kind = kind or TASK_KINDS["classification"]
+    last = kind.own_head(spec.task_head if spec is not None and spec.task_head else "classifier")
     head = {name for name in model.state_dict() if not _is_body(model, name)}
-    own_head = {name for name in head if name.startswith(f"{last}.")}
+    own_head = {name for name in head if last and name.startswith(f"{last}.")}
     lacks_head = not own_head.isdisjoint(missing | shapes.keys())
-    others = [one for one in architectures if one.endswith(_SAME_NAMES)]
+    others = [one for one in architectures if last and one.endswith(_SAME_NAMES)]
     other_head = others[0] if others and not lacks_head else ""
     is_new = lacks_head or bool(other_head)
     # What feeds the last layer may be new where that layer is; below a trained one it may not.

@@ -123,6 +123,7 @@ def distill(
             load_balancing=section.load_balancing_weight > 0,
             z_loss=section.z_loss_weight > 0,
             entropy=section.entropy_weight > 0,
+            with_task=section.task_weight > 0,
         )
 
     return train_model(

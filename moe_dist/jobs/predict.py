@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,13 +50,14 @@ class PredictJob(Job):
         data = self.tokenised(rows, load_tokenizer(Path(self.model)))
         enter_phase("prediction")
 
-        def answer(encoded: Encoded) -> Predictions:
+        def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
             return predict(
                 model,
                 encoded,
                 batch_size=self.batch_size,
                 pad_token_id=data.pad_token_id,
                 device=device,
+                options=options,
             )
 
         measured = measure(data, answer, self.split)
@@ -63,7 +65,7 @@ class PredictJob(Job):
             save_answers(data, measured, Path(self.stage_dir) / f"{self.output_name}.npz")
         wait_for_ranks()
         return {
-            "predictions": {name: one.logits.numpy() for name, one in measured.answers.items()},
+            "predictions": {name: one.values for name, one in measured.figures.items()},
             "metrics": measured.metrics,
             "metric_titles": rows.metric_titles,
             "higher_is_better": rows.higher_is_better,

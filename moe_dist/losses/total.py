@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "warmup", "decay", "delayed"]
-CountKind = Literal["samples", "tokens", "steps"]
+CountKind = Literal["samples", "tokens", "targets", "steps"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class LossTerm:
     Args:
         sum: scalar float32, summed over what `count_kind` names, with its graph.
         count_kind: what to divide by, counted over all ranks and micro-batches of the step;
-            "steps", of which there is one, for parts that add up to the step's value as they are.
+            "targets" are the tokens that a model is to predict, one a sample where it answers
+            the sample as a whole; "steps", of which there is one, for parts that add up to the
+            step's value as they are.
     """
 
     sum: Tensor

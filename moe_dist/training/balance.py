@@ -26,7 +26,7 @@ Choices = dict[str, Tensor]
 def count_choices(model: nn.Module, batch: Mapping[str, Tensor]) -> Choices:
     """Route a micro-batch in training mode (noise, dropout) and count: (E,) by layer."""
     with record_routing() as record:
-        model(**model_inputs(batch))
+        model(**model_inputs(model, batch))
     return expert_counts(record)
 
 

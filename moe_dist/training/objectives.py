@@ -6,7 +6,7 @@ recipe's `distill` section; jobs, schedules and logs follow the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -39,12 +39,12 @@ class ModelOutputs:
     """What one forward pass shows.
 
     Args:
-        logits: (B, C) outputs.
+        predictions: (B, ...), what `TaskKind.predictions` took out of the output.
         stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
-    logits: Tensor
+    predictions: Tensor
     stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
 
@@ -81,7 +81,7 @@ class PairedOutputs:
     Args:
         student: with its graph.
         teacher: without one.
-        mask_BS: True or 1 for real tokens; None if all are real.
+        batch: what both were given.
         kind: of the task.
         settings: what the losses share.
         companion: feature maps and discriminator.
@@ -89,7 +89,7 @@ class PairedOutputs:
 
     student: ModelOutputs
     teacher: ModelOutputs
-    mask_BS: Tensor | None
+    batch: Mapping[str, Tensor]
     kind: TaskKind
     settings: ObjectiveSettings
     companion: Companion
@@ -129,7 +129,7 @@ class Objective:
     Args:
         weight_key: its weight in the recipe's ``distill`` section.
         compute: the loss of a micro-batch, summed.
-        count_kind: what the sum is divided by.
+        count_kind: what the sum is divided by; None for what the kind of task says.
         reads: what it needs beside the predictions.
         is_named_by_kind: its name is the kind of task's own, `TaskKind.prediction_term`.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
@@ -137,20 +137,20 @@ class Objective:
 
     weight_key: str
     compute: Callable[[PairedOutputs], Tensor]
-    count_kind: CountKind
+    count_kind: CountKind | None
     reads: frozenset[str] = frozenset()
     is_named_by_kind: bool = False
     schedule: Literal["warmup", "delayed"] = "warmup"
 
 
 def _prediction_kl(paired: PairedOutputs) -> Tensor:
-    outputs = paired.student.logits, paired.teacher.logits
-    return paired.kind.prediction_loss(*outputs, paired.settings.temperature)
+    outputs = paired.student.predictions, paired.teacher.predictions
+    return paired.kind.prediction_loss(*outputs, paired.batch, paired.settings.temperature)
 
 
 def _soft_targets(paired: PairedOutputs) -> Tensor:
-    outputs = paired.student.logits, paired.teacher.logits
-    return paired.kind.soft_target_loss(*outputs, paired.settings.temperature)
+    outputs = paired.student.predictions, paired.teacher.predictions
+    return paired.kind.soft_target_loss(*outputs, paired.batch, paired.settings.temperature)
 
 
 def _hidden_mse(paired: PairedOutputs) -> Tensor:
@@ -169,7 +169,7 @@ def _attention_mse(paired: PairedOutputs) -> Tensor:
     return attention_mse(
         [_scores(student[own]) for own, _ in pairs],
         [_scores(teacher[other]) for _, other in pairs],
-        paired.mask_BS,
+        paired.batch.get("attention_mask"),
     )
 
 
@@ -196,16 +196,22 @@ def _adversarial(paired: PairedOutputs) -> Tensor:
     assert adversary is not None, "the job builds a discriminator where its weight is above 0"
     own, other = paired.sentences()
     student, teacher = (
-        discriminator_features(paired.kind.bounded(outputs.logits), vectors)
+        discriminator_features(_bounded(paired.kind, outputs.predictions), vectors)
         for outputs, vectors in ((paired.student, own), (paired.teacher, other))
     )
     return adversary.student_loss(student, teacher)
 
 
+def _bounded(kind: TaskKind, predictions: Tensor) -> Tensor:
+    bounded = kind.bounded(predictions)
+    assert bounded is not None, "refused when the recipe is read"
+    return bounded
+
+
 _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
-    "prediction_kl": Objective("kl_weight", _prediction_kl, "samples", is_named_by_kind=True),
-    "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
+    "prediction_kl": Objective("kl_weight", _prediction_kl, None, is_named_by_kind=True),
+    "soft_targets": Objective("soft_weight", _soft_targets, None),
     "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
     "attention_mse": Objective(
         "attention_weight", _attention_mse, "samples", reads=_HIDDEN | {"attention"}
@@ -240,7 +246,7 @@ def _names(objective: str) -> tuple[str, ...]:
     """What an objective's term is called, whatever the kind of task."""
     if not OBJECTIVES[objective].is_named_by_kind:
         return (objective,)
-    return tuple(kind.prediction_term for kind in TASK_KINDS.values())
+    return tuple(dict.fromkeys(kind.prediction_term for kind in TASK_KINDS.values()))
 
 
 def reads(names: Collection[str], what: str) -> bool:
@@ -254,7 +260,7 @@ def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, 
     for name in names:
         row = OBJECTIVES[name]
         shown = paired.kind.prediction_term if row.is_named_by_kind else name
-        terms[shown] = LossTerm(row.compute(paired), row.count_kind)
+        terms[shown] = LossTerm(row.compute(paired), row.count_kind or paired.kind.count_kind)
     return terms
 
 

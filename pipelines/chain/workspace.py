@@ -112,6 +112,9 @@ class Workspace:
             rows,
             tokenizer,
             max_length=self.config.model.max_length,
+            kind=splits.task.task_kind,
+            options=splits.task.options,
+            is_training=part == "train",
             cache_dir=None,
             digest=f"{splits.digest}-{part}",
         )
@@ -173,9 +176,18 @@ class Workspace:
         from moe_dist.data.mixture import mixture_steps
 
         # As `TrainBatches` cuts an epoch too.
-        num_rows = [len(splits.train) for splits in self.rows.parts.values()]
-        steps = mixture_steps(num_rows, train.batch_size) * train.num_epochs
+        steps = mixture_steps(self._num_samples(), train.batch_size) * train.num_epochs
         return min(steps, train.max_steps or steps)
+
+    def _num_samples(self) -> list[int]:
+        """Count each task's training samples."""
+        from moe_dist.inference.start_tokenizer import read_tokenizer
+
+        parts = self.rows.parts.values()
+        if all(splits.task.task_kind.is_one_a_row for splits in parts):
+            return [len(splits.train) for splits in parts]
+        tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
+        return [len(encoded) for encoded in self.encoded_tasks("train", tokenizer).values()]
 
 
 def _name_of(data: TaskDataConfig) -> str:

@@ -170,13 +170,23 @@ def check_start_model(workspace: Workspace, rows: Rows) -> None:
     """See that weights and tokenizer fit, or raise ConversionError; say what is new or guessed."""
     from moe_dist.inference.pretrained import check_pretrained
     from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, check_end, unknown_share
-    from moe_dist.jobs.job_data import label_names
+    from moe_dist.jobs.job_data import label_names, shared_kind, shared_options
 
     start = check_pretrained(
-        workspace.start_model, num_labels=rows.num_labels, label_names=label_names(rows)
+        workspace.start_model,
+        num_labels=rows.num_labels,
+        label_names=label_names(rows),
+        kind=shared_kind(rows),
+        options=shared_options(rows),
     )
     if any(splits.train[0]["text_b"] is not None for splits in rows.parts.values()):
         check_end(start.tokenizer, start.model, "a", "b")
+    if workspace.config.teacher_train.num_epochs == 0 and not start.is_whole:
+        raise ConversionError(
+            f"model.teacher: {workspace.config.model.teacher!r} has no trained head for this task "
+            f"({'; '.join(start.notes)}), and finetune.num_epochs=0 trains none",
+            remedy="set finetune.num_epochs to 1 or more, or give a model that was trained for it",
+        )
     for line in start.notes:
         workspace.console.note(f"start model: {line}")
     for line in start.warnings:

@@ -23,6 +23,7 @@ from .topology_facts import topology_facts
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TaskDataConfig
     from moe_dist.data.summary import DataSummary
+    from moe_dist.tasks import TaskKind
 
     from ..console import Console
 
@@ -121,7 +122,20 @@ def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
     from moe_dist.inference.skeleton import build_skeleton
 
     revision = workspace.config.model.revision
-    return build_skeleton(workspace.start_model, num_labels=num_labels, revision=revision)
+    return build_skeleton(
+        workspace.start_model,
+        kind=recipe_kind(workspace.config),
+        num_labels=num_labels,
+        revision=revision,
+    )
+
+
+def recipe_kind(config: RunConfig) -> TaskKind:
+    """Say what kind of model a recipe asks for: for several tasks a classifier."""
+    from moe_dist.data.tasks import kind_for
+
+    data = config.data
+    return kind_for(None if data.tasks else data.kind, data.name, data.subset)
 
 
 def length_faults(model: Any, config: RunConfig) -> list[str]:
@@ -231,7 +245,10 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         check_start_model(workspace, workspace.rows)
     elif sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
-        check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
+        kind = recipe_kind(config)
+        names = ("0", "1") if kind.has_classes else None
+        num_labels = kind.num_outputs(names)
+        check_pretrained(workspace.start_model, num_labels=num_labels, label_names=names, kind=kind)
     say_summaries(sizes.data, workspace.console)
     return sizes
 
@@ -250,11 +267,11 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
     from moe_dist.data.mixture import Mixture
-    from moe_dist.tasks import TASK_KINDS
+    from moe_dist.data.tasks import kind_for
 
     data_sets = data_sections(config)
     num_labels = sum(
-        TASK_KINDS[data.kind or "classification"].num_outputs(data.label_names or ("0", "1"))
+        kind_for(data.kind, data.name, data.subset).num_outputs(data.label_names or ("0", "1"))
         for data in data_sets.values()
     )
     if config.data.tasks:

@@ -67,7 +67,6 @@ class Imitation:
 def measure_imitation(
     loaded: Mapping[str, Any],
     data: AnyJobData,
-    logits: Mapping[str, Mapping[str, Any]],
     *,
     teacher: str,
     batch_size: int,
@@ -78,7 +77,6 @@ def measure_imitation(
     Args:
         loaded: model by name, the teacher among them.
         data: holds the dev rows.
-        logits: (N, C) of all dev rows by task and model.
         teacher: its name.
         batch_size: samples for one forward.
         advance: called after each batch.
@@ -86,18 +84,15 @@ def measure_imitation(
     Returns:
         The errors.
     """
-    import torch
-
-    from moe_dist.measure.nearness import measure_hidden_errors
+    from moe_dist.measure.nearness import measure_errors
     from moe_dist.moe.routing import use_task
-    from moe_dist.tasks import TASK_KINDS
 
     students = {name: model for name, model in loaded.items() if name != teacher}
     tasks: dict[str, Errors] = {}
     for number, (task, part) in enumerate(data.parts.items()):
         encoded = part.dev.subset(range(min(len(part.dev), MAX_SAMPLES)))
         with use_task(number if task else None):
-            hidden = measure_hidden_errors(
+            hidden, predicted = measure_errors(
                 loaded[teacher],
                 students,
                 encoded,
@@ -105,11 +100,6 @@ def measure_imitation(
                 pad_token_id=part.pad_token_id,
                 advance=advance,
             )
-        said = {
-            name: torch.as_tensor(values[: len(encoded)]) for name, values in logits[task].items()
-        }
-        kind = TASK_KINDS[part.splits.task.kind]
-        predicted = {name: kind.prediction_errors(said[name], said[teacher]) for name in students}
         tasks[task] = {
             HIDDEN: {name: found.numpy() for name, found in hidden.items()},
             PREDICTION: {name: found.numpy() for name, found in predicted.items()},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.metrics import LabelSpace
-    from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.jobs.job_data import AnyJobData, Measured, Predict
     from moe_dist.measure.bootstrap import Pairing
     from moe_dist.measure.evaluation import Predictions
     from moe_dist.measure.latency import Latency, Rounds
@@ -173,23 +173,23 @@ def load_all(
     return {name: load_model(path, device=device) for name, (path, _) in models.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class TaskAnswers:
     """What all models say about one task's dev rows.
 
     Attributes:
         metrics: names, the main one first.
         space: the task's classes.
-        labels: (N,).
-        logits: (N, C) by model name.
         unit: what each of the N is.
+        labels: (N,); the same for every model.
+        logits: (N, C) by model name, or other figures of each unit.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
-    labels: Any
-    logits: dict[str, Any]
-    unit: str = "sample"
+    unit: str
+    labels: Any = ()
+    logits: dict[str, Any] = field(default_factory=dict)
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
@@ -246,8 +246,6 @@ def predict_all(
         name: TaskAnswers(
             part.splits.task.metrics,
             part.splits.task.label_space,
-            part.dev.labels,
-            {},
             part.splits.task.task_kind.unit,
         )
         for name, part in data.parts.items()
@@ -261,28 +259,29 @@ def predict_all(
 
     for name, model in loaded.items():
 
-        def answer(encoded: Encoded, model: Any = model) -> Predictions:
+        def answer(encoded: Encoded, options: Mapping[str, Any], model: Any = model) -> Predictions:
             return predict(
                 model,
                 encoded,
                 batch_size=PREDICT_BATCH_SIZE,
                 pad_token_id=data.pad_token_id,
                 device=next(model.parameters()).device,
+                options=options,
             )
 
         found = run_over_dev(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
-            part.save_answers(found.answers[task], part.dev, path)
-            tasks[task].logits[name] = found.answers[task].logits.numpy()
+            part.save_figures(found.figures[task], path)
+            tasks[task].logits[name] = found.figures[task].values
+            tasks[task].labels = found.figures[task].labels
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
     imitation = measure_imitation(
         loaded,
         data,
-        {task: own.logits for task, own in tasks.items()},
         teacher=TEACHER,
         batch_size=PREDICT_BATCH_SIZE,
         advance=advance,
@@ -290,7 +289,7 @@ def predict_all(
     return Answers(tasks, imitation, loads, torch.get_num_threads())
 
 
-def run_over_dev(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
+def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:
     """Run a model over the dev rows; a DataError names it if its answers cannot be measured."""
     from moe_dist.jobs.job_data import measure
 

@@ -99,7 +99,11 @@ def test_pairs_and_regression(tmp_path: Path) -> None:
         (ROWS, {"text_columns": ["a", "b", "c"]}, "one or two columns"),
         (ROWS, {"metrics": ["bleu"]}, "unknown bleu"),
         (ROWS, {"label_names": ["pos", "pos"]}, "distinct classes"),
-        (ROWS, {"label_names": ["pos", "neg"], "kind": "regression"}, "label_names is given"),
+        (
+            ROWS,
+            {"label_names": ["pos", "neg"], "kind": "regression"},
+            "names classes, and data.kind=regression",
+        ),
         (ROWS, {"dev": None}, "no dev set"),
         (ROWS, {"dev_size": 1}, "both given"),
         (ROWS, {"train": None}, "data.train is not given"),

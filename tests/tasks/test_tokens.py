@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
-from moe_dist.data.tokens import tokenise
 from moe_dist.errors import DataError
+from moe_dist.tasks.tokens import tokenise
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>/|[]"
 
