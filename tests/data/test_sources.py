@@ -329,6 +329,11 @@ def test_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
+def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
+        load(tmp_path, metrics=["accuracy", "perplexity"])
+
+
 def test_f1_is_of_the_second_class_unless_another_is_chosen(tmp_path: Path) -> None:
     splits = load(tmp_path, metrics=["f1", "accuracy"])
     assert splits.task.label_space == LabelSpace(2, 1, ("neg", "pos"))
@@ -368,8 +373,3 @@ def test_a_positive_label_that_means_nothing_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, rows, **changes)
     assert remedy in str(caught.value.remedy)
-
-
-def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
-        load(tmp_path, metrics=["accuracy", "perplexity"])
