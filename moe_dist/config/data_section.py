@@ -82,7 +82,7 @@ class TaskDataConfig(Section):
 
     source: Literal["hub", "files", "package"] = Field(
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`)."
     )
     name: str | None = Field(
         default=None,
@@ -170,8 +170,8 @@ class DataConfig(TaskDataConfig):
 
     source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
-        "several of these, one for each task that one model learns, in `data.tasks`."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`); "
+        "`tasks`: several of these, one for each task that one model learns, in `data.tasks`."
     )
     tasks: Annotated[dict[str, TaskDataConfig], BeforeValidator(_text_keys)] | None = Field(
         default=None,

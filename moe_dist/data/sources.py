@@ -133,7 +133,7 @@ def load_splits(
 ) -> Splits:
     """Load a task's rows, check every one of them, and split where there is no dev set.
 
-    What is not given comes from the TASKS entry called `subset` or `name`, where there is one.
+    What is not given comes from what is known of the set (`known_task`), where something is.
 
     Args:
         source: hub (Hugging Face), files, or package (a key of DATA_PACKAGES).
@@ -194,7 +194,7 @@ def load_splits(
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
-        raw_train, task, default_size = read_package(name, task, cache)
+        raw_train, default_size = read_package(name, cache)
         raw_dev, dev_size = None, default_size if dev_size is None else dev_size
         words = f"package {name}"
     else:
@@ -280,7 +280,7 @@ def _task(
     kind: Kind | None,
     metrics: Sequence[str] | None,
 ) -> TaskSpec:
-    known = known_task(name, subset)
+    known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
         known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
@@ -328,7 +328,7 @@ def _with_options(task: TaskSpec, options: Mapping[str, Any]) -> TaskSpec:
             f"data.{strange[0]} is not read by data.kind={task.kind}",
             remedy="remove it, or set the kind of task that reads it",
         )
-    return replace(task, options=given)
+    return replace(task, options={**task.options, **given})
 
 
 def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
