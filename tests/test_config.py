@@ -373,6 +373,29 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             {"data": {**FILES, "dev_size": 5, "kind": "regression", "metrics": "accuracy"}},
             "use pearson or spearman",
         ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "embedding", "metrics": "accuracy"}},
+            "cannot measure data.kind=embedding; use cosine_spearman, cosine_pearson, recall_at_1",
+        ),
+        (
+            {
+                "data": {
+                    **FILES,
+                    "dev_size": 5,
+                    "kind": "causal_lm",
+                    "metrics": ["perplexity", "f1"],
+                }
+            },
+            "data.metrics=['f1'] cannot measure data.kind=causal_lm; use perplexity, word_perp",
+        ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "seq2seq", "label_names": ["a", "b"]}},
+            "data.kind=seq2seq has none",
+        ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "causal_lm", "positive_label": "a"}},
+            "data.kind=causal_lm has none",
+        ),
         ({"data": {**FILES, "dev_size": 5, "text_columns": ["a", "a"]}}, "holds a name twice"),
     ],
 )
