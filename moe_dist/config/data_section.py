@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.sections import Integer, Number, Section, Switch
 from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
@@ -148,6 +148,26 @@ class TaskDataConfig(Section):
         description="Of two classes the one that `f1` is about, by its name; the second one of "
         "`data.label_names` when not given, which among names that were found in the rows is the "
         "one that sorts last. F1 of more classes is the mean over all of them.",
+    )
+    pair_columns: Names | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
+        "each first text is to find its second one among those of all dev rows, or with "
+        "`data.label_column` the cosine is compared with the scores there.",
+    )
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None,
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
+    )
+    normalise: Switch | None = Field(
+        default=None,
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
+        "comes with files of sentence-transformers, these say it.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

@@ -169,7 +169,7 @@ def eval_batches(
         world_size: number of ranks.
 
     Yields:
-        Batches as in StepBatch, with "index" (B,): positions in `encoded`.
+        Batches as in StepBatch, with "index" (B,), positions in `encoded`, and "sample_ids" (B,).
     """
     order = np.argsort(-encoded.lengths, kind="stable")
     if len(order) % world_size:
@@ -179,6 +179,7 @@ def eval_batches(
         rows = mine[start : start + batch_size]
         batch = collate(encoded, rows, pad_token_id)
         batch["index"] = torch.from_numpy(rows.astype(np.int64))
+        batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[rows]))
         yield batch
 
 

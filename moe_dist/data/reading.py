@@ -126,9 +126,8 @@ def read_hub_splits(
     for split in splits:
         if split is None:
             continue
-        rows, class_names = read_hub(
-            name, subset, split, (*task.text_columns, task.label_column), revision
-        )
+        columns = (*task.text_columns, *task.on_dev.text_columns, task.label_column)
+        rows, class_names = read_hub(name, subset, split, tuple(dict.fromkeys(columns)), revision)
         if not rows:
             raise DataError(
                 f"the split {split!r} of the hub's {name!r} holds no rows",

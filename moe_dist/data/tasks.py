@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moe_dist.data.metrics import METRICS, LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
+from moe_dist.tasks.kind import DevRows, LabelKind
 
 Kind = Literal[
     "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
@@ -30,6 +31,8 @@ class TaskSpec:
         positive_label: the class that F1 of two classes is about; the second one if None.
         dev_split: the split of the hub's data set that serves as dev set.
         options: what its kind of task reads beside (`TaskKind.option_names`).
+        dev_rows: what dev rows hold where they are others than training rows.
+        own_label: what the label column holds where it is not what the kind says.
     """
 
     name: str
@@ -41,6 +44,21 @@ class TaskSpec:
     positive_label: str | None = None
     dev_split: str = "validation"
     options: Mapping[str, Any] = field(default_factory=dict)
+    dev_rows: DevRows | None = None
+    own_label: LabelKind | None = None
+
+    @property
+    def label(self) -> LabelKind:
+        """What the label column holds."""
+        return self.own_label or self.task_kind.label
+
+    @property
+    def on_dev(self) -> TaskSpec:
+        """The task as dev rows have it."""
+        rows = self.dev_rows
+        if rows is None:
+            return self
+        return replace(self, text_columns=rows.text_columns, own_label=rows.label)
 
     @property
     def num_labels(self) -> int:
