@@ -29,12 +29,19 @@ from moe_dist.tasks.kind import (
     TokenRows,
     full_lengths,
 )
-from moe_dist.tasks.text_scores import CHRF_COLUMNS, ROUGES, chrf_counts, exact, f1, rouge
+from moe_dist.tasks.text_scores import (
+    ANSWER_COLUMNS,
+    CHRF_COLUMNS,
+    ROUGE_COLUMNS,
+    answer_figures,
+    chrf_figures,
+    rouge_figures,
+)
 from moe_dist.tasks.tokens import tokenise
 
 _NO_SETTINGS = ("transformers_version", "output_attentions", "output_hidden_states")
 UNFINISHED = "unfinished"
-"""Column: 1 where an output was cut at `max_target_length`, which no end-of-sequence token ended."""
+"""Column: 1 where an output was cut at `max_target_length`, since it had no end."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Seq2Seq(TaskKind):
     default_metrics = ("rougeL", "rouge1", "rouge2")
     prediction_term = "prediction_kl"
     count_kind: ClassVar[CountKind] = "targets"
-    columns = (*ROUGES, "exact", "f1", *CHRF_COLUMNS, UNFINISHED)
+    columns = (*ROUGE_COLUMNS, *ANSWER_COLUMNS, *CHRF_COLUMNS, UNFINISHED)
     option_names = OPTION_NAMES
     measuring_options = OPTION_NAMES[2:]
     writes = True
@@ -214,17 +221,18 @@ class Seq2Seq(TaskKind):
 
     def figures(self, answered: Answered) -> Figures:
         """Compare each text with its reference; the columns are `columns`."""
-        tokenizer, ends = answered.tokenizer, answered.tokenizer.eos_token_id
         ids_NL = answered.raw.astype(np.int64)
-        texts = read_texts(tokenizer, ids_NL)
-        rows = []
-        for text, reference, ids_L in zip(texts, answered.rows["label"], ids_NL, strict=True):
-            scores = (*rouge(text, reference), exact(text, [reference]), f1(text, [reference]))
-            cut = float(ends not in ids_L)
-            rows.append([*scores, *chrf_counts(text, reference), cut])
-        return Figures(
-            np.asarray(rows, np.float32), answered.labels, answered.sample_ids, texts=texts
+        texts = read_texts(answered.tokenizer, ids_NL)
+        references = [[reference] for reference in answered.rows["label"]]
+        is_whole_N = (ids_NL == answered.tokenizer.eos_token_id).any(axis=1)
+        parts = (
+            rouge_figures(texts, references),
+            answer_figures(texts, references),
+            chrf_figures(texts, references),
+            ~is_whole_N[:, None],
         )
+        values = np.concatenate(parts, axis=1).astype(np.float32)
+        return Figures(values, answered.labels, answered.sample_ids, texts=texts)
 
     def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
         """Say how many outputs were cut."""

@@ -1,7 +1,6 @@
-"""How near a text is to the one that was wanted: figures of one sample, as official scorers count.
+"""Figures of answers in words: SQuAD's exact match and F1, ROUGE, and the counts of chrF.
 
-ROUGE and chrF are rouge-score's and sacrebleu's; exact match and F1 are SQuAD's
-(`evaluate-v1.1.py`, arXiv:1606.05250).
+Each function takes N answers, and for each its references; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,9 +9,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+Figures = NDArray[np.float64]
+
+ANSWER_COLUMNS = ("exact", "f1")
+ROUGE_COLUMNS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 CHRF_ORDER = 6
 CHRF_COLUMNS = tuple(
     f"chrf_{what}_{order}"
@@ -20,57 +24,107 @@ CHRF_COLUMNS = tuple(
     for what in ("hypothesis", "reference", "match")
 )
 """Counts of character n-grams by their length: in the answer, in the reference, and in both."""
-ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = frozenset(string.punctuation)
-
-
-def rouge(text: str, reference: str) -> tuple[float, ...]:
-    """F-measures of `ROUGES`, on words without their endings; lines are rougeLsum's sentences."""
-    found = _rouge_scorer().score(reference, text)
-    return tuple(float(found[name].fmeasure) for name in ROUGES)
-
-
-def chrf_counts(text: str, reference: str) -> list[int]:
-    """Counts in the order of `CHRF_COLUMNS`, which add up over samples."""
-    scorer = _chrf_scorer()
-    counts: list[int] = scorer._extract_corpus_statistics([text], [[reference]])[0]
-    return counts
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise_answer(text: str) -> str:
-    """Drop case, punctuation, articles and blanks, as SQuAD's scorer does."""
-    bare = "".join(char for char in text.lower() if char not in _PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
+    """Drop case, punctuation, English articles and extra white space, as SQuAD's script does."""
+    plain = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split())
 
 
-def exact(text: str, references: Sequence[str]) -> float:
-    """1 where the text is one of the references, both normalised."""
-    return float(normalise_answer(text) in map(normalise_answer, references))
+def answer_figures(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> Figures:
+    """Score answers to questions as SQuAD 2.0's script does, whose scores of 1.1 are the same.
+
+    Args:
+        answers: one for each question, "" for "no answer".
+        gold: the right answers of each question; none, or none that is more than punctuation and
+            articles, where it has no answer.
+
+    Returns:
+        ANSWER_COLUMNS in [0, 1], (N, 2): of each the best over the right answers.
+    """
+    found = np.zeros((len(answers), 2))
+    for row, (answer, right) in enumerate(zip(answers, gold, strict=True)):
+        said = normalise_answer(answer)
+        expected = [text for text in map(normalise_answer, right) if text] or [""]
+        found[row] = said in expected, max(_token_f1(said, text) for text in expected)
+    return found
 
 
-def f1(text: str, references: Sequence[str]) -> float:
-    """F1 of the words that text and reference share; of several references the best."""
-    return max(_shared_words(text, reference) for reference in references)
+def _token_f1(answer: str, gold: str) -> float:
+    said, right = answer.split(), gold.split()
+    if not said or not right:
+        return float(said == right)
+    num_same = sum((Counter(said) & Counter(right)).values())
+    return 2 * num_same / (len(said) + len(right))
 
 
-def _shared_words(text: str, reference: str) -> float:
-    said, wanted = normalise_answer(text).split(), normalise_answer(reference).split()
-    if not said or not wanted:
-        return float(said == wanted)
-    num_shared = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * num_shared / (len(said) + len(wanted))
+def best_threshold(
+    no_answer_N: NDArray[np.floating], f1_N: NDArray[np.floating], has_answer_N: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Find from which no-answer score on questions are best left unanswered.
+
+    As `find_best_thresh` of SQuAD 2.0's script, but questions of equal scores stay together, and
+    scores may be of any range.
+
+    Args:
+        no_answer_N: how sure a model is that a question has no answer; any scale.
+        f1_N: F1 of what it would answer, 0 where the question has no answer.
+        has_answer_N: whether the question has one.
+
+    Returns:
+        The threshold, the lowest of equally good ones (a question is answered if its score is not
+        above it), and the mean F1 that it gives.
+    """
+    order = np.argsort(no_answer_N, kind="stable")
+    scores = np.asarray(no_answer_N, np.float64)[order]
+    # What each further question that is answered adds to the sum of F1.
+    gains = np.asarray(f1_N, np.float64)[order] - ~np.asarray(has_answer_N, bool)[order]
+    sums = np.sum(~np.asarray(has_answer_N, bool)) + np.cumsum(gains)
+    is_last = np.append(scores[1:] != scores[:-1], True)
+    sums, ends = sums[is_last], scores[is_last]
+    best = int(np.argmax(sums))
+    none_answered = float(np.sum(~np.asarray(has_answer_N, bool)))
+    if none_answered >= sums[best]:
+        return float(np.nextafter(scores[0], -np.inf)), none_answered / len(scores)
+    return float(ends[best]), float(sums[best]) / len(scores)
 
 
-@cache
-def _rouge_scorer() -> Any:
+def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """Score texts by ROUGE's F-measures, with the stemmer, as papers do.
+
+    Only the letters a to z and digits count, as in the original: texts in other scripts score 0.
+    ROUGE-Lsum takes lines for sentences. Of several references the best one counts.
+
+    Returns:
+        ROUGE_COLUMNS in [0, 1], (N, 4).
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGES), use_stemmer=True)
+    scorer = RougeScorer(list(ROUGE_COLUMNS), use_stemmer=True)
+    found = np.zeros((len(answers), len(ROUGE_COLUMNS)))
+    for row, (answer, expected) in enumerate(zip(answers, references, strict=True)):
+        scores = scorer.score_multi(list(expected), answer)
+        found[row] = [scores[name].fmeasure for name in ROUGE_COLUMNS]
+    return found
 
 
-@cache
-def _chrf_scorer() -> Any:
+def chrf_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """Count what chrF of any selection of texts is computed from; of references the nearest.
+
+    Returns:
+        CHRF_COLUMNS, (N, 18): with sacrebleu's defaults (chrF2, white space and case kept as it
+        does).
+    """
     from sacrebleu.metrics import CHRF
 
-    return CHRF(char_order=CHRF_ORDER)
+    scorer = CHRF()
+    found = np.zeros((len(answers), len(CHRF_COLUMNS)))
+    for row, (answer, expected) in enumerate(zip(answers, references, strict=True)):
+        # Its public functions give scores of whole corpora alone.
+        known = scorer._extract_reference_info(list(expected))
+        found[row] = scorer._compute_segment_statistics(answer, known)
+    return found
