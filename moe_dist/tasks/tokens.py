@@ -24,6 +24,7 @@ def tokenise(
     pair: Sequence[str] | None = None,
     *,
     max_length: int | None,
+    is_target: bool = False,
 ) -> Tokens:
     """Tokenise texts, or pairs of texts.
 
@@ -35,6 +36,7 @@ def tokenise(
         texts: one for each row.
         pair: second texts.
         max_length: longer rows are cut (of a pair, the longer text first); None cuts none.
+        is_target: they are to be written and not read, which a few tokenizers tell apart.
 
     Returns:
         input_ids, and token_type_ids where the tokenizer has them, unpadded.
@@ -43,7 +45,7 @@ def tokenise(
         DataError: if a text becomes a special token all the same.
     """
     columns = [list(texts), *([] if pair is None else [list(pair)])]
-    tokens = _call(tokenizer, columns, max_length)
+    tokens = _call(tokenizer, columns, max_length, is_target)
     names = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
     if not names:
         return tokens
@@ -56,7 +58,9 @@ def tokenise(
     if not suspects:
         return tokens
     asides = [[column[row] for row in suspects] for column in columns]
-    _replace(tokens, suspects, _call(tokenizer, asides, max_length, split_special_tokens=True))
+    _replace(
+        tokens, suspects, _call(tokenizer, asides, max_length, is_target, split_special_tokens=True)
+    )
     limit = tokenizer.num_special_tokens_to_add(pair=pair is not None)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
@@ -67,7 +71,11 @@ def tokenise(
     suspects = still_special()
     if suspects:
         asides = [[written.sub(_with_blank, column[row]) for row in suspects] for column in columns]
-        _replace(tokens, suspects, _call(tokenizer, asides, max_length, split_special_tokens=True))
+        _replace(
+            tokens,
+            suspects,
+            _call(tokenizer, asides, max_length, is_target, split_special_tokens=True),
+        )
         suspects = still_special()
     if suspects:
         text = " ".join(column[suspects[0]] for column in columns)
@@ -85,10 +93,12 @@ def _call(
     tokenizer: PreTrainedTokenizerBase,
     columns: Sequence[list[str]],
     max_length: int | None,
+    is_target: bool,
     **options: Any,
 ) -> Tokens:
+    names = ("text_target", "text_pair_target") if is_target else ("text", "text_pair")
     encoded = tokenizer(
-        *columns,
+        **dict(zip(names, columns, strict=False)),
         truncation="do_not_truncate" if max_length is None else "longest_first",
         max_length=max_length,
         padding=False,

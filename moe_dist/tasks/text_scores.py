@@ -13,10 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_dist.data.figures import CHRF_COLUMNS, Figures
+Figures = NDArray[np.float64]
 
 ANSWER_COLUMNS = ("exact", "f1")
 ROUGE_COLUMNS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+CHRF_ORDER = 6
+CHRF_COLUMNS = tuple(
+    f"chrf_{what}_{order}"
+    for order in range(1, CHRF_ORDER + 1)
+    for what in ("hypothesis", "reference", "match")
+)
+"""Counts of character n-grams by their length: in the answer, in the reference, and in both."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

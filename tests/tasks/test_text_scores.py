@@ -7,9 +7,9 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from moe_dist.data.figures import CHRF_COLUMNS
 from moe_dist.data.metrics import LabelSpace, compute_metrics
-from moe_dist.data.text_scores import (
+from moe_dist.tasks.text_scores import (
+    CHRF_COLUMNS,
     ROUGE_COLUMNS,
     answer_figures,
     best_threshold,
