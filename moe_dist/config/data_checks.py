@@ -31,6 +31,8 @@ KEYS_OF_KINDS: dict[str, tuple[str, ...]] = {
     "length_penalty": ("seq2seq",),
     "no_repeat_ngram_size": ("seq2seq",),
     "early_stopping": ("seq2seq",),
+    "documents": ("causal_lm",),
+    "stride": ("causal_lm",),
 }
 """Keys that only some kinds of tasks read; given elsewhere they would be ignored in silence."""
 # Keys that only some sources read; given elsewhere they would be ignored in silence.

@@ -206,6 +206,22 @@ class TaskDataConfig(Section):
         description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
         "(also when not given); `false` goes on while a better one is likely.",
     )
+    documents: Literal["file", "headings", "lines", "paragraphs"] | None = Field(
+        default=None,
+        description="`causal_lm`: how documents are told apart in text files (`.txt`, `.text`, "
+        "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
+        "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
+        "`headings` where a file begins with one, else `file`. Of other files each row is one.",
+    )
+    stride: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SAMPLES,
+        description="`causal_lm`: dev documents are measured in windows of `model.max_length` "
+        "tokens, each so many tokens after the one before, so that every token is predicted once "
+        "with at least `model.max_length` less `data.stride` tokens before it; half of "
+        "`model.max_length` when not given. Small strides give lower perplexities and take longer.",
+    )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
     )

@@ -148,7 +148,7 @@ def sum_of_readers(
                 for one in fresh:
                     one.install()
                 moved = on_device(model, batch)
-                outputs = model(**accepted_inputs(model, moved))
+                outputs = run_model(model, moved)
                 losses_B = loss_of(model, outputs, moved)
                 leaves = [leaf for one in fresh for leaf in one.leaves]
                 losses_B.sum().backward(inputs=leaves)
@@ -318,6 +318,13 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         inputs.pop("labels", None)
         return inputs
     return with_decoder_mask(inputs) if "decoder_attention_mask" in names else inputs
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Run a model on what it takes of a batch; `options` are what its forward takes beside."""
+    if INDEX in batch:
+        return answered_kind(model).run(model, batch, **options)
+    return model(**accepted_inputs(model, batch), **options)
 
 
 def _labels(batch: Mapping[str, Any], name: str) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
@@ -185,6 +186,9 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
+            texts=Texts(task.options.get("documents"))
+            if "documents" in task.task_kind.option_names
+            else None,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -290,10 +294,11 @@ def _task(
         known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
+    own = TASK_KINDS[kind or known.kind]
     task = replace(
         known,
         kind=kind or known.kind,
-        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
         label_column=label_column or known.label_column,
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
@@ -302,6 +307,12 @@ def _task(
         raise DataError(
             f"data.label_names names classes, and data.kind={task.kind} has none",
             remedy="drop it, or set data.kind",
+        )
+    if own.needs_all_rows and len(task.text_columns) > 1:
+        raise DataError(
+            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
+            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
+            remedy="name one of them, or write both as one text before",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(

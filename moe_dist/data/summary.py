@@ -38,6 +38,23 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """What running text was cut into.
+
+    Attributes:
+        num_pieces: blocks, or windows.
+        max_length: tokens of the longest that there may be.
+        num_tokens: of all of them.
+        num_targets: tokens that are to be predicted.
+    """
+
+    num_pieces: int
+    max_length: int
+    num_tokens: int
+    num_targets: int
+
+
+@dataclass(frozen=True)
 class SplitSummary:
     """What there is of one split.
 
@@ -49,6 +66,7 @@ class SplitSummary:
         num_empty: rows without any text.
         cut: None where nothing was tokenised yet.
         target_cut: the same of what is to be written; None too where nothing is.
+        pieces: what running text was cut into; None of other texts, and where cut is None.
     """
 
     num_samples: int
@@ -58,6 +76,7 @@ class SplitSummary:
     num_empty: int = 0
     cut: Cut | None = None
     target_cut: Cut | None = None
+    pieces: Pieces | None = None
 
     @classmethod
     def of(
@@ -135,6 +154,12 @@ class DataSummary:
         )
         return replace(found, warnings=(*self.warnings, warning))
 
+    def with_pieces(self, train: Pieces, dev: Pieces) -> DataSummary:
+        """Add what running text was cut into."""
+        return replace(
+            self, train=replace(self.train, pieces=train), dev=replace(self.dev, pieces=dev)
+        )
+
     def with_near_copies(self, number: int) -> DataSummary:
         """Warn of dev rows that nearly repeat a training row, beside the exact copies."""
         if not number:
@@ -163,6 +188,13 @@ class DataSummary:
         if cuts:
             num_cut = sum(cut.num_cut for cut in cuts)
             parts.append(f"{num_cut or 'no'} rows cut at {cuts[0].max_length} tokens")
+        for split, purpose in ((self.train, "blocks to train on"), (self.dev, "windows for dev")):
+            if split.pieces is not None:
+                own = split.pieces
+                parts.append(
+                    f"{own.num_pieces:,} {purpose} of at most {own.max_length} tokens, with "
+                    f"{own.num_targets:,} to predict"
+                )
         written = [split.target_cut for split in (self.train, self.dev) if split.target_cut]
         if written:
             num_cut = sum(cut.num_cut for cut in written)
@@ -240,6 +272,12 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut:
     full_lengths = encoded.full_lengths
     assert full_lengths is not None, "`encode` counts them"
     return _cut(encoded, full_lengths, encoded.lengths, max_length)
+
+
+def measure_pieces(encoded: Encoded, max_length: int) -> Pieces:
+    """Say what running text was cut into."""
+    num_targets = encoded.count_targets(np.arange(len(encoded)))
+    return Pieces(len(encoded), max_length, encoded.num_tokens, num_targets)
 
 
 def measure_target_cut(encoded: Encoded, max_length: int) -> Cut:

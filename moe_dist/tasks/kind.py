@@ -136,6 +136,7 @@ class TaskKind(ABC):
             terms.
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
+        text_columns: what is read where a recipe and what is known of its data name none.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
         measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
@@ -145,6 +146,8 @@ class TaskKind(ABC):
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
             `numbers`, or `named numbers`.
+        takes_encoders: models that see later tokens can answer it.
+        needs_all_rows: samples are made of several rows, so that `tokens` is given all at once.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
@@ -157,6 +160,7 @@ class TaskKind(ABC):
     unit: ClassVar[str] = "sample"
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()
+    text_columns: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ()
     measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
@@ -165,6 +169,8 @@ class TaskKind(ABC):
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    takes_encoders: ClassVar[bool] = True
+    needs_all_rows: ClassVar[bool] = False
     writes: ClassVar[bool] = False
 
     @property
@@ -253,16 +259,19 @@ class TaskKind(ABC):
         """What a forward call takes of a batch; `model` may be wrapped by an engine's module."""
         return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
-    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the losses compare, (B, ...), from a forward's output: its logits."""
-        logits: Tensor = output.logits
-        return logits
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model on a batch; `options` are what its forward takes beside."""
+        return model(**self.inputs(model, batch), **options)
+
+    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Any:
+        """What the losses compare, from a forward's output: its logits, (B, ...)."""
+        return output.logits
 
     @abstractmethod
-    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own loss of each sample, a sum over its targets; (B,) float32."""
 
-    def scored_losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def scored_losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """What neurons are scored on, (B,): `losses`, the mean over a sample's targets."""
         losses_B = self.losses(predictions, batch)
         counts_B = batch.get("num_targets")
@@ -270,8 +279,8 @@ class TaskKind(ABC):
 
     def prediction_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -281,8 +290,8 @@ class TaskKind(ABC):
     @abstractmethod
     def prediction_errors(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -291,14 +300,14 @@ class TaskKind(ABC):
     @abstractmethod
     def soft_target_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
         """Distance from the teacher's softened predictions, summed over `count_kind`."""
 
-    def bounded(self, predictions: Tensor) -> Tensor | None:
+    def bounded(self, predictions: Any) -> Tensor | None:
         """The prediction in a fixed range, as a discriminator sees it; (B, C) float32.
 
         None where there is no such thing, so that nobody plays against the student.
@@ -309,7 +318,8 @@ class TaskKind(ABC):
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> Tensor:
         """What a model in eval mode says about a batch, equally many numbers a sample: (B, C)."""
-        return self.predictions(model, model(**self.inputs(model, batch)), batch).float()
+        answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
+        return answers
 
     def calibrate(self, answered: Answered) -> float | None:
         """Choose what answers are read with, on training rows."""
