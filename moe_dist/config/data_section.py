@@ -82,7 +82,7 @@ class TaskDataConfig(Section):
 
     source: Literal["hub", "files", "package"] = Field(
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`)."
     )
     name: str | None = Field(
         default=None,
@@ -149,6 +149,26 @@ class TaskDataConfig(Section):
         "`data.label_names` when not given, which among names that were found in the rows is the "
         "one that sorts last. F1 of more classes is the mean over all of them.",
     )
+    pair_columns: Names | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
+        "each first text is to find its second one among those of all dev rows, or with "
+        "`data.label_column` the cosine is compared with the scores there.",
+    )
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None,
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
+    )
+    normalise: Switch | None = Field(
+        default=None,
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
+        "comes with files of sentence-transformers, these say it.",
+    )
     source_prefix: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
         default=None,
         min_length=1,
@@ -207,8 +227,8 @@ class DataConfig(TaskDataConfig):
 
     source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
-        "several of these, one for each task that one model learns, in `data.tasks`."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`); "
+        "`tasks`: several of these, one for each task that one model learns, in `data.tasks`."
     )
     tasks: Annotated[dict[str, TaskDataConfig], BeforeValidator(_text_keys)] | None = Field(
         default=None,

@@ -67,7 +67,7 @@ class SplitSummary:
         labels = np.array([sample.label for sample in samples])
         counts: dict[str, int] = {}
         values = None
-        if task.task_kind.label == "number":
+        if task.label == "number":
             values = (float(labels.min()), float(labels.mean()), float(labels.max()))
         elif task.label_names is not None:
             by_id = np.bincount(labels, minlength=len(task.label_names)).tolist()
@@ -156,8 +156,7 @@ class DataSummary:
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
-        if self.train.value_range is not None or self.train.class_counts:
-            parts.append(_labels(self.train))
+        parts.append(_labels(self.train) or _labels(self.dev) or "no labels")
         if self.num_copies is not None:
             parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
@@ -202,9 +201,15 @@ def summarise(
         The summary, with its warnings.
     """
     of_train = SplitSummary.of(train, task, left_out["train"])
-    of_dev = SplitSummary.of(dev, task, left_out["dev"])
+    of_dev = SplitSummary.of(dev, task.on_dev, left_out["dev"])
     texts = set(map(_normalised, train))
-    copies = [sample for sample in dev if _normalised(sample) in texts]
+    single = task.dev_rows is not None
+    copies = [
+        sample
+        for sample in dev
+        if _normalised(sample) in texts
+        or (single and any((text,) in texts for text in _normalised(sample)))
+    ]
     warnings = class_warnings(of_train.class_counts, of_dev.class_counts)
     if of_train.value_range is not None:
         low, _, high = of_train.value_range
@@ -234,19 +239,22 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut:
     """Say how many samples cutting at a length shortened, and by how much."""
     full_lengths = encoded.full_lengths
     assert full_lengths is not None, "`encode` counts them"
-    return _cut(full_lengths, encoded.lengths, max_length)
+    return _cut(encoded, full_lengths, encoded.lengths, max_length)
 
 
 def measure_target_cut(encoded: Encoded, max_length: int) -> Cut:
     """Say how many targets cutting at a length shortened, and by how much."""
     full_lengths, offsets = encoded.full_target_lengths, encoded.target_offsets
     assert full_lengths is not None and offsets is not None, "kinds that cut targets count them"
-    return _cut(full_lengths, np.diff(offsets), max_length)
+    return _cut(encoded, full_lengths, np.diff(offsets), max_length)
 
 
-def _cut(full_lengths: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> Cut:
+def _cut(
+    encoded: Encoded, full_lengths: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int
+) -> Cut:
     lost = full_lengths - lengths
-    num_cut = int((lost > 0).sum())
+    # Of rows: several samples may be made of one.
+    num_cut = len(np.unique(encoded.sample_ids[lost > 0]))
     return Cut(
         num_cut=num_cut,
         max_length=max_length,
@@ -270,6 +278,8 @@ def _labels(split: SplitSummary) -> str:
         low, mean, high = split.value_range
         return f"labels from {low:g} to {high:g}, mean {mean:.4g}"
     counts = split.class_counts
+    if not counts:
+        return ""
     order = list(counts)
     if len(order) > _SHOWN_CLASSES:
         order = sorted(order, key=lambda name: -counts[name])[: _SHOWN_CLASSES - 1]

@@ -158,8 +158,12 @@ class Workspace:
     def start_model(self) -> str:
         """The pre-trained model that the teacher starts from: a directory or a hub name."""
         from moe_dist.data.sources import resolve_model
+        from moe_dist.inference.scratch import SCRATCH_PREFIX, scratch_model
 
         model = self.config.model
+        if model.teacher.startswith(SCRATCH_PREFIX):
+            name = model.teacher.removeprefix(SCRATCH_PREFIX)
+            return str(scratch_model(name, self.rows, seed=self.config.seed))
         return resolve_model(model.teacher, revision=model.revision)
 
     @property

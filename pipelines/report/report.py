@@ -13,7 +13,7 @@ from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import UNDEFINED, duration
+from ..console import UNDEFINED, duration, signed
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
@@ -195,10 +195,10 @@ def verdict(
         claim = f"{pair} cannot be told apart"
     left_out = entry.get("num_undefined", 0)
     called = _directed(title or entry["metric"], higher_is_better)
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
     return (
         f"{claim} on {num_samples} dev samples ({called} of {evaluate.STUDENT} minus {other}: "
-        f"{entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} % interval "
-        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
+        f"{difference}, {round(100 * entry.get('confidence', 0.95))} % interval {low} to {high}"
         + (f"; {left_out} resamples where it is undefined are left out" if left_out else "")
         + "; one training run of each, so another seed may say otherwise)"
     )

@@ -368,3 +368,8 @@ def test_a_positive_label_that_means_nothing_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, rows, **changes)
     assert remedy in str(caught.value.remedy)
+
+
+def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
+        load(tmp_path, metrics=["accuracy", "perplexity"])

@@ -147,6 +147,13 @@ def test_it_warns_of_a_student_that_left_its_teacher(report: dict[str, Any]) -> 
     assert nearness_lines(report) == []
 
 
+def test_a_warning_of_a_small_drift_shows_that_it_is_not_0(report: dict[str, Any]) -> None:
+    small = {"difference": 4e-5, "low": 1.23456e-6, "high": 8e-5}
+    report["student"]["imitation_change"] = {"hidden_error": small}
+    (line,) = nearness_lines(report)
+    assert "hidden error +4e-05, 95 % interval +1.23e-06 to +8e-05" in line
+
+
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
     models, stages = to_tables(report)
     assert models.row_count == 3
