@@ -156,7 +156,8 @@ class DataSummary:
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
-        parts.append(_labels(self.train) or _labels(self.dev) or "no labels")
+        if self.train.target_cut is None:
+            parts.append(_labels(self.train) or _labels(self.dev) or "no labels")
         if self.num_copies is not None:
             parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
