@@ -43,6 +43,15 @@ def missing_files(
     ]
 
 
+def missing_unlabelled(places: Sequence[str | Path] | None, section: str = "data") -> list[str]:
+    """List what `missing_files` does of files without labels."""
+    return [
+        f"{section}.unlabelled={place}"
+        for place in places or ()
+        if not is_uri(place) and not Path(place).expanduser().exists()
+    ]
+
+
 def read_files(
     train: str | Path | None,
     dev: str | Path | None,
@@ -81,14 +90,15 @@ def read_files(
             remedy="give your files with --set data.train=FILE and --set data.dev=FILE, or in the "
             "recipe; paths are relative to the working directory",
         )
-    splits = [_read_split(given, column_names, say) for given in (train, dev) if given is not None]
+    splits = [read_split(given, column_names, say) for given in (train, dev) if given is not None]
     if column_names:
         for split in splits:
             refuse_header_label(split.rows, label_column)
     return splits[0], splits[1] if len(splits) == 2 else None
 
 
-def _read_split(place: str | Path, column_names: Sequence[str] | None, say: Say) -> RawSplit:
+def read_split(place: str | Path, column_names: Sequence[str] | None, say: Say) -> RawSplit:
+    """Read the rows of a file, or of a directory of its parts; a DataError if it cannot be read."""
     if is_uri(place):
         from moe_dist.storage import local_file
 
