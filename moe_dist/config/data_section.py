@@ -106,6 +106,14 @@ class TaskDataConfig(Section):
         description="`files`: path of the dev file or directory. `hub`: name of the dev split "
         "(that of the task when neither it nor `data.dev_size` is given).",
     )
+    unlabelled: Names | None = Field(
+        default=None,
+        description="Files of further texts for the distillation alone, beside the training rows, "
+        "as `data.train` names files; a label column may be missing and is not read (a target of "
+        "`seq2seq` is, where there is one). They need `distill.task_weight: 0`, since nothing else "
+        "reads labels. Rows that repeat a dev row, or nearly, are left out; the teacher never "
+        "sees any. With several tasks they do not count in how often a task is drawn.",
+    )
     dev_size: RowsOrFraction | None = Field(
         default=None,
         gt=0,

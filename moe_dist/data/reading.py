@@ -43,6 +43,15 @@ def missing_files(
     ]
 
 
+def missing_unlabelled(places: Sequence[str | Path] | None, section: str = "data") -> list[str]:
+    """List what `missing_files` does of files without labels."""
+    return [
+        f"{section}.unlabelled={place}"
+        for place in places or ()
+        if not is_uri(place) and not Path(place).expanduser().exists()
+    ]
+
+
 def read_files(
     train: str | Path | None,
     dev: str | Path | None,
@@ -84,7 +93,7 @@ def read_files(
             "recipe; paths are relative to the working directory",
         )
     splits = [
-        _read_split(given, column_names, say, texts) for given in (train, dev) if given is not None
+        read_split(given, column_names, say, texts) for given in (train, dev) if given is not None
     ]
     if column_names:
         for split in splits:
@@ -92,9 +101,13 @@ def read_files(
     return splits[0], splits[1] if len(splits) == 2 else None
 
 
-def _read_split(
-    place: str | Path, column_names: Sequence[str] | None, say: Say, texts: Texts | None
+def read_split(
+    place: str | Path,
+    column_names: Sequence[str] | None,
+    say: Say,
+    texts: Texts | None = None,
 ) -> RawSplit:
+    """Read the rows of a file, or of a directory of its parts; a DataError if it cannot be read."""
     if is_uri(place):
         from moe_dist.storage import local_file
 

@@ -110,6 +110,7 @@ class DataSummary:
         dev: the dev rows.
         num_copies: dev rows whose texts are those of a training row, but for case and punctuation.
         holdout: the rows that are withheld to choose recipes on.
+        unlabelled: the rows without labels, to distil on.
         notes: what was guessed.
         warnings: what may be wrong.
     """
@@ -119,6 +120,7 @@ class DataSummary:
     dev: SplitSummary
     num_copies: int | None = None
     holdout: SplitSummary | None = None
+    unlabelled: SplitSummary | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -160,6 +162,15 @@ class DataSummary:
             self, train=replace(self.train, pieces=train), dev=replace(self.dev, pieces=dev)
         )
 
+    def with_unlabelled_cut(self, num_cut: int) -> DataSummary:
+        """Warn of rows without labels that are cut."""
+        if not num_cut or self.unlabelled is None:
+            return self
+        warning = (
+            f"model.max_length cuts {num_cut} of {self.unlabelled.num_samples} rows without labels"
+        )
+        return replace(self, warnings=(*self.warnings, warning))
+
     def with_near_copies(self, number: int) -> DataSummary:
         """Warn of dev rows that nearly repeat a training row, beside the exact copies."""
         if not number:
@@ -179,9 +190,12 @@ class DataSummary:
     def figures(self) -> str:
         """All but the source in one line."""
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
+        if self.unlabelled is not None:
+            parts.append(_size(self.unlabelled, "without labels to distil on"))
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
-        parts.append(_labels(self.train) or _labels(self.dev) or "no labels")
+        if self.train.target_cut is None:
+            parts.append(_labels(self.train) or _labels(self.dev) or "no labels")
         if self.num_copies is not None:
             parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
@@ -203,7 +217,12 @@ class DataSummary:
 
     def as_record(self) -> dict[str, Any]:
         """Plain values for the report, without texts of rows and places of this machine."""
-        splits = {"train": self.train, "dev": self.dev, "holdout": self.holdout}
+        splits = {
+            "train": self.train,
+            "dev": self.dev,
+            "holdout": self.holdout,
+            "unlabelled": self.unlabelled,
+        }
         record = {name: asdict(split) for name, split in splits.items() if split is not None}
         return {"figures": self.figures, **record, "num_copies": self.num_copies}
 
@@ -215,6 +234,7 @@ def summarise(
     dev: Sequence[Sample],
     holdout: Sequence[Sample],
     *,
+    unlabelled: Sequence[Sample] = (),
     left_out: Mapping[str, Mapping[str, int]],
     notes: Sequence[str],
 ) -> DataSummary:
@@ -226,7 +246,8 @@ def summarise(
         train: training samples.
         dev: dev samples.
         holdout: samples to choose on; empty without them.
-        left_out: of `train` and `dev`, rows that are not used, by the reason.
+        unlabelled: samples without labels; empty without them.
+        left_out: of `train`, `dev` and `unlabelled`, rows that are not used, by the reason.
         notes: what reading them said.
 
     Returns:
@@ -247,7 +268,8 @@ def summarise(
         low, _, high = of_train.value_range
         if np.float32(low) == np.float32(high):
             warnings.append(f"all training labels are {low:g}: there is nothing to learn")
-    for words, split in (("training", of_train), ("dev", of_dev)):
+    further = _texts_alone(unlabelled, left_out.get("unlabelled", {}))
+    for words, split in (("training", of_train), ("dev", of_dev), ("unlabelled", further)):
         if split.num_empty:
             warnings.append(f"{split.num_empty} {words} rows have no text")
     if copies:
@@ -262,8 +284,17 @@ def summarise(
         dev=of_dev,
         num_copies=len(copies),
         holdout=SplitSummary.of(holdout, task, {}) if holdout else None,
+        unlabelled=further if unlabelled else None,
         notes=tuple(notes),
         warnings=tuple(warnings),
+    )
+
+
+def _texts_alone(samples: Sequence[Sample], left_out: Mapping[str, int]) -> SplitSummary:
+    return SplitSummary(
+        num_samples=len(samples),
+        left_out={reason: number for reason, number in left_out.items() if number},
+        num_empty=sum(not sample.text.strip() for sample in samples),
     )
 
 

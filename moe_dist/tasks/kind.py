@@ -329,6 +329,12 @@ class TaskKind(ABC):
         """Bring answers into what metrics read."""
         return Figures(answered.raw, answered.labels, answered.sample_ids)
 
+    def read_columns(
+        self, columns: Sequence[Sequence[str]], options: Mapping[str, Any]
+    ) -> Sequence[Sequence[str]]:
+        """One or two columns of texts as a served model's tokenizer reads them."""
+        return columns
+
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """What a served model says of each sample by column; answers (B, C) are those of `answer`.
 

@@ -160,6 +160,8 @@ def describe_model(
     settings = {"max_length": entry["max_length"]}
     if entry.get("task"):
         settings["task"] = entry["task"]
+    if entry.get("options"):
+        settings["options"] = entry["options"]
     with warnings.catch_warnings():
         # It asks for an example input, with which it would load the model to try it.
         warnings.simplefilter("ignore")

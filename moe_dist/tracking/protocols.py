@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TrackedModel:
         task: which of its tasks it answers; empty for a model of one task.
         answers: by name the columns that it answers with: `text`, a `number`, `numbers` or `named
             numbers`; those of a classifier or a regressor, by its labels, where there are none.
+        options: what its kind of task reads beside.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TrackedModel:
     params: Mapping[str, str] = field(default_factory=dict)
     task: str = ""
     answers: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

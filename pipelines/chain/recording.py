@@ -95,6 +95,7 @@ def log_models(
                     params=_model_params(config, name) | ({"task": task} if task else {}),
                     task=task,
                     answers=dict(kind.served_columns),
+                    options=dict(splits.task.options),
                 )
             )
 

@@ -96,6 +96,10 @@ class Workspace:
                 summary = summary.with_target_cuts(
                     *(measure_target_cut(part, limit) for part in both)
                 )
+            if splits.unlabelled is not None:
+                joined = self._encode(splits, "distilled", tokenizer)
+                cuts = [measure_cut(part, max_length) for part in (joined, train[name])]
+                summary = summary.with_unlabelled_cut(cuts[0].num_cut - cuts[1].num_cut)
             found[name] = summary.with_near_copies(num_near_copies(splits))
         return found
 
@@ -123,7 +127,7 @@ class Workspace:
             max_length=self.config.model.max_length,
             kind=splits.task.task_kind,
             options=splits.task.options,
-            is_training=part == "train",
+            is_training=part in ("train", "distilled"),
             cache_dir=None,
             digest=f"{splits.digest}-{part}",
         )
@@ -144,6 +148,8 @@ class Workspace:
             data = (self.config.data.tasks or {}).get(task, self.config.data)
             name = f"{task}: {_name_of(data)}" if task else _name_of(data)
             parts = [("train", "training", splits.train), ("dev", "evaluation", splits.dev)]
+            if splits.unlabelled is not None:
+                parts.append(("unlabelled", "training", splits.unlabelled))
             if splits.holdout is not None:
                 parts.append(("holdout", "selection", splits.holdout))
             found += [
@@ -184,23 +190,23 @@ class Workspace:
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
-    def num_steps(self, train: TrainConfig) -> int:
+    def num_steps(self, train: TrainConfig, split: Split = "train") -> int:
         """Return the optimizer steps of a training stage over all epochs, within `max_steps`."""
         from moe_dist.data.mixture import mixture_steps
 
         # As `TrainBatches` cuts an epoch too.
-        steps = mixture_steps(self._num_samples(), train.batch_size) * train.num_epochs
+        steps = mixture_steps(self._num_samples(split), train.batch_size) * train.num_epochs
         return min(steps, train.max_steps or steps)
 
-    def _num_samples(self) -> list[int]:
-        """Count each task's training samples."""
+    def _num_samples(self, split: Split) -> list[int]:
+        """Count each task's samples to train on."""
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         parts = self.rows.parts.values()
         if all(splits.task.task_kind.is_one_a_row for splits in parts):
-            return [len(splits.train) for splits in parts]
+            return [len(getattr(splits, split)) for splits in parts]
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
-        return [len(encoded) for encoded in self.encoded_tasks("train", tokenizer).values()]
+        return [len(encoded) for encoded in self.encoded_tasks(split, tokenizer).values()]
 
 
 def _name_of(data: TaskDataConfig) -> str:
