@@ -18,6 +18,7 @@ RESERVED_TASK = "mean"
 _METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "question_answering": ("exact_match", "answer_f1"),
 }
 # Keys that only some sources read; given elsewhere they would be ignored in silence.
 _KEYS_OF_SOURCES = {

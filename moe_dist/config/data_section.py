@@ -132,6 +132,18 @@ class TaskDataConfig(Section):
         "`data.label_names` when not given, which among names that were found in the rows is the "
         "one that sorts last. F1 of more classes is the mean over all of them.",
     )
+    stride: Integer | None = Field(
+        default=None,
+        ge=0,
+        description="`question_answering`: tokens by which the windows overlap that a context is "
+        "cut into where it is too long for `model.max_length`; 128 when not given.",
+    )
+    max_answer_length: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="`question_answering`: tokens of the longest answer that is given; 30 when "
+        "not given.",
+    )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
     )

@@ -27,7 +27,7 @@ from moe_dist.data.samples import (
     rows_digest,
     to_dataset,
 )
-from moe_dist.data.splits import hold_out
+from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
 from moe_dist.data.tasks import Kind, TaskSpec, known_task
 from moe_dist.errors import DataError
@@ -220,7 +220,15 @@ def load_splits(
         dev_samples, left_out_dev = checked(raw_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
-        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        by_context = task.task_kind.holds_out_contexts
+        train_rows, dev_rows = (
+            hold_out_contexts([s.text_b or "" for s in train_samples], dev_size, seed=seed)
+            if by_context
+            else hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        )
+        if by_context:
+            num_contexts = len({train_samples[row].text_b for row in dev_rows})
+            notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
         train_samples = [train_samples[row] for row in train_rows]
@@ -278,7 +286,13 @@ def _task(
     known = known_task(name, subset)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
+        own = TASK_KINDS[kind or known.kind]
+        known = replace(
+            known,
+            metrics=own.default_metrics,
+            text_columns=own.text_columns,
+            label_column=own.label_column,
+        )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
     task = replace(

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_dist.data.labels import class_warnings
 from moe_dist.data.splits import normalise
+from moe_dist.tasks.question_answering import NO_ANSWER
 
 if TYPE_CHECKING:
     from moe_dist.data.encoding import Encoded
@@ -37,6 +38,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """What rows become that are longer than the model reads and are cut into several samples.
+
+    Attributes:
+        num_samples: of all rows.
+        num_divided: rows that make several.
+    """
+
+    num_samples: int
+    num_divided: int
+
+
+@dataclass(frozen=True)
 class SplitSummary:
     """What there is of one split.
 
@@ -46,7 +60,9 @@ class SplitSummary:
         value_range: smallest, mean and largest label of a regression.
         left_out: rows that were read and are not used, by the reason.
         num_empty: rows without any text.
-        cut: None where nothing was tokenised yet.
+        cut: None where nothing was tokenised yet, or nothing is cut.
+        num_answerable: questions that have an answer; None where rows are no questions.
+        windows: None where nothing was tokenised yet, or no row makes several samples.
     """
 
     num_samples: int
@@ -55,6 +71,8 @@ class SplitSummary:
     left_out: Mapping[str, int] = field(default_factory=dict)
     num_empty: int = 0
     cut: Cut | None = None
+    num_answerable: int | None = None
+    windows: Windows | None = None
 
     @classmethod
     def of(
@@ -63,9 +81,11 @@ class SplitSummary:
         """Summarise the samples of a split; `left_out` counts the other rows by reason."""
         labels = np.array([sample.label for sample in samples])
         counts: dict[str, int] = {}
-        values = None
+        values = num_answerable = None
         if task.task_kind.label == "number":
             values = (float(labels.min()), float(labels.mean()), float(labels.max()))
+        elif task.task_kind.label == "answers":
+            num_answerable = int((labels != NO_ANSWER).sum())
         elif task.label_names is not None:
             by_id = np.bincount(labels, minlength=len(task.label_names)).tolist()
             counts = dict(zip(task.label_names, by_id, strict=True))
@@ -75,6 +95,7 @@ class SplitSummary:
             value_range=values,
             left_out={reason: number for reason, number in left_out.items() if number},
             num_empty=sum(not sample.text.strip() for sample in samples),
+            num_answerable=num_answerable,
         )
 
 
@@ -100,8 +121,18 @@ class DataSummary:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def with_cuts(self, train: Cut, dev: Cut) -> DataSummary:
+    def with_windows(self, train: Windows | None, dev: Windows | None) -> DataSummary:
+        """Add what rows were cut into several samples."""
+        return replace(
+            self,
+            train=replace(self.train, windows=train),
+            dev=replace(self.dev, windows=dev),
+        )
+
+    def with_cuts(self, train: Cut | None, dev: Cut | None) -> DataSummary:
         """Add what tokenising cut, to be said and warned of."""
+        if train is None or dev is None:
+            return self
         found = replace(self, train=replace(self.train, cut=train), dev=replace(self.dev, cut=dev))
         num_cut = train.num_cut + dev.num_cut
         if not num_cut:
@@ -136,13 +167,19 @@ class DataSummary:
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
-        parts.append(_labels(self.train))
+        parts += _labels(self.train, self.dev)
         if self.num_copies is not None:
             parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
         if cuts:
             num_cut = sum(cut.num_cut for cut in cuts)
             parts.append(f"{num_cut or 'no'} rows cut at {cuts[0].max_length} tokens")
+        parts += [
+            f"{split.windows.num_divided} {name} rows cut into several windows, "
+            f"{split.windows.num_samples} in all"
+            for name, split in (("training", self.train), ("dev", self.dev))
+            if split.windows is not None
+        ]
         return "; ".join(parts)
 
     def as_record(self) -> dict[str, Any]:
@@ -188,6 +225,11 @@ def summarise(
     for words, split in (("training", of_train), ("dev", of_dev)):
         if split.num_empty:
             warnings.append(f"{split.num_empty} {words} rows have no text")
+    if of_train.num_answerable == len(train) and of_dev.num_answerable != len(dev):
+        warnings.append(
+            f"{len(dev) - (of_dev.num_answerable or 0)} of {len(dev)} dev questions have no answer "
+            "and all training questions have one: the model will answer every question"
+        )
     if copies:
         shown = ", ".join(repr(sample.text[:40]) for sample in copies[:2])
         warnings.append(
@@ -205,10 +247,18 @@ def summarise(
     )
 
 
-def measure_cut(encoded: Encoded, max_length: int) -> Cut:
-    """Say how many samples cutting at a length shortened, and by how much."""
+def measure_windows(encoded: Encoded) -> Windows | None:
+    """Count the samples of rows that make several; None where none does."""
+    counts = np.unique(encoded.sample_ids, return_counts=True)[1]
+    num_divided = int((counts > 1).sum())
+    return Windows(len(encoded), num_divided) if num_divided else None
+
+
+def measure_cut(encoded: Encoded, max_length: int) -> Cut | None:
+    """Say how many samples were shortened, and by how much; None where the kind cuts none."""
     full_lengths = encoded.full_lengths
-    assert full_lengths is not None, "`encode` counts them"
+    if full_lengths is None:
+        return None
     lost = full_lengths - encoded.lengths
     num_cut = int((lost > 0).sum())
     return Cut(
@@ -229,11 +279,17 @@ def _size(split: SplitSummary, purpose: str) -> str:
     return f"{split.num_samples} {purpose}" + (f" (left out: {reasons})" if reasons else "")
 
 
-def _labels(split: SplitSummary) -> str:
+def _labels(split: SplitSummary, dev: SplitSummary) -> list[str]:
     if split.value_range is not None:
         low, mean, high = split.value_range
-        return f"labels from {low:g} to {high:g}, mean {mean:.4g}"
+        return [f"labels from {low:g} to {high:g}, mean {mean:.4g}"]
+    if split.num_answerable is not None and dev.num_answerable is not None:
+        share = split.num_answerable / split.num_samples
+        of_dev = dev.num_answerable / dev.num_samples
+        return [f"{share:.1%} of training questions have an answer, {of_dev:.1%} of dev"]
     counts = split.class_counts
+    if not counts:
+        return []
     order = list(counts)
     if len(order) > _SHOWN_CLASSES:
         order = sorted(order, key=lambda name: -counts[name])[: _SHOWN_CLASSES - 1]
@@ -241,7 +297,7 @@ def _labels(split: SplitSummary) -> str:
     if len(order) < len(counts):
         fewest = min(counts.values())
         words.append(f"{len(counts) - len(order)} more, the rarest with {fewest} rows")
-    return f"{len(counts)} classes: {', '.join(words)}"
+    return [f"{len(counts)} classes: {', '.join(words)}"]
 
 
 def _short(name: str) -> str:

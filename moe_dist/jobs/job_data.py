@@ -125,6 +125,8 @@ class JobData:
             return None
         rows = self.splits.train.shuffle(seed=seed)
         rows = rows.select(range(min(len(rows), kind.calibration_samples)))
+        if not kind.needs_calibration(rows["label"]):
+            return None
         encoded = self._encode(rows, "calibration")
         return kind.calibrate(self._answered(predict(encoded).answers, encoded, rows, None))
 

@@ -11,6 +11,7 @@ from typing import Any
 from moe_dist.errors import ConversionError
 from moe_dist.tasks.classification import Classification
 from moe_dist.tasks.kind import Answered, Figures, TaskKind, TokenRows
+from moe_dist.tasks.question_answering import QuestionAnswering
 from moe_dist.tasks.regression import Regression
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "model_kind",
 ]
 
-TASK_KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (Classification(), Regression())}
+TASK_KINDS: dict[str, TaskKind] = {
+    kind.name: kind for kind in (Classification(), Regression(), QuestionAnswering())
+}
 
 
 def head_kind(label_names: Sequence[str] | None) -> TaskKind:

@@ -120,6 +120,9 @@ class TaskKind(ABC):
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
+        text_columns: where its texts are, unless a recipe says otherwise; none if it must.
+        label_column: the same of its label.
+        holds_out_contexts: rows with one second text are held out together.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
         joins_tasks: several of its tasks may share one model.
@@ -135,6 +138,9 @@ class TaskKind(ABC):
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ()
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    label_column: ClassVar[str] = "label"
+    holds_out_contexts: ClassVar[bool] = False
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
@@ -264,6 +270,10 @@ class TaskKind(ABC):
     ) -> Tensor:
         """What a model in eval mode says about a batch, equally many numbers a sample: (B, C)."""
         return self.predictions(model, model(**self.inputs(model, batch)), batch).float()
+
+    def needs_calibration(self, labels: Sequence[Any]) -> bool:
+        """Whether there is anything to choose on training rows with such labels."""
+        return True
 
     def calibrate(self, answered: Answered) -> float | None:
         """Choose what answers are read with, on training rows."""

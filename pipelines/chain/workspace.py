@@ -77,7 +77,7 @@ class Workspace:
     def summaries(self) -> dict[str, DataSummary]:
         """What each task's data hold, with what cutting takes from them; "" where there is one."""
         from moe_dist.data.dev_copies import num_near_copies
-        from moe_dist.data.summary import measure_cut
+        from moe_dist.data.summary import measure_cut, measure_windows
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
@@ -86,7 +86,9 @@ class Workspace:
         return {
             name: splits.summary.with_cuts(
                 measure_cut(train[name], max_length), measure_cut(dev[name], max_length)
-            ).with_near_copies(num_near_copies(splits))
+            )
+            .with_windows(measure_windows(train[name]), measure_windows(dev[name]))
+            .with_near_copies(num_near_copies(splits))
             for name, splits in self.rows.parts.items()
         }
 
