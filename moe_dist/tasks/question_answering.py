@@ -49,7 +49,7 @@ class QuestionAnswering(TaskKind):
     option_names = ("stride", "max_answer_length")
     text_columns = ("question", "context")
     label_column = "answers"
-    calibration_samples = 2048
+    calibration_samples = 1024
     is_one_a_row = False
     holds_out_contexts = True
 
