@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moe_dist.config.data_section import TASK_KEYS, Metric, TaskDataConfig
+from moe_dist.config.data_section import TASK_KEYS, Kind, Metric, TaskDataConfig
 from moe_dist.config.faults import either
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.sections import NAME_PATTERN
@@ -15,11 +15,15 @@ from moe_dist.uris import is_uri
 Rule = Callable[[RunConfig], Iterator[str]]
 RESERVED_TASK = "mean"
 """Reports call the mean over all tasks so."""
-_METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
+METRICS_OF_KINDS: dict[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "embedding": ("cosine_spearman", "cosine_pearson", "recall_at_1", "recall_at_10", "mrr"),
+    "causal_lm": ("perplexity", "word_perplexity", "bits_per_byte"),
     "question_answering": ("exact_match", "answer_f1"),
+    "seq2seq": ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf"),
 }
+"""What a recipe may measure each kind by."""
 # Keys that only some sources read; given elsewhere they would be ignored in silence.
 _KEYS_OF_SOURCES = {
     "subset": ("hub",),
@@ -86,11 +90,12 @@ def _keys_fit_source(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
+def _only_classification_has_classes(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
-        if data.kind == "regression" and data.label_names is not None:
+        has_classes = data.kind in (None, "classification")
+        if not has_classes and data.label_names is not None:
             yield (
-                f"{path}.label_names names classes, and {path}.kind=regression has none; "
+                f"{path}.label_names names classes, and {path}.kind={data.kind} has none; "
                 "remove label_names, or use kind classification."
             )
 
@@ -100,10 +105,10 @@ def _positive_label_is_one_of_two(config: RunConfig) -> Iterator[str]:
         label, names = data.positive_label, data.label_names
         if label is None:
             continue
-        if data.kind == "regression":
+        if data.kind not in (None, "classification"):
             yield (
-                f"{path}.positive_label names a class, and {path}.kind=regression has none; remove "
-                "positive_label."
+                f"{path}.positive_label names a class, and {path}.kind={data.kind} has none; "
+                "remove positive_label."
             )
         elif names is not None and len(names) > 2:
             yield (
@@ -123,7 +128,7 @@ def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
         if data.kind is None:
             continue
-        fitting = _METRICS_OF_KINDS[data.kind]
+        fitting = METRICS_OF_KINDS[data.kind]
         wrong = [metric for metric in data.metrics or () if metric not in fitting]
         if wrong:
             yield (
@@ -250,7 +255,7 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, (*_SETS, "data.train", "data.name")),
     (_dev_rows_exist, (*_SETS, "data.dev", "data.dev_size")),
     (_keys_fit_source, (*_SETS, *(f"data.{key}" for key in TaskDataConfig.model_fields))),
-    (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
+    (_only_classification_has_classes, (*_SETS, "data.kind", "data.label_names")),
     (
         _positive_label_is_one_of_two,
         (

@@ -44,7 +44,32 @@ def _text_keys(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Kind = Literal[
+    "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
+]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "perplexity",
+    "word_perplexity",
+    "bits_per_byte",
+    "cosine_spearman",
+    "cosine_pearson",
+    "recall_at_1",
+    "recall_at_10",
+    "mrr",
+    "exact_match",
+    "answer_f1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "chrf",
+]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("perplexity", "word_perplexity", "bits_per_byte")
 Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 # Written as it is, since 1500 rows would else become 1500.0.
 RowsOrFraction = Annotated[
@@ -107,24 +132,16 @@ class TaskDataConfig(Section):
         "found in the training rows (sorted) when not given. Only where they are given, here, by "
         "the task or the hub, may the column hold the numbers instead.",
     )
-    kind: (
-        Literal[
-            "classification",
-            "regression",
-            "embedding",
-            "causal_lm",
-            "question_answering",
-            "seq2seq",
-        ]
-        | None
-    ) = Field(
+    kind: Kind | None = Field(
         default=None,
-        description="The kind of task: what is asked of the model, and what the label is; "
-        "classification when neither given nor known from the task.",
+        description="What the model is to do; classification when neither given nor known from "
+        "the task.",
     )
     metrics: Metrics | None = Field(
         default=None,
-        description="Metrics on the dev rows, the main one first; the task's when not given.",
+        description="Metrics on the dev rows, the main one first; the task's when not given. "
+        "Perplexities and bits per byte are better the lower, all others the higher, and these "
+        "lie within ±1 (chrF too, which sacrebleu gives in hundredths).",
     )
     positive_label: Annotated[str | None, BeforeValidator(_one_name)] = Field(
         default=None,

@@ -51,8 +51,7 @@ class MoeConfig(PretrainedConfig):
 def config_class(model_type: str) -> type[MoeConfig]:
     """Build the class of a family's converted models, of model_type ``moe_<model_type>``."""
     spec = FAMILIES[model_type]
-    module = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
-    dense = getattr(module, spec.config_class)
+    dense = getattr(importlib.import_module(spec.module("configuration")), spec.config_class)
     name = f"Moe{spec.config_class}"
     namespace = {
         "__doc__": f"Configuration of a {dense.__name__} model with experts in its FFNs.",

@@ -1,7 +1,7 @@
-"""Where each architecture keeps its feed-forward networks, and under which names.
+"""Finding the feed-forward networks of a model, and reading and replacing them by its family's row.
 
-The one place that knows these names; scoring, conversion and the registered classes read it.
-Module classes are matched by name, so that a family costs no import until a model is there.
+Scoring, conversion and the registered classes read models through this; `family_rows` has the
+names.
 
 Shapes: D model, F FFN.
 """
@@ -14,162 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_dist.conversion.family_rows import FAMILIES, FamilySpec
 from moe_dist.errors import ConversionError
 
-
-@dataclass(frozen=True)
-class FamilySpec:
-    """One architecture's FFN, as paths below the module that holds it.
-
-    Args:
-        model_type: the family's name in transformers.
-        config_class: the dense configuration class.
-        blocks: classes of the modules that hold one FFN each.
-        stacks: classes whose forward takes the token ids; routing contexts open around them.
-        causal_stacks: those of them in which no token sees a later one, whatever the model's
-            configuration says (``is_decoder`` says it of any other).
-        linear_in: path of the first linear layer.
-        linear_out: path of the second one.
-        activation: path of the activation.
-        replaced: path where the MoE layer goes.
-        emptied: paths that become identities, since the MoE layer does their work.
-        activation_keys: configuration entries that name the activation.
-        heads: dense model class to the Auto classes that should find its MoE form.
-        gated_in: path of the first linear layer where the FFN is gated.
-        gate: path of the activated linear layer beside it.
-        dropout: path of the dropout between the linear layers (a module or a float), if any.
-        transposed: weights are stored (in, out), as in GPT-2's Conv1D.
-        first_token_heads: dense model classes whose output depends on no position of the last
-            block but the first.
-        attention_out: path of the module that attention and residual (two tensors) pass through,
-            and after which no position sees another; needed for those heads.
-        attention: class of the self-attention modules with linear layers `query` and `key`; empty
-            where attention scores cannot be read yet.
-        size_keys: configuration entries that hold F.
-        task_head: in a sequence classifier the path of the linear layer that gives the logits.
-    """
-
-    model_type: str
-    config_class: str
-    blocks: tuple[str, ...]
-    stacks: tuple[str, ...]
-    linear_in: str
-    linear_out: str
-    activation: str
-    replaced: str
-    emptied: tuple[str, ...]
-    activation_keys: tuple[str, ...]
-    heads: dict[str, tuple[str, ...]]
-    gated_in: str | None = None
-    gate: str | None = None
-    dropout: str | None = None
-    transposed: bool = False
-    causal_stacks: tuple[str, ...] = ()
-    first_token_heads: tuple[str, ...] = ()
-    attention_out: str = ""
-    attention: str = ""
-    size_keys: tuple[str, ...] = ()
-    task_head: str = ""
-
-
-FAMILIES: dict[str, FamilySpec] = {
-    "bert": FamilySpec(
-        model_type="bert",
-        config_class="BertConfig",
-        blocks=("BertLayer",),
-        stacks=("BertModel",),
-        linear_in="intermediate.dense",
-        linear_out="output.dense",
-        activation="intermediate.intermediate_act_fn",
-        replaced="intermediate",
-        emptied=("output.dense",),
-        activation_keys=("hidden_act",),
-        heads={
-            "BertModel": ("AutoModel",),
-            "BertForMaskedLM": ("AutoModelForMaskedLM",),
-            "BertForSequenceClassification": ("AutoModelForSequenceClassification",),
-            "BertForTokenClassification": ("AutoModelForTokenClassification",),
-            "BertForQuestionAnswering": ("AutoModelForQuestionAnswering",),
-            "BertForMultipleChoice": ("AutoModelForMultipleChoice",),
-        },
-        first_token_heads=("BertForSequenceClassification",),
-        attention_out="attention.output",
-        attention="BertSelfAttention",
-        size_keys=("intermediate_size",),
-        task_head="classifier",
-    ),
-    "gpt2": FamilySpec(
-        model_type="gpt2",
-        config_class="GPT2Config",
-        blocks=("GPT2MLP",),
-        stacks=("GPT2Model",),
-        linear_in="c_fc",
-        linear_out="c_proj",
-        activation="act",
-        replaced="c_fc",
-        emptied=("act", "c_proj"),
-        activation_keys=("activation_function",),
-        heads={
-            "GPT2Model": ("AutoModel",),
-            "GPT2LMHeadModel": ("AutoModelForCausalLM",),
-            "GPT2ForSequenceClassification": ("AutoModelForSequenceClassification",),
-            "GPT2ForTokenClassification": ("AutoModelForTokenClassification",),
-            "GPT2ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
-        },
-        transposed=True,
-        causal_stacks=("GPT2Model",),
-        size_keys=("n_inner",),
-        task_head="score",
-    ),
-    "t5": FamilySpec(
-        model_type="t5",
-        config_class="T5Config",
-        blocks=("T5LayerFF",),
-        stacks=("T5Stack",),
-        linear_in="DenseReluDense.wi",
-        linear_out="DenseReluDense.wo",
-        activation="DenseReluDense.act",
-        replaced="DenseReluDense",
-        emptied=(),
-        activation_keys=("feed_forward_proj", "dense_act_fn"),
-        heads={
-            "T5Model": ("AutoModel",),
-            "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM",),
-            "T5ForSequenceClassification": ("AutoModelForSequenceClassification",),
-            "T5ForTokenClassification": ("AutoModelForTokenClassification",),
-            "T5ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
-            "T5EncoderModel": ("AutoModelForTextEncoding",),
-        },
-        gated_in="DenseReluDense.wi_1",
-        gate="DenseReluDense.wi_0",
-        dropout="DenseReluDense.dropout",
-        size_keys=("d_ff",),
-        task_head="classification_head.out_proj",
-    ),
-    "bart": FamilySpec(
-        model_type="bart",
-        config_class="BartConfig",
-        blocks=("BartEncoderLayer", "BartDecoderLayer"),
-        stacks=("BartEncoder", "BartDecoder"),
-        linear_in="fc1",
-        linear_out="fc2",
-        activation="activation_fn",
-        replaced="fc1",
-        emptied=("activation_fn", "fc2"),
-        activation_keys=("activation_function",),
-        heads={
-            "BartModel": ("AutoModel",),
-            "BartForConditionalGeneration": ("AutoModelForSeq2SeqLM",),
-            "BartForSequenceClassification": ("AutoModelForSequenceClassification",),
-            "BartForQuestionAnswering": ("AutoModelForQuestionAnswering",),
-            "BartForCausalLM": ("AutoModelForCausalLM",),
-        },
-        dropout="activation_dropout",
-        causal_stacks=("BartDecoder",),
-        size_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
-        task_head="classification_head.out_proj",
-    ),
-}
+__all__ = [
+    "FAMILIES",
+    "FFNSlot",
+    "FFNWeights",
+    "FamilySpec",
+    "family_of",
+    "find_attention",
+    "find_slots",
+    "find_stacks",
+    "is_a",
+    "known_family",
+]
 
 
 @dataclass(frozen=True)
@@ -217,15 +76,14 @@ class FFNSlot:
     @property
     def gated(self) -> bool:
         """Whether an activated and a linear projection are multiplied."""
-        path = self.spec.gated_in
+        path = self.spec.gate
         return path is not None and _has_path(self.block, path)
 
     @property
     def linear_in(self) -> nn.Module:
         """The linear layer from the model's width."""
-        path = self.spec.gated_in if self.gated else self.spec.linear_in
-        assert path is not None
-        return self.block.get_submodule(path)
+        path = self.spec.gated_in if self.gated else None
+        return self.block.get_submodule(path or self.spec.linear_in)
 
     @property
     def gate(self) -> nn.Module | None:

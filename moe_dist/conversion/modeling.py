@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from moe_dist.conversion.moe_slots import MoeSettings, replace_ffns
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import checkpoint_context_fn
+
+_IN_ANOTHER: ContextVar[bool] = ContextVar("moe_dist_building_a_model", default=False)
+"""Whether a model is being built whose body transformers may look up by its configuration."""
 
 
 class MoeModel(PreTrainedModel):
@@ -50,7 +54,16 @@ class MoeModel(PreTrainedModel):
                 remedy="make the model with dense_to_moe, or load a directory that it was saved to",
             )
         settings = MoeSettings.from_dict(config.moe)
-        super().__init__(config, *inputs, **kwargs)
+        is_body = _IN_ANOTHER.get()
+        reset = _IN_ANOTHER.set(True)
+        try:
+            super().__init__(config, *inputs, **kwargs)
+        finally:
+            _IN_ANOTHER.reset(reset)
+        if is_body:
+            # Llama's heads make their body by AutoModel, so that it is one of ours: left dense,
+            # since layers are named and numbered from the whole model.
+            return
         leave_out(self, settings.absent)
         replace_ffns(self, _spec_of(config), settings, token_counts=token_counts)
         install_heads(self)
@@ -91,10 +104,7 @@ def model_class(name: str) -> type[MoeModel]:
     for model_type, spec in FAMILIES.items():
         dense_name = name.removeprefix("Moe")
         if name == f"Moe{dense_name}" and dense_name in spec.heads:
-            module = importlib.import_module(
-                f"transformers.models.{model_type}.modeling_{model_type}"
-            )
-            dense = getattr(module, dense_name)
+            dense = getattr(importlib.import_module(spec.module("modeling")), dense_name)
             namespace = {
                 "__doc__": f"{dense_name} with experts in place of its FFNs.",
                 "__module__": __name__,

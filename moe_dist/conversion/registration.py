@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from moe_dist.conversion.family_rows import FAMILIES
+
 _MODELS_PACKAGE = "transformers.models"
 
 
@@ -36,9 +38,8 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.startswith(f"{_MODELS_PACKAGE}.moe_"):
-            from moe_dist.conversion.families import FAMILIES
-
-            known = fullname.removeprefix(f"{_MODELS_PACKAGE}.moe_") in FAMILIES
+            folder = fullname.removeprefix(f"{_MODELS_PACKAGE}.moe_")
+            known = any(spec.folder == folder for spec in FAMILIES.values())
             return ModuleSpec(fullname, _ClassesLoader()) if known else None
         if fullname not in _ADDITIONS:
             return None
@@ -71,15 +72,11 @@ def _converted_class(name: str) -> Any:
 
 
 def _add_config_rows(auto: ModuleType) -> None:
-    from moe_dist.conversion.families import FAMILIES
-
     for model_type, spec in FAMILIES.items():
         auto.CONFIG_MAPPING_NAMES[f"moe_{model_type}"] = f"Moe{spec.config_class}"
 
 
 def _add_model_rows(auto: ModuleType) -> None:
-    from moe_dist.conversion.families import FAMILIES
-
     for model_type, spec in FAMILIES.items():
         for dense_name, auto_names in spec.heads.items():
             for auto_name in auto_names:

@@ -24,7 +24,7 @@ class LabelSpace:
         num_classes: of the task; None for regression.
         positive: id of the class that F1 of two classes is about.
         names: of the classes, in the order of their ids; may be missing.
-        columns: names of the figures that answers consist of; none for logits.
+        columns: names of the figures that an answer consists of, where it is no prediction.
     """
 
     num_classes: int | None
@@ -50,6 +50,7 @@ class Metric:
             `columns` names, (N,) of one and (N, K) of several.
         title: what people call it; its name if empty.
         higher_is_better: which way is better.
+        is_fraction: it lies in [-1, 1], and people may read it in hundredths.
         on_classes: labels and predictions are ids of classes.
         columns: the figures that it reads in place of predictions.
         reads_labels: False where the figures hold the comparison with what is right already.
@@ -60,6 +61,7 @@ class Metric:
     compute: Compute
     title: str = ""
     higher_is_better: bool = True
+    is_fraction: bool = True
     on_classes: bool = False
     columns: tuple[str, ...] = ()
     reads_labels: bool = True
@@ -91,6 +93,7 @@ def _of_figures(
         lambda labels, answers, space: compute(answers),
         title,
         higher_is_better=not lower,
+        is_fraction=not lower,
         columns=columns,
         reads_labels=False,
         why_undefined=why,

@@ -92,6 +92,11 @@ class Splits:
         return self.task.main_metric
 
     @property
+    def higher_is_better(self) -> bool:
+        """Which way the main metric is better."""
+        return self.task.higher_is_better
+
+    @property
     def metric_titles(self) -> dict[str, str]:
         """What people call each metric, by its name."""
         space = self.task.label_space
@@ -318,6 +323,12 @@ def _task(
         raise DataError(
             f"data.metrics: unknown {', '.join(unknown)}",
             remedy=f"choose from {', '.join(METRICS)}",
+        )
+    suitable = task.task_kind.metrics
+    if unfit := [metric for metric in task.metrics if metric not in suitable]:
+        raise DataError(
+            f"data.metrics={unfit} cannot measure data.kind={task.kind}",
+            remedy=f"choose from {', '.join(suitable)}, or set data.kind",
         )
     return task
 

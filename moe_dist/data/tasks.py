@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_dist.data.metrics import LabelSpace
+from moe_dist.data.metrics import METRICS, LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
 
 Kind = Literal[
@@ -65,6 +65,11 @@ class TaskSpec:
     def main_metric(self) -> str:
         """The metric that retention and comparisons are about."""
         return self.metrics[0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the main metric is better."""
+        return METRICS[self.main_metric].higher_is_better
 
 
 def known_task(name: str | None, subset: str | None) -> TaskSpec | None:

@@ -41,7 +41,8 @@ class PredictJob(Job):
 
         Returns:
             ``predictions`` (the logits, (N, C) float32) by task ("" where there is one),
-            ``metrics`` and ``metric_titles`` by name, and ``expert_load`` by layer.
+            ``metrics`` and ``metric_titles`` by name, which way the main one is better
+            (``higher_is_better``), and ``expert_load`` by layer.
         """
         rows = self.rows()
         device = pick_device(self.parallel.use_gpu)
@@ -67,5 +68,6 @@ class PredictJob(Job):
             "predictions": {name: one.values for name, one in measured.figures.items()},
             "metrics": measured.metrics,
             "metric_titles": rows.metric_titles,
+            "higher_is_better": rows.higher_is_better,
             "expert_load": expert_load(measured.tokens_per_expert),
         }

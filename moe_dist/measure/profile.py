@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,10 @@ _ATTENTION_WIDTH = {
     "GPT2Attention": "embed_dim",
     "T5Attention": "inner_dim",
     "BartAttention": "embed_dim",
+    "LlamaAttention": "q_proj.out_features",
+    "MistralAttention": "q_proj.out_features",
+    "Qwen2Attention": "q_proj.out_features",
+    "Qwen3Attention": "q_proj.out_features",
 }
 _LINEAR = ("Linear", "Conv1D")
 
@@ -101,7 +106,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
             total += flops / seq_len if _is_pooled(name, model) else flops
         for kind, width in _ATTENTION_WIDTH.items():
             if is_a(module, (kind,)):
-                total += 4 * seq_len * int(getattr(module, width))
+                total += 4 * seq_len * int(attrgetter(width)(module))
     return FlopCount(total, ffn)
 
 

