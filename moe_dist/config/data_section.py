@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.sections import MAX_SAMPLES, Integer, Number, Section, Switch
 from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
@@ -160,6 +160,43 @@ class TaskDataConfig(Section):
         ge=1,
         description="`question_answering`: tokens of the longest answer that is given; 30 when "
         "not given.",
+    )
+    source_prefix: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="Of `seq2seq`: put before each text that is read, such as `summarize: `; for "
+        "two text columns, which become one text, a list such as `[question: , context: ]`.",
+    )
+    max_target_length: Integer | None = Field(
+        default=None,
+        ge=2,
+        le=MAX_SAMPLES,
+        description="Of `seq2seq`: tokens after which a target is cut, special tokens included, "
+        "and after which writing ends where the model does not end it; 64 when not given.",
+    )
+    num_beams: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Of `seq2seq`: beams of the search that writes a text to measure; 4 when not "
+        "given, 1 takes the likeliest token each time.",
+    )
+    length_penalty: Number | None = Field(
+        default=None,
+        description="Of `seq2seq`: exponent of the length that a beam's log-likelihood is divided "
+        "by; the larger, the longer are the texts. 1 when not given.",
+    )
+    no_repeat_ngram_size: Integer | None = Field(
+        default=None,
+        ge=0,
+        description="Of `seq2seq`: so many tokens in a row are written once in a text at most; 0, "
+        "also when not given, sets no limit.",
+    )
+    early_stopping: Switch | None = Field(
+        default=None,
+        description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
+        "(also when not given); `false` goes on while a better one is likely.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

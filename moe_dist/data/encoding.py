@@ -45,6 +45,7 @@ class Encoded:
         targets: tokens that are to be written, of all samples, int32; None where none are.
         target_offsets: those of sample i are [target_offsets[i], target_offsets[i+1]) (N+1,).
         num_targets: of each sample, what its task loss is a sum over (N,); None for 1 each.
+        full_target_lengths: tokens of each sample's target before it was cut (N,).
     """
 
     input_ids: NDArray[np.int32]
@@ -57,6 +58,7 @@ class Encoded:
     targets: NDArray[np.int32] | None = None
     target_offsets: NDArray[np.int64] | None = None
     num_targets: NDArray[np.int64] | None = None
+    full_target_lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -108,6 +110,9 @@ class Encoded:
             targets=targets,
             target_offsets=target_offsets,
             num_targets=None if self.num_targets is None else self.num_targets[chosen],
+            full_target_lengths=None
+            if self.full_target_lengths is None
+            else self.full_target_lengths[chosen],
         )
 
 
@@ -230,6 +235,7 @@ def _tokenise(
             add("target_lengths", list(map(len, made.targets)), np.int64)
         add("num_targets", made.num_targets, np.int64)
         add("full_lengths", made.full_lengths, np.int64)
+        add("full_target_lengths", made.full_target_lengths, np.int64)
         add("labels", made.labels, np.float32 if is_float else np.int64)
         add("sample_ids", np.asarray(rows["sample_id"], np.int64)[list(made.rows)], np.int64)
     arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}

@@ -391,7 +391,9 @@ def _measured_by(task: TaskSpec) -> list[Any]:
 
 def _trained_by(task: TaskSpec) -> list[Any]:
     """What the digest of training rows covers of a task."""
-    return [task.kind, task.label_names, *([sorted(task.options.items())] if task.options else [])]
+    unread = task.task_kind.measuring_options
+    options = sorted((name, value) for name, value in task.options.items() if name not in unread)
+    return [task.kind, task.label_names, *([options] if options else [])]
 
 
 def _withhold(

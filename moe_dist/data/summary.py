@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_dist.data.labels import class_warnings
 from moe_dist.data.splits import normalise
@@ -63,6 +64,7 @@ class SplitSummary:
         cut: None where nothing was tokenised yet, or nothing is cut.
         num_answerable: questions that have an answer; None where rows are no questions.
         windows: None where nothing was tokenised yet, or no row makes several samples.
+        target_cut: the same of what is to be written; None too where nothing is.
     """
 
     num_samples: int
@@ -73,6 +75,7 @@ class SplitSummary:
     cut: Cut | None = None
     num_answerable: int | None = None
     windows: Windows | None = None
+    target_cut: Cut | None = None
 
     @classmethod
     def of(
@@ -146,6 +149,23 @@ class DataSummary:
         )
         return replace(found, warnings=(*self.warnings, warning))
 
+    def with_target_cuts(self, train: Cut, dev: Cut) -> DataSummary:
+        """Add what cutting took from targets, to be said and warned of."""
+        found = replace(
+            self,
+            train=replace(self.train, target_cut=train),
+            dev=replace(self.dev, target_cut=dev),
+        )
+        if not train.num_cut + dev.num_cut:
+            return found
+        warning = (
+            f"data.max_target_length={train.max_length} cuts {train.num_cut} of "
+            f"{self.train.num_samples} training targets and {dev.num_cut} of "
+            f"{self.dev.num_samples} dev targets, the longest of which has "
+            f"{max(train.longest, dev.longest)} tokens: the model learns not to end those"
+        )
+        return replace(found, warnings=(*self.warnings, warning))
+
     def with_near_copies(self, number: int) -> DataSummary:
         """Warn of dev rows that nearly repeat a training row, beside the exact copies."""
         if not number:
@@ -180,6 +200,10 @@ class DataSummary:
             for name, split in (("training", self.train), ("dev", self.dev))
             if split.windows is not None
         ]
+        written = [split.target_cut for split in (self.train, self.dev) if split.target_cut]
+        if written:
+            num_cut = sum(cut.num_cut for cut in written)
+            parts.append(f"{num_cut or 'no'} targets cut at {written[0].max_length}")
         return "; ".join(parts)
 
     def as_record(self) -> dict[str, Any]:
@@ -259,7 +283,18 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut | None:
     full_lengths = encoded.full_lengths
     if full_lengths is None:
         return None
-    lost = full_lengths - encoded.lengths
+    return _cut(full_lengths, encoded.lengths, max_length)
+
+
+def measure_target_cut(encoded: Encoded, max_length: int) -> Cut:
+    """Say how many targets cutting at a length shortened, and by how much."""
+    full_lengths, offsets = encoded.full_target_lengths, encoded.target_offsets
+    assert full_lengths is not None and offsets is not None, "kinds that cut targets count them"
+    return _cut(full_lengths, np.diff(offsets), max_length)
+
+
+def _cut(full_lengths: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> Cut:
+    lost = full_lengths - lengths
     num_cut = int((lost > 0).sum())
     return Cut(
         num_cut=num_cut,

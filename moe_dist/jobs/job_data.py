@@ -150,6 +150,11 @@ class JobData:
         task = self.splits.task
         return compute_metrics(task.metrics, figures.values, figures.labels, task.label_space)
 
+    def remarks(self, figures: Figures) -> list[str]:
+        """Say what figures show that no metric does, a line each."""
+        task = self.splits.task
+        return task.task_kind.remarks(figures.values, task.options)
+
     def save_figures(self, figures: Figures, path: Path) -> None:
         """Write what a model says about a split."""
         save_predictions(

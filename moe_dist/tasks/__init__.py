@@ -13,6 +13,7 @@ from moe_dist.tasks.classification import Classification
 from moe_dist.tasks.kind import Answered, Figures, TaskKind, TokenRows
 from moe_dist.tasks.question_answering import QuestionAnswering
 from moe_dist.tasks.regression import Regression
+from moe_dist.tasks.seq2seq import Seq2Seq
 
 __all__ = [
     "Answered",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 TASK_KINDS: dict[str, TaskKind] = {
-    kind.name: kind for kind in (Classification(), Regression(), QuestionAnswering())
+    kind.name: kind for kind in (Classification(), Regression(), QuestionAnswering(), Seq2Seq())
 }
 
 

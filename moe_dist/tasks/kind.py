@@ -49,6 +49,7 @@ class TokenRows:
         targets: further tokens of each sample, which are to be written.
         num_targets: of each sample, what its task loss is a sum over; 1 by default.
         full_lengths: tokens of each sample before it was cut; None where nothing is cut.
+        full_target_lengths: the same of targets.
     """
 
     input_ids: Sequence[Sequence[int]]
@@ -59,6 +60,7 @@ class TokenRows:
     targets: Sequence[Sequence[int]] | None = None
     num_targets: Sequence[int] | None = None
     full_lengths: Sequence[int] | None = None
+    full_target_lengths: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ class TaskKind(ABC):
         text_columns: where its texts are, unless a recipe says otherwise; none if it must.
         label_column: the same of its label.
         holds_out_contexts: rows with one second text are held out together.
+        measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
         joins_tasks: several of its tasks may share one model.
+        writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
     name: ClassVar[str]
@@ -141,9 +145,11 @@ class TaskKind(ABC):
     text_columns: ClassVar[tuple[str, ...]] = ()
     label_column: ClassVar[str] = "label"
     holds_out_contexts: ClassVar[bool] = False
+    measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
 
     @property
     def has_classes(self) -> bool:
@@ -175,6 +181,17 @@ class TaskKind(ABC):
     ) -> dict[str, Any]:
         """What a transformers configuration says of such a model."""
         return {}
+
+    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+        """See that a start model has what the task needs, or raise a ConversionError.
+
+        Weights are not read. Gives what is worth saying, a line each.
+        """
+        return []
+
+    def target_limit(self, options: Mapping[str, Any]) -> int | None:
+        """Tokens after which targets are cut; None where nothing is written."""
+        return None
 
     def tokens(
         self,
@@ -283,6 +300,10 @@ class TaskKind(ABC):
         """Bring answers into what metrics read."""
         return Figures(answered.raw, answered.labels, answered.sample_ids)
 
+    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
+        """Say what figures, (M, C), show that no metric does, a line each."""
+        return []
+
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""
         return values[:, 0]
@@ -294,13 +315,16 @@ def full_lengths(
     pair: Sequence[str] | None,
     input_ids: Sequence[Sequence[int]],
     max_length: int,
+    *,
+    is_target: bool = False,
 ) -> list[int]:
     """Count the tokens that samples had before they were cut; only whole rows can have been."""
     lengths = list(map(len, input_ids))
     full = [row for row, length in enumerate(lengths) if length >= max_length]
     if full:
         own_pair = None if pair is None else [pair[row] for row in full]
-        again = tokenise(tokenizer, [texts[row] for row in full], own_pair, max_length=None)
+        own = [texts[row] for row in full]
+        again = tokenise(tokenizer, own, own_pair, max_length=None, is_target=is_target)
         for row, ids in zip(full, again["input_ids"], strict=True):
             lengths[row] = len(ids)
     return lengths

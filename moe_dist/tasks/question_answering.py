@@ -22,7 +22,7 @@ from torch.nn import functional
 from moe_dist.errors import DataError
 from moe_dist.losses.distillation import prediction_kl, soft_targets
 from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
-from moe_dist.tasks.text_scores import score_answer
+from moe_dist.tasks.text_scores import ANSWER_COLUMNS, answer_figures, best_threshold
 from moe_dist.tasks.tokens import tokenise
 
 STRIDE, MAX_ANSWER_LENGTH = 128, 30
@@ -45,8 +45,9 @@ class QuestionAnswering(TaskKind):
     default_metrics = ("answer_f1", "exact_match")
     prediction_term = "prediction_kl"
     unit = "question"
-    columns = ("exact", "f1")
+    columns = ANSWER_COLUMNS
     option_names = ("stride", "max_answer_length")
+    measuring_options = ("max_answer_length",)
     text_columns = ("question", "context")
     label_column = "answers"
     calibration_samples = 1024
@@ -171,13 +172,9 @@ class QuestionAnswering(TaskKind):
         published code takes.
         """
         best = _best_of_questions(answered)
-        given, none = np.array(
-            [
-                (score_answer(text, right)[1], score_answer("", right)[1])
-                for text, right in zip(best.texts, best.right, strict=True)
-            ]
-        ).T
-        return best_threshold(best.gaps, given, none)
+        f1 = answer_figures(best.texts, best.right)[:, 1]
+        has_answer = np.array([bool(right) for right in best.right])
+        return best_threshold(best.gaps, f1 * has_answer, has_answer)[0]
 
     def figures(self, answered: Answered) -> Figures:
         """Exact match and F1 of each question, whose label is whether it has an answer."""
@@ -186,9 +183,8 @@ class QuestionAnswering(TaskKind):
         texts = [
             "" if gap > limit else text for text, gap in zip(best.texts, best.gaps, strict=True)
         ]
-        scores = [score_answer(*both) for both in zip(texts, best.right, strict=True)]
         return Figures(
-            np.array(scores, np.float32),
+            answer_figures(texts, best.right).astype(np.float32),
             np.array([bool(right) for right in best.right], np.int64),
             np.asarray(answered.rows["sample_id"], np.int64),
             texts,
@@ -292,32 +288,6 @@ def best_spans(scores_BS2: Tensor, is_context_BS: Tensor, max_length: int) -> Te
     first_B = index_B // max_length
     last_B = first_B + index_B % max_length
     return torch.stack((first_B, last_B, best_B, scores_BS2[:, 0].sum(dim=-1)), dim=1)
-
-
-def best_threshold(
-    gaps: NDArray[np.float64], given: NDArray[np.float64], none: NDArray[np.float64]
-) -> float:
-    """Find the threshold above which no answer is better, by the sum of what is won.
-
-    Args:
-        gaps: (M,) how much higher no answer scores than the best one.
-        given: (M,) what the best answer is worth.
-        none: (M,) what no answer is worth.
-
-    Returns:
-        Of the best thresholds the one nearest to 0.
-    """
-    order = np.argsort(gaps, kind="stable")
-    sorted_gaps = gaps[order]
-    # Entry k: the k smallest gaps are answered, all others not.
-    totals = np.concatenate(([0.0], np.cumsum((given - none)[order])))
-    lows = np.concatenate(([-np.inf], sorted_gaps))
-    highs = np.concatenate((np.nextafter(sorted_gaps, -np.inf), [np.inf]))
-    # Equal gaps cannot be told apart.
-    possible = lows <= highs
-    best = possible & (totals >= totals[possible].max() - 1e-9)
-    nearest = np.clip(0.0, lows[best], highs[best])
-    return float(nearest[np.abs(nearest).argmin()])
 
 
 @dataclass(frozen=True)

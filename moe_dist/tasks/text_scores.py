@@ -1,4 +1,7 @@
-"""How near a text is to those that are right, by the words of both."""
+"""Figures of answers in words: SQuAD's exact match and F1, ROUGE, and the counts of chrF.
+
+Each function takes N answers, and for each its references; nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,121 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+import numpy as np
+from numpy.typing import NDArray
+
+Figures = NDArray[np.float64]
+
+ANSWER_COLUMNS = ("exact", "f1")
+ROUGE_COLUMNS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+CHRF_ORDER = 6
+CHRF_COLUMNS = tuple(
+    f"chrf_{what}_{order}"
+    for order in range(1, CHRF_ORDER + 1)
+    for what in ("hypothesis", "reference", "match")
+)
+"""Counts of character n-grams by their length: in the answer, in the reference, and in both."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise_answer(text: str) -> str:
-    """Lower the case and drop punctuation, articles and further blanks.
-
-    Source: SQuAD's evaluation script, arXiv:1606.05250.
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+    """Drop case, punctuation, English articles and extra white space, as SQuAD's script does."""
+    plain = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split())
 
 
-def score_answer(answer: str, right: Sequence[str]) -> tuple[float, float]:
-    """Compare an answer with the right ones; none of them, or an empty one, means no answer.
+def answer_figures(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> Figures:
+    """Score answers to questions as SQuAD 2.0's script does, whose scores of 1.1 are the same.
 
     Args:
-        answer: the text; empty for none.
-        right: texts of which any will do.
+        answers: one for each question, "" for "no answer".
+        gold: the right answers of each question; none, or none that is more than punctuation and
+            articles, where it has no answer.
 
     Returns:
-        Exact match and F1 of words with the right answer that fits best, each in [0, 1].
-
-    Source: SQuAD 2.0's evaluation script, arXiv:1806.03822.
+        ANSWER_COLUMNS in [0, 1], (N, 2): of each the best over the right answers.
     """
-    said = normalise_answer(answer)
-    golds = [gold for gold in map(normalise_answer, right) if gold] or [""]
-    return float(said in golds), max(_word_f1(said.split(), gold.split()) for gold in golds)
+    found = np.zeros((len(answers), 2))
+    for row, (answer, right) in enumerate(zip(answers, gold, strict=True)):
+        said = normalise_answer(answer)
+        expected = [text for text in map(normalise_answer, right) if text] or [""]
+        found[row] = said in expected, max(_token_f1(said, text) for text in expected)
+    return found
 
 
-def _word_f1(said: Sequence[str], gold: Sequence[str]) -> float:
-    if not said or not gold:
-        return float(said == gold)
-    shared = (Counter(said) & Counter(gold)).total()
-    return 2 * shared / (len(said) + len(gold))
+def _token_f1(answer: str, gold: str) -> float:
+    said, right = answer.split(), gold.split()
+    if not said or not right:
+        return float(said == right)
+    num_same = sum((Counter(said) & Counter(right)).values())
+    return 2 * num_same / (len(said) + len(right))
+
+
+def best_threshold(
+    no_answer_N: NDArray[np.floating], f1_N: NDArray[np.floating], has_answer_N: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Find from which no-answer score on questions are best left unanswered.
+
+    As `find_best_thresh` of SQuAD 2.0's script, but questions of equal scores stay together, and
+    scores may be of any range.
+
+    Args:
+        no_answer_N: how sure a model is that a question has no answer; any scale.
+        f1_N: F1 of what it would answer, 0 where the question has no answer.
+        has_answer_N: whether the question has one.
+
+    Returns:
+        The threshold, the lowest of equally good ones (a question is answered if its score is not
+        above it), and the mean F1 that it gives.
+    """
+    order = np.argsort(no_answer_N, kind="stable")
+    scores = np.asarray(no_answer_N, np.float64)[order]
+    # What each further question that is answered adds to the sum of F1.
+    gains = np.asarray(f1_N, np.float64)[order] - ~np.asarray(has_answer_N, bool)[order]
+    sums = np.sum(~np.asarray(has_answer_N, bool)) + np.cumsum(gains)
+    is_last = np.append(scores[1:] != scores[:-1], True)
+    sums, ends = sums[is_last], scores[is_last]
+    best = int(np.argmax(sums))
+    none_answered = float(np.sum(~np.asarray(has_answer_N, bool)))
+    if none_answered >= sums[best]:
+        return float(np.nextafter(scores[0], -np.inf)), none_answered / len(scores)
+    return float(ends[best]), float(sums[best]) / len(scores)
+
+
+def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """Score texts by ROUGE's F-measures, with the stemmer, as papers do.
+
+    Only the letters a to z and digits count, as in the original: texts in other scripts score 0.
+    ROUGE-Lsum takes lines for sentences. Of several references the best one counts.
+
+    Returns:
+        ROUGE_COLUMNS in [0, 1], (N, 4).
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE_COLUMNS), use_stemmer=True)
+    found = np.zeros((len(answers), len(ROUGE_COLUMNS)))
+    for row, (answer, expected) in enumerate(zip(answers, references, strict=True)):
+        scores = scorer.score_multi(list(expected), answer)
+        found[row] = [scores[name].fmeasure for name in ROUGE_COLUMNS]
+    return found
+
+
+def chrf_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """Count what chrF of any selection of texts is computed from; of references the nearest.
+
+    Returns:
+        CHRF_COLUMNS, (N, 18): with sacrebleu's defaults (chrF2, white space and case kept as it
+        does).
+    """
+    from sacrebleu.metrics import CHRF
+
+    scorer = CHRF()
+    found = np.zeros((len(answers), len(CHRF_COLUMNS)))
+    for row, (answer, expected) in enumerate(zip(answers, references, strict=True)):
+        # Its public functions give scores of whole corpora alone.
+        known = scorer._extract_reference_info(list(expected))
+        found[row] = scorer._compute_segment_statistics(answer, known)
+    return found

@@ -25,6 +25,7 @@ def tokenise(
     pair: Sequence[str] | None = None,
     *,
     max_length: int | None,
+    is_target: bool = False,
     with_offsets: bool = False,
 ) -> Tokens:
     """Tokenise texts, or pairs of texts.
@@ -37,6 +38,7 @@ def tokenise(
         texts: one for each row.
         pair: second texts.
         max_length: longer rows are cut (of a pair, the longer text first); None cuts none.
+        is_target: they are to be written and not read, which a few tokenizers tell apart.
         with_offsets: also say of each token where it comes from.
 
     Returns:
@@ -55,7 +57,7 @@ def tokenise(
             remedy="give a fast tokenizer (tokenizer.json)",
         )
     columns = [list(texts), *([] if pair is None else [list(pair)])]
-    tokens = _call(tokenizer, columns, max_length, with_offsets)
+    tokens = _call(tokenizer, columns, max_length, is_target, with_offsets)
     names = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
     if not names:
         return tokens
@@ -68,7 +70,7 @@ def tokenise(
     if not suspects:
         return tokens
     asides = [[column[row] for row in suspects] for column in columns]
-    options = (max_length, with_offsets, True)
+    options = (max_length, is_target, with_offsets, True)
     _replace(tokens, suspects, _call(tokenizer, asides, *options))
     limit = tokenizer.num_special_tokens_to_add(pair=pair is not None)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -105,12 +107,14 @@ def _call(
     tokenizer: PreTrainedTokenizerBase,
     columns: Sequence[list[str]],
     max_length: int | None,
+    is_target: bool,
     with_offsets: bool,
     splits_special: bool = False,
 ) -> Tokens:
+    names = ("text_target", "text_pair_target") if is_target else ("text", "text_pair")
     options = {"split_special_tokens": True} if splits_special else {}
     encoded = tokenizer(
-        *columns,
+        **dict(zip(names, columns, strict=False)),
         truncation="do_not_truncate" if max_length is None else "longest_first",
         max_length=max_length,
         padding=False,

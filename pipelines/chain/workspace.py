@@ -77,20 +77,24 @@ class Workspace:
     def summaries(self) -> dict[str, DataSummary]:
         """What each task's data hold, with what cutting takes from them; "" where there is one."""
         from moe_dist.data.dev_copies import num_near_copies
-        from moe_dist.data.summary import measure_cut, measure_windows
+        from moe_dist.data.summary import measure_cut, measure_target_cut, measure_windows
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
         max_length = self.config.model.max_length
         train, dev = (self.encoded_tasks(part, tokenizer) for part in ("train", "dev"))
-        return {
-            name: splits.summary.with_cuts(
-                measure_cut(train[name], max_length), measure_cut(dev[name], max_length)
-            )
-            .with_windows(measure_windows(train[name]), measure_windows(dev[name]))
-            .with_near_copies(num_near_copies(splits))
-            for name, splits in self.rows.parts.items()
-        }
+        found = {}
+        for name, splits in self.rows.parts.items():
+            both = (train[name], dev[name])
+            summary = splits.summary.with_cuts(*(measure_cut(part, max_length) for part in both))
+            summary = summary.with_windows(*map(measure_windows, both))
+            limit = splits.task.task_kind.target_limit(splits.task.options)
+            if limit is not None:
+                summary = summary.with_target_cuts(
+                    *(measure_target_cut(part, limit) for part in both)
+                )
+            found[name] = summary.with_near_copies(num_near_copies(splits))
+        return found
 
     def encoded(self, part: Split, tokenizer: Any) -> Encoded:
         """Tokenise a split of a run of one task; see `encoded_tasks`."""

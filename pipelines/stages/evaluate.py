@@ -269,6 +269,8 @@ def predict_all(
             part.save_figures(found.figures[task], path)
             tasks[task].logits[name] = found.figures[task].values
             tasks[task].labels = found.figures[task].labels
+            for line in part.remarks(found.figures[task]):
+                stage.console.warn(f"{name}: {line}")
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
