@@ -179,14 +179,14 @@ class TaskAnswers:
     Attributes:
         metrics: names, the main one first.
         space: the task's classes.
-        logits: (N, C) by model name, or other figures of each unit.
         labels: (N,); the same for every model.
+        logits: (N, C) by model name, or other figures of each unit.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
-    logits: dict[str, Any] = field(default_factory=dict)
     labels: Any = ()
+    logits: dict[str, Any] = field(default_factory=dict)
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
