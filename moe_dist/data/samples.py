@@ -15,7 +15,7 @@ from moe_dist.data.answers import answers_label, refuse_repeated_ids
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
-from moe_dist.tasks.kind import LabelKind
+from moe_dist.tasks.kind import LABEL_TYPES, LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,10 +96,10 @@ def check_rows(
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = None if kind.label == "none" else column_value(row, task.label_column)
+        label = None if task.label == "none" else column_value(row, task.label_column)
         if drops_incomplete:
             has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
-            if kind.label != "none" and (is_missing(label) or has_no_class):
+            if task.label != "none" and (is_missing(label) or has_no_class):
                 left_out["without a label"] += 1
                 continue
             if None in texts:
@@ -109,7 +109,7 @@ def check_rows(
             if not isinstance(text, str):
                 raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
             encodable(row, column, text)
-        value = read_label[kind.label](row, label, *texts)
+        value = read_label[task.label](row, label, *texts)
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 
@@ -126,7 +126,7 @@ def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
     """Bring samples into columns text_a, text_b, label and sample_id."""
     from datasets import Dataset, Features, Value
 
-    label = Value(task.task_kind.label_type)
+    label = Value(LABEL_TYPES[task.label])
     text = Value("string")
     return Dataset.from_dict(
         {

@@ -133,7 +133,7 @@ def load_splits(
 ) -> Splits:
     """Load a task's rows, check every one of them, and split where there is no dev set.
 
-    What is not given comes from the TASKS entry called `subset` or `name`, where there is one.
+    What is not given comes from what is known of the set (`known_task`), where something is.
 
     Args:
         source: hub (Hugging Face), files, or package (a key of DATA_PACKAGES).
@@ -169,6 +169,7 @@ def load_splits(
     """
     task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
     task = _with_options(task, options)
+    task = _with_dev_rows(task, label_column, metrics)
     notes: list[str] = []
     cache = Path(cache_dir) if cache_dir is not None else None
     if dev is not None and dev_size is not None:
@@ -194,7 +195,7 @@ def load_splits(
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
-        raw_train, task, default_size = read_package(name, task, cache)
+        raw_train, default_size = read_package(name, cache)
         raw_dev, dev_size = None, default_size if dev_size is None else dev_size
         words = f"package {name}"
     else:
@@ -203,10 +204,10 @@ def load_splits(
     gives_names = task.label_names is not None
     task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
 
-    def checked(split: RawSplit) -> tuple[list[Sample], dict[str, int]]:
+    def checked(split: RawSplit, own: TaskSpec) -> tuple[list[Sample], dict[str, int]]:
         found = check_rows(
             split.rows,
-            task,
+            own,
             holds_ids=split.holds_ids,
             may_be_ids=gives_names,
             drops_incomplete=split.drops_incomplete,
@@ -218,11 +219,11 @@ def load_splits(
             notes.append(f"{num_padded} {where} have blanks around them, which were dropped")
         return found
 
-    train_samples, left_out = checked(raw_train)
+    train_samples, left_out = checked(raw_train, task)
     left_out_dev: dict[str, int] = {}
     num_near_copies = 0
     if raw_dev is not None:
-        dev_samples, left_out_dev = checked(raw_dev)
+        dev_samples, left_out_dev = checked(raw_dev, task.on_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
         by_context = task.task_kind.holds_out_contexts
@@ -236,6 +237,9 @@ def load_splits(
             notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
+        if task.dev_rows is not None:
+            wanted = {sample.sample_id for sample in dev_samples}
+            dev_samples = [s for s in checked(raw_train, task.on_dev)[0] if s.sample_id in wanted]
         train_samples = [train_samples[row] for row in train_rows]
     for samples in (train_samples, dev_samples):
         if not samples:
@@ -258,7 +262,7 @@ def load_splits(
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]
     return Splits(
         train=to_dataset(drawn, task),
-        dev=to_dataset(drawn_dev, task),
+        dev=to_dataset(drawn_dev, task.on_dev),
         task=task,
         digest=rows_digest(_measured_by(task), *parts),
         train_digest=rows_digest(_trained_by(task), drawn),
@@ -288,7 +292,7 @@ def _task(
     kind: Kind | None,
     metrics: Sequence[str] | None,
 ) -> TaskSpec:
-    known = known_task(name, subset)
+    known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
         own = TASK_KINDS[kind or known.kind]
@@ -342,7 +346,19 @@ def _with_options(task: TaskSpec, options: Mapping[str, Any]) -> TaskSpec:
             f"data.{strange[0]} is not read by data.kind={task.kind}",
             remedy="remove it, or set the kind of task that reads it",
         )
-    return replace(task, options=given)
+    return replace(task, options={**task.options, **given})
+
+
+def _with_dev_rows(
+    task: TaskSpec, label_column: str | None, metrics: Sequence[str] | None
+) -> TaskSpec:
+    """Say what dev rows hold, and measure by what suits them where nothing was asked for."""
+    reads_labels = any(METRICS[metric].reads_labels for metric in metrics or ())
+    has_labels = label_column is not None or reads_labels
+    rows = task.task_kind.dev_rows(task.options, has_labels=has_labels)
+    if rows is None:
+        return task
+    return replace(task, dev_rows=rows, metrics=task.metrics if metrics else rows.metrics)
 
 
 def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:

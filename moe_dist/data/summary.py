@@ -85,9 +85,9 @@ class SplitSummary:
         labels = np.array([sample.label for sample in samples])
         counts: dict[str, int] = {}
         values = num_answerable = None
-        if task.task_kind.label == "number":
+        if task.label == "number":
             values = (float(labels.min()), float(labels.mean()), float(labels.max()))
-        elif task.task_kind.label == "answers":
+        elif task.label == "answers":
             num_answerable = int((labels != NO_ANSWER).sum())
         elif task.label_names is not None:
             by_id = np.bincount(labels, minlength=len(task.label_names)).tolist()
@@ -187,7 +187,11 @@ class DataSummary:
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
-        parts += _labels(self.train, self.dev)
+        labels = _labels(self.train) or _labels(self.dev)
+        if labels:
+            parts.append(labels)
+        if self.dev.num_answerable is not None:
+            parts[-1] += f" ({self.dev.num_answerable / self.dev.num_samples:.1%} of dev)"
         if self.num_copies is not None:
             parts.append(f"{self.num_copies or 'no'} dev rows are training rows too")
         cuts = [split.cut for split in (self.train, self.dev) if split.cut is not None]
@@ -238,9 +242,15 @@ def summarise(
         The summary, with its warnings.
     """
     of_train = SplitSummary.of(train, task, left_out["train"])
-    of_dev = SplitSummary.of(dev, task, left_out["dev"])
+    of_dev = SplitSummary.of(dev, task.on_dev, left_out["dev"])
     texts = set(map(_normalised, train))
-    copies = [sample for sample in dev if _normalised(sample) in texts]
+    single = task.dev_rows is not None
+    copies = [
+        sample
+        for sample in dev
+        if _normalised(sample) in texts
+        or (single and any((text,) in texts for text in _normalised(sample)))
+    ]
     warnings = class_warnings(of_train.class_counts, of_dev.class_counts)
     if of_train.value_range is not None:
         low, _, high = of_train.value_range
@@ -283,19 +293,25 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut | None:
     full_lengths = encoded.full_lengths
     if full_lengths is None:
         return None
-    return _cut(full_lengths, encoded.lengths, max_length)
+    return _cut(full_lengths, encoded.lengths, encoded.sample_ids, max_length)
 
 
 def measure_target_cut(encoded: Encoded, max_length: int) -> Cut:
     """Say how many targets cutting at a length shortened, and by how much."""
     full_lengths, offsets = encoded.full_target_lengths, encoded.target_offsets
     assert full_lengths is not None and offsets is not None, "kinds that cut targets count them"
-    return _cut(full_lengths, np.diff(offsets), max_length)
+    return _cut(full_lengths, np.diff(offsets), encoded.sample_ids, max_length)
 
 
-def _cut(full_lengths: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> Cut:
+def _cut(
+    full_lengths: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    sample_ids: NDArray[np.int64],
+    max_length: int,
+) -> Cut:
     lost = full_lengths - lengths
-    num_cut = int((lost > 0).sum())
+    # Of rows: several samples may be made of one.
+    num_cut = len(np.unique(sample_ids[lost > 0]))
     return Cut(
         num_cut=num_cut,
         max_length=max_length,
@@ -314,17 +330,15 @@ def _size(split: SplitSummary, purpose: str) -> str:
     return f"{split.num_samples} {purpose}" + (f" (left out: {reasons})" if reasons else "")
 
 
-def _labels(split: SplitSummary, dev: SplitSummary) -> list[str]:
+def _labels(split: SplitSummary) -> str:
     if split.value_range is not None:
         low, mean, high = split.value_range
-        return [f"labels from {low:g} to {high:g}, mean {mean:.4g}"]
-    if split.num_answerable is not None and dev.num_answerable is not None:
-        share = split.num_answerable / split.num_samples
-        of_dev = dev.num_answerable / dev.num_samples
-        return [f"{share:.1%} of training questions have an answer, {of_dev:.1%} of dev"]
+        return f"labels from {low:g} to {high:g}, mean {mean:.4g}"
+    if split.num_answerable is not None:
+        return f"{split.num_answerable / split.num_samples:.1%} of questions have an answer"
     counts = split.class_counts
     if not counts:
-        return []
+        return ""
     order = list(counts)
     if len(order) > _SHOWN_CLASSES:
         order = sorted(order, key=lambda name: -counts[name])[: _SHOWN_CLASSES - 1]
@@ -332,7 +346,7 @@ def _labels(split: SplitSummary, dev: SplitSummary) -> list[str]:
     if len(order) < len(counts):
         fewest = min(counts.values())
         words.append(f"{len(counts) - len(order)} more, the rarest with {fewest} rows")
-    return [f"{len(counts)} classes: {', '.join(words)}"]
+    return f"{len(counts)} classes: {', '.join(words)}"
 
 
 def _short(name: str) -> str:

@@ -14,7 +14,12 @@ from moe_dist.conversion.heads import KEY as TASK_HEADS
 from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
-from moe_dist.inference.skeleton import UNTRUSTED, clear_errors, model_class_for
+from moe_dist.inference.skeleton import (
+    UNTRUSTED,
+    clear_errors,
+    constructor_arguments,
+    model_class_for,
+)
 from moe_dist.inference.start_head import HeadUse, match_head, own_names, put_in_order
 from moe_dist.inference.start_tokenizer import fit_tokenizer, read_tokenizer
 from moe_dist.inference.start_weights import compare_weights, read_shapes, refuse_not_finite
@@ -178,6 +183,7 @@ def _build(
         "dtype": torch.float32,
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
+        **constructor_arguments(kind, auto, config),
     }
     found: tuple[Any, dict[str, Any]]
     if shapes is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_dist.errors import ConversionError
 from moe_dist.tasks.classification import Classification
+from moe_dist.tasks.embedding import Embedding
 from moe_dist.tasks.kind import Answered, Figures, TaskKind, TokenRows
 from moe_dist.tasks.question_answering import QuestionAnswering
 from moe_dist.tasks.regression import Regression
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 TASK_KINDS: dict[str, TaskKind] = {
-    kind.name: kind for kind in (Classification(), Regression(), QuestionAnswering(), Seq2Seq())
+    kind.name: kind
+    for kind in (Classification(), Regression(), Embedding(), QuestionAnswering(), Seq2Seq())
 }
 
 

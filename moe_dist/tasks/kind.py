@@ -107,6 +107,21 @@ class Figures:
     texts: Sequence[str] | None = None
 
 
+@dataclass(frozen=True)
+class DevRows:
+    """What dev rows hold where they are others than training rows.
+
+    Args:
+        text_columns: one or two.
+        label: what their label column holds.
+        metrics: what suits them, the main one first.
+    """
+
+    text_columns: tuple[str, ...]
+    label: LabelKind
+    metrics: tuple[str, ...]
+
+
 class TaskKind(ABC):
     """One kind of task; whoever trains, scores, measures or serves asks it and no label's type.
 
@@ -128,8 +143,12 @@ class TaskKind(ABC):
         measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
+        reads_pairs: the two texts of a row are read together.
         joins_tasks: several of its tasks may share one model.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
+        takes_encoder_decoders: models with two stacks can answer it.
+        served_columns: what a served model answers with, as in `served`: `text`, a `number`,
+            `numbers`, or `named numbers`.
     """
 
     name: ClassVar[str]
@@ -148,18 +167,16 @@ class TaskKind(ABC):
     measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
+    reads_pairs: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    takes_encoder_decoders: ClassVar[bool] = True
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def has_classes(self) -> bool:
         """Whether labels are ids of named classes."""
         return self.label == "class"
-
-    @property
-    def label_type(self) -> str:
-        """The type of the label column."""
-        return LABEL_TYPES[self.label]
 
     @abstractmethod
     def owns(self, architecture: str, config: Any) -> bool:
@@ -191,6 +208,18 @@ class TaskKind(ABC):
 
     def target_limit(self, options: Mapping[str, Any]) -> int | None:
         """Tokens after which targets are cut; None where nothing is written."""
+        return None
+
+    def model_arguments(self, parameters: Sequence[str]) -> dict[str, Any]:
+        """What the model's class is given beside a configuration, of the `parameters` it takes."""
+        return {}
+
+    def dev_rows(self, options: Mapping[str, Any], *, has_labels: bool) -> DevRows | None:
+        """What dev rows hold; None where they are like training rows.
+
+        `has_labels`: a label column or a metric that reads labels was asked for. What options
+        lack is a DataError.
+        """
         return None
 
     def tokens(
@@ -303,6 +332,13 @@ class TaskKind(ABC):
     def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
         """Say what figures, (M, C), show that no metric does, a line each."""
         return []
+
+    def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
+        """What a served model says of each sample by column; answers (B, C) are those of `answer`.
+
+        `label_names` are the classes, none where there are none.
+        """
+        raise NotImplementedError(f"models for {self.name} are not served")
 
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""

@@ -176,19 +176,21 @@ def describe_model(
 
 def _signature(entry: Mapping[str, Any]) -> ModelSignature:
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, DataType, Map, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Map, Schema
 
     # Without names a plain list of texts is taken too, and any names of columns are.
     columns = [ColSpec(DataType.string) for _ in range(entry["num_texts"])]
-    if entry["labels"]:
-        answers = [
-            ColSpec(DataType.string, "label"),
-            ColSpec(DataType.double, "score"),
-            ColSpec(Map(DataType.double), "scores"),
-        ]
-    else:
-        answers = [ColSpec(DataType.double, "value")]
-    return ModelSignature(inputs=Schema(columns), outputs=Schema(answers))
+    types = {
+        "text": DataType.string,
+        "number": DataType.double,
+        "numbers": Array(DataType.double),
+        "named numbers": Map(DataType.double),
+    }
+    # What waits since an earlier version says nothing of its answers.
+    labelled = {"label": "text", "score": "number", "scores": "named numbers"}
+    answers = entry.get("answers") or (labelled if entry["labels"] else {"value": "number"})
+    outputs = [ColSpec(types[content], name) for name, content in answers.items()]
+    return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs))
 
 
 def _requirements() -> list[str]:

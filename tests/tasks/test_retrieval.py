@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from moe_dist.data import retrieval
-from moe_dist.data.retrieval import ranks
+from moe_dist.tasks import retrieval
+from moe_dist.tasks.retrieval import ranks
 
 
 @pytest.mark.parametrize("at_a_time", [1, 70, 2**24])
