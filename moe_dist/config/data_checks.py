@@ -25,6 +25,8 @@ METRICS_OF_KINDS: dict[Kind, tuple[Metric, ...]] = {
 }
 """What a recipe may measure each kind by."""
 KEYS_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "stride": ("question_answering",),
+    "max_answer_length": ("question_answering",),
     "source_prefix": ("seq2seq",),
     "max_target_length": ("seq2seq",),
     "num_beams": ("seq2seq",),

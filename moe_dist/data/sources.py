@@ -248,7 +248,7 @@ def load_splits(
                 remedy="choose another split with data.train or data.dev",
             )
     num_before = len(train_samples)
-    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed, task)
     num_overlapping = num_before - len(train_samples) - len(withheld)
     drawn = draw(train_samples, max_train_samples, seed)
     drawn_dev = draw(dev_samples, max_dev_samples, seed)
@@ -413,9 +413,13 @@ def _trained_by(task: TaskSpec) -> list[Any]:
 
 
 def _withhold(
-    samples: list[Sample], num_samples: int, seed: int
+    samples: list[Sample], num_samples: int, seed: int, task: TaskSpec
 ) -> tuple[list[Sample], list[Sample]]:
     if not num_samples:
         return samples, []
-    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    if task.task_kind.holds_out_contexts:
+        contexts = [s.text_b or "" for s in samples]
+        kept, held = hold_out_contexts(contexts, num_samples, seed=seed, key="holdout_samples")
+    else:
+        kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
     return [samples[row] for row in kept], [samples[row] for row in held]

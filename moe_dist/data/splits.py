@@ -46,7 +46,7 @@ def hold_out(
 
 
 def hold_out_contexts(
-    contexts: Sequence[str], dev_size: int | float, *, seed: int
+    contexts: Sequence[str], dev_size: int | float, *, seed: int, key: str = "dev_size"
 ) -> tuple[list[int], list[int]]:
     """Draw whole contexts for a dev set, and drop those from the rest that nearly repeat one.
 
@@ -57,6 +57,7 @@ def hold_out_contexts(
         contexts: of each row.
         dev_size: rows to hold out (int >= 1), or their share (float below 1).
         seed: fixes the draw.
+        key: of the recipe's data section, for errors.
 
     Returns:
         Row numbers for train and dev, each ascending.
@@ -64,7 +65,7 @@ def hold_out_contexts(
     Raises:
         DataError: if no row would be left on one of the sides.
     """
-    size = _size(dev_size, len(contexts))
+    size = _size(dev_size, len(contexts), key)
     by_context: dict[str, list[int]] = {}
     for row, context in enumerate(contexts):
         by_context.setdefault(normalise(context), []).append(row)
@@ -74,26 +75,26 @@ def hold_out_contexts(
     held, rest = order[:num_held], order[num_held:]
     if not rest:
         raise DataError(
-            f"data.dev_size={dev_size} takes all {len(order)} contexts, which are held out whole",
-            remedy="give a smaller number, or data.dev a file of its own",
+            f"data.{key}={dev_size} takes all {len(order)} contexts, which are held out whole",
+            remedy="give a smaller number",
         )
     near = near_copies(rest, held)
     kept = [key for position, key in enumerate(rest) if position not in near]
     if not kept:
         raise DataError(
-            "every training context is a near copy of a dev context",
-            remedy="give data.dev a file of its own instead of data.dev_size",
+            f"every other context is a near copy of one that data.{key}={dev_size} holds out",
+            remedy="give a smaller number, or data with other contexts",
         )
     train, dev = (sorted(row for key in keys for row in by_context[key]) for keys in (kept, held))
     return train, dev
 
 
-def _size(dev_size: int | float, num_rows: int) -> int:
+def _size(dev_size: int | float, num_rows: int, key: str = "dev_size") -> int:
     is_share = isinstance(dev_size, float) and dev_size < 1
     size = round(dev_size * num_rows) if is_share else int(dev_size)
     if not 1 <= size < num_rows:
         raise DataError(
-            f"data.dev_size={dev_size} cannot be held out of {num_rows} rows",
+            f"data.{key}={dev_size} cannot be held out of {num_rows} rows",
             remedy=f"give a number from 1 to {num_rows - 1}, or a share between 0 and 1",
         )
     return size

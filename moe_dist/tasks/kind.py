@@ -333,6 +333,37 @@ class TaskKind(ABC):
         """Say what figures, (M, C), show that no metric does, a line each."""
         return []
 
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer texts in the columns that `served_columns` names.
+
+        Args:
+            model: in eval mode.
+            tokenizer: of the model.
+            columns: one or two, equally long, of texts.
+            max_length: tokens that the model is given at once.
+            label_names: the classes; none where there are none.
+            options: of the task.
+            calibration: what `calibrate` found.
+
+        Returns:
+            A value by column for each text.
+        """
+        tokens = tokenise(tokenizer, *columns, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            answers_BC = self.answer(model, encoded, options).float().cpu()
+        return self.served(answers_BC, label_names)
+
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """What a served model says of each sample by column; answers (B, C) are those of `answer`.
 
