@@ -106,7 +106,8 @@ class Whole:
             return 0, 0
         first = int(np.searchsorted(starts, start, side="right")) - 1
         last = int(np.searchsorted(ends, end, side="left"))
-        return self.first + first, self.first + last
+        # A token that stands for a word's beginning may claim the same character as the next one.
+        return self.first + first, self.first + max(first, last)
 
 
 def _short(text: str) -> str:

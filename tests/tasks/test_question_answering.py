@@ -110,7 +110,7 @@ def published_features(
                         first += 1
                     while last >= begin and offsets[last][1] >= end:
                         last -= 1
-                    label = (first - 1, last + 1)
+                    label = (first - 1, max(first - 1, last + 1))
             types = made["token_type_ids"][index] if "token_type_ids" in made else None
             found.append((ids, types, row, label))
     return found
