@@ -177,6 +177,23 @@ class TaskDataConfig(Section):
         description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
         "comes with files of sentence-transformers, these say it.",
     )
+    stride: Integer | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SAMPLES,
+        description="`question_answering`: tokens by which the windows overlap that a context is "
+        "cut into where it is too long for `model.max_length`; 128 when not given. `causal_lm`: "
+        "tokens by which windows of `model.max_length` tokens follow each other, in which dev "
+        "documents are measured, so that every token is predicted once with at least "
+        "`model.max_length` less `data.stride` tokens before it; half of `model.max_length` when "
+        "not given. The smaller, the lower are perplexities, and the longer it takes.",
+    )
+    max_answer_length: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="`question_answering`: tokens of the longest answer that is given; 30 when "
+        "not given.",
+    )
     source_prefix: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
         default=None,
         min_length=1,
@@ -220,15 +237,6 @@ class TaskDataConfig(Section):
         "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
         "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
         "`headings` where a file begins with one, else `file`. Of other files each row is one.",
-    )
-    stride: Integer | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_SAMPLES,
-        description="`causal_lm`: dev documents are measured in windows of `model.max_length` "
-        "tokens, each so many tokens after the one before, so that every token is predicted once "
-        "with at least `model.max_length` less `data.stride` tokens before it; half of "
-        "`model.max_length` when not given. Small strides give lower perplexities and take longer.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

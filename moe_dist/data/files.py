@@ -20,6 +20,7 @@ from moe_dist.data.content import (
 from moe_dist.data.delimited import read_csv, read_tsv
 from moe_dist.data.documents import TEXT_SUFFIXES, Documents, read_documents
 from moe_dist.data.rows import Row, Say, SourceRow, row_error
+from moe_dist.data.squad import is_squad, squad_rows
 from moe_dist.errors import DataError
 
 __all__ = ["Row", "read_place", "read_rows", "row_error"]
@@ -191,8 +192,13 @@ def _partition_values(relative: Path) -> dict[str, str | None]:
 
 
 def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
-    """Read one object from each line, or an array of objects."""
+    """Read one object from each line, an array of objects, or a file of SQuAD's."""
     first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("{") and any('"paragraphs"' in line for line in lines):
+        whole = _whole(lines)
+        if is_squad(whole):
+            yield from squad_rows(path, whole)
+            return
     if first.strip() == "{":
         raise DataError(
             f"{path}: one JSON object over several lines",
@@ -211,6 +217,14 @@ def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
         if not isinstance(value, dict):
             raise row_error(path, number, "not a JSON object", "write one object on each line")
         yield number, value
+
+
+def _whole(lines: list[str]) -> Any:
+    """All lines as one JSON value; None if they are none, as where each line is one."""
+    try:
+        return json.loads("\n".join(lines))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parsed(path: Path, text: str, line: int) -> Any:

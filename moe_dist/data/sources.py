@@ -31,7 +31,7 @@ from moe_dist.data.samples import (
     rows_digest,
     to_dataset,
 )
-from moe_dist.data.splits import hold_out
+from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
 from moe_dist.data.tasks import Kind, TaskSpec, known_task
 from moe_dist.data.unlabelled import read_unlabelled
@@ -260,7 +260,15 @@ def load_splits(
         dev_samples, left_out_dev = checked(raw_dev, task.on_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
-        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        by_context = task.task_kind.holds_out_contexts
+        train_rows, dev_rows = (
+            hold_out_contexts([s.text_b or "" for s in train_samples], dev_size, seed=seed)
+            if by_context
+            else hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        )
+        if by_context:
+            num_contexts = len({train_samples[row].text_b for row in dev_rows})
+            notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
         if task.dev_rows is not None:
@@ -274,7 +282,7 @@ def load_splits(
                 remedy="choose another split with data.train or data.dev",
             )
     num_before = len(train_samples)
-    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed, task)
     num_overlapping = num_before - len(train_samples) - len(withheld)
     drawn = draw(train_samples, max_train_samples, seed)
     drawn_dev = draw(dev_samples, max_dev_samples, seed)
@@ -336,7 +344,13 @@ def _task(
     known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
+        own = TASK_KINDS[kind or known.kind]
+        known = replace(
+            known,
+            metrics=own.default_metrics,
+            text_columns=own.text_columns,
+            label_column=own.label_column,
+        )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
     own = TASK_KINDS[kind or known.kind]
@@ -455,9 +469,13 @@ def _trained_by(task: TaskSpec) -> list[Any]:
 
 
 def _withhold(
-    samples: list[Sample], num_samples: int, seed: int
+    samples: list[Sample], num_samples: int, seed: int, task: TaskSpec
 ) -> tuple[list[Sample], list[Sample]]:
     if not num_samples:
         return samples, []
-    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    if task.task_kind.holds_out_contexts:
+        contexts = [s.text_b or "" for s in samples]
+        kept, held = hold_out_contexts(contexts, num_samples, seed=seed, key="holdout_samples")
+    else:
+        kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
     return [samples[row] for row in kept], [samples[row] for row in held]

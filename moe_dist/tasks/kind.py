@@ -136,8 +136,10 @@ class TaskKind(ABC):
             terms.
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
-        text_columns: what is read where a recipe and what is known of its data name none.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
+        text_columns: where its texts are, unless a recipe says otherwise; none if it must.
+        label_column: the same of its label.
+        holds_out_contexts: rows with one second text are held out together.
         measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
@@ -160,8 +162,10 @@ class TaskKind(ABC):
     unit: ClassVar[str] = "sample"
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()
-    text_columns: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ()
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    label_column: ClassVar[str] = "label"
+    holds_out_contexts: ClassVar[bool] = False
     measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
@@ -321,6 +325,10 @@ class TaskKind(ABC):
         answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
         return answers
 
+    def needs_calibration(self, labels: Sequence[Any]) -> bool:
+        """Whether there is anything to choose on training rows with such labels."""
+        return True
+
     def calibrate(self, answered: Answered) -> float | None:
         """Choose what answers are read with, on training rows."""
         return None
@@ -329,11 +337,40 @@ class TaskKind(ABC):
         """Bring answers into what metrics read."""
         return Figures(answered.raw, answered.labels, answered.sample_ids)
 
-    def read_columns(
-        self, columns: Sequence[Sequence[str]], options: Mapping[str, Any]
-    ) -> Sequence[Sequence[str]]:
-        """One or two columns of texts as a served model's tokenizer reads them."""
-        return columns
+    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
+        """Say what figures, (M, C), show that no metric does, a line each."""
+        return []
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer texts in the columns that `served_columns` names.
+
+        Args:
+            model: in eval mode.
+            tokenizer: of the model.
+            columns: one or two, equally long, of texts.
+            max_length: tokens that the model is given at once.
+            label_names: the classes; none where there are none.
+            options: of the task.
+            calibration: what `calibrate` found.
+
+        Returns:
+            A value by column for each text.
+        """
+        tokens = tokenise(tokenizer, *columns, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            answers_BC = self.answer(model, encoded, options).float().cpu()
+        return self.served(answers_BC, label_names)
 
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """What a served model says of each sample by column; answers (B, C) are those of `answer`.
@@ -341,10 +378,6 @@ class TaskKind(ABC):
         `label_names` are the classes, none where there are none.
         """
         raise NotImplementedError(f"models for {self.name} are not served")
-
-    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
-        """Say what figures, (M, C), show that no metric does, a line each."""
-        return []
 
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""
