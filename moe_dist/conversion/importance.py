@@ -252,7 +252,12 @@ class Capture:
         product_BF = (value_BSF * grad_BSF).sum(dim=1)
         if bias is not None:
             product_BF = product_BF - bias.detach().float() * grad_BSF.sum(dim=1)
-        self.products.append(product_BF)
+        self._keep(product_BF)
+
+    def _keep(self, product: Tensor) -> None:
+        """Keep products of a layer's outputs; a fused layer has several for each neuron."""
+        by_part = product.unflatten(-1, (-1, self.slot.num_neurons))
+        self.products.append(by_part.sum(dim=-2))
 
 
 @contextmanager

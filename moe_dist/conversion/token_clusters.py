@@ -191,7 +191,7 @@ class _TokenCapture(Capture):
 
     def _add(self, value_BSF: Tensor, bias: Any, grad_BSF: Tensor) -> None:
         value_BSF = value_BSF.float() if bias is None else value_BSF.float() - bias.detach().float()
-        self.products.append(value_BSF * grad_BSF.float())
+        self._keep(value_BSF * grad_BSF.float())
 
     def scores_EF(self, gate_ED: Tensor) -> Tensor:
         """Sum the sizes of the products over the tokens that a gate sends to each expert."""
