@@ -39,6 +39,7 @@ def test_a_recipe_of_embeddings_is_read(tmp_path: Path) -> None:
         ("distill.task_weight=1", "distill.task_weight=1 is that of a loss on labels"),
         ("distill.adversarial_weight=1", "data.kind=embedding has vectors; set it to 0"),
         ("data.holdout_samples=9", "have no pairs to measure on; set it to 0"),
+        ("student.hidden_size=128", "student.hidden_size=128 changes the width of vectors"),
         ("data.pair_columns=[question]", "data.pair_columns"),
     ],
 )

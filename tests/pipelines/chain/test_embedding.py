@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from moe_dist.config import load_config
+from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConversionError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.inference.serving import TextModel
 from moe_dist.tasks import model_kind
 from pipelines.chain.chain import run_chain
+from pipelines.chain.workspace import Workspace
+from pipelines.checks.preflight import check_before_start
 from pipelines.report.nearness import load_imitation
+from pipelines.stages.export import export_task
 from tests.pipelines.conftest import WORDS
 from tests.pipelines.recorder import Recorder
 
@@ -120,3 +126,66 @@ def test_a_recipe_may_not_contradict_what_comes_with_the_model(
     recorder = Recorder()
     run_chain(load_config(write_recipe(settings)), recorder, until="finetune-teacher")
     assert any("as its sentence-transformers files say" in note for note in recorder.noted)
+
+
+def test_a_shorter_student_of_vectors_is_trained_and_exported(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"student": {"num_layers": 1}, "compare": {}, "moe": {"num_experts": 1}}
+    settings["moe"] |= {"expert_size": 16, "num_shared_neurons": 0}
+    run_chain(load_config(write_recipe(settings)), Recorder(), until="distill")
+    directory = tmp_path / "outputs/tiny/distill/model"
+    exported = export_task(directory, None, tmp_path / "dense")
+    assert (exported.kind, exported.ffn_size) == ("BertModel", 16)
+    texts = ["the film was good", "dull"]
+    vectors = [
+        TextModel(load_model(place), load_tokenizer(place), max_length=16).predict(texts)["vector"]
+        for place in (directory, exported.directory)
+    ]
+    own, dense = (np.array(found.tolist()) for found in vectors)
+    np.testing.assert_allclose(own, dense, atol=1e-6)
+    assert (exported.directory / "modules.json").is_file()
+
+
+def test_encoder_decoders_have_no_one_vector(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    settings["model"]["teacher"] = str(tmp_path / "t5")
+    with pytest.raises(ConversionError, match=r"is an encoder-decoder, and data.kind=embedding"):
+        check_before_start(*_checked(load_config(write_recipe(settings))))
+
+
+def test_a_decoder_without_padding_pads_with_its_end(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    directory = tmp_path / "gpt2"
+    tokenizer = Tokenizer(
+        WordLevel({word: row for row, word in enumerate(WORDS)} | {"<end>": len(WORDS)})
+    )
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(
+        directory
+    )
+    sizes = {
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 1,
+        "vocab_size": len(WORDS) + 1,
+        "n_positions": 16,
+    }
+    config = GPT2Config(bos_token_id=len(WORDS), eos_token_id=len(WORDS), **sizes)
+    GPT2Model(config).save_pretrained(directory)
+    settings["model"]["teacher"] = str(directory)
+    settings["moe"] |= {"expert_size": 8}
+    recorder = Recorder()
+    run_chain(load_config(write_recipe(settings)), recorder, until="evaluate")
+    assert any("pad" in line for line in recorder.warned)
+
+
+def _checked(config: RunConfig) -> tuple[RunConfig, Workspace]:
+    return config, Workspace(config, Recorder())
