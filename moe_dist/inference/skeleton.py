@@ -49,7 +49,8 @@ def build_skeleton(
         if num_labels:
             config.num_labels = num_labels
         with torch.device("meta"):
-            return model_class_for(kind, config, source).from_config(config).eval()
+            auto = model_class_for(kind, config, source)
+            return auto.from_config(config, **constructor_arguments(kind, auto, config)).eval()
 
 
 def model_class_for(kind: TaskKind, config: Any, source: str) -> Any:
@@ -66,7 +67,30 @@ def model_class_for(kind: TaskKind, config: Any, source: str) -> Any:
             f"for data.kind={kind.name}",
             remedy="choose another model, or another kind of task",
         )
+    is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if is_encoder and not config.is_encoder_decoder and not kind.takes_encoders:
+        raise ConversionError(
+            f"model.teacher: {source!r} is an encoder ({config.model_type}), whose tokens see the "
+            f"later ones, and data.kind={kind.name} is to predict these",
+            remedy="choose a decoder, such as one of GPT-2's or Llama's kind",
+        )
+    if config.is_encoder_decoder and not kind.takes_encoder_decoders:
+        raise ConversionError(
+            f"model.teacher: {source!r} is an encoder-decoder, and data.kind={kind.name} takes "
+            "models of one stack",
+            remedy="choose an encoder or a decoder"
+            if kind.takes_encoders
+            else "choose a decoder, such as one of GPT-2's or Llama's kind",
+        )
     return auto
+
+
+def constructor_arguments(kind: TaskKind, auto: Any, config: Any) -> dict[str, Any]:
+    """Give what an Auto class passes on to the model's class beside a configuration."""
+    import inspect
+
+    model_class = auto._model_mapping[type(config)]
+    return kind.model_arguments(list(inspect.signature(model_class.__init__).parameters))
 
 
 @contextmanager

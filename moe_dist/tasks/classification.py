@@ -26,6 +26,11 @@ class Classification(TaskKind):
     default_metrics = ("accuracy",)
     prediction_term = "prediction_kl"
     joins_tasks = True
+    served_columns: ClassVar[Mapping[str, str]] = {
+        "label": "text",
+        "score": "number",
+        "scores": "named numbers",
+    }
 
     def owns(self, architecture: str, config: Any) -> bool:
         """Every classifier that is no regressor, as transformers decides it."""
@@ -97,3 +102,12 @@ class Classification(TaskKind):
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """The likeliest class, (N,)."""
         return values.argmax(axis=-1)
+
+    def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
+        """The likeliest class, its probability, and those of all classes, which add up to 1."""
+        rows = []
+        for scores in answers.softmax(dim=-1).tolist():
+            named = dict(zip(label_names, scores, strict=True))
+            label = max(named, key=lambda name: named[name])
+            rows.append({"label": label, "score": named[label], "scores": named})
+        return rows

@@ -23,6 +23,7 @@ class Regression(TaskKind):
     default_metrics = metrics
     prediction_term = "prediction_mse"
     joins_tasks = True
+    served_columns: ClassVar[Mapping[str, str]] = {"value": "number"}
 
     def owns(self, architecture: str, config: Any) -> bool:
         """As transformers decides it: it is said, or there is one output."""
@@ -86,3 +87,7 @@ class Regression(TaskKind):
     def bounded(self, predictions: Tensor) -> Tensor:
         """The output, squashed, (B, 1)."""
         return torch.tanh(predictions.float())
+
+    def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
+        """The number."""
+        return [{"value": value} for value in answers[:, 0].tolist()]

@@ -115,6 +115,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                     "disturbs": beside.disturbs(answers.num_threads),
                 },
             }
+            | ({"calibrations": answers.calibrations} if answers.calibrations else {})
             | describe_classes(answers)
             | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),
@@ -219,12 +220,14 @@ class Answers:
         imitation: how near each student is to the teacher.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
+        calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
     """
 
     tasks: dict[str, TaskAnswers]
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
+    calibrations: dict[str, dict[str, float]]
 
 
 def predict_all(
@@ -251,6 +254,7 @@ def predict_all(
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
+    calibrations: dict[str, dict[str, float]] = {}
     steps = itertools.count(1)
     num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
 
@@ -276,6 +280,10 @@ def predict_all(
             part.save_figures(found.figures[task], path)
             tasks[task].logits[name] = found.figures[task].values
             tasks[task].labels = found.figures[task].labels
+            for line in part.remarks(found.figures[task]):
+                stage.console.warn(f"{name}: {line}")
+        if found.calibrations:
+            calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
@@ -286,7 +294,7 @@ def predict_all(
         batch_size=PREDICT_BATCH_SIZE,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads())
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:

