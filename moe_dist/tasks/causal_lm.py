@@ -28,8 +28,11 @@ from moe_dist.errors import ConversionError, DataError
 from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
 from moe_dist.losses.total import CountKind
 from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
+from moe_dist.tasks.seq2seq import hides_tokens, unread_settings
 from moe_dist.tasks.tokens import tokenise
 
+NUM_SERVED_TOKENS = 64
+"""Tokens that a served model writes at most."""
 _NEXT = "next_ids"
 Ids = NDArray[np.int64]
 
@@ -45,6 +48,7 @@ class CausalLM(TaskKind):
     prediction_term = "prediction_kl"
     unit = "document"
     count_kind: ClassVar[CountKind] = "targets"
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
     columns = ("nll", "tokens", "words", "bytes")
     text_columns = ("text",)
     option_names = ("documents", "stride")
@@ -142,6 +146,47 @@ class CausalLM(TaskKind):
         predictions = self.predictions(model, self.run(model, batch), batch)
         counts_B = (batch[_NEXT] > 0).sum(dim=1)
         return torch.stack([self.losses(predictions, batch), counts_B.float()], dim=1)
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The likeliest continuation of each text, token by token; see `TaskKind.serve`.
+
+        Of a long text the last tokens are read, so many that the model has positions for all.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        limit = max(1, min(max_length, positions - NUM_SERVED_TOKENS))
+        ids = tokenise(tokenizer, columns[0], max_length=None)["input_ids"]
+        prompts = [own[-limit:] or [_end_id(tokenizer)] for own in ids]
+        width = max(map(len, prompts))
+        mask_BS = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
+        ids_BS = torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(own)) + own for own in prompts]
+        )
+        with torch.no_grad():
+            written_BL = model.generate(
+                input_ids=ids_BS.to(model.device),
+                attention_mask=mask_BS.to(model.device),
+                **dict.fromkeys(unread_settings(model))
+                | {
+                    "max_new_tokens": NUM_SERVED_TOKENS,
+                    "do_sample": False,
+                    "num_beams": 1,
+                    "pad_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": _end_id(tokenizer),
+                    "use_cache": not hides_tokens(model.config),
+                },
+            )
+        texts = tokenizer.batch_decode(written_BL[:, width:], skip_special_tokens=True)
+        return [{"text": text} for text in texts]
 
     def figures(self, answered: Answered) -> Figures:
         """Add the windows of each document up, and count its words and bytes."""

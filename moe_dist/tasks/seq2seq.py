@@ -287,7 +287,7 @@ def write(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -
             "max_new_tokens": own.max_target_length,
             "no_repeat_ngram_size": own.no_repeat_ngram_size,
             "do_sample": False,
-            "use_cache": not _hides_tokens(model.config),
+            "use_cache": not hides_tokens(model.config),
             # An end that is forced could not be told from one that the model wrote.
             "forced_eos_token_id": None,
         }
@@ -327,7 +327,7 @@ def _beam_settings(own: Seq2SeqOptions) -> dict[str, Any]:
     return {"length_penalty": own.length_penalty, "early_stopping": own.early_stopping}
 
 
-def _hides_tokens(config: Any) -> bool:
+def hides_tokens(config: Any) -> bool:
     """Whether its decoder's routers read all tokens so far, which a key-value cache hides."""
     moe = getattr(config, "moe", None)
     if not moe or moe["num_experts"] == 1:
