@@ -116,6 +116,14 @@ def _tied_needs_experts(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _scratch_is_trained(config: RunConfig) -> Iterator[str]:
+    if config.model.teacher.startswith("scratch:") and config.finetune.num_epochs == 0:
+        yield (
+            f"finetune.num_epochs=0 takes model.teacher={config.model.teacher} as it is, which has "
+            "random weights; train it for 1 epoch or more, or choose a trained model."
+        )
+
+
 def _layers_once(config: RunConfig) -> Iterator[str]:
     layers = config.moe.layers or ()
     negative = sorted({layer for layer in layers if layer < 0})
@@ -293,6 +301,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_tied_needs_shared, ("moe.tie_shared", "moe.num_shared_neurons")),
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
     (_layers_once, ("moe.layers",)),
+    (_scratch_is_trained, ("model.teacher", "finetune.num_epochs")),
     (
         _gate_settings_need_a_gate,
         (

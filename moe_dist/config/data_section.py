@@ -106,6 +106,14 @@ class TaskDataConfig(Section):
         description="`files`: path of the dev file or directory. `hub`: name of the dev split "
         "(that of the task when neither it nor `data.dev_size` is given).",
     )
+    unlabelled: Names | None = Field(
+        default=None,
+        description="Files of further texts for the distillation alone, beside the training rows, "
+        "as `data.train` names files; a label column may be missing and is not read (a target of "
+        "`seq2seq` is, where there is one). They need `distill.task_weight: 0`, since nothing else "
+        "reads labels. Rows that repeat a dev row, or nearly, are left out; the teacher never "
+        "sees any. With several tasks they do not count in how often a task is drawn.",
+    )
     dev_size: RowsOrFraction | None = Field(
         default=None,
         gt=0,
@@ -149,11 +157,36 @@ class TaskDataConfig(Section):
         "`data.label_names` when not given, which among names that were found in the rows is the "
         "one that sorts last. F1 of more classes is the mean over all of them.",
     )
+    pair_columns: Names | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
+        "each first text is to find its second one among those of all dev rows, or with "
+        "`data.label_column` the cosine is compared with the scores there.",
+    )
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None,
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
+    )
+    normalise: Switch | None = Field(
+        default=None,
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
+        "comes with files of sentence-transformers, these say it.",
+    )
     stride: Integer | None = Field(
         default=None,
         ge=0,
+        le=MAX_SAMPLES,
         description="`question_answering`: tokens by which the windows overlap that a context is "
-        "cut into where it is too long for `model.max_length`; 128 when not given.",
+        "cut into where it is too long for `model.max_length`; 128 when not given. `causal_lm`: "
+        "tokens by which windows of `model.max_length` tokens follow each other, in which dev "
+        "documents are measured, so that every token is predicted once with at least "
+        "`model.max_length` less `data.stride` tokens before it; half of `model.max_length` when "
+        "not given. The smaller, the lower are perplexities, and the longer it takes.",
     )
     max_answer_length: Integer | None = Field(
         default=None,
@@ -198,25 +231,12 @@ class TaskDataConfig(Section):
         description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
         "(also when not given); `false` goes on while a better one is likely.",
     )
-    pair_columns: Names | None = Field(
+    documents: Literal["file", "headings", "lines", "paragraphs"] | None = Field(
         default=None,
-        min_length=2,
-        max_length=2,
-        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
-        "each first text is to find its second one among those of all dev rows, or with "
-        "`data.label_column` the cosine is compared with the scores there.",
-    )
-    pooling: Literal["mean", "cls", "max"] | None = Field(
-        default=None,
-        description="`embedding`: what makes one vector of a text's last hidden states: their "
-        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
-        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
-        "these say it.",
-    )
-    normalise: Switch | None = Field(
-        default=None,
-        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
-        "comes with files of sentence-transformers, these say it.",
+        description="`causal_lm`: how documents are told apart in text files (`.txt`, `.text`, "
+        "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
+        "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
+        "`headings` where a file begins with one, else `file`. Of other files each row is one.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

@@ -168,8 +168,8 @@ def eval_batches(
         world_size: number of ranks.
 
     Yields:
-        Batches as in StepBatch, with "index" (B,), positions in `encoded`, and "sample_ids" (B,);
-        and "is_repeat" (B,) bool: another batch has the sample too.
+        Batches as in StepBatch, with "index" (B,): positions in `encoded`; "sample_ids" (B,); and
+        "is_repeat" (B,) bool: another batch has the sample too.
     """
     order = np.argsort(-encoded.lengths, kind="stable")
     is_repeat = np.zeros(len(order), dtype=bool)
@@ -182,8 +182,8 @@ def eval_batches(
         part = slice(start, start + batch_size)
         batch = collate(encoded, mine[part], pad_token_id)
         batch["index"] = torch.from_numpy(mine[part].astype(np.int64))
-        batch["is_repeat"] = torch.from_numpy(repeats[part].copy())
         batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[mine[part]]))
+        batch["is_repeat"] = torch.from_numpy(repeats[part].copy())
         yield batch
 
 

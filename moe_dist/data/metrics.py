@@ -24,7 +24,7 @@ class LabelSpace:
         num_classes: of the task; None for regression.
         positive: id of the class that F1 of two classes is about.
         names: of the classes, in the order of their ids; may be missing.
-        columns: names of the figures that answers consist of; none for logits.
+        columns: names of the figures that an answer consists of, where it is no prediction.
     """
 
     num_classes: int | None

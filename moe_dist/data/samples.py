@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,16 @@ from moe_dist.tasks.kind import LABEL_TYPES, LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+NO_LABEL: dict[LabelKind, int | float | str] = {
+    "class": 0,
+    "number": 0.0,
+    "text": "",
+    "answers": "[]",
+    "none": 0,
+}
+"""What stands in a label column where there is no label."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Sample:
     text_b: str | None
     label: int | float | str
     sample_id: int
+
+    def numbered(self, sample_id: int) -> Sample:
+        """Give the same row under another number."""
+        return replace(self, sample_id=sample_id)
 
     @property
     def text(self) -> str:
@@ -61,6 +75,7 @@ def check_rows(
     holds_ids: bool = False,
     may_be_ids: bool = False,
     drops_incomplete: bool = False,
+    needs_labels: bool = True,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Turn rows into samples.
 
@@ -71,6 +86,7 @@ def check_rows(
         may_be_ids: labels are names, or ids where no name is a number.
         drops_incomplete: leave rows without label or text out; for sources that nobody here can
             mend.
+        needs_labels: without, only the texts count, and a label is taken where it is a text.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -96,7 +112,10 @@ def check_rows(
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = None if task.label == "none" else column_value(row, task.label_column)
+        has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
+        label = None
+        if has_label and task.label != "none":
+            label = column_value(row, task.label_column)
         if drops_incomplete:
             has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
             if task.label != "none" and (is_missing(label) or has_no_class):
@@ -109,7 +128,9 @@ def check_rows(
             if not isinstance(text, str):
                 raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
             encodable(row, column, text)
-        value = read_label[task.label](row, label, *texts)
+        value = NO_LABEL[task.label]
+        if needs_labels or not is_missing(label):
+            value = read_label[task.label](row, label, *texts)
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
@@ -15,6 +18,7 @@ from moe_dist.data.packages import fetch_model_package
 from moe_dist.data.reading import (
     RawSplit,
     missing_files,
+    missing_unlabelled,
     read_files,
     read_hub_splits,
     read_package,
@@ -30,6 +34,7 @@ from moe_dist.data.samples import (
 from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
 from moe_dist.data.tasks import Kind, TaskSpec, known_task
+from moe_dist.data.unlabelled import read_unlabelled
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
@@ -43,6 +48,7 @@ __all__ = [
     "fetch_model_package",
     "load_splits",
     "missing_files",
+    "missing_unlabelled",
     "resolve_model",
 ]
 
@@ -67,6 +73,9 @@ class Splits:
         holdout: training rows that are withheld, for recipes to be chosen on; None without them.
         num_overlapping: training rows that were left out since they share text with these.
         is_held_out: the dev rows are some of the source's training rows.
+        unlabelled: rows of which a student sees the texts alone, beside the training rows; None
+            without them.
+        unlabelled_digest: SHA-256 over them; empty without them.
     """
 
     train: Dataset
@@ -80,6 +89,25 @@ class Splits:
     holdout: Dataset | None = None
     num_overlapping: int = 0
     is_held_out: bool = False
+    unlabelled: Dataset | None = None
+    unlabelled_digest: str = ""
+
+    @cached_property
+    def distilled(self) -> Dataset:
+        """What a student is distilled on: training rows, and those without labels."""
+        if self.unlabelled is None:
+            return self.train
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self.train, self.unlabelled])
+
+    @property
+    def distill_digest(self) -> str:
+        """SHA-256 over what a distillation sees."""
+        if not self.unlabelled_digest:
+            return self.train_digest
+        both = f"{self.train_digest} {self.unlabelled_digest}"
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def parts(self) -> dict[str, Splits]:
@@ -126,6 +154,7 @@ def load_splits(
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
     holdout_samples: int = 0,
+    unlabelled: Sequence[str | Path] | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
@@ -155,6 +184,8 @@ def load_splits(
         max_dev_samples: draw at most so many dev rows.
         holdout_samples: withhold so many whole sentences from the training rows, see `withhold`;
             before they are drawn.
+        unlabelled: files whose rows a student is distilled on beside the training rows; of those
+            that repeat a dev row or one withheld none is used.
         seed: of the draws.
         cache_dir: the cache, or None for `default_cache_dir()`.
         revision: of the hub's data set.
@@ -185,6 +216,9 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
+            texts=Texts(task.options.get("documents"))
+            if "documents" in task.task_kind.option_names
+            else None,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -258,6 +292,18 @@ def load_splits(
         "not drawn": len(train_samples) - len(drawn),
     }
     left_out_dev["not drawn"] = len(dev_samples) - len(drawn_dev)
+    further: list[Sample] = []
+    left_out_further: dict[str, int] = {}
+    if unlabelled:
+        further, left_out_further = read_unlabelled(
+            unlabelled,
+            task,
+            column_names=column_names,
+            first_id=len(raw_train.rows),
+            dev=dev_samples,
+            withheld=withheld,
+            say=notes.append,
+        )
     # Without a hold-out the digest is what it was before there were any.
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]
     return Splits(
@@ -273,13 +319,16 @@ def load_splits(
             drawn,
             drawn_dev,
             withheld,
-            left_out={"train": left_out, "dev": left_out_dev},
+            unlabelled=further,
+            left_out={"train": left_out, "dev": left_out_dev, "unlabelled": left_out_further},
             notes=notes,
         ),
         num_near_copies=num_near_copies,
         holdout=to_dataset(withheld, task) if withheld else None,
         num_overlapping=num_overlapping,
         is_held_out=raw_dev is None,
+        unlabelled=to_dataset(further, task) if further else None,
+        unlabelled_digest=rows_digest(_trained_by(task), further) if further else "",
     )
 
 
@@ -304,10 +353,11 @@ def _task(
         )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
+    own = TASK_KINDS[kind or known.kind]
     task = replace(
         known,
         kind=kind or known.kind,
-        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
         label_column=label_column or known.label_column,
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
@@ -316,6 +366,12 @@ def _task(
         raise DataError(
             f"data.label_names names classes, and data.kind={task.kind} has none",
             remedy="drop it, or set data.kind",
+        )
+    if own.needs_all_rows and len(task.text_columns) > 1:
+        raise DataError(
+            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
+            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
+            remedy="name one of them, or write both as one text before",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(

@@ -39,6 +39,23 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """What running text was cut into.
+
+    Attributes:
+        num_pieces: blocks, or windows.
+        max_length: tokens of the longest that there may be.
+        num_tokens: of all of them.
+        num_targets: tokens that are to be predicted.
+    """
+
+    num_pieces: int
+    max_length: int
+    num_tokens: int
+    num_targets: int
+
+
+@dataclass(frozen=True)
 class Windows:
     """What rows become that are longer than the model reads and are cut into several samples.
 
@@ -65,6 +82,7 @@ class SplitSummary:
         num_answerable: questions that have an answer; None where rows are no questions.
         windows: None where nothing was tokenised yet, or no row makes several samples.
         target_cut: the same of what is to be written; None too where nothing is.
+        pieces: what running text was cut into; None of other texts, and where cut is None.
     """
 
     num_samples: int
@@ -76,6 +94,7 @@ class SplitSummary:
     num_answerable: int | None = None
     windows: Windows | None = None
     target_cut: Cut | None = None
+    pieces: Pieces | None = None
 
     @classmethod
     def of(
@@ -112,6 +131,7 @@ class DataSummary:
         dev: the dev rows.
         num_copies: dev rows whose texts are those of a training row, but for case and punctuation.
         holdout: the rows that are withheld to choose recipes on.
+        unlabelled: the rows without labels, to distil on.
         notes: what was guessed.
         warnings: what may be wrong.
     """
@@ -121,6 +141,7 @@ class DataSummary:
     dev: SplitSummary
     num_copies: int | None = None
     holdout: SplitSummary | None = None
+    unlabelled: SplitSummary | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -166,6 +187,21 @@ class DataSummary:
         )
         return replace(found, warnings=(*self.warnings, warning))
 
+    def with_pieces(self, train: Pieces, dev: Pieces) -> DataSummary:
+        """Add what running text was cut into."""
+        return replace(
+            self, train=replace(self.train, pieces=train), dev=replace(self.dev, pieces=dev)
+        )
+
+    def with_unlabelled_cut(self, num_cut: int) -> DataSummary:
+        """Warn of rows without labels that are cut."""
+        if not num_cut or self.unlabelled is None:
+            return self
+        warning = (
+            f"model.max_length cuts {num_cut} of {self.unlabelled.num_samples} rows without labels"
+        )
+        return replace(self, warnings=(*self.warnings, warning))
+
     def with_near_copies(self, number: int) -> DataSummary:
         """Warn of dev rows that nearly repeat a training row, beside the exact copies."""
         if not number:
@@ -185,11 +221,13 @@ class DataSummary:
     def figures(self) -> str:
         """All but the source in one line."""
         parts = [f"{_size(self.train, 'to train')}, {_size(self.dev, 'for dev')}"]
+        if self.unlabelled is not None:
+            parts.append(_size(self.unlabelled, "without labels to distil on"))
         if self.holdout is not None:
             parts.append(f"{self.holdout.num_samples} withheld to choose on")
         labels = _labels(self.train) or _labels(self.dev)
-        if labels:
-            parts.append(labels)
+        if self.train.target_cut is None:
+            parts.append(labels or "no labels")
         if self.dev.num_answerable is not None:
             parts[-1] += f" ({self.dev.num_answerable / self.dev.num_samples:.1%} of dev)"
         if self.num_copies is not None:
@@ -198,6 +236,13 @@ class DataSummary:
         if cuts:
             num_cut = sum(cut.num_cut for cut in cuts)
             parts.append(f"{num_cut or 'no'} rows cut at {cuts[0].max_length} tokens")
+        for split, purpose in ((self.train, "blocks to train on"), (self.dev, "windows for dev")):
+            if split.pieces is not None:
+                own = split.pieces
+                parts.append(
+                    f"{own.num_pieces:,} {purpose} of at most {own.max_length} tokens, with "
+                    f"{own.num_targets:,} to predict"
+                )
         parts += [
             f"{split.windows.num_divided} {name} rows cut into several windows, "
             f"{split.windows.num_samples} in all"
@@ -212,7 +257,12 @@ class DataSummary:
 
     def as_record(self) -> dict[str, Any]:
         """Plain values for the report, without texts of rows and places of this machine."""
-        splits = {"train": self.train, "dev": self.dev, "holdout": self.holdout}
+        splits = {
+            "train": self.train,
+            "dev": self.dev,
+            "holdout": self.holdout,
+            "unlabelled": self.unlabelled,
+        }
         record = {name: asdict(split) for name, split in splits.items() if split is not None}
         return {"figures": self.figures, **record, "num_copies": self.num_copies}
 
@@ -224,6 +274,7 @@ def summarise(
     dev: Sequence[Sample],
     holdout: Sequence[Sample],
     *,
+    unlabelled: Sequence[Sample] = (),
     left_out: Mapping[str, Mapping[str, int]],
     notes: Sequence[str],
 ) -> DataSummary:
@@ -235,7 +286,8 @@ def summarise(
         train: training samples.
         dev: dev samples.
         holdout: samples to choose on; empty without them.
-        left_out: of `train` and `dev`, rows that are not used, by the reason.
+        unlabelled: samples without labels; empty without them.
+        left_out: of `train`, `dev` and `unlabelled`, rows that are not used, by the reason.
         notes: what reading them said.
 
     Returns:
@@ -256,7 +308,8 @@ def summarise(
         low, _, high = of_train.value_range
         if np.float32(low) == np.float32(high):
             warnings.append(f"all training labels are {low:g}: there is nothing to learn")
-    for words, split in (("training", of_train), ("dev", of_dev)):
+    further = _texts_alone(unlabelled, left_out.get("unlabelled", {}))
+    for words, split in (("training", of_train), ("dev", of_dev), ("unlabelled", further)):
         if split.num_empty:
             warnings.append(f"{split.num_empty} {words} rows have no text")
     if of_train.num_answerable == len(train) and of_dev.num_answerable != len(dev):
@@ -276,8 +329,17 @@ def summarise(
         dev=of_dev,
         num_copies=len(copies),
         holdout=SplitSummary.of(holdout, task, {}) if holdout else None,
+        unlabelled=further if unlabelled else None,
         notes=tuple(notes),
         warnings=tuple(warnings),
+    )
+
+
+def _texts_alone(samples: Sequence[Sample], left_out: Mapping[str, int]) -> SplitSummary:
+    return SplitSummary(
+        num_samples=len(samples),
+        left_out={reason: number for reason, number in left_out.items() if number},
+        num_empty=sum(not sample.text.strip() for sample in samples),
     )
 
 
@@ -294,6 +356,12 @@ def measure_cut(encoded: Encoded, max_length: int) -> Cut | None:
     if full_lengths is None:
         return None
     return _cut(full_lengths, encoded.lengths, encoded.sample_ids, max_length)
+
+
+def measure_pieces(encoded: Encoded, max_length: int) -> Pieces:
+    """Say what running text was cut into."""
+    num_targets = encoded.count_targets(np.arange(len(encoded)))
+    return Pieces(len(encoded), max_length, encoded.num_tokens, num_targets)
 
 
 def measure_target_cut(encoded: Encoded, max_length: int) -> Cut:

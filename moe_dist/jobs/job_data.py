@@ -84,6 +84,13 @@ class JobData:
         assert self.splits.holdout is not None, "who asks for it has seen that there is one"
         return self._encode(self.splits.holdout, "holdout")
 
+    @cached_property
+    def distilled(self) -> Encoded:
+        """What a student is distilled on: the training split, and rows without labels."""
+        if self.splits.unlabelled is None:
+            return self.train
+        return self._encode(self.splits.distilled, "distilled")
+
     def part(self, name: Split) -> Encoded:
         """Give a split by its name."""
         encoded: Encoded = getattr(self, name)
@@ -99,10 +106,10 @@ class JobData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
-        """Cut the training split into this rank's steps."""
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> TrainBatches:
+        """Cut the training split, or what is distilled on, into this rank's steps."""
         return TrainBatches(
-            self.train,
+            self.part(split),
             batch_size=section.batch_size,
             world_size=num_ranks(),
             rank=own_rank(),
@@ -176,7 +183,7 @@ class JobData:
             max_length=self.max_length,
             kind=self.splits.task.task_kind,
             options=self.splits.task.options,
-            is_training=split == "train",
+            is_training=split in ("train", "distilled"),
             cache_dir=Path(self.cache_dir) if self.cache_dir else None,
             digest=f"{self.splits.digest}-{split}",
         )
@@ -204,9 +211,11 @@ class MixtureData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> MixtureBatches:
         """Cut the training splits into this rank's steps, each of one task."""
-        parts = {name: part.batches(section, seed=seed) for name, part in self.parts.items()}
+        parts = {
+            name: part.batches(section, seed=seed, split=split) for name, part in self.parts.items()
+        }
         return MixtureBatches(parts, self.shares, seed=seed)
 
 

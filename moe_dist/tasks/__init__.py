@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_dist.errors import ConversionError
+from moe_dist.tasks.causal_lm import CausalLM
 from moe_dist.tasks.classification import Classification
 from moe_dist.tasks.embedding import Embedding
 from moe_dist.tasks.kind import Answered, Figures, TaskKind, TokenRows
@@ -28,7 +29,14 @@ __all__ = [
 
 TASK_KINDS: dict[str, TaskKind] = {
     kind.name: kind
-    for kind in (Classification(), Regression(), Embedding(), QuestionAnswering(), Seq2Seq())
+    for kind in (
+        Classification(),
+        Regression(),
+        Embedding(),
+        CausalLM(),
+        QuestionAnswering(),
+        Seq2Seq(),
+    )
 }
 
 

@@ -145,10 +145,12 @@ class TaskKind(ABC):
         is_one_a_row: each row of a data set makes one training sample.
         reads_pairs: the two texts of a row are read together.
         joins_tasks: several of its tasks may share one model.
-        writes: a decoder writes its answers, token by token; targets are what it is to write.
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
             `numbers`, or `named numbers`.
+        takes_encoders: models that see later tokens can answer it.
+        needs_all_rows: samples are made of several rows, so that `tokens` is given all at once.
+        writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
     name: ClassVar[str]
@@ -169,9 +171,11 @@ class TaskKind(ABC):
     is_one_a_row: ClassVar[bool] = True
     reads_pairs: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
-    writes: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    takes_encoders: ClassVar[bool] = True
+    needs_all_rows: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
 
     @property
     def has_classes(self) -> bool:
@@ -199,17 +203,6 @@ class TaskKind(ABC):
         """What a transformers configuration says of such a model."""
         return {}
 
-    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
-        """See that a start model has what the task needs, or raise a ConversionError.
-
-        Weights are not read. Gives what is worth saying, a line each.
-        """
-        return []
-
-    def target_limit(self, options: Mapping[str, Any]) -> int | None:
-        """Tokens after which targets are cut; None where nothing is written."""
-        return None
-
     def model_arguments(self, parameters: Sequence[str]) -> dict[str, Any]:
         """What the model's class is given beside a configuration, of the `parameters` it takes."""
         return {}
@@ -220,6 +213,17 @@ class TaskKind(ABC):
         `has_labels`: a label column or a metric that reads labels was asked for. What options
         lack is a DataError.
         """
+        return None
+
+    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+        """See that a start model has what the task needs, or raise a ConversionError.
+
+        Weights are not read. Gives what is worth saying, a line each.
+        """
+        return []
+
+    def target_limit(self, options: Mapping[str, Any]) -> int | None:
+        """Tokens after which targets are cut; None where nothing is written."""
         return None
 
     def tokens(
@@ -259,16 +263,19 @@ class TaskKind(ABC):
         """What a forward call takes of a batch; `model` may be wrapped by an engine's module."""
         return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
-    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the losses compare, (B, ...), from a forward's output: its logits."""
-        logits: Tensor = output.logits
-        return logits
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model on a batch; `options` are what its forward takes beside."""
+        return model(**self.inputs(model, batch), **options)
+
+    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Any:
+        """What the losses compare, from a forward's output: its logits, (B, ...)."""
+        return output.logits
 
     @abstractmethod
-    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own loss of each sample, a sum over its targets; (B,) float32."""
 
-    def scored_losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def scored_losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """What neurons are scored on, (B,): `losses`, the mean over a sample's targets."""
         losses_B = self.losses(predictions, batch)
         counts_B = batch.get("num_targets")
@@ -276,8 +283,8 @@ class TaskKind(ABC):
 
     def prediction_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -287,8 +294,8 @@ class TaskKind(ABC):
     @abstractmethod
     def prediction_errors(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -297,14 +304,14 @@ class TaskKind(ABC):
     @abstractmethod
     def soft_target_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
         """Distance from the teacher's softened predictions, summed over `count_kind`."""
 
-    def bounded(self, predictions: Tensor) -> Tensor | None:
+    def bounded(self, predictions: Any) -> Tensor | None:
         """The prediction in a fixed range, as a discriminator sees it; (B, C) float32.
 
         None where there is no such thing, so that nobody plays against the student.
@@ -315,7 +322,8 @@ class TaskKind(ABC):
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> Tensor:
         """What a model in eval mode says about a batch, equally many numbers a sample: (B, C)."""
-        return self.predictions(model, model(**self.inputs(model, batch)), batch).float()
+        answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
+        return answers
 
     def needs_calibration(self, labels: Sequence[Any]) -> bool:
         """Whether there is anything to choose on training rows with such labels."""

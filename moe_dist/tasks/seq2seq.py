@@ -39,7 +39,7 @@ from moe_dist.tasks.text_scores import (
 )
 from moe_dist.tasks.tokens import tokenise
 
-_NO_SETTINGS = ("transformers_version", "output_attentions", "output_hidden_states")
+_NO_SETTINGS = ("transformers_version", "use_cache", "output_attentions", "output_hidden_states")
 UNFINISHED = "unfinished"
 """Column: 1 where an output was cut at `max_target_length`, since it had no end."""
 
@@ -82,6 +82,7 @@ class Seq2Seq(TaskKind):
     option_names = OPTION_NAMES
     measuring_options = OPTION_NAMES[2:]
     writes = True
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
 
     def owns(self, architecture: str, config: Any) -> bool:
         """Every encoder-decoder with a head over its vocabulary."""
@@ -234,6 +235,26 @@ class Seq2Seq(TaskKind):
         values = np.concatenate(parts, axis=1).astype(np.float32)
         return Figures(values, answered.labels, answered.sample_ids, texts=texts)
 
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The text that a search writes for each source; see `TaskKind.serve`."""
+        pair = columns[1] if len(columns) > 1 else None
+        sources = join_sources(columns[0], pair, _options(options).source_prefix)
+        tokens = tokenise(tokenizer, sources, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            ids_NL = self.answer(model, encoded, options).long().cpu().numpy()
+        return [{"text": text} for text in read_texts(tokenizer, ids_NL)]
+
     def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
         """Say how many outputs were cut."""
         num_cut = int(values[:, self.columns.index(UNFINISHED)].sum())
@@ -292,7 +313,10 @@ def unread_settings(model: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in own.items()
-        if not name.endswith("_token_id") and name not in _NO_SETTINGS and value is not None
+        if not name.startswith("_")
+        and not name.endswith("_token_id")
+        and name not in _NO_SETTINGS
+        and value is not None
     }
 
 

@@ -37,7 +37,9 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_figures(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> Figures:
-    """Score answers to questions as SQuAD 2.0's script does, whose scores of 1.1 are the same.
+    """Score answers to questions as SQuAD 2.0's script does.
+
+    That of 1.1 differs only where nothing but punctuation and articles stands in an answer.
 
     Args:
         answers: one for each question, "" for "no answer".
@@ -100,7 +102,11 @@ def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -
     """Score texts by ROUGE's F-measures, with the stemmer, as papers do.
 
     Only the letters a to z and digits count, as in the original: texts in other scripts score 0.
-    ROUGE-Lsum takes lines for sentences. Of several references the best one counts.
+    ROUGE-Lsum takes lines for sentences.
+
+    Args:
+        answers: N texts.
+        references: those of each; of several the best one counts, measure by measure.
 
     Returns:
         ROUGE_COLUMNS in [0, 1], (N, 4).
@@ -116,11 +122,14 @@ def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def chrf_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
-    """Count what chrF of any selection of texts is computed from; of references the nearest.
+    """Count what chrF of any selection of texts is computed from, by sacrebleu's defaults.
+
+    Args:
+        answers: N texts.
+        references: those of each; of several the one with the best chrF is counted.
 
     Returns:
-        CHRF_COLUMNS, (N, 18): with sacrebleu's defaults (chrF2, white space and case kept as it
-        does).
+        CHRF_COLUMNS, (N, 18).
     """
     from sacrebleu.metrics import CHRF
 

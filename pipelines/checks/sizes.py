@@ -292,25 +292,31 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
     for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
         counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.unlabelled is not None:
+            counts += f", {len(splits.unlabelled)} without labels to distil on"
         if splits.holdout is not None:
             counts += f", {len(splits.holdout)} to choose recipes on"
         if name:
             counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
         sizes.facts.append((f"samples, {name}" if name else "samples", counts))
-    for name, train in (("teacher", config.teacher_train), ("student", config.train)):
-        steps = workspace.num_steps(train)
-        sizes.facts.append((f"steps, {name}", str(steps)))
+    steps = workspace.num_steps(config.teacher_train)
+    sizes.facts.append(("steps, teacher", str(steps)))
+    steps = workspace.num_steps(config.train, "distilled")
+    sizes.facts.append(("steps, student", str(steps)))
     return rows.num_labels
 
 
 def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
     """Name the rows that a dry run does not read, and why."""
-    from moe_dist.data.sources import missing_files
+    from moe_dist.data.sources import missing_files, missing_unlabelled
 
     for path, data in data_sets.items():
         if data.source == "hub":
             yield f"{data.name!r}, which is not downloaded for a dry run"
         missing = missing_files(data.train, data.dev, path) if data.source == "files" else []
+        further = missing_unlabelled(data.unlabelled, path)
+        if further and not missing:
+            yield f"{' and '.join(further)}, which is not there"
         if missing:
             # A recipe can be checked before its data are at hand; to run it without is an error.
             yield (

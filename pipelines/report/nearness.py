@@ -12,6 +12,8 @@ import numpy as np
 from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
+from ..console import signed
+
 if TYPE_CHECKING:
     from moe_dist.jobs.job_data import AnyJobData
     from moe_dist.measure.bootstrap import Interval
@@ -215,7 +217,5 @@ def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 
 def _told(measure: str, entry: Mapping[str, float], of_what: str = "") -> str:
-    return (
-        f"{measure.replace('_', ' ')}{of_what} {entry['difference']:+.4f}, 95 % interval "
-        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
-    )
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
+    return f"{measure.replace('_', ' ')}{of_what} {difference}, 95 % interval {low} to {high}"

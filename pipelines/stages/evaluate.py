@@ -97,6 +97,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "metric_titles": workspace.rows.metric_titles,
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
+                "unit": common_unit(answers),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -181,12 +182,14 @@ class TaskAnswers:
     Attributes:
         metrics: names, the main one first.
         space: the task's classes.
+        unit: what each of the N is.
         labels: (N,); the same for every model.
         logits: (N, C) by model name, or other figures of each unit.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
+    unit: str
     labels: Any = ()
     logits: dict[str, Any] = field(default_factory=dict)
 
@@ -244,7 +247,11 @@ def predict_all(
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
-        name: TaskAnswers(part.splits.task.metrics, part.splits.task.label_space)
+        name: TaskAnswers(
+            part.splits.task.metrics,
+            part.splits.task.label_space,
+            unit=part.splits.task.task_kind.unit,
+        )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
@@ -434,6 +441,12 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
     return found
 
 
+def common_unit(answers: Answers) -> str:
+    """Say what an interval resamples, in a word for all tasks."""
+    units = {task.unit for task in answers.tasks.values()}
+    return units.pop() if len(units) == 1 else "sample"
+
+
 def describe_classes(answers: Answers) -> dict[str, Any]:
     """Say what the one task's answers consist of, so that they can be measured again.
 
@@ -451,8 +464,8 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples` and `differences` of each;
-    nothing for a run of one task.
+    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples`, `unit` and `differences` of
+    each; nothing for a run of one task.
     """
     from moe_dist.data.metrics import METRICS, metric_title
 
@@ -466,6 +479,7 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
                 **describe_classes(replace(answers, tasks={"": task})),
                 "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
+                "unit": task.unit,
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed
                 ),

@@ -368,3 +368,28 @@ def test_a_positive_label_that_means_nothing_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, rows, **changes)
     assert remedy in str(caught.value.remedy)
+
+
+def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
+        load(tmp_path, metrics=["accuracy", "perplexity"])
+
+
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_a_sentence_model_of_the_hub_comes_with_its_pooling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_modules: bool
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "model.safetensors").touch()
+    if has_modules:
+        (tmp_path / "modules.json").touch()
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("some/encoder") == str(tmp_path)
+    assert asked[1:] == [["*_Pooling/config.json"]] * has_modules
