@@ -25,12 +25,15 @@ METRICS_OF_KINDS: dict[Kind, tuple[Metric, ...]] = {
 }
 """What a recipe may measure each kind by."""
 KEYS_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "stride": ("question_answering", "causal_lm"),
+    "max_answer_length": ("question_answering",),
     "source_prefix": ("seq2seq",),
     "max_target_length": ("seq2seq",),
     "num_beams": ("seq2seq",),
     "length_penalty": ("seq2seq",),
     "no_repeat_ngram_size": ("seq2seq",),
     "early_stopping": ("seq2seq",),
+    "documents": ("causal_lm",),
 }
 """Keys that only some kinds of tasks read; given elsewhere they would be ignored in silence."""
 # Keys that only some sources read; given elsewhere they would be ignored in silence.

@@ -177,6 +177,23 @@ class TaskDataConfig(Section):
         description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
         "comes with files of sentence-transformers, these say it.",
     )
+    stride: Integer | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SAMPLES,
+        description="`question_answering`: tokens by which the windows overlap that a context is "
+        "cut into where it is too long for `model.max_length`; 128 when not given. `causal_lm`: "
+        "tokens by which windows of `model.max_length` tokens follow each other, in which dev "
+        "documents are measured, so that every token is predicted once with at least "
+        "`model.max_length` less `data.stride` tokens before it; half of `model.max_length` when "
+        "not given. The smaller, the lower are perplexities, and the longer it takes.",
+    )
+    max_answer_length: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="`question_answering`: tokens of the longest answer that is given; 30 when "
+        "not given.",
+    )
     source_prefix: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
         default=None,
         min_length=1,
@@ -213,6 +230,13 @@ class TaskDataConfig(Section):
         default=None,
         description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
         "(also when not given); `false` goes on while a better one is likely.",
+    )
+    documents: Literal["file", "headings", "lines", "paragraphs"] | None = Field(
+        default=None,
+        description="`causal_lm`: how documents are told apart in text files (`.txt`, `.text`, "
+        "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
+        "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
+        "`headings` where a file begins with one, else `file`. Of other files each row is one.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

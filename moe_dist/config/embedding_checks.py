@@ -68,6 +68,13 @@ def _vectors_fit_the_rest(config: RunConfig) -> Iterator[str]:
                 f"{path}.metrics={list(data.metrics or ())} finds passages: the second text of a "
                 "pair with a low score answers nothing; keep one of them."
             )
+    width = config.student.hidden_size
+    if config.data.kind == KIND and width is not None:
+        yield (
+            f"student.hidden_size={width} changes the width of vectors, and data.kind={KIND} "
+            "compares them with the teacher's; remove it (student.num_layers and "
+            "student.intermediate_size may be smaller)."
+        )
     weight = config.distill.adversarial_weight
     if config.data.kind == KIND and weight > 0:
         yield (
@@ -91,6 +98,7 @@ EMBEDDING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "data.label_column",
             "data.metrics",
             "distill.adversarial_weight",
+            "student.hidden_size",
         ),
     ),
 )

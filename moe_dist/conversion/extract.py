@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import FamilySpec, FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.heads import (
     KEY,
@@ -149,6 +150,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]):  # the start values are all overwritten
         dense: nn.Module = kind(config)
+    leave_out(dense, absent_modules(model, dense))
     return dense.to(device=first.device, dtype=first.dtype).eval()
 
 

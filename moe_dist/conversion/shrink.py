@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import family_of, find_slots
 from moe_dist.conversion.heads import install_heads
 from moe_dist.errors import ConversionError, MissingInputError
@@ -227,6 +228,7 @@ def shrink_model(model: Any, plan: ShrinkPlan, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device(first.device):
         torch.manual_seed(seed)
         student = type(model)(config)
+    leave_out(student, absent_modules(model, student))
     install_heads(student)
     student.to(dtype=first.dtype)
     if plan.init != "random":

@@ -180,7 +180,9 @@ def encode(
 
     final = build_once(
         root / "encoded" / key.hexdigest()[:32],
-        lambda folder: _write(folder, _tokenise(dataset, make)),
+        lambda folder: _write(
+            folder, _tokenise(dataset, make, len(dataset) if kind.needs_all_rows else _CHUNK_ROWS)
+        ),
         is_good=_is_whole,
     )
     arrays: dict[str, Any] = {
@@ -208,7 +210,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tokenise(
-    dataset: Dataset, make: Callable[[Mapping[str, Sequence[Any]]], TokenRows]
+    dataset: Dataset, make: Callable[[Mapping[str, Sequence[Any]]], TokenRows], num_rows: int
 ) -> dict[str, NDArray[Any]]:
     parts: dict[str, list[NDArray[Any]]] = {}
     label_type = dataset.features["label"].dtype
@@ -222,7 +224,7 @@ def _tokenise(
             flat = [np.asarray(value, dtype) for value in values]
             add(name, np.concatenate(flat) if flat else (), dtype)
 
-    for rows in dataset.iter(_CHUNK_ROWS):
+    for rows in dataset.iter(num_rows):
         made = make(rows)
         is_float = label_type.startswith("float")
         add("lengths", list(map(len, made.input_ids)), np.int64)

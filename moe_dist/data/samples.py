@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_dist.data.answers import answers_label, refuse_repeated_ids
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
@@ -97,12 +98,16 @@ def check_rows(
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
-    read_label: dict[LabelKind, Callable[[SourceRow, Any], int | float | str]] = {
-        "class": lambda row, label: class_id(row, label, ids, may_be_ids),
-        "number": regression_value,
-        "text": lambda row, label: label_text(row, task.label_column, label),
-        "none": lambda row, label: 0,
+    column = task.label_column
+    read_label: dict[LabelKind, Callable[..., int | float | str]] = {
+        "class": lambda row, label, *texts: class_id(row, label, ids, may_be_ids),
+        "number": lambda row, label, *texts: regression_value(row, label),
+        "text": lambda row, label, *texts: label_text(row, column, label),
+        "answers": lambda row, label, *texts: answers_label(row, column, label, *texts),
+        "none": lambda row, label, *texts: 0,
     }
+    if kind.label == "answers":
+        refuse_repeated_ids(rows)
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
@@ -128,7 +133,7 @@ def check_rows(
             encodable(row, column, text)
         value = NO_LABEL[task.label]
         if needs_labels or not is_missing(label):
-            value = read_label[task.label](row, label)
+            value = read_label[task.label](row, label, *texts)
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 

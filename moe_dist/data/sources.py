@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
@@ -31,7 +32,7 @@ from moe_dist.data.samples import (
     several_texts,
     to_dataset,
 )
-from moe_dist.data.splits import hold_out
+from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
 from moe_dist.data.tasks import Kind, TaskSpec, known_task
 from moe_dist.data.unlabelled import read_unlabelled
@@ -216,6 +217,9 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
+            texts=Texts(task.options.get("documents"))
+            if "documents" in task.task_kind.option_names
+            else None,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -266,7 +270,15 @@ def load_splits(
         dev_samples, left_out_dev = checked(raw_dev, task.on_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
-        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        by_context = task.task_kind.holds_out_contexts
+        train_rows, dev_rows = (
+            hold_out_contexts([s.text_b or "" for s in train_samples], dev_size, seed=seed)
+            if by_context
+            else hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        )
+        if by_context:
+            num_contexts = len({train_samples[row].text_b for row in dev_rows})
+            notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
         if task.dev_rows is not None:
@@ -280,7 +292,7 @@ def load_splits(
                 remedy="choose another split with data.train or data.dev",
             )
     num_before = len(train_samples)
-    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed, task)
     num_overlapping = num_before - len(train_samples) - len(withheld)
     drawn = draw(train_samples, max_train_samples, seed)
     drawn_dev = draw(dev_samples, max_dev_samples, seed)
@@ -342,13 +354,20 @@ def _task(
     known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
+        own = TASK_KINDS[kind or known.kind]
+        known = replace(
+            known,
+            metrics=own.default_metrics,
+            text_columns=own.text_columns,
+            label_column=own.label_column,
+        )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
+    own = TASK_KINDS[kind or known.kind]
     task = replace(
         known,
         kind=kind or known.kind,
-        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
         label_column=label_column or known.label_column,
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
@@ -357,6 +376,12 @@ def _task(
         raise DataError(
             f"data.label_names names classes, and data.kind={task.kind} has none",
             remedy="drop it, or set data.kind",
+        )
+    if own.needs_all_rows and len(task.text_columns) > 1:
+        raise DataError(
+            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
+            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
+            remedy="name one of them, or write both as one text before",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(
@@ -454,9 +479,13 @@ def _trained_by(task: TaskSpec) -> list[Any]:
 
 
 def _withhold(
-    samples: list[Sample], num_samples: int, seed: int
+    samples: list[Sample], num_samples: int, seed: int, task: TaskSpec
 ) -> tuple[list[Sample], list[Sample]]:
     if not num_samples:
         return samples, []
-    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    if task.task_kind.holds_out_contexts:
+        contexts = [s.text_b or "" for s in samples]
+        kept, held = hold_out_contexts(contexts, num_samples, seed=seed, key="holdout_samples")
+    else:
+        kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
     return [samples[row] for row in kept], [samples[row] for row in held]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from moe_dist.conversion.heads import KEY as TASK_HEADS
 from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
+from moe_dist.inference.sentence_directory import MODULES, read_sentence_pooling
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.inference.skeleton import (
     UNTRUSTED,
@@ -26,6 +27,7 @@ from moe_dist.inference.start_weights import compare_weights, read_shapes, refus
 from moe_dist.tasks import TaskKind, head_kind
 
 _NEW_HEAD_STD = 0.02
+_VECTOR_KEYS = ("pooling", "normalise")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _load(
     if names is not None and len(names) != num_labels:
         raise ConversionError(f"{num_labels} labels but {len(names)} label names")
     with clear_errors(source), quiet_transformers():
+        asked, said = _with_pooling(source, asked)
         config, entries = _configure(source, asked, revision)
         torch.manual_seed(seed)
         model, info = _build(source, asked.kind, config, revision, shapes)
@@ -136,7 +139,7 @@ def _load(
     )
     if shapes is None:
         refuse_not_finite(model, source)
-    notes = taken.lines()
+    notes = [*said, *taken.lines()]
     warnings: list[str] = []
     in_place = HeadUse(tuple(range(num_labels)))
     use = HeadUse(None) if taken.other_head and num_labels else in_place
@@ -153,6 +156,39 @@ def _load(
     notes += asked.kind.check_model(model, tokenizer, asked.options)
     is_whole = use.rows is not None and not (taken.new or taken.replaced)
     return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings), is_whole)
+
+
+def _with_pooling(source: str, asked: _Asked) -> tuple[_Asked, list[str]]:
+    """Let a start model say how it makes vectors, where its task is about them; in a line too.
+
+    A recipe that says something else is a ConversionError.
+    """
+    if "pooling" not in asked.kind.option_names:
+        return asked, []
+    found, assumed = read_sentence_pooling(source)
+    options = dict(asked.options)
+    for key in _VECTOR_KEYS:
+        own, given = getattr(found, key), options.get(key)
+        if not assumed and given not in (None, own):
+            raise ConversionError(
+                f"data.{key}={_plain(given)} contradicts the sentence-transformers files of "
+                f"{source!r}, which say {_plain(own)}",
+                remedy=f"remove data.{key}; or remove {MODULES} beside the model, to start from "
+                "its transformer alone",
+            )
+        options[key] = own if given is None else given
+    options["max_seq_length"] = found.max_seq_length
+    length = "of length 1" if options["normalise"] else "as long as they are"
+    vectors = f"vectors are the {options['pooling']} of a text's last hidden states, {length}"
+    origin = "as its sentence-transformers files say"
+    if assumed:
+        keys = [f"data.{key}" for key in _VECTOR_KEYS if asked.options.get(key) is not None]
+        origin = f"by {' and '.join(keys)}" if keys else "since nothing says how they are made"
+    return replace(asked, options=options), [f"{vectors}, {origin}"]
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower()
 
 
 def _configure(source: str, asked: _Asked, revision: str | None) -> tuple[Any, dict[str, Any]]:

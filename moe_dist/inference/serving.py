@@ -15,8 +15,6 @@ import torch
 from moe_dist.conversion.heads import answered_kind, chosen_head
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.tasks.seq2seq import read_texts
-from moe_dist.tasks.tokens import tokenise
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -30,6 +28,7 @@ class TextModel:
         tokenizer: the one it was trained with.
         max_length: tokens after which a text is cut.
         options: of the task.
+        calibration: what its answers are read with, see `TaskKind.calibrate`.
     """
 
     def __init__(
@@ -39,11 +38,13 @@ class TextModel:
         *,
         max_length: int,
         options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._options = options
+        self._calibration = calibration
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Answer for each text, or pair of texts.
@@ -55,14 +56,17 @@ class TextModel:
 
         Returns:
             A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
-            to 1; of a regression the `value`, of an embedding the `vector`; or the `text` that
-            it writes.
+            to 1; of a regression the `value`, of an embedding the `vector`, of a question the
+            `answer` (empty for none) and its `score`; or the `text` that it writes.
 
         Raises:
             DataError: if these are no texts.
         """
         import pandas
 
+        names = list(answered_kind(self._model).text_columns)
+        if names and set(names) <= set(getattr(model_input, "columns", ())):
+            model_input = model_input[names]
         columns = text_columns(model_input)
         if len(columns) > 1 and not answered_kind(self._model).reads_pairs:
             raise DataError(
@@ -77,16 +81,15 @@ class TextModel:
         return pandas.DataFrame(rows, columns=None if rows else names)
 
     def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        kind = answered_kind(self._model)
-        read = kind.read_columns(columns, self._options)
-        tokens = tokenise(self._tokenizer, *read, max_length=self._max_length)
-        encoded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._model.device)
-        with torch.no_grad():
-            answers_BC = kind.answer(self._model, encoded, self._options).float().cpu()
-        if kind.writes:
-            texts = read_texts(self._tokenizer, answers_BC.long().numpy())
-            return [{"text": text} for text in texts]
-        return kind.served(answers_BC, self._labels())
+        return answered_kind(self._model).serve(
+            self._model,
+            self._tokenizer,
+            columns,
+            max_length=self._max_length,
+            label_names=self._labels(),
+            options=self._options,
+            calibration=self._calibration,
+        )
 
     def _labels(self) -> list[str]:
         """The classes in the order of their ids; none where there are none."""
@@ -121,7 +124,7 @@ def text_columns(model_input: Any) -> list[list[str]]:
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
     """Load a model directory for MLflow.
 
-    Settings are `max_length` (tokens), `task`, and the task's `options`.
+    Settings are `max_length` (tokens), `task`, `options` and `calibration`, as in `TextModel`.
     """
     settings = model_config or {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,4 +133,5 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Te
         load_tokenizer(Path(path)),
         max_length=int(settings.get("max_length", MAX_LENGTH)),
         options=settings.get("options") or {},
+        calibration=settings.get("calibration"),
     )

@@ -41,12 +41,15 @@ class Measured:
         split: what it was measured on.
         tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
         figures: of each task's units, by its name ("" where there is one task).
+        calibrations: what each task's answers were read with, by its name; none where nothing is
+            chosen.
     """
 
     metrics: dict[str, float]
     split: Split
     tokens_per_expert: dict[str, Tensor]
     figures: dict[str, Figures] = field(default_factory=dict)
+    calibrations: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class JobData:
             return None
         rows = self.splits.train.shuffle(seed=seed)
         rows = rows.select(range(min(len(rows), kind.calibration_samples)))
+        if not kind.needs_calibration(rows["label"]):
+            return None
         encoded = self._encode(rows, "calibration")
         return kind.calibrate(self._answered(predict(encoded).answers, encoded, rows, None))
 
@@ -252,6 +257,7 @@ def shared_options(rows: Rows) -> Mapping[str, Any]:
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
     """Measure a model on a split, task by task."""
     figures: dict[str, Figures] = {}
+    calibrations: dict[str, float] = {}
     loads: dict[str, Tensor] = {}
     parts = data.parts
     for number, (name, part) in enumerate(parts.items()):
@@ -259,11 +265,13 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
         with use_task(number if name else None):
             found = answer(part.part(split))
             calibration = part.calibrate(answer)
+        if calibration is not None:
+            calibrations[name] = calibration
         figures[name] = part.figures(found.answers, split, calibration)
         for layer, count_E in found.tokens_per_expert.items():
             loads[layer] = loads[layer] + count_E if layer in loads else count_E
     metrics = {name: parts[name].metrics(one) for name, one in figures.items()}
-    return Measured(joined_metrics(metrics), split, loads, figures)
+    return Measured(joined_metrics(metrics), split, loads, figures, calibrations)
 
 
 def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:

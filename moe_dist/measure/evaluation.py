@@ -78,7 +78,7 @@ def predict(
                     answers_BC = kind.answer(model, batch, options).float()
                 if kind.writes:
                     with record_routing() as record:
-                        model(**kind.inputs(model, batch))
+                        kind.run(model, batch)
                 if sums_NC is None:
                     sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)
                 answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)

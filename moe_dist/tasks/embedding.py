@@ -31,9 +31,10 @@ from moe_dist.tasks.kind import (
 from moe_dist.tasks.retrieval import ranks
 from moe_dist.tasks.tokens import tokenise
 
-POOLING, NORMALISE = "sentence_pooling", "sentence_normalise"
+POOLING, NORMALISED = "sentence_pooling", "sentence_normalised"
 """Entries of a model's configuration: how tokens become a vector, and if it has length 1."""
-_MAX_LENGTH = "sentence_max_seq_length"
+MAX_LENGTH = "sentence_max_length"
+"""Another: tokens after which sentence-transformers cuts a text; None leaves it to tokenizers."""
 _RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
 _SIMILARITY = ("cosine_spearman", "cosine_pearson")
 _SIDES = ("text_a", "text_b")
@@ -75,8 +76,8 @@ class Embedding(TaskKind):
         normalise = options.get("normalise")
         return {
             POOLING: options.get("pooling") or "mean",
-            NORMALISE: True if normalise is None else normalise,
-            _MAX_LENGTH: options.get("max_seq_length"),
+            NORMALISED: True if normalise is None else normalise,
+            MAX_LENGTH: options.get("max_seq_length"),
         }
 
     def dev_rows(self, options: Mapping[str, Any], *, has_labels: bool) -> DevRows:
@@ -113,8 +114,10 @@ class Embedding(TaskKind):
             if text is not None
         ]
         if not is_training:
-            found = list({text: (text, row, side) for text, row, side in reversed(found)}.values())
-            found.reverse()
+            first: dict[str, tuple[str, int, int]] = {}
+            for one in found:
+                first.setdefault(one[0], one)
+            found = list(first.values())
         texts = [text for text, _, _ in found]
         tokens = tokenise(tokenizer, texts, max_length=max_length)
         labels = [rows["label"][row] for _, row, _ in found]
@@ -133,7 +136,7 @@ class Embedding(TaskKind):
         config: Any = model.config
         pool = POOLINGS[getattr(config, POOLING)]
         vectors_BD = pool(output.last_hidden_state, batch["attention_mask"])
-        return functional.normalize(vectors_BD) if getattr(config, NORMALISE) else vectors_BD
+        return functional.normalize(vectors_BD) if getattr(config, NORMALISED) else vectors_BD
 
     def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """There is none: texts have no labels."""

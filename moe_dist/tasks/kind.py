@@ -137,6 +137,9 @@ class TaskKind(ABC):
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
+        text_columns: where its texts are, unless a recipe says otherwise; none if it must.
+        label_column: the same of its label.
+        holds_out_contexts: rows with one second text are held out together.
         measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
@@ -145,6 +148,8 @@ class TaskKind(ABC):
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
             `numbers`, or `named numbers`.
+        takes_encoders: models that see later tokens can answer it.
+        needs_all_rows: samples are made of several rows, so that `tokens` is given all at once.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
@@ -158,6 +163,9 @@ class TaskKind(ABC):
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ()
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    label_column: ClassVar[str] = "label"
+    holds_out_contexts: ClassVar[bool] = False
     measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
@@ -165,6 +173,8 @@ class TaskKind(ABC):
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    takes_encoders: ClassVar[bool] = True
+    needs_all_rows: ClassVar[bool] = False
     writes: ClassVar[bool] = False
 
     @property
@@ -253,16 +263,19 @@ class TaskKind(ABC):
         """What a forward call takes of a batch; `model` may be wrapped by an engine's module."""
         return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
-    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the losses compare, (B, ...), from a forward's output: its logits."""
-        logits: Tensor = output.logits
-        return logits
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model on a batch; `options` are what its forward takes beside."""
+        return model(**self.inputs(model, batch), **options)
+
+    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Any:
+        """What the losses compare, from a forward's output: its logits, (B, ...)."""
+        return output.logits
 
     @abstractmethod
-    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own loss of each sample, a sum over its targets; (B,) float32."""
 
-    def scored_losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def scored_losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """What neurons are scored on, (B,): `losses`, the mean over a sample's targets."""
         losses_B = self.losses(predictions, batch)
         counts_B = batch.get("num_targets")
@@ -270,8 +283,8 @@ class TaskKind(ABC):
 
     def prediction_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -281,8 +294,8 @@ class TaskKind(ABC):
     @abstractmethod
     def prediction_errors(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -291,14 +304,14 @@ class TaskKind(ABC):
     @abstractmethod
     def soft_target_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
         """Distance from the teacher's softened predictions, summed over `count_kind`."""
 
-    def bounded(self, predictions: Tensor) -> Tensor | None:
+    def bounded(self, predictions: Any) -> Tensor | None:
         """The prediction in a fixed range, as a discriminator sees it; (B, C) float32.
 
         None where there is no such thing, so that nobody plays against the student.
@@ -309,7 +322,12 @@ class TaskKind(ABC):
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> Tensor:
         """What a model in eval mode says about a batch, equally many numbers a sample: (B, C)."""
-        return self.predictions(model, model(**self.inputs(model, batch)), batch).float()
+        answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
+        return answers
+
+    def needs_calibration(self, labels: Sequence[Any]) -> bool:
+        """Whether there is anything to choose on training rows with such labels."""
+        return True
 
     def calibrate(self, answered: Answered) -> float | None:
         """Choose what answers are read with, on training rows."""
@@ -319,11 +337,40 @@ class TaskKind(ABC):
         """Bring answers into what metrics read."""
         return Figures(answered.raw, answered.labels, answered.sample_ids)
 
-    def read_columns(
-        self, columns: Sequence[Sequence[str]], options: Mapping[str, Any]
-    ) -> Sequence[Sequence[str]]:
-        """One or two columns of texts as a served model's tokenizer reads them."""
-        return columns
+    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
+        """Say what figures, (M, C), show that no metric does, a line each."""
+        return []
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer texts in the columns that `served_columns` names.
+
+        Args:
+            model: in eval mode.
+            tokenizer: of the model.
+            columns: one or two, equally long, of texts.
+            max_length: tokens that the model is given at once.
+            label_names: the classes; none where there are none.
+            options: of the task.
+            calibration: what `calibrate` found.
+
+        Returns:
+            A value by column for each text.
+        """
+        tokens = tokenise(tokenizer, *columns, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            answers_BC = self.answer(model, encoded, options).float().cpu()
+        return self.served(answers_BC, label_names)
 
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """What a served model says of each sample by column; answers (B, C) are those of `answer`.
@@ -331,10 +378,6 @@ class TaskKind(ABC):
         `label_names` are the classes, none where there are none.
         """
         raise NotImplementedError(f"models for {self.name} are not served")
-
-    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
-        """Say what figures, (M, C), show that no metric does, a line each."""
-        return []
 
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""

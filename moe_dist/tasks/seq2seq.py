@@ -235,12 +235,25 @@ class Seq2Seq(TaskKind):
         values = np.concatenate(parts, axis=1).astype(np.float32)
         return Figures(values, answered.labels, answered.sample_ids, texts=texts)
 
-    def read_columns(
-        self, columns: Sequence[Sequence[str]], options: Mapping[str, Any]
-    ) -> Sequence[Sequence[str]]:
-        """The one source that texts make."""
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The text that a search writes for each source; see `TaskKind.serve`."""
         pair = columns[1] if len(columns) > 1 else None
-        return [join_sources(columns[0], pair, _options(options).source_prefix)]
+        sources = join_sources(columns[0], pair, _options(options).source_prefix)
+        tokens = tokenise(tokenizer, sources, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            ids_NL = self.answer(model, encoded, options).long().cpu().numpy()
+        return [{"text": text} for text in read_texts(tokenizer, ids_NL)]
 
     def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
         """Say how many outputs were cut."""

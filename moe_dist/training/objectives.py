@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ class ModelOutputs:
     """What one forward pass shows.
 
     Args:
-        predictions: (B, ...), what `TaskKind.predictions` took out of the output.
+        predictions: what `TaskKind.predictions` took out of the output.
         stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
-    predictions: Tensor
+    predictions: Any
     stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
 
@@ -216,7 +216,7 @@ def _adversarial(paired: PairedOutputs) -> Tensor:
     return adversary.student_loss(student, teacher)
 
 
-def _bounded(kind: TaskKind, predictions: Tensor) -> Tensor:
+def _bounded(kind: TaskKind, predictions: Any) -> Tensor:
     bounded = kind.bounded(predictions)
     assert bounded is not None, "refused when the recipe is read"
     return bounded

@@ -74,7 +74,7 @@ def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
     """Compute the loss term ``task`` of a micro-batch; labels are float for regression."""
     kind = answered_kind(model)
     with record_routing() as record:
-        output = model(**kind.inputs(model, batch))
+        output = kind.run(model, batch)
     terms = {"task": _task_term(kind, kind.predictions(model, output, batch), batch)}
     return StepTerms(terms, expert_counts(record), routing_sums(record))
 
@@ -205,7 +205,7 @@ def _outputs(
     hidden = reads(objectives, "hidden")
     attends = reads(objectives, "attention")
     with record_attention(model) if attends else nullcontext(()) as attention:
-        output = model(**inputs, output_hidden_states=hidden)
+        output = kind.run(model, batch, output_hidden_states=hidden)
     return ModelOutputs(
         kind.predictions(model, output, batch),
         hidden_stacks(output, inputs) if hidden else (),
@@ -213,7 +213,7 @@ def _outputs(
     )
 
 
-def _task_term(kind: TaskKind, predictions: Tensor, batch: Mapping[str, Tensor]) -> LossTerm:
+def _task_term(kind: TaskKind, predictions: Any, batch: Mapping[str, Tensor]) -> LossTerm:
     return LossTerm(kind.losses(predictions, batch).sum(), kind.count_kind)
 
 

@@ -77,7 +77,12 @@ class Workspace:
     def summaries(self) -> dict[str, DataSummary]:
         """What each task's data hold, with what cutting takes from them; "" where there is one."""
         from moe_dist.data.dev_copies import num_near_copies
-        from moe_dist.data.summary import measure_cut, measure_target_cut
+        from moe_dist.data.summary import (
+            measure_cut,
+            measure_pieces,
+            measure_target_cut,
+            measure_windows,
+        )
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
@@ -87,6 +92,10 @@ class Workspace:
         for name, splits in self.rows.parts.items():
             both = (train[name], dev[name])
             summary = splits.summary.with_cuts(*(measure_cut(part, max_length) for part in both))
+            if splits.task.task_kind.needs_all_rows:
+                summary = summary.with_pieces(*(measure_pieces(part, max_length) for part in both))
+            else:
+                summary = summary.with_windows(*map(measure_windows, both))
             limit = splits.task.task_kind.target_limit(splits.task.options)
             if limit is not None:
                 summary = summary.with_target_cuts(

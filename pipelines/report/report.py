@@ -37,6 +37,7 @@ RESERVED_LABELS = frozenset(
         "higher_is_better",
         "classes",
         "columns",
+        "unit",
         "data",
         "retention",
         "seconds",
@@ -85,6 +86,7 @@ def build_report(
         "higher_is_better": higher_is_better,
         "classes": measured.get("classes"),
         "columns": measured.get("columns"),
+        "unit": unit_of(measured),
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
@@ -109,6 +111,7 @@ def build_report(
                 measured["num_dev_samples"],
                 titles.get(metric),
                 higher_is_better=higher_is_better,
+                unit=unit_of(measured),
             )
             for name, entry in measured["differences"].items()
         },
@@ -158,6 +161,11 @@ def _higher_is_better(entry: Mapping[str, Any]) -> bool:
     return bool(entry.get("higher_is_better", True))
 
 
+def unit_of(entry: Mapping[str, Any]) -> str:
+    """What a dev sample is: what an interval resamples."""
+    return str(entry.get("unit", "sample"))
+
+
 def _directed(title: str, higher_is_better: bool) -> str:
     """Say of a metric that lower is better, which of most is not so."""
     return title if higher_is_better else f"{title} (lower is better)"
@@ -170,6 +178,7 @@ def verdict(
     title: str | None = None,
     *,
     higher_is_better: bool,
+    unit: str,
 ) -> str:
     """Say which of two models is better, and how sure that is.
 
@@ -177,9 +186,10 @@ def verdict(
         other: the model that the student is compared with.
         entry: the student's metric minus the other's, with the interval of the paired bootstrap,
             or why it is `undefined`.
-        num_samples: dev samples behind it.
+        num_samples: dev samples (documents, questions) behind it.
         title: what people call the metric; its own name if None.
         higher_is_better: which way the metric is better.
+        unit: what a dev sample is.
 
     Returns:
         A sentence. One beats the other where the whole interval lies on its side of 0.
@@ -197,7 +207,7 @@ def verdict(
     called = _directed(title or entry["metric"], higher_is_better)
     difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
     return (
-        f"{claim} on {num_samples} dev samples ({called} of {evaluate.STUDENT} minus {other}: "
+        f"{claim} on {num_samples} dev {unit}s ({called} of {evaluate.STUDENT} minus {other}: "
         f"{difference}, {round(100 * entry.get('confidence', 0.95))} % interval {low} to {high}"
         + (f"; {left_out} resamples where it is undefined are left out" if left_out else "")
         + "; one training run of each, so another seed may say otherwise)"
@@ -247,7 +257,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['name']}",
         "",
-        f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
+        f"Data: {data['name']}, {data['num_dev_samples']} dev {unit_of(report)}s. "
         f"Made {report['created_at']}.",
         "",
         *_markdown_data(data.get("summaries", {})),
@@ -262,9 +272,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
         *_markdown_imitation(report),
-        "Intervals are from a paired bootstrap over the dev samples. One training run of each "
-        "model stands behind them, so they say nothing of other seeds; `moe-dist seeds` compares "
-        "several.",
+        f"Intervals are from a paired bootstrap over the dev {unit_of(report)}s. One training run "
+        "of each model stands behind them, so they say nothing of other seeds; `moe-dist seeds` "
+        "compares several.",
         "",
         *markdown_table(
             ["stage", "time"],
@@ -335,11 +345,12 @@ def _task_verdict(other: str, difference: Mapping[str, Any], task: Mapping[str, 
         task["num_dev_samples"],
         _task_title(task),
         higher_is_better=_higher_is_better(task),
+        unit=unit_of(task),
     )
 
 
 def _task_headings(report: Mapping[str, Any]) -> list[str]:
-    return ["task", "metric", "dev samples", *model_names(report), "retention"]
+    return ["task", "metric", "dev rows", *model_names(report), "retention"]
 
 
 def _task_title(entry: Mapping[str, Any]) -> str:
@@ -353,7 +364,7 @@ def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
     return [
         task,
         _directed(_task_title(entry), _higher_is_better(entry)),
-        str(entry["num_dev_samples"]),
+        f"{entry['num_dev_samples']} {unit_of(entry)}s",
         *(_value(report[name]["metrics"][key]) for name in model_names(report)),
         _value(report[evaluate.STUDENT]["retention_by_task"][task]),
     ]

@@ -95,6 +95,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "metric_titles": workspace.rows.metric_titles,
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
+                "unit": common_unit(answers),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -114,6 +115,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                     "disturbs": beside.disturbs(answers.num_threads),
                 },
             }
+            | ({"calibrations": answers.calibrations} if answers.calibrations else {})
             | describe_classes(answers)
             | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),
@@ -181,12 +183,14 @@ class TaskAnswers:
         space: the task's classes.
         labels: (N,); the same for every model.
         logits: (N, C) by model name, or other figures of each unit.
+        unit: what each of the N is.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
     labels: Any = ()
     logits: dict[str, Any] = field(default_factory=dict)
+    unit: str = "sample"
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
@@ -216,12 +220,14 @@ class Answers:
         imitation: how near each student is to the teacher.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
+        calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
     """
 
     tasks: dict[str, TaskAnswers]
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
+    calibrations: dict[str, dict[str, float]]
 
 
 def predict_all(
@@ -240,10 +246,15 @@ def predict_all(
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
-        name: TaskAnswers(part.splits.task.metrics, part.splits.task.label_space)
+        name: TaskAnswers(
+            part.splits.task.metrics,
+            part.splits.task.label_space,
+            unit=part.splits.task.task_kind.unit,
+        )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
+    calibrations: dict[str, dict[str, float]] = {}
     steps = itertools.count(1)
     num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
 
@@ -271,6 +282,8 @@ def predict_all(
             tasks[task].labels = found.figures[task].labels
             for line in part.remarks(found.figures[task]):
                 stage.console.warn(f"{name}: {line}")
+        if found.calibrations:
+            calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
@@ -281,7 +294,7 @@ def predict_all(
         batch_size=PREDICT_BATCH_SIZE,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads())
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:
@@ -427,6 +440,12 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
     return found
 
 
+def common_unit(answers: Answers) -> str:
+    """Say what an interval resamples, in a word for all tasks."""
+    units = {task.unit for task in answers.tasks.values()}
+    return units.pop() if len(units) == 1 else "sample"
+
+
 def describe_classes(answers: Answers) -> dict[str, Any]:
     """Say what the one task's answers consist of, so that they can be measured again.
 
@@ -444,8 +463,8 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples` and `differences` of each;
-    nothing for a run of one task.
+    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples`, `unit` and `differences` of
+    each; nothing for a run of one task.
     """
     from moe_dist.data.metrics import METRICS, metric_title
 
@@ -459,6 +478,7 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
                 **describe_classes(replace(answers, tasks={"": task})),
                 "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
+                "unit": task.unit,
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed
                 ),

@@ -407,3 +407,23 @@ def test_of_several_texts_in_a_label_the_first_is_the_target(tmp_path: Path) -> 
             text_columns=["text"],
             label_column="answers",
         )
+
+
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_a_sentence_model_of_the_hub_comes_with_its_pooling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_modules: bool
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "model.safetensors").touch()
+    if has_modules:
+        (tmp_path / "modules.json").touch()
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("some/encoder") == str(tmp_path)
+    assert asked[1:] == [["*_Pooling/config.json"]] * has_modules
