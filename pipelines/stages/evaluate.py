@@ -182,16 +182,16 @@ class TaskAnswers:
     Attributes:
         metrics: names, the main one first.
         space: the task's classes.
-        unit: what each of the N is.
         labels: (N,); the same for every model.
         logits: (N, C) by model name, or other figures of each unit.
+        unit: what each of the N is.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
-    unit: str
     labels: Any = ()
     logits: dict[str, Any] = field(default_factory=dict)
+    unit: str = "sample"
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""

@@ -29,7 +29,7 @@ SPACE = LabelSpace(2, 0, ("fraud", "ok"))
 
 def answers(labels: list[int], metrics: tuple[str, ...], task: str = "", **said: Any) -> Answers:
     logits = {name: np.eye(2)[values] for name, values in said.items()}
-    own = TaskAnswers(metrics, SPACE, "sample", np.array(labels), logits)
+    own = TaskAnswers(metrics, SPACE, np.array(labels), logits)
     return Answers({task: own}, Imitation({}), {}, 1)
 
 
