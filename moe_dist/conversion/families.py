@@ -200,11 +200,11 @@ def find_attention(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     A family whose scores are not products of what such layers give is a ConversionError.
     """
     spec = known_family(model)
-    if spec is None or not spec.attention:
-        reason = f": {spec.no_attention}" if spec is not None and spec.no_attention else ""
-        known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
+    if spec is None or spec.no_attention:
+        reason = "its family is not known" if spec is None else spec.no_attention
+        known = ", ".join(name for name, family in FAMILIES.items() if not family.no_attention)
         raise ConversionError(
-            f"the attention scores of {type(model).__name__} cannot be read{reason}",
+            f"the attention scores of {type(model).__name__} cannot be read: {reason}",
             remedy=f"set distill.attention_weight to 0, or use one of these families: {known}",
         )
     return [
