@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe_dist.data.answers import ID
 from moe_dist.data.files import Texts, read_place, read_rows
 from moe_dist.data.hub import read_hub
 from moe_dist.data.labels import refuse_header_label
@@ -145,7 +146,9 @@ def read_hub_splits(
     for split in splits:
         if split is None:
             continue
-        columns = (*task.text_columns, *task.on_dev.text_columns, task.label_column)
+        # Faults of questions name them by their ids.
+        ids = (ID,) if task.label == "answers" else ()
+        columns = (*ids, *task.text_columns, *task.on_dev.text_columns, task.label_column)
         rows, class_names = read_hub(name, subset, split, tuple(dict.fromkeys(columns)), revision)
         if not rows:
             raise DataError(

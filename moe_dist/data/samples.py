@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,9 @@ def check_rows(
         label = None
         if has_label and task.label != "none":
             label = column_value(row, task.label_column)
+        if task.label == "text" and not isinstance(label, str):
+            texts_of_label = several_texts(label)
+            label = texts_of_label[0] if texts_of_label else label
         if drops_incomplete:
             has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
             if task.label != "none" and (is_missing(label) or has_no_class):
@@ -170,6 +173,16 @@ def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
         for s in samples:
             digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
     return digest.hexdigest()
+
+
+def several_texts(label: Any) -> list[str]:
+    """Give the texts of a label that is a list of them, or SQuAD's answers; none where it is not.
+
+    SQuAD has them as a mapping whose `text` is a list.
+    """
+    found = label.get("text") if isinstance(label, Mapping) else label
+    is_list = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
+    return list(found) if is_list and found is not None else []
 
 
 def label_text(row: SourceRow, column: str, label: Any) -> str:

@@ -30,6 +30,7 @@ from moe_dist.data.samples import (
     column_value,
     draw,
     rows_digest,
+    several_texts,
     to_dataset,
 )
 from moe_dist.data.splits import hold_out, hold_out_contexts
@@ -258,6 +259,15 @@ def load_splits(
         if num_padded and task.task_kind.has_classes:
             where = "dev labels" if split is raw_dev else "labels"
             notes.append(f"{num_padded} {where} have blanks around them, which were dropped")
+        if own.label == "text":
+            values = (row.values.get(task.label_column) for row in split.rows)
+            num_several = sum(len(several_texts(value)) > 1 for value in values)
+            if num_several:
+                where = "dev rows" if split is raw_dev else "rows"
+                notes.append(
+                    f"{num_several} {where} have several texts in {task.label_column!r}: the first "
+                    "is what is to be written, and what is compared with"
+                )
         return found
 
     train_samples, left_out = checked(raw_train, task)

@@ -15,7 +15,6 @@ Shapes: B samples, S positions, T targets, D width, V vocabulary, M documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ from moe_dist.errors import ConversionError, DataError
 from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
 from moe_dist.losses.total import CountKind
 from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
+from moe_dist.tasks.output_layer import token_scores, without_output_layer
 from moe_dist.tasks.seq2seq import hides_tokens, unread_settings
 from moe_dist.tasks.tokens import tokenise
 
@@ -103,15 +103,14 @@ class CausalLM(TaskKind):
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
         """Run a model without its output layer: `logits` are what that reads, (B, S, D)."""
-        with _without_output_layer(model):
+        with without_output_layer(model):
             return super().run(model, batch, use_cache=False, **options)
 
     def predictions(
         self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
     ) -> TokenScores:
         """What the logits of all targets are made of, in the order of samples and positions."""
-        layer = _output_layer(model)
-        return TokenScores(output.logits[batch[_NEXT] > 0], layer.weight, layer.bias)
+        return token_scores(model, output.logits[batch[_NEXT] > 0])
 
     def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy of each sample's targets, added up; (B,)."""
@@ -267,31 +266,3 @@ def _by_sample(values_T: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Add values of all targets up for each sample, (B,)."""
     samples_T = torch.nonzero(batch[_NEXT] > 0)[:, 0]
     return values_T.new_zeros(len(batch[_NEXT])).index_add(0, samples_T, values_T)
-
-
-def _output_layer(model: Any) -> Any:
-    layer = model.get_output_embeddings()
-    assert layer is not None, "a language model has an output layer"
-    return layer
-
-
-@contextmanager
-def _without_output_layer(model: nn.Module) -> Iterator[None]:
-    """Let the output layer give back what it reads, so that no logits are made.
-
-    Families whose forward does more with logits than to return them are not supported; a test sees
-    to it for each of FAMILIES.
-    """
-    layer = _output_layer(model)
-    own = layer.__dict__.get("forward")
-    layer.forward = _unchanged
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

@@ -75,7 +75,7 @@ def log_models(
     if not (tracking.enabled and tracking.log_models):
         return
     measured = results.get(evaluate.NAME)
-    calibrations = measured.details.get("calibrations", {}) if measured is not None else {}
+    entries = measured.details["models"] if measured is not None else {}
     owners = {evaluate.TEACHER: finetune_teacher.NAME, evaluate.STUDENT: distill.NAME}
     owners |= {label: stage_key(distill.NAME, label) for label in config.compare}
     for name, key in owners.items():
@@ -99,7 +99,7 @@ def log_models(
                     answers=dict(kind.served_columns),
                     inputs=kind.text_columns,
                     options=splits.task.options,
-                    calibration=calibrations.get(name, {}).get(task),
+                    calibration=entries.get(name, {}).get("calibrations", {}).get(task),
                 )
             )
 

@@ -73,6 +73,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         answers = predict_all(loaded, models, workspace, stage)
         loads = answers.expert_loads
         entries = measure_quality(answers)
+        for name, found in answers.calibrations.items():
+            entries[name]["calibrations"] = found
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -117,7 +119,6 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                     "disturbs": beside.disturbs(answers.num_threads),
                 },
             }
-            | ({"calibrations": answers.calibrations} if answers.calibrations else {})
             | describe_classes(answers)
             | describe_tasks(answers, config.seed),
             plots=draw_loads(loads, stage.directory),

@@ -211,3 +211,29 @@ def test_options_of_questions_are_no_one_elses(tmp_path: Path) -> None:
     assert splits.digest != measured_otherwise.digest
     with pytest.raises(DataError, match=r"data.stride is not read by data.kind=regression"):
         load(place, place, kind="regression", stride=7)
+
+
+def test_the_hubs_layout_is_read_with_ids(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, List, Value
+
+    features = Features(
+        {
+            "id": Value("string"),
+            "title": Value("string"),
+            "context": Value("string"),
+            "question": Value("string"),
+            "answers": {"text": List(Value("string")), "answer_start": List(Value("int32"))},
+        }
+    )
+    rows = [question("Rome", id="q0", title="A"), question("", id="q1", title="A")]
+    rows[1]["answers"] = {"text": [], "answer_start": []}
+    folder = tmp_path / "squad"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    splits = load_splits(source="hub", name=str(folder), kind="question_answering")
+    assert [len(json.loads(label)) for label in splits.dev["label"]] == [1, 0]
+    rows[0]["answers"]["answer_start"] = [3]
+    Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+    with pytest.raises(DataError, match="line 1: question q0: the answer 'Rome' does not start"):
+        load_splits(source="hub", name=str(folder), kind="question_answering")
