@@ -45,7 +45,9 @@ def test_what_a_language_model_does_not_read_is_refused(
 def test_documents_are_those_of_text_files(tmp_path: Path) -> None:
     text = RECIPE.replace("source: files", "source: package").replace("train: train.txt", "")
     text = text.replace("dev: dev.txt", "name: bbc-news")
-    assert "has rows; remove it" in only_fault(tmp_path, "data.documents=lines", text=text)
+    assert "has one in each row; remove it" in only_fault(
+        tmp_path, "data.documents=lines", text=text
+    )
 
 
 def test_it_shares_no_model_with_other_tasks(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def _text_fits(config: RunConfig) -> Iterator[str]:
                 f"{path}.label_column={data.label_column} is not read by {path}.kind={KIND}, which "
                 "learns from the text alone; remove it."
             )
-        if data.documents is not None and data.source != "files":
+        if data.documents is not None and data.source == "package":
             yield (
-                f"{path}.documents={data.documents} tells documents of text files apart, and "
-                f"{path}.source={data.source} has rows; remove it."
+                f"{path}.documents={data.documents} tells documents of running text apart, and "
+                f"{path}.source=package has one in each row; remove it."
             )
         stride, length = data.stride, config.model.max_length
         if stride is not None and not 1 <= stride <= length:
