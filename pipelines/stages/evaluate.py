@@ -100,6 +100,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "unit": common_unit(answers),
+                "distances": sorted(
+                    {part.task.task_kind.distance for part in workspace.rows.parts.values()}
+                ),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
