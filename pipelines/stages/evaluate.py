@@ -228,7 +228,7 @@ class Answers:
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
-    calibrations: dict[str, dict[str, float]]
+    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def predict_all(
