@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from moe_dist.config.data_checks import DATA_RULES, Rule
 from moe_dist.config.embedding_checks import EMBEDDING_RULES
 from moe_dist.config.faults import either
+from moe_dist.config.language_checks import LANGUAGE_RULES
 from moe_dist.config.question_checks import QUESTION_RULES
 from moe_dist.config.run_config import RunConfig
 
@@ -291,6 +292,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     *DATA_RULES,
     *EMBEDDING_RULES,
     *QUESTION_RULES,
+    *LANGUAGE_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
     (

@@ -236,7 +236,8 @@ class TaskDataConfig(Section):
         description="`causal_lm`: how documents are told apart in text files (`.txt`, `.text`, "
         "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
         "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
-        "`headings` where a file begins with one, else `file`. Of other files each row is one.",
+        "`headings` where a file begins with one, else `file`. Of tables each row is one, but of a "
+        "hub's set whose rows are lines, where it says how they are put together.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."

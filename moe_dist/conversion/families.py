@@ -194,25 +194,24 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module,
             yield module, is_decoder or is_a(module, spec.causal_stacks)
 
 
-def find_attention(model: nn.Module) -> list[nn.Module]:
-    """List the self-attention modules, each with `query` and `key`, in the order of the layers.
+def find_attention(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """List the query and the key layer of each self-attention, in the order of the layers.
 
-    A family that keeps its queries and keys elsewhere is a ConversionError.
+    A family whose scores are not products of what such layers give is a ConversionError.
     """
-    config: Any = getattr(model, "config", None)
-    spec = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
-    found = [
-        module
-        for module in model.modules()
-        if spec is not None and spec.attention and is_a(module, (spec.attention,))
-    ]
-    if not found:
-        known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
+    spec = known_family(model)
+    if spec is None or spec.no_attention:
+        reason = "its family is not known" if spec is None else spec.no_attention
+        known = ", ".join(name for name, family in FAMILIES.items() if not family.no_attention)
         raise ConversionError(
-            f"the attention scores of {type(model).__name__} cannot be read",
+            f"the attention scores of {type(model).__name__} cannot be read: {reason}",
             remedy=f"set distill.attention_weight to 0, or use one of these families: {known}",
         )
-    return found
+    return [
+        (module.get_submodule(spec.query), module.get_submodule(spec.key))
+        for module in model.modules()
+        if is_a(module, (spec.attention,))
+    ]
 
 
 def is_a(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -29,6 +29,8 @@ class FamilySpec:
         replaced: path where the MoE layer goes.
         activation_keys: configuration entries that name the activation.
         heads: dense model class to the Auto classes that should find its MoE form.
+        attention: class of the attention modules.
+        attention_width: path, below such a module, of its heads' width in sum.
         emptied: paths that become identities, since the MoE layer does their work.
         gate: path of the activated linear layer beside `linear_in` where the FFN is gated.
         gated_in: path of `linear_in` in a gated FFN, where it has another name there.
@@ -39,8 +41,9 @@ class FamilySpec:
             block but the first.
         attention_out: path of the module that attention and residual pass through, summed or
             not, and after which no position sees another; needed for those heads.
-        attention: class of the self-attention modules with linear layers `query` and `key`; empty
-            where attention scores cannot be read yet.
+        query: path of the query layer below an attention module.
+        key: path of the key layer; scores are products of what the two give.
+        no_attention: why scores cannot be read that way, where they cannot.
         size_keys: configuration entries that hold F.
         task_head: in a sequence classifier the path of the linear layer that gives the logits.
     """
@@ -55,6 +58,8 @@ class FamilySpec:
     replaced: str
     activation_keys: tuple[str, ...]
     heads: dict[str, tuple[str, ...]]
+    attention: str
+    attention_width: str
     emptied: tuple[str, ...] = ()
     gate: str | None = None
     gated_in: str | None = None
@@ -64,7 +69,9 @@ class FamilySpec:
     causal_stacks: tuple[str, ...] = ()
     first_token_heads: tuple[str, ...] = ()
     attention_out: str = ""
-    attention: str = ""
+    query: str = "query"
+    key: str = "key"
+    no_attention: str = ""
     size_keys: tuple[str, ...] = ()
     task_head: str = ""
 
@@ -107,6 +114,7 @@ def _bert_kind(
     task_head: str = "classifier.out_proj",
     attention: str = "",
     attention_out: str = "attention.output",
+    no_attention: str = "",
     multiple_choice: bool = True,
     mixes_after_attention: bool = False,
 ) -> FamilySpec:
@@ -126,7 +134,9 @@ def _bert_kind(
         heads=_heads(name, *_ENCODER_HEADS, *["ForMultipleChoice"] * multiple_choice),
         first_token_heads=() if mixes_after_attention else (classifier,),
         attention_out=attention_out,
-        attention=attention,
+        attention=attention or f"{name}SelfAttention",
+        attention_width="all_head_size",
+        no_attention=no_attention,
         size_keys=("intermediate_size",),
         task_head=task_head,
     )
@@ -154,22 +164,39 @@ def _llama_kind(model_type: str, name: str) -> FamilySpec:
             "ForTokenClassification",
             "ForQuestionAnswering",
         ),
+        attention=f"{name}Attention",
+        attention_width="q_proj.out_features",
+        no_attention="queries and keys are rotated by their places before they meet",
         size_keys=("intermediate_size",),
         task_head="score",
     )
 
 
+_ADDS_PLACES = "they are more than products of queries and keys, since places add to them"
+_ONE_LAYER = "queries and keys are one layer"
 _ROWS = (
-    _bert_kind("bert", "Bert", task_head="classifier", attention="BertSelfAttention"),
-    _bert_kind("roberta", "Roberta", attention="RobertaSelfAttention"),
-    _bert_kind("xlm-roberta", "XLMRoberta", attention="XLMRobertaSelfAttention"),
-    _bert_kind("camembert", "Camembert", attention="CamembertSelfAttention"),
-    _bert_kind("electra", "Electra", attention="ElectraSelfAttention"),
-    # The attention scores of these three depend on places, too, by more than queries and keys.
-    _bert_kind("mpnet", "MPNet", attention_out="attention.LayerNorm"),
-    _bert_kind("deberta", "Deberta", task_head="classifier", multiple_choice=False),
-    # The first layer's output may pass a convolution over the positions.
-    _bert_kind("deberta-v2", "DebertaV2", task_head="classifier", mixes_after_attention=True),
+    _bert_kind("bert", "Bert", task_head="classifier"),
+    _bert_kind("roberta", "Roberta"),
+    _bert_kind("xlm-roberta", "XLMRoberta"),
+    _bert_kind("camembert", "Camembert"),
+    _bert_kind("electra", "Electra"),
+    _bert_kind("mpnet", "MPNet", attention_out="attention.LayerNorm", no_attention=_ADDS_PLACES),
+    _bert_kind(
+        "deberta",
+        "Deberta",
+        task_head="classifier",
+        attention="DisentangledSelfAttention",
+        no_attention=_ADDS_PLACES,
+        multiple_choice=False,
+    ),
+    _bert_kind(
+        "deberta-v2",
+        "DebertaV2",
+        task_head="classifier",
+        attention="DisentangledSelfAttention",
+        no_attention=_ADDS_PLACES,
+        mixes_after_attention=True,  # the first layer's output may pass a convolution
+    ),
     FamilySpec(
         model_type="distilbert",
         config_class="DistilBertConfig",
@@ -184,6 +211,10 @@ _ROWS = (
         heads=_heads("DistilBert", *_ENCODER_HEADS, "ForMultipleChoice"),
         first_token_heads=("DistilBertForSequenceClassification",),
         attention_out="sa_layer_norm",
+        attention="DistilBertSelfAttention",
+        attention_width="dim",
+        query="q_lin",
+        key="k_lin",
         size_keys=("hidden_dim",),
         task_head="classifier",
     ),
@@ -200,6 +231,9 @@ _ROWS = (
         replaced="mlp",
         activation_keys=("hidden_activation",),
         heads=_heads("ModernBert", *_ENCODER_HEADS, "ForMultipleChoice"),
+        attention="ModernBertAttention",
+        attention_width="Wo.in_features",
+        no_attention=_ONE_LAYER,
         size_keys=("intermediate_size",),
         task_head="classifier",
     ),
@@ -224,6 +258,9 @@ _ROWS = (
         ),
         transposed=True,
         causal_stacks=("GPT2Model",),
+        attention="GPT2Attention",
+        attention_width="embed_dim",
+        no_attention=_ONE_LAYER,
         size_keys=("n_inner",),
         task_head="score",
     ),
@@ -249,6 +286,9 @@ _ROWS = (
             "ForQuestionAnswering",
             "EncoderModel",
         ),
+        attention="T5Attention",
+        attention_width="inner_dim",
+        no_attention=_ADDS_PLACES,
         size_keys=("d_ff",),
         task_head="classification_head.out_proj",
     ),
@@ -273,6 +313,9 @@ _ROWS = (
             "ForCausalLM",
         ),
         causal_stacks=("BartDecoder",),
+        attention="BartAttention",
+        attention_width="embed_dim",
+        no_attention="those of encoder, decoder and between them are not told apart",
         size_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
         task_head="classification_head.out_proj",
     ),

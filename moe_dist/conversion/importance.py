@@ -256,8 +256,9 @@ class Capture:
 
     def _keep(self, product: Tensor) -> None:
         """Keep products of a layer's outputs; a fused layer has several for each neuron."""
-        by_part = product.unflatten(-1, (-1, self.slot.num_neurons))
-        self.products.append(by_part.sum(dim=-2))
+        own = product.unflatten(-1, (-1, self.slot.num_neurons)).sum(dim=-2)
+        # Added up at once: those of single tokens are as large as the activations.
+        self.products = [self.products[0].add_(own)] if self.products else [own]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from moe_dist.data.rows import Row, Say
+from moe_dist.data.rows import Row, Say, SourceRow
 
 Documents = Literal["file", "headings", "lines", "paragraphs"]
 TEXT_SUFFIXES = (".txt", ".text", ".tokens")
@@ -50,6 +50,20 @@ def read_documents(path: Path, lines: list[str], how: Documents | None, say: Say
             if text.strip():
                 yield start + 1, {TEXT: text}
             start = number
+
+
+def join_rows(rows: list[SourceRow], column: str, how: Documents) -> list[SourceRow]:
+    """Put a text together whose rows are its lines, and cut it into documents.
+
+    Rows without the column are given back as they are, for who checks rows to name the fault.
+    """
+    if any(column not in row.values for row in rows):
+        return rows
+    lines = [str(row.values[column] or "").rstrip("\n") for row in rows]
+    return [
+        SourceRow(rows[0].origin, rows[line - 1].line, {column: values[TEXT]})
+        for line, values in read_documents(rows[0].origin, lines, how, lambda said: None)
+    ]
 
 
 def _begins(how: Documents, lines: list[str], number: int) -> bool:

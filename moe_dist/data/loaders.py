@@ -14,7 +14,7 @@ from moe_dist.data.encoding import Encoded, encode
 from moe_dist.errors import DataError
 from moe_dist.tasks.kind import IGNORED
 
-__all__ = ["Encoded", "StepBatch", "TrainBatches", "encode", "eval_batches"]
+__all__ = ["Encoded", "StepBatch", "TrainBatches", "bounded_batch", "encode", "eval_batches"]
 
 _BUCKET_BATCHES = 50
 # Tensor cores want widths in multiples of 8; a CPU would only compute on more padding.
@@ -185,6 +185,11 @@ def eval_batches(
         batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[mine[part]]))
         batch["is_repeat"] = torch.from_numpy(repeats[part].copy())
         yield batch
+
+
+def bounded_batch(batch_size: int, length: int, max_tokens: int) -> int:
+    """Lower a number of samples of at most so many tokens each, until a batch fits in memory."""
+    return max(1, min(batch_size, max_tokens // length))
 
 
 def collate(

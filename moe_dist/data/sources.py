@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.documents import join_rows
 from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
@@ -228,6 +229,12 @@ def load_splits(
             None if dev_size is not None else str(dev or task.dev_split),
         )
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
+        if how := task.options.get("documents"):
+            (column,) = task.text_columns
+            raw_train, raw_dev = (
+                None if split is None else replace(split, rows=join_rows(split.rows, column, how))
+                for split in (raw_train, raw_dev)
+            )
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
         raw_train, default_size = read_package(name, cache)

@@ -57,7 +57,8 @@ class TextModel:
         Returns:
             A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
             to 1; of a regression the `value`, of an embedding the `vector`, of a question the
-            `answer` (empty for none) and its `score`; or the `text` that it writes.
+            `answer` (empty for none) and its `score`; or the `text` that it writes (of a
+            language model what follows).
 
         Raises:
             DataError: if these are no texts.

@@ -19,26 +19,6 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 
-# Attention modules of the known families, and where each keeps its inner width. Each multiplies
-# queries with keys and weights with values: 2 products of 2 * S * width for one token.
-_ATTENTION_WIDTH = {
-    "BertSelfAttention": "all_head_size",
-    "RobertaSelfAttention": "all_head_size",
-    "XLMRobertaSelfAttention": "all_head_size",
-    "CamembertSelfAttention": "all_head_size",
-    "ElectraSelfAttention": "all_head_size",
-    "MPNetSelfAttention": "all_head_size",
-    "DisentangledSelfAttention": "all_head_size",
-    "DistilBertSelfAttention": "dim",
-    "ModernBertAttention": "Wo.in_features",
-    "GPT2Attention": "embed_dim",
-    "T5Attention": "inner_dim",
-    "BartAttention": "embed_dim",
-    "LlamaAttention": "q_proj.out_features",
-    "MistralAttention": "q_proj.out_features",
-    "Qwen2Attention": "q_proj.out_features",
-    "Qwen3Attention": "q_proj.out_features",
-}
 _LINEAR = ("Linear", "Conv1D", "Conv1d")
 # Layers of DeBERTa's attention that see places in place of tokens.
 _OF_PLACES = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
@@ -114,9 +94,9 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
             if name in ffn_names:
                 ffn += flops
             total += flops / seq_len if _is_pooled(name, model) else flops
-        for kind, width in _ATTENTION_WIDTH.items():
-            if is_a(module, (kind,)):
-                total += 4 * seq_len * int(attrgetter(width)(module))
+        if is_a(module, (spec.attention,)):
+            # Queries times keys and weights times values: 2 products of 2 * S * width.
+            total += 4 * seq_len * int(attrgetter(spec.attention_width)(module))
         if is_a(module, ("DisentangledSelfAttention",)):
             total += _place_flops(module, seq_len)
     return FlopCount(total, ffn)

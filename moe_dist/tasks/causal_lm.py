@@ -15,7 +15,6 @@ Shapes: B samples, S positions, T targets, D width, V vocabulary, M documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -28,8 +27,12 @@ from moe_dist.errors import ConversionError, DataError
 from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
 from moe_dist.losses.total import CountKind
 from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
+from moe_dist.tasks.output_layer import token_scores, without_output_layer
+from moe_dist.tasks.seq2seq import hides_tokens, unread_settings
 from moe_dist.tasks.tokens import tokenise
 
+NUM_SERVED_TOKENS = 64
+"""Tokens that a served model writes at most."""
 _NEXT = "next_ids"
 Ids = NDArray[np.int64]
 
@@ -43,8 +46,10 @@ class CausalLM(TaskKind):
     metrics = ("perplexity", "word_perplexity", "bits_per_byte")
     default_metrics = metrics
     prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
     unit = "document"
     count_kind: ClassVar[CountKind] = "targets"
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
     columns = ("nll", "tokens", "words", "bytes")
     text_columns = ("text",)
     option_names = ("documents", "stride")
@@ -99,15 +104,14 @@ class CausalLM(TaskKind):
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
         """Run a model without its output layer: `logits` are what that reads, (B, S, D)."""
-        with _without_output_layer(model):
+        with without_output_layer(model):
             return super().run(model, batch, use_cache=False, **options)
 
     def predictions(
         self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
     ) -> TokenScores:
         """What the logits of all targets are made of, in the order of samples and positions."""
-        layer = _output_layer(model)
-        return TokenScores(output.logits[batch[_NEXT] > 0], layer.weight, layer.bias)
+        return token_scores(model, output.logits[batch[_NEXT] > 0])
 
     def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy of each sample's targets, added up; (B,)."""
@@ -142,6 +146,47 @@ class CausalLM(TaskKind):
         predictions = self.predictions(model, self.run(model, batch), batch)
         counts_B = (batch[_NEXT] > 0).sum(dim=1)
         return torch.stack([self.losses(predictions, batch), counts_B.float()], dim=1)
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The likeliest continuation of each text, token by token; see `TaskKind.serve`.
+
+        Of a long text the last tokens are read, so many that the model has positions for all.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        limit = max(1, min(max_length, positions - NUM_SERVED_TOKENS))
+        ids = tokenise(tokenizer, columns[0], max_length=None)["input_ids"]
+        prompts = [own[-limit:] or [_end_id(tokenizer)] for own in ids]
+        width = max(map(len, prompts))
+        mask_BS = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
+        ids_BS = torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(own)) + own for own in prompts]
+        )
+        with torch.no_grad():
+            written_BL = model.generate(
+                input_ids=ids_BS.to(model.device),
+                attention_mask=mask_BS.to(model.device),
+                **dict.fromkeys(unread_settings(model))
+                | {
+                    "max_new_tokens": NUM_SERVED_TOKENS,
+                    "do_sample": False,
+                    "num_beams": 1,
+                    "pad_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": _end_id(tokenizer),
+                    "use_cache": not hides_tokens(model.config),
+                },
+            )
+        texts = tokenizer.batch_decode(written_BL[:, width:], skip_special_tokens=True)
+        return [{"text": text} for text in texts]
 
     def figures(self, answered: Answered) -> Figures:
         """Add the windows of each document up, and count its words and bytes."""
@@ -222,31 +267,3 @@ def _by_sample(values_T: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Add values of all targets up for each sample, (B,)."""
     samples_T = torch.nonzero(batch[_NEXT] > 0)[:, 0]
     return values_T.new_zeros(len(batch[_NEXT])).index_add(0, samples_T, values_T)
-
-
-def _output_layer(model: Any) -> Any:
-    layer = model.get_output_embeddings()
-    assert layer is not None, "a language model has an output layer"
-    return layer
-
-
-@contextmanager
-def _without_output_layer(model: nn.Module) -> Iterator[None]:
-    """Let the output layer give back what it reads, so that no logits are made.
-
-    Families whose forward does more with logits than to return them are not supported; a test sees
-    to it for each of FAMILIES.
-    """
-    layer = _output_layer(model)
-    own = layer.__dict__.get("forward")
-    layer.forward = _unchanged
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.errors import ConversionError
-from moe_dist.losses.distillation import prediction_kl, soft_targets
+from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
 from moe_dist.losses.total import CountKind
 from moe_dist.router_spec import router_facts
 from moe_dist.tasks.kind import (
@@ -29,6 +29,7 @@ from moe_dist.tasks.kind import (
     TokenRows,
     full_lengths,
 )
+from moe_dist.tasks.output_layer import token_scores, without_output_layer
 from moe_dist.tasks.text_scores import (
     ANSWER_COLUMNS,
     CHRF_COLUMNS,
@@ -77,6 +78,7 @@ class Seq2Seq(TaskKind):
     metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf")
     default_metrics = ("rougeL", "rouge1", "rouge2")
     prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
     count_kind: ClassVar[CountKind] = "targets"
     columns = (*ROUGE_COLUMNS, *ANSWER_COLUMNS, *CHRF_COLUMNS, UNFINISHED)
     option_names = OPTION_NAMES
@@ -165,51 +167,41 @@ class Seq2Seq(TaskKind):
             "decoder_attention_mask": _is_real(batch).to(targets_BT.dtype),
         }
 
-    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Cross entropy of the target tokens, summed in each sample; (B,)."""
-        losses_BT = functional.cross_entropy(
-            predictions.float().transpose(1, 2),
-            batch["targets"],
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        return losses_BT.sum(dim=1)
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model without its output layer: `logits` are what that reads, (B, T, D)."""
+        with without_output_layer(model):
+            return super().run(model, batch, use_cache=False, **options)
 
-    def prediction_loss(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """Symmetric Kullback-Leibler divergence, summed over target tokens."""
-        real_BT = _is_real(batch)
-        return prediction_kl(student[real_BT], teacher[real_BT], temperature)
+    def predictions(
+        self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
+    ) -> TokenScores:
+        """What the logits of all target tokens are made of, in the order of samples."""
+        return token_scores(model, output.logits[_is_real(batch)])
+
+    def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of the target tokens, summed in each sample; (B,)."""
+        targets_T = batch["targets"][_is_real(batch)]
+        return _by_sample(token_cross_entropy(predictions, targets_T), batch)
 
     def prediction_errors(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: TokenScores,
+        teacher: TokenScores,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
-        """The same of each sample, (B,)."""
-        parts = [
-            prediction_kl(own_TV[real_T], other_TV[real_T], temperature)
-            for own_TV, other_TV, real_T in zip(student, teacher, _is_real(batch), strict=True)
-        ]
-        return torch.stack(parts)
+        """``KL(teacher‖student)`` of the target tokens, summed in each sample; see `token_kl`."""
+        return _by_sample(token_kl(student, teacher, temperature), batch)
 
     def soft_target_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: TokenScores,
+        teacher: TokenScores,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
-        """See `soft_targets`; summed over target tokens."""
-        real_BT = _is_real(batch)
-        return soft_targets(student[real_BT], teacher[real_BT], temperature)
+        """The same as `prediction_loss`."""
+        return self.prediction_loss(student, teacher, batch, temperature)
 
     def answer(
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
@@ -287,7 +279,7 @@ def write(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -
             "max_new_tokens": own.max_target_length,
             "no_repeat_ngram_size": own.no_repeat_ngram_size,
             "do_sample": False,
-            "use_cache": not _hides_tokens(model.config),
+            "use_cache": not hides_tokens(model.config),
             # An end that is forced could not be told from one that the model wrote.
             "forced_eos_token_id": None,
         }
@@ -327,7 +319,7 @@ def _beam_settings(own: Seq2SeqOptions) -> dict[str, Any]:
     return {"length_penalty": own.length_penalty, "early_stopping": own.early_stopping}
 
 
-def _hides_tokens(config: Any) -> bool:
+def hides_tokens(config: Any) -> bool:
     """Whether its decoder's routers read all tokens so far, which a key-value cache hides."""
     moe = getattr(config, "moe", None)
     if not moe or moe["num_experts"] == 1:
@@ -347,6 +339,12 @@ def _options(options: Mapping[str, Any]) -> Seq2SeqOptions:
 def _is_real(batch: Mapping[str, Tensor]) -> Tensor:
     """Which places of the targets are no padding, (B, T) bool."""
     return batch["targets"] != IGNORED
+
+
+def _by_sample(values_N: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Add values of all target tokens up for each sample, (B,)."""
+    samples_N = torch.nonzero(_is_real(batch))[:, 0]
+    return values_N.new_zeros(len(batch["targets"])).index_add(0, samples_N, values_N)
 
 
 def join_sources(

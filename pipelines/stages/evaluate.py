@@ -41,6 +41,8 @@ STUDENT = "student"
 PREDICTIONS = "predictions"
 BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
+PREDICT_BATCH_TOKENS = 8192
+"""Two models' hidden states of all layers are held for so many tokens."""
 LATENCY_BATCH_SIZES = (1, 32)
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 10
@@ -98,6 +100,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "unit": common_unit(answers),
+                "distances": sorted(
+                    {part.task.task_kind.distance for part in workspace.rows.parts.values()}
+                ),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -240,6 +245,7 @@ def predict_all(
     """Run every model over the dev rows, and keep what they say."""
     import torch
 
+    from moe_dist.data.loaders import bounded_batch
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.job_data import job_data
     from moe_dist.measure.evaluation import expert_load, predict
@@ -257,7 +263,10 @@ def predict_all(
     loads: dict[str, dict[str, list[float]]] = {}
     calibrations: dict[str, dict[str, float]] = {}
     steps = itertools.count(1)
-    num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
+    batch_size = bounded_batch(
+        PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
+    )
+    num_steps = len(loaded) + count_batches(data, batch_size) + LATENCY_ROUNDS
 
     def advance() -> None:
         stage.console.progress(next(steps), num_steps)
@@ -268,7 +277,7 @@ def predict_all(
             return predict(
                 model,
                 encoded,
-                batch_size=PREDICT_BATCH_SIZE,
+                batch_size=batch_size,
                 pad_token_id=data.pad_token_id,
                 device=next(model.parameters()).device,
                 options=options,
@@ -292,7 +301,7 @@ def predict_all(
         loaded,
         data,
         teacher=TEACHER,
-        batch_size=PREDICT_BATCH_SIZE,
+        batch_size=batch_size,
         advance=advance,
     )
     return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)

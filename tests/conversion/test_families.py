@@ -14,6 +14,7 @@ from moe_dist.conversion.families import FAMILIES, find_slots
 from moe_dist.conversion.hidden_states import hidden_stacks, stack_depths
 from moe_dist.conversion.output_fit import fit_outputs
 from moe_dist.errors import MissingInputError
+from moe_dist.measure.profile import flops_per_token
 from moe_dist.moe.layer import moe_layers
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.step import expert_counts
@@ -30,6 +31,7 @@ from tests.conversion.dense_models import (
     token_batch,
 )
 from tests.conversion.test_importance import assert_same, sample_loop
+from tests.measure.test_profile import SEQ_LEN, counted_flops_per_token
 
 EVERYTHING = {"expert_size": NUM_NEURONS, "num_shared_neurons": NUM_NEURONS}
 COPIES = {"expert_size": NUM_NEURONS, "num_shared_neurons": 0, "method": "full_copy"}
@@ -194,6 +196,15 @@ def test_padding_on_either_side_says_nothing(family: str, router: str) -> None:
 
 
 ABSOLUTE_PLACES = ("bert", "electra", "distilbert", "gpt2", "bart")
+
+
+@every_family
+def test_flops_agree_with_what_torch_counts(family: str) -> None:
+    # Eager attention consists of matrix products, which the counter knows; it follows gradients.
+    model = tiny_model(family, attn_implementation="eager").requires_grad_(False)
+    for one in (model, converted(model, router="hash_random").requires_grad_(False)):
+        counted = counted_flops_per_token(one)
+        assert flops_per_token(one, SEQ_LEN).total == pytest.approx(counted, rel=0.02)
 
 
 @every_family

@@ -97,10 +97,12 @@ def load_all(root: Path, prepare: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for each student: the model, a batch, what it answers and the Auto classes."""
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for each student asked for: the model, a batch, its answer and Auto classes."""
     root = tmp_path_factory.mktemp("students")
-    for family, kind in HEADS:
+    asked: list[Any] = [one for one in request.session.items if one.path == Path(__file__)]
+    cases = [one.callspec.params for one in asked if "saved" in one.fixturenames]
+    for family, kind in dict.fromkeys((case["family"], case["kind"]) for case in cases):
         directory = root / f"{family} {kind}"
         model = student_of(build(family, kind))
         batch = inputs_for(model, kind)

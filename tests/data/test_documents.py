@@ -102,3 +102,21 @@ def test_a_table_needs_one_text_column(tmp_path: Path) -> None:
         load_splits(train=tmp_path / "rows.csv", **given)
     with pytest.raises(DataError, match="one column of running text"):
         load_splits(train=tmp_path / "rows.csv", text_columns=["body", "title"], **given)
+
+
+def test_rows_of_the_hub_that_are_lines_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_dist.data import reading
+
+    def read(name: str, subset: Any, split: str, columns: Any, revision: Any) -> Any:
+        return [(number, {"text": f"{line}\n"}) for number, line in enumerate(WIKI, start=1)], None
+
+    monkeypatch.setattr(reading, "read_hub", read)
+    given: dict[str, Any] = {"source": "hub", "kind": "causal_lm", "name": "a/wiki"}
+    splits = load_splits(documents="headings", **given)
+    assert [text.split("\n")[0] for text in splits.train["text_a"]] == [
+        " = First = ",
+        " = Second = ",
+    ]
+    with pytest.raises(DataError, match="no column 'body'"):
+        load_splits(documents="headings", text_columns=["body"], **given)
+    assert len(load_splits(**given).train) == len(WIKI)

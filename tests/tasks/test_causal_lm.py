@@ -314,3 +314,25 @@ def test_models_that_see_later_tokens_are_refused(
     write_start_model(tmp_path / "model", family)
     with pytest.raises(ConversionError, match=message):
         build_skeleton(str(tmp_path / "model"), kind=KIND)
+
+
+def test_a_served_model_writes_on_whatever_stands_beside_a_text_in_a_batch(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from moe_dist.inference.serving import TextModel
+
+    write_start_model(tmp_path / "model", "gpt2", kind="LMHeadModel", n_positions=80)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = read_tokenizer(str(tmp_path / "model"))
+    served = TextModel(model, tokenizer, max_length=12)
+    texts = ["good film", "dull", "", " ".join(["fine"] * 40)]
+    alone = [served.predict([text])["text"][0] for text in texts]
+    assert served.predict(texts)["text"].tolist() == alone
+    assert served.predict([]).columns.tolist() == ["text"]
+    ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
+    for _ in range(3):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert alone[0].startswith(tokenizer.decode(ids[0, 2:], skip_special_tokens=True))
+    with pytest.raises(DataError, match="one column of texts"):
+        served.predict([["a", "b"]])

@@ -102,7 +102,7 @@ def test_questions_of_equal_scores_are_answered_together() -> None:
     no_answer, has_answer = np.array([-3.0, -3.0, -1.0]), np.array([True, False, True])
     threshold, mean = best_threshold(no_answer, np.array([1.0, 0.0, 1.0]), has_answer)
     # Any from -1 on is as good.
-    assert (threshold, mean) == (0.0, pytest.approx(2 / 3))
+    assert [threshold, mean] == pytest.approx([0.0, 2 / 3])
 
 
 def test_of_equally_good_thresholds_the_one_nearest_to_0_is_taken() -> None:

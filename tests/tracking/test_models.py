@@ -12,8 +12,10 @@ import pytest
 from moe_dist.config import load_config
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.digests import PICKLES
+from moe_dist.errors import DataError
 from moe_dist.inference import load_model, save_model
 from moe_dist.inference.saving import load_tokenizer
+from moe_dist.inference.serving import TextModel
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.tracking import TrackedModel, build_tracker
 from moe_dist.tracking.models import describe_model
@@ -109,6 +111,30 @@ def test_a_logged_model_answers_texts_in_every_form(
 
 def artifact_directory(model: Any) -> Path:
     return Path(str(model.artifact_location).removeprefix("file://"))
+
+
+def test_a_model_of_embeddings_answers_with_vectors(student: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(vocab_size=5 + len(WORDS), num_hidden_layers=1, **sizes)
+    for key, value in TASK_KINDS["embedding"].model_settings(None).items():
+        setattr(config, key, value)
+    model = BertModel(config, add_pooling_layer=False)
+    directory = save_model(model, tmp_path / "vectors", load_tokenizer(student))
+    answers = dict(TASK_KINDS["embedding"].served_columns)
+    entry = asdict(tracked(directory, labels=(), answers=answers))
+    describe_model(directory, tmp_path / "described", entry, run_id="r", model_id="m")
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "described"))
+    assert str(loaded.metadata.get_output_schema()) == "['vector': Array(double) (required)]"
+    found = loaded.predict(["a good film", "dull"])
+    assert list(found.columns) == ["vector"]
+    assert [len(vector) for vector in found["vector"]] == [16, 16]
+    assert sum(value**2 for value in found["vector"][0]) == pytest.approx(1, rel=1e-5)
+    served = TextModel(load_model(directory), load_tokenizer(directory), max_length=16)
+    with pytest.raises(DataError, match="reads one column of texts, and there are two"):
+        served.predict([["a", "film"]])
+    assert list(served.predict([]).columns) == ["vector"]
 
 
 def test_pairs_of_texts_are_two_columns(
