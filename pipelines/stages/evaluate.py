@@ -74,7 +74,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         loads = answers.expert_loads
         entries = measure_quality(answers)
         for name, found in answers.calibrations.items():
-            entries[name]["calibrations"] = found
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("calibrations", before)))] = found
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -233,7 +234,7 @@ class Answers:
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
-    calibrations: dict[str, dict[str, float]]
+    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def predict_all(
