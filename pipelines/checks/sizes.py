@@ -138,6 +138,14 @@ def recipe_kind(config: RunConfig) -> TaskKind:
     return kind_for(None if data.tasks else data.kind, data.name, data.subset)
 
 
+def recipe_options(config: RunConfig) -> dict[str, Any]:
+    """Give what a recipe's one kind of task reads beside; several tasks have none."""
+    if config.data.tasks:
+        return {}
+    values = config.data.model_dump(mode="json", include=set(recipe_kind(config).option_names))
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def length_faults(model: Any, config: RunConfig) -> list[str]:
     """Say where the start model has too few positions for the recipe's tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -248,7 +256,13 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         kind = recipe_kind(config)
         names = ("0", "1") if kind.has_classes else None
         num_labels = kind.num_outputs(names)
-        check_pretrained(workspace.start_model, num_labels=num_labels, label_names=names, kind=kind)
+        check_pretrained(
+            workspace.start_model,
+            num_labels=num_labels,
+            label_names=names,
+            kind=kind,
+            options=recipe_options(config),
+        )
     say_summaries(sizes.data, workspace.console)
     return sizes
 
