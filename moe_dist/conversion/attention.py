@@ -37,12 +37,20 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
 
     A model whose family is not known here is a ConversionError.
     """
-    modules = find_attention(model)
+    num_heads = num_attention_heads(model)
     recorded: list[AttentionInputs] = []
-    queries: dict[int, Tensor] = {}
+    queries: list[Tensor] = []
+
+    def after_query(module: nn.Module, args: Any, query_BSD: Tensor) -> None:
+        queries.append(query_BSD)
+
+    def after_key(module: nn.Module, args: Any, key_BSD: Tensor) -> None:
+        recorded.append(AttentionInputs(queries.pop(), key_BSD, num_heads))
+
     handles = []
-    for attention in modules:
-        handles += _hooks(attention, queries, recorded)
+    for query, key in find_attention(model):
+        handles.append(query.register_forward_hook(after_query))
+        handles.append(key.register_forward_hook(after_key))
     try:
         yield recorded
     finally:
@@ -51,22 +59,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
 
 
 def num_attention_heads(model: nn.Module) -> int:
-    """Say how many heads each layer of a BERT has; other families are a ConversionError."""
-    first: Any = find_attention(model)[0]
-    return int(first.num_attention_heads)
-
-
-def _hooks(
-    attention: Any, queries: dict[int, Tensor], recorded: list[AttentionInputs]
-) -> list[Any]:
-    def after_query(module: nn.Module, args: Any, query_BSD: Tensor) -> None:
-        queries[id(attention)] = query_BSD
-
-    def after_key(module: nn.Module, args: Any, key_BSD: Tensor) -> None:
-        query_BSD = queries.pop(id(attention))
-        recorded.append(AttentionInputs(query_BSD, key_BSD, attention.num_attention_heads))
-
-    return [
-        attention.query.register_forward_hook(after_query),
-        attention.key.register_forward_hook(after_key),
-    ]
+    """Say how many heads each layer has whose scores can be read; else a ConversionError."""
+    find_attention(model)
+    config: Any = model.config
+    return int(config.num_attention_heads)

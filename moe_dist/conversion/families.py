@@ -61,36 +61,32 @@ class FFNSlot:
         name: dotted name of the module that holds it.
         block: that module.
         spec: the family it belongs to.
+        in_decoder: whether it is in the decoder of an encoder-decoder.
     """
 
     index: int
     name: str
     block: nn.Module
     spec: FamilySpec
-
-    @property
-    def in_decoder(self) -> bool:
-        """Whether it is in the decoder of an encoder-decoder."""
-        return "decoder" in self.name.split(".") and self.spec.model_type in ("t5", "bart")
+    in_decoder: bool = False
 
     @property
     def gated(self) -> bool:
         """Whether an activated and a linear projection are multiplied."""
         path = self.spec.gate
-        return path is not None and _has_path(self.block, path)
+        return self.spec.fused_gate or (path is not None and _has_path(self.block, path))
 
     @property
     def linear_in(self) -> nn.Module:
-        """The linear layer from the model's width."""
+        """The linear layer from the model's width, its gate included where they are fused."""
         path = self.spec.gated_in if self.gated else None
         return self.block.get_submodule(path or self.spec.linear_in)
 
     @property
     def gate(self) -> nn.Module | None:
-        """The activated linear layer beside it, in a gated FFN."""
-        if not self.gated:
+        """The activated linear layer beside it, in a gated FFN that has two."""
+        if not self.gated or self.spec.gate is None:
             return None
-        assert self.spec.gate is not None
         return self.block.get_submodule(self.spec.gate)
 
     @property
@@ -106,7 +102,7 @@ class FFNSlot:
     @property
     def num_neurons(self) -> int:
         """F."""
-        return self.weights().w_in.shape[0]
+        return self.weights().w_out.shape[1]
 
     @property
     def dropout(self) -> float:
@@ -122,6 +118,9 @@ class FFNSlot:
         w_in, b_in = self._read(self.linear_in)
         w_out, b_out = self._read(self.linear_out)
         w_gate, b_gate = (None, None) if self.gate is None else self._read(self.gate)
+        if self.spec.fused_gate:
+            w_gate, w_in = w_in.chunk(2)
+            b_gate, b_in = (None, None) if b_in is None else b_in.chunk(2)
         return FFNWeights(w_in, b_in, w_gate, b_gate, w_out, b_out)
 
     def replace(self, layer: nn.Module) -> None:
@@ -179,7 +178,12 @@ def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot
             f"{type(model).__name__} holds none of {', '.join(spec.blocks)}",
             remedy="give a whole transformers model with at least one layer",
         )
-    return [FFNSlot(index, name, block, spec) for index, (name, block) in enumerate(blocks)]
+    config: Any = model.config
+    decodes = bool(getattr(config, "is_encoder_decoder", False))
+    return [
+        FFNSlot(index, name, block, spec, decodes and "decoder" in name.split("."))
+        for index, (name, block) in enumerate(blocks)
+    ]
 
 
 def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module, bool]]:
@@ -190,25 +194,24 @@ def find_stacks(model: nn.Module, spec: FamilySpec) -> Iterator[tuple[nn.Module,
             yield module, is_decoder or is_a(module, spec.causal_stacks)
 
 
-def find_attention(model: nn.Module) -> list[nn.Module]:
-    """List the self-attention modules, each with `query` and `key`, in the order of the layers.
+def find_attention(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """List the query and the key layer of each self-attention, in the order of the layers.
 
-    A family that keeps its queries and keys elsewhere is a ConversionError.
+    A family whose scores are not products of what such layers give is a ConversionError.
     """
-    config: Any = getattr(model, "config", None)
-    spec = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
-    found = [
-        module
-        for module in model.modules()
-        if spec is not None and spec.attention and is_a(module, (spec.attention,))
-    ]
-    if not found:
-        known = ", ".join(name for name, family in FAMILIES.items() if family.attention)
+    spec = known_family(model)
+    if spec is None or spec.no_attention:
+        reason = "its family is not known" if spec is None else spec.no_attention
+        known = ", ".join(name for name, family in FAMILIES.items() if not family.no_attention)
         raise ConversionError(
-            f"the attention scores of {type(model).__name__} cannot be read",
+            f"the attention scores of {type(model).__name__} cannot be read: {reason}",
             remedy=f"set distill.attention_weight to 0, or use one of these families: {known}",
         )
-    return found
+    return [
+        (module.get_submodule(spec.query), module.get_submodule(spec.key))
+        for module in model.modules()
+        if is_a(module, (spec.attention,))
+    ]
 
 
 def is_a(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -29,17 +29,21 @@ class FamilySpec:
         replaced: path where the MoE layer goes.
         activation_keys: configuration entries that name the activation.
         heads: dense model class to the Auto classes that should find its MoE form.
+        attention: class of the attention modules.
+        attention_width: path, below such a module, of its heads' width in sum.
         emptied: paths that become identities, since the MoE layer does their work.
         gate: path of the activated linear layer beside `linear_in` where the FFN is gated.
         gated_in: path of `linear_in` in a gated FFN, where it has another name there.
+        fused_gate: `linear_in` holds both: rows of the activated layer, then as many of the other.
         dropout: path of the dropout between the linear layers (a module or a float), if any.
         transposed: weights are stored (in, out), as in GPT-2's Conv1D.
         first_token_heads: dense model classes whose output depends on no position of the last
             block but the first.
-        attention_out: path of the module that attention and residual (two tensors) pass through,
-            and after which no position sees another; needed for those heads.
-        attention: class of the self-attention modules with linear layers `query` and `key`; empty
-            where attention scores cannot be read yet.
+        attention_out: path of the module that attention and residual pass through, summed or
+            not, and after which no position sees another; needed for those heads.
+        query: path of the query layer below an attention module.
+        key: path of the key layer; scores are products of what the two give.
+        no_attention: why scores cannot be read that way, where they cannot.
         size_keys: configuration entries that hold F.
         task_head: in a sequence classifier the path of the linear layer that gives the logits.
     """
@@ -54,15 +58,20 @@ class FamilySpec:
     replaced: str
     activation_keys: tuple[str, ...]
     heads: dict[str, tuple[str, ...]]
+    attention: str
+    attention_width: str
     emptied: tuple[str, ...] = ()
     gate: str | None = None
     gated_in: str | None = None
+    fused_gate: bool = False
     dropout: str | None = None
     transposed: bool = False
     causal_stacks: tuple[str, ...] = ()
     first_token_heads: tuple[str, ...] = ()
     attention_out: str = ""
-    attention: str = ""
+    query: str = "query"
+    key: str = "key"
+    no_attention: str = ""
     size_keys: tuple[str, ...] = ()
     task_head: str = ""
 
@@ -89,8 +98,52 @@ def _heads(name: str, *kinds: str) -> dict[str, tuple[str, ...]]:
     return {f"{name}{kind}": (_AUTO_CLASSES.get(kind, f"AutoModel{kind}"),) for kind in kinds}
 
 
-def _gated_decoder(model_type: str, name: str) -> FamilySpec:
-    """Describe Llama and its kin: pre-normalised, gated, without dropout in the FFN."""
+_ENCODER_HEADS = (
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+
+
+def _bert_kind(
+    model_type: str,
+    name: str,
+    *,
+    task_head: str = "classifier.out_proj",
+    attention: str = "",
+    attention_out: str = "attention.output",
+    no_attention: str = "",
+    multiple_choice: bool = True,
+    mixes_after_attention: bool = False,
+) -> FamilySpec:
+    """Describe BERT and its kin, whose FFN is spread over `intermediate` and `output`."""
+    classifier = f"{name}ForSequenceClassification"
+    return FamilySpec(
+        model_type=model_type,
+        config_class=f"{name}Config",
+        blocks=(f"{name}Layer",),
+        stacks=(f"{name}Model",),
+        linear_in="intermediate.dense",
+        linear_out="output.dense",
+        activation="intermediate.intermediate_act_fn",
+        replaced="intermediate",
+        emptied=("output.dense",),
+        activation_keys=("hidden_act",),
+        heads=_heads(name, *_ENCODER_HEADS, *["ForMultipleChoice"] * multiple_choice),
+        first_token_heads=() if mixes_after_attention else (classifier,),
+        attention_out=attention_out,
+        attention=attention or f"{name}SelfAttention",
+        attention_width="all_head_size",
+        no_attention=no_attention,
+        size_keys=("intermediate_size",),
+        task_head=task_head,
+    )
+
+
+def _llama_kind(model_type: str, name: str) -> FamilySpec:
+    """Describe Llama and its kin: gated decoders without dropout in the FFN."""
     return FamilySpec(
         model_type=model_type,
         config_class=f"{name}Config",
@@ -111,35 +164,76 @@ def _gated_decoder(model_type: str, name: str) -> FamilySpec:
             "ForTokenClassification",
             "ForQuestionAnswering",
         ),
+        attention=f"{name}Attention",
+        attention_width="q_proj.out_features",
+        no_attention="queries and keys are rotated by their places before they meet",
         size_keys=("intermediate_size",),
         task_head="score",
     )
 
 
+_ADDS_PLACES = "they are more than products of queries and keys, since places add to them"
+_ONE_LAYER = "queries and keys are one layer"
 _ROWS = (
+    _bert_kind("bert", "Bert", task_head="classifier"),
+    _bert_kind("roberta", "Roberta"),
+    _bert_kind("xlm-roberta", "XLMRoberta"),
+    _bert_kind("camembert", "Camembert"),
+    _bert_kind("electra", "Electra"),
+    _bert_kind("mpnet", "MPNet", attention_out="attention.LayerNorm", no_attention=_ADDS_PLACES),
+    _bert_kind(
+        "deberta",
+        "Deberta",
+        task_head="classifier",
+        attention="DisentangledSelfAttention",
+        no_attention=_ADDS_PLACES,
+        multiple_choice=False,
+    ),
+    _bert_kind(
+        "deberta-v2",
+        "DebertaV2",
+        task_head="classifier",
+        attention="DisentangledSelfAttention",
+        no_attention=_ADDS_PLACES,
+        mixes_after_attention=True,  # the first layer's output may pass a convolution
+    ),
     FamilySpec(
-        model_type="bert",
-        config_class="BertConfig",
-        blocks=("BertLayer",),
-        stacks=("BertModel",),
-        linear_in="intermediate.dense",
-        linear_out="output.dense",
-        activation="intermediate.intermediate_act_fn",
-        replaced="intermediate",
-        emptied=("output.dense",),
-        activation_keys=("hidden_act",),
-        heads=_heads(
-            "Bert",
-            "Model",
-            "ForMaskedLM",
-            "ForSequenceClassification",
-            "ForTokenClassification",
-            "ForQuestionAnswering",
-            "ForMultipleChoice",
-        ),
-        first_token_heads=("BertForSequenceClassification",),
-        attention_out="attention.output",
-        attention="BertSelfAttention",
+        model_type="distilbert",
+        config_class="DistilBertConfig",
+        blocks=("TransformerBlock",),
+        stacks=("DistilBertModel",),
+        linear_in="ffn.lin1",
+        linear_out="ffn.lin2",
+        activation="ffn.activation",
+        replaced="ffn.lin1",
+        emptied=("ffn.activation", "ffn.lin2"),
+        activation_keys=("activation",),
+        heads=_heads("DistilBert", *_ENCODER_HEADS, "ForMultipleChoice"),
+        first_token_heads=("DistilBertForSequenceClassification",),
+        attention_out="sa_layer_norm",
+        attention="DistilBertSelfAttention",
+        attention_width="dim",
+        query="q_lin",
+        key="k_lin",
+        size_keys=("hidden_dim",),
+        task_head="classifier",
+    ),
+    FamilySpec(
+        model_type="modernbert",
+        config_class="ModernBertConfig",
+        blocks=("ModernBertEncoderLayer",),
+        stacks=("ModernBertModel",),
+        linear_in="mlp.Wi",
+        fused_gate=True,
+        linear_out="mlp.Wo",
+        activation="mlp.act",
+        dropout="mlp.drop",
+        replaced="mlp",
+        activation_keys=("hidden_activation",),
+        heads=_heads("ModernBert", *_ENCODER_HEADS, "ForMultipleChoice"),
+        attention="ModernBertAttention",
+        attention_width="Wo.in_features",
+        no_attention=_ONE_LAYER,
         size_keys=("intermediate_size",),
         task_head="classifier",
     ),
@@ -164,6 +258,9 @@ _ROWS = (
         ),
         transposed=True,
         causal_stacks=("GPT2Model",),
+        attention="GPT2Attention",
+        attention_width="embed_dim",
+        no_attention=_ONE_LAYER,
         size_keys=("n_inner",),
         task_head="score",
     ),
@@ -189,6 +286,9 @@ _ROWS = (
             "ForQuestionAnswering",
             "EncoderModel",
         ),
+        attention="T5Attention",
+        attention_width="inner_dim",
+        no_attention=_ADDS_PLACES,
         size_keys=("d_ff",),
         task_head="classification_head.out_proj",
     ),
@@ -213,13 +313,16 @@ _ROWS = (
             "ForCausalLM",
         ),
         causal_stacks=("BartDecoder",),
+        attention="BartAttention",
+        attention_width="embed_dim",
+        no_attention="those of encoder, decoder and between them are not told apart",
         size_keys=("encoder_ffn_dim", "decoder_ffn_dim"),
         task_head="classification_head.out_proj",
     ),
-    _gated_decoder("llama", "Llama"),
-    _gated_decoder("mistral", "Mistral"),
-    _gated_decoder("qwen2", "Qwen2"),
-    _gated_decoder("qwen3", "Qwen3"),
+    _llama_kind("llama", "Llama"),
+    _llama_kind("mistral", "Mistral"),
+    _llama_kind("qwen2", "Qwen2"),
+    _llama_kind("qwen3", "Qwen3"),
 )
 
 FAMILIES: dict[str, FamilySpec] = {row.model_type: row for row in _ROWS}

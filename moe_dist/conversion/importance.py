@@ -148,7 +148,7 @@ def sum_of_readers(
                 for one in fresh:
                     one.install()
                 moved = on_device(model, batch)
-                outputs = model(**accepted_inputs(model, moved))
+                outputs = run_model(model, moved)
                 losses_B = loss_of(model, outputs, moved)
                 leaves = [leaf for one in fresh for leaf in one.leaves]
                 losses_B.sum().backward(inputs=leaves)
@@ -252,7 +252,13 @@ class Capture:
         product_BF = (value_BSF * grad_BSF).sum(dim=1)
         if bias is not None:
             product_BF = product_BF - bias.detach().float() * grad_BSF.sum(dim=1)
-        self.products.append(product_BF)
+        self._keep(product_BF)
+
+    def _keep(self, product: Tensor) -> None:
+        """Keep products of a layer's outputs; a fused layer has several for each neuron."""
+        own = product.unflatten(-1, (-1, self.slot.num_neurons)).sum(dim=-2)
+        # Added up at once: those of single tokens are as large as the activations.
+        self.products = [self.products[0].add_(own)] if self.products else [own]
 
 
 @contextmanager
@@ -318,6 +324,13 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         inputs.pop("labels", None)
         return inputs
     return with_decoder_mask(inputs) if "decoder_attention_mask" in names else inputs
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Run a model on what it takes of a batch; `options` are what its forward takes beside."""
+    if INDEX in batch:
+        return answered_kind(model).run(model, batch, **options)
+    return model(**accepted_inputs(model, batch), **options)
 
 
 def _labels(batch: Mapping[str, Any], name: str) -> Tensor:

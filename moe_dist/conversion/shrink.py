@@ -4,7 +4,7 @@ A student layer takes the weights of one teacher layer, cut to the kept dimensio
 stream has one set of kept dimensions for the whole model; neurons and attention dimensions are
 chosen layer by layer. With everything kept the student computes what its teacher does.
 
-BERT only so far; the names of its parameters are in `_AXES`.
+`shrink_layouts` knows the families that can be cut, and the names of their parameters.
 
 Shapes: D model, F FFN, A attention (heads times head size).
 """
@@ -23,36 +23,28 @@ from torch import Tensor, nn
 from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import family_of, find_slots
 from moe_dist.conversion.heads import install_heads
+from moe_dist.conversion.shrink_choices import (
+    StudentInit,
+    attention_weights,
+    axes_of,
+    group_ids,
+    head_ids,
+    keep_first,
+    keep_largest,
+    stream_sizes,
+)
+from moe_dist.conversion.shrink_layouts import (
+    HIDDEN,
+    NEURON,
+    QUERY,
+    VALUE,
+    WHOLE,
+    ShrinkLayout,
+    layout_of,
+)
 from moe_dist.errors import ConversionError, MissingInputError
 
-StudentInit = Literal["importance", "truncate", "random"]
 LayerMap = Literal["uniform", "last"]
-
-# What each axis of a BERT parameter runs over, by the end of the parameter's name.
-_HIDDEN, _NEURON, _QUERY, _VALUE, _WHOLE = "hidden", "neuron", "query", "value", "whole"
-_AXES: dict[str, tuple[str, ...]] = {
-    "embeddings.weight": (_WHOLE, _HIDDEN),
-    "LayerNorm.weight": (_HIDDEN,),
-    "LayerNorm.bias": (_HIDDEN,),
-    "self.query.weight": (_QUERY, _HIDDEN),
-    "self.query.bias": (_QUERY,),
-    "self.key.weight": (_QUERY, _HIDDEN),
-    "self.key.bias": (_QUERY,),
-    "self.value.weight": (_VALUE, _HIDDEN),
-    "self.value.bias": (_VALUE,),
-    "attention.output.dense.weight": (_HIDDEN, _VALUE),
-    "intermediate.dense.weight": (_NEURON, _HIDDEN),
-    "intermediate.dense.bias": (_NEURON,),
-    "output.dense.weight": (_HIDDEN, _NEURON),
-    "output.dense.bias": (_HIDDEN,),
-    "pooler.dense.weight": (_HIDDEN, _HIDDEN),
-    "pooler.dense.bias": (_HIDDEN,),
-    "classifier.weight": (_WHOLE, _HIDDEN),
-    "classifier.bias": (_WHOLE,),
-    "qa_outputs.weight": (_WHOLE, _HIDDEN),
-    "qa_outputs.bias": (_WHOLE,),
-}
-_LAYERS = "encoder.layer."
 
 
 @dataclass(frozen=True)
@@ -63,8 +55,9 @@ class ShrinkPlan:
         layers: the teacher's layer of each student layer, from 0.
         hidden_ids: the kept dimensions of the residual stream, ascending.
         neuron_ids: for each student layer the kept neurons of its teacher layer, ascending.
-        query_ids: for each student layer the kept rows of query and key, head by head.
-        value_ids: the same of the value.
+        query_ids: for each student layer the kept rows of query and key, head by head; where
+            several heads share a key, those of the query alone.
+        value_ids: the same of the value; where several heads share it, of key and value.
         num_heads: attention heads of the student.
         init: how they were chosen.
     """
@@ -141,8 +134,10 @@ def plan_shrink(
 
     With ``importance`` neurons are kept by their scores; dimensions of the residual stream by their
     size, which is the squared scale plus the squared offset of the normalisations in the kept
-    layers; attention dimensions, within each head, by the product of the norms of the two rows (or
-    row and column) that meet in them.
+    layers (in Llama's kind, which normalises when it reads, the squared scale times the mean square
+    of the weights that write the dimension); attention dimensions, within each head, by the product
+    of the norms of the two rows (or row and column) that meet in them. Llama's kind keeps whole
+    groups of heads that share a key, chosen likewise.
     These choices are ours: no paper says how to cut the width of a fine-tuned teacher.
 
     Args:
@@ -160,42 +155,44 @@ def plan_shrink(
         The plan.
 
     Raises:
-        ConversionError: if the family is not BERT, or a size does not fit the teacher.
+        ConversionError: if the family cannot be cut, or a size does not fit the teacher.
         MissingInputError: if the scores are missing.
     """
     spec = family_of(model)
-    if spec.model_type != "bert":
-        raise ConversionError(
-            f"a smaller student of {type(model).__name__} cannot be made: only BERT's layers and "
-            "widths can be cut so far",
-            remedy="leave the student section out, or use a BERT teacher",
-        )
+    layout = layout_of(model, spec)
     config: Any = model.config
+    for name, _ in model.named_parameters():
+        axes_of(layout, config, name)  # refuses heads that cannot be cut
     slots = find_slots(model, spec)
     layers = map_layers(num_layers or len(slots), len(slots), layer_map)
+    num_neurons = slots[0].num_neurons
     wanted_D = hidden_size or config.hidden_size
-    wanted_F = intermediate_size or config.intermediate_size
+    wanted_F = intermediate_size or num_neurons
     heads = num_heads or config.num_attention_heads
-    _check_widths(config, wanted_D, wanted_F, heads)
-    keep = _keep_first
+    _check_widths(layout, config, num_neurons, wanted_D, wanted_F, heads)
+    keep = keep_first
     if init == "importance":
-        keep = _keep_largest
-        if wanted_F < config.intermediate_size and scores is None:
+        keep = keep_largest
+        if wanted_F < num_neurons and scores is None:
             raise MissingInputError(
                 "student.init=importance needs the scores of the teacher's neurons",
                 remedy="pass scores from score_importance, or use init truncate",
             )
-    whole_F = torch.zeros(config.intermediate_size)
+    whole_F = torch.zeros(num_neurons)
     chosen_F = [whole_F if scores is None else scores[layer] for layer in layers]
-    blocks = [slots[layer].block for layer in layers]
+    chosen = [slots[layer] for layer in layers]
     attention = [
-        _attention_ids(block, config.num_attention_heads, heads, wanted_D // heads, init)
-        for block in blocks
+        head_ids(layout, slot.block, config, heads, wanted_D // heads, init)
+        if layout.narrows_heads
+        else group_ids(layout, slot.block, config, heads, init)
+        for slot in chosen
     ]
-    hidden = _hidden_energy(model, blocks) if init == "importance" else None
+    size_D = torch.zeros(config.hidden_size)
+    if init == "importance":
+        size_D = stream_sizes(model, layout, chosen)
     return ShrinkPlan(
         layers=layers,
-        hidden_ids=keep(torch.zeros(config.hidden_size) if hidden is None else hidden, wanted_D),
+        hidden_ids=keep(size_D, wanted_D),
         neuron_ids=tuple(keep(score_F, wanted_F) for score_F in chosen_F),
         query_ids=tuple(query for query, _ in attention),
         value_ids=tuple(value for _, value in attention),
@@ -219,11 +216,9 @@ def shrink_model(model: Any, plan: ShrinkPlan, *, seed: int = 0) -> Any:
     Raises:
         ConversionError: if the model has a parameter that cannot be cut.
     """
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(plan.layers)
-    config.hidden_size = len(plan.hidden_ids)
-    config.intermediate_size = len(plan.neuron_ids[0])
-    config.num_attention_heads = plan.num_heads
+    spec = family_of(model)
+    layout = layout_of(model, spec)
+    config = _small_config(model, layout, spec.size_keys, plan)
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.device(first.device):
         torch.manual_seed(seed)
@@ -232,7 +227,7 @@ def shrink_model(model: Any, plan: ShrinkPlan, *, seed: int = 0) -> Any:
     install_heads(student)
     student.to(dtype=first.dtype)
     if plan.init != "random":
-        _copy_weights(model, student, plan)
+        _copy_weights(model, student, layout, plan)
     return student.train(model.training)
 
 
@@ -244,131 +239,109 @@ def shrink_scores(scores: Sequence[Tensor], plan: ShrinkPlan) -> list[Tensor]:
     ]
 
 
-def _check_widths(config: Any, hidden_size: int, intermediate_size: int, num_heads: int) -> None:
-    for key, value in (
-        ("hidden_size", hidden_size),
-        ("intermediate_size", intermediate_size),
-        ("num_attention_heads", num_heads),
+def _small_config(
+    model: Any, layout: ShrinkLayout, size_keys: Sequence[str], plan: ShrinkPlan
+) -> Any:
+    config = copy.deepcopy(model.config)
+    if layout.own_embeddings and config.embedding_size == config.hidden_size:
+        config.embedding_size = len(plan.hidden_ids)
+    if not layout.narrows_heads:
+        head_size = len(plan.query_ids[0]) // plan.num_heads
+        config.head_dim = head_size
+        config.num_key_value_heads = len(plan.value_ids[0]) // head_size
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in plan.layers]
+    config.num_hidden_layers = len(plan.layers)
+    config.hidden_size = len(plan.hidden_ids)
+    config.num_attention_heads = plan.num_heads
+    for key in size_keys:
+        setattr(config, key, len(plan.neuron_ids[0]))
+    return config
+
+
+def _check_widths(
+    layout: ShrinkLayout,
+    config: Any,
+    num_neurons: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+) -> None:
+    for name, value, largest in (
+        ("hidden_size", hidden_size, config.hidden_size),
+        ("intermediate_size", intermediate_size, num_neurons),
+        ("num_heads", num_heads, config.num_attention_heads),
     ):
-        if not 1 <= value <= getattr(config, key):
-            name = key.replace("attention_", "")
+        if not 1 <= value <= largest:
             raise ConversionError(
-                f"student.{name}={value} does not fit a teacher whose {name} is "
-                f"{getattr(config, key)}",
-                remedy=f"use 1 to {getattr(config, key)}",
+                f"student.{name}={value} does not fit a teacher whose {name} is {largest}",
+                remedy=f"use 1 to {largest}",
             )
     if hidden_size % num_heads:
         raise ConversionError(
             f"student.hidden_size={hidden_size} is not divisible by {num_heads} attention heads",
             remedy="change student.hidden_size, or give student.num_heads",
         )
+    if not layout.drops_heads and num_heads != config.num_attention_heads:
+        raise ConversionError(
+            f"student.num_heads={num_heads}: the layers of {config.model_type} share what they "
+            f"know of places by head, so that all {config.num_attention_heads} heads stay",
+            remedy="leave student.num_heads out, and choose student.hidden_size to fit",
+        )
+    group = config.num_attention_heads // getattr(
+        config, "num_key_value_heads", config.num_attention_heads
+    )
+    if num_heads % group:
+        raise ConversionError(
+            f"student.num_heads={num_heads}: the teacher's heads share keys by {group}, and only "
+            "whole groups are kept",
+            remedy=f"use a multiple of {group}",
+        )
     teacher_size = config.hidden_size // config.num_attention_heads
-    if hidden_size // num_heads > teacher_size:
+    if layout.narrows_heads and hidden_size // num_heads > teacher_size:
         raise ConversionError(
             f"student.num_heads={num_heads} makes heads of {hidden_size // num_heads}, and the "
             f"teacher's have {teacher_size}",
             remedy=f"use at least {-(-hidden_size // teacher_size)} heads",
         )
-
-
-def _keep_first(scores: Tensor, count: int) -> tuple[int, ...]:
-    return tuple(range(count))
-
-
-def _keep_largest(scores: Tensor, count: int) -> tuple[int, ...]:
-    # Stable, so that equal scores give the same student everywhere.
-    order = torch.argsort(scores.detach().float().cpu(), descending=True, stable=True)
-    return tuple(sorted(int(index) for index in order[:count]))
-
-
-def _hidden_energy(model: nn.Module, blocks: Sequence[nn.Module]) -> Tensor:
-    """Mean square of each dimension of the residual stream, as its normalisations let it through.
-
-    Weights must not be asked: those that read a dimension are large where it is small.
-    """
-    total_D: Tensor | None = None
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    for name, parameter in model.named_parameters():
-        if _LAYERS in name and id(parameter) not in inside:
-            continue
-        if name.endswith(("LayerNorm.weight", "LayerNorm.bias")):
-            square_D = parameter.detach().double().square()
-            total_D = square_D if total_D is None else total_D + square_D
-    assert total_D is not None
-    return total_D
-
-
-def _attention_ids(
-    block: nn.Module, num_teacher_heads: int, num_heads: int, head_size: int, init: StudentInit
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Choose heads, and within each the dimensions of query and key, and of the value."""
-    attention: Any = block.get_submodule("attention")
-    teacher_size = attention.self.query.weight.shape[0] // num_teacher_heads
-    if init == "importance":
-        query_HD = _norms(attention.self.query.weight, 1) * _norms(attention.self.key.weight, 1)
-        value_HD = _norms(attention.self.value.weight, 1) * _norms(attention.output.dense.weight, 0)
-        query_HD = query_HD.view(num_teacher_heads, teacher_size)
-        value_HD = value_HD.view(num_teacher_heads, teacher_size)
-        keep = _keep_largest
-    else:
-        query_HD = value_HD = torch.zeros(num_teacher_heads, teacher_size)
-        keep = _keep_first
-    heads = keep(value_HD.sum(dim=1), num_heads)
-    query, value = (
-        tuple(
-            head * teacher_size + dimension
-            for head in heads
-            for dimension in keep(scores_HD[head], head_size)
+    own = config.embedding_size if layout.own_embeddings else config.hidden_size
+    if own != config.hidden_size and own == hidden_size:
+        raise ConversionError(
+            f"student.hidden_size={hidden_size} is the width of the embeddings, and then "
+            f"{config.model_type} has no projection between them, as the teacher has",
+            remedy="use another student.hidden_size",
         )
-        for scores_HD in (query_HD, value_HD)
-    )
-    return query, value
 
 
-def _norms(weight: Tensor, axis: int) -> Tensor:
-    return weight.detach().double().square().sum(dim=axis).sqrt()
-
-
-def _copy_weights(model: Any, student: Any, plan: ShrinkPlan) -> None:
+def _copy_weights(model: Any, student: Any, layout: ShrinkLayout, plan: ShrinkPlan) -> None:
     source = dict(model.named_parameters())
-    head_sizes = [
-        one.config.hidden_size // one.config.num_attention_heads for one in (model, student)
-    ]
-    scale = (head_sizes[1] / head_sizes[0]) ** 0.5
+    block = find_slots(model)[0].block
+    teacher_size = attention_weights(layout, block)[0].shape[0] / model.config.num_attention_heads
+    scale = (len(plan.query_ids[0]) / plan.num_heads / teacher_size) ** 0.5
     with torch.no_grad():
         for name, target in student.named_parameters():
-            teacher_name, layer = _teacher_name(name, plan)
+            teacher_name, layer = _teacher_name(name, layout, plan)
             value = source[teacher_name]
-            for axis, kind in enumerate(_axes(name)):
+            for axis, kind in enumerate(axes_of(layout, model.config, name)):
                 ids = _ids(kind, layer, plan)
                 if ids is not None:
                     value = value.index_select(axis, torch.tensor(ids, device=value.device))
-            target.copy_(value * scale if "self.query." in name else value)
+            target.copy_(value * scale if f".{layout.attention.query}." in name else value)
 
 
-def _axes(name: str) -> tuple[str, ...]:
-    matching = [end for end in _AXES if name.endswith(end)]
-    if not matching:
-        raise ConversionError(
-            f"the parameter {name} cannot be cut to another width",
-            remedy="use a BERT encoder with a head for classification or question answering",
-        )
-    return _AXES[max(matching, key=len)]
-
-
-def _teacher_name(name: str, plan: ShrinkPlan) -> tuple[str, int | None]:
-    before, found, after = name.partition(_LAYERS)
+def _teacher_name(name: str, layout: ShrinkLayout, plan: ShrinkPlan) -> tuple[str, int | None]:
+    before, found, after = name.partition(layout.layers)
     if not found:
         return name, None
     number, _, rest = after.partition(".")
-    return f"{before}{_LAYERS}{plan.layers[int(number)]}.{rest}", int(number)
+    return f"{before}{layout.layers}{plan.layers[int(number)]}.{rest}", int(number)
 
 
 def _ids(kind: str, layer: int | None, plan: ShrinkPlan) -> tuple[int, ...] | None:
-    if kind == _WHOLE:
+    if kind == WHOLE:
         return None
-    if kind == _HIDDEN:
+    if kind == HIDDEN:
         return plan.hidden_ids
     assert layer is not None, f"{kind} outside the layers"
-    by_layer = {_NEURON: plan.neuron_ids, _QUERY: plan.query_ids, _VALUE: plan.value_ids}
+    by_layer = {NEURON: plan.neuron_ids, QUERY: plan.query_ids, VALUE: plan.value_ids}
     return by_layer[kind][layer]

@@ -45,6 +45,7 @@ class Encoded:
         targets: tokens that are to be written, of all samples, int32; None where none are.
         target_offsets: those of sample i are [target_offsets[i], target_offsets[i+1]) (N+1,).
         num_targets: of each sample, what its task loss is a sum over (N,); None for 1 each.
+        full_target_lengths: tokens of each sample's target before it was cut (N,).
     """
 
     input_ids: NDArray[np.int32]
@@ -57,6 +58,7 @@ class Encoded:
     targets: NDArray[np.int32] | None = None
     target_offsets: NDArray[np.int64] | None = None
     num_targets: NDArray[np.int64] | None = None
+    full_target_lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -108,6 +110,9 @@ class Encoded:
             targets=targets,
             target_offsets=target_offsets,
             num_targets=None if self.num_targets is None else self.num_targets[chosen],
+            full_target_lengths=None
+            if self.full_target_lengths is None
+            else self.full_target_lengths[chosen],
         )
 
 
@@ -175,7 +180,9 @@ def encode(
 
     final = build_once(
         root / "encoded" / key.hexdigest()[:32],
-        lambda folder: _write(folder, _tokenise(dataset, make)),
+        lambda folder: _write(
+            folder, _tokenise(dataset, make, len(dataset) if kind.needs_all_rows else _CHUNK_ROWS)
+        ),
         is_good=_is_whole,
     )
     arrays: dict[str, Any] = {
@@ -203,7 +210,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tokenise(
-    dataset: Dataset, make: Callable[[Mapping[str, Sequence[Any]]], TokenRows]
+    dataset: Dataset, make: Callable[[Mapping[str, Sequence[Any]]], TokenRows], num_rows: int
 ) -> dict[str, NDArray[Any]]:
     parts: dict[str, list[NDArray[Any]]] = {}
     label_type = dataset.features["label"].dtype
@@ -217,7 +224,7 @@ def _tokenise(
             flat = [np.asarray(value, dtype) for value in values]
             add(name, np.concatenate(flat) if flat else (), dtype)
 
-    for rows in dataset.iter(_CHUNK_ROWS):
+    for rows in dataset.iter(num_rows):
         made = make(rows)
         is_float = label_type.startswith("float")
         add("lengths", list(map(len, made.input_ids)), np.int64)
@@ -230,6 +237,7 @@ def _tokenise(
             add("target_lengths", list(map(len, made.targets)), np.int64)
         add("num_targets", made.num_targets, np.int64)
         add("full_lengths", made.full_lengths, np.int64)
+        add("full_target_lengths", made.full_target_lengths, np.int64)
         add("labels", made.labels, np.float32 if is_float else np.int64)
         add("sample_ids", np.asarray(rows["sample_id"], np.int64)[list(made.rows)], np.int64)
     arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}

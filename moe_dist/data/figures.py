@@ -10,15 +10,22 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_dist.tasks.text_scores import CHRF_COLUMNS, CHRF_ORDER
+
+__all__ = [
+    "CHRF_COLUMNS",
+    "bits_for_each",
+    "chrf",
+    "mean",
+    "mean_exponential",
+    "mean_reciprocal_rank",
+    "recall_at_1",
+    "recall_at_10",
+    "why_no_rate",
+]
+
 Figures = NDArray[np.float64]
 
-CHRF_ORDER = 6
-CHRF_COLUMNS = tuple(
-    f"chrf_{what}_{order}"
-    for order in range(1, CHRF_ORDER + 1)
-    for what in ("hypothesis", "reference", "match")
-)
-"""Counts of character n-grams by their length: in the answer, in the reference, and in both."""
 _CHRF_BETA = 2
 _LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 

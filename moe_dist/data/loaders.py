@@ -14,7 +14,7 @@ from moe_dist.data.encoding import Encoded, encode
 from moe_dist.errors import DataError
 from moe_dist.tasks.kind import IGNORED
 
-__all__ = ["Encoded", "StepBatch", "TrainBatches", "encode", "eval_batches"]
+__all__ = ["Encoded", "StepBatch", "TrainBatches", "bounded_batch", "encode", "eval_batches"]
 
 _BUCKET_BATCHES = 50
 # Tensor cores want widths in multiples of 8; a CPU would only compute on more padding.
@@ -158,8 +158,7 @@ def eval_batches(
     """Batches that cover every sample once, longest first.
 
     Every rank yields equally many batches of equal size, since experts on other ranks wait for
-    it. Where the samples do not divide evenly, a rank repeats some: put predictions in place
-    by "index", so that a repeat changes nothing.
+    it. Where the samples do not divide evenly, a rank repeats some, which "is_repeat" tells.
 
     Args:
         encoded: the samples.
@@ -169,18 +168,28 @@ def eval_batches(
         world_size: number of ranks.
 
     Yields:
-        Batches as in StepBatch, with "index" (B,), positions in `encoded`, and "sample_ids" (B,).
+        Batches as in StepBatch, with "index" (B,): positions in `encoded`; "sample_ids" (B,); and
+        "is_repeat" (B,) bool: another batch has the sample too.
     """
     order = np.argsort(-encoded.lengths, kind="stable")
+    is_repeat = np.zeros(len(order), dtype=bool)
     if len(order) % world_size:
-        order = np.resize(order, len(order) + world_size - len(order) % world_size)
-    mine = order[rank::world_size]
+        missing = world_size - len(order) % world_size
+        order = np.resize(order, len(order) + missing)
+        is_repeat = np.append(is_repeat, np.ones(missing, dtype=bool))
+    mine, repeats = order[rank::world_size], is_repeat[rank::world_size]
     for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
-        batch = collate(encoded, rows, pad_token_id)
-        batch["index"] = torch.from_numpy(rows.astype(np.int64))
-        batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[rows]))
+        part = slice(start, start + batch_size)
+        batch = collate(encoded, mine[part], pad_token_id)
+        batch["index"] = torch.from_numpy(mine[part].astype(np.int64))
+        batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[mine[part]]))
+        batch["is_repeat"] = torch.from_numpy(repeats[part].copy())
         yield batch
+
+
+def bounded_batch(batch_size: int, length: int, max_tokens: int) -> int:
+    """Lower a number of samples of at most so many tokens each, until a batch fits in memory."""
+    return max(1, min(batch_size, max_tokens // length))
 
 
 def collate(

@@ -70,6 +70,12 @@ class Mixture:
         return _digest([parts, self.shares])
 
     @property
+    def distill_digest(self) -> str:
+        """SHA-256 over what a distillation sees, rows without labels included."""
+        parts = [[name, splits.distill_digest] for name, splits in self.parts.items()]
+        return _digest([parts, self.shares])
+
+    @property
     def source(self) -> str:
         """Where the rows came from, in words."""
         return "; ".join(f"{name}: {splits.source}" for name, splits in self.parts.items())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_dist.data.answers import answers_label, refuse_repeated_ids
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
@@ -18,6 +19,16 @@ from moe_dist.tasks.kind import LABEL_TYPES, LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+NO_LABEL: dict[LabelKind, int | float | str] = {
+    "class": 0,
+    "number": 0.0,
+    "text": "",
+    "answers": "[]",
+    "none": 0,
+}
+"""What stands in a label column where there is no label."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,10 @@ class Sample:
     text_b: str | None
     label: int | float | str
     sample_id: int
+
+    def numbered(self, sample_id: int) -> Sample:
+        """Give the same row under another number."""
+        return replace(self, sample_id=sample_id)
 
     @property
     def text(self) -> str:
@@ -60,6 +75,7 @@ def check_rows(
     holds_ids: bool = False,
     may_be_ids: bool = False,
     drops_incomplete: bool = False,
+    needs_labels: bool = True,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Turn rows into samples.
 
@@ -70,6 +86,7 @@ def check_rows(
         may_be_ids: labels are names, or ids where no name is a number.
         drops_incomplete: leave rows without label or text out; for sources that nobody here can
             mend.
+        needs_labels: without, only the texts count, and a label is taken where it is a text.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -81,17 +98,27 @@ def check_rows(
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
-    read_label: dict[LabelKind, Callable[[SourceRow, Any], int | float | str]] = {
-        "class": lambda row, label: class_id(row, label, ids, may_be_ids),
-        "number": regression_value,
-        "text": lambda row, label: label_text(row, task.label_column, label),
-        "none": lambda row, label: 0,
+    named = task.label_column
+    read_label: dict[LabelKind, Callable[..., int | float | str]] = {
+        "class": lambda row, label, *texts: class_id(row, label, ids, may_be_ids),
+        "number": lambda row, label, *texts: regression_value(row, label),
+        "text": lambda row, label, *texts: label_text(row, named, label),
+        "answers": lambda row, label, *texts: answers_label(row, named, label, *texts),
+        "none": lambda row, label, *texts: 0,
     }
+    if kind.label == "answers":
+        refuse_repeated_ids(rows)
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = None if task.label == "none" else column_value(row, task.label_column)
+        has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
+        label = None
+        if has_label and task.label != "none":
+            label = column_value(row, task.label_column)
+        if task.label == "text" and not isinstance(label, str):
+            texts_of_label = several_texts(label)
+            label = texts_of_label[0] if texts_of_label else label
         if drops_incomplete:
             has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
             if task.label != "none" and (is_missing(label) or has_no_class):
@@ -100,11 +127,15 @@ def check_rows(
             if None in texts:
                 left_out["without a text"] += 1
                 continue
-        for column, text in zip(task.text_columns, texts, strict=True):
+        for text_column, text in zip(task.text_columns, texts, strict=True):
             if not isinstance(text, str):
-                raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
-            encodable(row, column, text)
-        value = read_label[task.label](row, label)
+                raise row.error(
+                    f"column {text_column!r} holds no text: {text!r}", _text_remedy(text)
+                )
+            encodable(row, text_column, text)
+        value = NO_LABEL[task.label]
+        if needs_labels or not is_missing(label):
+            value = read_label[task.label](row, label, *texts)
         samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 
@@ -144,6 +175,16 @@ def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
         for s in samples:
             digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
     return digest.hexdigest()
+
+
+def several_texts(label: Any) -> list[str]:
+    """Give the texts of a label that is a list of them, or SQuAD's answers; none where it is not.
+
+    SQuAD has them as a mapping whose `text` is a list.
+    """
+    found = label.get("text") if isinstance(label, Mapping) else label
+    is_list = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
+    return list(found) if is_list and found is not None else []
 
 
 def label_text(row: SourceRow, column: str, label: Any) -> str:

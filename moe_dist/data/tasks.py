@@ -13,7 +13,8 @@ from moe_dist.tasks.kind import DevRows, LabelKind
 Kind = Literal[
     "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
 ]
-Split = Literal["train", "dev", "holdout"]
+Split = Literal["train", "dev", "holdout", "distilled"]
+"""Rows by what they are for; those that are distilled are training rows and what has no labels."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from moe_dist.conversion.heads import answered_kind, chosen_head
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.tasks.tokens import tokenise
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -27,12 +27,24 @@ class TextModel:
         model: for any kind of task that is served, in evaluation mode.
         tokenizer: the one it was trained with.
         max_length: tokens after which a text is cut.
+        options: of the task.
+        calibration: what its answers are read with, see `TaskKind.calibrate`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._options = options
+        self._calibration = calibration
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Answer for each text, or pair of texts.
@@ -44,13 +56,18 @@ class TextModel:
 
         Returns:
             A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
-            to 1; of a regression the `value`, of an embedding the `vector`.
+            to 1; of a regression the `value`, of an embedding the `vector`, of a question the
+            `answer` (empty for none) and its `score`; or the `text` that it writes (of a
+            language model what follows).
 
         Raises:
             DataError: if these are no texts.
         """
         import pandas
 
+        names = list(answered_kind(self._model).text_columns)
+        if names and set(names) <= set(getattr(model_input, "columns", ())):
+            model_input = model_input[names]
         columns = text_columns(model_input)
         if len(columns) > 1 and not answered_kind(self._model).reads_pairs:
             raise DataError(
@@ -65,12 +82,15 @@ class TextModel:
         return pandas.DataFrame(rows, columns=None if rows else names)
 
     def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        tokens = tokenise(self._tokenizer, *columns, max_length=self._max_length)
-        encoded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._model.device)
-        kind = answered_kind(self._model)
-        with torch.no_grad():
-            answers_BC = kind.answer(self._model, encoded, {}).float().cpu()
-        return kind.served(answers_BC, self._labels())
+        return answered_kind(self._model).serve(
+            self._model,
+            self._tokenizer,
+            columns,
+            max_length=self._max_length,
+            label_names=self._labels(),
+            options=self._options,
+            calibration=self._calibration,
+        )
 
     def _labels(self) -> list[str]:
         """The classes in the order of their ids; none where there are none."""
@@ -103,11 +123,16 @@ def text_columns(model_input: Any) -> list[list[str]]:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
-    """Load a model directory for MLflow; settings are `max_length` (tokens) and `task`."""
+    """Load a model directory for MLflow.
+
+    Settings are `max_length` (tokens), `task`, `options` and `calibration`, as in `TextModel`.
+    """
     settings = model_config or {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TextModel(
         load_model(Path(path), device, task=settings.get("task")),
         load_tokenizer(Path(path)),
         max_length=int(settings.get("max_length", MAX_LENGTH)),
+        options=settings.get("options") or {},
+        calibration=settings.get("calibration"),
     )

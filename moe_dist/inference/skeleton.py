@@ -67,11 +67,20 @@ def model_class_for(kind: TaskKind, config: Any, source: str) -> Any:
             f"for data.kind={kind.name}",
             remedy="choose another model, or another kind of task",
         )
+    is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if is_encoder and not config.is_encoder_decoder and not kind.takes_encoders:
+        raise ConversionError(
+            f"model.teacher: {source!r} is an encoder ({config.model_type}), whose tokens see the "
+            f"later ones, and data.kind={kind.name} is to predict these",
+            remedy="choose a decoder, such as one of GPT-2's or Llama's kind",
+        )
     if config.is_encoder_decoder and not kind.takes_encoder_decoders:
         raise ConversionError(
             f"model.teacher: {source!r} is an encoder-decoder, and data.kind={kind.name} takes "
             "models of one stack",
-            remedy="choose an encoder or a decoder",
+            remedy="choose an encoder or a decoder"
+            if kind.takes_encoders
+            else "choose a decoder, such as one of GPT-2's or Llama's kind",
         )
     return auto
 

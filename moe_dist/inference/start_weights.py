@@ -33,8 +33,13 @@ _WRAPPERS = {
     "model.": "a module around the model, such as a LightningModule",
 }
 _OTHER_FORMATS = (*sorted(PICKLES), ".h5", ".msgpack", ".onnx", ".gguf")
-_SAME_NAMES = ("ForTokenClassification", "ForMultipleChoice")
-"""Ends of classes whose heads have the names of a sequence classifier's in some families."""
+_SAME_NAMES = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMultipleChoice",
+    "ForQuestionAnswering",
+)
+"""Ends of classes whose heads have the same names in some families."""
 _SHOWN = 4
 
 
@@ -160,11 +165,16 @@ def compare_weights(
     extra = {name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name)}
     spec = known_family(model)
     kind = kind or TASK_KINDS["classification"]
-    last = kind.own_head(spec.task_head if spec is not None and spec.task_head else "classifier")
+    classifier = spec.task_head if spec is not None and spec.task_head else "classifier"
+    last = kind.own_head(classifier)
     head = {name for name in model.state_dict() if not _is_body(model, name)}
+    if last and not any(name.startswith(f"{last}.") for name in head):
+        # A few families give all their heads one name.
+        last = classifier
     own_head = {name for name in head if last and name.startswith(f"{last}.")}
     lacks_head = not own_head.isdisjoint(missing | shapes.keys())
-    others = [one for one in architectures if last and one.endswith(_SAME_NAMES)]
+    other_names = tuple(name for name in _SAME_NAMES if not kind.auto_class.endswith(name))
+    others = [one for one in architectures if last and one.endswith(other_names)]
     other_head = others[0] if others and not lacks_head else ""
     is_new = lacks_head or bool(other_head)
     # What feeds the last layer may be new where that layer is; below a trained one it may not.

@@ -32,6 +32,7 @@ from moe_dist.training.step import StepTerms, distill_terms, freeze
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.tasks import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class DistillJob(TrainJob):
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+    TRAINS_ON: ClassVar[Split] = "distilled"
 
     student: str
     teacher: str

@@ -41,12 +41,15 @@ class Measured:
         split: what it was measured on.
         tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
         figures: of each task's units, by its name ("" where there is one task).
+        calibrations: what each task's answers were read with, by its name; none where nothing is
+            chosen.
     """
 
     metrics: dict[str, float]
     split: Split
     tokens_per_expert: dict[str, Tensor]
     figures: dict[str, Figures] = field(default_factory=dict)
+    calibrations: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,13 @@ class JobData:
         assert self.splits.holdout is not None, "who asks for it has seen that there is one"
         return self._encode(self.splits.holdout, "holdout")
 
+    @cached_property
+    def distilled(self) -> Encoded:
+        """What a student is distilled on: the training split, and rows without labels."""
+        if self.splits.unlabelled is None:
+            return self.train
+        return self._encode(self.splits.distilled, "distilled")
+
     def part(self, name: Split) -> Encoded:
         """Give a split by its name."""
         encoded: Encoded = getattr(self, name)
@@ -96,10 +106,10 @@ class JobData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
-        """Cut the training split into this rank's steps."""
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> TrainBatches:
+        """Cut the training split, or what is distilled on, into this rank's steps."""
         return TrainBatches(
-            self.train,
+            self.part(split),
             batch_size=section.batch_size,
             world_size=num_ranks(),
             rank=own_rank(),
@@ -125,6 +135,8 @@ class JobData:
             return None
         rows = self.splits.train.shuffle(seed=seed)
         rows = rows.select(range(min(len(rows), kind.calibration_samples)))
+        if not kind.needs_calibration(rows["label"]):
+            return None
         encoded = self._encode(rows, "calibration")
         return kind.calibrate(self._answered(predict(encoded).answers, encoded, rows, None))
 
@@ -148,6 +160,11 @@ class JobData:
         task = self.splits.task
         return compute_metrics(task.metrics, figures.values, figures.labels, task.label_space)
 
+    def remarks(self, figures: Figures) -> list[str]:
+        """Say what figures show that no metric does, a line each."""
+        task = self.splits.task
+        return task.task_kind.remarks(figures.values, task.options)
+
     def save_figures(self, figures: Figures, path: Path) -> None:
         """Write what a model says about a split."""
         save_predictions(
@@ -166,7 +183,7 @@ class JobData:
             max_length=self.max_length,
             kind=self.splits.task.task_kind,
             options=self.splits.task.options,
-            is_training=split == "train",
+            is_training=split in ("train", "distilled"),
             cache_dir=Path(self.cache_dir) if self.cache_dir else None,
             digest=f"{self.splits.digest}-{split}",
         )
@@ -194,9 +211,11 @@ class MixtureData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> MixtureBatches:
         """Cut the training splits into this rank's steps, each of one task."""
-        parts = {name: part.batches(section, seed=seed) for name, part in self.parts.items()}
+        parts = {
+            name: part.batches(section, seed=seed, split=split) for name, part in self.parts.items()
+        }
         return MixtureBatches(parts, self.shares, seed=seed)
 
 
@@ -238,6 +257,7 @@ def shared_options(rows: Rows) -> Mapping[str, Any]:
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
     """Measure a model on a split, task by task."""
     figures: dict[str, Figures] = {}
+    calibrations: dict[str, float] = {}
     loads: dict[str, Tensor] = {}
     parts = data.parts
     for number, (name, part) in enumerate(parts.items()):
@@ -245,10 +265,12 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
         with use_task(number if name else None):
             found = answer(part.part(split))
             calibration = part.calibrate(answer)
+        if calibration is not None:
+            calibrations[name] = calibration
         figures[name] = part.figures(found.answers, split, calibration)
         _add_loads(loads, found)
     metrics = {name: parts[name].metrics(one) for name, one in figures.items()}
-    return Measured(joined_metrics(metrics), split, loads, figures)
+    return Measured(joined_metrics(metrics), split, loads, figures, calibrations)
 
 
 def count_use(data: AnyJobData, predict: Predict, split: Split) -> dict[str, Tensor]:

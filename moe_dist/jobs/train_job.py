@@ -84,7 +84,7 @@ def train_model(
     section, parallel = job.train, job.parallel
     stage_dir = Path(job.stage_dir)
     ep_size = settle_ep_size(model, parallel.ep_size)
-    batches = data.batches(section, seed=job.seed)
+    batches = data.batches(section, seed=job.seed, split=job.TRAINS_ON)
     mark("tokens")
     settings = loop_settings(job, batches.steps_per_epoch)
     if section.gradient_checkpointing:

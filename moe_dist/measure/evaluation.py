@@ -44,8 +44,9 @@ def predict(
     """Run a model in fp32 over a data set, each rank its share; collective.
 
     `eval_batches` gives every rank equally many batches, since with experts on several ranks a
-    forward is a meeting of all; samples that it repeats for that are averaged. The model's mode is
-    restored.
+    forward is a meeting of all; what it repeats for that counts once. Of a kind of task that
+    writes, experts' tokens are those of the rows and not those that a search tried. The model's
+    mode is restored.
 
     Args:
         model: for any kind of task, on the device.
@@ -62,7 +63,6 @@ def predict(
     was_training = model.training
     model.eval()
     sums_NC: Tensor | None = None
-    seen_N = torch.zeros(len(encoded), 1, device=device)
     loads: dict[str, Tensor] = {}
     batches = eval_batches(
         encoded,
@@ -76,16 +76,19 @@ def predict(
             for batch in advancing(ahead(batches, device)):
                 with record_routing() as record:
                     answers_BC = kind.answer(model, batch, options).float()
+                if kind.writes:
+                    with record_routing() as record:
+                        kind.run(model, batch)
                 if sums_NC is None:
                     sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)
+                answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)
                 sums_NC.index_add_(0, batch["index"], answers_BC)
-                seen_N.index_add_(0, batch["index"], torch.ones_like(answers_BC[:, :1]))
                 for name, count_E in expert_counts(record).items():
                     loads[name] = loads[name] + count_E if name in loads else count_E
     finally:
         model.train(was_training)
     assert sums_NC is not None, "every rank has at least one batch"
-    answers_NC = sum_over_ranks(sums_NC) / sum_over_ranks(seen_N)
+    answers_NC = sum_over_ranks(sums_NC)
     loads = {name: sum_over_ranks(count_E).cpu() for name, count_E in loads.items()}
     return Predictions(answers_NC.cpu(), loads)
 

@@ -72,9 +72,9 @@ def measure_errors(
 
 def _run(
     model: nn.Module, kind: TaskKind, batch: Mapping[str, Tensor]
-) -> tuple[tuple[StackStates, ...], Tensor]:
+) -> tuple[tuple[StackStates, ...], Any]:
     inputs = kind.inputs(model, batch)
-    output = model(**inputs, output_hidden_states=True)
+    output = kind.run(model, batch, output_hidden_states=True)
     return hidden_stacks(output, inputs), kind.predictions(model, output, batch)
 
 

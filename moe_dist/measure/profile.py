@@ -19,19 +19,9 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 
-# Attention modules of the known families, and where each keeps its inner width. Each multiplies
-# queries with keys and weights with values: 2 products of 2 * S * width for one token.
-_ATTENTION_WIDTH = {
-    "BertSelfAttention": "all_head_size",
-    "GPT2Attention": "embed_dim",
-    "T5Attention": "inner_dim",
-    "BartAttention": "embed_dim",
-    "LlamaAttention": "q_proj.out_features",
-    "MistralAttention": "q_proj.out_features",
-    "Qwen2Attention": "q_proj.out_features",
-    "Qwen3Attention": "q_proj.out_features",
-}
-_LINEAR = ("Linear", "Conv1D")
+_LINEAR = ("Linear", "Conv1D", "Conv1d")
+# Layers of DeBERTa's attention that see places in place of tokens.
+_OF_PLACES = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
 
 
 @dataclass(frozen=True)
@@ -99,14 +89,16 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
             experts = 2 * _active_weights(module)
             ffn += experts
             total += experts + _gate_flops(module)
-        elif is_a(module, _LINEAR):
+        elif is_a(module, _LINEAR) and not name.endswith(_OF_PLACES):
             flops = 2.0 * _weight_size(module)
             if name in ffn_names:
                 ffn += flops
             total += flops / seq_len if _is_pooled(name, model) else flops
-        for kind, width in _ATTENTION_WIDTH.items():
-            if is_a(module, (kind,)):
-                total += 4 * seq_len * int(attrgetter(width)(module))
+        if is_a(module, (spec.attention,)):
+            # Queries times keys and weights times values: 2 products of 2 * S * width.
+            total += 4 * seq_len * int(attrgetter(spec.attention_width)(module))
+        if is_a(module, ("DisentangledSelfAttention",)):
+            total += _place_flops(module, seq_len)
     return FlopCount(total, ffn)
 
 
@@ -164,6 +156,19 @@ def _gate_flops(layer: MoELayer) -> float:
     return sum(2.0 * _weight_size(m) for m in layer.router.modules() if is_a(m, _LINEAR))
 
 
+def _place_flops(attention: Any, seq_len: int) -> float:
+    """What a DeBERTa does beyond queries and keys: contents times places, and places projected."""
+    if not attention.relative_attention:
+        return 0.0
+    # The first version looks at as many places as the sequence has, the second one at all.
+    span = getattr(attention, "pos_ebd_size", min(seq_len, attention.max_relative_positions))
+    num_terms = sum(term in attention.pos_att_type for term in ("c2p", "p2c"))
+    num_projections = 2 if getattr(attention, "share_att_key", False) else num_terms
+    width = attention.all_head_size
+    one_each = 2 * (2 * span) * width  # a product with one vector for each place to either side
+    return float(num_terms * one_each + num_projections * one_each * width / seq_len)
+
+
 def _weight_size(module: nn.Module) -> int:
     weight: Any = module.weight
     return int(weight.numel())
@@ -175,4 +180,5 @@ def _is_pooled(name: str, model: nn.Module) -> bool:
     if "pooler" in parts or "classification_head" in parts:
         return True
     per_sequence = ("ForSequenceClassification", "ForMultipleChoice")
-    return parts[-1] == "classifier" and type(model).__name__.endswith(per_sequence)
+    heads = ("classifier", "pre_classifier", "head", "sequence_summary")
+    return parts[0] in heads and type(model).__name__.endswith(per_sequence)

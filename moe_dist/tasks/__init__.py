@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_dist.errors import ConversionError
+from moe_dist.tasks.causal_lm import CausalLM
 from moe_dist.tasks.classification import Classification
 from moe_dist.tasks.embedding import Embedding
 from moe_dist.tasks.kind import Answered, Figures, TaskKind, TokenRows
+from moe_dist.tasks.question_answering import QuestionAnswering
 from moe_dist.tasks.regression import Regression
+from moe_dist.tasks.seq2seq import Seq2Seq
 
 __all__ = [
     "Answered",
@@ -25,7 +28,15 @@ __all__ = [
 ]
 
 TASK_KINDS: dict[str, TaskKind] = {
-    kind.name: kind for kind in (Classification(), Regression(), Embedding())
+    kind.name: kind
+    for kind in (
+        Classification(),
+        Regression(),
+        Embedding(),
+        CausalLM(),
+        QuestionAnswering(),
+        Seq2Seq(),
+    )
 }
 
 

@@ -49,6 +49,7 @@ class TokenRows:
         targets: further tokens of each sample, which are to be written.
         num_targets: of each sample, what its task loss is a sum over; 1 by default.
         full_lengths: tokens of each sample before it was cut; None where nothing is cut.
+        full_target_lengths: the same of targets.
     """
 
     input_ids: Sequence[Sequence[int]]
@@ -59,6 +60,7 @@ class TokenRows:
     targets: Sequence[Sequence[int]] | None = None
     num_targets: Sequence[int] | None = None
     full_lengths: Sequence[int] | None = None
+    full_target_lengths: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,14 @@ class TaskKind(ABC):
         unit: what an interval resamples.
         prediction_term: the name of its distance from the teacher's predictions among the loss
             terms.
+        distance: what `prediction_errors` measure, in words.
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
+        text_columns: where its texts are, unless a recipe says otherwise; none if it must.
+        label_column: the same of its label.
+        holds_out_contexts: rows with one second text are held out together.
+        measuring_options: those of them that nothing but measuring reads.
         calibration_samples: training rows that `calibrate` looks at; 0 for none.
         is_one_a_row: each row of a data set makes one training sample.
         reads_pairs: the two texts of a row are read together.
@@ -142,6 +149,9 @@ class TaskKind(ABC):
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
             `numbers`, or `named numbers`.
+        takes_encoders: models that see later tokens can answer it.
+        needs_all_rows: samples are made of several rows, so that `tokens` is given all at once.
+        writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
     name: ClassVar[str]
@@ -150,16 +160,24 @@ class TaskKind(ABC):
     metrics: ClassVar[tuple[str, ...]]
     default_metrics: ClassVar[tuple[str, ...]]
     prediction_term: ClassVar[str]
+    distance: ClassVar[str]
     unit: ClassVar[str] = "sample"
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ()
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    label_column: ClassVar[str] = "label"
+    holds_out_contexts: ClassVar[bool] = False
+    measuring_options: ClassVar[tuple[str, ...]] = ()
     calibration_samples: ClassVar[int] = 0
     is_one_a_row: ClassVar[bool] = True
     reads_pairs: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    takes_encoders: ClassVar[bool] = True
+    needs_all_rows: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
 
     @property
     def has_classes(self) -> bool:
@@ -199,6 +217,17 @@ class TaskKind(ABC):
         """
         return None
 
+    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+        """See that a start model has what the task needs, or raise a ConversionError.
+
+        Weights are not read. Gives what is worth saying, a line each.
+        """
+        return []
+
+    def target_limit(self, options: Mapping[str, Any]) -> int | None:
+        """Tokens after which targets are cut; None where nothing is written."""
+        return None
+
     def tokens(
         self,
         rows: Mapping[str, Sequence[Any]],
@@ -236,16 +265,19 @@ class TaskKind(ABC):
         """What a forward call takes of a batch; `model` may be wrapped by an engine's module."""
         return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
-    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the losses compare, (B, ...), from a forward's output: its logits."""
-        logits: Tensor = output.logits
-        return logits
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model on a batch; `options` are what its forward takes beside."""
+        return model(**self.inputs(model, batch), **options)
+
+    def predictions(self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]) -> Any:
+        """What the losses compare, from a forward's output: its logits, (B, ...)."""
+        return output.logits
 
     @abstractmethod
-    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's own loss of each sample, a sum over its targets; (B,) float32."""
 
-    def scored_losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def scored_losses(self, predictions: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """What neurons are scored on, (B,): `losses`, the mean over a sample's targets."""
         losses_B = self.losses(predictions, batch)
         counts_B = batch.get("num_targets")
@@ -253,8 +285,8 @@ class TaskKind(ABC):
 
     def prediction_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -264,8 +296,8 @@ class TaskKind(ABC):
     @abstractmethod
     def prediction_errors(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
@@ -274,14 +306,14 @@ class TaskKind(ABC):
     @abstractmethod
     def soft_target_loss(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Any,
+        teacher: Any,
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
         """Distance from the teacher's softened predictions, summed over `count_kind`."""
 
-    def bounded(self, predictions: Tensor) -> Tensor | None:
+    def bounded(self, predictions: Any) -> Tensor | None:
         """The prediction in a fixed range, as a discriminator sees it; (B, C) float32.
 
         None where there is no such thing, so that nobody plays against the student.
@@ -292,7 +324,12 @@ class TaskKind(ABC):
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> Tensor:
         """What a model in eval mode says about a batch, equally many numbers a sample: (B, C)."""
-        return self.predictions(model, model(**self.inputs(model, batch)), batch).float()
+        answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
+        return answers
+
+    def needs_calibration(self, labels: Sequence[Any]) -> bool:
+        """Whether there is anything to choose on training rows with such labels."""
+        return True
 
     def calibrate(self, answered: Answered) -> float | None:
         """Choose what answers are read with, on training rows."""
@@ -301,6 +338,41 @@ class TaskKind(ABC):
     def figures(self, answered: Answered) -> Figures:
         """Bring answers into what metrics read."""
         return Figures(answered.raw, answered.labels, answered.sample_ids)
+
+    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
+        """Say what figures, (M, C), show that no metric does, a line each."""
+        return []
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer texts in the columns that `served_columns` names.
+
+        Args:
+            model: in eval mode.
+            tokenizer: of the model.
+            columns: one or two, equally long, of texts.
+            max_length: tokens that the model is given at once.
+            label_names: the classes; none where there are none.
+            options: of the task.
+            calibration: what `calibrate` found.
+
+        Returns:
+            A value by column for each text.
+        """
+        tokens = tokenise(tokenizer, *columns, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            answers_BC = self.answer(model, encoded, options).float().cpu()
+        return self.served(answers_BC, label_names)
 
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """What a served model says of each sample by column; answers (B, C) are those of `answer`.
@@ -320,13 +392,16 @@ def full_lengths(
     pair: Sequence[str] | None,
     input_ids: Sequence[Sequence[int]],
     max_length: int,
+    *,
+    is_target: bool = False,
 ) -> list[int]:
     """Count the tokens that samples had before they were cut; only whole rows can have been."""
     lengths = list(map(len, input_ids))
     full = [row for row, length in enumerate(lengths) if length >= max_length]
     if full:
         own_pair = None if pair is None else [pair[row] for row in full]
-        again = tokenise(tokenizer, [texts[row] for row in full], own_pair, max_length=None)
+        own = [texts[row] for row in full]
+        again = tokenise(tokenizer, own, own_pair, max_length=None, is_target=is_target)
         for row, ids in zip(full, again["input_ids"], strict=True):
             lengths[row] = len(ids)
     return lengths

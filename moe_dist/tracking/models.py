@@ -158,8 +158,10 @@ def describe_model(
     from mlflow.models import Model
 
     settings = {"max_length": entry["max_length"]}
-    if entry.get("task"):
-        settings["task"] = entry["task"]
+    for key in ("task", "options", "calibration"):
+        # What waits since an earlier version lacks some.
+        if entry.get(key) not in (None, "", {}):
+            settings[key] = entry[key]
     with warnings.catch_warnings():
         # It asks for an example input, with which it would load the model to try it.
         warnings.simplefilter("ignore")
@@ -179,7 +181,8 @@ def _signature(entry: Mapping[str, Any]) -> ModelSignature:
     from mlflow.types.schema import Array, ColSpec, DataType, Map, Schema
 
     # Without names a plain list of texts is taken too, and any names of columns are.
-    columns = [ColSpec(DataType.string) for _ in range(entry["num_texts"])]
+    names = entry.get("inputs") or [None] * entry["num_texts"]
+    columns = [ColSpec(DataType.string, name) for name in names]
     types = {
         "text": DataType.string,
         "number": DataType.double,

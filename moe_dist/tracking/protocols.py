@@ -44,6 +44,9 @@ class TrackedModel:
         task: which of its tasks it answers; empty for a model of one task.
         answers: by name the columns that it answers with: `text`, a `number`, `numbers` or `named
             numbers`; those of a classifier or a regressor, by its labels, where there are none.
+        inputs: names of the columns that it reads; none where any names will do.
+        options: of the task, as the model is served with.
+        calibration: what its answers are read with; None without.
     """
 
     name: str
@@ -56,6 +59,9 @@ class TrackedModel:
     params: Mapping[str, str] = field(default_factory=dict)
     task: str = ""
     answers: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    calibration: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ class ModelOutputs:
     """What one forward pass shows.
 
     Args:
-        predictions: (B, ...), what `TaskKind.predictions` took out of the output.
+        predictions: what `TaskKind.predictions` took out of the output.
         stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
-    predictions: Tensor
+    predictions: Any
     stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
 
@@ -107,10 +108,20 @@ class PairedOutputs:
             )
         return tuple((index, index) for index in range(depths[0]))
 
-    def states(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Give the hidden states that meet: the student's, the teacher's, their mask."""
+    def states(self, *, written: bool | None = None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Give the hidden states that meet: the student's, the teacher's, their mask.
+
+        Only those of the tokens that are written, or of all others, if `written` says so.
+        """
         own, masks, other = self.student.hidden, self.student.masks, self.teacher.hidden
-        return [(own[index], other[match], masks[index]) for index, match in self.pairs]
+        num_read = len(own)
+        if self.kind.writes:
+            num_read -= len(self.student.stacks[-1].states)
+        return [
+            (own[index], other[match], masks[index])
+            for index, match in self.pairs
+            if written is None or written == (index >= num_read)
+        ]
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Give both models' sentence vectors of the last layer, at the teacher's width."""
@@ -132,6 +143,8 @@ class Objective:
         count_kind: what the sum is divided by; None for what the kind of task says.
         reads: what it needs beside the predictions.
         is_named_by_kind: its name is the kind of task's own, `TaskKind.prediction_term`.
+        compute_written: of the tokens that a kind of task writes, the part of the loss that is
+            left out of `compute`, to be divided by their number.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
     """
 
@@ -140,6 +153,7 @@ class Objective:
     count_kind: CountKind | None
     reads: frozenset[str] = frozenset()
     is_named_by_kind: bool = False
+    compute_written: Callable[[PairedOutputs], Tensor] | None = None
     schedule: Literal["warmup", "delayed"] = "warmup"
 
 
@@ -153,11 +167,11 @@ def _soft_targets(paired: PairedOutputs) -> Tensor:
     return paired.kind.soft_target_loss(*outputs, paired.batch, paired.settings.temperature)
 
 
-def _hidden_mse(paired: PairedOutputs) -> Tensor:
+def _hidden_mse(paired: PairedOutputs, *, written: bool = False) -> Tensor:
     maps = paired.companion.maps
     parts = [
         hidden_mse([maps.map_hidden(own, mask_BS)], [other], mask_BS)
-        for own, other, mask_BS in paired.states()
+        for own, other, mask_BS in paired.states(written=written)
     ]
     return torch.stack(parts).sum()
 
@@ -202,7 +216,7 @@ def _adversarial(paired: PairedOutputs) -> Tensor:
     return adversary.student_loss(student, teacher)
 
 
-def _bounded(kind: TaskKind, predictions: Tensor) -> Tensor:
+def _bounded(kind: TaskKind, predictions: Any) -> Tensor:
     bounded = kind.bounded(predictions)
     assert bounded is not None, "refused when the recipe is read"
     return bounded
@@ -212,7 +226,13 @@ _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
     "prediction_kl": Objective("kl_weight", _prediction_kl, None, is_named_by_kind=True),
     "soft_targets": Objective("soft_weight", _soft_targets, None),
-    "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
+    "hidden_mse": Objective(
+        "hidden_weight",
+        _hidden_mse,
+        "tokens",
+        _HIDDEN,
+        compute_written=partial(_hidden_mse, written=True),
+    ),
     "attention_mse": Objective(
         "attention_weight", _attention_mse, "samples", reads=_HIDDEN | {"attention"}
     ),
@@ -260,7 +280,11 @@ def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, 
     for name in names:
         row = OBJECTIVES[name]
         shown = paired.kind.prediction_term if row.is_named_by_kind else name
-        terms[shown] = LossTerm(row.compute(paired), row.count_kind or paired.kind.count_kind)
+        more: tuple[LossTerm, ...] = ()
+        if row.compute_written is not None and paired.kind.writes:
+            more = (LossTerm(row.compute_written(paired), "targets"),)
+        count_kind = row.count_kind or paired.kind.count_kind
+        terms[shown] = LossTerm(row.compute(paired), count_kind, more)
     return terms
 
 

@@ -74,7 +74,7 @@ def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
     """Compute the loss term ``task`` of a micro-batch; labels are float for regression."""
     kind = answered_kind(model)
     with record_routing() as record:
-        output = model(**kind.inputs(model, batch))
+        output = kind.run(model, batch)
     terms = {"task": _task_term(kind, kind.predictions(model, output, batch), batch)}
     return StepTerms(terms, expert_counts(record), routing_sums(record))
 
@@ -130,7 +130,7 @@ def distill_terms(
             companion=companion or Companion(FeatureMaps(1, 1)),
         )
         terms |= objective_terms(objectives, paired)
-    terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
+    terms |= _router_terms(record, kind, batch, z_loss=z_loss, entropy=entropy)
     gates = gate_sums(record) if load_balancing else {}
     return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
 
@@ -205,7 +205,7 @@ def _outputs(
     hidden = reads(objectives, "hidden")
     attends = reads(objectives, "attention")
     with record_attention(model) if attends else nullcontext(()) as attention:
-        output = model(**inputs, output_hidden_states=hidden)
+        output = kind.run(model, batch, output_hidden_states=hidden)
     return ModelOutputs(
         kind.predictions(model, output, batch),
         hidden_stacks(output, inputs) if hidden else (),
@@ -213,12 +213,13 @@ def _outputs(
     )
 
 
-def _task_term(kind: TaskKind, predictions: Tensor, batch: Mapping[str, Tensor]) -> LossTerm:
+def _task_term(kind: TaskKind, predictions: Any, batch: Mapping[str, Tensor]) -> LossTerm:
     return LossTerm(kind.losses(predictions, batch).sum(), kind.count_kind)
 
 
 def _router_terms(
     record: RoutingRecord,
+    kind: TaskKind,
     batch: Mapping[str, Any],
     *,
     z_loss: bool,
@@ -233,12 +234,20 @@ def _router_terms(
     learned = [entry for entry in record.entries if entry.routing.logits is not None]
     if not learned or not wanted:
         return {}
-    num_tokens = batch["attention_mask"].sum()
     real = [_real_tokens(entry)[0] for entry in learned]
+    # A decoder that writes has tokens of its own; they are what its layers' means are over.
+    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry in learned]
     terms = {}
     for name, loss in wanted.items():
-        losses = [loss(logits_TE) for logits_TE in real]
-        terms[name] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
+        means_L = torch.stack([loss(logits_TE) for logits_TE in real]) / len(learned)
+        read, written = (
+            means_L[[index for index, own in enumerate(is_written) if own == which]].sum()
+            for which in (False, True)
+        )
+        more = (
+            (LossTerm(written * batch["num_targets"].sum(), "targets"),) if any(is_written) else ()
+        )
+        terms[name] = LossTerm(read * batch["attention_mask"].sum(), "tokens", more)
     return terms
 
 

@@ -74,6 +74,8 @@ def log_models(
     tracking = config.tracking
     if not (tracking.enabled and tracking.log_models):
         return
+    measured = results.get(evaluate.NAME)
+    entries = measured.details["models"] if measured is not None else {}
     owners = {evaluate.TEACHER: finetune_teacher.NAME, evaluate.STUDENT: distill.NAME}
     owners |= {label: stage_key(distill.NAME, label) for label in config.compare}
     for name, key in owners.items():
@@ -95,6 +97,9 @@ def log_models(
                     params=_model_params(config, name) | ({"task": task} if task else {}),
                     task=task,
                     answers=dict(kind.served_columns),
+                    inputs=kind.text_columns,
+                    options=splits.task.options,
+                    calibration=entries.get(name, {}).get("calibrations", {}).get(task),
                 )
             )
 

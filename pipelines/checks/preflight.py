@@ -79,7 +79,7 @@ def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
     """
     _check_labels(config)
     teacher = config.model.teacher
-    travels = teacher.startswith("package:") or Path(teacher).is_dir()
+    travels = teacher.startswith(("package:", "scratch:")) or Path(teacher).is_dir()
     if any(data.source == "hub" for data in data_sections(config).values()) or not travels:
         workspace.console.note("data or model come from the hub: the job checks them")
         return
@@ -169,6 +169,7 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
 def check_start_model(workspace: Workspace, rows: Rows) -> None:
     """See that weights and tokenizer fit, or raise ConversionError; say what is new or guessed."""
     from moe_dist.inference.pretrained import check_pretrained
+    from moe_dist.inference.scratch import scratch_line
     from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, check_end, unknown_share
     from moe_dist.jobs.job_data import label_names, shared_kind, shared_options
 
@@ -187,7 +188,8 @@ def check_start_model(workspace: Workspace, rows: Rows) -> None:
             f"({'; '.join(start.notes)}), and finetune.num_epochs=0 trains none",
             remedy="set finetune.num_epochs to 1 or more, or give a model that was trained for it",
         )
-    for line in start.notes:
+    from_nothing = scratch_line(workspace.config.model.teacher)
+    for line in (*((from_nothing,) if from_nothing else ()), *start.notes):
         workspace.console.note(f"start model: {line}")
     for line in start.warnings:
         workspace.console.warn(f"start model: {line}")

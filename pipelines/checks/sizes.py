@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
 from moe_dist.distributed.topology import fitting_ep_size
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, ConversionError, MoeDistError
 
 from ..chain.workspace import Workspace
 from ..report.report import quantity
@@ -138,6 +138,14 @@ def recipe_kind(config: RunConfig) -> TaskKind:
     return kind_for(None if data.tasks else data.kind, data.name, data.subset)
 
 
+def recipe_options(config: RunConfig) -> dict[str, Any]:
+    """Give what a recipe's one kind of task reads beside; several tasks have none."""
+    if config.data.tasks:
+        return {}
+    values = config.data.model_dump(mode="json", include=set(recipe_kind(config).option_names))
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def length_faults(model: Any, config: RunConfig) -> list[str]:
     """Say where the start model has too few positions for the recipe's tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -162,12 +170,14 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         A dense model, with shapes only.
 
     Raises:
-        ConversionError: if the student cannot be cut from this teacher, or its attention or
-            sentence vectors cannot be compared although the recipe asks for it.
+        ConversionError: if the student cannot be cut from this teacher, its attention or sentence
+            vectors cannot be compared although the recipe asks for it, or neither can be trained
+            with recomputation although it does.
     """
     from moe_dist.conversion.shrink import plan_shrink, shrink_model
     from moe_dist.training.companion import check_heads, check_pooling
 
+    _check_recomputation(teacher, config)
     student = teacher
     if config.student.is_smaller:
         # What is kept is not known yet, only how much.
@@ -177,6 +187,15 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         check_heads(student, teacher)
     check_pooling(student, config.distill)
     return student
+
+
+def _check_recomputation(model: Any, config: RunConfig) -> None:
+    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConversionError(
+            "train.gradient_checkpointing: transformers cannot recompute activations of "
+            f"{type(model).__name__}",
+            remedy="leave train.gradient_checkpointing out",
+        )
 
 
 def plan_skeleton(dense: Any, config: RunConfig) -> Any:
@@ -248,7 +267,13 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         kind = recipe_kind(config)
         names = ("0", "1") if kind.has_classes else None
         num_labels = kind.num_outputs(names)
-        check_pretrained(workspace.start_model, num_labels=num_labels, label_names=names, kind=kind)
+        check_pretrained(
+            workspace.start_model,
+            num_labels=num_labels,
+            label_names=names,
+            kind=kind,
+            options=recipe_options(config),
+        )
     say_summaries(sizes.data, workspace.console)
     return sizes
 
@@ -292,25 +317,31 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
     for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
         counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.unlabelled is not None:
+            counts += f", {len(splits.unlabelled)} without labels to distil on"
         if splits.holdout is not None:
             counts += f", {len(splits.holdout)} to choose recipes on"
         if name:
             counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
         sizes.facts.append((f"samples, {name}" if name else "samples", counts))
-    for name, train in (("teacher", config.teacher_train), ("student", config.train)):
-        steps = workspace.num_steps(train)
-        sizes.facts.append((f"steps, {name}", str(steps)))
+    steps = workspace.num_steps(config.teacher_train)
+    sizes.facts.append(("steps, teacher", str(steps)))
+    steps = workspace.num_steps(config.train, "distilled")
+    sizes.facts.append(("steps, student", str(steps)))
     return rows.num_labels
 
 
 def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
     """Name the rows that a dry run does not read, and why."""
-    from moe_dist.data.sources import missing_files
+    from moe_dist.data.sources import missing_files, missing_unlabelled
 
     for path, data in data_sets.items():
         if data.source == "hub":
             yield f"{data.name!r}, which is not downloaded for a dry run"
         missing = missing_files(data.train, data.dev, path) if data.source == "files" else []
+        further = missing_unlabelled(data.unlabelled, path)
+        if further and not missing:
+            yield f"{' and '.join(further)}, which is not there"
         if missing:
             # A recipe can be checked before its data are at hand; to run it without is an error.
             yield (

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
+from ..console import signed
+
 if TYPE_CHECKING:
+    from moe_dist.data.loaders import Encoded
     from moe_dist.jobs.job_data import AnyJobData
     from moe_dist.measure.bootstrap import Interval
 
@@ -99,10 +103,24 @@ def measure_imitation(
                 advance=advance,
             )
         tasks[task] = {
-            HIDDEN: {name: found.numpy() for name, found in hidden.items()},
-            PREDICTION: {name: found.numpy() for name, found in predicted.items()},
+            measure: {name: _by_row(found.numpy(), encoded) for name, found in errors.items()}
+            for measure, errors in ((HIDDEN, hidden), (PREDICTION, predicted))
         }
     return Imitation(tasks)
+
+
+def _by_row(errors_N: NDArray[Any], encoded: Encoded) -> NDArray[Any]:
+    """Average the errors of samples that were made of one row, as an interval is to resample rows.
+
+    They count by what their losses are sums over. Rows are in the order of their first samples.
+    """
+    _, first, row_N = np.unique(encoded.sample_ids, return_index=True, return_inverse=True)
+    if len(first) == len(errors_N):
+        return errors_N
+    weights_N = encoded.num_targets
+    weights_N = np.ones(len(errors_N)) if weights_N is None else weights_N.astype(np.float64)
+    means = np.bincount(row_N, errors_N * weights_N) / np.bincount(row_N, weights_N).clip(min=1)
+    return means[np.argsort(first)].astype(errors_N.dtype)
 
 
 def count_batches(data: AnyJobData, batch_size: int) -> int:
@@ -215,7 +233,5 @@ def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 
 def _told(measure: str, entry: Mapping[str, float], of_what: str = "") -> str:
-    return (
-        f"{measure.replace('_', ' ')}{of_what} {entry['difference']:+.4f}, 95 % interval "
-        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
-    )
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
+    return f"{measure.replace('_', ' ')}{of_what} {difference}, 95 % interval {low} to {high}"

@@ -13,7 +13,7 @@ from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import UNDEFINED, duration
+from ..console import UNDEFINED, duration, signed
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
@@ -37,6 +37,8 @@ RESERVED_LABELS = frozenset(
         "higher_is_better",
         "classes",
         "columns",
+        "unit",
+        "distances",
         "data",
         "retention",
         "seconds",
@@ -85,6 +87,8 @@ def build_report(
         "higher_is_better": higher_is_better,
         "classes": measured.get("classes"),
         "columns": measured.get("columns"),
+        "unit": unit_of(measured),
+        "distances": measured.get("distances", []),
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
@@ -109,6 +113,7 @@ def build_report(
                 measured["num_dev_samples"],
                 titles.get(metric),
                 higher_is_better=higher_is_better,
+                unit=unit_of(measured),
             )
             for name, entry in measured["differences"].items()
         },
@@ -158,6 +163,11 @@ def _higher_is_better(entry: Mapping[str, Any]) -> bool:
     return bool(entry.get("higher_is_better", True))
 
 
+def unit_of(entry: Mapping[str, Any]) -> str:
+    """What a dev sample is: what an interval resamples."""
+    return str(entry.get("unit", "sample"))
+
+
 def _directed(title: str, higher_is_better: bool) -> str:
     """Say of a metric that lower is better, which of most is not so."""
     return title if higher_is_better else f"{title} (lower is better)"
@@ -170,6 +180,7 @@ def verdict(
     title: str | None = None,
     *,
     higher_is_better: bool,
+    unit: str,
 ) -> str:
     """Say which of two models is better, and how sure that is.
 
@@ -177,9 +188,10 @@ def verdict(
         other: the model that the student is compared with.
         entry: the student's metric minus the other's, with the interval of the paired bootstrap,
             or why it is `undefined`.
-        num_samples: dev samples behind it.
+        num_samples: dev samples (documents, questions) behind it.
         title: what people call the metric; its own name if None.
         higher_is_better: which way the metric is better.
+        unit: what a dev sample is.
 
     Returns:
         A sentence. One beats the other where the whole interval lies on its side of 0.
@@ -195,10 +207,10 @@ def verdict(
         claim = f"{pair} cannot be told apart"
     left_out = entry.get("num_undefined", 0)
     called = _directed(title or entry["metric"], higher_is_better)
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
     return (
-        f"{claim} on {num_samples} dev samples ({called} of {evaluate.STUDENT} minus {other}: "
-        f"{entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} % interval "
-        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
+        f"{claim} on {num_samples} dev {unit}s ({called} of {evaluate.STUDENT} minus {other}: "
+        f"{difference}, {round(100 * entry.get('confidence', 0.95))} % interval {low} to {high}"
         + (f"; {left_out} resamples where it is undefined are left out" if left_out else "")
         + "; one training run of each, so another seed may say otherwise)"
     )
@@ -247,7 +259,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['name']}",
         "",
-        f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
+        f"Data: {data['name']}, {data['num_dev_samples']} dev {unit_of(report)}s. "
         f"Made {report['created_at']}.",
         "",
         *_markdown_data(data.get("summaries", {})),
@@ -262,9 +274,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
         *_markdown_imitation(report),
-        "Intervals are from a paired bootstrap over the dev samples. One training run of each "
-        "model stands behind them, so they say nothing of other seeds; `moe-dist seeds` compares "
-        "several.",
+        f"Intervals are from a paired bootstrap over the dev {unit_of(report)}s. One training run "
+        "of each model stands behind them, so they say nothing of other seeds; `moe-dist seeds` "
+        "compares several.",
         "",
         *markdown_table(
             ["stage", "time"],
@@ -298,8 +310,8 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
         "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
-        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, their "
-        "squared difference, or 1 − cosine of vectors.",
+        f"layers; 0 is a copy. Prediction error: "
+        f"{', or '.join(report['distances'])}.",
         "",
         *markdown_table(head, rows),
         "",
@@ -335,11 +347,12 @@ def _task_verdict(other: str, difference: Mapping[str, Any], task: Mapping[str, 
         task["num_dev_samples"],
         _task_title(task),
         higher_is_better=_higher_is_better(task),
+        unit=unit_of(task),
     )
 
 
 def _task_headings(report: Mapping[str, Any]) -> list[str]:
-    return ["task", "metric", "dev samples", *model_names(report), "retention"]
+    return ["task", "metric", "dev rows", *model_names(report), "retention"]
 
 
 def _task_title(entry: Mapping[str, Any]) -> str:
@@ -353,7 +366,7 @@ def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
     return [
         task,
         _directed(_task_title(entry), _higher_is_better(entry)),
-        str(entry["num_dev_samples"]),
+        f"{entry['num_dev_samples']} {unit_of(entry)}s",
         *(_value(report[name]["metrics"][key]) for name in model_names(report)),
         _value(report[evaluate.STUDENT]["retention_by_task"][task]),
     ]

@@ -169,6 +169,8 @@ def to_table(result: dict[str, Any]) -> Table:
     table.add_column("student")
     metric = result["main_metric"]
     title = result["metric_titles"].get(metric, metric)
+    if not result["higher_is_better"]:
+        title += " (lower is better)"
     for heading in (f"dev {title}", "retention", "parameters", "active"):
         table.add_column(heading, justify="right")
     for name in ("before", "fused", "compressed", "repaired"):

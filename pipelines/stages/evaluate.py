@@ -41,6 +41,8 @@ STUDENT = "student"
 PREDICTIONS = "predictions"
 BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
+PREDICT_BATCH_TOKENS = 8192
+"""Two models' hidden states of all layers are held for so many tokens."""
 LATENCY_BATCH_SIZES = (1, 32)
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 10
@@ -71,6 +73,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         answers = predict_all(loaded, models, workspace, stage)
         loads = answers.expert_loads
         entries = measure_quality(answers)
+        for name, found in answers.calibrations.items():
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("calibrations", before)))] = found
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -95,6 +100,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "metric_titles": workspace.rows.metric_titles,
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
+                "unit": common_unit(answers),
+                "distances": sorted(
+                    {part.task.task_kind.distance for part in workspace.rows.parts.values()}
+                ),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -181,12 +190,14 @@ class TaskAnswers:
         space: the task's classes.
         labels: (N,); the same for every model.
         logits: (N, C) by model name, or other figures of each unit.
+        unit: what each of the N is.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
     labels: Any = ()
     logits: dict[str, Any] = field(default_factory=dict)
+    unit: str = "sample"
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
@@ -216,12 +227,14 @@ class Answers:
         imitation: how near each student is to the teacher.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
+        calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
     """
 
     tasks: dict[str, TaskAnswers]
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
+    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def predict_all(
@@ -233,6 +246,7 @@ def predict_all(
     """Run every model over the dev rows, and keep what they say."""
     import torch
 
+    from moe_dist.data.loaders import bounded_batch
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.job_data import job_data
     from moe_dist.measure.evaluation import expert_load, predict
@@ -240,12 +254,20 @@ def predict_all(
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
-        name: TaskAnswers(part.splits.task.metrics, part.splits.task.label_space)
+        name: TaskAnswers(
+            part.splits.task.metrics,
+            part.splits.task.label_space,
+            unit=part.splits.task.task_kind.unit,
+        )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
+    calibrations: dict[str, dict[str, float]] = {}
     steps = itertools.count(1)
-    num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
+    batch_size = bounded_batch(
+        PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
+    )
+    num_steps = len(loaded) + count_batches(data, batch_size) + LATENCY_ROUNDS
 
     def advance() -> None:
         stage.console.progress(next(steps), num_steps)
@@ -256,7 +278,7 @@ def predict_all(
             return predict(
                 model,
                 encoded,
-                batch_size=PREDICT_BATCH_SIZE,
+                batch_size=batch_size,
                 pad_token_id=data.pad_token_id,
                 device=next(model.parameters()).device,
                 options=options,
@@ -269,6 +291,10 @@ def predict_all(
             part.save_figures(found.figures[task], path)
             tasks[task].logits[name] = found.figures[task].values
             tasks[task].labels = found.figures[task].labels
+            for line in part.remarks(found.figures[task]):
+                stage.console.warn(f"{name}: {line}")
+        if found.calibrations:
+            calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
@@ -276,10 +302,10 @@ def predict_all(
         loaded,
         data,
         teacher=TEACHER,
-        batch_size=PREDICT_BATCH_SIZE,
+        batch_size=batch_size,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads())
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:
@@ -425,6 +451,12 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
     return found
 
 
+def common_unit(answers: Answers) -> str:
+    """Say what an interval resamples, in a word for all tasks."""
+    units = {task.unit for task in answers.tasks.values()}
+    return units.pop() if len(units) == 1 else "sample"
+
+
 def describe_classes(answers: Answers) -> dict[str, Any]:
     """Say what the one task's answers consist of, so that they can be measured again.
 
@@ -442,8 +474,8 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples` and `differences` of each;
-    nothing for a run of one task.
+    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples`, `unit` and `differences` of
+    each; nothing for a run of one task.
     """
     from moe_dist.data.metrics import METRICS, metric_title
 
@@ -457,6 +489,7 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
                 **describe_classes(replace(answers, tasks={"": task})),
                 "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
+                "unit": task.unit,
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed
                 ),

@@ -14,20 +14,14 @@ from moe_dist.conversion.families import find_slots
 from tests.conversion.dense_models import (
     FAMILY_NAMES,
     NUM_NEURONS,
-    model_inputs,
+    labelled_batch,
     tiny_model,
     token_batch,
 )
 
 
 def labelled_batches(model: Any) -> list[dict[str, Tensor]]:
-    batches = []
-    for seed in (1, 2):
-        batch = token_batch(seed=seed)
-        is_bert = model.config.model_type == "bert"
-        labels = torch.tensor([0, 1, 1, 0]) if is_bert else batch["input_ids"]
-        batches.append(model_inputs(model, batch | {"labels": labels}))
-    return batches
+    return [labelled_batch(model, seed=seed) for seed in (1, 2)]
 
 
 def activations(model: Any, layer: int, batch: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,13 @@ from moe_dist.conversion.heads import set_heads
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference import save_model
 from moe_dist.moe.routing import use_task
-from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
+from tests.conversion.dense_models import (
+    EVERY_FAMILY,
+    logits_of,
+    random_scores,
+    tiny_model,
+    token_batch,
+)
 from tests.conversion.test_heads import HEADS, several_tasks
 
 SIZES = {"num_experts": 4, "expert_size": 10, "num_shared_neurons": 4}
@@ -72,7 +78,7 @@ def test_layers_that_were_not_converted_stay_whole() -> None:
     assert torch.allclose(logits_of(dense, token_batch()), answers(student, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "t5-gated", "bart"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_all_families_are_exact_for_one_task(family: str) -> None:
     student = split(tiny_model(family), num_tasks=2, top_k=2)
     dense = extract_task(student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.families import FAMILIES, find_slots
 from moe_dist.conversion.shrink import (
     map_layers,
     plan_shrink,
     shrink_model,
     shrink_scores,
 )
+from moe_dist.conversion.shrink_layouts import LAYOUTS
 from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.inference import load_model, save_model
 from moe_dist.measure.profile import count_parameters, flops_per_token
-from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
+from tests.conversion.dense_models import (
+    VOCAB_SIZE,
+    kinds_of,
+    logits_of,
+    random_scores,
+    tiny_model,
+    token_batch,
+)
 
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "intermediate_size": 20}
 
@@ -26,14 +37,90 @@ def teacher(**changes: Any) -> Any:
     return tiny_model("bert", num_hidden_layers=4, num_labels=3, **changes)
 
 
+every_layout = pytest.mark.parametrize("family", LAYOUTS)
+
+
 @pytest.mark.parametrize("init", ["importance", "truncate"])
-def test_a_student_that_keeps_everything_is_its_teacher(init: Any) -> None:
-    model = teacher()
+@every_layout
+def test_a_student_that_keeps_everything_is_its_teacher(family: str, init: Any) -> None:
+    model = tiny_model(family)
     plan = plan_shrink(model, init=init, scores=random_scores(model))
     batch = token_batch()
     student = shrink_model(model, plan)
     torch.testing.assert_close(logits_of(student, batch), logits_of(model, batch))
     assert type(student) is type(model) and student is not model
+
+
+@every_layout
+def test_every_head_that_can_be_cut_is_cut(family: str, tmp_path: Path) -> None:
+    for kind in kinds_of(family):
+        model = tiny_model(family, kind)
+        scores = random_scores(model)
+        sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 12, "intermediate_size": 20}
+        if kind == "ForMaskedLM":
+            with pytest.raises(ConversionError, match="cannot be cut to another width"):
+                plan_shrink(model, **sizes, scores=scores)
+            continue
+        plan = plan_shrink(model, **sizes, scores=scores)
+        small = load_model(save_model(shrink_model(model, plan), tmp_path / kind))
+        batch = {"input_ids": torch.randint(3, VOCAB_SIZE, (1, 5))}
+        if kind == "ForMultipleChoice":
+            batch = {"input_ids": batch["input_ids"][None]}
+        with torch.no_grad():
+            states = small(**batch, output_hidden_states=True).hidden_states
+        assert len(states) == 2 and states[-1].shape[-1] == 12
+        assert [len(score) for score in shrink_scores(scores, plan)] == [20]
+
+
+@every_layout
+def test_what_adds_nothing_is_left_out_without_a_change(family: str) -> None:
+    """Neurons and heads whose outputs nobody reads, and a layer that adds nothing before norms."""
+    model = tiny_model(family)
+    layout = LAYOUTS[family]
+    num_heads, gone = model.config.num_attention_heads // 2, []
+    if not layout.drops_heads:
+        num_heads = model.config.num_attention_heads
+    with torch.no_grad():
+        for slot in find_slots(model):
+            slot.weights().w_out[:, 20:] = 0
+            out = slot.block.get_submodule(layout.attention.out).weight
+            kept = num_heads * (out.shape[1] // model.config.num_attention_heads)
+            out[:, kept:] = 0  # type: ignore[index]
+            gone.append(kept)
+    scores = [slot.weights().w_out.abs().sum(dim=0) for slot in find_slots(model)]
+    if layout.narrows_heads:
+        # Of an encoder's heads none can go while the width stays: heads would have to grow.
+        plan = plan_shrink(model, intermediate_size=20, scores=scores)
+    else:
+        plan = plan_shrink(model, num_heads=num_heads, intermediate_size=20, scores=scores)
+        assert [len(ids) for ids in plan.query_ids] == gone
+    batch = token_batch()
+    small = shrink_model(model, plan)
+    torch.testing.assert_close(logits_of(small, batch), logits_of(model, batch))
+
+
+def test_llama_keeps_the_dimensions_that_are_written_and_read() -> None:
+    model = tiny_model("llama", hidden_size=32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] *= 0.01
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight[3] *= 0.01
+        model.model.layers[0].input_layernorm.weight[3] = 5  # as where little comes in
+    plan = plan_shrink(model, hidden_size=24)
+    assert 3 not in plan.hidden_ids
+    head_size = model.config.head_dim
+    student = shrink_model(model, plan)
+    assert student.config.head_dim == head_size == 8, "rotated pairs stay together"
+    assert student.config.hidden_size == 24
+
+
+def test_a_body_without_its_pooler_stays_without() -> None:
+    from transformers import RobertaModel
+
+    model = RobertaModel(tiny_model("roberta").config, add_pooling_layer=False).eval()
+    small = shrink_model(model, plan_shrink(model, num_layers=1))
+    assert small.pooler is None
 
 
 def test_attention_that_keeps_its_scores_keeps_their_scale() -> None:
@@ -174,11 +261,26 @@ def test_sizes_that_do_not_fit_are_named(changes: dict[str, int], words: str) ->
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mpnet", {"num_heads": 1}, "all 2 heads stay"),
+        ("llama", {"num_heads": 1}, "use a multiple of 2"),
+        ("electra", {"hidden_size": 8}, "has no projection"),
+    ],
+)
+def test_what_a_layout_forbids_is_named(family: str, changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConversionError) as caught:
+        plan_shrink(tiny_model(family), init="truncate", **changes)
+    assert words in str(caught.value)
+
+
 def test_missing_scores_and_other_families_are_refused() -> None:
     with pytest.raises(MissingInputError, match="scores"):
         plan_shrink(teacher(), **SMALL)
-    with pytest.raises(ConversionError, match="only BERT"):
-        plan_shrink(tiny_model("gpt2"), num_layers=1)
+    for family in sorted(set(FAMILIES) - set(LAYOUTS)):
+        with pytest.raises(ConversionError, match=r"cannot be made: (its|encoder)"):
+            plan_shrink(tiny_model(family), num_layers=1)
 
 
 def test_a_small_student_can_be_split_into_experts() -> None:

@@ -74,16 +74,15 @@ def test_scores_are_those_of_single_tokens(family: str) -> None:
         task_losses(model, outputs, batch).sum().backward()
         for handle in handles:
             handle.remove()
-        products = {
-            name: seen[name].grad * (seen[name].detach() - bias)  # type: ignore[operator]
-            for name, bias in (
-                ("z", 0 if slot.weights().b_in is None else slot.weights().b_in.detach()),  # type: ignore[union-attr]
-                ("a", 0),
-                ("g", 0),
-            )
-            if name in seen
-        }
-        size = torch.stack(list(products.values())).sum(0).abs()
+        biases = {"z": slot.linear_in.bias, "a": None, "g": getattr(slot.gate, "bias", None)}
+        size = torch.zeros(())
+        for name, bias in biases.items():
+            if name in seen:
+                value = seen[name].detach() - (0 if bias is None else bias.detach())
+                product: Tensor = seen[name].grad * value  # type: ignore[operator]
+                # A fused layer gives two outputs for each neuron.
+                size = size + product.unflatten(-1, (-1, slot.num_neurons)).sum(dim=-2)
+        size = size.abs()
         for row, of_token in zip(seen["x"].flatten(0, 1), size.flatten(0, 1), strict=True):
             total_EF[int((found.gates[index] @ row).argmax())] += of_token
     total_EF = total_EF / total_EF.sum()

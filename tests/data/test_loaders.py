@@ -236,14 +236,16 @@ def test_steps_that_ranks_cannot_share() -> None:
 @pytest.mark.parametrize("num", [1, 7, 12])
 def test_ranks_evaluate_equally_many_batches_of_equal_size(num: int, world_size: int) -> None:
     encoded = synthetic(num)
-    shapes, seen = [], []
+    shapes, seen, first = [], [], []
     for rank in range(world_size):
         batches = list(eval_batches(encoded, batch_size=2, rank=rank, world_size=world_size))
         shapes.append([len(batch["index"]) for batch in batches])
         seen += [i for batch in batches for i in batch["index"].tolist()]
+        first += [i for batch in batches for i in batch["index"][~batch["is_repeat"]].tolist()]
         for batch in batches:
             assert batch["labels"].tolist() == batch["index"].tolist()
     assert all(shape == shapes[0] for shape in shapes)
+    assert sorted(first) == list(range(num)), "what is no repeat is there once"
     assert set(seen) == set(range(num))
     assert len(seen) - num < world_size
 

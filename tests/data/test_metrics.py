@@ -8,6 +8,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
+from moe_dist.config.data_checks import METRICS_OF_KINDS
+from moe_dist.config.search_section import MEASURES
 from moe_dist.data.metrics import (
     METRICS,
     LabelSpace,
@@ -18,6 +20,7 @@ from moe_dist.data.metrics import (
     undefined_by_labels,
 )
 from moe_dist.errors import DataError
+from moe_dist.tasks import TASK_KINDS
 
 TWO, THREE, VALUES = LabelSpace(2), LabelSpace(3, names=("a", "b", "c")), LabelSpace(None)
 CLASS_METRICS = ["accuracy", "f1", "matthews"]
@@ -160,3 +163,13 @@ def test_faults_are_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         compute_metrics(names, predictions, labels, space)
+
+
+def test_recipes_know_the_metrics_and_their_directions() -> None:
+    """The recipe's models load nothing heavy, so that they name them once more."""
+    named = {metric for metrics in METRICS_OF_KINDS.values() for metric in metrics}
+    assert named == set(METRICS)
+    for name, metric in METRICS.items():
+        assert MEASURES[name] == ("max" if metric.higher_is_better else "min"), name
+    for kind in TASK_KINDS.values():
+        assert set(METRICS_OF_KINDS[kind.name]) == set(kind.metrics)  # type: ignore[index]

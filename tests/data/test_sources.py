@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,44 @@ def test_a_positive_label_that_means_nothing_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, rows, **changes)
     assert remedy in str(caught.value.remedy)
+
+
+def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
+        load(tmp_path, metrics=["accuracy", "perplexity"])
+
+
+def test_of_several_texts_in_a_label_the_first_is_the_target(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"a question {number}", "answers": {"text": texts, "answer_start": [0] * 9}}
+        for number, texts in enumerate([["one", "1"], ["two"], ["three", "3", "III"]])
+    ]
+    plain = [{"text": f"another {number}", "answers": f"plain {number}"} for number in range(3)]
+    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    train.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    dev.write_text("".join(f"{json.dumps(row)}\n" for row in plain))
+    splits = load_splits(
+        source="files",
+        train=train,
+        dev=dev,
+        kind="seq2seq",
+        text_columns=["text"],
+        label_column="answers",
+    )
+    assert splits.train["label"] == ["one", "two", "three"]
+    assert splits.dev["label"] == ["plain 0", "plain 1", "plain 2"]
+    (note,) = splits.summary.notes
+    assert note.startswith("2 rows have several texts in 'answers': the first")
+    train.write_text(json.dumps({"text": "a", "answers": {"text": []}}))
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: column 'answers' holds no text"):
+        load_splits(
+            source="files",
+            train=train,
+            dev=dev,
+            kind="seq2seq",
+            text_columns=["text"],
+            label_column="answers",
+        )
 
 
 @pytest.mark.parametrize("has_modules", [True, False])

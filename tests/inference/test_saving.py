@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import CheckpointError
@@ -105,14 +105,6 @@ def test_round_trip(family: str, router: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(loaded, batch), logits_of(student.eval(), batch))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_dense_models_too(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    loaded = load_model(save_model(model, tmp_path / "teacher"))
-    assert type(loaded) is type(model)
-    assert torch.equal(logits_of(loaded, token_batch()), logits_of(model, token_batch()))
-
-
 def test_balanced_tables_need_no_counts_again(tmp_path: Path) -> None:
     counts = torch.arange(50)
     student = student_of("bert", router="hash_balanced", token_counts=counts)
@@ -185,15 +177,6 @@ def test_plain_transformers_refuses(saved: Path, kind: str, words: str) -> None:
     done = run_python(code, saved)
     assert done.returncode != 0
     assert words in done.stderr.splitlines()[-1] + done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_every_familys_dense_class_refuses(family: str, tmp_path: Path) -> None:
-    directory = save_model(student_of(family), tmp_path / "model")
-    dense: Any = type(tiny_model(family))
-    # Which class of error it is differs; that it says why does not.
-    with pytest.raises(Exception, match="moe-dist experts"):
-        dense.from_pretrained(directory)
 
 
 def test_registering_later_than_transformers_works_too(saved: Path) -> None:
@@ -320,43 +303,6 @@ def test_weights_are_plain_safetensors_under_canonical_names(saved: Path) -> Non
     assert weights["bert.encoder.layer.0.intermediate.experts.w_in"].shape == (4, 4, 16)
     assert weights["bert.encoder.layer.0.intermediate.shared.w_in"].shape == (1, 4, 16)
     assert weights["bert.encoder.layer.0.intermediate.router.gate.weight"].shape == (4, 16)
-
-
-@pytest.mark.parametrize(("family", "converted"), [("bert", False), ("bert", True), ("t5", True)])
-def test_bodies_and_parts_of_models_come_back_in_another_process(
-    family: str, converted: bool, tmp_path: Path
-) -> None:
-    from transformers import AutoModel, BertModel
-
-    config = tiny_model(family).config
-    torch.manual_seed(0)
-    body: Any = (
-        BertModel(config, add_pooling_layer=False)
-        if family == "bert"
-        else AutoModel.from_config(config)
-    )
-    plan = plan_partition(random_scores(body), num_experts=2, expert_size=16, num_shared_neurons=4)
-    model = dense_to_moe(body, plan, router="token_gate").eval() if converted else body.eval()
-    save_model(model, tmp_path / "model")
-    ids = {"input_ids": torch.tensor([[5, 6, 7, 2]])}
-    ids |= {"decoder_input_ids": torch.tensor([[2, 5, 6]])} if config.is_encoder_decoder else {}
-    save_file(ids, tmp_path / "ids.safetensors")
-    with torch.no_grad():
-        expected = {"states": model(**ids).last_hidden_state}
-    save_file(expected, tmp_path / "expected.safetensors")
-    code = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import load_file
-from moe_dist.inference import load_model
-root = Path(sys.argv[1])
-ids, expected = (load_file(root / f"{name}.safetensors") for name in ("ids", "expected"))
-with torch.no_grad():
-    found = load_model(root / "model")(**ids).last_hidden_state
-torch.testing.assert_close(found, expected["states"])
-"""
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("converted", [False, True])

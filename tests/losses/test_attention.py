@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from moe_dist.errors import ConversionError
 from moe_dist.losses.attention import attention_mse, attention_scores
 
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -22,12 +23,16 @@ def test_scores_equal_the_loop_over_heads() -> None:
         torch.testing.assert_close(scores[:, head], expected)
 
 
-def test_scores_are_those_of_the_model() -> None:
+READABLE = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+
+
+@pytest.mark.parametrize("family", READABLE)
+def test_scores_are_those_of_the_model(family: str) -> None:
     """Softmax of the masked scores gives the probabilities that transformers hands out."""
     from moe_dist.conversion.attention import num_attention_heads, record_attention
     from tests.conversion.dense_models import tiny_model, token_batch
 
-    model = tiny_model("bert", attn_implementation="eager")
+    model = tiny_model(family, attn_implementation="eager")
     batch = token_batch()
     with torch.no_grad(), record_attention(model) as recorded:
         told = model(**batch, output_attentions=True).attentions
@@ -37,6 +42,18 @@ def test_scores_are_those_of_the_model() -> None:
         scores = attention_scores(inputs.query_BSD, inputs.key_BSD, inputs.num_heads)
         found = scores.masked_fill(absent, -math.inf).softmax(-1)
         torch.testing.assert_close(found, probabilities)
+
+
+def test_families_whose_scores_are_more_than_products_say_why() -> None:
+    from moe_dist.conversion.attention import num_attention_heads
+    from moe_dist.conversion.families import FAMILIES
+    from tests.conversion.dense_models import tiny_model
+
+    others = sorted(set(FAMILIES) - set(READABLE))
+    assert others
+    for family in others:
+        with pytest.raises(ConversionError, match=r"cannot be read: (they|queries|those) .*\n"):
+            num_attention_heads(tiny_model(family))
 
 
 def test_scores_are_computed_in_float32_under_autocast() -> None:

@@ -151,6 +151,50 @@ def test_pairs_of_texts_are_two_columns(
     assert alone["score"][0] != other["score"][0]
 
 
+def test_questions_and_contexts_are_known_by_their_names(tmp_path: Path) -> None:
+    import pandas
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    model = save_model(BertForQuestionAnswering(config), tmp_path / "model", tokenizer)
+    kind = TASK_KINDS["question_answering"]
+    entry = tracked(
+        model,
+        num_texts=2,
+        labels=(),
+        answers=dict(kind.served_columns),
+        inputs=kind.text_columns,
+        options={"stride": 2, "max_answer_length": 1},
+        calibration=1e9,
+    )
+    described = tmp_path / "described"
+    describe_model(model, described, asdict(entry), run_id="r", model_id="m")
+    loaded = mlflow.pyfunc.load_model(str(described))
+    assert loaded.metadata.signature.inputs.input_names() == ["question", "context"]
+    assert loaded.metadata.signature.outputs.input_names() == ["answer", "score"]
+    rows = pandas.DataFrame({"context": ["a good film bad"] * 2, "question": ["dull", "bad"]})
+    found = loaded.predict(rows)
+    assert all(answer in ("a", "good", "film", "bad") for answer in found["answer"])
+    # Below every difference, so that no question is answered.
+    other = asdict(entry) | {"calibration": -1e9}
+    describe_model(model, tmp_path / "none", other, run_id="r", model_id="m")
+    none = mlflow.pyfunc.load_model(str(tmp_path / "none")).predict(rows)
+    assert none["answer"].tolist() == ["", ""]
+    assert none["score"].tolist() == found["score"].tolist()
+
+
 def test_a_model_is_sent_once_and_registered_also_later(
     store: str, client: Any, student: Path, tmp_path: Path
 ) -> None:

@@ -59,7 +59,9 @@ def test_dropout_changes_where_the_model_has_some_and_nowhere_else(family: str) 
         name: 0.5 if value > 0 else 0.0 for name, value in before.items()
     }
     experts = {value for name, value in before.items() if name.endswith("experts.dropout")}
-    assert experts == {{"bart": 0.2, "t5": 0.1, "t5-gated": 0.1}.get(family, 0.0)}
+    assert experts == {
+        {"bart": 0.2, "modernbert": 0.2, "t5": 0.1, "t5-gated": 0.1}.get(family, 0.0)
+    }
     assert any("attn" in name.lower() or "attention" in name.lower() for name in before)
 
 
@@ -69,7 +71,7 @@ def probabilities(model: Any) -> dict[str, float]:
     for path, module in model.named_modules():
         if type(module).__name__ == "Dropout":
             found[path] = module.p
-        for name in ("dropout", "activation_dropout"):
+        for name in ("dropout", "activation_dropout", "attention_dropout"):
             value = getattr(module, name, None)
             if isinstance(value, float):
                 found[f"{path}.{name}"] = value

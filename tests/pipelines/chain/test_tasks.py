@@ -107,7 +107,7 @@ def test_the_chain_trains_measures_and_exports_each_task(
     assert report["tasks"]["grades"]["num_dev_samples"] == 9
     assert set(report["tasks"]["mood"]["differences"]) == {"teacher", "dense"}
     text = (root / "report.md").read_text()
-    assert "| grades | pearson | 9 |" in text
+    assert "| grades | pearson | 9 samples |" in text
 
     # 72 rows in batches of 8: nine steps, of which the smaller task has its share.
     records = MetricLog(root / "distill/metrics.jsonl").read()

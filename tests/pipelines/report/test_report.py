@@ -147,6 +147,13 @@ def test_it_warns_of_a_student_that_left_its_teacher(report: dict[str, Any]) -> 
     assert nearness_lines(report) == []
 
 
+def test_a_warning_of_a_small_drift_shows_that_it_is_not_0(report: dict[str, Any]) -> None:
+    small = {"difference": 4e-5, "low": 1.23456e-6, "high": 8e-5}
+    report["student"]["imitation_change"] = {"hidden_error": small}
+    (line,) = nearness_lines(report)
+    assert "hidden error +4e-05, 95 % interval +1.23e-06 to +8e-05" in line
+
+
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
     models, stages = to_tables(report)
     assert models.row_count == 3
@@ -183,7 +190,7 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(
 ) -> None:
     middle = (low + high) / 2
     entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
-    sentence = verdict("dense", entry, 1500, higher_is_better=True)
+    sentence = verdict("dense", entry, 1500, higher_is_better=True, unit="sample")
     assert sentence.startswith(f"{claim} (accuracy of student minus dense: {middle:+.4f}, 95 %")
     assert "one training run of each" in sentence
 
@@ -198,8 +205,8 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(
 )
 def test_where_lower_is_better_less_wins(low: float, high: float, claim: str) -> None:
     entry = {"metric": "perplexity", "difference": (low + high) / 2, "low": low, "high": high}
-    sentence = verdict("dense", entry, 60, higher_is_better=False)
-    assert sentence.startswith(f"{claim} on 60 dev samples (perplexity (lower is better) of")
+    sentence = verdict("dense", entry, 60, higher_is_better=False, unit="document")
+    assert sentence.startswith(f"{claim} on 60 dev documents (perplexity (lower is better) of")
 
 
 def language_report() -> dict[str, Any]:
@@ -216,6 +223,7 @@ def language_report() -> dict[str, Any]:
         "metric_titles": {"perplexity": "perplexity"},
         "higher_is_better": False,
         "columns": ["nll", "tokens"],
+        "unit": "document",
         "num_dev_samples": 15,
         "seq_len": 64,
         "num_threads": 2,
@@ -234,8 +242,10 @@ def test_a_report_on_perplexity_knows_that_lower_is_better() -> None:
     assert made["higher_is_better"] is False and made["columns"] == ["nll", "tokens"]
     assert made["retention"] == pytest.approx(20 / 25)
     assert made["student"]["ffn_flops_ratio"] == pytest.approx(0.25)
-    assert made["verdicts"]["teacher"].startswith("teacher beats student on 15 dev samples")
-    assert "| dev perplexity (lower is better) |" in to_markdown(made)
+    assert made["verdicts"]["teacher"].startswith("teacher beats student on 15 dev documents")
+    text = to_markdown(made)
+    assert "| dev perplexity (lower is better) |" in text
+    assert "15 dev documents. Made" in text and "bootstrap over the dev documents." in text
 
 
 def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
@@ -272,7 +282,7 @@ def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
     assert made["retention"] == 0.5
     text = to_markdown(made)
     assert "- a: teacher beats student on 5 dev samples (perplexity (lower is better)" in text
-    assert "| a | perplexity (lower is better) | 5 |" in text
+    assert "| a | perplexity (lower is better) | 5 samples |" in text
 
 
 def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
@@ -335,7 +345,7 @@ def test_what_is_undefined_is_null_with_a_sentence(
 def test_resamples_that_were_left_out_are_counted() -> None:
     found = {"metric": "f1", "difference": 0.1, "low": 0.0, "high": 0.2, "num_undefined": 7}
     assert "7 resamples where it is undefined are left out" in verdict(
-        "dense", found, 60, higher_is_better=True
+        "dense", found, 60, higher_is_better=True, unit="sample"
     )
 
 

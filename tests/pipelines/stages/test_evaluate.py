@@ -30,7 +30,7 @@ SPACE = LabelSpace(2, 0, ("fraud", "ok"))
 def answers(labels: list[int], metrics: tuple[str, ...], task: str = "", **said: Any) -> Answers:
     logits = {name: np.eye(2)[values] for name, values in said.items()}
     own = TaskAnswers(metrics, SPACE, np.array(labels), logits)
-    return Answers({task: own}, Imitation({}), {}, 1)
+    return Answers({task: own}, Imitation({}), {}, 1, {})
 
 
 def test_an_undefined_metric_is_none_with_a_sentence() -> None:
@@ -48,7 +48,7 @@ def test_an_undefined_metric_is_none_with_a_sentence() -> None:
 def test_a_task_of_several_is_compared_and_explained_by_itself() -> None:
     one = answers([0, 1, 0, 1], ("matthews",), "a", teacher=[0, 1, 0, 0], student=[1] * 4)
     two = answers([0, 1, 0, 1], ("accuracy",), "b", teacher=[0, 1, 0, 0], student=[0, 1, 0, 1])
-    both = Answers(one.tasks | two.tasks, Imitation({}), {}, 1)
+    both = Answers(one.tasks | two.tasks, Imitation({}), {}, 1, {})
     entries = measure_quality(both)
     assert entries["student"]["metrics"] == {"mean": None, "a/matthews": None, "b/accuracy": 1.0}
     assert "a/matthews is" in entries["student"]["undefined"]["mean"]

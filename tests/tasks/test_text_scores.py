@@ -7,9 +7,9 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from moe_dist.data.figures import CHRF_COLUMNS
 from moe_dist.data.metrics import LabelSpace, compute_metrics
-from moe_dist.data.text_scores import (
+from moe_dist.tasks.text_scores import (
+    CHRF_COLUMNS,
     ROUGE_COLUMNS,
     answer_figures,
     best_threshold,
@@ -101,7 +101,17 @@ def test_the_threshold_is_that_of_squads_script(seed: int) -> None:
 def test_questions_of_equal_scores_are_answered_together() -> None:
     no_answer, has_answer = np.array([-3.0, -3.0, -1.0]), np.array([True, False, True])
     threshold, mean = best_threshold(no_answer, np.array([1.0, 0.0, 1.0]), has_answer)
-    assert (threshold, mean) == (-1.0, pytest.approx(2 / 3))
+    # Any from -1 on is as good.
+    assert [threshold, mean] == pytest.approx([0.0, 2 / 3])
+
+
+def test_of_equally_good_thresholds_the_one_nearest_to_0_is_taken() -> None:
+    has_answer = np.array([True, True, False])
+    f1 = has_answer.astype(float)
+    assert best_threshold(np.array([-7.0, -5.0, 6.0]), f1, has_answer) == (0.0, 1.0)
+    assert best_threshold(np.array([1.0, 2.0, 6.0]), f1, has_answer) == (2.0, 1.0)
+    threshold, _ = best_threshold(np.array([-9.0, -8.0, -6.0]), f1, has_answer)
+    assert -6.001 < threshold < -6.0
 
 
 def test_it_may_be_best_to_answer_none_or_all() -> None:

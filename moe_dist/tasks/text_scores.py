@@ -13,12 +13,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_dist.data.figures import CHRF_COLUMNS, Figures
+Figures = NDArray[np.float64]
 
 ANSWER_COLUMNS = ("exact", "f1")
 ROUGE_COLUMNS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+CHRF_ORDER = 6
+CHRF_COLUMNS = tuple(
+    f"chrf_{what}_{order}"
+    for order in range(1, CHRF_ORDER + 1)
+    for what in ("hypothesis", "reference", "match")
+)
+"""Counts of character n-grams by their length: in the answer, in the reference, and in both."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ROUNDING = 1e-9
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -29,7 +37,9 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_figures(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> Figures:
-    """Score answers to questions as SQuAD 2.0's script does, whose scores of 1.1 are the same.
+    """Score answers to questions as SQuAD 2.0's script does.
+
+    That of 1.1 differs only where nothing but punctuation and articles stands in an answer.
 
     Args:
         answers: one for each question, "" for "no answer".
@@ -69,28 +79,34 @@ def best_threshold(
         has_answer_N: whether the question has one.
 
     Returns:
-        The threshold, the lowest of equally good ones (a question is answered if its score is not
-        above it), and the mean F1 that it gives.
+        The threshold (a question is answered if its score is not above it), and the mean F1 that
+        it gives. Of equally good thresholds it is the one nearest to 0, which published code takes
+        where none is looked for.
     """
     order = np.argsort(no_answer_N, kind="stable")
     scores = np.asarray(no_answer_N, np.float64)[order]
-    # What each further question that is answered adds to the sum of F1.
-    gains = np.asarray(f1_N, np.float64)[order] - ~np.asarray(has_answer_N, bool)[order]
-    sums = np.sum(~np.asarray(has_answer_N, bool)) + np.cumsum(gains)
-    is_last = np.append(scores[1:] != scores[:-1], True)
-    sums, ends = sums[is_last], scores[is_last]
-    best = int(np.argmax(sums))
-    none_answered = float(np.sum(~np.asarray(has_answer_N, bool)))
-    if none_answered >= sums[best]:
-        return float(np.nextafter(scores[0], -np.inf)), none_answered / len(scores)
-    return float(ends[best]), float(sums[best]) / len(scores)
+    is_none = ~np.asarray(has_answer_N, bool)[order]
+    # Entry k: the k lowest scores are answered, with thresholds from lows[k] to highs[k].
+    gains = np.asarray(f1_N, np.float64)[order] - is_none
+    sums = np.sum(is_none) + np.append(0.0, np.cumsum(gains))
+    lows = np.append(-np.inf, scores)
+    highs = np.append(np.nextafter(scores, -np.inf), np.inf)
+    sums = np.where(lows <= highs, sums, -np.inf)
+    best = np.flatnonzero(sums >= sums.max() - _ROUNDING)
+    nearest = np.clip(0.0, lows[best], highs[best])
+    chosen = int(np.abs(nearest).argmin())
+    return float(nearest[chosen]), float(sums[best[chosen]]) / len(scores)
 
 
 def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
     """Score texts by ROUGE's F-measures, with the stemmer, as papers do.
 
     Only the letters a to z and digits count, as in the original: texts in other scripts score 0.
-    ROUGE-Lsum takes lines for sentences. Of several references the best one counts.
+    ROUGE-Lsum takes lines for sentences.
+
+    Args:
+        answers: N texts.
+        references: those of each; of several the best one counts, measure by measure.
 
     Returns:
         ROUGE_COLUMNS in [0, 1], (N, 4).
@@ -106,11 +122,14 @@ def rouge_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def chrf_figures(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
-    """Count what chrF of any selection of texts is computed from; of references the nearest.
+    """Count what chrF of any selection of texts is computed from, by sacrebleu's defaults.
+
+    Args:
+        answers: N texts.
+        references: those of each; of several the one with the best chrF is counted.
 
     Returns:
-        CHRF_COLUMNS, (N, 18): with sacrebleu's defaults (chrF2, white space and case kept as it
-        does).
+        CHRF_COLUMNS, (N, 18).
     """
     from sacrebleu.metrics import CHRF
 
