@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config.embedding_checks import EMBEDDING_KEYS
-from moe_dist.tasks import TASK_KINDS
 from tests.config_recipes import load, only_fault
 
 PAIRS = (
@@ -17,10 +15,6 @@ PAIRS = (
     "finetune.num_epochs=0",
     "distill.task_weight=0",
 )
-
-
-def test_the_keys_are_those_that_the_kind_reads() -> None:
-    assert sorted(EMBEDDING_KEYS) == sorted(TASK_KINDS["embedding"].option_names)
 
 
 def test_a_recipe_of_embeddings_is_read(tmp_path: Path) -> None:
@@ -40,6 +34,7 @@ def test_a_recipe_of_embeddings_is_read(tmp_path: Path) -> None:
         ("distill.adversarial_weight=1", "data.kind=embedding has vectors; set it to 0"),
         ("data.holdout_samples=9", "have no pairs to measure on; set it to 0"),
         ("student.hidden_size=128", "student.hidden_size=128 changes the width of vectors"),
+        ("data.pair_columns=[question, question]", "holds a name twice"),
         ("data.pair_columns=[question]", "data.pair_columns"),
     ],
 )

@@ -25,6 +25,9 @@ METRICS_OF_KINDS: dict[Kind, tuple[Metric, ...]] = {
 }
 """What a recipe may measure each kind by."""
 KEYS_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "pair_columns": ("embedding",),
+    "pooling": ("embedding",),
+    "normalise": ("embedding",),
     "stride": ("question_answering", "causal_lm"),
     "max_answer_length": ("question_answering",),
     "source_prefix": ("seq2seq",),
@@ -44,7 +47,7 @@ _KEYS_OF_SOURCES = {
     "train": ("hub", "files"),
     "dev": ("hub", "files"),
 }
-_LISTS = ("label_names", "column_names", "text_columns", "metrics", "unlabelled")
+_LISTS = ("label_names", "column_names", "text_columns", "metrics", "unlabelled", "pair_columns")
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _ONE_TASK_PARTITIONS = ("coactivation", "clustered_importance")
 

@@ -1,4 +1,4 @@
-"""Rules for recipes that make sentence embeddings, and for the keys that only they read."""
+"""Rules for recipes that make sentence embeddings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from moe_dist.config.faults import either
 from moe_dist.config.run_config import RunConfig
 
 KIND = "embedding"
-EMBEDDING_KEYS = ("pair_columns", "pooling", "normalise")
 _RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
 _SIMILARITY = ("cosine_spearman", "cosine_pearson")
-
-
-def _keys_fit_kind(config: RunConfig) -> Iterator[str]:
-    for path, data in data_sections(config).items():
-        for key in EMBEDDING_KEYS:
-            if getattr(data, key) is not None and data.kind != KIND:
-                yield (
-                    f"{path}.{key} belongs to {path}.kind={KIND}, not "
-                    f"{data.kind or 'classification'}; remove it."
-                )
 
 
 def _no_labels_to_learn(config: RunConfig) -> Iterator[str]:
@@ -85,7 +74,6 @@ def _vectors_fit_the_rest(config: RunConfig) -> Iterator[str]:
 
 _SETS = ("data.source", "data.tasks", "data.kind")
 EMBEDDING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
-    (_keys_fit_kind, (*_SETS, *(f"data.{key}" for key in EMBEDDING_KEYS))),
     (
         _no_labels_to_learn,
         (*_SETS, "finetune.num_epochs", "train.num_epochs", "distill.task_weight"),
