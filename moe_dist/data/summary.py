@@ -344,7 +344,10 @@ def _texts_alone(samples: Sequence[Sample], left_out: Mapping[str, int]) -> Spli
 
 
 def measure_windows(encoded: Encoded) -> Windows | None:
-    """Count the samples of rows that make several; None where none does."""
+    """Count the samples of rows that are cut into several; None where none is."""
+    if encoded.full_lengths is not None:
+        # Such samples are whole texts, of which a row may hold two.
+        return None
     counts = np.unique(encoded.sample_ids, return_counts=True)[1]
     num_divided = int((counts > 1).sum())
     return Windows(len(encoded), num_divided) if num_divided else None

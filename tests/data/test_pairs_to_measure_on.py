@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_dist.data.sources import Splits, load_splits
-from moe_dist.data.summary import measure_cut
+from moe_dist.data.summary import measure_cut, measure_windows
 from moe_dist.errors import DataError
 
 TEXTS = [{"text": f"a text about number {number}"} for number in range(4)]
@@ -107,4 +108,16 @@ def test_cut_rows_are_counted_once_however_many_of_their_texts_are_cut() -> None
         sample_ids=np.array([7, 7, 8]),
         full_lengths=np.array([6, 9, 4]),
     )
-    assert measure_cut(encoded, 4).num_cut == 1
+    cut = measure_cut(encoded, 4)
+    assert cut is not None and cut.num_cut == 1
+    # Two texts of a row are no windows of one.
+    assert measure_windows(encoded) is None
+    assert measure_windows(replace(encoded, full_lengths=None)) is not None
+
+
+def test_further_texts_join_those_that_are_trained_on(tmp_path: Path) -> None:
+    further = write(tmp_path / "more.jsonl", [{"text": "one more"}])
+    splits = load(tmp_path, unlabelled=[further])
+    assert splits.unlabelled is not None
+    assert splits.unlabelled["text_a"][:] == ["one more"]
+    assert splits.dev["text_b"][:] == [pair["passage"] for pair in PAIRS]
