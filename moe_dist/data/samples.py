@@ -127,10 +127,12 @@ def check_rows(
             if None in texts:
                 left_out["without a text"] += 1
                 continue
-        for column, text in zip(task.text_columns, texts, strict=True):
+        for text_column, text in zip(task.text_columns, texts, strict=True):
             if not isinstance(text, str):
-                raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
-            encodable(row, column, text)
+                raise row.error(
+                    f"column {text_column!r} holds no text: {text!r}", _text_remedy(text)
+                )
+            encodable(row, text_column, text)
         value = NO_LABEL[task.label]
         if needs_labels or not is_missing(label):
             value = read_label[task.label](row, label, *texts)

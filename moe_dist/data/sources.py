@@ -210,6 +210,9 @@ def load_splits(
             "data.dev and data.dev_size are both given",
             remedy="give one of them: a dev set, or how many training rows to hold out",
         )
+    texts = None
+    if "documents" in task.task_kind.option_names:
+        texts = Texts(task.options.get("documents"))
     if source == "files":
         raw_train, raw_dev = read_files(
             train,
@@ -218,9 +221,7 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
-            texts=Texts(task.options.get("documents"))
-            if "documents" in task.task_kind.option_names
-            else None,
+            texts=texts,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -320,6 +321,7 @@ def load_splits(
             dev=dev_samples,
             withheld=withheld,
             say=notes.append,
+            texts=texts,
         )
     # Without a hold-out the digest is what it was before there were any.
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_dist.data.files import Texts
 from moe_dist.data.reading import missing_unlabelled, read_split
 from moe_dist.data.rows import Say
 from moe_dist.data.samples import Sample, check_rows
@@ -22,6 +23,7 @@ def read_unlabelled(
     dev: Sequence[Sample],
     withheld: Sequence[Sample],
     say: Say,
+    texts: Texts | None = None,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Read rows of which only the texts count, without those that say what others are measured on.
 
@@ -33,6 +35,7 @@ def read_unlabelled(
         dev: the dev rows.
         withheld: the rows that recipes are chosen on.
         say: is told what was guessed.
+        texts: how text files are read; None reads them as TSV.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -46,7 +49,7 @@ def read_unlabelled(
             f"no such data file: {' and '.join(missing)}",
             remedy="name your files there; paths are relative to the working directory",
         )
-    rows = [row for place in places for row in read_split(place, column_names, say).rows]
+    rows = [row for place in places for row in read_split(place, column_names, say, texts).rows]
     samples, _ = check_rows(rows, task, needs_labels=False)
     left_out = {}
     for reason, others in (

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
 from moe_dist.distributed.topology import fitting_ep_size
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, ConversionError, MoeDistError
 
 from ..chain.workspace import Workspace
 from ..report.report import quantity
@@ -138,6 +138,14 @@ def recipe_kind(config: RunConfig) -> TaskKind:
     return kind_for(None if data.tasks else data.kind, data.name, data.subset)
 
 
+def recipe_options(config: RunConfig) -> dict[str, Any]:
+    """Give what a recipe's one kind of task reads beside; several tasks have none."""
+    if config.data.tasks:
+        return {}
+    values = config.data.model_dump(mode="json", include=set(recipe_kind(config).option_names))
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def length_faults(model: Any, config: RunConfig) -> list[str]:
     """Say where the start model has too few positions for the recipe's tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -162,12 +170,14 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         A dense model, with shapes only.
 
     Raises:
-        ConversionError: if the student cannot be cut from this teacher, or its attention or
-            sentence vectors cannot be compared although the recipe asks for it.
+        ConversionError: if the student cannot be cut from this teacher, its attention or sentence
+            vectors cannot be compared although the recipe asks for it, or neither can be trained
+            with recomputation although it does.
     """
     from moe_dist.conversion.shrink import plan_shrink, shrink_model
     from moe_dist.training.companion import check_heads, check_pooling
 
+    _check_recomputation(teacher, config)
     student = teacher
     if config.student.is_smaller:
         # What is kept is not known yet, only how much.
@@ -177,6 +187,15 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         check_heads(student, teacher)
     check_pooling(student, config.distill)
     return student
+
+
+def _check_recomputation(model: Any, config: RunConfig) -> None:
+    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConversionError(
+            "train.gradient_checkpointing: transformers cannot recompute activations of "
+            f"{type(model).__name__}",
+            remedy="leave train.gradient_checkpointing out",
+        )
 
 
 def plan_skeleton(dense: Any, config: RunConfig) -> Any:
@@ -248,7 +267,13 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         kind = recipe_kind(config)
         names = ("0", "1") if kind.has_classes else None
         num_labels = kind.num_outputs(names)
-        check_pretrained(workspace.start_model, num_labels=num_labels, label_names=names, kind=kind)
+        check_pretrained(
+            workspace.start_model,
+            num_labels=num_labels,
+            label_names=names,
+            kind=kind,
+            options=recipe_options(config),
+        )
     say_summaries(sizes.data, workspace.console)
     return sizes
 

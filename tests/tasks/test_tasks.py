@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
+from moe_dist.config.data_checks import KEYS_OF_KINDS
 from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.data.metrics import METRICS
 from moe_dist.losses.distillation import prediction_kl
@@ -21,6 +22,13 @@ def test_recipes_name_every_kind_and_metrics_are_known() -> None:
     for name, kind in TASK_KINDS.items():
         assert f"'{name}'" in annotation
         assert set(kind.default_metrics) <= set(kind.metrics) <= set(METRICS)
+
+
+def test_recipes_know_which_kinds_read_a_key() -> None:
+    for key, kinds in KEYS_OF_KINDS.items():
+        reading = {name for name, kind in TASK_KINDS.items() if key in kind.option_names}
+        assert reading == set(kinds), key
+        assert key in TaskDataConfig.model_fields
 
 
 def test_classification_takes_cross_entropy() -> None:
