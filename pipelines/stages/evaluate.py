@@ -75,6 +75,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         entries = measure_quality(answers)
         for name, found in answers.calibrations.items():
             entries[name]["calibrations"] = found
+        for name, lines in answers.remarks.items():
+            owner, _, before = name.partition("/")
+            entries[owner][f"remarks_{before}" if before else "remarks"] = lines
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -224,6 +227,7 @@ class Answers:
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
         calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
+        remarks: by model what its answers show that no metric does; see `TaskKind.remarks`.
     """
 
     tasks: dict[str, TaskAnswers]
@@ -231,6 +235,7 @@ class Answers:
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
     calibrations: dict[str, dict[str, float]]
+    remarks: dict[str, list[str]]
 
 
 def predict_all(
@@ -259,6 +264,7 @@ def predict_all(
     }
     loads: dict[str, dict[str, list[float]]] = {}
     calibrations: dict[str, dict[str, float]] = {}
+    remarks: dict[str, list[str]] = {}
     steps = itertools.count(1)
     batch_size = bounded_batch(
         PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
@@ -289,6 +295,7 @@ def predict_all(
             tasks[task].labels = found.figures[task].labels
             for line in part.remarks(found.figures[task]):
                 stage.console.warn(f"{name}: {line}")
+                remarks.setdefault(name, []).append(line)
         if found.calibrations:
             calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
@@ -301,7 +308,7 @@ def predict_all(
         batch_size=batch_size,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations, remarks)
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:

@@ -92,12 +92,9 @@ def test_a_label_column_may_be_there_and_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "seq2seq"])
 def test_every_kind_takes_them(tmp_path: Path, kind: str) -> None:
-    rows = [
-        {"text": f"{number} {sentence(number)}", "label": value}
-        for number, value in enumerate(
-            {"classification": "ab", "regression": [0.5, 1.5], "seq2seq": ["one", "two"]}[kind] * 9
-        )
-    ]
+    labels: list[Any] = ["a", "b"] if kind == "classification" else ["one", "two"]
+    labels = [0.5, 1.5] if kind == "regression" else labels
+    rows = [{"text": f"{n} {sentence(n)}", "label": label} for n, label in enumerate(labels * 9)]
     splits = load(
         tmp_path,
         texts(3),
