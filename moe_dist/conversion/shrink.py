@@ -326,7 +326,7 @@ def _copy_weights(model: Any, student: Any, layout: ShrinkLayout, plan: ShrinkPl
                 ids = _ids(kind, layer, plan)
                 if ids is not None:
                     value = value.index_select(axis, torch.tensor(ids, device=value.device))
-            target.copy_(value * scale if f".{layout.query}." in name else value)
+            target.copy_(value * scale if f".{layout.attention.query}." in name else value)
 
 
 def _teacher_name(name: str, layout: ShrinkLayout, plan: ShrinkPlan) -> tuple[str, int | None]:

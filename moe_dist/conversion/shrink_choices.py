@@ -109,8 +109,7 @@ def group_ids(
 
 def attention_weights(layout: ShrinkLayout, block: nn.Module) -> list[Tensor]:
     """Give a block's weights of query, key, value and output."""
-    paths = (layout.query, layout.key, layout.value, layout.out)
-    weights: list[Any] = [block.get_submodule(path).weight for path in paths]
+    weights: list[Any] = [block.get_submodule(path).weight for path in layout.attention]
     return weights
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,6 +19,15 @@ HIDDEN, NEURON, QUERY, VALUE, WHOLE = "hidden", "neuron", "query", "value", "who
 Axes = tuple[str, ...]
 
 
+class AttentionPaths(NamedTuple):
+    """Paths, below a block, of the linear layers of its attention."""
+
+    query: str
+    key: str
+    value: str
+    out: str
+
+
 @dataclass(frozen=True)
 class ShrinkLayout:
     """The names of what a student is cut from.
@@ -25,10 +35,7 @@ class ShrinkLayout:
     Args:
         layers: what stands before a layer's number in the names of its parameters.
         axes: what each axis of a parameter runs over, by the end of the parameter's name.
-        query: path of the query layer below a block.
-        key: path of the key layer.
-        value: path of the value layer.
-        out: path of the layer that reads what attention gives.
+        attention: where a block has its attention.
         narrows_heads: heads may become smaller, each by dimensions of its own choice: neither are
             they rotated in pairs, nor do several share a key.
         drops_heads: layers may keep different heads.
@@ -39,10 +46,7 @@ class ShrinkLayout:
 
     layers: str
     axes: Mapping[str, Axes]
-    query: str
-    key: str
-    value: str
-    out: str
+    attention: AttentionPaths
     narrows_heads: bool = True
     drops_heads: bool = True
     normalises_after: bool = True
@@ -61,7 +65,7 @@ def _vectors(*names: str) -> dict[str, Axes]:
 
 def _encoder(
     layers: str,
-    attention: Mapping[str, str],
+    attention: AttentionPaths,
     *,
     neurons: tuple[str, str] = ("intermediate.dense", "output.dense"),
     drops_heads: bool = True,
@@ -73,9 +77,9 @@ def _encoder(
         "embeddings.weight": (WHOLE, HIDDEN),
         "relative_attention_bias.weight": (WHOLE, WHOLE),
         **_vectors("LayerNorm", "layer_norm"),
-        **_linear(QUERY, HIDDEN, attention["query"], attention["key"]),
-        **_linear(VALUE, HIDDEN, attention["value"]),
-        **_linear(HIDDEN, VALUE, attention["out"]),
+        **_linear(QUERY, HIDDEN, attention.query, attention.key),
+        **_linear(VALUE, HIDDEN, attention.value),
+        **_linear(HIDDEN, VALUE, attention.out),
         **_linear(NEURON, HIDDEN, neurons[0]),
         **_linear(HIDDEN, NEURON, neurons[1]),
         **_linear(HIDDEN, WHOLE, "embeddings_project"),
@@ -85,17 +89,13 @@ def _encoder(
     return ShrinkLayout(
         layers=layers,
         axes=axes,
+        attention=attention,
         drops_heads=drops_heads,
         own_embeddings=own_embeddings,
-        **attention,
     )
 
 
-def _attention(query: str, key: str, value: str, out: str) -> dict[str, str]:
-    return {"query": query, "key": key, "value": value, "out": out}
-
-
-_BERT_ATTENTION = _attention(
+_BERT_ATTENTION = AttentionPaths(
     "attention.self.query",
     "attention.self.key",
     "attention.self.value",
@@ -121,7 +121,9 @@ _LLAMA = ShrinkLayout(
     },
     narrows_heads=False,
     normalises_after=False,
-    **_attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    attention=AttentionPaths(
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
+    ),
 )
 LAYOUTS: dict[str, ShrinkLayout] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _BERT),
@@ -129,12 +131,16 @@ LAYOUTS: dict[str, ShrinkLayout] = {
     # All layers share one bias of places for each head, so all keep the same heads.
     "mpnet": _encoder(
         "encoder.layer.",
-        _attention("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+        AttentionPaths(
+            "attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"
+        ),
         drops_heads=False,
     ),
     "distilbert": _encoder(
         "transformer.layer.",
-        _attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        AttentionPaths(
+            "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"
+        ),
         neurons=("ffn.lin1", "ffn.lin2"),
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),

@@ -74,6 +74,8 @@ def _error(row: SourceRow, what: str, remedy: str) -> DataError:
 
 def _pairs(row: SourceRow, column: str, value: Any) -> list[tuple[str, int]]:
     """Texts with where they start, checked for their types."""
+    if value is None:
+        raise _error(row, f"column {column!r} is missing", f"give {_SHAPE}")
     if isinstance(value, str):
         try:
             value = json.loads(value)

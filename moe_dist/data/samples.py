@@ -98,12 +98,12 @@ def check_rows(
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
-    column = task.label_column
+    named = task.label_column
     read_label: dict[LabelKind, Callable[..., int | float | str]] = {
         "class": lambda row, label, *texts: class_id(row, label, ids, may_be_ids),
         "number": lambda row, label, *texts: regression_value(row, label),
-        "text": lambda row, label, *texts: label_text(row, column, label),
-        "answers": lambda row, label, *texts: answers_label(row, column, label, *texts),
+        "text": lambda row, label, *texts: label_text(row, named, label),
+        "answers": lambda row, label, *texts: answers_label(row, named, label, *texts),
         "none": lambda row, label, *texts: 0,
     }
     if kind.label == "answers":

@@ -51,7 +51,8 @@ def squad_rows(path: Path, value: Any) -> Iterator[Row]:
                 number += 1
                 name = entry.get("id") if isinstance(entry, dict) else None
                 place_of_question = f"{path}, question {name or number}"
-                answers = _part(entry, "answers", list, place_of_question)
+                # Questions that nobody answered yet have none, which labels are checked for.
+                answers = _part(entry, "answers", list, place_of_question, default=())
                 if answers and entry.get("is_impossible") is True:
                     raise DataError(
                         f"{place_of_question}: it is marked as impossible and has answers",
@@ -64,13 +65,15 @@ def squad_rows(path: Path, value: Any) -> Iterator[Row]:
                         "title": title,
                         "question": _part(entry, "question", str, place_of_question),
                         "context": context,
-                        "answers": answers,
+                        "answers": None if answers == () else answers,
                     },
                 )
 
 
 def _part(value: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
-    found = value.get(key, default) if isinstance(value, dict) else None
+    found = value.get(key) if isinstance(value, dict) else None
+    if found is None and default is not None:
+        return default
     if not isinstance(found, kind):
         raise DataError(
             f"{where}: {key} is {'missing' if found is None else 'of another type'}", remedy=_SHAPE

@@ -46,6 +46,7 @@ class CausalLM(TaskKind):
     metrics = ("perplexity", "word_perplexity", "bits_per_byte")
     default_metrics = metrics
     prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
     unit = "document"
     count_kind: ClassVar[CountKind] = "targets"
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})

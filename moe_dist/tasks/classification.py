@@ -25,6 +25,7 @@ class Classification(TaskKind):
     metrics = ("accuracy", "f1", "matthews")
     default_metrics = ("accuracy",)
     prediction_term = "prediction_kl"
+    distance = "symmetric KL divergence of the classes' probabilities"
     joins_tasks = True
     served_columns: ClassVar[Mapping[str, str]] = {
         "label": "text",

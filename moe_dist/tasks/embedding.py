@@ -51,6 +51,7 @@ class Embedding(TaskKind):
     metrics = (*_RETRIEVAL, *_SIMILARITY)
     default_metrics = _RETRIEVAL
     prediction_term = "prediction_cosine"
+    distance = "1 − cosine of the vectors"
     unit = "pair"
     columns = ("cosine", "rank")
     option_names = ("pooling", "normalise", "pair_columns")

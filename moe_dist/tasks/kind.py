@@ -134,6 +134,7 @@ class TaskKind(ABC):
         unit: what an interval resamples.
         prediction_term: the name of its distance from the teacher's predictions among the loss
             terms.
+        distance: what `prediction_errors` measure, in words.
         count_kind: what sums of its losses are divided by.
         columns: names of the figures that metrics read; none where they read logits and labels.
         option_names: keys of a recipe's data section that it reads, beyond those of every kind.
@@ -159,6 +160,7 @@ class TaskKind(ABC):
     metrics: ClassVar[tuple[str, ...]]
     default_metrics: ClassVar[tuple[str, ...]]
     prediction_term: ClassVar[str]
+    distance: ClassVar[str]
     unit: ClassVar[str] = "sample"
     count_kind: ClassVar[CountKind] = "samples"
     columns: ClassVar[tuple[str, ...]] = ()

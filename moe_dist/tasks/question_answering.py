@@ -41,6 +41,7 @@ class QuestionAnswering(TaskKind):
     metrics = ("exact_match", "answer_f1")
     default_metrics = ("answer_f1", "exact_match")
     prediction_term = "prediction_kl"
+    distance = "mean of both ends' symmetric KL divergences"
     unit = "question"
     columns = ANSWER_COLUMNS
     option_names = ("stride", "max_answer_length")

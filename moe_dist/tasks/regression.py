@@ -22,6 +22,7 @@ class Regression(TaskKind):
     metrics = ("pearson", "spearman")
     default_metrics = metrics
     prediction_term = "prediction_mse"
+    distance = "squared difference of the predictions"
     joins_tasks = True
     served_columns: ClassVar[Mapping[str, str]] = {"value": "number"}
 

@@ -78,6 +78,7 @@ class Seq2Seq(TaskKind):
     metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf")
     default_metrics = ("rougeL", "rouge1", "rouge2")
     prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
     count_kind: ClassVar[CountKind] = "targets"
     columns = (*ROUGE_COLUMNS, *ANSWER_COLUMNS, *CHRF_COLUMNS, UNFINISHED)
     option_names = OPTION_NAMES

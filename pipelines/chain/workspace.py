@@ -104,7 +104,8 @@ class Workspace:
             if splits.unlabelled is not None:
                 joined = self._encode(splits, "distilled", tokenizer)
                 cuts = [measure_cut(part, max_length) for part in (joined, train[name])]
-                summary = summary.with_unlabelled_cut(cuts[0].num_cut - cuts[1].num_cut)
+                num_cut, num_before = (0 if cut is None else cut.num_cut for cut in cuts)
+                summary = summary.with_unlabelled_cut(num_cut - num_before)
             found[name] = summary.with_near_copies(num_near_copies(splits))
         return found
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
 from moe_dist.distributed.topology import fitting_ep_size
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, ConversionError, MoeDistError
 
 from ..chain.workspace import Workspace
 from ..report.report import quantity
@@ -170,12 +170,14 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         A dense model, with shapes only.
 
     Raises:
-        ConversionError: if the student cannot be cut from this teacher, or its attention or
-            sentence vectors cannot be compared although the recipe asks for it.
+        ConversionError: if the student cannot be cut from this teacher, its attention or sentence
+            vectors cannot be compared although the recipe asks for it, or neither can be trained
+            with recomputation although it does.
     """
     from moe_dist.conversion.shrink import plan_shrink, shrink_model
     from moe_dist.training.companion import check_heads, check_pooling
 
+    _check_recomputation(teacher, config)
     student = teacher
     if config.student.is_smaller:
         # What is kept is not known yet, only how much.
@@ -185,6 +187,15 @@ def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
         check_heads(student, teacher)
     check_pooling(student, config.distill)
     return student
+
+
+def _check_recomputation(model: Any, config: RunConfig) -> None:
+    if config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConversionError(
+            "train.gradient_checkpointing: transformers cannot recompute activations of "
+            f"{type(model).__name__}",
+            remedy="leave train.gradient_checkpointing out",
+        )
 
 
 def plan_skeleton(dense: Any, config: RunConfig) -> Any:

@@ -38,6 +38,7 @@ RESERVED_LABELS = frozenset(
         "classes",
         "columns",
         "unit",
+        "distances",
         "data",
         "retention",
         "seconds",
@@ -87,6 +88,7 @@ def build_report(
         "classes": measured.get("classes"),
         "columns": measured.get("columns"),
         "unit": unit_of(measured),
+        "distances": measured.get("distances", []),
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
@@ -308,8 +310,8 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
         "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
-        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
-        "their squared difference.",
+        f"layers; 0 is a copy. Prediction error: "
+        f"{', or '.join(report['distances'])}.",
         "",
         *markdown_table(head, rows),
         "",

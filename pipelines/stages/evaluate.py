@@ -74,10 +74,11 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         loads = answers.expert_loads
         entries = measure_quality(answers)
         for name, found in answers.calibrations.items():
-            entries[name]["calibrations"] = found
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("calibrations", before)))] = found
         for name, lines in answers.remarks.items():
-            owner, _, before = name.partition("/")
-            entries[owner][f"remarks_{before}" if before else "remarks"] = lines
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("remarks", before)))] = lines
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -103,6 +104,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
                 "unit": common_unit(answers),
+                "distances": sorted(
+                    {part.task.task_kind.distance for part in workspace.rows.parts.values()}
+                ),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -234,8 +238,8 @@ class Answers:
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
-    calibrations: dict[str, dict[str, float]]
-    remarks: dict[str, list[str]]
+    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 def predict_all(

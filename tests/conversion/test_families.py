@@ -14,7 +14,7 @@ from moe_dist.conversion.families import FAMILIES, find_slots
 from moe_dist.conversion.hidden_states import hidden_stacks, stack_depths
 from moe_dist.conversion.output_fit import fit_outputs
 from moe_dist.errors import MissingInputError
-from moe_dist.measure.profile import flops_per_token
+from moe_dist.measure.profile import count_parameters, flops_per_token
 from moe_dist.moe.layer import moe_layers
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.step import expert_counts
@@ -205,6 +205,18 @@ def test_flops_agree_with_what_torch_counts(family: str) -> None:
     for one in (model, converted(model, router="hash_random").requires_grad_(False)):
         counted = counted_flops_per_token(one)
         assert flops_per_token(one, SEQ_LEN).total == pytest.approx(counted, rel=0.02)
+
+
+@every_family
+def test_a_skeleton_counts_like_a_model(family: str) -> None:
+    for kind in kinds_of(family):
+        model = tiny_model(family, kind)
+        with torch.device("meta"):
+            skeleton = type(model)(model.config).eval()
+        students = [converted(one, tie_shared=True) for one in (model, skeleton)]
+        assert all(value.is_meta for value in students[1].parameters())
+        for count in (count_parameters, lambda one: flops_per_token(one, SEQ_LEN)):
+            assert len({count(student) for student in students}) == 1, kind
 
 
 @every_family

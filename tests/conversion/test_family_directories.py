@@ -100,8 +100,8 @@ def load_all(root: Path, prepare: str) -> dict[str, str]:
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for each student asked for: the model, a batch, its answer and Auto classes."""
     root = tmp_path_factory.mktemp("students")
-    tests: list[Any] = [one for one in request.session.items if "saved" in one.fixturenames]
-    cases = [one.callspec.params for one in tests if one.path == Path(__file__)]
+    asked: list[Any] = [one for one in request.session.items if one.path == Path(__file__)]
+    cases = [one.callspec.params for one in asked if "saved" in one.fixturenames]
     for family, kind in dict.fromkeys((case["family"], case["kind"]) for case in cases):
         directory = root / f"{family} {kind}"
         model = student_of(build(family, kind))

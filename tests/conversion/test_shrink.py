@@ -83,7 +83,7 @@ def test_what_adds_nothing_is_left_out_without_a_change(family: str) -> None:
     with torch.no_grad():
         for slot in find_slots(model):
             slot.weights().w_out[:, 20:] = 0
-            out = slot.block.get_submodule(layout.out).weight
+            out = slot.block.get_submodule(layout.attention.out).weight
             kept = num_heads * (out.shape[1] // model.config.num_attention_heads)
             out[:, kept:] = 0  # type: ignore[index]
             gone.append(kept)

@@ -146,7 +146,7 @@ def test_faults_of_squads_files_name_article_or_question(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"squad.json, question a: it is marked as impossible and"):
         load(place, place)
     write_squad(place, {"A": {CONTEXT: [{"id": "a", "question": "Where?"}]}})
-    with pytest.raises(DataError, match=r"squad.json, question a: answers is missing"):
+    with pytest.raises(DataError, match=r"question a: column 'answers' is missing"):
         load(place, place)
     place.write_text(json.dumps({"data": [{"paragraphs": [{"qas": []}]}]}))
     with pytest.raises(DataError, match=r"article 1, paragraph 1: context is missing"):
@@ -158,7 +158,7 @@ def test_faults_of_squads_files_name_article_or_question(tmp_path: Path) -> None
 
 def test_dev_rows_are_whole_contexts(tmp_path: Path) -> None:
     names = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-    articles = {
+    articles: dict[str, dict[str, list[Any]]] = {
         name: {
             f"{name} {' '.join(f'{name}{i}' for i in range(9))}": [
                 {"id": f"{name}{i}", "question": f"{name} or {i}?", "answers": []} for i in range(5)
@@ -237,3 +237,18 @@ def test_the_hubs_layout_is_read_with_ids(tmp_path: Path) -> None:
     Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
     with pytest.raises(DataError, match="line 1: question q0: the answer 'Rome' does not start"):
         load_splits(source="hub", name=str(folder), kind="question_answering")
+
+
+def test_unlabelled_questions_need_no_answers(tmp_path: Path) -> None:
+    train = write_squad(tmp_path / "train.json", {"A": {CONTEXT: [qa("a", "Where?", "Köln")]}})
+    more = write_squad(
+        tmp_path / "more.json",
+        {"B": {"Rome is old and large.": [{"id": "b", "question": "How old is Rome?"}]}},
+    )
+    dev = write_squad(
+        tmp_path / "dev.json", {"C": {"Paris lies there.": [qa("c", "Where?", context="")]}}
+    )
+    splits = load(train, dev, unlabelled=[str(more)])
+    assert splits.unlabelled is not None
+    assert splits.unlabelled["label"][:] == ["[]"]
+    assert len(splits.distilled) == 2

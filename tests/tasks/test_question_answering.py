@@ -82,7 +82,7 @@ def random_rows(num_rows: int, seed: int) -> dict[str, list[Any]]:
 def published_features(
     rows: dict[str, list[Any]], tokenizer: Any, max_length: int, stride: int
 ) -> list[tuple[list[int], list[int] | None, int, tuple[int, int]]]:
-    """What `run_qa.py` of transformers makes of the rows, for one at a time."""
+    """What `run_qa` of transformers makes of the rows, for one at a time."""
     found = []
     for row, (question, context) in enumerate(zip(rows["text_a"], rows["text_b"], strict=True)):
         made = tokenizer(
@@ -127,7 +127,7 @@ def test_windows_and_labels_are_those_of_published_code(
     )
     expected = published_features(rows, tokenizer, max_length, stride)
     assert len(made.input_ids) == len(expected) > (40 if max_length < 40 else 39)
-    types = made.token_type_ids or [None] * len(expected)
+    types: list[Any] = list(made.token_type_ids or [None] * len(expected))
     found = zip(made.input_ids, types, made.rows, made.labels, strict=True)
     for (ids, own_types, row, label), (other, other_types, number, right) in zip(
         found, expected, strict=True

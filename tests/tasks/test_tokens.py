@@ -167,10 +167,9 @@ def test_offsets_say_where_tokens_come_from_in_the_text_as_it_was(kind: str) -> 
         ):
             if text >= 0:
                 read[text].update(range(start, end))
-        for places, text in zip(read, texts, strict=True):
-            assert {at for at in places if text[at] != " "} == {
-                at for at, character in enumerate(text) if character != " "
-            }
+        for places, whole in zip(read, texts, strict=True):
+            expected = {at for at, letter in enumerate(whole) if letter != " "}
+            assert {at for at in places if whole[at] != " "} == expected
         ends = [i for i, t in enumerate(found["text"][row]) if t == 1][-1]
         assert found["end"][row][ends] == len(texts[1])
 

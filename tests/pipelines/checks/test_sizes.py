@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
+from moe_dist.errors import ConversionError
 from pipelines.chain.workspace import Workspace
-from pipelines.checks.sizes import derive_sizes, length_faults, memory_per_rank
+from pipelines.checks.sizes import (
+    dense_skeleton,
+    derive_sizes,
+    length_faults,
+    memory_per_rank,
+)
 from pipelines.console import Console
 
 Write = Callable[[dict[str, Any]], Path]
@@ -37,6 +43,18 @@ def test_parameters_equal_those_of_a_converted_model(
     ]
     assert sizes.models[1].ffn_flops_per_token == sizes.models[0].ffn_flops_per_token / 2
     assert not sizes.unknown
+
+
+def test_recomputation_that_a_family_lacks_is_refused(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from tests.conversion.dense_models import tiny_model
+
+    tiny_settings["train"]["gradient_checkpointing"] = True
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(ConversionError, match=r"^train\.gradient_checkpointing: .*MPNet"):
+        dense_skeleton(tiny_model("mpnet"), config)
+    dense_skeleton(tiny_model("bert"), config)
 
 
 @pytest.mark.parametrize(
