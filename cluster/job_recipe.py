@@ -114,6 +114,10 @@ class JobRecipe:
             for key in ("train", "dev") if own.get("source") == "files" else ():
                 if own.get(key) and not is_uri(own[key]):
                     yield f"{name}.{key}", Path(own[key])
+            further = own.get("unlabelled") or ()
+            for place in (further,) if isinstance(further, str) else further:
+                if not is_uri(place):
+                    yield f"{name}.unlabelled", Path(place)
         teacher = str(self._section("model").get("teacher", ""))
         if teacher.startswith(("/", "~", ".")) or (self.package.root / teacher).is_dir():
             yield "model.teacher", Path(teacher)

@@ -215,6 +215,15 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def signed(*values: float) -> list[str]:
+    """Write differences that are read together: to four places, or to three digits if these lie.
+
+    So what is above or below 0 never reads as 0.
+    """
+    is_hidden = any(value and not round(value, 4) for value in values)
+    return [f"{value:+.3g}" if is_hidden else f"{value:+.4f}" for value in values]
+
+
 def duration(seconds: float) -> str:
     """Return a duration as people write it: `8.4 s`, `3 min 05 s` or `2 h 10 min`."""
     if seconds < 60:

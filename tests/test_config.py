@@ -373,6 +373,33 @@ FILES: dict[str, Any] = {"source": "files", "train": "a.tsv"}
             {"data": {**FILES, "dev_size": 5, "kind": "regression", "metrics": "accuracy"}},
             "use pearson or spearman",
         ),
+        (
+            {
+                "data": {**FILES, "dev_size": 5, "kind": "embedding", "metrics": "accuracy"},
+                "finetune": {"num_epochs": 0},
+                "distill": {"task_weight": 0},
+            },
+            "cannot measure data.kind=embedding; use cosine_spearman, cosine_pearson, recall_at_1",
+        ),
+        (
+            {
+                "data": {
+                    **FILES,
+                    "dev_size": 5,
+                    "kind": "causal_lm",
+                    "metrics": ["perplexity", "f1"],
+                }
+            },
+            "data.metrics=['f1'] cannot measure data.kind=causal_lm; use perplexity, word_perp",
+        ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "seq2seq", "label_names": ["a", "b"]}},
+            "data.kind=seq2seq has none",
+        ),
+        (
+            {"data": {**FILES, "dev_size": 5, "kind": "causal_lm", "positive_label": "a"}},
+            "data.kind=causal_lm has none",
+        ),
         ({"data": {**FILES, "dev_size": 5, "text_columns": ["a", "a"]}}, "holds a name twice"),
     ],
 )
@@ -487,3 +514,9 @@ def test_a_positive_label_must_be_one_of_two_classes(
 def test_a_positive_label_may_be_a_number(tmp_path: Path) -> None:
     wanted = ["data.label_names=[0, 1]", "data.positive_label=0", "data.metrics=[f1]"]
     assert load(tmp_path, *wanted).data.positive_label == "0"
+
+
+def test_a_teacher_from_nothing_is_trained(tmp_path: Path) -> None:
+    settings = ("model.teacher=scratch:tiny-gpt2", "finetune.num_epochs=0")
+    assert "random weights" in only_fault(tmp_path, *settings)
+    assert load(tmp_path, settings[0]).model.teacher == "scratch:tiny-gpt2"

@@ -284,6 +284,28 @@ def test_several_objectives_need_no_scheduler() -> None:
     assert cheap.wanted == {"latency": "min"}
 
 
+def test_quality_is_better_the_way_that_the_data_say() -> None:
+    space = {"seed": {"choice": [0]}}
+    plain = build(space).search
+    # As it was, so that sweeps of earlier versions go on.
+    assert plain.directed(higher_is_better=True) == plain
+    assert plain.directed(higher_is_better=False).wanted == {"quality": "min"}
+    several = build(space, objectives={"quality": "auto", "latency": "auto"}).search
+    assert several.directed(higher_is_better=True).wanted == {"quality": "max", "latency": "min"}
+    lower = several.directed(higher_is_better=False)
+    assert lower.wanted == {"quality": "min", "latency": "min"}
+    told = build(space, mode="max").search
+    assert told.directed(higher_is_better=False).wanted == {"quality": "max"}
+    assert build(space, metric="perplexity").search.wanted == {"perplexity": "min"}
+    assert build(space, metric="recall_at_1").search.wanted == {"recall_at_1": "max"}
+
+
+def test_a_population_may_be_ranked_by_a_perplexity_and_by_no_cost() -> None:
+    space = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    assert "does not change with training" in faults(space, scheduler="pbt", metric="latency")
+    build(space, scheduler="pbt", metric="perplexity")
+
+
 def test_a_point_leaves_the_teacher_alone() -> None:
     config = build({"train.learning_rate": {"choice": [1e-3]}})
     settings = point_settings(config, {"train.learning_rate": 1e-3})

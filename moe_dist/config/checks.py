@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_dist.config.data_checks import DATA_RULES, Rule
+from moe_dist.config.embedding_checks import EMBEDDING_RULES
 from moe_dist.config.faults import either
+from moe_dist.config.language_checks import LANGUAGE_RULES
+from moe_dist.config.question_checks import QUESTION_RULES
 from moe_dist.config.run_config import RunConfig
 
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -111,6 +114,14 @@ def _tied_needs_experts(config: RunConfig) -> Iterator[str]:
         yield (
             "moe.tie_shared=true needs several experts, and moe.num_experts=1 is the plain pruned "
             "dense student; set moe.tie_shared=false, or use 2 experts or more."
+        )
+
+
+def _scratch_is_trained(config: RunConfig) -> Iterator[str]:
+    if config.model.teacher.startswith("scratch:") and config.finetune.num_epochs == 0:
+        yield (
+            f"finetune.num_epochs=0 takes model.teacher={config.model.teacher} as it is, which has "
+            "random weights; train it for 1 epoch or more, or choose a trained model."
         )
 
 
@@ -279,6 +290,9 @@ _LESSONS = (
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     *DATA_RULES,
+    *EMBEDDING_RULES,
+    *QUESTION_RULES,
+    *LANGUAGE_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
     (
@@ -289,6 +303,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_tied_needs_shared, ("moe.tie_shared", "moe.num_shared_neurons")),
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
     (_layers_once, ("moe.layers",)),
+    (_scratch_is_trained, ("model.teacher", "finetune.num_epochs")),
     (
         _gate_settings_need_a_gate,
         (

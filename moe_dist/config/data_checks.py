@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moe_dist.config.data_section import TASK_KEYS, Metric, TaskDataConfig
+from moe_dist.config.data_section import TASK_KEYS, Kind, Metric, TaskDataConfig
 from moe_dist.config.faults import either
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.sections import NAME_PATTERN
@@ -15,10 +15,27 @@ from moe_dist.uris import is_uri
 Rule = Callable[[RunConfig], Iterator[str]]
 RESERVED_TASK = "mean"
 """Reports call the mean over all tasks so."""
-_METRICS_OF_KINDS: dict[str, tuple[Metric, ...]] = {
+METRICS_OF_KINDS: dict[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "embedding": ("cosine_spearman", "cosine_pearson", "recall_at_1", "recall_at_10", "mrr"),
+    "causal_lm": ("perplexity", "word_perplexity", "bits_per_byte"),
+    "question_answering": ("exact_match", "answer_f1"),
+    "seq2seq": ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf"),
 }
+"""What a recipe may measure each kind by."""
+KEYS_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "stride": ("question_answering", "causal_lm"),
+    "max_answer_length": ("question_answering",),
+    "source_prefix": ("seq2seq",),
+    "max_target_length": ("seq2seq",),
+    "num_beams": ("seq2seq",),
+    "length_penalty": ("seq2seq",),
+    "no_repeat_ngram_size": ("seq2seq",),
+    "early_stopping": ("seq2seq",),
+    "documents": ("causal_lm",),
+}
+"""Keys that only some kinds of tasks read; given elsewhere they would be ignored in silence."""
 # Keys that only some sources read; given elsewhere they would be ignored in silence.
 _KEYS_OF_SOURCES = {
     "subset": ("hub",),
@@ -27,7 +44,7 @@ _KEYS_OF_SOURCES = {
     "train": ("hub", "files"),
     "dev": ("hub", "files"),
 }
-_LISTS = ("label_names", "column_names", "text_columns", "metrics")
+_LISTS = ("label_names", "column_names", "text_columns", "metrics", "unlabelled")
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _ONE_TASK_PARTITIONS = ("coactivation", "clustered_importance")
 
@@ -85,11 +102,12 @@ def _keys_fit_source(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _regression_has_no_classes(config: RunConfig) -> Iterator[str]:
+def _only_classification_has_classes(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
-        if data.kind == "regression" and data.label_names is not None:
+        has_classes = data.kind in (None, "classification")
+        if not has_classes and data.label_names is not None:
             yield (
-                f"{path}.label_names names classes, and {path}.kind=regression has none; "
+                f"{path}.label_names names classes, and {path}.kind={data.kind} has none; "
                 "remove label_names, or use kind classification."
             )
 
@@ -99,10 +117,10 @@ def _positive_label_is_one_of_two(config: RunConfig) -> Iterator[str]:
         label, names = data.positive_label, data.label_names
         if label is None:
             continue
-        if data.kind == "regression":
+        if data.kind not in (None, "classification"):
             yield (
-                f"{path}.positive_label names a class, and {path}.kind=regression has none; remove "
-                "positive_label."
+                f"{path}.positive_label names a class, and {path}.kind={data.kind} has none; "
+                "remove positive_label."
             )
         elif names is not None and len(names) > 2:
             yield (
@@ -122,12 +140,64 @@ def _metrics_fit_kind(config: RunConfig) -> Iterator[str]:
     for path, data in data_sections(config).items():
         if data.kind is None:
             continue
-        fitting = _METRICS_OF_KINDS[data.kind]
+        fitting = METRICS_OF_KINDS[data.kind]
         wrong = [metric for metric in data.metrics or () if metric not in fitting]
         if wrong:
             yield (
                 f"{path}.metrics={wrong} cannot measure {path}.kind={data.kind}; use "
                 f"{either(list(fitting))}."
+            )
+
+
+def _keys_fit_kind(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        for key, kinds in KEYS_OF_KINDS.items():
+            if getattr(data, key) is not None and data.kind not in kinds:
+                yield (
+                    f"{path}.{key} belongs to {path}.kind={' or '.join(kinds)}, not "
+                    f"{data.kind or 'classification'}; remove it."
+                )
+        prefix, columns = data.source_prefix or (), data.text_columns or ()
+        if len(prefix) > 1 and len(prefix) != len(columns):
+            yield (
+                f"{path}.source_prefix={list(prefix)} is for two texts, and {path}.text_columns "
+                f"names {len(columns)}; give one prefix, or two columns."
+            )
+        if data.num_beams == 1:
+            for key in ("length_penalty", "early_stopping"):
+                if getattr(data, key) is not None:
+                    yield (
+                        f"{path}.{key} is read by a search, and {path}.num_beams=1 makes none; "
+                        "remove it, or use 2 beams or more."
+                    )
+
+
+def _writing_fits_the_rest(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.kind != "seq2seq":
+            continue
+        if path != "data":
+            yield (
+                f"{path}.kind=seq2seq writes texts, and tasks that share a model share no "
+                "decoder; give it a recipe of its own, with the data set in data itself."
+            )
+        for key in ("alignment_weight", "adversarial_weight"):
+            weight = getattr(config.distill, key)
+            if weight > 0:
+                yield (
+                    f"distill.{key}={weight:g} compares one vector of a whole sample, which "
+                    f"{path}.kind=seq2seq has not; set it to 0 (distill.hidden_weight compares "
+                    "the states of all tokens)."
+                )
+
+
+def _unlabelled_rows_are_not_read_for_labels(config: RunConfig) -> Iterator[str]:
+    weight = config.distill.task_weight
+    for path, data in data_sections(config).items():
+        if data.unlabelled is not None and weight > 0:
+            yield (
+                f"{path}.unlabelled adds rows without labels to the distillation, and "
+                f"distill.task_weight={weight:g} reads labels; set it to 0, or remove the rows."
             )
 
 
@@ -140,11 +210,11 @@ def _names_once(config: RunConfig) -> Iterator[str]:
 
 
 def _places(config: RunConfig) -> dict[str, Path | str | None]:
-    return {"output_dir": config.output_dir} | {
-        f"{path}.{key}": getattr(data, key)
-        for path, data in data_sections(config).items()
-        for key in ("train", "dev")
-    }
+    found: dict[str, Path | str | None] = {"output_dir": config.output_dir}
+    for path, data in data_sections(config).items():
+        found |= {f"{path}.{key}": getattr(data, key) for key in ("train", "dev")}
+        found |= {f"{path}.unlabelled ({place})": place for place in data.unlabelled or ()}
+    return found
 
 
 def _no_credentials_in_places(config: RunConfig) -> Iterator[str]:
@@ -243,13 +313,13 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
 
 
 _SETS = ("data.source", "data.tasks")
-_PLACES = (*_SETS, "output_dir", "data.train", "data.dev")
+_PLACES = (*_SETS, "output_dir", "data.train", "data.dev", "data.unlabelled")
 # Each rule with the keys it reads, so that it runs whenever those are sound.
 DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_data_is_named, (*_SETS, "data.train", "data.name")),
     (_dev_rows_exist, (*_SETS, "data.dev", "data.dev_size")),
     (_keys_fit_source, (*_SETS, *(f"data.{key}" for key in TaskDataConfig.model_fields))),
-    (_regression_has_no_classes, (*_SETS, "data.kind", "data.label_names")),
+    (_only_classification_has_classes, (*_SETS, "data.kind", "data.label_names")),
     (
         _positive_label_is_one_of_two,
         (
@@ -261,6 +331,18 @@ DATA_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ),
     ),
     (_metrics_fit_kind, (*_SETS, "data.kind", "data.metrics")),
+    (
+        _keys_fit_kind,
+        (*_SETS, "data.kind", "data.text_columns", *(f"data.{key}" for key in KEYS_OF_KINDS)),
+    ),
+    (
+        _writing_fits_the_rest,
+        (*_SETS, "data.kind", "distill.alignment_weight", "distill.adversarial_weight"),
+    ),
+    (
+        _unlabelled_rows_are_not_read_for_labels,
+        (*_SETS, "data.unlabelled", "distill.task_weight"),
+    ),
     (_names_once, (*_SETS, *(f"data.{key}" for key in _LISTS))),
     (_no_credentials_in_places, _PLACES),
     (_uris_are_whole, _PLACES),

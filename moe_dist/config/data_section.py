@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from moe_dist.config.sections import Integer, Number, Section
+from moe_dist.config.sections import MAX_SAMPLES, Integer, Number, Section, Switch
 from moe_dist.config.yaml_values import WrittenInt
 
 TASK_KEYS = ("tasks", "mixing", "mixing_temperature")
@@ -44,7 +44,32 @@ def _text_keys(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Kind = Literal[
+    "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
+]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "perplexity",
+    "word_perplexity",
+    "bits_per_byte",
+    "cosine_spearman",
+    "cosine_pearson",
+    "recall_at_1",
+    "recall_at_10",
+    "mrr",
+    "exact_match",
+    "answer_f1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "chrf",
+]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("perplexity", "word_perplexity", "bits_per_byte")
 Metrics = Annotated[tuple[Metric, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 # Written as it is, since 1500 rows would else become 1500.0.
 RowsOrFraction = Annotated[
@@ -57,7 +82,7 @@ class TaskDataConfig(Section):
 
     source: Literal["hub", "files", "package"] = Field(
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`)."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`)."
     )
     name: str | None = Field(
         default=None,
@@ -80,6 +105,14 @@ class TaskDataConfig(Section):
         default=None,
         description="`files`: path of the dev file or directory. `hub`: name of the dev split "
         "(that of the task when neither it nor `data.dev_size` is given).",
+    )
+    unlabelled: Names | None = Field(
+        default=None,
+        description="Files of further texts for the distillation alone, beside the training rows, "
+        "as `data.train` names files; a label column may be missing and is not read (a target of "
+        "`seq2seq` is, where there is one). They need `distill.task_weight: 0`, since nothing else "
+        "reads labels. Rows that repeat a dev row, or nearly, are left out; the teacher never "
+        "sees any. With several tasks they do not count in how often a task is drawn.",
     )
     dev_size: RowsOrFraction | None = Field(
         default=None,
@@ -107,19 +140,104 @@ class TaskDataConfig(Section):
         "found in the training rows (sorted) when not given. Only where they are given, here, by "
         "the task or the hub, may the column hold the numbers instead.",
     )
-    kind: Literal["classification", "regression"] | None = Field(
+    kind: Kind | None = Field(
         default=None,
-        description="What the label is; classification when neither given nor known from the task.",
+        description="What the model is to do; classification when neither given nor known from "
+        "the task.",
     )
     metrics: Metrics | None = Field(
         default=None,
-        description="Metrics on the dev rows, the main one first; the task's when not given.",
+        description="Metrics on the dev rows, the main one first; the task's when not given. "
+        "Perplexities and bits per byte are better the lower, all others the higher, and these "
+        "lie within ±1 (chrF too, which sacrebleu gives in hundredths).",
     )
     positive_label: Annotated[str | None, BeforeValidator(_one_name)] = Field(
         default=None,
         description="Of two classes the one that `f1` is about, by its name; the second one of "
         "`data.label_names` when not given, which among names that were found in the rows is the "
         "one that sorts last. F1 of more classes is the mean over all of them.",
+    )
+    pair_columns: Names | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="`embedding`: the two text columns of dev rows, such as `[question, passage]`: "
+        "each first text is to find its second one among those of all dev rows, or with "
+        "`data.label_column` the cosine is compared with the scores there.",
+    )
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None,
+        description="`embedding`: what makes one vector of a text's last hidden states: their "
+        "`mean` over all tokens (also when not given), the first token's (`cls`), or each "
+        "dimension's maximum (`max`). Where the model comes with files of sentence-transformers, "
+        "these say it.",
+    )
+    normalise: Switch | None = Field(
+        default=None,
+        description="`embedding`: bring vectors to length 1 (also when not given). Where the model "
+        "comes with files of sentence-transformers, these say it.",
+    )
+    stride: Integer | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SAMPLES,
+        description="`question_answering`: tokens by which the windows overlap that a context is "
+        "cut into where it is too long for `model.max_length`; 128 when not given. `causal_lm`: "
+        "tokens by which windows of `model.max_length` tokens follow each other, in which dev "
+        "documents are measured, so that every token is predicted once with at least "
+        "`model.max_length` less `data.stride` tokens before it; half of `model.max_length` when "
+        "not given. The smaller, the lower are perplexities, and the longer it takes.",
+    )
+    max_answer_length: Integer | None = Field(
+        default=None,
+        ge=1,
+        description="`question_answering`: tokens of the longest answer that is given; 30 when "
+        "not given.",
+    )
+    source_prefix: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="Of `seq2seq`: put before each text that is read, such as `summarize: `; for "
+        "two text columns, which become one text, a list such as `[question: , context: ]`.",
+    )
+    max_target_length: Integer | None = Field(
+        default=None,
+        ge=2,
+        le=MAX_SAMPLES,
+        description="Of `seq2seq`: tokens after which a target is cut, special tokens included, "
+        "and after which writing ends where the model does not end it; 64 when not given.",
+    )
+    num_beams: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Of `seq2seq`: beams of the search that writes a text to measure; 4 when not "
+        "given, 1 takes the likeliest token each time.",
+    )
+    length_penalty: Number | None = Field(
+        default=None,
+        description="Of `seq2seq`: exponent of the length that a beam's log-likelihood is divided "
+        "by; the larger, the longer are the texts. 1 when not given.",
+    )
+    no_repeat_ngram_size: Integer | None = Field(
+        default=None,
+        ge=0,
+        description="Of `seq2seq`: so many tokens in a row are written once in a text at most; 0, "
+        "also when not given, sets no limit.",
+    )
+    early_stopping: Switch | None = Field(
+        default=None,
+        description="Of `seq2seq`: end a search as soon as there are as many whole texts as beams "
+        "(also when not given); `false` goes on while a better one is likely.",
+    )
+    documents: Literal["file", "headings", "lines", "paragraphs"] | None = Field(
+        default=None,
+        description="`causal_lm`: how documents are told apart in text files (`.txt`, `.text`, "
+        "`.tokens`): `file`: each file is one; `headings`: one begins at each ` = Title = `, as in "
+        "WikiText; `lines`: each line is one; `paragraphs`: between empty lines. When not given, "
+        "`headings` where a file begins with one, else `file`. Of tables each row is one, but of a "
+        "hub's set whose rows are lines, where it says how they are put together.",
     )
     max_train_samples: Integer | None = Field(
         default=None, ge=1, description="Take at most so many training rows, drawn by the seed."
@@ -142,8 +260,8 @@ class DataConfig(TaskDataConfig):
 
     source: Literal["hub", "files", "package", "tasks"] = Field(  # type: ignore[assignment]
         description="`hub`: a Hugging Face data set; `files`: your own TSV, CSV, JSON or "
-        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`); `tasks`: "
-        "several of these, one for each task that one model learns, in `data.tasks`."
+        "Parquet; `package`: a set that travels in a package (`vader-movie-reviews`, `bbc-news`); "
+        "`tasks`: several of these, one for each task that one model learns, in `data.tasks`."
     )
     tasks: Annotated[dict[str, TaskDataConfig], BeforeValidator(_text_keys)] | None = Field(
         default=None,

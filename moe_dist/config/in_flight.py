@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_dist.config.run_config import RunConfig
-from moe_dist.config.search_section import MEASURES
+from moe_dist.config.search_section import COSTS
 from moe_dist.config.search_space import Dimension
 from moe_dist.config.setting_kinds import in_flight_meaning, keys_of
 
@@ -32,7 +32,7 @@ def population_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> I
     start = "search.scheduler=pbt"
     if search.objectives:
         yield f"{start} ranks trials by one measure; give search.metric instead of objectives."
-    elif MEASURES.get(search.metric) == "min":
+    elif search.metric in COSTS:
         yield (
             f"{start} goes by what training reaches, and search.metric={search.metric} does not "
             "change with training; use quality, or scheduler none."

@@ -162,9 +162,12 @@ def _resolve(config: RunConfig) -> RunConfig:
 
 
 def _with_absolute_files(data: AnyData) -> AnyData:
-    if data.source != "files":
-        return data
-    return data.model_copy(update={key: _absolute(getattr(data, key)) for key in ("train", "dev")})
+    update: dict[str, Any] = {}
+    if data.unlabelled is not None:
+        update["unlabelled"] = tuple(map(_absolute, data.unlabelled))
+    if data.source == "files":
+        update |= {key: _absolute(getattr(data, key)) for key in ("train", "dev")}
+    return data.model_copy(update=update)
 
 
 def _absolute_directory(place: Path | str) -> Path | str:

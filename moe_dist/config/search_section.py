@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from moe_dist.config.data_section import LOWER_IS_BETTER, Metric
 from moe_dist.config.sections import (
     MAX_SAMPLES,
     MAX_WORKERS,
@@ -16,20 +17,14 @@ from moe_dist.config.sections import (
 )
 
 MeasureMode = Literal["max", "min"]
+COSTS = ("latency", "flops", "parameters", "active_parameters")
 MEASURES: dict[str, MeasureMode] = {
     "quality": "max",
     "retention": "max",
-    "accuracy": "max",
-    "f1": "max",
-    "matthews": "max",
-    "pearson": "max",
-    "spearman": "max",
-    "latency": "min",
-    "flops": "min",
-    "parameters": "min",
-    "active_parameters": "min",
+    **{name: "min" if name in LOWER_IS_BETTER else "max" for name in get_args(Metric)},
+    **dict.fromkeys(COSTS, "min"),
 }
-"""What a trial is measured by, and which way is better."""
+"""What a trial is measured by, and which way is better; of `quality` only the data know it."""
 
 
 class SearchConfig(Section):
@@ -53,11 +48,11 @@ class SearchConfig(Section):
     mode: Literal["auto", "max", "min"] = Field(
         default="auto", description="Which way is better; `auto` knows it for each metric."
     )
-    objectives: dict[str, MeasureMode] = Field(
+    objectives: dict[str, Literal["auto", "max", "min"]] = Field(
         default_factory=dict,
         description="Several metrics at once instead of `search.metric`, such as "
-        "`{quality: max, latency: min}`; the first one ranks the trials, and the report has the "
-        "Pareto front.",
+        "`{quality: max, latency: min}` (or `auto`); the first one ranks the trials, and the "
+        "report has the Pareto front.",
     )
     num_trials: Integer = Field(
         default=16,
@@ -129,11 +124,24 @@ class SearchConfig(Section):
 
     @property
     def wanted(self) -> dict[str, MeasureMode]:
-        """The objectives, the one that ranks trials first."""
-        if self.objectives:
-            return dict(self.objectives)
-        better = MEASURES.get(self.metric, "max") if self.mode == "auto" else self.mode
-        return {self.metric: better}
+        """The objectives, the one that ranks trials first; of `quality` see `directed`."""
+        modes = self.objectives or {self.metric: self.mode}
+        return {
+            name: MEASURES.get(name, "max") if mode == "auto" else mode
+            for name, mode in modes.items()
+        }
+
+    def directed(self, *, higher_is_better: bool) -> SearchConfig:
+        """Say for the data at hand which way `quality`, their main metric, is better."""
+        better: MeasureMode = "max" if higher_is_better else "min"
+        objectives = {
+            name: better if name == "quality" and mode == "auto" else mode
+            for name, mode in self.objectives.items()
+        }
+        is_open = not objectives and self.metric == "quality" and self.mode == "auto"
+        # Where nothing is to be said it stays as it is, as sweeps of earlier versions have it.
+        mode = better if is_open and not higher_is_better else self.mode
+        return self.model_copy(update={"objectives": objectives, "mode": mode})
 
     @property
     def chosen_scheduler(self) -> str:

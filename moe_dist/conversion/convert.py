@@ -123,7 +123,8 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
         student: Any = kind(config, token_counts=token_counts)
     first = next(model.parameters())
     student.to(device=first.device, dtype=first.dtype)
-    student.tie_weights()  # moving to the meta device makes two parameters of one
+    # Moving to the meta device parts what was one weight.
+    student.tie_weights()
     absent = absent_modules(model, student)
     if absent:
         leave_out(student, absent)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.families import FamilySpec, FFNSlot, FFNWeights, find_slots
 from moe_dist.conversion.heads import (
     KEY,
@@ -141,7 +142,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     values = {name: value for name, value in values.items() if name not in _MOE_ENTRIES}
     values |= activation | dict.fromkeys(spec.size_keys, size)
     if head is not None:
-        values |= head.kind.head_settings(head.label_names)
+        values |= head.kind.model_settings(head.label_names)
     kind = getattr(transformers, type(model).__name__.removeprefix("Moe"))
     config = getattr(transformers, spec.config_class)(**values)
     config.architectures = [kind.__name__]
@@ -149,6 +150,7 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]):  # the start values are all overwritten
         dense: nn.Module = kind(config)
+    leave_out(dense, absent_modules(model, dense))
     return dense.to(device=first.device, dtype=first.dtype).eval()
 
 

@@ -122,7 +122,7 @@ def chosen_head(model: nn.Module) -> TaskHead | None:
 def answered_kind(model: nn.Module) -> TaskKind:
     """Say what kind of task a forward call now answers."""
     heads = read_heads(model)
-    return heads[_asked_task(model)].kind if heads else model_kind(model.config)
+    return heads[_asked_task(model)].kind if heads else model_kind(model)
 
 
 def task_index(model: nn.Module, name: str) -> int:

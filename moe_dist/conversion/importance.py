@@ -19,6 +19,10 @@ from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import with_decoder_mask
 from moe_dist.errors import ConversionError, MissingInputError
 
+INDEX = "index"
+"""Column of batches that a kind of task made of rows (`moe_dist.data.loaders.eval_batches`): the
+kind says what a model takes of them. Other batches hold what transformers' models take."""
+
 PerSampleLoss = Callable[[nn.Module, Any, Mapping[str, Any]], Tensor]
 
 
@@ -144,7 +148,7 @@ def sum_of_readers(
                 for one in fresh:
                     one.install()
                 moved = on_device(model, batch)
-                outputs = model(**accepted_inputs(model, moved))
+                outputs = run_model(model, moved)
                 losses_B = loss_of(model, outputs, moved)
                 leaves = [leaf for one in fresh for leaf in one.leaves]
                 losses_B.sum().backward(inputs=leaves)
@@ -173,6 +177,9 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
 
     A batch without labels is a MissingInputError.
     """
+    if INDEX in batch:
+        kind = answered_kind(model)
+        return kind.scored_losses(kind.predictions(model, outputs, batch), batch)
     if hasattr(outputs, "start_logits"):
         start = _cross_entropy(outputs.start_logits, _labels(batch, "start_positions"))
         end = _cross_entropy(outputs.end_logits, _labels(batch, "end_positions"))
@@ -192,7 +199,7 @@ def task_losses(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Ten
             logits.float(), labels.float(), reduction="none"
         )
         return losses_BC.mean(dim=-1)
-    return answered_kind(model).losses(logits, labels)
+    return answered_kind(model).losses(logits, {"labels": labels})
 
 
 class Capture:
@@ -249,8 +256,9 @@ class Capture:
 
     def _keep(self, product: Tensor) -> None:
         """Keep products of a layer's outputs; a fused layer has several for each neuron."""
-        by_part = product.unflatten(-1, (-1, self.slot.num_neurons))
-        self.products.append(by_part.sum(dim=-2))
+        own = product.unflatten(-1, (-1, self.slot.num_neurons)).sum(dim=-2)
+        # Added up at once: those of single tokens are as large as the activations.
+        self.products = [self.products[0].add_(own)] if self.products else [own]
 
 
 @contextmanager
@@ -305,6 +313,8 @@ def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what a model's forward does not take, and labels where it can do without."""
+    if INDEX in batch:
+        return dict(answered_kind(model).inputs(model, batch))
     names = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in batch.items() if key in names}
     config: Any = model.config
@@ -314,6 +324,13 @@ def accepted_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         inputs.pop("labels", None)
         return inputs
     return with_decoder_mask(inputs) if "decoder_attention_mask" in names else inputs
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Run a model on what it takes of a batch; `options` are what its forward takes beside."""
+    if INDEX in batch:
+        return answered_kind(model).run(model, batch, **options)
+    return model(**accepted_inputs(model, batch), **options)
 
 
 def _labels(batch: Mapping[str, Any], name: str) -> Tensor:

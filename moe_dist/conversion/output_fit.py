@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.conversion.families import FFNWeights, find_slots
-from moe_dist.conversion.importance import accepted_inputs, frozen_in_eval_mode, on_device
+from moe_dist.conversion.importance import frozen_in_eval_mode, on_device, run_model
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
@@ -99,7 +99,7 @@ def _fit_some(
     for task, own in enumerate(batches):
         with use_task(task):
             for batch in own:
-                student(**accepted_inputs(student, on_device(student, batch)))
+                run_model(student, on_device(student, batch))
                 num_batches += 1
     if not num_batches:
         raise MissingInputError(

@@ -22,6 +22,7 @@ from moe_dist.conversion.importance import (
     evened,
     frozen_in_eval_mode,
     on_device,
+    run_model,
     sum_over_batches,
 )
 from moe_dist.errors import ConversionError, MissingInputError
@@ -138,10 +139,11 @@ def _inputs(
             for task, own in enumerate(batches):
                 with use_task(task):
                     for batch in own:
-                        inputs = accepted_inputs(model, on_device(model, batch))
+                        moved = on_device(model, batch)
+                        inputs = accepted_inputs(model, moved)
                         for sample in samples:
                             sample.batch = inputs
-                        model(**inputs)
+                        run_model(model, moved)
         finally:
             for handle in handles:
                 handle.remove()

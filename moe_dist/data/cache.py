@@ -89,10 +89,11 @@ def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
 def _clear_disk_errors(final: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    # Not only OSErrors: safetensors tells of a full disk in its own.
+    except Exception as error:
         if is_full_disk(error):
             raise full_disk_error(final.parent) from error
-        if error.errno in _NOT_WRITABLE:
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             raise DataError(
                 f"the cache folder {final.parent} cannot be written: {error.strerror}",
                 remedy="set MOE_DIST_CACHE to a folder that you may write to",

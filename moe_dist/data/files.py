@@ -6,6 +6,7 @@ import json
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from moe_dist.data.content import (
     text_lines,
 )
 from moe_dist.data.delimited import read_csv, read_tsv
+from moe_dist.data.documents import TEXT_SUFFIXES, Documents, read_documents
 from moe_dist.data.rows import Row, Say, SourceRow, row_error
+from moe_dist.data.squad import is_squad, squad_rows
 from moe_dist.errors import DataError
 
 __all__ = ["Row", "read_place", "read_rows", "row_error"]
@@ -29,12 +32,26 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _SPLIT_NAME = re.compile(r"(train|dev|valid|test|eval)[a-z]*(?=[-_.]|$)")
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Text files hold running text and no table.
+
+    Attributes:
+        documents: how documents are told apart; see `read_documents`.
+    """
+
+    documents: Documents | None = None
+
+
 def _ignore(line: str) -> None:
     """Say nothing."""
 
 
 def read_place(
-    path: Path, column_names: Sequence[str] | None = None, say: Say = _ignore
+    path: Path,
+    column_names: Sequence[str] | None = None,
+    say: Say = _ignore,
+    texts: Texts | None = None,
 ) -> list[SourceRow]:
     """Read a data file, or all parts of a directory as Spark, Dask and others write them.
 
@@ -44,6 +61,7 @@ def read_place(
         path: of the file or directory.
         column_names: the columns of TSV or CSV files without a header line.
         say: is told what was guessed.
+        texts: how text files are read; None reads them as TSV.
 
     Returns:
         Rows in the order of parts and lines.
@@ -52,14 +70,14 @@ def read_place(
         DataError: for a missing, empty or malformed file, with its line.
     """
     if not path.is_dir():
-        return [SourceRow(path, *row) for row in read_rows(path, column_names, say)]
+        return [SourceRow(path, *row) for row in read_rows(path, column_names, say, texts)]
     rows: list[SourceRow] = []
-    parts = _parts(path)
+    parts = _parts(path, _formats(texts))
     for part in parts:
         partition = _partition_values(part.relative_to(path))
         rows += [
             SourceRow(part, line, values | partition)
-            for line, values in _read_one(part, column_names, say, _suffix(path))
+            for line, values in _read_one(part, column_names, say, texts, _suffix(path))
         ]
     if not rows:
         raise DataError(f"{path}: its files hold no rows", remedy="give files with data in them")
@@ -70,7 +88,10 @@ def read_place(
 
 
 def read_rows(
-    path: Path, column_names: Sequence[str] | None = None, say: Say = _ignore
+    path: Path,
+    column_names: Sequence[str] | None = None,
+    say: Say = _ignore,
+    texts: Texts | None = None,
 ) -> list[Row]:
     """Read a data file; its ending tells the format.
 
@@ -79,6 +100,7 @@ def read_rows(
             be compressed (.gz, .bz2, .xz).
         column_names: the columns of a TSV or CSV file without a header line.
         say: is told what was guessed.
+        texts: how text files are read; None reads them as TSV.
 
     Returns:
         Line number (row number for Parquet and a JSON array) and values by column.
@@ -88,29 +110,36 @@ def read_rows(
     """
     if not path.is_file():
         raise DataError(f"{path}: no such data file", remedy="check data.train and data.dev")
-    rows = list(_read_one(path, column_names, say))
+    rows = list(_read_one(path, column_names, say, texts))
     if not rows:
         raise DataError(f"{path}: the file holds no rows", remedy="give a file with data in it")
     return rows
 
 
 def _read_one(
-    path: Path, column_names: Sequence[str] | None, say: Say, default_suffix: str = ""
+    path: Path,
+    column_names: Sequence[str] | None,
+    say: Say,
+    texts: Texts | None,
+    default_suffix: str = "",
 ) -> Iterable[Row]:
-    suffix = _suffix(path) or default_suffix
-    if suffix not in _FORMATS:
+    suffix, formats = _suffix(path) or default_suffix, _formats(texts)
+    if suffix not in formats:
         raise DataError(
-            f"{path}: unknown kind of data file", remedy=f"use one of {', '.join(_FORMATS)}"
+            f"{path}: unknown kind of data file", remedy=f"use one of {', '.join(formats)}"
         )
     content = read_content(path, say)
     if content.startswith(PARQUET_MAGIC) and suffix != _PARQUET:
         say(f"{path.name} was read as Parquet, which it is in spite of its name")
         suffix = _PARQUET
-    if column_names and suffix not in _DELIMITED:
+    is_text = texts is not None and suffix in TEXT_SUFFIXES
+    if column_names and (is_text or suffix not in _DELIMITED):
         say(f"{path.name} names its columns itself: data.column_names is not used for it")
     if suffix == _PARQUET:
         return _read_parquet(path, content)
     lines = text_lines(path, content, say)
+    if texts is not None and is_text:
+        return read_documents(path, lines, texts.documents, say)
     if suffix in _DELIMITED:
         return _DELIMITED[suffix](path, lines, column_names, say)
     return _read_json(path, lines)
@@ -123,7 +152,11 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _parts(folder: Path) -> list[Path]:
+def _formats(texts: Texts | None) -> tuple[str, ...]:
+    return _FORMATS if texts is None else tuple(dict.fromkeys((*TEXT_SUFFIXES, *_FORMATS)))
+
+
+def _parts(folder: Path, formats: Sequence[str]) -> list[Path]:
     """List the data files of a directory, which must be of one kind and of one data set."""
     files = [
         path
@@ -134,12 +167,12 @@ def _parts(folder: Path) -> list[Path]:
     if not files:
         raise DataError(f"{folder}: no data file in this directory", remedy="check the path")
     kinds = {_suffix(path) or _suffix(folder) for path in files}
-    if len(kinds) > 1 or not kinds <= set(_FORMATS):
+    if len(kinds) > 1 or not kinds <= set(formats):
         shown = ", ".join(path.name for path in files[:4])
         raise DataError(
             f"{folder} is a directory, and its files are no parts of one data set: {shown}",
             remedy=f"give one file, or a directory that holds files of one kind alone "
-            f"({', '.join(_FORMATS)}); names that begin with _ or . do not count",
+            f"({', '.join(formats)}); names that begin with _ or . do not count",
         )
     splits = {match[1] for path in files if (match := _SPLIT_NAME.match(path.name.lower()))}
     if len(splits) > 1:
@@ -159,8 +192,13 @@ def _partition_values(relative: Path) -> dict[str, str | None]:
 
 
 def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
-    """Read one object from each line, or an array of objects."""
+    """Read one object from each line, an array of objects, or a file of SQuAD's."""
     first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("{") and any('"paragraphs"' in line for line in lines):
+        whole = _whole(lines)
+        if is_squad(whole):
+            yield from squad_rows(path, whole)
+            return
     if first.strip() == "{":
         raise DataError(
             f"{path}: one JSON object over several lines",
@@ -179,6 +217,14 @@ def _read_json(path: Path, lines: list[str]) -> Iterator[Row]:
         if not isinstance(value, dict):
             raise row_error(path, number, "not a JSON object", "write one object on each line")
         yield number, value
+
+
+def _whole(lines: list[str]) -> Any:
+    """All lines as one JSON value; None if they are none, as where each line is one."""
+    try:
+        return json.loads("\n".join(lines))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parsed(path: Path, text: str, line: int) -> Any:

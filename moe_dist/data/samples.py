@@ -5,18 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_dist.data.answers import answers_label, refuse_repeated_ids
 from moe_dist.data.labels import UNLABELLED, class_id, encodable, is_missing, regression_value
 from moe_dist.data.rows import SourceRow, is_number
 from moe_dist.data.tasks import TaskSpec
+from moe_dist.tasks.kind import LABEL_TYPES, LabelKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+NO_LABEL: dict[LabelKind, int | float | str] = {
+    "class": 0,
+    "number": 0.0,
+    "text": "",
+    "answers": "[]",
+    "none": 0,
+}
+"""What stands in a label column where there is no label."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +38,18 @@ class Sample:
     Attributes:
         text_a: its text.
         text_b: its second one; None for single texts.
-        label: class id, or value of a regression.
+        label: class id, value of a regression, or text, as the kind of task has it; 0 for none.
         sample_id: position among the source's rows.
     """
 
     text_a: str
     text_b: str | None
-    label: int | float
+    label: int | float | str
     sample_id: int
+
+    def numbered(self, sample_id: int) -> Sample:
+        """Give the same row under another number."""
+        return replace(self, sample_id=sample_id)
 
     @property
     def text(self) -> str:
@@ -59,6 +75,7 @@ def check_rows(
     holds_ids: bool = False,
     may_be_ids: bool = False,
     drops_incomplete: bool = False,
+    needs_labels: bool = True,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Turn rows into samples.
 
@@ -69,6 +86,7 @@ def check_rows(
         may_be_ids: labels are names, or ids where no name is a number.
         drops_incomplete: leave rows without label or text out; for sources that nobody here can
             mend.
+        needs_labels: without, only the texts count, and a label is taken where it is a text.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -76,33 +94,49 @@ def check_rows(
     Raises:
         DataError: for the first row that cannot be used, with its file and line.
     """
-    names = task.label_names or ()
+    kind, names = task.task_kind, task.label_names or ()
     ids = {str(i) if holds_ids else name: i for i, name in enumerate(names)}
     # Where names are numbers, a number that is none of them is a fault and no id.
     may_be_ids = may_be_ids and not any(map(is_number, names))
+    named = task.label_column
+    read_label: dict[LabelKind, Callable[..., int | float | str]] = {
+        "class": lambda row, label, *texts: class_id(row, label, ids, may_be_ids),
+        "number": lambda row, label, *texts: regression_value(row, label),
+        "text": lambda row, label, *texts: label_text(row, named, label),
+        "answers": lambda row, label, *texts: answers_label(row, named, label, *texts),
+        "none": lambda row, label, *texts: 0,
+    }
+    if kind.label == "answers":
+        refuse_repeated_ids(rows)
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
         texts = [column_value(row, column) for column in task.text_columns]
-        label = column_value(row, task.label_column)
+        has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
+        label = None
+        if has_label and task.label != "none":
+            label = column_value(row, task.label_column)
+        if task.label == "text" and not isinstance(label, str):
+            texts_of_label = several_texts(label)
+            label = texts_of_label[0] if texts_of_label else label
         if drops_incomplete:
-            has_no_class = task.task_kind.has_classes and str(label) == UNLABELLED not in ids
-            if is_missing(label) or has_no_class:
+            has_no_class = kind.has_classes and str(label) == UNLABELLED not in ids
+            if task.label != "none" and (is_missing(label) or has_no_class):
                 left_out["without a label"] += 1
                 continue
             if None in texts:
                 left_out["without a text"] += 1
                 continue
-        for column, text in zip(task.text_columns, texts, strict=True):
+        for text_column, text in zip(task.text_columns, texts, strict=True):
             if not isinstance(text, str):
-                raise row.error(f"column {column!r} holds no text: {text!r}", _text_remedy(text))
-            encodable(row, column, text)
-        number = (
-            regression_value(row, label)
-            if not task.task_kind.has_classes
-            else class_id(row, label, ids, may_be_ids)
-        )
-        samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, number, position))
+                raise row.error(
+                    f"column {text_column!r} holds no text: {text!r}", _text_remedy(text)
+                )
+            encodable(row, text_column, text)
+        value = NO_LABEL[task.label]
+        if needs_labels or not is_missing(label):
+            value = read_label[task.label](row, label, *texts)
+        samples.append(Sample(texts[0], texts[1] if len(texts) == 2 else None, value, position))
     return samples, dict(left_out)
 
 
@@ -118,7 +152,7 @@ def to_dataset(samples: list[Sample], task: TaskSpec) -> Dataset:
     """Bring samples into columns text_a, text_b, label and sample_id."""
     from datasets import Dataset, Features, Value
 
-    label = Value(task.task_kind.label_type)
+    label = Value(LABEL_TYPES[task.label])
     text = Value("string")
     return Dataset.from_dict(
         {
@@ -141,6 +175,23 @@ def rows_digest(task: list[Any], *splits: list[Sample]) -> str:
         for s in samples:
             digest.update(json.dumps([s.text_a, s.text_b, s.label, s.sample_id]).encode())
     return digest.hexdigest()
+
+
+def several_texts(label: Any) -> list[str]:
+    """Give the texts of a label that is a list of them, or SQuAD's answers; none where it is not.
+
+    SQuAD has them as a mapping whose `text` is a list.
+    """
+    found = label.get("text") if isinstance(label, Mapping) else label
+    is_list = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
+    return list(found) if is_list and found is not None else []
+
+
+def label_text(row: SourceRow, column: str, label: Any) -> str:
+    """Give the text that a row is labelled with; a DataError if it is none."""
+    if not isinstance(label, str) or not label.strip():
+        raise row.error(f"column {column!r} holds no text: {label!r}", _text_remedy(label))
+    return encodable(row, column, label)
 
 
 def _text_remedy(value: Any) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_dist.data.documents import join_rows
+from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
 from moe_dist.data.labels import infer_names
@@ -15,6 +19,7 @@ from moe_dist.data.packages import fetch_model_package
 from moe_dist.data.reading import (
     RawSplit,
     missing_files,
+    missing_unlabelled,
     read_files,
     read_hub_splits,
     read_package,
@@ -25,11 +30,13 @@ from moe_dist.data.samples import (
     column_value,
     draw,
     rows_digest,
+    several_texts,
     to_dataset,
 )
-from moe_dist.data.splits import hold_out
+from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
-from moe_dist.data.tasks import TASKS, Kind, TaskSpec
+from moe_dist.data.tasks import Kind, TaskSpec, known_task
+from moe_dist.data.unlabelled import read_unlabelled
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
@@ -43,6 +50,7 @@ __all__ = [
     "fetch_model_package",
     "load_splits",
     "missing_files",
+    "missing_unlabelled",
     "resolve_model",
 ]
 
@@ -67,6 +75,9 @@ class Splits:
         holdout: training rows that are withheld, for recipes to be chosen on; None without them.
         num_overlapping: training rows that were left out since they share text with these.
         is_held_out: the dev rows are some of the source's training rows.
+        unlabelled: rows of which a student sees the texts alone, beside the training rows; None
+            without them.
+        unlabelled_digest: SHA-256 over them; empty without them.
     """
 
     train: Dataset
@@ -80,6 +91,25 @@ class Splits:
     holdout: Dataset | None = None
     num_overlapping: int = 0
     is_held_out: bool = False
+    unlabelled: Dataset | None = None
+    unlabelled_digest: str = ""
+
+    @cached_property
+    def distilled(self) -> Dataset:
+        """What a student is distilled on: training rows, and those without labels."""
+        if self.unlabelled is None:
+            return self.train
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self.train, self.unlabelled])
+
+    @property
+    def distill_digest(self) -> str:
+        """SHA-256 over what a distillation sees."""
+        if not self.unlabelled_digest:
+            return self.train_digest
+        both = f"{self.train_digest} {self.unlabelled_digest}"
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def parts(self) -> dict[str, Splits]:
@@ -90,6 +120,11 @@ class Splits:
     def main_metric(self) -> str:
         """The metric that retention and comparisons are about."""
         return self.task.main_metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the main metric is better."""
+        return self.task.higher_is_better
 
     @property
     def metric_titles(self) -> dict[str, str]:
@@ -121,13 +156,15 @@ def load_splits(
     max_train_samples: int | None = None,
     max_dev_samples: int | None = None,
     holdout_samples: int = 0,
+    unlabelled: Sequence[str | Path] | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
+    **options: Any,
 ) -> Splits:
     """Load a task's rows, check every one of them, and split where there is no dev set.
 
-    What is not given comes from the TASKS entry called `subset` or `name`, where there is one.
+    What is not given comes from what is known of the set (`known_task`), where something is.
 
     Args:
         source: hub (Hugging Face), files, or package (a key of DATA_PACKAGES).
@@ -149,9 +186,13 @@ def load_splits(
         max_dev_samples: draw at most so many dev rows.
         holdout_samples: withhold so many whole sentences from the training rows, see `withhold`;
             before they are drawn.
+        unlabelled: files whose rows a student is distilled on beside the training rows; of those
+            that repeat a dev row or one withheld none is used.
         seed: of the draws.
         cache_dir: the cache, or None for `default_cache_dir()`.
         revision: of the hub's data set.
+        **options: what the kind of task reads beside (`TaskKind.option_names`); None for its own
+            default.
 
     Returns:
         Checked rows with resolved label names.
@@ -160,6 +201,8 @@ def load_splits(
         DataError: for whatever is wrong with the data, with file and line.
     """
     task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
+    task = _with_options(task, options)
+    task = _with_dev_rows(task, label_column, metrics)
     notes: list[str] = []
     cache = Path(cache_dir) if cache_dir is not None else None
     if dev is not None and dev_size is not None:
@@ -167,6 +210,9 @@ def load_splits(
             "data.dev and data.dev_size are both given",
             remedy="give one of them: a dev set, or how many training rows to hold out",
         )
+    texts = None
+    if "documents" in task.task_kind.option_names:
+        texts = Texts(task.options.get("documents"))
     if source == "files":
         raw_train, raw_dev = read_files(
             train,
@@ -175,6 +221,7 @@ def load_splits(
             label_column=task.label_column,
             dev_size=dev_size,
             say=notes.append,
+            texts=texts,
         )
         words = "files " + " and ".join(redact_uri(str(place)) for place in (train, dev) if place)
     elif source == "hub":
@@ -183,9 +230,15 @@ def load_splits(
             None if dev_size is not None else str(dev or task.dev_split),
         )
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
+        if how := task.options.get("documents"):
+            (column,) = task.text_columns
+            raw_train, raw_dev = (
+                None if split is None else replace(split, rows=join_rows(split.rows, column, how))
+                for split in (raw_train, raw_dev)
+            )
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
-        raw_train, task, default_size = read_package(name, task, cache)
+        raw_train, default_size = read_package(name, cache)
         raw_dev, dev_size = None, default_size if dev_size is None else dev_size
         words = f"package {name}"
     else:
@@ -194,30 +247,51 @@ def load_splits(
     gives_names = task.label_names is not None
     task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
 
-    def checked(split: RawSplit) -> tuple[list[Sample], dict[str, int]]:
+    def checked(split: RawSplit, own: TaskSpec) -> tuple[list[Sample], dict[str, int]]:
         found = check_rows(
             split.rows,
-            task,
+            own,
             holds_ids=split.holds_ids,
             may_be_ids=gives_names,
             drops_incomplete=split.drops_incomplete,
         )
-        labels = (row.values[task.label_column] for row in split.rows)
+        labels = (row.values.get(task.label_column) for row in split.rows)
         num_padded = sum(isinstance(label, str) and label != label.strip() for label in labels)
-        if num_padded and task.kind == "classification":
-            notes.append(f"{num_padded} labels have blanks around them, which were dropped")
+        if num_padded and task.task_kind.has_classes:
+            where = "dev labels" if split is raw_dev else "labels"
+            notes.append(f"{num_padded} {where} have blanks around them, which were dropped")
+        if own.label == "text":
+            values = (row.values.get(task.label_column) for row in split.rows)
+            num_several = sum(len(several_texts(value)) > 1 for value in values)
+            if num_several:
+                where = "dev rows" if split is raw_dev else "rows"
+                notes.append(
+                    f"{num_several} {where} have several texts in {task.label_column!r}: the first "
+                    "is what is to be written, and what is compared with"
+                )
         return found
 
-    train_samples, left_out = checked(raw_train)
+    train_samples, left_out = checked(raw_train, task)
     left_out_dev: dict[str, int] = {}
     num_near_copies = 0
     if raw_dev is not None:
-        dev_samples, left_out_dev = checked(raw_dev)
+        dev_samples, left_out_dev = checked(raw_dev, task.on_dev)
     else:
         assert dev_size is not None, "checked where the rows were read"
-        train_rows, dev_rows = hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        by_context = task.task_kind.holds_out_contexts
+        train_rows, dev_rows = (
+            hold_out_contexts([s.text_b or "" for s in train_samples], dev_size, seed=seed)
+            if by_context
+            else hold_out([s.text for s in train_samples], dev_size, seed=seed)
+        )
+        if by_context:
+            num_contexts = len({train_samples[row].text_b for row in dev_rows})
+            notes.append(f"the dev rows are all questions of {num_contexts} contexts, held out")
         num_near_copies = len(train_samples) - len(train_rows) - len(dev_rows)
         dev_samples = [train_samples[row] for row in dev_rows]
+        if task.dev_rows is not None:
+            wanted = {sample.sample_id for sample in dev_samples}
+            dev_samples = [s for s in checked(raw_train, task.on_dev)[0] if s.sample_id in wanted]
         train_samples = [train_samples[row] for row in train_rows]
     for samples in (train_samples, dev_samples):
         if not samples:
@@ -226,7 +300,7 @@ def load_splits(
                 remedy="choose another split with data.train or data.dev",
             )
     num_before = len(train_samples)
-    train_samples, withheld = _withhold(train_samples, holdout_samples, seed)
+    train_samples, withheld = _withhold(train_samples, holdout_samples, seed, task)
     num_overlapping = num_before - len(train_samples) - len(withheld)
     drawn = draw(train_samples, max_train_samples, seed)
     drawn_dev = draw(dev_samples, max_dev_samples, seed)
@@ -236,14 +310,27 @@ def load_splits(
         "not drawn": len(train_samples) - len(drawn),
     }
     left_out_dev["not drawn"] = len(dev_samples) - len(drawn_dev)
+    further: list[Sample] = []
+    left_out_further: dict[str, int] = {}
+    if unlabelled:
+        further, left_out_further = read_unlabelled(
+            unlabelled,
+            task,
+            column_names=column_names,
+            first_id=len(raw_train.rows),
+            dev=dev_samples,
+            withheld=withheld,
+            say=notes.append,
+            texts=texts,
+        )
     # Without a hold-out the digest is what it was before there were any.
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]
     return Splits(
         train=to_dataset(drawn, task),
-        dev=to_dataset(drawn_dev, task),
+        dev=to_dataset(drawn_dev, task.on_dev),
         task=task,
         digest=rows_digest(_measured_by(task), *parts),
-        train_digest=rows_digest([task.kind, task.label_names], drawn),
+        train_digest=rows_digest(_trained_by(task), drawn),
         source=words,
         summary=summarise(
             words,
@@ -251,13 +338,16 @@ def load_splits(
             drawn,
             drawn_dev,
             withheld,
-            left_out={"train": left_out, "dev": left_out_dev},
+            unlabelled=further,
+            left_out={"train": left_out, "dev": left_out_dev, "unlabelled": left_out_further},
             notes=notes,
         ),
         num_near_copies=num_near_copies,
         holdout=to_dataset(withheld, task) if withheld else None,
         num_overlapping=num_overlapping,
         is_held_out=raw_dev is None,
+        unlabelled=to_dataset(further, task) if further else None,
+        unlabelled_digest=rows_digest(_trained_by(task), further) if further else "",
     )
 
 
@@ -270,23 +360,37 @@ def _task(
     kind: Kind | None,
     metrics: Sequence[str] | None,
 ) -> TaskSpec:
-    known = TASKS.get(subset or "") or TASKS.get(name or "")
+    known = known_task(name, subset, kind)
     if known is None:
         known = TaskSpec(subset or name or "task", "classification", ())
-        known = replace(known, metrics=TASK_KINDS[kind or known.kind].default_metrics)
+        own = TASK_KINDS[kind or known.kind]
+        known = replace(
+            known,
+            metrics=own.default_metrics,
+            text_columns=own.text_columns,
+            label_column=own.label_column,
+        )
     elif kind is not None and kind != known.kind:
         known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
+    own = TASK_KINDS[kind or known.kind]
     task = replace(
         known,
         kind=kind or known.kind,
-        text_columns=tuple(text_columns) if text_columns else known.text_columns,
+        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
         label_column=label_column or known.label_column,
         label_names=tuple(map(str, label_names)) if label_names else known.label_names,
         metrics=tuple(metrics) if metrics else known.metrics,
     )
     if task.label_names and not task.task_kind.has_classes:
         raise DataError(
-            "data.label_names is given for a regression", remedy="drop it, or set data.kind"
+            f"data.label_names names classes, and data.kind={task.kind} has none",
+            remedy="drop it, or set data.kind",
+        )
+    if own.needs_all_rows and len(task.text_columns) > 1:
+        raise DataError(
+            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
+            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
+            remedy="name one of them, or write both as one text before",
         )
     if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
         raise DataError(
@@ -299,7 +403,37 @@ def _task(
             f"data.metrics: unknown {', '.join(unknown)}",
             remedy=f"choose from {', '.join(METRICS)}",
         )
+    suitable = task.task_kind.metrics
+    if unfit := [metric for metric in task.metrics if metric not in suitable]:
+        raise DataError(
+            f"data.metrics={unfit} cannot measure data.kind={task.kind}",
+            remedy=f"choose from {', '.join(suitable)}, or set data.kind",
+        )
     return task
+
+
+def _with_options(task: TaskSpec, options: Mapping[str, Any]) -> TaskSpec:
+    """Keep what was given; a DataError names what the kind of task does not read."""
+    given = {name: value for name, value in options.items() if value is not None}
+    strange = sorted(set(given) - set(task.task_kind.option_names))
+    if strange:
+        raise DataError(
+            f"data.{strange[0]} is not read by data.kind={task.kind}",
+            remedy="remove it, or set the kind of task that reads it",
+        )
+    return replace(task, options={**task.options, **given})
+
+
+def _with_dev_rows(
+    task: TaskSpec, label_column: str | None, metrics: Sequence[str] | None
+) -> TaskSpec:
+    """Say what dev rows hold, and measure by what suits them where nothing was asked for."""
+    reads_labels = any(METRICS[metric].reads_labels for metric in metrics or ())
+    has_labels = label_column is not None or reads_labels
+    rows = task.task_kind.dev_rows(task.options, has_labels=has_labels)
+    if rows is None:
+        return task
+    return replace(task, dev_rows=rows, metrics=task.metrics if metrics else rows.metrics)
 
 
 def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
@@ -342,13 +476,25 @@ def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
 def _measured_by(task: TaskSpec) -> list[Any]:
     """What a digest covers of a task; as it was before a positive class could be chosen."""
     chosen = [task.positive_label] if task.label_space.positive != 1 else []
-    return [task.kind, task.label_names, task.metrics, *chosen]
+    options = [sorted(task.options.items())] if task.options else []
+    return [task.kind, task.label_names, task.metrics, *chosen, *options]
+
+
+def _trained_by(task: TaskSpec) -> list[Any]:
+    """What the digest of training rows covers of a task."""
+    unread = task.task_kind.measuring_options
+    options = sorted((name, value) for name, value in task.options.items() if name not in unread)
+    return [task.kind, task.label_names, *([options] if options else [])]
 
 
 def _withhold(
-    samples: list[Sample], num_samples: int, seed: int
+    samples: list[Sample], num_samples: int, seed: int, task: TaskSpec
 ) -> tuple[list[Sample], list[Sample]]:
     if not num_samples:
         return samples, []
-    kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
+    if task.task_kind.holds_out_contexts:
+        contexts = [s.text_b or "" for s in samples]
+        kept, held = hold_out_contexts(contexts, num_samples, seed=seed, key="holdout_samples")
+    else:
+        kept, held = withhold([(s.text_a, s.text_b) for s in samples], num_samples, seed=seed)
     return [samples[row] for row in kept], [samples[row] for row in held]

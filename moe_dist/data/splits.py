@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from moe_dist.data.copies import near_copies
 from moe_dist.data.normalisation import normalise
@@ -30,18 +31,10 @@ def hold_out(
     Raises:
         DataError: if no row would be left on one of the sides.
     """
-    size = (
-        round(dev_size * len(texts)) if isinstance(dev_size, float) and dev_size < 1 else dev_size
-    )
-    if not 1 <= size < len(texts):
-        raise DataError(
-            f"data.dev_size={dev_size} cannot be held out of {len(texts)} rows",
-            remedy=f"give a number from 1 to {len(texts) - 1}, or a share between 0 and 1",
-        )
+    size = _size(dev_size, len(texts))
     keys = [normalise(text) for text in texts]
     order = sorted(range(len(texts)), key=lambda row: (_draw(seed, keys[row]), row))
-    dev = sorted(order[: int(size)])
-    rest = sorted(order[int(size) :])
+    dev, rest = sorted(order[:size]), sorted(order[size:])
     near = near_copies([keys[row] for row in rest], [keys[row] for row in dev])
     train = [row for position, row in enumerate(rest) if position not in near]
     if not train:
@@ -50,6 +43,61 @@ def hold_out(
             remedy="give data.dev a file of its own instead of data.dev_size",
         )
     return train, dev
+
+
+def hold_out_contexts(
+    contexts: Sequence[str], dev_size: int | float, *, seed: int, key: str = "dev_size"
+) -> tuple[list[int], list[int]]:
+    """Draw whole contexts for a dev set, and drop those from the rest that nearly repeat one.
+
+    Questions about one text know of each other. Contexts are drawn as rows are by `hold_out`, until
+    these are as many as asked for, or a few more.
+
+    Args:
+        contexts: of each row.
+        dev_size: rows to hold out (int >= 1), or their share (float below 1).
+        seed: fixes the draw.
+        key: of the recipe's data section, for errors.
+
+    Returns:
+        Row numbers for train and dev, each ascending.
+
+    Raises:
+        DataError: if no row would be left on one of the sides.
+    """
+    size = _size(dev_size, len(contexts), key)
+    by_context: dict[str, list[int]] = {}
+    for row, context in enumerate(contexts):
+        by_context.setdefault(normalise(context), []).append(row)
+    order = sorted(by_context, key=lambda key: _draw(seed, key))
+    ends = list(accumulate(len(by_context[key]) for key in order))
+    num_held = 1 + sum(end < size for end in ends)
+    held, rest = order[:num_held], order[num_held:]
+    if not rest:
+        raise DataError(
+            f"data.{key}={dev_size} takes all {len(order)} contexts, which are held out whole",
+            remedy="give a smaller number",
+        )
+    near = near_copies(rest, held)
+    kept = [key for position, key in enumerate(rest) if position not in near]
+    if not kept:
+        raise DataError(
+            f"every other context is a near copy of one that data.{key}={dev_size} holds out",
+            remedy="give a smaller number, or data with other contexts",
+        )
+    train, dev = (sorted(row for key in keys for row in by_context[key]) for keys in (kept, held))
+    return train, dev
+
+
+def _size(dev_size: int | float, num_rows: int, key: str = "dev_size") -> int:
+    is_share = isinstance(dev_size, float) and dev_size < 1
+    size = round(dev_size * num_rows) if is_share else int(dev_size)
+    if not 1 <= size < num_rows:
+        raise DataError(
+            f"data.{key}={dev_size} cannot be held out of {num_rows} rows",
+            remedy=f"give a number from 1 to {num_rows - 1}, or a share between 0 and 1",
+        )
+    return size
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from moe_dist.conversion.absent import absent_modules, leave_out
 from moe_dist.conversion.heads import choose_task, install_heads
 from moe_dist.digests import PICKLES, file_digest
 from moe_dist.errors import CheckpointError, is_full_disk
+from moe_dist.inference.sentence_directory import SentencePooling, write_sentence_files
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.digests import expert_digests, numbered
 from moe_dist.moe.layer import MoELayer
@@ -36,7 +37,8 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
     """Write a model, and its tokenizer, so that `load_model` and transformers can read it.
 
     The files are written beside the directory and moved there when all are complete; what was
-    there before is replaced.
+    there before is replaced. A model without a head whose configuration says how vectors are made
+    of its states (`SentencePooling`) is one that sentence-transformers loads as well.
 
     Args:
         model: a transformers model, dense or converted, with all of its experts.
@@ -58,6 +60,9 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
                 if tokenizer is not None:
                     tokenizer.save_pretrained(unfinished)
             _name_outputs(model, unfinished / "config.json")
+            pooling = SentencePooling.of(model.config)
+            if pooling is not None and model.base_model is model:
+                write_sentence_files(pooling, unfinished, model.config.hidden_size)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "absent": _absent(model),
@@ -290,10 +295,9 @@ def _directory_beside(target: Path) -> Iterator[Path]:
 
 
 def _put_in_place(finished: Path, target: Path) -> None:
-    finished.chmod(0o777 & ~_umask())
-    for path in finished.iterdir():
-        # safetensors writes for the owner alone; others on shared storage must read it too.
-        path.chmod(0o666 & ~_umask())
+    # safetensors writes for the owner alone; others on shared storage must read it too.
+    for path in (finished, *finished.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
     if not target.exists():
         finished.rename(target)
         return

@@ -1,4 +1,4 @@
-"""A model that takes texts and gives labels: what MLflow loads and serves.
+"""A model that takes texts and answers for each: what MLflow loads and serves.
 
 MLflow's description of a logged model names this module; `_load_pyfunc` is the name it looks for.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from moe_dist.conversion.heads import chosen_head
-from moe_dist.data.tokens import tokenise
+from moe_dist.conversion.heads import answered_kind, chosen_head
 from moe_dist.errors import DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.tasks import model_kind
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -25,15 +24,27 @@ class TextModel:
     """A trained model with its tokenizer.
 
     Args:
-        model: a classifier or regressor in evaluation mode.
+        model: for any kind of task that is served, in evaluation mode.
         tokenizer: the one it was trained with.
         max_length: tokens after which a text is cut.
+        options: of the task.
+        calibration: what its answers are read with, see `TaskKind.calibrate`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._options = options
+        self._calibration = calibration
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Answer for each text, or pair of texts.
@@ -45,46 +56,50 @@ class TextModel:
 
         Returns:
             A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
-            to 1; of a regression the `value`.
+            to 1; of a regression the `value`, of an embedding the `vector`, of a question the
+            `answer` (empty for none) and its `score`; or the `text` that it writes (of a
+            language model what follows).
 
         Raises:
             DataError: if these are no texts.
         """
         import pandas
 
+        names = list(answered_kind(self._model).text_columns)
+        if names and set(names) <= set(getattr(model_input, "columns", ())):
+            model_input = model_input[names]
         columns = text_columns(model_input)
+        if len(columns) > 1 and not answered_kind(self._model).reads_pairs:
+            raise DataError(
+                "the model reads one column of texts, and there are two",
+                remedy='send for example {"inputs": ["a fine film", "a dull one"]}',
+            )
         num_texts = len(columns[0])
         rows: list[dict[str, Any]] = []
         for first in range(0, num_texts, BATCH_SIZE):
             rows += self._answers([column[first : first + BATCH_SIZE] for column in columns])
-        return pandas.DataFrame(rows, columns=None if rows else self._names())
+        names = list(answered_kind(self._model).served_columns)
+        return pandas.DataFrame(rows, columns=None if rows else names)
 
     def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        tokens = tokenise(self._tokenizer, *columns, max_length=self._max_length)
-        encoded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._model.device)
-        with torch.no_grad():
-            logits_BC = self._model(**encoded).logits.float().cpu()
-        labels = self._labels()
-        if labels is None:
-            return [{"value": value} for value in logits_BC[:, 0].tolist()]
-        rows = []
-        for scores in logits_BC.softmax(dim=-1).tolist():
-            named = dict(zip(labels, scores, strict=True))
-            label = max(named, key=lambda name: named[name])
-            rows.append({"label": label, "score": named[label], "scores": named})
-        return rows
+        return answered_kind(self._model).serve(
+            self._model,
+            self._tokenizer,
+            columns,
+            max_length=self._max_length,
+            label_names=self._labels(),
+            options=self._options,
+            calibration=self._calibration,
+        )
 
-    def _names(self) -> list[str]:
-        return ["value"] if self._labels() is None else ["label", "score", "scores"]
-
-    def _labels(self) -> list[str] | None:
-        """The classes in the order of their ids; None for a regression."""
+    def _labels(self) -> list[str]:
+        """The classes in the order of their ids; none where there are none."""
         head = chosen_head(self._model)
         if head is not None:
-            return None if head.label_names is None else list(head.label_names)
+            return list(head.label_names or ())
+        if not answered_kind(self._model).has_classes:
+            return []
         config = self._model.config
-        if not model_kind(config).has_classes:
-            return None
         return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 
@@ -108,11 +123,16 @@ def text_columns(model_input: Any) -> list[list[str]]:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
-    """Load a model directory for MLflow; settings are `max_length` (tokens) and `task`."""
+    """Load a model directory for MLflow.
+
+    Settings are `max_length` (tokens), `task`, `options` and `calibration`, as in `TextModel`.
+    """
     settings = model_config or {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TextModel(
         load_model(Path(path), device, task=settings.get("task")),
         load_tokenizer(Path(path)),
         max_length=int(settings.get("max_length", MAX_LENGTH)),
+        options=settings.get("options") or {},
+        calibration=settings.get("calibration"),
     )

@@ -11,6 +11,7 @@ import torch
 
 from moe_dist.errors import ConversionError, MoeDistError
 from moe_dist.inference.silence import quiet_transformers
+from moe_dist.tasks import TASK_KINDS, TaskKind
 
 UNTRUSTED = {"trust_remote_code": False}
 """Said to transformers, which would otherwise ask on the terminal whether to run a model's code."""
@@ -18,19 +19,78 @@ UNTRUSTED = {"trust_remote_code": False}
 _SHOWN_CHARACTERS = 300
 
 
-def build_skeleton(source: str, *, num_labels: int = 2, revision: str | None = None) -> Any:
-    """Build a sequence classifier in eval mode on the meta device, from its configuration alone.
+def build_skeleton(
+    source: str,
+    *,
+    kind: TaskKind | None = None,
+    num_labels: int = 2,
+    revision: str | None = None,
+) -> Any:
+    """Build a model in eval mode on the meta device, from its configuration alone.
 
-    `source` is a directory or a name on the Hugging Face hub, `revision` a commit, tag or branch.
-    A configuration that cannot be read, or knows no classifier, is a ConversionError.
+    Args:
+        source: a directory, or a name on the Hugging Face hub.
+        kind: of the task; classification if None.
+        num_labels: outputs of a head that belongs to the task.
+        revision: hub commit, tag or branch.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConversionError: if the configuration cannot be read, or its family has no model for such
+            tasks.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
+    kind = kind or TASK_KINDS["classification"]
     with clear_errors(source), quiet_transformers():
         config = AutoConfig.from_pretrained(source, revision=revision, **UNTRUSTED)
-        config.num_labels = num_labels
+        if num_labels:
+            config.num_labels = num_labels
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config).eval()
+            auto = model_class_for(kind, config, source)
+            return auto.from_config(config, **constructor_arguments(kind, auto, config)).eval()
+
+
+def model_class_for(kind: TaskKind, config: Any, source: str) -> Any:
+    """Give the Auto class that loads a family's model for a kind of task.
+
+    A family that has none is a ConversionError: an encoder writes no text.
+    """
+    import transformers
+
+    auto = getattr(transformers, kind.auto_class)
+    if type(config) not in auto._model_mapping:
+        raise ConversionError(
+            f"model.teacher: {source!r} is of the family {config.model_type}, which has no model "
+            f"for data.kind={kind.name}",
+            remedy="choose another model, or another kind of task",
+        )
+    is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if is_encoder and not config.is_encoder_decoder and not kind.takes_encoders:
+        raise ConversionError(
+            f"model.teacher: {source!r} is an encoder ({config.model_type}), whose tokens see the "
+            f"later ones, and data.kind={kind.name} is to predict these",
+            remedy="choose a decoder, such as one of GPT-2's or Llama's kind",
+        )
+    if config.is_encoder_decoder and not kind.takes_encoder_decoders:
+        raise ConversionError(
+            f"model.teacher: {source!r} is an encoder-decoder, and data.kind={kind.name} takes "
+            "models of one stack",
+            remedy="choose an encoder or a decoder"
+            if kind.takes_encoders
+            else "choose a decoder, such as one of GPT-2's or Llama's kind",
+        )
+    return auto
+
+
+def constructor_arguments(kind: TaskKind, auto: Any, config: Any) -> dict[str, Any]:
+    """Give what an Auto class passes on to the model's class beside a configuration."""
+    import inspect
+
+    model_class = auto._model_mapping[type(config)]
+    return kind.model_arguments(list(inspect.signature(model_class.__init__).parameters))
 
 
 @contextmanager

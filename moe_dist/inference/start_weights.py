@@ -1,4 +1,4 @@
-"""What of a start model's weights a classifier takes over: the whole body, or it is refused.
+"""What of a start model's weights a task takes over: the whole body, or it is refused.
 
 transformers draws weights anew that it does not find and leaves those out that it does not know,
 and says so in a warning at most. A body with one such weight is another model than its name says.
@@ -20,6 +20,7 @@ from moe_dist.conversion.families import known_family
 from moe_dist.data.content import foreign_format
 from moe_dist.digests import PICKLES
 from moe_dist.errors import ConversionError
+from moe_dist.tasks import TASK_KINDS, TaskKind
 
 _HEAD_BYTES = 512
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,8 +33,13 @@ _WRAPPERS = {
     "model.": "a module around the model, such as a LightningModule",
 }
 _OTHER_FORMATS = (*sorted(PICKLES), ".h5", ".msgpack", ".onnx", ".gguf")
-_SAME_NAMES = ("ForTokenClassification", "ForMultipleChoice")
-"""Ends of classes whose heads have the names of a sequence classifier's in some families."""
+_SAME_NAMES = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMultipleChoice",
+    "ForQuestionAnswering",
+)
+"""Ends of classes whose heads have the same names in some families."""
 _SHOWN = 4
 
 
@@ -131,15 +137,21 @@ def refuse_not_finite(model: Any, source: str) -> None:
 
 
 def compare_weights(
-    model: Any, info: Mapping[str, Any], source: str, architectures: Sequence[str] = ()
+    model: Any,
+    info: Mapping[str, Any],
+    source: str,
+    architectures: Sequence[str] = (),
+    *,
+    kind: TaskKind | None = None,
 ) -> TakenOver:
-    """See that a classifier has taken its whole body over from a file.
+    """See that a model has taken its whole body over from a file.
 
     Args:
-        model: the classifier that transformers made.
+        model: what transformers made.
         info: its loading info.
         source: the start model, for messages.
         architectures: the classes that its configuration names.
+        kind: of the task, which says what a head is; classification if None.
 
     Returns:
         What is new, replaced and dropped of the head.
@@ -152,11 +164,17 @@ def compare_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     extra = {name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name)}
     spec = known_family(model)
-    last = spec.task_head if spec is not None and spec.task_head else "classifier"
+    kind = kind or TASK_KINDS["classification"]
+    classifier = spec.task_head if spec is not None and spec.task_head else "classifier"
+    last = kind.own_head(classifier)
     head = {name for name in model.state_dict() if not _is_body(model, name)}
-    own_head = {name for name in head if name.startswith(f"{last}.")}
+    if last and not any(name.startswith(f"{last}.") for name in head):
+        # A few families give all their heads one name.
+        last = classifier
+    own_head = {name for name in head if last and name.startswith(f"{last}.")}
     lacks_head = not own_head.isdisjoint(missing | shapes.keys())
-    others = [one for one in architectures if one.endswith(_SAME_NAMES)]
+    other_names = tuple(name for name in _SAME_NAMES if not kind.auto_class.endswith(name))
+    others = [one for one in architectures if last and one.endswith(other_names)]
     other_head = others[0] if others and not lacks_head else ""
     is_new = lacks_head or bool(other_head)
     # What feeds the last layer may be new where that layer is; below a trained one it may not.

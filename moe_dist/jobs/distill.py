@@ -32,6 +32,7 @@ from moe_dist.training.step import StepTerms, distill_terms, freeze
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.tasks import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class DistillJob(TrainJob):
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+    TRAINS_ON: ClassVar[Split] = "distilled"
 
     student: str
     teacher: str
@@ -123,6 +125,7 @@ def distill(
             load_balancing=section.load_balancing_weight > 0,
             z_loss=section.z_loss_weight > 0,
             entropy=section.entropy_weight > 0,
+            with_task=section.task_weight > 0,
         )
 
     return train_model(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from moe_dist.conversion import fit_outputs
-from moe_dist.data.loaders import Encoded, eval_batches
+from moe_dist.data.loaders import Encoded, bounded_batch, eval_batches
 from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer, save_model
@@ -20,6 +20,8 @@ from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
 
 BATCH_SIZE = 32
+BATCH_TOKENS = 4096
+"""Activations of all layers are held for so many tokens at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,10 @@ def draw_tasks(
 ) -> list[DrawnBatches]:
     """Draw the rows that neurons were scored on: as many of each task, `num_samples` in sum."""
     share = None if num_samples is None else even_share(num_samples, len(tasks))
+    drawn = [encoded.draw(share, seed=seed) for encoded in tasks]
     return [
-        DrawnBatches(encoded.draw(share, seed=seed), batch_size, pad_token_id) for encoded in tasks
+        DrawnBatches(own, bounded_batch(batch_size, own.lengths.max(), BATCH_TOKENS), pad_token_id)
+        for own in drawn
     ]
 
 

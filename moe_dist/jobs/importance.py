@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from moe_dist.conversion import score_importance
 from moe_dist.conversion.expert_importance import score_expert_importance
 from moe_dist.conversion.importance import evened
-from moe_dist.data.loaders import Encoded, eval_batches
+from moe_dist.data.loaders import Encoded, bounded_batch, eval_batches
 from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.jobs.fit_outputs import BATCH_TOKENS
 from moe_dist.jobs.job import Job
 from moe_dist.jobs.results import SCORES, save_scores
 from moe_dist.moe.routing import use_task
@@ -75,7 +76,8 @@ def _score(
     # Fewer samples than workers: every worker scores all of them instead of some scoring none.
     shared = len(encoded) >= num_ranks() > 1
     mine = encoded.subset(range(own_rank(), len(encoded), num_ranks())) if shared else encoded
-    batches = eval_batches(mine, batch_size=batch_size, pad_token_id=pad_token_id)
+    bounded = bounded_batch(batch_size, mine.lengths.max(), BATCH_TOKENS)
+    batches = eval_batches(mine, batch_size=bounded, pad_token_id=pad_token_id)
     score = score_expert_importance if hasattr(model.config, "moe") else score_importance
     scores = score(model, advancing(batches))
     if shared:

@@ -88,6 +88,9 @@ class TrainJob(Job):
         keep_predictions: rank 0 writes the answers of the last evaluation.
     """
 
+    TRAINS_ON: ClassVar[Split] = "train"
+    """The rows that it learns from."""
+
     train: TrainConfig
     eval_split: Split = "dev"
     eval_at: tuple[int, ...] = ()

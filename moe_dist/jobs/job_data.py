@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,15 @@ from moe_dist.data.tasks import Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.moe.routing import use_task
-from moe_dist.tasks import TASK_KINDS
+from moe_dist.tasks import Answered, Figures, TaskKind, head_kind
 from moe_dist.training.collectives import num_ranks, own_rank
 
-Predict = Callable[[Encoded], Predictions]
+
+class Predict(Protocol):
+    """Runs a model over samples, as `moe_dist.measure.evaluation.predict` does."""
+
+    def __call__(self, encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
+        """Answer; `options` are the task's."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,16 @@ class Measured:
         metrics: by name; see `joined_metrics`.
         split: what it was measured on.
         tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
-        answers: to each task's rows, by its name ("" where there is one task).
+        figures: of each task's units, by its name ("" where there is one task).
+        calibrations: what each task's answers were read with, by its name; none where nothing is
+            chosen.
     """
 
     metrics: dict[str, float]
     split: Split
     tokens_per_expert: dict[str, Tensor]
-    answers: dict[str, Predictions] = field(default_factory=dict)
+    figures: dict[str, Figures] = field(default_factory=dict)
+    calibrations: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,13 @@ class JobData:
         assert self.splits.holdout is not None, "who asks for it has seen that there is one"
         return self._encode(self.splits.holdout, "holdout")
 
+    @cached_property
+    def distilled(self) -> Encoded:
+        """What a student is distilled on: the training split, and rows without labels."""
+        if self.splits.unlabelled is None:
+            return self.train
+        return self._encode(self.splits.distilled, "distilled")
+
     def part(self, name: Split) -> Encoded:
         """Give a split by its name."""
         encoded: Encoded = getattr(self, name)
@@ -91,10 +106,10 @@ class JobData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> TrainBatches:
-        """Cut the training split into this rank's steps."""
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> TrainBatches:
+        """Cut the training split, or what is distilled on, into this rank's steps."""
         return TrainBatches(
-            self.train,
+            self.part(split),
             batch_size=section.batch_size,
             world_size=num_ranks(),
             rank=own_rank(),
@@ -103,19 +118,62 @@ class JobData:
             pad_token_id=self.pad_token_id,
         )
 
-    def metrics(self, logits: torch.Tensor, encoded: Encoded) -> dict[str, float]:
+    def figures(
+        self, answers: torch.Tensor, split: Split, calibration: float | None = None
+    ) -> Figures:
+        """Bring a model's answers, (N, C), into what metrics read."""
+        kind, rows = self.splits.task.task_kind, getattr(self.splits, split)
+        return kind.figures(self._answered(answers, self.part(split), rows, calibration))
+
+    def calibrate(self, predict: Callable[[Encoded], Predictions], seed: int = 0) -> float | None:
+        """Choose what answers are read with, on training rows; collective, None where nothing is.
+
+        A model's answers to training rows are read as if they were to be measured on.
+        """
+        kind = self.splits.task.task_kind
+        if not kind.calibration_samples:
+            return None
+        rows = self.splits.train.shuffle(seed=seed)
+        rows = rows.select(range(min(len(rows), kind.calibration_samples)))
+        if not kind.needs_calibration(rows["label"]):
+            return None
+        encoded = self._encode(rows, "calibration")
+        return kind.calibrate(self._answered(predict(encoded).answers, encoded, rows, None))
+
+    def _answered(
+        self, answers: torch.Tensor, encoded: Encoded, rows: Any, calibration: float | None
+    ) -> Answered:
+        return Answered(
+            raw=answers.numpy(),
+            sample_ids=encoded.sample_ids,
+            labels=encoded.labels,
+            rows={name: rows[name] for name in rows.column_names},
+            columns=encoded.columns,
+            offsets=encoded.offsets,
+            tokenizer=self.tokenizer,
+            options=self.splits.task.options,
+            calibration=calibration,
+        )
+
+    def metrics(self, figures: Figures) -> dict[str, float]:
         """Compute the task's metrics, the main one first; NaN where one is undefined."""
         task = self.splits.task
-        return compute_metrics(task.metrics, logits.numpy(), encoded.labels, task.label_space)
+        return compute_metrics(task.metrics, figures.values, figures.labels, task.label_space)
 
-    def save_answers(self, answers: Predictions, encoded: Encoded, path: Path) -> None:
+    def remarks(self, figures: Figures) -> list[str]:
+        """Say what figures show that no metric does, a line each."""
+        task = self.splits.task
+        return task.task_kind.remarks(figures.values, task.options)
+
+    def save_figures(self, figures: Figures, path: Path) -> None:
         """Write what a model says about a split."""
         save_predictions(
             path,
-            logits=answers.logits,
-            predictions=TASK_KINDS[self.splits.task.kind].answers(answers.logits),
-            labels=encoded.labels,
-            sample_ids=encoded.sample_ids,
+            logits=figures.values,
+            predictions=self.splits.task.task_kind.said(figures.values),
+            labels=figures.labels,
+            sample_ids=figures.sample_ids,
+            texts=figures.texts,
         )
 
     def _encode(self, rows: Any, split: str) -> Encoded:
@@ -123,6 +181,9 @@ class JobData:
             rows,
             self.tokenizer,
             max_length=self.max_length,
+            kind=self.splits.task.task_kind,
+            options=self.splits.task.options,
+            is_training=split in ("train", "distilled"),
             cache_dir=Path(self.cache_dir) if self.cache_dir else None,
             digest=f"{self.splits.digest}-{split}",
         )
@@ -150,9 +211,11 @@ class MixtureData:
         """What fills up shorter samples."""
         return int(self.tokenizer.pad_token_id)
 
-    def batches(self, section: TrainConfig, *, seed: int) -> MixtureBatches:
+    def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> MixtureBatches:
         """Cut the training splits into this rank's steps, each of one task."""
-        parts = {name: part.batches(section, seed=seed) for name, part in self.parts.items()}
+        parts = {
+            name: part.batches(section, seed=seed, split=split) for name, part in self.parts.items()
+        }
         return MixtureBatches(parts, self.shares, seed=seed)
 
 
@@ -181,25 +244,38 @@ def label_names(rows: Rows) -> tuple[str, ...] | None:
     return rows.task.label_names
 
 
+def shared_kind(rows: Rows) -> TaskKind:
+    """Say what kind of model answers the rows: a classifier for those of several tasks."""
+    return head_kind(("",)) if isinstance(rows, Mixture) else rows.task.task_kind
+
+
+def shared_options(rows: Rows) -> Mapping[str, Any]:
+    """Give what the one task's kind reads beside; several tasks have nothing of the sort."""
+    return {} if isinstance(rows, Mixture) else rows.task.options
+
+
 def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measured:
     """Measure a model on a split, task by task."""
-    answers: dict[str, Predictions] = {}
+    figures: dict[str, Figures] = {}
+    calibrations: dict[str, float] = {}
     loads: dict[str, Tensor] = {}
     parts = data.parts
     for number, (name, part) in enumerate(parts.items()):
+        answer = partial(predict, options=part.splits.task.options)
         with use_task(number if name else None):
-            answers[name] = predict(part.part(split))
-        for layer, count_E in answers[name].tokens_per_expert.items():
+            found = answer(part.part(split))
+            calibration = part.calibrate(answer)
+        if calibration is not None:
+            calibrations[name] = calibration
+        figures[name] = part.figures(found.answers, split, calibration)
+        for layer, count_E in found.tokens_per_expert.items():
             loads[layer] = loads[layer] + count_E if layer in loads else count_E
-    metrics = {
-        name: parts[name].metrics(one.logits, parts[name].part(split))
-        for name, one in answers.items()
-    }
-    return Measured(joined_metrics(metrics), split, loads, answers)
+    metrics = {name: parts[name].metrics(one) for name, one in figures.items()}
+    return Measured(joined_metrics(metrics), split, loads, figures, calibrations)
 
 
 def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:
     """Write a model's answers; with several tasks, a file for each with its name added."""
     for name, part in data.parts.items():
         file = path.with_stem(f"{path.stem}-{name}") if name else path
-        part.save_answers(measured.answers[name], part.part(measured.split), file)
+        part.save_figures(measured.figures[name], file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +41,8 @@ class PredictJob(Job):
 
         Returns:
             ``predictions`` (the logits, (N, C) float32) by task ("" where there is one),
-            ``metrics`` and ``metric_titles`` by name, and ``expert_load`` by layer.
+            ``metrics`` and ``metric_titles`` by name, which way the main one is better
+            (``higher_is_better``), and ``expert_load`` by layer.
         """
         rows = self.rows()
         device = pick_device(self.parallel.use_gpu)
@@ -48,13 +50,14 @@ class PredictJob(Job):
         data = self.tokenised(rows, load_tokenizer(Path(self.model)))
         enter_phase("prediction")
 
-        def answer(encoded: Encoded) -> Predictions:
+        def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
             return predict(
                 model,
                 encoded,
                 batch_size=self.batch_size,
                 pad_token_id=data.pad_token_id,
                 device=device,
+                options=options,
             )
 
         measured = measure(data, answer, self.split)
@@ -62,8 +65,9 @@ class PredictJob(Job):
             save_answers(data, measured, Path(self.stage_dir) / f"{self.output_name}.npz")
         wait_for_ranks()
         return {
-            "predictions": {name: one.logits.numpy() for name, one in measured.answers.items()},
+            "predictions": {name: one.values for name, one in measured.figures.items()},
             "metrics": measured.metrics,
             "metric_titles": rows.metric_titles,
+            "higher_is_better": rows.higher_is_better,
             "expert_load": expert_load(measured.tokens_per_expert),
         }

@@ -32,12 +32,14 @@ class SavedPredictions:
         predictions: (N,) class ids, or floats in regression.
         labels: (N,) of the same kind.
         sample_ids: (N,) ids of the samples.
+        texts: (N,) of text, where the answers are some.
     """
 
     logits: np.ndarray
     predictions: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
+    texts: np.ndarray | None = None
 
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:
@@ -61,17 +63,29 @@ def load_scores(path: Path) -> list[Tensor]:
 
 
 def save_predictions(
-    path: Path, *, logits: Tensor, predictions: Tensor, labels: Any, sample_ids: Any
+    path: Path,
+    *,
+    logits: Any,
+    predictions: Any,
+    labels: Any,
+    sample_ids: Any,
+    texts: Sequence[str] | None = None,
 ) -> None:
-    """Write logits (N, C), predictions, labels and ids (N,) as ``.npz``, whole or not at all."""
+    """Write arrays of numpy's or torch's as ``.npz``, whole or not at all.
+
+    They are logits (N, C), and predictions, labels, ids and texts (N,).
+    """
+    arrays = {
+        "logits": logits,
+        "predictions": predictions,
+        "labels": labels,
+        "sample_ids": sample_ids,
+    }
+    if texts is not None:
+        # A type of fixed width: an array of objects would be a pickle.
+        arrays["texts"] = np.asarray(texts, np.str_)
     with whole_file(path) as beside, beside.open("wb") as stream:
-        np.savez(
-            stream,
-            logits=logits.numpy(),
-            predictions=predictions.numpy(),
-            labels=np.asarray(labels),
-            sample_ids=np.asarray(sample_ids),
-        )
+        np.savez(stream, allow_pickle=False, **{k: np.asarray(v) for k, v in arrays.items()})
 
 
 def load_predictions(path: Path) -> SavedPredictions:
@@ -79,7 +93,11 @@ def load_predictions(path: Path) -> SavedPredictions:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return SavedPredictions(
-                arrays["logits"], arrays["predictions"], arrays["labels"], arrays["sample_ids"]
+                arrays["logits"],
+                arrays["predictions"],
+                arrays["labels"],
+                arrays["sample_ids"],
+                arrays["texts"] if "texts" in arrays.files else None,
             )
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from moe_dist.measure.evaluation import Predictions, expert_load, predict
 from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
-from moe_dist.training.collectives import sum_over_ranks, wait_for_ranks
+from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
 from moe_dist.training.loop import (
@@ -83,7 +84,7 @@ def train_model(
     section, parallel = job.train, job.parallel
     stage_dir = Path(job.stage_dir)
     ep_size = settle_ep_size(model, parallel.ep_size)
-    batches = data.batches(section, seed=job.seed)
+    batches = data.batches(section, seed=job.seed, split=job.TRAINS_ON)
     mark("tokens")
     settings = loop_settings(job, batches.steps_per_epoch)
     if section.gradient_checkpointing:
@@ -115,7 +116,7 @@ def train_model(
     loads: dict[str, list[float]] = {}
     split = job.eval_split
 
-    def answer(encoded: Encoded) -> Predictions:
+    def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
         # In fp32 whatever the steps are computed in, as `evaluate` and users do.
         return predict(
             engine.module,
@@ -123,6 +124,7 @@ def train_model(
             batch_size=section.eval_batch_size,
             pad_token_id=data.pad_token_id,
             device=engine.device,
+            options=options,
         )
 
     def evaluate() -> dict[str, float]:
@@ -152,6 +154,34 @@ def train_model(
     summary = _summary(result, split, engine.device) | {"model": str(stage_dir / MODEL_DIR)}
     if engine.rank == 0:
         write_json(stage_dir / RESULT, summary)
+    wait_for_ranks()
+    return summary
+
+
+def keep_model(model: Any, data: AnyJobData, job: TrainJob) -> dict[str, Any]:
+    """Measure a model and save it as it is; collective. What is returned is `train_model`'s."""
+    begun = time.monotonic()
+    device = pick_device(job.parallel.use_gpu)
+    model = model.to(device).eval()
+
+    def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
+        return predict(
+            model,
+            encoded,
+            batch_size=job.train.eval_batch_size,
+            pad_token_id=data.pad_token_id,
+            device=device,
+            options=options,
+        )
+
+    measured = measure(data, answer, job.eval_split)
+    metrics = {f"{job.eval_split}/{name}": value for name, value in measured.metrics.items()}
+    directory = Path(job.stage_dir) / MODEL_DIR
+    result = TrainResult(0, None, metrics, {}, time.monotonic() - begun)
+    summary = _summary(result, job.eval_split, device) | {"model": str(directory)}
+    if own_rank() == 0:
+        save_model(model, directory, tokenizer=data.tokenizer)
+        write_json(Path(job.stage_dir) / RESULT, summary)
     wait_for_ranks()
     return summary
 

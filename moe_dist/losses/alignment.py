@@ -15,8 +15,11 @@ from moe_dist.losses.distillation import hidden_mse
 
 
 def cls_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Take the first token's state, (B, D) float32; it is always real, so no mask is read."""
-    return hidden_BSD[:, 0].float()
+    """Take the state of the first real token, (B, D) float32; padding may stand before it."""
+    if mask_BS is None:
+        return hidden_BSD[:, 0].float()
+    first_B = mask_BS.int().argmax(dim=1)
+    return hidden_BSD[torch.arange(len(first_B), device=first_B.device), first_B].float()
 
 
 def mean_vector(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:

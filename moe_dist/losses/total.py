@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "warmup", "decay", "delayed"]
-CountKind = Literal["samples", "tokens", "steps"]
+CountKind = Literal["samples", "tokens", "targets", "steps"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,22 @@ class LossTerm:
     Args:
         sum: scalar float32, summed over what `count_kind` names, with its graph.
         count_kind: what to divide by, counted over all ranks and micro-batches of the step;
-            "steps", of which there is one, for parts that add up to the step's value as they are.
+            "targets" are the tokens that a model is to predict, one a sample where it answers
+            the sample as a whole; "steps", of which there is one, for parts that add up to the
+            step's value as they are.
+        more: what is added to it after its own division.
     """
 
     sum: Tensor
     count_kind: CountKind
+    more: tuple[LossTerm, ...] = ()
+
+    def divided(self, counts: Mapping[CountKind, int]) -> Tensor:
+        """Divide by the counts of the whole step."""
+        own = self.sum / max(1, counts[self.count_kind])
+        for part in self.more:
+            own = own + part.divided(counts)
+        return own
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ def weighted_total(
     missing = sorted(set(terms) - set(weights))
     if missing:
         raise ValueError(f"loss terms without a weight: {', '.join(missing)}")
-    divided = {name: term.sum / max(1, counts[term.count_kind]) for name, term in terms.items()}
+    divided = {name: term.divided(counts) for name, term in terms.items()}
     parts = [weights[name] * value for name, value in divided.items() if weights[name] != 0.0]
     if not parts:
         # A schedule may switch everything off for a while; the graph must still exist.

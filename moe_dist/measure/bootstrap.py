@@ -245,7 +245,8 @@ def resample_differences(
 ) -> Resampled:
     """Draw bootstrap samples of the mean difference of two models that were trained with S seeds.
 
-    Each draws S seeds and N examples with replacement; both models answer the same ones. Which
+    Each draws S seeds and N examples with replacement (samples, documents, questions: whatever an
+    answer is given to); both models answer the same ones. Which
     seeds are drawn depends on S alone, so that tasks that one model learned together stay together
     in `mean_over_tasks`.
 
@@ -271,7 +272,7 @@ def resample_differences(
             f"{metric}: {len(predictions_a)} and {len(predictions_b)} seeds cannot be compared",
             remedy="give both models' predictions for each seed",
         )
-    score = METRICS[metric]
+    score = METRICS[metric].compute
     pairs = [
         tuple(check_answers(metric, said, labels, space)[1] for said in (first, second))
         for first, second in zip(predictions_a, predictions_b, strict=True)

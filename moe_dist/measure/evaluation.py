@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.distributed.position import advancing
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
-from moe_dist.training.step import expert_counts, model_inputs
+from moe_dist.training.step import expert_counts
 from moe_dist.training.transfer import ahead
 
 
@@ -21,11 +24,11 @@ class Predictions:
     """What a model says about a data set, equal on every rank.
 
     Args:
-        logits: (N, C) float32 in the data set's order, on the CPU.
+        answers: (N, C) float32 in the data set's order, on the CPU: `TaskKind.answer`.
         tokens_per_expert: (E,) counts of real tokens by layer.
     """
 
-    logits: Tensor
+    answers: Tensor
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -36,27 +39,30 @@ def predict(
     batch_size: int,
     pad_token_id: int,
     device: torch.device,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Predictions:
     """Run a model in fp32 over a data set, each rank its share; collective.
 
     `eval_batches` gives every rank equally many batches, since with experts on several ranks a
-    forward is a meeting of all; samples that it repeats for that are averaged. The model's mode is
-    restored.
+    forward is a meeting of all; what it repeats for that counts once. Of a kind of task that
+    writes, experts' tokens are those of the rows and not those that a search tried. The model's
+    mode is restored.
 
     Args:
-        model: a classifier or regressor, on the device.
+        model: for any kind of task, on the device.
         encoded: the tokenised data set.
         batch_size: samples for one forward on one rank.
         pad_token_id: fills up shorter samples.
         device: where the model is.
+        options: of the task.
 
     Returns:
         All predictions, on every rank.
     """
+    kind = answered_kind(model)
     was_training = model.training
     model.eval()
     sums_NC: Tensor | None = None
-    seen_N = torch.zeros(len(encoded), 1, device=device)
     loads: dict[str, Tensor] = {}
     batches = eval_batches(
         encoded,
@@ -69,19 +75,22 @@ def predict(
         with torch.no_grad():
             for batch in advancing(ahead(batches, device)):
                 with record_routing() as record:
-                    logits_BC = model(**model_inputs(batch)).logits.float()
+                    answers_BC = kind.answer(model, batch, options).float()
+                if kind.writes:
+                    with record_routing() as record:
+                        kind.run(model, batch)
                 if sums_NC is None:
-                    sums_NC = torch.zeros(len(encoded), logits_BC.shape[-1], device=device)
-                sums_NC.index_add_(0, batch["index"], logits_BC)
-                seen_N.index_add_(0, batch["index"], torch.ones_like(logits_BC[:, :1]))
+                    sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)
+                answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)
+                sums_NC.index_add_(0, batch["index"], answers_BC)
                 for name, count_E in expert_counts(record).items():
                     loads[name] = loads[name] + count_E if name in loads else count_E
     finally:
         model.train(was_training)
     assert sums_NC is not None, "every rank has at least one batch"
-    logits_NC = sum_over_ranks(sums_NC) / sum_over_ranks(seen_N)
+    answers_NC = sum_over_ranks(sums_NC)
     loads = {name: sum_over_ranks(count_E).cpu() for name, count_E in loads.items()}
-    return Predictions(logits_NC.cpu(), loads)
+    return Predictions(answers_NC.cpu(), loads)
 
 
 def expert_load(tokens_per_expert: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 TIME, OBJECTIVE = "ruled_rung", "objective"
-# Finite, since schedulers take quantiles and means of it.
-_WORST = 1e9
+# Finite, since schedulers take quantiles and means of it; and worse than any perplexity or cost.
+_WORST = 1e100
 """What a scheduler reads of a report."""
 
 
@@ -70,7 +70,7 @@ def ruled_value(metrics: Mapping[str, float], ruling: Ruling) -> float:
     """Give what trials are compared by; one whose measure is undefined is the worst, not spared."""
     value = metrics.get(ruling.metric, math.nan)
     if math.isfinite(value):
-        return value
+        return min(max(value, -_WORST), _WORST)
     return -_WORST if ruling.mode == "max" else _WORST
 
 

@@ -8,10 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_dist.config.search_section import MEASURES, MeasureMode
+from moe_dist.config.search_section import COSTS, MEASURES, MeasureMode
 from moe_dist.errors import ConfigError
 
-COSTS = tuple(name for name, mode in MEASURES.items() if mode == "min")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,

@@ -158,8 +158,10 @@ def describe_model(
     from mlflow.models import Model
 
     settings = {"max_length": entry["max_length"]}
-    if entry.get("task"):
-        settings["task"] = entry["task"]
+    for key in ("task", "options", "calibration"):
+        # What waits since an earlier version lacks some.
+        if entry.get(key) not in (None, "", {}):
+            settings[key] = entry[key]
     with warnings.catch_warnings():
         # It asks for an example input, with which it would load the model to try it.
         warnings.simplefilter("ignore")
@@ -176,19 +178,22 @@ def describe_model(
 
 def _signature(entry: Mapping[str, Any]) -> ModelSignature:
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, DataType, Map, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Map, Schema
 
     # Without names a plain list of texts is taken too, and any names of columns are.
-    columns = [ColSpec(DataType.string) for _ in range(entry["num_texts"])]
-    if entry["labels"]:
-        answers = [
-            ColSpec(DataType.string, "label"),
-            ColSpec(DataType.double, "score"),
-            ColSpec(Map(DataType.double), "scores"),
-        ]
-    else:
-        answers = [ColSpec(DataType.double, "value")]
-    return ModelSignature(inputs=Schema(columns), outputs=Schema(answers))
+    names = entry.get("inputs") or [None] * entry["num_texts"]
+    columns = [ColSpec(DataType.string, name) for name in names]
+    types = {
+        "text": DataType.string,
+        "number": DataType.double,
+        "numbers": Array(DataType.double),
+        "named numbers": Map(DataType.double),
+    }
+    # What waits since an earlier version says nothing of its answers.
+    labelled = {"label": "text", "score": "number", "scores": "named numbers"}
+    answers = entry.get("answers") or (labelled if entry["labels"] else {"value": "number"})
+    outputs = [ColSpec(types[content], name) for name, content in answers.items()]
+    return ModelSignature(inputs=Schema(columns), outputs=Schema(outputs))
 
 
 def _requirements() -> list[str]:

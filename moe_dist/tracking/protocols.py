@@ -42,6 +42,11 @@ class TrackedModel:
         register_as: name in the model registry; empty to leave it out of there.
         params: what people compare such models by.
         task: which of its tasks it answers; empty for a model of one task.
+        answers: by name the columns that it answers with: `text`, a `number`, `numbers` or `named
+            numbers`; those of a classifier or a regressor, by its labels, where there are none.
+        inputs: names of the columns that it reads; none where any names will do.
+        options: of the task, as the model is served with.
+        calibration: what its answers are read with; None without.
     """
 
     name: str
@@ -53,6 +58,10 @@ class TrackedModel:
     register_as: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
     task: str = ""
+    answers: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    calibration: float | None = None
 
 
 @dataclass(frozen=True)

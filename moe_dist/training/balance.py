@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.heads import answered_kind
 from moe_dist.losses.router import load_balancing_loss
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.collectives import sum_over_ranks
-from moe_dist.training.step import GateSum, expert_counts, model_inputs
+from moe_dist.training.step import GateSum, expert_counts
 
 Choices = dict[str, Tensor]
 
@@ -26,7 +27,7 @@ Choices = dict[str, Tensor]
 def count_choices(model: nn.Module, batch: Mapping[str, Tensor]) -> Choices:
     """Route a micro-batch in training mode (noise, dropout) and count: (E,) by layer."""
     with record_routing() as record:
-        model(**model_inputs(batch))
+        answered_kind(model).run(model, batch)
     return expert_counts(record)
 
 

@@ -332,6 +332,7 @@ def _take_step(
     counts: dict[CountKind, int] = {
         "samples": batch.num_samples,
         "tokens": batch.num_tokens,
+        "targets": batch.num_targets,
         "steps": 1,
     }
     sizes = [len(micro_batch["labels"]) for micro_batch in batch.micro_batches]
@@ -372,7 +373,7 @@ def _take_step(
         )
         losses.append(values)
         weighted = {name: coefficients[name] * values[name] for name in terms}
-        if batch.task_name:
+        if batch.task_name and "task" in values:
             values = values | {f"task/{batch.task_name}": values["task"]}
         window.add_micro_batch(
             values,

@@ -6,9 +6,10 @@ recipe's `distill` section; jobs, schedules and logs follow the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ class ModelOutputs:
     """What one forward pass shows.
 
     Args:
-        logits: (B, C) outputs.
+        predictions: what `TaskKind.predictions` took out of the output.
         stacks: hidden states of each stack; empty where no loss reads them.
         attention: queries and keys of each layer; empty where no loss reads them.
     """
 
-    logits: Tensor
+    predictions: Any
     stacks: Sequence[StackStates] = ()
     attention: Sequence[AttentionInputs] = ()
 
@@ -81,7 +82,7 @@ class PairedOutputs:
     Args:
         student: with its graph.
         teacher: without one.
-        mask_BS: True or 1 for real tokens; None if all are real.
+        batch: what both were given.
         kind: of the task.
         settings: what the losses share.
         companion: feature maps and discriminator.
@@ -89,7 +90,7 @@ class PairedOutputs:
 
     student: ModelOutputs
     teacher: ModelOutputs
-    mask_BS: Tensor | None
+    batch: Mapping[str, Tensor]
     kind: TaskKind
     settings: ObjectiveSettings
     companion: Companion
@@ -107,10 +108,20 @@ class PairedOutputs:
             )
         return tuple((index, index) for index in range(depths[0]))
 
-    def states(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Give the hidden states that meet: the student's, the teacher's, their mask."""
+    def states(self, *, written: bool | None = None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Give the hidden states that meet: the student's, the teacher's, their mask.
+
+        Only those of the tokens that are written, or of all others, if `written` says so.
+        """
         own, masks, other = self.student.hidden, self.student.masks, self.teacher.hidden
-        return [(own[index], other[match], masks[index]) for index, match in self.pairs]
+        num_read = len(own)
+        if self.kind.writes:
+            num_read -= len(self.student.stacks[-1].states)
+        return [
+            (own[index], other[match], masks[index])
+            for index, match in self.pairs
+            if written is None or written == (index >= num_read)
+        ]
 
     def sentences(self) -> tuple[Tensor, Tensor]:
         """Give both models' sentence vectors of the last layer, at the teacher's width."""
@@ -129,35 +140,38 @@ class Objective:
     Args:
         weight_key: its weight in the recipe's ``distill`` section.
         compute: the loss of a micro-batch, summed.
-        count_kind: what the sum is divided by.
+        count_kind: what the sum is divided by; None for what the kind of task says.
         reads: what it needs beside the predictions.
         is_named_by_kind: its name is the kind of task's own, `TaskKind.prediction_term`.
+        compute_written: of the tokens that a kind of task writes, the part of the loss that is
+            left out of `compute`, to be divided by their number.
         schedule: ``warmup`` rises with the others; ``delayed`` waits for the discriminator.
     """
 
     weight_key: str
     compute: Callable[[PairedOutputs], Tensor]
-    count_kind: CountKind
+    count_kind: CountKind | None
     reads: frozenset[str] = frozenset()
     is_named_by_kind: bool = False
+    compute_written: Callable[[PairedOutputs], Tensor] | None = None
     schedule: Literal["warmup", "delayed"] = "warmup"
 
 
 def _prediction_kl(paired: PairedOutputs) -> Tensor:
-    outputs = paired.student.logits, paired.teacher.logits
-    return paired.kind.prediction_loss(*outputs, paired.settings.temperature)
+    outputs = paired.student.predictions, paired.teacher.predictions
+    return paired.kind.prediction_loss(*outputs, paired.batch, paired.settings.temperature)
 
 
 def _soft_targets(paired: PairedOutputs) -> Tensor:
-    outputs = paired.student.logits, paired.teacher.logits
-    return paired.kind.soft_target_loss(*outputs, paired.settings.temperature)
+    outputs = paired.student.predictions, paired.teacher.predictions
+    return paired.kind.soft_target_loss(*outputs, paired.batch, paired.settings.temperature)
 
 
-def _hidden_mse(paired: PairedOutputs) -> Tensor:
+def _hidden_mse(paired: PairedOutputs, *, written: bool = False) -> Tensor:
     maps = paired.companion.maps
     parts = [
         hidden_mse([maps.map_hidden(own, mask_BS)], [other], mask_BS)
-        for own, other, mask_BS in paired.states()
+        for own, other, mask_BS in paired.states(written=written)
     ]
     return torch.stack(parts).sum()
 
@@ -169,7 +183,7 @@ def _attention_mse(paired: PairedOutputs) -> Tensor:
     return attention_mse(
         [_scores(student[own]) for own, _ in pairs],
         [_scores(teacher[other]) for _, other in pairs],
-        paired.mask_BS,
+        paired.batch.get("attention_mask"),
     )
 
 
@@ -196,17 +210,29 @@ def _adversarial(paired: PairedOutputs) -> Tensor:
     assert adversary is not None, "the job builds a discriminator where its weight is above 0"
     own, other = paired.sentences()
     student, teacher = (
-        discriminator_features(paired.kind.bounded(outputs.logits), vectors)
+        discriminator_features(_bounded(paired.kind, outputs.predictions), vectors)
         for outputs, vectors in ((paired.student, own), (paired.teacher, other))
     )
     return adversary.student_loss(student, teacher)
 
 
+def _bounded(kind: TaskKind, predictions: Any) -> Tensor:
+    bounded = kind.bounded(predictions)
+    assert bounded is not None, "refused when the recipe is read"
+    return bounded
+
+
 _HIDDEN = frozenset({"hidden"})
 OBJECTIVES: dict[str, Objective] = {
-    "prediction_kl": Objective("kl_weight", _prediction_kl, "samples", is_named_by_kind=True),
-    "soft_targets": Objective("soft_weight", _soft_targets, "samples"),
-    "hidden_mse": Objective("hidden_weight", _hidden_mse, "tokens", _HIDDEN),
+    "prediction_kl": Objective("kl_weight", _prediction_kl, None, is_named_by_kind=True),
+    "soft_targets": Objective("soft_weight", _soft_targets, None),
+    "hidden_mse": Objective(
+        "hidden_weight",
+        _hidden_mse,
+        "tokens",
+        _HIDDEN,
+        compute_written=partial(_hidden_mse, written=True),
+    ),
     "attention_mse": Objective(
         "attention_weight", _attention_mse, "samples", reads=_HIDDEN | {"attention"}
     ),
@@ -240,7 +266,7 @@ def _names(objective: str) -> tuple[str, ...]:
     """What an objective's term is called, whatever the kind of task."""
     if not OBJECTIVES[objective].is_named_by_kind:
         return (objective,)
-    return tuple(kind.prediction_term for kind in TASK_KINDS.values())
+    return tuple(dict.fromkeys(kind.prediction_term for kind in TASK_KINDS.values()))
 
 
 def reads(names: Collection[str], what: str) -> bool:
@@ -254,7 +280,11 @@ def objective_terms(names: Collection[str], paired: PairedOutputs) -> dict[str, 
     for name in names:
         row = OBJECTIVES[name]
         shown = paired.kind.prediction_term if row.is_named_by_kind else name
-        terms[shown] = LossTerm(row.compute(paired), row.count_kind)
+        more: tuple[LossTerm, ...] = ()
+        if row.compute_written is not None and paired.kind.writes:
+            more = (LossTerm(row.compute_written(paired), "targets"),)
+        count_kind = row.count_kind or paired.kind.count_kind
+        terms[shown] = LossTerm(row.compute(paired), count_kind, more)
     return terms
 
 

@@ -16,6 +16,7 @@ from moe_dist.conversion.hidden_states import hidden_stacks
 from moe_dist.losses.router import router_entropy, router_z_loss, token_entropy
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
+from moe_dist.tasks import TaskKind
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import FeatureMaps
 from moe_dist.training.objectives import (
@@ -25,9 +26,6 @@ from moe_dist.training.objectives import (
     objective_terms,
     reads,
 )
-
-# Columns of a batch that tell about samples and are no argument of a model.
-NOT_INPUTS = frozenset({"labels", "index"})
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ class StepTerms:
     gate_sums: dict[str, GateSum] = field(default_factory=dict)
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the columns that models do not take."""
-    return {name: column for name, column in batch.items() if name not in NOT_INPUTS}
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give what a model takes of a batch."""
+    return answered_kind(model).inputs(model, batch)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -74,9 +72,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
     """Compute the loss term ``task`` of a micro-batch; labels are float for regression."""
+    kind = answered_kind(model)
     with record_routing() as record:
-        output = model(**model_inputs(batch))
-    terms = {"task": _task_term(model, output.logits, batch["labels"])}
+        output = kind.run(model, batch)
+    terms = {"task": _task_term(kind, kind.predictions(model, output, batch), batch)}
     return StepTerms(terms, expert_counts(record), routing_sums(record))
 
 
@@ -91,6 +90,7 @@ def distill_terms(
     load_balancing: bool = False,
     z_loss: bool = False,
     entropy: bool = False,
+    with_task: bool = True,
 ) -> StepTerms:
     """Compute the task loss and what pulls the student to the teacher.
 
@@ -108,28 +108,29 @@ def distill_terms(
         load_balancing: keep what the load-balancing loss needs.
         z_loss: add the router z-loss.
         entropy: add the router's entropy.
+        with_task: compute the task's loss; without it no labels are read.
 
     Returns:
-        Term ``task``, one for each objective (``prediction_mse`` for ``prediction_kl`` in
-        regression), and where asked for ``z_loss`` and ``router_entropy``.
+        Term ``task`` where it is asked for, one for each objective (``prediction_mse`` for
+        ``prediction_kl`` in regression), and where asked for ``z_loss`` and ``router_entropy``.
     """
-    inputs = model_inputs(batch)
+    kind = answered_kind(student)
     with record_routing() as record:
-        own = _outputs(student, inputs, objectives)
-    terms = {"task": _task_term(student, own.logits, batch["labels"])}
+        own = _outputs(student, kind, batch, objectives)
+    terms = {"task": _task_term(kind, own.predictions, batch)} if with_task else {}
     if objectives:
         with torch.no_grad():
-            target = _outputs(teacher, inputs, objectives)
+            target = _outputs(teacher, kind, batch, objectives)
         paired = PairedOutputs(
             own,
             target,
-            mask_BS=batch.get("attention_mask"),
-            kind=answered_kind(student),
+            batch=batch,
+            kind=kind,
             settings=settings or ObjectiveSettings(),
             companion=companion or Companion(FeatureMaps(1, 1)),
         )
         terms |= objective_terms(objectives, paired)
-    terms |= _router_terms(record, batch, z_loss=z_loss, entropy=entropy)
+    terms |= _router_terms(record, kind, batch, z_loss=z_loss, entropy=entropy)
     gates = gate_sums(record) if load_balancing else {}
     return StepTerms(terms, expert_counts(record), routing_sums(record), gates)
 
@@ -197,22 +198,28 @@ def _layer_name(entry: LayerRouting, position: int) -> str:
 
 
 def _outputs(
-    model: nn.Module, inputs: Mapping[str, Tensor], objectives: Collection[str]
+    model: nn.Module, kind: TaskKind, batch: Mapping[str, Tensor], objectives: Collection[str]
 ) -> ModelOutputs:
     """Run a model and keep what the objectives read."""
+    inputs = kind.inputs(model, batch)
     hidden = reads(objectives, "hidden")
     attends = reads(objectives, "attention")
     with record_attention(model) if attends else nullcontext(()) as attention:
-        output = model(**inputs, output_hidden_states=hidden)
-    return ModelOutputs(output.logits, hidden_stacks(output, inputs) if hidden else (), attention)
+        output = kind.run(model, batch, output_hidden_states=hidden)
+    return ModelOutputs(
+        kind.predictions(model, output, batch),
+        hidden_stacks(output, inputs) if hidden else (),
+        attention,
+    )
 
 
-def _task_term(model: nn.Module, logits: Tensor, labels: Tensor) -> LossTerm:
-    return LossTerm(answered_kind(model).losses(logits, labels).sum(), "samples")
+def _task_term(kind: TaskKind, predictions: Any, batch: Mapping[str, Tensor]) -> LossTerm:
+    return LossTerm(kind.losses(predictions, batch).sum(), kind.count_kind)
 
 
 def _router_terms(
     record: RoutingRecord,
+    kind: TaskKind,
     batch: Mapping[str, Any],
     *,
     z_loss: bool,
@@ -227,12 +234,20 @@ def _router_terms(
     learned = [entry for entry in record.entries if entry.routing.logits is not None]
     if not learned or not wanted:
         return {}
-    num_tokens = batch["attention_mask"].sum()
     real = [_real_tokens(entry)[0] for entry in learned]
+    # A decoder that writes has tokens of its own; they are what its layers' means are over.
+    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry in learned]
     terms = {}
     for name, loss in wanted.items():
-        losses = [loss(logits_TE) for logits_TE in real]
-        terms[name] = LossTerm(torch.stack(losses).mean() * num_tokens, "tokens")
+        means_L = torch.stack([loss(logits_TE) for logits_TE in real]) / len(learned)
+        read, written = (
+            means_L[[index for index, own in enumerate(is_written) if own == which]].sum()
+            for which in (False, True)
+        )
+        more = (
+            (LossTerm(written * batch["num_targets"].sum(), "targets"),) if any(is_written) else ()
+        )
+        terms[name] = LossTerm(read * batch["attention_mask"].sum(), "tokens", more)
     return terms
 
 

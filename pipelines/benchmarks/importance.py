@@ -300,7 +300,7 @@ def draw_sentences(model: Any, settings: ImportanceBenchmark) -> Encoded:
         input_ids=rng.integers(1, model.config.vocab_size, lengths.sum(), dtype=np.int32),
         token_type_ids=None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        labels=labels if model_kind(model.config).has_classes else labels.astype(np.float32),
+        labels=labels if model_kind(model).has_classes else labels.astype(np.float32),
         sample_ids=np.arange(count),
     )
 

@@ -110,16 +110,21 @@ class SearchFigures:
         asha: the one that ended bad ones; None where it was not asked for.
         difference: ASHA's best minus the other's best on the dev rows, with its interval; None
             where both found the same trial or there is one sweep only.
+        higher_is_better: which way the metric of the difference is better.
     """
 
     whole: SweepFigures
     asha: SweepFigures | None = None
     difference: Any = None
+    higher_is_better: bool = True
 
     @property
     def is_as_good(self) -> bool:
         """Whether ASHA's best cannot be told from the best of all."""
-        return self.difference is None or self.difference.high >= 0
+        if self.difference is None:
+            return True
+        found = self.difference
+        return bool(found.high >= 0 if self.higher_is_better else found.low <= 0)
 
 
 def run(settings: SearchBenchmark | None = None) -> SearchFigures:
@@ -132,7 +137,12 @@ def run(settings: SearchBenchmark | None = None) -> SearchFigures:
         if not settings.with_asha:
             return SearchFigures(whole)
         asha = _sweep(config, "asha")
-        return SearchFigures(whole, asha, _difference(whole.result, asha.result))
+        return SearchFigures(
+            whole,
+            asha,
+            _difference(whole.result, asha.result),
+            whole.result.task.higher_is_better,
+        )
 
 
 def to_table(figures: SearchFigures) -> Table:

@@ -74,6 +74,8 @@ def log_models(
     tracking = config.tracking
     if not (tracking.enabled and tracking.log_models):
         return
+    measured = results.get(evaluate.NAME)
+    entries = measured.details["models"] if measured is not None else {}
     owners = {evaluate.TEACHER: finetune_teacher.NAME, evaluate.STUDENT: distill.NAME}
     owners |= {label: stage_key(distill.NAME, label) for label in config.compare}
     for name, key in owners.items():
@@ -82,17 +84,22 @@ def log_models(
         result = results[key]
         register_as = tracking.register_model if name == evaluate.STUDENT else ""
         for task, splits in workspace.rows.parts.items():
+            kind = splits.task.task_kind
             chain.log_model(
                 TrackedModel(
                     name=f"{name}-{task}" if task else name,
                     directory=workspace.files.fetch(result.outputs[MODEL_OUTPUT]),
                     digest=result.digests[MODEL_OUTPUT],
-                    num_texts=len(splits.task.text_columns),
+                    num_texts=len(splits.task.text_columns) if kind.reads_pairs else 1,
                     labels=tuple(splits.task.label_names or ()),
                     max_length=config.model.max_length,
                     register_as=f"{register_as}-{task}" if register_as and task else register_as,
                     params=_model_params(config, name) | ({"task": task} if task else {}),
                     task=task,
+                    answers=dict(kind.served_columns),
+                    inputs=kind.text_columns,
+                    options=splits.task.options,
+                    calibration=entries.get(name, {}).get("calibrations", {}).get(task),
                 )
             )
 

@@ -77,18 +77,37 @@ class Workspace:
     def summaries(self) -> dict[str, DataSummary]:
         """What each task's data hold, with what cutting takes from them; "" where there is one."""
         from moe_dist.data.dev_copies import num_near_copies
-        from moe_dist.data.summary import measure_cut
+        from moe_dist.data.summary import (
+            measure_cut,
+            measure_pieces,
+            measure_target_cut,
+            measure_windows,
+        )
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
         max_length = self.config.model.max_length
         train, dev = (self.encoded_tasks(part, tokenizer) for part in ("train", "dev"))
-        return {
-            name: splits.summary.with_cuts(
-                measure_cut(train[name], max_length), measure_cut(dev[name], max_length)
-            ).with_near_copies(num_near_copies(splits))
-            for name, splits in self.rows.parts.items()
-        }
+        found = {}
+        for name, splits in self.rows.parts.items():
+            both = (train[name], dev[name])
+            summary = splits.summary.with_cuts(*(measure_cut(part, max_length) for part in both))
+            if splits.task.task_kind.needs_all_rows:
+                summary = summary.with_pieces(*(measure_pieces(part, max_length) for part in both))
+            else:
+                summary = summary.with_windows(*map(measure_windows, both))
+            limit = splits.task.task_kind.target_limit(splits.task.options)
+            if limit is not None:
+                summary = summary.with_target_cuts(
+                    *(measure_target_cut(part, limit) for part in both)
+                )
+            if splits.unlabelled is not None:
+                joined = self._encode(splits, "distilled", tokenizer)
+                cuts = [measure_cut(part, max_length) for part in (joined, train[name])]
+                num_cut, num_before = (0 if cut is None else cut.num_cut for cut in cuts)
+                summary = summary.with_unlabelled_cut(num_cut - num_before)
+            found[name] = summary.with_near_copies(num_near_copies(splits))
+        return found
 
     def encoded(self, part: Split, tokenizer: Any) -> Encoded:
         """Tokenise a split of a run of one task; see `encoded_tasks`."""
@@ -112,6 +131,9 @@ class Workspace:
             rows,
             tokenizer,
             max_length=self.config.model.max_length,
+            kind=splits.task.task_kind,
+            options=splits.task.options,
+            is_training=part in ("train", "distilled"),
             cache_dir=None,
             digest=f"{splits.digest}-{part}",
         )
@@ -132,6 +154,8 @@ class Workspace:
             data = (self.config.data.tasks or {}).get(task, self.config.data)
             name = f"{task}: {_name_of(data)}" if task else _name_of(data)
             parts = [("train", "training", splits.train), ("dev", "evaluation", splits.dev)]
+            if splits.unlabelled is not None:
+                parts.append(("unlabelled", "training", splits.unlabelled))
             if splits.holdout is not None:
                 parts.append(("holdout", "selection", splits.holdout))
             found += [
@@ -150,8 +174,12 @@ class Workspace:
     def start_model(self) -> str:
         """The pre-trained model that the teacher starts from: a directory or a hub name."""
         from moe_dist.data.sources import resolve_model
+        from moe_dist.inference.scratch import SCRATCH_PREFIX, scratch_model
 
         model = self.config.model
+        if model.teacher.startswith(SCRATCH_PREFIX):
+            name = model.teacher.removeprefix(SCRATCH_PREFIX)
+            return str(scratch_model(name, self.rows, seed=self.config.seed))
         return resolve_model(model.teacher, revision=model.revision)
 
     @property
@@ -168,14 +196,23 @@ class Workspace:
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
-    def num_steps(self, train: TrainConfig) -> int:
+    def num_steps(self, train: TrainConfig, split: Split = "train") -> int:
         """Return the optimizer steps of a training stage over all epochs, within `max_steps`."""
         from moe_dist.data.mixture import mixture_steps
 
         # As `TrainBatches` cuts an epoch too.
-        num_rows = [len(splits.train) for splits in self.rows.parts.values()]
-        steps = mixture_steps(num_rows, train.batch_size) * train.num_epochs
+        steps = mixture_steps(self._num_samples(split), train.batch_size) * train.num_epochs
         return min(steps, train.max_steps or steps)
+
+    def _num_samples(self, split: Split) -> list[int]:
+        """Count each task's samples to train on."""
+        from moe_dist.inference.start_tokenizer import read_tokenizer
+
+        parts = self.rows.parts.values()
+        if all(splits.task.task_kind.is_one_a_row for splits in parts):
+            return [len(getattr(splits, split)) for splits in parts]
+        tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
+        return [len(encoded) for encoded in self.encoded_tasks(split, tokenizer).values()]
 
 
 def _name_of(data: TaskDataConfig) -> str:

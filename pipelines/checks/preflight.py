@@ -79,7 +79,7 @@ def check_before_submit(config: RunConfig, workspace: Workspace) -> None:
     """
     _check_labels(config)
     teacher = config.model.teacher
-    travels = teacher.startswith("package:") or Path(teacher).is_dir()
+    travels = teacher.startswith(("package:", "scratch:")) or Path(teacher).is_dir()
     if any(data.source == "hub" for data in data_sections(config).values()) or not travels:
         workspace.console.note("data or model come from the hub: the job checks them")
         return
@@ -139,7 +139,12 @@ def say_metrics(workspace: Workspace) -> None:
 
 def metric_faults(name: str, splits: Splits) -> list[str]:
     """Say what metrics cannot tell on rows such as these, whatever a model predicts."""
-    from moe_dist.data.metrics import metric_title, missing_classes, undefined_by_labels
+    from moe_dist.data.metrics import (
+        METRICS,
+        metric_title,
+        missing_classes,
+        undefined_by_labels,
+    )
 
     task, of_task = splits.task, f" of {name}" if name else ""
     space, lines = task.label_space, []
@@ -148,8 +153,9 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
             continue
         for metric in task.metrics:
             title = metric_title(metric, space)
-            why = undefined_by_labels(metric, rows["label"], space)
-            absent = missing_classes(metric, rows["label"], space)
+            labels = rows["label"] if METRICS[metric].reads_labels else ()
+            why = undefined_by_labels(metric, labels, space)
+            absent = missing_classes(metric, labels, space)
             if why is not None:
                 lines.append(f"{title} is undefined on the {place} rows{of_task}: {why}")
             if absent:
@@ -163,15 +169,27 @@ def metric_faults(name: str, splits: Splits) -> list[str]:
 def check_start_model(workspace: Workspace, rows: Rows) -> None:
     """See that weights and tokenizer fit, or raise ConversionError; say what is new or guessed."""
     from moe_dist.inference.pretrained import check_pretrained
+    from moe_dist.inference.scratch import scratch_line
     from moe_dist.inference.start_tokenizer import MAX_UNKNOWN, check_end, unknown_share
-    from moe_dist.jobs.job_data import label_names
+    from moe_dist.jobs.job_data import label_names, shared_kind, shared_options
 
     start = check_pretrained(
-        workspace.start_model, num_labels=rows.num_labels, label_names=label_names(rows)
+        workspace.start_model,
+        num_labels=rows.num_labels,
+        label_names=label_names(rows),
+        kind=shared_kind(rows),
+        options=shared_options(rows),
     )
     if any(splits.train[0]["text_b"] is not None for splits in rows.parts.values()):
         check_end(start.tokenizer, start.model, "a", "b")
-    for line in start.notes:
+    if workspace.config.teacher_train.num_epochs == 0 and not start.is_whole:
+        raise ConversionError(
+            f"model.teacher: {workspace.config.model.teacher!r} has no trained head for this task "
+            f"({'; '.join(start.notes)}), and finetune.num_epochs=0 trains none",
+            remedy="set finetune.num_epochs to 1 or more, or give a model that was trained for it",
+        )
+    from_nothing = scratch_line(workspace.config.model.teacher)
+    for line in (*((from_nothing,) if from_nothing else ()), *start.notes):
         workspace.console.note(f"start model: {line}")
     for line in start.warnings:
         workspace.console.warn(f"start model: {line}")

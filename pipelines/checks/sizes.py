@@ -23,6 +23,7 @@ from .topology_facts import topology_facts
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TaskDataConfig
     from moe_dist.data.summary import DataSummary
+    from moe_dist.tasks import TaskKind
 
     from ..console import Console
 
@@ -121,7 +122,28 @@ def start_skeleton(workspace: Workspace, num_labels: int) -> Any:
     from moe_dist.inference.skeleton import build_skeleton
 
     revision = workspace.config.model.revision
-    return build_skeleton(workspace.start_model, num_labels=num_labels, revision=revision)
+    return build_skeleton(
+        workspace.start_model,
+        kind=recipe_kind(workspace.config),
+        num_labels=num_labels,
+        revision=revision,
+    )
+
+
+def recipe_kind(config: RunConfig) -> TaskKind:
+    """Say what kind of model a recipe asks for: for several tasks a classifier."""
+    from moe_dist.data.tasks import kind_for
+
+    data = config.data
+    return kind_for(None if data.tasks else data.kind, data.name, data.subset)
+
+
+def recipe_options(config: RunConfig) -> dict[str, Any]:
+    """Give what a recipe's one kind of task reads beside; several tasks have none."""
+    if config.data.tasks:
+        return {}
+    values = config.data.model_dump(mode="json", include=set(recipe_kind(config).option_names))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def length_faults(model: Any, config: RunConfig) -> list[str]:
@@ -242,7 +264,16 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         check_start_model(workspace, workspace.rows)
     elif sizes.models:
         # The rows need not be at hand, and a head of any size may be replaced.
-        check_pretrained(workspace.start_model, num_labels=2, label_names=("0", "1"))
+        kind = recipe_kind(config)
+        names = ("0", "1") if kind.has_classes else None
+        num_labels = kind.num_outputs(names)
+        check_pretrained(
+            workspace.start_model,
+            num_labels=num_labels,
+            label_names=names,
+            kind=kind,
+            options=recipe_options(config),
+        )
     say_summaries(sizes.data, workspace.console)
     return sizes
 
@@ -261,11 +292,11 @@ def _show(config: RunConfig, sizes: Sizes, console: Console) -> None:
 def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     """Note what the data say; a hub data set is not downloaded only to be counted."""
     from moe_dist.data.mixture import Mixture
-    from moe_dist.tasks import TASK_KINDS
+    from moe_dist.data.tasks import kind_for
 
     data_sets = data_sections(config)
     num_labels = sum(
-        TASK_KINDS[data.kind or "classification"].num_outputs(data.label_names or ("0", "1"))
+        kind_for(data.kind, data.name, data.subset).num_outputs(data.label_names or ("0", "1"))
         for data in data_sets.values()
     )
     if config.data.tasks:
@@ -286,25 +317,31 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
     shares = rows.shares if isinstance(rows, Mixture) else (1.0,)
     for (name, splits), share in zip(rows.parts.items(), shares, strict=True):
         counts = f"{len(splits.train)} to train, {len(splits.dev)} for dev"
+        if splits.unlabelled is not None:
+            counts += f", {len(splits.unlabelled)} without labels to distil on"
         if splits.holdout is not None:
             counts += f", {len(splits.holdout)} to choose recipes on"
         if name:
             counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
         sizes.facts.append((f"samples, {name}" if name else "samples", counts))
-    for name, train in (("teacher", config.teacher_train), ("student", config.train)):
-        steps = workspace.num_steps(train)
-        sizes.facts.append((f"steps, {name}", str(steps)))
+    steps = workspace.num_steps(config.teacher_train)
+    sizes.facts.append(("steps, teacher", str(steps)))
+    steps = workspace.num_steps(config.train, "distilled")
+    sizes.facts.append(("steps, student", str(steps)))
     return rows.num_labels
 
 
 def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:
     """Name the rows that a dry run does not read, and why."""
-    from moe_dist.data.sources import missing_files
+    from moe_dist.data.sources import missing_files, missing_unlabelled
 
     for path, data in data_sets.items():
         if data.source == "hub":
             yield f"{data.name!r}, which is not downloaded for a dry run"
         missing = missing_files(data.train, data.dev, path) if data.source == "files" else []
+        further = missing_unlabelled(data.unlabelled, path)
+        if further and not missing:
+            yield f"{' and '.join(further)}, which is not there"
         if missing:
             # A recipe can be checked before its data are at hand; to run it without is an error.
             yield (

@@ -50,6 +50,8 @@ def clean_report(content: Mapping[str, Any]) -> dict[str, Any]:
     clean = {label: _entry(content[label]) for label in labels}
     return clean | {
         "main_metric": main_metric,
+        # A report of an earlier version has no metric that is better the lower.
+        "higher_is_better": content.get("higher_is_better") is not False,
         "metric_titles": {
             str(name): str(title)
             for name, title in (titles.items() if isinstance(titles, Mapping) else ())

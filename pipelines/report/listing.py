@@ -199,6 +199,7 @@ def comparison_json(views: Sequence[RunView]) -> dict[str, Any]:
                 "status": view.status,
                 "params": {key: view.params.get(key) for key in differing},
                 "main_metric": view.main_metric,
+                "higher_is_better": view.higher_is_better,
                 "teacher": dict(view.teacher),
                 "models": [_plain_model(model.label, model) for model in view.models],
             }

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_dist.errors import CheckpointError
 from moe_dist.whole_files import whole_file
 
+from ..console import signed
+
 if TYPE_CHECKING:
+    from moe_dist.data.loaders import Encoded
     from moe_dist.jobs.job_data import AnyJobData
     from moe_dist.measure.bootstrap import Interval
 
@@ -65,7 +69,6 @@ class Imitation:
 def measure_imitation(
     loaded: Mapping[str, Any],
     data: AnyJobData,
-    logits: Mapping[str, Mapping[str, Any]],
     *,
     teacher: str,
     batch_size: int,
@@ -76,7 +79,6 @@ def measure_imitation(
     Args:
         loaded: model by name, the teacher among them.
         data: holds the dev rows.
-        logits: (N, C) of all dev rows by task and model.
         teacher: its name.
         batch_size: samples for one forward.
         advance: called after each batch.
@@ -84,18 +86,15 @@ def measure_imitation(
     Returns:
         The errors.
     """
-    import torch
-
-    from moe_dist.measure.nearness import measure_hidden_errors
+    from moe_dist.measure.nearness import measure_errors
     from moe_dist.moe.routing import use_task
-    from moe_dist.tasks import TASK_KINDS
 
     students = {name: model for name, model in loaded.items() if name != teacher}
     tasks: dict[str, Errors] = {}
     for number, (task, part) in enumerate(data.parts.items()):
         encoded = part.dev.subset(range(min(len(part.dev), MAX_SAMPLES)))
         with use_task(number if task else None):
-            hidden = measure_hidden_errors(
+            hidden, predicted = measure_errors(
                 loaded[teacher],
                 students,
                 encoded,
@@ -103,16 +102,25 @@ def measure_imitation(
                 pad_token_id=part.pad_token_id,
                 advance=advance,
             )
-        said = {
-            name: torch.as_tensor(values[: len(encoded)]) for name, values in logits[task].items()
-        }
-        kind = TASK_KINDS[part.splits.task.kind]
-        predicted = {name: kind.prediction_errors(said[name], said[teacher]) for name in students}
         tasks[task] = {
-            HIDDEN: {name: found.numpy() for name, found in hidden.items()},
-            PREDICTION: {name: found.numpy() for name, found in predicted.items()},
+            measure: {name: _by_row(found.numpy(), encoded) for name, found in errors.items()}
+            for measure, errors in ((HIDDEN, hidden), (PREDICTION, predicted))
         }
     return Imitation(tasks)
+
+
+def _by_row(errors_N: NDArray[Any], encoded: Encoded) -> NDArray[Any]:
+    """Average the errors of samples that were made of one row, as an interval is to resample rows.
+
+    They count by what their losses are sums over. Rows are in the order of their first samples.
+    """
+    _, first, row_N = np.unique(encoded.sample_ids, return_index=True, return_inverse=True)
+    if len(first) == len(errors_N):
+        return errors_N
+    weights_N = encoded.num_targets
+    weights_N = np.ones(len(errors_N)) if weights_N is None else weights_N.astype(np.float64)
+    means = np.bincount(row_N, errors_N * weights_N) / np.bincount(row_N, weights_N).clip(min=1)
+    return means[np.argsort(first)].astype(errors_N.dtype)
 
 
 def count_batches(data: AnyJobData, batch_size: int) -> int:
@@ -225,7 +233,5 @@ def drift_lines(entries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 
 def _told(measure: str, entry: Mapping[str, float], of_what: str = "") -> str:
-    return (
-        f"{measure.replace('_', ' ')}{of_what} {entry['difference']:+.4f}, 95 % interval "
-        f"{entry['low']:+.4f} to {entry['high']:+.4f}"
-    )
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
+    return f"{measure.replace('_', ' ')}{of_what} {difference}, 95 % interval {low} to {high}"

@@ -144,7 +144,11 @@ def result_rows(
     sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     metrics = {view.metric_title for view in views if view.metric_title}
     name = metrics.pop() if len(metrics) == 1 else ""
-    columns = ["state", name or "quality", "teacher", "retention", "interval", "worst imbalance"]
+    if name and not all(view.higher_is_better for view in views if view.metric_title):
+        heading = f"{name} (lower is better)"
+    else:
+        heading = name or "quality"
+    columns = ["state", heading, "teacher", "retention", "interval", "worst imbalance"]
     columns += ["active", "FLOPs/token", *(f"ms, batch {size}" for size in sizes), "time"]
     rows = []
     for view in views:
@@ -170,7 +174,10 @@ def result_rows(
 
 
 def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[Figure]:
-    """Draw quality against FLOPs and the latency at each batch size, with the Pareto front."""
+    """Draw quality against FLOPs and the latency at each batch size, with the Pareto front.
+
+    Runs whose metrics are better in opposite directions have charts of their own.
+    """
     sizes = list(dict.fromkeys(size for view in views for size in _sizes(view)))
     costs: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "FLOPs per token": lambda entry: entry.get("flops_per_token")
@@ -178,14 +185,19 @@ def cost_figures(views: Sequence[RunView], colours: Mapping[str, str]) -> list[F
     for size in sizes:
         costs[f"ms for a batch of {size}"] = partial(_latency, size=size)
     figures = []
+    measured = [view for view in views if view.main_metric]
+    directions = sorted({view.higher_is_better for view in measured}, reverse=True)
     for label, cost in costs.items():
-        dots = []
-        for view in views:
-            for name, entry, colour in _priced(view, colours):
-                value, x = quality(entry, view.main_metric), cost(entry)
-                if value is not None and x is not None:
-                    dots.append(Dot(name, float(x), value, colour))
-        figures.append(Figure(label, scatter(dots, x_label=label)))
+        for higher in directions:
+            dots = []
+            for view in (one for one in measured if one.higher_is_better == higher):
+                for name, entry, colour in _priced(view, colours):
+                    value, x = quality(entry, view.main_metric), cost(entry)
+                    if value is not None and x is not None:
+                        dots.append(Dot(name, float(x), value, colour))
+            title = label if higher else f"{label} (lower is better)"
+            drawing = scatter(dots, x_label=label, higher_is_better=higher)
+            figures.append(Figure(title, drawing))
     return [figure for figure in figures if figure.drawing]
 
 
@@ -251,26 +263,37 @@ def _verdict(views: Sequence[RunView]) -> str:
         return "The runs are measured by different metrics; compare their retentions."
     best = min(measured, key=_rank)
     model = best.models[0]
-    text = f"{best.name} has the highest {best.metric_title}: {best.quality:.4f}"
-    if model.retention is not None:
+    extreme = "highest" if best.higher_is_better else "lowest"
+    text = f"{best.name} has the {extreme} {best.metric_title}: {best.quality:.4f}"
+    if model.retention is not None and best.higher_is_better:
         text += f", {100 * model.retention:.1f} % of its teacher's"
+    elif model.retention is not None:
+        text += f", retention {model.retention:.3f}"
     base = quality(best.teacher, best.main_metric)
     if model.interval is None or base is None or len(measured) == 1:
         return f"{text}."
-    low = model.interval[0] * base
+    low = model.interval[0]
+    end = low * base if best.higher_is_better else base / low
+    word = "begins" if best.higher_is_better else "ends"
     rivals = [
         view
         for view in measured
-        if view is not best and (view.quality is not None and view.quality >= low)
+        if view is not best and view.quality is not None and _reaches(view, view.quality, end)
     ]
     if not rivals:
-        return f"{text}; no other run reaches its interval, which begins at {low:.4f}."
+        return f"{text}; no other run reaches its interval, which {word} at {end:.4f}."
     others = "another run reaches" if len(rivals) == 1 else f"{len(rivals)} other runs reach"
-    return f"{text}. But {others} its interval, which begins at {low:.4f}: no clear winner."
+    return f"{text}. But {others} its interval, which {word} at {end:.4f}: no clear winner."
+
+
+def _reaches(view: RunView, value: float, end: float) -> bool:
+    return value >= end if view.higher_is_better else value <= end
 
 
 def _rank(view: RunView) -> tuple[float, str]:
-    return (math.inf if view.quality is None else -view.quality, view.name)
+    if view.quality is None:
+        return math.inf, view.name
+    return -view.quality if view.higher_is_better else view.quality, view.name
 
 
 def _worst_imbalance(view: RunView, label: str) -> float | None:

@@ -258,6 +258,10 @@ def _draw_metrics(axes: Axes, records: list[MetricRecord], names: Sequence[str])
         label = name.removeprefix(DEV_PREFIX)
         axes.plot(steps, values, color=colour, lw=1.6, marker="o", ms=4, label=label)
     axes.set_ylabel("dev set")
+    points = [y for name in names for y in series(records, name)[1] if math.isfinite(y)]
+    # Perplexities fall by factors, and stand beside bits per byte.
+    if points and min(points) > 0 and max(points) > max(1.0, 20 * min(points)):
+        axes.set_yscale("log")
     axes.margins(y=0.2)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from moe_dist.data.metrics import ratio, why_no_ratio
+from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage import StageResult
-from ..console import UNDEFINED, duration
+from ..console import UNDEFINED, duration, signed
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
@@ -34,7 +34,11 @@ RESERVED_LABELS = frozenset(
         "created_at",
         "main_metric",
         "metric_titles",
+        "higher_is_better",
         "classes",
+        "columns",
+        "unit",
+        "distances",
         "data",
         "retention",
         "seconds",
@@ -65,22 +69,26 @@ def build_report(
     measured = results[evaluate.NAME].details
     models = {name: dict(entry) for name, entry in measured["models"].items()}
     metric = measured["main_metric"]
+    higher_is_better = _higher_is_better(measured)
     teacher = models[evaluate.TEACHER]
     tasks = measured.get("tasks", {})
     titles = measured.get("metric_titles", {})
     for name, entry in models.items():
         if name != evaluate.TEACHER:
-            _add_retention(entry, teacher["metrics"], metric, tasks, titles)
-            entry["ffn_flops_ratio"] = ratio(
-                entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
-            )
+            _add_retention(entry, teacher["metrics"], measured)
+            flops = entry["ffn_flops_per_token"], teacher["ffn_flops_per_token"]
+            entry["ffn_flops_ratio"] = ratio(*flops, higher_is_better=True)
     return {
         "schema_version": SCHEMA_VERSION,
         "name": config.name,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "main_metric": metric,
         "metric_titles": titles,
+        "higher_is_better": higher_is_better,
         "classes": measured.get("classes"),
+        "columns": measured.get("columns"),
+        "unit": unit_of(measured),
+        "distances": measured.get("distances", []),
         "data": {**measured["data"], "num_dev_samples": measured["num_dev_samples"]},
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
@@ -99,7 +107,14 @@ def build_report(
         "differences": measured["differences"],
         "imitation_differences": measured.get("imitation_differences", {}),
         "verdicts": {
-            name: verdict(name, entry, measured["num_dev_samples"], titles.get(metric))
+            name: verdict(
+                name,
+                entry,
+                measured["num_dev_samples"],
+                titles.get(metric),
+                higher_is_better=higher_is_better,
+                unit=unit_of(measured),
+            )
             for name, entry in measured["differences"].items()
         },
     }
@@ -108,24 +123,25 @@ def build_report(
 def _add_retention(
     entry: dict[str, Any],
     teacher: Mapping[str, float | None],
-    metric: str,
-    tasks: Mapping[str, Mapping[str, Any]],
-    titles: Mapping[str, str],
+    measured: Mapping[str, Any],
 ) -> None:
     """Note a student's part of the teacher's main metric; of several tasks the mean of theirs."""
     own, reasons = entry["metrics"], {}
+    tasks, titles = measured.get("tasks", {}), measured.get("metric_titles", {})
 
-    def part(place: str, key: str) -> float | None:
-        why = why_no_ratio(own[key], teacher[key], titles.get(key, key))
+    def part(place: str, key: str, about: Mapping[str, Any]) -> float | None:
+        higher_is_better = _higher_is_better(about)
+        title = titles.get(key, key)
+        why = why_no_ratio(own[key], teacher[key], title, higher_is_better=higher_is_better)
         if why is not None:
             reasons[place] = f"{place} is undefined: {why}"
-        return ratio(own[key], teacher[key])
+        return ratio(own[key], teacher[key], higher_is_better=higher_is_better)
 
     if not tasks:
-        entry["retention"] = part("retention", metric)
+        entry["retention"] = part("retention", measured["main_metric"], measured)
     else:
         by_task = {
-            task: part(f"retention/{task}", metric_key(task, found))
+            task: part(f"retention/{task}", metric_key(task, found), found)
             for task, found in tasks.items()
         }
         entry["retention_by_task"] = by_task
@@ -142,8 +158,29 @@ def metric_key(task: str, entry: Mapping[str, Any]) -> str:
     return f"{task}/{entry['main_metric']}"
 
 
+def _higher_is_better(entry: Mapping[str, Any]) -> bool:
+    """Which way a main metric is better; an earlier version had none that is better the lower."""
+    return bool(entry.get("higher_is_better", True))
+
+
+def unit_of(entry: Mapping[str, Any]) -> str:
+    """What a dev sample is: what an interval resamples."""
+    return str(entry.get("unit", "sample"))
+
+
+def _directed(title: str, higher_is_better: bool) -> str:
+    """Say of a metric that lower is better, which of most is not so."""
+    return title if higher_is_better else f"{title} (lower is better)"
+
+
 def verdict(
-    other: str, entry: Mapping[str, Any], num_samples: int, title: str | None = None
+    other: str,
+    entry: Mapping[str, Any],
+    num_samples: int,
+    title: str | None = None,
+    *,
+    higher_is_better: bool,
+    unit: str,
 ) -> str:
     """Say which of two models is better, and how sure that is.
 
@@ -151,8 +188,10 @@ def verdict(
         other: the model that the student is compared with.
         entry: the student's metric minus the other's, with the interval of the paired bootstrap,
             or why it is `undefined`.
-        num_samples: dev samples behind it.
+        num_samples: dev samples (documents, questions) behind it.
         title: what people call the metric; its own name if None.
+        higher_is_better: which way the metric is better.
+        unit: what a dev sample is.
 
     Returns:
         A sentence. One beats the other where the whole interval lies on its side of 0.
@@ -160,17 +199,18 @@ def verdict(
     pair = f"{evaluate.STUDENT} and {other}"
     if "undefined" in entry:
         return f"{pair} cannot be compared: {entry['undefined']}"
-    if entry["low"] > 0:
-        claim = f"{evaluate.STUDENT} beats {other}"
-    elif entry["high"] < 0:
-        claim = f"{other} beats {evaluate.STUDENT}"
+    if entry["low"] > 0 or entry["high"] < 0:
+        is_ahead = (entry["low"] > 0) == higher_is_better
+        first, second = (evaluate.STUDENT, other) if is_ahead else (other, evaluate.STUDENT)
+        claim = f"{first} beats {second}"
     else:
         claim = f"{pair} cannot be told apart"
     left_out = entry.get("num_undefined", 0)
+    called = _directed(title or entry["metric"], higher_is_better)
+    difference, low, high = signed(entry["difference"], entry["low"], entry["high"])
     return (
-        f"{claim} on {num_samples} dev samples ({title or entry['metric']} of {evaluate.STUDENT} "
-        f"minus {other}: {entry['difference']:+.4f}, {round(100 * entry.get('confidence', 0.95))} "
-        f"% interval {entry['low']:+.4f} to {entry['high']:+.4f}"
+        f"{claim} on {num_samples} dev {unit}s ({called} of {evaluate.STUDENT} minus {other}: "
+        f"{difference}, {round(100 * entry.get('confidence', 0.95))} % interval {low} to {high}"
         + (f"; {left_out} resamples where it is undefined are left out" if left_out else "")
         + "; one training run of each, so another seed may say otherwise)"
     )
@@ -219,7 +259,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['name']}",
         "",
-        f"Data: {data['name']}, {data['num_dev_samples']} dev samples. "
+        f"Data: {data['name']}, {data['num_dev_samples']} dev {unit_of(report)}s. "
         f"Made {report['created_at']}.",
         "",
         *_markdown_data(data.get("summaries", {})),
@@ -234,9 +274,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
         *_markdown_imitation(report),
-        "Intervals are from a paired bootstrap over the dev samples. One training run of each "
-        "model stands behind them, so they say nothing of other seeds; `moe-dist seeds` compares "
-        "several.",
+        f"Intervals are from a paired bootstrap over the dev {unit_of(report)}s. One training run "
+        "of each model stands behind them, so they say nothing of other seeds; `moe-dist seeds` "
+        "compares several.",
         "",
         *markdown_table(
             ["stage", "time"],
@@ -270,8 +310,8 @@ def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:
     return [
         f"How far students are from their teacher, on at most {MAX_SAMPLES:,} dev samples of a "
         "task. Hidden error: the part of the teacher's hidden states that is missed, mean over "
-        "layers; 0 is a copy. Prediction error: symmetric KL divergence of the predictions, or "
-        "their squared difference.",
+        f"layers; 0 is a copy. Prediction error: "
+        f"{', or '.join(report['distances'])}.",
         "",
         *markdown_table(head, rows),
         "",
@@ -294,14 +334,25 @@ def _markdown_tasks(report: Mapping[str, Any]) -> list[str]:
     lines = [*markdown_table(_task_headings(report), rows), ""]
     for task, entry in report["tasks"].items():
         lines += [
-            f"- {task}: {verdict(name, found, entry['num_dev_samples'], _task_title(entry))}."
+            f"- {task}: {_task_verdict(name, found, entry)}."
             for name, found in entry["differences"].items()
         ]
     return [*lines, ""]
 
 
+def _task_verdict(other: str, difference: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    return verdict(
+        other,
+        difference,
+        task["num_dev_samples"],
+        _task_title(task),
+        higher_is_better=_higher_is_better(task),
+        unit=unit_of(task),
+    )
+
+
 def _task_headings(report: Mapping[str, Any]) -> list[str]:
-    return ["task", "metric", "dev samples", *model_names(report), "retention"]
+    return ["task", "metric", "dev rows", *model_names(report), "retention"]
 
 
 def _task_title(entry: Mapping[str, Any]) -> str:
@@ -314,8 +365,8 @@ def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
     key = metric_key(task, entry)
     return [
         task,
-        _task_title(entry),
-        str(entry["num_dev_samples"]),
+        _directed(_task_title(entry), _higher_is_better(entry)),
+        f"{entry['num_dev_samples']} {unit_of(entry)}s",
         *(_value(report[name]["metrics"][key]) for name in model_names(report)),
         _value(report[evaluate.STUDENT]["retention_by_task"][task]),
     ]
@@ -383,9 +434,10 @@ def latency_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _headings(report: Mapping[str, Any]) -> list[str]:
+    title = report["metric_titles"].get(report["main_metric"], report["main_metric"])
     return [
         "model",
-        f"dev {report['metric_titles'].get(report['main_metric'], report['main_metric'])}",
+        f"dev {_directed(str(title), _higher_is_better(report))}",
         "before distillation",
         "retention",
         "layers × width",

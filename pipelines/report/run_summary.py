@@ -13,6 +13,7 @@ import yaml
 
 from moe_dist.config.run_config import flatten_settings
 from moe_dist.data.metrics import METRICS
+from moe_dist.data.retention import ratio_interval
 from moe_dist.errors import MissingInputError
 from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.tracking import RecordedRun, RunReader, flatten, summarise_metrics
@@ -41,7 +42,7 @@ class ModelView:
     Attributes:
         label: the comparison; empty for the main student.
         entry: its part of the run's report.
-        retention: the main metric divided by the teacher's; None where it is not known.
+        retention: the part of the teacher's main metric that it keeps; None where it is not known.
         interval: of the retention, from the paired bootstrap, the teacher held fixed.
     """
 
@@ -62,6 +63,7 @@ class RunView:
         params: settings by dotted name.
         main_metric: what quality is measured by; empty where nothing was evaluated.
         metric_title: what people call it.
+        higher_is_better: which way it is better.
         teacher: the teacher's part of the report.
         models: the students, the main one first.
         curves: steps and values by label and metric.
@@ -75,6 +77,7 @@ class RunView:
     params: Mapping[str, str]
     main_metric: str = ""
     metric_title: str = ""
+    higher_is_better: bool = True
     teacher: Mapping[str, Any] = field(default_factory=dict)
     models: Sequence[ModelView] = ()
     curves: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
@@ -191,6 +194,7 @@ def trial_report(run: RecordedRun) -> dict[str, Any]:
         entry["retention"] = found["retention"]
     return {
         "main_metric": metric,
+        "higher_is_better": metric not in METRICS or METRICS[metric].higher_is_better,
         evaluate.STUDENT: entry,
         "comparisons": [],
         "differences": {},
@@ -210,13 +214,19 @@ def _view(
     found = clean_report(found)
     teacher = found.get(evaluate.TEACHER, {})
     metric = found.get("main_metric", "")
+    higher_is_better = bool(found.get("higher_is_better", True))
     models = []
     if found:
         for label in ("", *found["comparisons"]):
             entry = found[label or evaluate.STUDENT]
             difference = None if label else found["differences"].get(evaluate.TEACHER)
             models.append(
-                ModelView(label, entry, entry.get("retention"), _interval(teacher, difference))
+                ModelView(
+                    label,
+                    entry,
+                    entry.get("retention"),
+                    _interval(teacher, difference, higher_is_better=higher_is_better),
+                )
             )
     return RunView(
         name=name,
@@ -225,6 +235,7 @@ def _view(
         params={key: text for key, text in params.items() if not _is_private(key)},
         main_metric=metric,
         metric_title=found["metric_titles"].get(metric, metric) if found else "",
+        higher_is_better=higher_is_better,
         teacher=teacher,
         models=tuple(models),
         curves={label: dict(series) for label, series in curves.items() if series},
@@ -234,15 +245,14 @@ def _view(
 
 
 def _interval(
-    teacher: Mapping[str, Any], difference: Mapping[str, Any] | None
+    teacher: Mapping[str, Any], difference: Mapping[str, Any] | None, *, higher_is_better: bool
 ) -> tuple[float, float] | None:
     """Turn the interval of a difference to the teacher into one of the retention."""
     if difference is None:
         return None
     base = quality(teacher, str(difference.get("metric")))
-    if base is None or base <= 0:
-        return None
-    return 1 + difference["low"] / base, 1 + difference["high"] / base
+    low, high = difference["low"], difference["high"]
+    return ratio_interval(low, high, base, higher_is_better=higher_is_better)
 
 
 def _is_private(key: str) -> bool:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_dist.data.metrics import (
+    METRICS,
     LabelSpace,
     compute_metrics,
     explain_undefined,
     metric_title,
-    ratio,
-    why_no_ratio,
 )
+from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.measure.bootstrap import (
     Interval,
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from moe_dist.jobs.results import SavedPredictions
 
 DENSE = "dense"
+# Of figures in hundredths, and of others.
+_DIGITS = {True: ".1f", False: ".3f"}
 MEAN = "mean over tasks"
 
 
@@ -77,28 +79,48 @@ class SeededRun:
         if self.metric in MEASURES:
             return {name: float(found.predictions.mean()) for name, found in self.answers.items()}
         return {
-            name: compute_metrics([self.metric], found.predictions, found.labels, self.space)[
+            name: compute_metrics([self.metric], self.said(name), found.labels, self.space)[
                 self.metric
             ]
             for name, found in self.answers.items()
         }
 
+    def said(self, label: str) -> Any:
+        """A model's predictions, its figures, or its errors."""
+        found = self.answers[label]
+        has_figures = self.space.columns and self.metric not in MEASURES
+        return found.logits if has_figures else found.predictions
+
     def undefined(self, label: str) -> str | None:
         """Say why a model's quality or retention has no value; None where they have."""
         value, teacher = self.qualities[label], self.qualities[evaluate.TEACHER]
         if math.isnan(value):
-            found = self.answers[label]
-            why = explain_undefined(self.metric, found.predictions, found.labels, self.space)
+            labels = self.answers[label].labels
+            why = explain_undefined(self.metric, self.said(label), labels, self.space)
             return f"{self.title} of {label} in {self.directory} is undefined: {why}"
-        why = why_no_ratio(value, teacher, self.title)
-        if label == evaluate.TEACHER or self.metric in MEASURES or why is None:
+        if label == evaluate.TEACHER or self.metric in MEASURES:
+            return None
+        why = why_no_ratio(value, teacher, self.title, higher_is_better=self.higher_is_better)
+        if why is None:
             return None
         return f"retention of {label} in {self.directory} is undefined: {why}"
 
     @property
     def title(self) -> str:
         """What people call the metric."""
+        if self.metric in MEASURES:
+            return self.metric
         return metric_title(self.metric, self.space)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the metric is better."""
+        return self.metric not in MEASURES and METRICS[self.metric].higher_is_better
+
+    @property
+    def in_hundredths(self) -> bool:
+        """Whether people read the metric in hundredths."""
+        return self.metric in MEASURES or METRICS[self.metric].is_fraction
 
     @property
     def labels(self) -> list[str]:
@@ -119,10 +141,12 @@ class Row:
         metric: what people call the main metric.
         quality: its mean; NaN where it is undefined for a seed.
         spread: its standard deviation over seeds; None for fewer than two.
-        retention: mean of quality over the same run's teacher's; None where it is undefined for a
-            seed.
+        retention: mean of quality over the same run's teacher's (of the teacher's over it where
+            lower is better); None where it is undefined for a seed.
         differences: quality minus that of each reference; None where it is undefined.
         undefined: why quality or retention has no value; None where they have.
+        higher_is_better: which way the metric is better.
+        in_hundredths: whether people read it in hundredths.
     """
 
     task: str
@@ -136,6 +160,13 @@ class Row:
     retention: float | None
     differences: Mapping[str, Interval | None]
     undefined: str | None = None
+    higher_is_better: bool = True
+    in_hundredths: bool = True
+
+    @property
+    def scale(self) -> float:
+        """What figures are shown times."""
+        return 100.0 if self.in_hundredths else 1.0
 
 
 def read_runs(
@@ -180,6 +211,8 @@ def read_runs(
 
 def _label_space(entry: Mapping[str, Any], answers: SavedPredictions) -> LabelSpace:
     """The task's classes; a report of an earlier version names none, and means the second one."""
+    if columns := entry.get("columns"):
+        return LabelSpace(None, columns=tuple(columns))
     if np.issubdtype(answers.labels.dtype, np.floating):
         return LabelSpace(None)
     classes = entry.get("classes") or {}
@@ -240,7 +273,8 @@ def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> lis
             the teacher, when empty.
 
     Returns:
-        For each task, then for their mean, a row for each model.
+        For each task a row for each model; then those of their mean, where all metrics are better
+        the same way and of one unit.
 
     Raises:
         MissingInputError: if no run of a task has a label of `against`.
@@ -259,13 +293,13 @@ def compare_seeds(runs: Sequence[SeededRun], against: Sequence[str] = ()) -> lis
         found = {label: _over_seeds(task, label, members, references, number) for label in labels}
         rows += [row for row, _ in found.values()]
         by_task.append(found)
-    if len(by_task) > 1:
+    if len({(row.higher_is_better, row.in_hundredths) for row in rows}) == 1 < len(by_task):
         rows += _over_tasks(by_task)
     return rows
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Write the rows as a Markdown table, in hundredths, and below it what its intervals are."""
+    """Write the rows as a Markdown table, and below it units and what its intervals are."""
     references = list(dict.fromkeys(name for row in rows for name in row.differences))
     has_before = any(row.before is not None for row in rows)
     quality = ["before", "after"] if has_before else ["quality"]
@@ -274,14 +308,14 @@ def to_markdown(rows: Sequence[Row]) -> str:
         head += [f"minus {name} (95 %)", "bootstrap", "t over seeds"]
     table = []
     for row in rows:
-        spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
+        spread = "" if row.spread is None else f" ± {_scaled(row.spread, row)}"
         cells = [
             row.task,
             row.label,
             str(row.num_seeds),
             "" if row.flops_ratio is None else f"× {row.flops_ratio:.3f}",
-            *([_hundredths(row.before)] if has_before else []),
-            f"{_hundredths(row.quality)}{spread}",
+            *([_scaled(row.before, row)] if has_before else []),
+            f"{_scaled(row.quality, row)}{spread}",
             _retention(row),
         ]
         for name in references:
@@ -297,10 +331,10 @@ def to_plain(row: Row) -> dict[str, Any]:
     return plain
 
 
-def _hundredths(value: float | None) -> str:
+def _scaled(value: float | None, row: Row) -> str:
     if value is None:
         return ""
-    return UNDEFINED if math.isnan(value) else f"{100 * value:.1f}"
+    return UNDEFINED if math.isnan(value) else f"{row.scale * value:{_DIGITS[row.in_hundredths]}}"
 
 
 def _retention(row: Row) -> str:
@@ -316,21 +350,30 @@ def _told(row: Row, reference: str) -> list[str]:
     interval = row.differences[reference]
     if interval is None:
         return [UNDEFINED, "", ""]
-    difference = f"{100 * interval.difference:+.1f} ({_ends((interval.low, interval.high))})"
-    over_seeds = "one training run" if interval.over_seeds is None else _ends(interval.over_seeds)
-    return [difference, _ends(interval.bootstrap), over_seeds]
+    digits = f"+{_DIGITS[row.in_hundredths]}"
 
+    def ends(low: float, high: float) -> str:
+        return f"{row.scale * low:{digits}} to {row.scale * high:{digits}}"
 
-def _ends(bounds: tuple[float, float]) -> str:
-    low, high = bounds
-    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+    difference = f"{row.scale * interval.difference:{digits}} ({ends(interval.low, interval.high)})"
+    over_seeds = "one training run" if interval.over_seeds is None else ends(*interval.over_seeds)
+    return [difference, ends(*interval.bootstrap), over_seeds]
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What the table cannot say of its intervals."""
     found = [one for row in rows for one in row.differences.values() if one is not None]
-    measured = dict.fromkeys(f"{row.metric} ({row.task})" for row in rows if row.task != MEAN)
-    notes = [f"Quality: {', '.join(measured)}, in hundredths."]
+    measured = [row for row in rows if row.task != MEAN]
+    notes = []
+    for in_hundredths, unit in ((True, ", in hundredths"), (False, "")):
+        titles = dict.fromkeys(
+            f"{row.metric} ({row.task}{'' if row.higher_is_better else '; lower is better'})"
+            for row in measured
+            if row.in_hundredths == in_hundredths
+        )
+        notes += [f"Quality: {', '.join(titles)}{unit}."] if titles else []
+    if len({row.task for row in measured}) > 1 and len(measured) == len(rows):
+        notes.append("These metrics have no mean: they differ in direction or unit.")
     notes += list(dict.fromkeys(f"{row.undefined}." for row in rows if row.undefined))
     if any(one.over_seeds is not None for one in found):
         notes.append(
@@ -364,7 +407,8 @@ def _check(tasks: Mapping[str, Sequence[SeededRun]], references: Sequence[str]) 
         for run in members[1:]:
             rows = run.answers[evaluate.TEACHER]
             same = np.array_equal(rows.sample_ids, first.sample_ids)
-            if not (same and np.array_equal(rows.labels, first.labels)):
+            may_be_nan = np.issubdtype(first.labels.dtype, np.floating)
+            if not (same and np.array_equal(rows.labels, first.labels, equal_nan=may_be_nan)):
                 raise DataError(
                     f"{members[0].directory} and {run.directory} were measured on different dev "
                     f"rows of {task}",
@@ -389,9 +433,7 @@ def _over_seeds(
     for name in references:
         paired = [run for run in mine if name in run.answers and name != label]
         if paired:
-            ours, theirs = (
-                [run.answers[model].predictions for run in paired] for model in (label, name)
-            )
+            ours, theirs = ([run.said(model) for run in paired] for model in (label, name))
             differences[name] = (
                 resample_mean_differences(ours, theirs, seed=number)
                 if metric in MEASURES
@@ -415,9 +457,14 @@ def _over_seeds(
         spread=stdev(qualities) if len(qualities) > 1 else None,
         retention=None
         if is_teacher or metric in MEASURES
-        else _mean_of_all(map(ratio, qualities, teachers)),
+        else _mean_of_all(
+            ratio(own, whole, higher_is_better=mine[0].higher_is_better)
+            for own, whole in zip(qualities, teachers, strict=True)
+        ),
         differences={name: found.interval() for name, found in differences.items()},
         undefined=next((why for why in (run.undefined(label) for run in mine) if why), None),
+        higher_is_better=mine[0].higher_is_better,
+        in_hundredths=mine[0].in_hundredths,
     )
     return row, differences
 
@@ -454,6 +501,8 @@ def _over_tasks(by_task: Sequence[Mapping[str, tuple[Row, dict[str, Resampled]]]
                     for name in shared
                 },
                 undefined=next((row.undefined for row in own if row.undefined), None),
+                higher_is_better=own[0].higher_is_better,
+                in_hundredths=own[0].in_hundredths,
             )
         )
     return rows

@@ -109,13 +109,13 @@ def line_chart(lines: Sequence[Line], *, x_label: str, logarithmic: bool = False
     return _svg(parts)
 
 
-def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
+def scatter(dots: Sequence[Dot], *, x_label: str, higher_is_better: bool) -> Markup:
     """Draw quality against cost, and the front of those that none beats in both; empty if none."""
     if not dots:
         return Markup("")
     axes = _Axes([dot.x for dot in dots], [dot.y for dot in dots])
     parts = [axes.frame(x_label)]
-    front = front_of(dots)
+    front = front_of(dots, higher_is_better=higher_is_better)
     if len(front) > 1:
         path = " ".join(f"{axes.x(dot.x):.1f},{axes.y(dot.y):.1f}" for dot in front)
         parts.append(
@@ -130,10 +130,10 @@ def scatter(dots: Sequence[Dot], *, x_label: str) -> Markup:
     return _svg(parts)
 
 
-def front_of(dots: Sequence[Dot]) -> list[Dot]:
+def front_of(dots: Sequence[Dot], *, higher_is_better: bool) -> list[Dot]:
     """Find the points that none is as cheap as and better than, cheapest first."""
     rows = [{"quality": dot.y, "cost": dot.x} for dot in dots]
-    front = pareto_front(rows, {"quality": "max", "cost": "min"})
+    front = pareto_front(rows, {"quality": "max" if higher_is_better else "min", "cost": "min"})
     return sorted((dots[index] for index in front), key=lambda dot: dot.x)
 
 

@@ -19,6 +19,7 @@ from moe_dist.search.trials import BASELINE, Trial
 from moe_dist.search.tune import TrialRoom, run_sweep
 from moe_dist.workers.ray_session import RaySession
 
+from ..console import signed
 from .rerun import Rerun
 from .teachers import TeacherFacts, teacher_key
 from .trial import TrialRunner, training_directory
@@ -71,11 +72,12 @@ class Confirmation:
         claim = "it cannot be told from the noise of seeds"
         if self.low > 0 or self.high < 0:
             claim = "it is more than the noise of seeds"
+        difference, low, high = signed(self.difference, self.low, self.high)
         lines = [
             f"With {len(self.best_values)} other seeds trial {self.best} has {self.metric} {best} "
             f"on the dev rows, the recipe as it stands {baseline}; difference "
-            f"{self.difference:+.4f}, {round(100 * CONFIDENCE)} % interval over seeds "
-            f"{self.low:+.4f} to {self.high:+.4f}: {claim}."
+            f"{difference}, {round(100 * CONFIDENCE)} % interval over seeds "
+            f"{low} to {high}: {claim}."
         ]
         found = self.on_examples
         if found is not None and "undefined" in found:
@@ -85,12 +87,13 @@ class Confirmation:
             )
         elif found is not None:
             is_clear = found["low"] > 0 or found["high"] < 0
+            difference, low, high = signed(found["difference"], found["low"], found["high"])
             lines.append(
                 f"Over {found['num_examples']} dev rows and the seeds together (the wider one of "
                 f"paired bootstrap and Student's t over seeds): {found['title']} "
-                f"{found['difference']:+.4f}, "
-                f"{round(100 * found['confidence'])} % interval {found['low']:+.4f} to "
-                f"{found['high']:+.4f}, which {'leaves out' if is_clear else 'holds'} zero."
+                f"{difference}, "
+                f"{round(100 * found['confidence'])} % interval {low} to "
+                f"{high}, which {'leaves out' if is_clear else 'holds'} zero."
             )
         if self.num_asked > 1:
             lines.append(

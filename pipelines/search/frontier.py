@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import RunConfig, build_config
 from moe_dist.config.search_checks import point_settings
-from moe_dist.config.search_section import MEASURES
+from moe_dist.config.search_section import COSTS, MEASURES
 from moe_dist.config.search_space import TABLES, table_values
 from moe_dist.errors import ConfigError, ConversionError
 from moe_dist.router_spec import ROUTER_FACTS
@@ -35,16 +35,21 @@ SEVERAL = {"moe.num_experts": {"not": [1]}}
 
 def goal_config(config: RunConfig, goals: Sequence[Goal], cost: str, console: Console) -> RunConfig:
     """Give a recipe objectives and, where it has no space, one of pruned dense and MoE students."""
-    kept = next((goal.metric for goal in goals if MEASURES[goal.metric] == "max"), "quality")
+    kept = next((goal.metric for goal in goals if goal.metric not in COSTS), "quality")
     search = config.search.model_dump()
     # What a goal bounds must be measured, latency above all, which costs time.
-    bounded = {goal.metric: MEASURES[goal.metric] for goal in goals}
-    objectives = {kept: "max", cost: "min"} | bounded
+    bounded = {goal.metric: _direction(goal) for goal in goals}
+    objectives = {kept: "auto", cost: "min"} | bounded
     search |= {"metric": "quality", "mode": "auto", "objectives": objectives}
     if not config.search.space:
         search["space"] = frontier_space(config, _ffn_size(config, console))
     raw = config.model_dump() | {"search": search, "compare": {}}
     return build_config(raw, source=config.name)
+
+
+def _direction(goal: Goal) -> str:
+    """Say which way a bounded measure is better; of `quality` the data know it, not the name."""
+    return "auto" if goal.metric == "quality" else MEASURES[goal.metric]
 
 
 def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moe_dist.config.search_section import MEASURES
+from moe_dist.config.search_section import COSTS
 
 from ..report.report import quantity
 
@@ -15,4 +15,4 @@ def shown(measure: str, value: float) -> str:
         return ""
     if measure == "latency":
         return f"{value:.1f} ms"
-    return quantity(value) if MEASURES.get(measure) == "min" else f"{value:.4f}"
+    return quantity(value) if measure in COSTS else f"{value:.4f}"

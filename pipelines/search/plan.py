@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 from ..chain.workspace import Workspace
 from ..checks.sizes import checked_sizes, unread_data
 from .rungs import rung_times
-from .sweep import check_metrics
+from .sweep import check_metrics, directed
 from .teachers import teacher_key, teacher_points
 
 if TYPE_CHECKING:
@@ -30,7 +30,14 @@ def show_plan(config: RunConfig, console: Console) -> None:
     if not search.space:
         raise ConfigError(["search.space is missing; see docs/search.md."], source=config.name)
     workspace = Workspace(config, console)
-    unknown = checked_sizes(config, workspace).unknown + _check_data(config, workspace)
+    unknown = checked_sizes(config, workspace).unknown
+    unread = list(unread_data(data_sections(config)))
+    if not unread:
+        config = directed(config, workspace)
+        check_metrics(config, workspace)
+        search = config.search
+    elif METRICS.keys() & search.wanted.keys():
+        unknown.append(f"whether the data have these metrics: they are {', and '.join(unread)}.")
     dimensions, _ = parse_space(search.space)
     size = grid_size(dimensions)
     console.result(f"{config.name}: the search is valid; nothing was run.")
@@ -54,15 +61,3 @@ def show_plan(config: RunConfig, console: Console) -> None:
     console.result(f"{len(teachers)} teacher{'s' if len(teachers) > 1 else ''} for all trials")
     for line in unknown:
         console.result(f"not known: {line}")
-
-
-def _check_data(config: RunConfig, workspace: Workspace) -> list[str]:
-    """See that the data have the metrics that are named; say where they could not be asked."""
-    if not METRICS.keys() & config.search.wanted.keys():
-        return []
-    data_sets = data_sections(config)
-    unread = list(unread_data(data_sets))
-    if unread:
-        return [f"whether the data have these metrics: they are {', and '.join(unread)}."]
-    check_metrics(config, workspace)
-    return []

@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.data.metrics import METRICS
 from moe_dist.search.importance import key_importance
 from moe_dist.search.trials import BASELINE, Trial, finished_front, rank_trials
 from moe_dist.whole_files import write_json
 
-from ..console import duration
+from ..console import duration, signed
 from ..markdown import markdown_table
 from .measures import shown
 from .plots import plot_curves, plot_fronts, plot_importance_of_keys, plot_parallel
@@ -223,13 +224,15 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{versus['undefined']}."
         )
     elif versus is not None:
-        surely = "it beats" if versus["low"] > 0 else "it cannot be told apart from"
-        surely = "it is worse than" if versus["high"] < 0 else surely
+        surely = "it cannot be told apart from"
+        if versus["low"] > 0 or versus["high"] < 0:
+            is_ahead = (versus["low"] > 0) == METRICS[versus["metric"]].higher_is_better
+            surely = "it beats" if is_ahead else "it is worse than"
+        difference, low, high = signed(versus["difference"], versus["low"], versus["high"])
         lines.append(
             f"On the {ROWS[summary['chosen_on']]} {surely} the recipe as it stands "
-            f"({versus['title']} {versus['difference']:+.4f}, "
-            f"{round(100 * versus['confidence'])} % interval {versus['low']:+.4f} to "
-            f"{versus['high']:+.4f})."
+            f"({versus['title']} {difference}, "
+            f"{round(100 * versus['confidence'])} % interval {low} to {high})."
         )
     return lines
 

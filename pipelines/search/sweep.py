@@ -12,7 +12,8 @@ from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.search_space import Dimension, parse_space
 from moe_dist.config.setting_kinds import settings_of_kind
-from moe_dist.data.metrics import METRICS, undefined_by_labels, why_no_ratio
+from moe_dist.data.metrics import METRICS, undefined_by_labels
+from moe_dist.data.retention import why_no_ratio
 from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.early_stopping import Ruling
@@ -138,6 +139,7 @@ def _search_in(
             room = _find_room(config, dimensions, session)
             mark("Ray")
             check_before_start(config, workspace)
+            config = workspace.config = directed(config, workspace)
             check_metrics(config, workspace)
             mark("checks")
             tracker = build_tracker(
@@ -232,14 +234,25 @@ def best_trial(result: SweepResult) -> Trial | None:
     return ranked[0] if ranked else None
 
 
+def directed(config: RunConfig, workspace: Workspace) -> RunConfig:
+    """Say which way `quality` is better, which the task's main metric decides."""
+    higher = workspace.splits.task.higher_is_better
+    return config.model_copy(update={"search": config.search.directed(higher_is_better=higher)})
+
+
 def check_metrics(config: RunConfig, workspace: Workspace) -> None:
-    """Refuse, with a ConfigError, what the task does not measure or the data leave undefined."""
+    """Refuse, with a ConfigError, what the task does not measure or the data leave undefined.
+
+    So it does with a metric that is searched for the wrong way.
+    """
     task, split = workspace.splits.task, choosing_split(config)
     rows = getattr(workspace.splits, split)
+    _check_directions(config, task)
     for name in config.search.wanted:
         metric = task.main_metric if name in ("quality", "retention") else name
         if metric in task.metrics:
-            why = undefined_by_labels(metric, rows["label"], task.label_space)
+            labels = rows["label"] if METRICS[metric].reads_labels else ()
+            why = undefined_by_labels(metric, labels, task.label_space)
             if why is not None:
                 raise ConfigError(
                     [
@@ -262,6 +275,21 @@ def check_metrics(config: RunConfig, workspace: Workspace) -> None:
         )
 
 
+def _check_directions(config: RunConfig, task: TaskSpec) -> None:
+    place = "search.objectives" if config.search.objectives else "search.mode"
+    faults = []
+    for name, mode in config.search.wanted.items():
+        metric = task.main_metric if name == "quality" else name
+        if metric in METRICS and (mode == "max") != METRICS[metric].higher_is_better:
+            said = metric if metric == name else f"{name}, here {metric},"
+            better = "higher" if METRICS[metric].higher_is_better else "lower"
+            faults.append(
+                f"{place}: {said} is better the {better}, and {mode} is asked for; set it to auto."
+            )
+    if faults:
+        raise ConfigError(faults, source=config.name)
+
+
 def check_retention(config: RunConfig, teachers: Mapping[str, TeacherFacts]) -> None:
     """Refuse, with a ConfigError, to search for a part of what no teacher has."""
     if "retention" not in config.search.wanted:
@@ -269,7 +297,7 @@ def check_retention(config: RunConfig, teachers: Mapping[str, TeacherFacts]) -> 
     values = [facts.quality_on(choosing_split(config)) for facts in teachers.values()]
     faults = [
         f"search: retention is undefined: {why}; train a better teacher, or search for quality."
-        for why in (why_no_ratio(1.0, value) for value in values)
+        for why in (why_no_ratio(1.0, value, higher_is_better=True) for value in values)
         if why is not None
     ]
     if faults:

@@ -130,24 +130,28 @@ class SharedWork:
         return quality
 
     def _measure(self, workspace: Workspace, model: Path, metric: str) -> float:
-        from moe_dist.data.metrics import compute_metrics
+        from moe_dist.data.loaders import Encoded
         from moe_dist.inference.saving import load_model, load_tokenizer
-        from moe_dist.measure.evaluation import predict
+        from moe_dist.jobs.job_data import job_data, measure
+        from moe_dist.measure.evaluation import Predictions, predict
         from moe_dist.training.hardware import pick_device
 
-        device = pick_device(workspace.config.parallel.use_gpu)
-        tokenizer = load_tokenizer(model)
-        encoded = workspace.encoded("holdout", tokenizer)
-        answers = predict(
-            load_model(model, device),
-            encoded,
-            batch_size=workspace.config.train.eval_batch_size,
-            pad_token_id=int(tokenizer.pad_token_id),
-            device=device,
-        )
-        space = workspace.splits.task.label_space
-        found = compute_metrics([metric], answers.logits.numpy(), encoded.labels, space)
-        return found[metric]
+        config = workspace.config
+        device = pick_device(config.parallel.use_gpu)
+        data = job_data(workspace.splits, load_tokenizer(model), max_length=config.model.max_length)
+        teacher = load_model(model, device)
+
+        def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
+            return predict(
+                teacher,
+                encoded,
+                batch_size=config.train.eval_batch_size,
+                pad_token_id=data.pad_token_id,
+                device=device,
+                options=options,
+            )
+
+        return measure(data, answer, "holdout").metrics[metric]
 
     @property
     def _wants_latency(self) -> bool:

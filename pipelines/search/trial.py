@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import point_settings
 from moe_dist.config.setting_kinds import settings_of_kind
-from moe_dist.data.metrics import ratio
+from moe_dist.data.metrics import METRICS
+from moe_dist.data.retention import ratio
 from moe_dist.errors import StorageError
 from moe_dist.timeline import mark
 from moe_dist.uris import below, is_uri
@@ -341,9 +342,13 @@ class _OneTrial:
         }
         if step not in steps or not found:
             return {}
-        quality = next(iter(found.values()))
+        main_metric, quality = next(iter(found.items()))
         measured = {"quality": quality, **found, **costs}
-        retention = ratio(quality, self.facts.quality_on(self.split))
+        retention = ratio(
+            quality,
+            self.facts.quality_on(self.split),
+            higher_is_better=METRICS[main_metric].higher_is_better,
+        )
         if retention is not None:
             measured["retention"] = retention
         return {"rung": steps[step], "step": step, "num_steps": max(steps), "metrics": measured}

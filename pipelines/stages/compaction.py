@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from moe_dist.config.data_section import TaskDataConfig
-from moe_dist.data.metrics import ratio, why_no_ratio
+from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
@@ -100,16 +100,19 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     else:
         save_model(smaller, settings.output / MODEL, tokenizer=tokenizer)
     titles = measured["before"].pop("metric_titles")
+    higher_is_better = measured["before"].pop("higher_is_better")
     whole = measured["before"]["metrics"]
     metric = next(iter(whole))
     for entry in measured.values():
-        entry["retention"] = ratio(entry["metrics"][metric], whole[metric])
-        why = why_no_ratio(entry["metrics"][metric], whole[metric], metric)
+        values = entry["metrics"][metric], whole[metric]
+        entry["retention"] = ratio(*values, higher_is_better=higher_is_better)
+        why = why_no_ratio(*values, metric, higher_is_better=higher_is_better)
         if why is not None:
             entry["undefined"] = f"retention is undefined: {why}"
     result = {
         "main_metric": metric,
         "metric_titles": titles,
+        "higher_is_better": higher_is_better,
         "num_experts": settings.num_experts,
         "expert_size": settings.expert_size,
         "method": settings.method,
@@ -166,6 +169,8 @@ def to_table(result: dict[str, Any]) -> Table:
     table.add_column("student")
     metric = result["main_metric"]
     title = result["metric_titles"].get(metric, metric)
+    if not result["higher_is_better"]:
+        title += " (lower is better)"
     for heading in (f"dev {title}", "retention", "parameters", "active"):
         table.add_column(heading, justify="right")
     for name in ("before", "fused", "compressed", "repaired"):
@@ -206,8 +211,8 @@ def _measure(
     answer = PredictJob.of(
         config, str(settings.output), model=str(model), output_name=f"predictions-{name}"
     ).run()
-    titles = {"metric_titles": answer["metric_titles"]} if name == "before" else {}
-    return titles | {
+    about = {key: answer[key] for key in ("metric_titles", "higher_is_better")}
+    return (about if name == "before" else {}) | {
         "metrics": answer["metrics"],
         "parameters": asdict(count_parameters(load_model(model))),
     }

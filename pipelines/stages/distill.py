@@ -47,7 +47,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             config=config,
             work=stage,
             workspace=inputs.workspace,
-            num_steps=inputs.workspace.num_steps(config.train),
+            num_steps=inputs.workspace.num_steps(config.train, "distilled"),
         )
         return StageOutcome(
             outputs={"model": stage.directory / "model"},
@@ -67,7 +67,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             **origin,
         },
         input_digests={
-            "data": inputs.workspace.rows.train_digest,
+            "data": inputs.workspace.rows.distill_digest,
             "teacher": teacher.digests["model"],
             "student": student.digests["model"],
         },

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.loaders import Encoded
     from moe_dist.data.metrics import LabelSpace
-    from moe_dist.jobs.job_data import AnyJobData, Measured
+    from moe_dist.jobs.job_data import AnyJobData, Measured, Predict
     from moe_dist.measure.bootstrap import Pairing
     from moe_dist.measure.evaluation import Predictions
     from moe_dist.measure.latency import Latency, Rounds
@@ -41,6 +41,8 @@ STUDENT = "student"
 PREDICTIONS = "predictions"
 BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
+PREDICT_BATCH_TOKENS = 8192
+"""Two models' hidden states of all layers are held for so many tokens."""
 LATENCY_BATCH_SIZES = (1, 32)
 LATENCY_SEQ_LEN = 128
 LATENCY_ROUNDS = 10
@@ -71,6 +73,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         answers = predict_all(loaded, models, workspace, stage)
         loads = answers.expert_loads
         entries = measure_quality(answers)
+        for name, found in answers.calibrations.items():
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("calibrations", before)))] = found
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -93,7 +98,12 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             details={
                 "main_metric": main_metric,
                 "metric_titles": workspace.rows.metric_titles,
+                "higher_is_better": workspace.rows.higher_is_better,
                 "num_dev_samples": sum(len(task.labels) for task in answers.tasks.values()),
+                "unit": common_unit(answers),
+                "distances": sorted(
+                    {part.task.task_kind.distance for part in workspace.rows.parts.values()}
+                ),
                 "seq_len": seq_len,
                 "models": entries,
                 "differences": compare_students(answers, main_metric, config.seed),
@@ -171,21 +181,23 @@ def load_all(
     return {name: load_model(path, device=device) for name, (path, _) in models.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class TaskAnswers:
     """What all models say about one task's dev rows.
 
     Attributes:
         metrics: names, the main one first.
         space: the task's classes.
-        labels: (N,).
-        logits: (N, C) by model name.
+        labels: (N,); the same for every model.
+        logits: (N, C) by model name, or other figures of each unit.
+        unit: what each of the N is.
     """
 
     metrics: tuple[str, ...]
     space: LabelSpace
-    labels: Any
-    logits: dict[str, Any]
+    labels: Any = ()
+    logits: dict[str, Any] = field(default_factory=dict)
+    unit: str = "sample"
 
     def pairing(self, first: str, second: str) -> Pairing:
         """Put two models' answers side by side for the main metric, the first minus the second."""
@@ -215,12 +227,14 @@ class Answers:
         imitation: how near each student is to the teacher.
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
+        calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
     """
 
     tasks: dict[str, TaskAnswers]
     imitation: Imitation
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
+    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def predict_all(
@@ -232,6 +246,7 @@ def predict_all(
     """Run every model over the dev rows, and keep what they say."""
     import torch
 
+    from moe_dist.data.loaders import bounded_batch
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.job_data import job_data
     from moe_dist.measure.evaluation import expert_load, predict
@@ -240,49 +255,60 @@ def predict_all(
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
     tasks = {
         name: TaskAnswers(
-            part.splits.task.metrics, part.splits.task.label_space, part.dev.labels, {}
+            part.splits.task.metrics,
+            part.splits.task.label_space,
+            unit=part.splits.task.task_kind.unit,
         )
         for name, part in data.parts.items()
     }
     loads: dict[str, dict[str, list[float]]] = {}
+    calibrations: dict[str, dict[str, float]] = {}
     steps = itertools.count(1)
-    num_steps = len(loaded) + count_batches(data, PREDICT_BATCH_SIZE) + LATENCY_ROUNDS
+    batch_size = bounded_batch(
+        PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
+    )
+    num_steps = len(loaded) + count_batches(data, batch_size) + LATENCY_ROUNDS
 
     def advance() -> None:
         stage.console.progress(next(steps), num_steps)
 
     for name, model in loaded.items():
 
-        def answer(encoded: Encoded, model: Any = model) -> Predictions:
+        def answer(encoded: Encoded, options: Mapping[str, Any], model: Any = model) -> Predictions:
             return predict(
                 model,
                 encoded,
-                batch_size=PREDICT_BATCH_SIZE,
+                batch_size=batch_size,
                 pad_token_id=data.pad_token_id,
                 device=next(model.parameters()).device,
+                options=options,
             )
 
         found = run_over_dev(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
-            part.save_answers(found.answers[task], part.dev, path)
-            tasks[task].logits[name] = found.answers[task].logits.numpy()
+            part.save_figures(found.figures[task], path)
+            tasks[task].logits[name] = found.figures[task].values
+            tasks[task].labels = found.figures[task].labels
+            for line in part.remarks(found.figures[task]):
+                stage.console.warn(f"{name}: {line}")
+        if found.calibrations:
+            calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
         advance()
     imitation = measure_imitation(
         loaded,
         data,
-        {task: own.logits for task, own in tasks.items()},
         teacher=TEACHER,
-        batch_size=PREDICT_BATCH_SIZE,
+        batch_size=batch_size,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads())
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
 
 
-def run_over_dev(name: str, data: AnyJobData, answer: Callable[[Encoded], Predictions]) -> Measured:
+def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:
     """Run a model over the dev rows; a DataError names it if its answers cannot be measured."""
     from moe_dist.jobs.job_data import measure
 
@@ -425,13 +451,21 @@ def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict
     return found
 
 
-def describe_classes(answers: Answers) -> dict[str, Any]:
-    """Say what classes the one task has, so that its predictions can be measured again.
+def common_unit(answers: Answers) -> str:
+    """Say what an interval resamples, in a word for all tasks."""
+    units = {task.unit for task in answers.tasks.values()}
+    return units.pop() if len(units) == 1 else "sample"
 
-    `classes`, with their `names` and the id of the `positive` one of two; nothing for
-    regression and several tasks.
+
+def describe_classes(answers: Answers) -> dict[str, Any]:
+    """Say what the one task's answers consist of, so that they can be measured again.
+
+    `classes`, with their `names` and the id of the `positive` one of two; or the `columns` of
+    figures; nothing for regression and several tasks.
     """
     space = answers.tasks[""].space if set(answers.tasks) == {""} else None
+    if space is not None and space.columns:
+        return {"columns": list(space.columns)}
     if space is None or space.num_classes is None:
         return {}
     return {"classes": {"names": list(space.names), "positive": space.positive}}
@@ -440,10 +474,10 @@ def describe_classes(answers: Answers) -> dict[str, Any]:
 def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
     """Say for each of several tasks what it is measured by, and how the student stands there.
 
-    `tasks`, with `main_metric`, `num_dev_samples` and `differences` of each; nothing for a run
-    of one task.
+    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples`, `unit` and `differences` of
+    each; nothing for a run of one task.
     """
-    from moe_dist.data.metrics import metric_title
+    from moe_dist.data.metrics import METRICS, metric_title
 
     if set(answers.tasks) == {""}:
         return {}
@@ -451,9 +485,11 @@ def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
         "tasks": {
             name: {
                 "main_metric": task.metrics[0],
+                "higher_is_better": METRICS[task.metrics[0]].higher_is_better,
                 **describe_classes(replace(answers, tasks={"": task})),
                 "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
                 "num_dev_samples": len(task.labels),
+                "unit": task.unit,
                 "differences": compare_students(
                     replace(answers, tasks={name: task}), task.metrics[0], seed
                 ),

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_dist.data import encoding
-from moe_dist.data.loaders import Encoded, TrainBatches, encode, eval_batches
+from moe_dist.data.loaders import Encoded, TrainBatches, collate, encode, eval_batches
 from moe_dist.errors import DataError
+from moe_dist.tasks.classification import Classification
+from moe_dist.tasks.kind import IGNORED, TokenRows
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -234,13 +236,87 @@ def test_steps_that_ranks_cannot_share() -> None:
 @pytest.mark.parametrize("num", [1, 7, 12])
 def test_ranks_evaluate_equally_many_batches_of_equal_size(num: int, world_size: int) -> None:
     encoded = synthetic(num)
-    shapes, seen = [], []
+    shapes, seen, first = [], [], []
     for rank in range(world_size):
         batches = list(eval_batches(encoded, batch_size=2, rank=rank, world_size=world_size))
         shapes.append([len(batch["index"]) for batch in batches])
         seen += [i for batch in batches for i in batch["index"].tolist()]
+        first += [i for batch in batches for i in batch["index"][~batch["is_repeat"]].tolist()]
         for batch in batches:
             assert batch["labels"].tolist() == batch["index"].tolist()
     assert all(shape == shapes[0] for shape in shapes)
+    assert sorted(first) == list(range(num)), "what is no repeat is there once"
     assert set(seen) == set(range(num))
     assert len(seen) - num < world_size
+
+
+class _Windows(Classification):
+    """Two tokens of each row's text a sample, with all that a kind of task may add."""
+
+    name = "windows"
+    is_one_a_row = False
+
+    def tokens(self, rows: Any, tokenizer: Any, **settings: Any) -> TokenRows:
+        ids, owners = [], []
+        for row, text in enumerate(rows["text_a"]):
+            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            pieces = [whole[i : i + 2] for i in range(0, len(whole), 2)]
+            ids += pieces
+            owners += [row] * len(pieces)
+        return TokenRows(
+            input_ids=ids,
+            rows=owners,
+            labels=[[row, len(piece)] for row, piece in zip(owners, ids, strict=True)],
+            columns={"place": [list(range(1, len(piece) + 1)) for piece in ids]},
+            targets=[piece * 2 for piece in ids],
+            num_targets=[2 * len(piece) for piece in ids],
+        )
+
+
+def test_a_kind_of_task_makes_several_samples_of_a_row(tokenizer: Any, tmp_path: Path) -> None:
+    rows = dataset(9)
+    encoded = encode(rows, tokenizer, max_length=8, kind=_Windows(), cache_dir=tmp_path)
+    made = _Windows().tokens(rows[:], tokenizer)
+    assert len(encoded) == len(made.input_ids) > len(rows)
+    assert encoded.sample_ids.tolist() == [100 + row for row in made.rows]
+    assert encoded.labels.tolist() == list(made.labels)
+    for part in (encoded, encoded.subset(range(len(encoded)))):
+        assert part.count_targets(np.array([0, 3])) == made.num_targets[0] + made.num_targets[3]
+        chosen = np.array([3, 0, 1])
+        batch = collate(part, chosen, pad_token_id=0)
+        for place, sample in enumerate(chosen):
+            length, written = len(made.input_ids[sample]), made.targets[sample]
+            assert batch["place"][place].tolist()[:length] == made.columns["place"][sample]
+            assert not batch["place"][place, length:].any()
+            assert batch["targets"][place].tolist()[: len(written)] == written
+            assert batch["targets"][place, len(written) :].eq(IGNORED).all()
+        assert batch["num_targets"].tolist() == [made.num_targets[i] for i in chosen]
+    drawn = encoded.draw(4, seed=1)
+    assert len(drawn) == 4 and drawn.targets is not None and drawn.num_targets is not None
+    assert len(drawn.targets) == drawn.num_targets.sum()
+
+
+def test_a_step_counts_its_targets_over_ranks_and_micro_batches(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    encoded = encode(dataset(9), tokenizer, max_length=8, kind=_Windows(), cache_dir=tmp_path)
+    ranks = [
+        TrainBatches(encoded, batch_size=8, world_size=2, rank=rank, accumulation=2)
+        for rank in range(2)
+    ]
+    for steps in zip(*(one.epoch(0) for one in ranks), strict=True):
+        counted = sum(
+            int(batch["num_targets"].sum()) for step in steps for batch in step.micro_batches
+        )
+        assert {step.num_targets for step in steps} == {counted}
+
+
+def test_what_a_cache_entry_depends_on(tokenizer: Any, tmp_path: Path) -> None:
+    def entries(**settings: Any) -> int:
+        encode(dataset(5), tokenizer, max_length=8, cache_dir=tmp_path, **settings)
+        return len(list((tmp_path / "encoded").glob("*/encoded.json")))
+
+    assert entries() == entries(kind=Classification()) == 1
+    assert entries(kind=_Windows()) == 2
+    assert entries(options={"stride": 4}) == 3
+    assert entries(is_training=False) == 4

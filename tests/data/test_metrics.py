@@ -8,6 +8,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
+from moe_dist.config.data_checks import METRICS_OF_KINDS
+from moe_dist.config.search_section import MEASURES
 from moe_dist.data.metrics import (
     METRICS,
     LabelSpace,
@@ -15,11 +17,10 @@ from moe_dist.data.metrics import (
     explain_undefined,
     metric_title,
     missing_classes,
-    ratio,
     undefined_by_labels,
-    why_no_ratio,
 )
 from moe_dist.errors import DataError
+from moe_dist.tasks import TASK_KINDS
 
 TWO, THREE, VALUES = LabelSpace(2), LabelSpace(3, names=("a", "b", "c")), LabelSpace(None)
 CLASS_METRICS = ["accuracy", "f1", "matthews"]
@@ -122,37 +123,22 @@ def test_undefined_is_no_zero_and_says_why(
     assert undefined_by_labels(name, list(labels), space) == (why if by_labels else None)
 
 
-def test_what_has_a_value_needs_no_reason() -> None:
+@pytest.mark.parametrize("name", METRICS)
+def test_what_has_a_value_needs_no_reason(name: str) -> None:
     rng = np.random.default_rng(1)
-    for name in METRICS:
-        space = GOOD if name in CLASS_METRICS else VALUES
-        labels, guess = rng.integers(0, 2, (2, 30))
-        assert math.isfinite(compute_metrics([name], guess, labels, space)[name])
-        assert explain_undefined(name, guess, labels, space) is None
+    metric = METRICS[name]
+    space = GOOD if metric.on_classes else LabelSpace(None, columns=metric.columns)
+    labels, guess = rng.integers(0, 2, (2, 30))
+    answers = rng.integers(1, 4, (30, len(metric.columns))) if metric.columns else guess
+    assert math.isfinite(compute_metrics([name], answers, labels, space)[name])
+    assert explain_undefined(name, answers, labels, space) is None
+
+
+def test_metrics_keep_the_order_that_they_are_asked_in() -> None:
     assert compute_metrics(["accuracy", "f1"], [1, 0], [1, 1], GOOD) == {
         "accuracy": 0.5,
         "f1": pytest.approx(2 / 3),
     }
-
-
-@pytest.mark.parametrize(
-    ("value", "whole", "kept", "why"),
-    [
-        (0.8, 0.9, 0.8 / 0.9, None),
-        (0.0, 0.9, 0.0, None),
-        (-0.2, 0.5, -0.4, None),
-        (-0.19, -0.2, None, "the teacher's metric is -0.2"),
-        (0.5, 0.0, None, "the teacher's metric is 0"),
-        (0.5, math.nan, None, "the teacher's metric is undefined"),
-        (None, 0.5, None, "the student's metric is undefined"),
-    ],
-)
-def test_there_is_a_retention_only_of_a_teacher_above_chance(
-    value: float | None, whole: float | None, kept: float | None, why: str | None
-) -> None:
-    assert ratio(value, whole) == (None if kept is None else pytest.approx(kept))
-    said = why_no_ratio(value, whole)
-    assert said is None if why is None else said is not None and said.startswith(why)
 
 
 @pytest.mark.parametrize(
@@ -177,3 +163,13 @@ def test_faults_are_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         compute_metrics(names, predictions, labels, space)
+
+
+def test_recipes_know_the_metrics_and_their_directions() -> None:
+    """The recipe's models load nothing heavy, so that they name them once more."""
+    named = {metric for metrics in METRICS_OF_KINDS.values() for metric in metrics}
+    assert named == set(METRICS)
+    for name, metric in METRICS.items():
+        assert MEASURES[name] == ("max" if metric.higher_is_better else "min"), name
+    for kind in TASK_KINDS.values():
+        assert set(METRICS_OF_KINDS[kind.name]) == set(kind.metrics)  # type: ignore[index]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_dist.data.loaders import Encoded, StepBatch, TrainBatches
-from moe_dist.data.mixture import MEAN, MixtureBatches, joined_metrics, mixing_shares
+from moe_dist.data.metrics import METRICS
+from moe_dist.data.mixture import MEAN, MixtureBatches, joined_metrics, load_rows, mixing_shares
+from moe_dist.errors import DataError
 from tests.data.test_loaders import synthetic
 
 SIZES = {"big": 97, "small": 24}
@@ -103,3 +107,25 @@ def test_metrics_of_one_task_keep_their_names() -> None:
         "a/accuracy": 0.9,
         "b/pearson": 0.7,
     }
+
+
+def test_main_metrics_of_opposite_directions_have_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "".join(f"word{i} here\t{i % 2}\n" for i in range(8)))
+    own = {
+        "source": "files",
+        "train": str(rows),
+        "dev": str(rows),
+        "text_columns": ["text"],
+        "label_column": "label",
+    }
+    tasks = {"one": own | {"metrics": ["accuracy"]}, "two": own | {"metrics": ["f1"]}}
+    assert load_rows({"tasks": tasks, "seed": 0}).higher_is_better
+    lower = replace(METRICS["f1"], higher_is_better=False)
+    monkeypatch.setitem(METRICS, "f1", lower)
+    said = "accuracy of one the higher, f1 of two the lower"
+    with pytest.raises(DataError, match=said):
+        load_rows({"tasks": tasks, "seed": 0})
+    assert not load_rows({"tasks": {"two": tasks["two"]}, "seed": 0}).higher_is_better

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,11 @@ def test_pairs_and_regression(tmp_path: Path) -> None:
         (ROWS, {"text_columns": ["a", "b", "c"]}, "one or two columns"),
         (ROWS, {"metrics": ["bleu"]}, "unknown bleu"),
         (ROWS, {"label_names": ["pos", "pos"]}, "distinct classes"),
-        (ROWS, {"label_names": ["pos", "neg"], "kind": "regression"}, "label_names is given"),
+        (
+            ROWS,
+            {"label_names": ["pos", "neg"], "kind": "regression"},
+            "names classes, and data.kind=regression",
+        ),
         (ROWS, {"dev": None}, "no dev set"),
         (ROWS, {"dev_size": 1}, "both given"),
         (ROWS, {"train": None}, "data.train is not given"),
@@ -364,3 +369,61 @@ def test_a_positive_label_that_means_nothing_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, rows, **changes)
     assert remedy in str(caught.value.remedy)
+
+
+def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
+        load(tmp_path, metrics=["accuracy", "perplexity"])
+
+
+def test_of_several_texts_in_a_label_the_first_is_the_target(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"a question {number}", "answers": {"text": texts, "answer_start": [0] * 9}}
+        for number, texts in enumerate([["one", "1"], ["two"], ["three", "3", "III"]])
+    ]
+    plain = [{"text": f"another {number}", "answers": f"plain {number}"} for number in range(3)]
+    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    train.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    dev.write_text("".join(f"{json.dumps(row)}\n" for row in plain))
+    splits = load_splits(
+        source="files",
+        train=train,
+        dev=dev,
+        kind="seq2seq",
+        text_columns=["text"],
+        label_column="answers",
+    )
+    assert splits.train["label"] == ["one", "two", "three"]
+    assert splits.dev["label"] == ["plain 0", "plain 1", "plain 2"]
+    (note,) = splits.summary.notes
+    assert note.startswith("2 rows have several texts in 'answers': the first")
+    train.write_text(json.dumps({"text": "a", "answers": {"text": []}}))
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: column 'answers' holds no text"):
+        load_splits(
+            source="files",
+            train=train,
+            dev=dev,
+            kind="seq2seq",
+            text_columns=["text"],
+            label_column="answers",
+        )
+
+
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_a_sentence_model_of_the_hub_comes_with_its_pooling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_modules: bool
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "model.safetensors").touch()
+    if has_modules:
+        (tmp_path / "modules.json").touch()
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("some/encoder") == str(tmp_path)
+    assert asked[1:] == [["*_Pooling/config.json"]] * has_modules

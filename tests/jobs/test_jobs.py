@@ -72,6 +72,17 @@ def test_the_teacher_learns_and_is_saved(chain: dict[str, Any]) -> None:
     assert (Path(teacher["model"]) / "tokenizer.json").exists()
 
 
+def test_a_model_is_taken_as_it_is_without_epochs(chain: dict[str, Any]) -> None:
+    trained = chain["teacher"]
+    settings = train_section().model_copy(update={"num_epochs": 0})
+    fields = job_fields(chain["root"], "kept", model=trained["model"], train=settings)
+    kept = FinetuneJob(**fields).run()
+    assert kept["num_steps"] == 0 and kept["metrics"] == trained["metrics"]
+    before, after = load_model(trained["model"]), load_model(kept["model"])
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=0)
+
+
 def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> None:
     records = MetricLog(chain["root"] / "distill" / "metrics.jsonl").read()
     steps, losses = series(records, "train/loss/hidden_mse")

@@ -203,3 +203,20 @@ def test_the_wider_interval_covers_what_it_claims(spread: float) -> None:
     assert 0.92 <= hits / num_runs <= 0.98
     # The bootstrap by itself does not, which is why it is not quoted by itself.
     assert alone <= hits and (spread < 3 or alone / num_runs < 0.9)
+
+
+def test_bootstrap_resamples_the_documents_of_a_language_model() -> None:
+    """Rates of sums are those of each resample, and not means over documents."""
+    rng = np.random.default_rng(4)
+    space = LabelSpace(None, columns=("nll", "tokens"))
+    tokens = rng.integers(5, 400, 200).astype(np.float32)
+    better = np.stack([3.0 * tokens, tokens], 1)
+    worse = np.stack([3.0 * tokens + rng.random(200) * tokens, tokens], 1)
+    drawn = resample_differences(
+        "perplexity", np.zeros(200), [worse], [better], space, num_resamples=300
+    )
+    rows = np.random.default_rng(0).integers(0, 200, 200)
+    expected = math.exp(worse[rows, 0].sum() / tokens[rows].sum()) - math.exp(3.0)
+    assert drawn.samples[0] == pytest.approx(expected, rel=1e-5)
+    interval = sure(drawn.interval())
+    assert 8 < interval.low < interval.difference < interval.high < 20

@@ -22,23 +22,24 @@ def test_predictions_come_in_the_data_sets_order() -> None:
     with torch.no_grad():
         for row in range(11):
             alone = collate(data, torch.tensor([row]).numpy(), PAD)
-            expected = model(**model_inputs(alone)).logits[0]
-            torch.testing.assert_close(answers.logits[row], expected, rtol=1e-4, atol=1e-5)
+            expected = model(**model_inputs(model, alone)).logits[0]
+            torch.testing.assert_close(answers.answers[row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_samples_that_are_repeated_for_other_ranks_count_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = tiny_bert(), tiny_data(11)
-    expected = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).logits
+    expected = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).answers
     real = evaluation.eval_batches
 
     def twice(*args: object, **options: object) -> object:
         yield from real(*args, **options)
-        yield from real(*args, **options)
+        for batch in real(*args, **options):
+            yield batch | {"is_repeat": torch.ones_like(batch["is_repeat"])}
 
     monkeypatch.setattr(evaluation, "eval_batches", twice)
-    again = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).logits
+    again = predict(model, data, batch_size=4, pad_token_id=PAD, device=CPU).answers
     torch.testing.assert_close(again, expected)
 
 

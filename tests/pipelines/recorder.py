@@ -6,7 +6,7 @@ from pipelines.console import Console
 
 
 class Recorder(Console):
-    """A quiet console that remembers which stages ran, were skipped or resumed, and warnings."""
+    """A quiet console that remembers what stages ran, were skipped or resumed, and what it said."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -14,6 +14,7 @@ class Recorder(Console):
         self.resumed: list[str] = []
         self.skipped: list[str] = []
         self.warned: list[str] = []
+        self.noted: list[str] = []
 
     def stage_started(self, stage: str, *, resumed: bool) -> None:
         self.ran.append(stage)
@@ -24,3 +25,6 @@ class Recorder(Console):
 
     def warn(self, message: str) -> None:
         self.warned.append(message)
+
+    def note(self, message: str) -> None:
+        self.noted.append(message)

@@ -23,6 +23,7 @@ PAPER = {
     "qqp": (3e-5, 64, 5, 0, 1),
     "mnli": (5e-5, 64, 5, 0, 5),
 }
+PAPER_SQUAD = {1: (3e-5, 32, 5, 0.01, 2), 2: (3e-5, 16, 4, 0.1, 1)}
 TASKS = (*PAPER, "stsb")
 SMALL_TASKS = ("sst2", "mrpc", "qqp", "rte", "mnli")
 
@@ -72,7 +73,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bare_machine")
-@pytest.mark.parametrize("name", ["moebert_sst2", "minilm_sst2"])
+@pytest.mark.parametrize("name", ["moebert_sst2", "minilm_sst2", "bert_squad2", "qa_minilm_files"])
 def test_a_dry_run_needs_neither_network_nor_data(name: str) -> None:
     result = CliRunner().invoke(app, ["compress", str(RECIPES / f"{name}.yaml"), "--dry-run"])
     assert result.exit_code == 0, result.output
@@ -128,6 +129,19 @@ def test_moebert_recipes_have_the_paper_s_hyperparameters(task: str) -> None:
     assert (*settings, distill.hidden_weight) == PAPER[task]
     assert distill.kl_weight == distill.hidden_weight
     assert (train.max_grad_norm, train.warmup_fraction, distill.temperature) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("version", PAPER_SQUAD)
+def test_squad_recipes_have_the_paper_s_hyperparameters(version: int) -> None:
+    config = load_config(RECIPES / f"bert_squad{version}.yaml")
+    train, distill, moe = config.train, config.distill, config.moe
+    settings = (train.learning_rate, train.batch_size, train.num_epochs, train.weight_decay)
+    assert (*settings, distill.hidden_weight) == PAPER_SQUAD[version]
+    assert distill.kl_weight == distill.hidden_weight and train.warmup_fraction == 0
+    assert (moe.num_experts, moe.expert_size, moe.num_shared_neurons) == (4, 768, 512)
+    assert (config.model.teacher, config.model.max_length) == ("bert-base-uncased", 384)
+    assert config.data.kind == "question_answering"
+    assert config.data.name == ("rajpurkar/squad_v2" if version == 2 else "rajpurkar/squad")
 
 
 def test_the_demo_runs_expert_parallel_on_two_workers() -> None:

@@ -37,6 +37,12 @@ def test_a_trial_whose_measure_is_undefined_is_ended_as_the_worst(
     }
 
 
+def test_an_undefined_measure_is_worse_than_the_largest_perplexity() -> None:
+    ruling = Ruling("asha", "word_perplexity", "min", last_rung=9, reduction_factor=3)
+    huge = ruled_value({"word_perplexity": 1e12}, ruling)
+    assert huge == 1e12 < ruled_value({"word_perplexity": math.nan}, ruling)
+
+
 def test_an_undefined_measure_of_the_past_does_not_raise_the_bar() -> None:
     ruling = Ruling("asha", "matthews", "max", last_rung=9, reduction_factor=3)
     past = [Trial(number, reports=[Report(1, 10, {})]) for number in range(8)]

@@ -27,10 +27,17 @@ def test_goals_that_cannot_be_read_are_named_all_at_once() -> None:
     assert "'quality>=1e' has no number" in said
 
 
+def test_a_goal_may_bound_a_perplexity_from_above() -> None:
+    (goal,) = parse_goals("perplexity<=40")
+    assert goal.is_met({"perplexity": 39.0}) and not goal.is_met({"perplexity": 41.0})
+
+
 def test_only_costs_are_minimised() -> None:
     assert check_cost("flops") == "flops"
     with pytest.raises(ConfigError, match="use one of latency, flops"):
         check_cost("quality")
+    with pytest.raises(ConfigError, match="perplexity is no cost"):
+        check_cost("perplexity")
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 from moe_dist.config import load_config
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.digests import PICKLES
+from moe_dist.errors import DataError
 from moe_dist.inference import load_model, save_model
 from moe_dist.inference.saving import load_tokenizer
+from moe_dist.inference.serving import TextModel
+from moe_dist.tasks import TASK_KINDS
 from moe_dist.tracking import TrackedModel, build_tracker
+from moe_dist.tracking.models import describe_model
 from pipelines.chain.chain import run_chain
 from tests.pipelines.conftest import tiny_bert, tiny_settings, write_recipe  # noqa: F401
 from tests.pipelines.recorder import Recorder
@@ -108,6 +113,30 @@ def artifact_directory(model: Any) -> Path:
     return Path(str(model.artifact_location).removeprefix("file://"))
 
 
+def test_a_model_of_embeddings_answers_with_vectors(student: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(vocab_size=5 + len(WORDS), num_hidden_layers=1, **sizes)
+    for key, value in TASK_KINDS["embedding"].model_settings(None).items():
+        setattr(config, key, value)
+    model = BertModel(config, add_pooling_layer=False)
+    directory = save_model(model, tmp_path / "vectors", load_tokenizer(student))
+    answers = dict(TASK_KINDS["embedding"].served_columns)
+    entry = asdict(tracked(directory, labels=(), answers=answers))
+    describe_model(directory, tmp_path / "described", entry, run_id="r", model_id="m")
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "described"))
+    assert str(loaded.metadata.get_output_schema()) == "['vector': Array(double) (required)]"
+    found = loaded.predict(["a good film", "dull"])
+    assert list(found.columns) == ["vector"]
+    assert [len(vector) for vector in found["vector"]] == [16, 16]
+    assert sum(value**2 for value in found["vector"][0]) == pytest.approx(1, rel=1e-5)
+    served = TextModel(load_model(directory), load_tokenizer(directory), max_length=16)
+    with pytest.raises(DataError, match="reads one column of texts, and there are two"):
+        served.predict([["a", "film"]])
+    assert list(served.predict([]).columns) == ["vector"]
+
+
 def test_pairs_of_texts_are_two_columns(
     store: str, client: Any, student: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +149,50 @@ def test_pairs_of_texts_are_two_columns(
     alone = loaded.predict(pairs)
     other = loaded.predict(pairs.assign(hypothesis=["good good good"]))
     assert alone["score"][0] != other["score"][0]
+
+
+def test_questions_and_contexts_are_known_by_their_names(tmp_path: Path) -> None:
+    import pandas
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    model = save_model(BertForQuestionAnswering(config), tmp_path / "model", tokenizer)
+    kind = TASK_KINDS["question_answering"]
+    entry = tracked(
+        model,
+        num_texts=2,
+        labels=(),
+        answers=dict(kind.served_columns),
+        inputs=kind.text_columns,
+        options={"stride": 2, "max_answer_length": 1},
+        calibration=1e9,
+    )
+    described = tmp_path / "described"
+    describe_model(model, described, asdict(entry), run_id="r", model_id="m")
+    loaded = mlflow.pyfunc.load_model(str(described))
+    assert loaded.metadata.signature.inputs.input_names() == ["question", "context"]
+    assert loaded.metadata.signature.outputs.input_names() == ["answer", "score"]
+    rows = pandas.DataFrame({"context": ["a good film bad"] * 2, "question": ["dull", "bad"]})
+    found = loaded.predict(rows)
+    assert all(answer in ("a", "good", "film", "bad") for answer in found["answer"])
+    # Below every difference, so that no question is answered.
+    other = asdict(entry) | {"calibration": -1e9}
+    describe_model(model, tmp_path / "none", other, run_id="r", model_id="m")
+    none = mlflow.pyfunc.load_model(str(tmp_path / "none")).predict(rows)
+    assert none["answer"].tolist() == ["", ""]
+    assert none["score"].tolist() == found["score"].tolist()
 
 
 def test_a_model_is_sent_once_and_registered_also_later(

@@ -47,7 +47,7 @@ def test_finetune_is_the_models_own_loss() -> None:
 def test_float_labels_mean_regression() -> None:
     model = tiny_bert(dropout=0.0, num_labels=1)
     batch = tiny_batch(tiny_data(regression=True))
-    gaps = model(**model_inputs(batch)).logits[:, 0] - batch["labels"]
+    gaps = model(**model_inputs(model, batch)).logits[:, 0] - batch["labels"]
     assert values(finetune_terms(model, batch))["task"] == pytest.approx(
         gaps.square().sum().item(), rel=1e-6
     )
@@ -58,8 +58,8 @@ def test_float_labels_mean_regression() -> None:
 def test_distillation_compares_embeddings_and_all_layers() -> None:
     student, teacher = pair()
     batch = tiny_batch()
-    hidden_s = student(**model_inputs(batch), output_hidden_states=True).hidden_states
-    hidden_t = teacher(**model_inputs(batch), output_hidden_states=True).hidden_states
+    hidden_s = student(**model_inputs(student, batch), output_hidden_states=True).hidden_states
+    hidden_t = teacher(**model_inputs(teacher, batch), output_hidden_states=True).hidden_states
     assert len(hidden_s) == 3
     mask = batch["attention_mask"].bool()
     expected = sum(
@@ -99,7 +99,7 @@ def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
     student, teacher = pair()
     batch = tiny_batch()
     with record_routing() as record:
-        student(**model_inputs(batch))
+        student(**model_inputs(student, batch))
     mask = batch["attention_mask"].reshape(-1).bool()
     num_tokens = int(mask.sum())
     logits = [entry.routing.logits[mask] for entry in record.entries]  # type: ignore[index]
@@ -165,8 +165,8 @@ def test_expert_counts_add_up_over_forwards() -> None:
     student, _ = pair()
     batch = tiny_batch()
     with record_routing() as record:
-        student(**model_inputs(batch))
-        student(**model_inputs(batch))
+        student(**model_inputs(student, batch))
+        student(**model_inputs(student, batch))
     for count_E in expert_counts(record).values():
         assert count_E.shape == (4,)
         assert count_E.sum().item() == 2 * batch["attention_mask"].sum().item()

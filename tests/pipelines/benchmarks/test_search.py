@@ -47,6 +47,8 @@ def test_the_table_and_the_verdicts(
     )
     assert not SearchFigures(found.whole, found.asha, clearly).is_as_good
     assert SearchFigures(found.whole, found.asha).is_as_good
+    # Of perplexities the lower one is better.
+    assert SearchFigures(found.whole, found.asha, clearly, higher_is_better=False).is_as_good
 
 
 def test_both_sweeps_get_the_same_points() -> None:

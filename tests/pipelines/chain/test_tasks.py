@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from moe_dist.config import load_config
 from moe_dist.conversion import PartitionPlan, score_importance
 from moe_dist.data.loaders import eval_batches
-from moe_dist.data.metrics import ratio
+from moe_dist.data.retention import ratio
 from moe_dist.errors import ConfigError
 from moe_dist.inference import load_model, load_tokenizer
 from moe_dist.metric_log import MetricLog, series
@@ -95,7 +95,9 @@ def test_the_chain_trains_measures_and_exports_each_task(
     )
     # A teacher that has learned this little may be anti-correlated with the grades.
     grades = teacher["metrics"]["grades/pearson"]
-    assert by_task["grades"] == ratio(student["metrics"]["grades/pearson"], grades)
+    assert by_task["grades"] == ratio(
+        student["metrics"]["grades/pearson"], grades, higher_is_better=True
+    )
     if grades > 0:
         assert report["retention"] == pytest.approx(sum(by_task.values()) / 2)
     else:
@@ -105,7 +107,7 @@ def test_the_chain_trains_measures_and_exports_each_task(
     assert report["tasks"]["grades"]["num_dev_samples"] == 9
     assert set(report["tasks"]["mood"]["differences"]) == {"teacher", "dense"}
     text = (root / "report.md").read_text()
-    assert "| grades | pearson | 9 |" in text
+    assert "| grades | pearson | 9 samples |" in text
 
     # 72 rows in batches of 8: nine steps, of which the smaller task has its share.
     records = MetricLog(root / "distill/metrics.jsonl").read()

@@ -162,7 +162,7 @@ def test_charts_bear_the_extremes() -> None:
     for low, high in ((-1e299, 1e299), (0.0, 0.0), (5e-324, 1e-323), (1e16, 1e16 + 2)):
         for chart in (
             line_chart([Line("a", [0, 10**18], [low, high])], x_label="step"),
-            scatter([Dot("a", low, low), Dot("b", high, high)], x_label="x"),
+            scatter([Dot("a", low, low), Dot("b", high, high)], x_label="x", higher_is_better=True),
             spans([Span("a", low, low, high)], reference=1.0),
         ):
             assert chart and "nan" not in chart and "inf" not in chart

@@ -13,7 +13,7 @@ import yaml
 
 from moe_dist.errors import MissingInputError
 from moe_dist.metric_log import MetricLog
-from pipelines.report.page import render_page
+from pipelines.report.page import cost_figures, render_page
 from pipelines.report.run_summary import RunView, read_directory
 from pipelines.report.selection import select_runs
 
@@ -118,6 +118,51 @@ def test_the_page_loads_nothing_and_shows_differences_first(tmp_path: Path) -> N
     assert "gate&lt;b&gt; has the highest accuracy: 0.9100" in page
     assert "no other run reaches its interval, which begins at 0.8900" in page
     assert 'name="viewport"' in page
+
+
+def as_language_model(directory: Path, perplexity: float) -> Path:
+    """Turn a run into one that is measured by perplexity, its teacher's being 20."""
+    path = directory / "report.json"
+    report = json.loads(path.read_text())
+    report |= {"main_metric": "perplexity", "higher_is_better": False}
+    for name, value in (("teacher", 20.0), ("student", perplexity), ("dense", 50.0)):
+        report[name]["metrics"] = {"perplexity": value}
+        report[name]["retention"] = 20.0 / value
+    low, high = perplexity - 22.0, perplexity - 18.0
+    report["differences"] = {"teacher": {"metric": "perplexity", "low": low, "high": high}}
+    path.write_text(json.dumps(report))
+    return directory
+
+
+def test_of_perplexities_the_lowest_is_best(tmp_path: Path) -> None:
+    places = [
+        as_language_model(write_run(tmp_path, "worse"), 29.0),
+        as_language_model(write_run(tmp_path, "better"), 25.0),
+    ]
+    views = select_runs([str(place) for place in places], uri=NO_STORE)
+    better = next(view for view in views if view.name == "better")
+    assert not better.higher_is_better
+    # The difference to the teacher lies in 3 to 7.
+    assert better.models[0].interval == pytest.approx((20 / 27, 20 / 23))
+    page = render_page(views)
+    assert "better has the lowest perplexity: 25.0000, retention 0.800" in page
+    assert "no other run reaches its interval, which ends at 27.0000" in page
+    assert "perplexity (lower is better)" in page
+    assert page.index(">better<") < page.index(">worse<")
+    near = as_language_model(write_run(tmp_path, "near"), 26.5)
+    page = render_page(select_runs([*map(str, places), str(near)], uri=NO_STORE))
+    assert "another run reaches its interval, which ends at 27.0000: no clear winner" in page
+
+
+def test_runs_of_opposite_directions_have_charts_of_their_own(tmp_path: Path) -> None:
+    places = [
+        as_language_model(write_run(tmp_path, "text"), 25.0),
+        write_run(tmp_path, "classes"),
+    ]
+    views = select_runs([str(place) for place in places], uri=NO_STORE)
+    titles = [figure.title for figure in cost_figures(views, {})]
+    assert titles[:2] == ["FLOPs per token", "FLOPs per token (lower is better)"]
+    assert "measured by different metrics" in render_page(views)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

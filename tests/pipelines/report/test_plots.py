@@ -124,3 +124,23 @@ def test_no_expert_is_said_to_have_less_than_nothing(
     low, high = bar.get_ylim()
     assert (low, high) == pytest.approx((0.0, 3.6))
     assert heat_map.images[0].norm(1.0) == pytest.approx(0.5)
+
+
+def test_perplexities_have_a_scale_of_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[str] = []
+    save = plots.save_figure
+
+    def watched(figure: Any, path: Path) -> Path:
+        scales.append(figure.axes[1].get_yscale())
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "save_figure", watched)
+    for name, values in (("perplexity", (183.0, 60.0, 8.0)), ("accuracy", (0.02, 0.5, 0.9))):
+        records = [
+            MetricRecord(step, float(step), {"train/loss/total": 1.0, f"dev/{name}": value})
+            for step, value in enumerate(values, 1)
+        ]
+        plots.plot_losses(records, tmp_path / "losses.png")
+    assert scales == ["log", "linear"]

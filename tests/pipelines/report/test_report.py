@@ -147,6 +147,13 @@ def test_it_warns_of_a_student_that_left_its_teacher(report: dict[str, Any]) -> 
     assert nearness_lines(report) == []
 
 
+def test_a_warning_of_a_small_drift_shows_that_it_is_not_0(report: dict[str, Any]) -> None:
+    small = {"difference": 4e-5, "low": 1.23456e-6, "high": 8e-5}
+    report["student"]["imitation_change"] = {"hidden_error": small}
+    (line,) = nearness_lines(report)
+    assert "hidden error +4e-05, 95 % interval +1.23e-06 to +8e-05" in line
+
+
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
     models, stages = to_tables(report)
     assert models.row_count == 3
@@ -183,9 +190,99 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(
 ) -> None:
     middle = (low + high) / 2
     entry = {"metric": "accuracy", "difference": middle, "low": low, "high": high}
-    sentence = verdict("dense", entry, 1500)
+    sentence = verdict("dense", entry, 1500, higher_is_better=True, unit="sample")
     assert sentence.startswith(f"{claim} (accuracy of student minus dense: {middle:+.4f}, 95 %")
     assert "one training run of each" in sentence
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claim"),
+    [
+        (-2.0, -0.5, "student beats dense"),
+        (0.5, 2.0, "dense beats student"),
+        (-0.5, 0.5, "student and dense cannot be told apart"),
+    ],
+)
+def test_where_lower_is_better_less_wins(low: float, high: float, claim: str) -> None:
+    entry = {"metric": "perplexity", "difference": (low + high) / 2, "low": low, "high": high}
+    sentence = verdict("dense", entry, 60, higher_is_better=False, unit="document")
+    assert sentence.startswith(f"{claim} on 60 dev documents (perplexity (lower is better) of")
+
+
+def language_report() -> dict[str, Any]:
+    """A report on perplexity."""
+    config: Any = SimpleNamespace(
+        name="lm", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
+    )
+    models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
+    for name, value in (("teacher", 20.0), ("student", 25.0)):
+        models[name]["metrics"] = {"perplexity": value}
+    models["student"]["metrics_before_distillation"] = {"perplexity": 100.0}
+    details = {
+        "main_metric": "perplexity",
+        "metric_titles": {"perplexity": "perplexity"},
+        "higher_is_better": False,
+        "columns": ["nll", "tokens"],
+        "unit": "document",
+        "num_dev_samples": 15,
+        "seq_len": 64,
+        "num_threads": 2,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "models": models,
+        "differences": {
+            "teacher": {"metric": "perplexity", "difference": 5.0, "low": 4.0, "high": 6.0}
+        },
+        "data": {"name": "text", "digest": "d"},
+    }
+    return build_report(config, {"evaluate": result("evaluate", details)}, run_id=None)
+
+
+def test_a_report_on_perplexity_knows_that_lower_is_better() -> None:
+    made = language_report()
+    assert made["higher_is_better"] is False and made["columns"] == ["nll", "tokens"]
+    assert made["retention"] == pytest.approx(20 / 25)
+    assert made["student"]["ffn_flops_ratio"] == pytest.approx(0.25)
+    assert made["verdicts"]["teacher"].startswith("teacher beats student on 15 dev documents")
+    text = to_markdown(made)
+    assert "| dev perplexity (lower is better) |" in text
+    assert "15 dev documents. Made" in text and "bootstrap over the dev documents." in text
+
+
+def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
+    models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
+    config: Any = SimpleNamespace(
+        name="two", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
+    )
+    keys = ("mean", "a/perplexity", "b/perplexity")
+    models["teacher"]["metrics"] = dict(zip(keys, (15.0, 10.0, 20.0), strict=True))
+    models["student"]["metrics"] = dict(zip(keys, (30.0, 20.0, 40.0), strict=True))
+    models["student"]["metrics_before_distillation"] = models["student"]["metrics"]
+    difference = {"metric": "perplexity", "difference": 10.0, "low": 9.0, "high": 11.0}
+    about = {
+        "main_metric": "perplexity",
+        "higher_is_better": False,
+        "num_dev_samples": 5,
+        "metric_titles": {"perplexity": "perplexity"},
+        "differences": {"teacher": difference},
+    }
+    details = {
+        "main_metric": "mean",
+        "higher_is_better": False,
+        "num_dev_samples": 10,
+        "seq_len": 64,
+        "num_threads": 2,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "models": models,
+        "differences": {"teacher": difference | {"metric": "mean"}},
+        "tasks": {"a": about, "b": about},
+        "data": {"name": "text", "digest": "d"},
+    }
+    made = build_report(config, {"evaluate": result("evaluate", details)}, run_id=None)
+    assert made["student"]["retention_by_task"] == {"a": 0.5, "b": 0.5}
+    assert made["retention"] == 0.5
+    text = to_markdown(made)
+    assert "- a: teacher beats student on 5 dev samples (perplexity (lower is better)" in text
+    assert "| a | perplexity (lower is better) | 5 samples |" in text
 
 
 def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
@@ -247,7 +344,9 @@ def test_what_is_undefined_is_null_with_a_sentence(
 
 def test_resamples_that_were_left_out_are_counted() -> None:
     found = {"metric": "f1", "difference": 0.1, "low": 0.0, "high": 0.2, "num_undefined": 7}
-    assert "7 resamples where it is undefined are left out" in verdict("dense", found, 60)
+    assert "7 resamples where it is undefined are left out" in verdict(
+        "dense", found, 60, higher_is_better=True, unit="sample"
+    )
 
 
 def test_latencies_that_cannot_be_judged_are_named(report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,63 @@ def test_means_are_those_of_the_runs(tmp_path: Path) -> None:
     assert student.differences["dense"].difference == pytest.approx(0.05)
     assert rows["dense"].differences == {}
     assert rows["teacher"].before is rows["teacher"].retention is None
+
+
+def write_language_run(directory: Path, perplexities: Mapping[str, float]) -> Path:
+    """Write what a run leaves that is measured by perplexity; its labels are no numbers."""
+    tokens = np.arange(10, 10 + NUM_EXAMPLES)
+    for label, value in perplexities.items():
+        figures = torch.tensor(np.stack([np.log(value) * tokens, tokens], 1), dtype=torch.float32)
+        save_predictions(
+            directory / "evaluate" / "predictions" / f"{label}.npz",
+            logits=figures,
+            predictions=figures[:, 0],
+            labels=np.full(NUM_EXAMPLES, np.nan),
+            sample_ids=[str(number) for number in range(NUM_EXAMPLES)],
+        )
+    report: dict[str, Any] = {
+        "main_metric": "perplexity",
+        "columns": ["nll", "tokens"],
+        "data": {"name": "text"},
+        "comparisons": ["dense"],
+        "teacher": {},
+        "student": {"ffn_flops_ratio": 0.25},
+        "dense": {"ffn_flops_ratio": 0.25},
+    }
+    (directory / "report.json").write_text(json.dumps(report))
+    return directory
+
+
+def test_perplexities_are_compared_by_their_figures(tmp_path: Path) -> None:
+    runs = [
+        read_one(
+            write_language_run(
+                tmp_path / str(seed), {"teacher": 20.0, "student": student, "dense": 40.0}
+            )
+        )
+        for seed, student in enumerate((24.0, 26.0))
+    ]
+    rows = {row.label: row for row in compare_seeds(runs)}
+    student = rows["student"]
+    assert student.quality == pytest.approx(25.0, rel=1e-5)
+    assert student.retention == pytest.approx((20 / 24 + 20 / 26) / 2, rel=1e-5)
+    assert not student.higher_is_better
+    difference = student.differences["dense"]
+    assert difference is not None and difference.difference == pytest.approx(-15.0, rel=1e-4)
+    text = to_markdown(list(rows.values()))
+    assert "| 25.000 ± 1.414 | 0.801 | -15.000 (" in text
+    assert "Quality: perplexity (text; lower is better)." in text and "hundredths" not in text
+
+
+def test_metrics_of_opposite_directions_have_no_mean(tmp_path: Path) -> None:
+    language = write_language_run(tmp_path / "text", dict.fromkeys(["teacher", "student"], 20.0))
+    report = json.loads((language / "report.json").read_text()) | {"comparisons": []}
+    (language / "report.json").write_text(json.dumps(report))
+    rows = compare_seeds([read_one(language), *seeds_of(tmp_path, [150])], ["teacher"])
+    assert MEAN not in {row.task for row in rows}
+    text = to_markdown(rows)
+    assert "Quality: accuracy (toy), in hundredths." in text
+    assert "have no mean: they differ in direction or unit" in text
 
 
 def test_the_spread_of_seeds_widens_the_interval(tmp_path: Path) -> None:

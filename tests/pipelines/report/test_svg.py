@@ -30,7 +30,9 @@ def test_the_front_holds_what_none_beats_in_both() -> None:
         Dot("d", 1, 0.6),
         Dot("e", 4, 0.9),
     ]
-    assert [dot.name for dot in front_of(dots)] == ["a", "c"]
+    assert [dot.name for dot in front_of(dots, higher_is_better=True)] == ["a", "c"]
+    # As perplexities: nothing is lower than the cheapest ones.
+    assert [dot.name for dot in front_of(dots, higher_is_better=False)] == ["d"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_neighbours_at_an_axis_read_differently() -> None:
     texts = [tick(value, values[1] - values[0]) for value in values]
     assert texts == ["11.065M", "11.0652M", "11.0654M", "11.0656M", "11.0658M", "11.066M"]
     dots = [Dot(name, x, 0.8, "#000") for name, x in (("a", 11_065_000.0), ("b", 11_066_000.0))]
-    assert ">11.0655M<" in scatter(dots, x_label="FLOPs")
+    assert ">11.0655M<" in scatter(dots, x_label="FLOPs", higher_is_better=True)
 
 
 def test_loads_are_coloured_by_their_distance_from_an_even_share() -> None:
@@ -69,7 +71,9 @@ def test_every_chart_is_whole_xml_and_keeps_foreign_text_out() -> None:
         line_chart([Line(name, [1, 2, 3], [1.0, float("nan"), 0.001], "#000")], x_label=name),
         line_chart([Line(name, [1, 2], [1.0, 0.001])], x_label="x", logarithmic=True),
         line_chart([Line(name, [5], [1.0])], x_label="x"),
-        scatter([Dot(name, 1.0, 2.0), Dot(name, 2.0, 3.0, "#000")], x_label=name),
+        scatter(
+            [Dot(name, 1.0, 2.0), Dot(name, 2.0, 3.0, "#000")], x_label=name, higher_is_better=True
+        ),
         spans([Span(name, 0.9, 0.8, 1.0), Span(name, 0.9)], reference=1.0),
         heat_map({name: [0.9, 0.1]}),
     ]
@@ -79,7 +83,12 @@ def test_every_chart_is_whole_xml_and_keeps_foreign_text_out() -> None:
 
 
 def test_nothing_to_draw_is_nothing() -> None:
-    empty = [line_chart([], x_label=""), scatter([], x_label=""), spans([]), heat_map({})]
+    empty = [
+        line_chart([], x_label=""),
+        scatter([], x_label="", higher_is_better=True),
+        spans([]),
+        heat_map({}),
+    ]
     assert empty == [""] * 4
     assert line_chart([Line("a", [1], [float("nan")])], x_label="") == ""
 

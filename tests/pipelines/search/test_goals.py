@@ -81,6 +81,18 @@ def test_the_frontier_holds_dense_and_moe_students_of_the_tables(
     assert describe_student(Trial(0)) == "the recipe as it stands"
 
 
+def test_a_goal_leaves_the_direction_of_quality_to_the_data(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    config = load_config(write_recipe(tiny_settings))
+    for text in ("quality<=40", "flops<=1e6"):
+        goal = goal_config(config, parse_goals(text), "latency", Recorder())
+        assert goal.search.directed(higher_is_better=False).wanted["quality"] == "min"
+        assert goal.search.directed(higher_is_better=True).wanted["quality"] == "max"
+    named = goal_config(config, parse_goals("perplexity<=40"), "latency", Recorder())
+    assert named.search.wanted == {"perplexity": "min", "latency": "min"}
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_a_goal_is_answered_with_a_recipe(
     write_recipe: Write, settings: dict[str, Any], tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.config.search_space import parse_space
+from moe_dist.data.metrics import METRICS
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.search.proposers import build_proposer
 from moe_dist.search.trials import Report, Trial, TrialLog
 from moe_dist.tracking import NullTracker
 from pipelines.chain.files import ResultFiles
 from pipelines.search import sweep as sweeping
+from pipelines.search.results import verdict_lines
 from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import search_recipe
 from pipelines.search.trial import TeacherFacts, TrialRunner
@@ -96,6 +99,71 @@ def test_a_sweep_shares_its_teacher_and_leaves_a_recipe(
     run_chain(best, again, until="distill")
     assert again.skipped == ["finetune-teacher", "score-importance"]
     assert again.ran == ["adapt", "distill"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_where_lower_is_better_a_sweep_wants_the_lowest(
+    write_recipe: Write,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], higher_is_better=False))
+    config = load_config(write_recipe(settings))
+    result = search_recipe(config, Recorder(), finish)
+    report = json.loads((tmp_path / "outputs/tiny/search/report.json").read_text())
+    assert report["objectives"] == {"quality": "min"}
+    whole = [trial for trial in result.trials.values() if trial.status == "finished"]
+    lowest = min(whole, key=lambda trial: (trial.value("quality"), trial.number))
+    assert report["best"]["trial"] == lowest.number
+    (teacher,) = result.teachers.values()
+    assert lowest.value("retention") == pytest.approx(teacher.quality / lowest.value("quality"))
+
+
+def test_a_search_for_the_wrong_direction_is_refused(
+    write_recipe: Write, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    def refused(*overrides: str) -> str:
+        chosen = [word for override in overrides for word in ("--set", override)]
+        done = CliRunner().invoke(app, ["search", recipe, "--dry-run", *chosen])
+        assert done.exit_code == 2
+        return " ".join(done.output.split())
+
+    recipe = str(write_recipe(settings))
+    said = refused("search.mode=min")
+    assert "search.mode: quality, here accuracy, is better the higher, and min is asked" in said
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], higher_is_better=False))
+    said = refused("search.objectives={accuracy: max, flops: min}")
+    assert "search.objectives: accuracy is better the lower, and max is asked for" in said
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "claim"),
+    [
+        ("accuracy", 0.1, 0.3, "it beats"),
+        ("accuracy", -0.3, -0.1, "it is worse than"),
+        ("perplexity", -3.0, -1.0, "it beats"),
+        ("perplexity", 1.0, 3.0, "it is worse than"),
+        ("perplexity", -1.0, 3.0, "it cannot be told apart from"),
+    ],
+)
+def test_the_best_is_judged_by_the_metrics_direction(
+    metric: str, low: float, high: float, claim: str
+) -> None:
+    versus = {"metric": metric, "title": metric, "difference": (low + high) / 2}
+    versus |= {"low": low, "high": high, "confidence": 0.95}
+    summary = {
+        "best": {"trial": 3, "metrics": {"quality": 0.5}},
+        "objectives": {"quality": "max"},
+        "against_baseline": versus,
+        "chosen_on": "dev",
+    }
+    _, line = verdict_lines(summary)
+    assert f"{claim} the recipe as it stands ({metric} {versus['difference']:+.4f}," in line
 
 
 @pytest.mark.usefixtures("in_this_process")

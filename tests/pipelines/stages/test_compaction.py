@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_dist.config import load_config
+from moe_dist.data.metrics import METRICS
 from moe_dist.inference import load_model, load_tokenizer, save_model
 from moe_dist.moe.layer import moe_layers
 from pipelines.chain.chain import run_chain
@@ -165,3 +167,29 @@ def test_an_output_never_takes_the_place_of_an_input(trained: Path) -> None:
         result = CliRunner().invoke(app, [*command, "--output", str(inside.parent)])
         assert result.exit_code == 2 and "cleared first" in result.output
         assert sorted(path.name for path in inside.iterdir()) == before
+
+
+def test_where_lower_is_better_retention_is_teacher_over_student(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], higher_is_better=False))
+    tiny_settings["moe"] |= {"num_experts": 4, "expert_size": 14}
+    run_chain(load_config(write_recipe(tiny_settings)), Recorder())
+    run = tmp_path / "outputs/tiny"
+    report = json.loads((run / "report.json").read_text())
+    assert report["higher_is_better"] is False
+    whole, own = (report[name]["metrics"]["accuracy"] for name in ("teacher", "student"))
+    assert report["retention"] == pytest.approx(whole / own)
+    assert "dev accuracy (lower is better)" in (run / "report.md").read_text()
+
+    command = ["compact", str(run / "distill/model"), "--num-experts", "2", "--quiet"]
+    done = CliRunner().invoke(app, [*command, "--repair-steps", "0"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((run / "compact-2/compact.json").read_text())
+    assert found["higher_is_better"] is False
+    values = {name: found[name]["metrics"]["accuracy"] for name in ("before", "compressed")}
+    kept = values["before"] / values["compressed"]
+    assert found["compressed"]["retention"] == pytest.approx(kept)

@@ -12,6 +12,7 @@ import torch
 from moe_dist.data.metrics import LabelSpace, compute_metrics
 from moe_dist.errors import DataError
 from moe_dist.measure.evaluation import Predictions
+from moe_dist.tasks import Figures
 from pipelines.report.nearness import Imitation
 from pipelines.stages.evaluate import (
     Answers,
@@ -29,7 +30,7 @@ SPACE = LabelSpace(2, 0, ("fraud", "ok"))
 def answers(labels: list[int], metrics: tuple[str, ...], task: str = "", **said: Any) -> Answers:
     logits = {name: np.eye(2)[values] for name, values in said.items()}
     own = TaskAnswers(metrics, SPACE, np.array(labels), logits)
-    return Answers({task: own}, Imitation({}), {}, 1)
+    return Answers({task: own}, Imitation({}), {}, 1, {})
 
 
 def test_an_undefined_metric_is_none_with_a_sentence() -> None:
@@ -47,7 +48,7 @@ def test_an_undefined_metric_is_none_with_a_sentence() -> None:
 def test_a_task_of_several_is_compared_and_explained_by_itself() -> None:
     one = answers([0, 1, 0, 1], ("matthews",), "a", teacher=[0, 1, 0, 0], student=[1] * 4)
     two = answers([0, 1, 0, 1], ("accuracy",), "b", teacher=[0, 1, 0, 0], student=[0, 1, 0, 1])
-    both = Answers(one.tasks | two.tasks, Imitation({}), {}, 1)
+    both = Answers(one.tasks | two.tasks, Imitation({}), {}, 1, {})
     entries = measure_quality(both)
     assert entries["student"]["metrics"] == {"mean": None, "a/matthews": None, "b/accuracy": 1.0}
     assert "a/matthews is" in entries["student"]["undefined"]["mean"]
@@ -60,11 +61,20 @@ def test_a_task_of_several_is_compared_and_explained_by_itself() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_that_diverged_is_named(value: float) -> None:
-    def metrics(logits: torch.Tensor, encoded: Any) -> dict[str, float]:
-        return compute_metrics(["accuracy"], logits.numpy(), [0, 1, 1], SPACE)
+    def metrics(figures: Figures) -> dict[str, float]:
+        return compute_metrics(["accuracy"], figures.values, [0, 1, 1], SPACE)
 
-    part = SimpleNamespace(part=lambda split: None, metrics=metrics)
+    def figures(answers: torch.Tensor, split: str, calibration: None) -> Figures:
+        return Figures(answers.numpy(), np.array([0, 1, 1]), np.arange(3))
+
+    part = SimpleNamespace(
+        part=lambda split: None,
+        splits=SimpleNamespace(task=SimpleNamespace(options={})),
+        calibrate=lambda answer: None,
+        figures=figures,
+        metrics=metrics,
+    )
     data: Any = SimpleNamespace(parts={"": part})
     logits = torch.tensor([[0.0, 1.0], [value, 0.0], [1.0, 0.0]])
     with pytest.raises(DataError, match="dense: accuracy: 1 of 3 predictions are NaN or infinite"):
-        run_over_dev("dense", data, lambda encoded: Predictions(logits))
+        run_over_dev("dense", data, lambda encoded, options: Predictions(logits))

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
-from moe_dist.data.tokens import tokenise
-from moe_dist.errors import DataError
+from moe_dist.errors import ConversionError, DataError
+from moe_dist.tasks.tokens import tokenise
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>/|[]"
 
@@ -145,3 +145,35 @@ def test_a_tokenizer_that_makes_them_all_the_same_is_refused() -> None:
 
     with pytest.raises(DataError, match=r"holds '\[SEP\]', of which this tokenizer \(Stubborn\)"):
         tokenise(Stubborn(), ["the end", "the [SEP] end"], max_length=20)
+
+
+OFFSETS = {name: make for name, make in TOKENIZERS.items() if name != "slow"}
+
+
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_offsets_say_where_tokens_come_from_in_the_text_as_it_was(kind: str) -> None:
+    tokenizer = OFFSETS[kind]()
+    names = tokenizer.all_special_tokens
+    first = [f"the {name}end" for name in names] + ["the end"]
+    second = [f"{name}{name} the {names[0]} end" for name in names] + [f"end {names[-1]} the"]
+    found = tokenise(tokenizer, first, second, max_length=None, with_offsets=True)
+    plain = tokenise(tokenizer, first, second, max_length=None)
+    assert found["input_ids"] == plain["input_ids"]
+    for row, texts in enumerate(zip(first, second, strict=True)):
+        # A token may stand for the beginning of a word alone, and claim its first character.
+        read: tuple[set[int], set[int]] = (set(), set())
+        for text, start, end in zip(
+            found["text"][row], found["start"][row], found["end"][row], strict=True
+        ):
+            if text >= 0:
+                read[text].update(range(start, end))
+        for places, whole in zip(read, texts, strict=True):
+            expected = {at for at, letter in enumerate(whole) if letter != " "}
+            assert {at for at in places if whole[at] != " "} == expected
+        ends = [i for i, t in enumerate(found["text"][row]) if t == 1][-1]
+        assert found["end"][row][ends] == len(texts[1])
+
+
+def test_a_tokenizer_without_offsets_says_so_where_they_are_asked_for() -> None:
+    with pytest.raises(ConversionError, match=r"SlowTokenizer\) does not say which"):
+        tokenise(SlowTokenizer(), ["the end"], max_length=20, with_offsets=True)

@@ -1,0 +1,104 @@
+"""Rules for recipes that make sentence embeddings, and for the keys that only they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_dist.config.data_checks import Rule, data_sections
+from moe_dist.config.faults import either
+from moe_dist.config.run_config import RunConfig
+
+KIND = "embedding"
+EMBEDDING_KEYS = ("pair_columns", "pooling", "normalise")
+_RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
+_SIMILARITY = ("cosine_spearman", "cosine_pearson")
+
+
+def _keys_fit_kind(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        for key in EMBEDDING_KEYS:
+            if getattr(data, key) is not None and data.kind != KIND:
+                yield (
+                    f"{path}.{key} belongs to {path}.kind={KIND}, not "
+                    f"{data.kind or 'classification'}; remove it."
+                )
+
+
+def _no_labels_to_learn(config: RunConfig) -> Iterator[str]:
+    if config.data.kind != KIND:
+        return
+    reason = f"data.kind={KIND} trains on texts without labels"
+    if config.teacher_train.num_epochs > 0:
+        yield (
+            f"finetune.num_epochs={config.teacher_train.num_epochs} fine-tunes the teacher, and "
+            f"{reason}; set it to 0, which takes the start model as it is."
+        )
+    if config.distill.task_weight > 0:
+        yield (
+            f"distill.task_weight={config.distill.task_weight:g} is that of a loss on labels, and "
+            f"{reason}; set it to 0."
+        )
+
+
+def _vectors_fit_the_rest(config: RunConfig) -> Iterator[str]:
+    for path, data in data_sections(config).items():
+        if data.kind != KIND:
+            continue
+        if path != "data":
+            yield (
+                f"{path}.kind={KIND} has no head of its own, and tasks that share a model have "
+                "one each; give it a recipe of its own, with the data set in data itself."
+            )
+        if data.holdout_samples:
+            yield (
+                f"{path}.holdout_samples={data.holdout_samples} withholds training rows to choose "
+                f"recipes on, and those of {path}.kind={KIND} have no pairs to measure on; set it "
+                "to 0."
+            )
+        metrics = set(data.metrics or ())
+        if metrics & set(_SIMILARITY) and data.label_column is None:
+            yield (
+                f"{path}.metrics={list(data.metrics or ())} compares cosines with scores, and "
+                f"{path}.label_column names no column of scores; name it, or measure by "
+                f"{either(list(_RETRIEVAL))}."
+            )
+        elif metrics & set(_RETRIEVAL) and data.label_column is not None:
+            yield (
+                f"{path}.label_column={data.label_column} gives pairs scores, and "
+                f"{path}.metrics={list(data.metrics or ())} finds passages: the second text of a "
+                "pair with a low score answers nothing; keep one of them."
+            )
+    width = config.student.hidden_size
+    if config.data.kind == KIND and width is not None:
+        yield (
+            f"student.hidden_size={width} changes the width of vectors, and data.kind={KIND} "
+            "compares them with the teacher's; remove it (student.num_layers and "
+            "student.intermediate_size may be smaller)."
+        )
+    weight = config.distill.adversarial_weight
+    if config.data.kind == KIND and weight > 0:
+        yield (
+            f"distill.adversarial_weight={weight:g} shows a discriminator predictions in a fixed "
+            f"range, and data.kind={KIND} has vectors; set it to 0."
+        )
+
+
+_SETS = ("data.source", "data.tasks", "data.kind")
+EMBEDDING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (_keys_fit_kind, (*_SETS, *(f"data.{key}" for key in EMBEDDING_KEYS))),
+    (
+        _no_labels_to_learn,
+        (*_SETS, "finetune.num_epochs", "train.num_epochs", "distill.task_weight"),
+    ),
+    (
+        _vectors_fit_the_rest,
+        (
+            *_SETS,
+            "data.holdout_samples",
+            "data.label_column",
+            "data.metrics",
+            "distill.adversarial_weight",
+            "student.hidden_size",
+        ),
+    ),
+)

@@ -1,0 +1,75 @@
+"""Rows without labels, which join those that a student is distilled on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_dist.data.files import Texts
+from moe_dist.data.reading import missing_unlabelled, read_split
+from moe_dist.data.rows import Say
+from moe_dist.data.samples import Sample, check_rows
+from moe_dist.data.splits import find_repeats
+from moe_dist.data.tasks import TaskSpec
+from moe_dist.errors import DataError
+
+
+def read_unlabelled(
+    places: Sequence[str | Path],
+    task: TaskSpec,
+    *,
+    column_names: Sequence[str] | None,
+    first_id: int,
+    dev: Sequence[Sample],
+    withheld: Sequence[Sample],
+    say: Say,
+    texts: Texts | None = None,
+) -> tuple[list[Sample], dict[str, int]]:
+    """Read rows of which only the texts count, without those that say what others are measured on.
+
+    Args:
+        places: files, or directories of their parts.
+        task: with its label names resolved.
+        column_names: of files without a header line.
+        first_id: number of the first row, beyond those of the training rows.
+        dev: the dev rows.
+        withheld: the rows that recipes are chosen on.
+        say: is told what was guessed.
+        texts: how text files are read; None reads them as TSV.
+
+    Returns:
+        The samples, and the number of rows left out by the reason.
+
+    Raises:
+        DataError: if a file is missing, has a row that cannot be used, or no row is left.
+    """
+    missing = missing_unlabelled(places)
+    if missing:
+        raise DataError(
+            f"no such data file: {' and '.join(missing)}",
+            remedy="name your files there; paths are relative to the working directory",
+        )
+    rows = [row for place in places for row in read_split(place, column_names, say, texts).rows]
+    samples, _ = check_rows(rows, task, needs_labels=False)
+    left_out = {}
+    for reason, others in (
+        ("that repeat dev rows", dev),
+        ("that repeat those withheld", withheld),
+    ):
+        repeats = find_repeats([s.text for s in samples], [s.text for s in others])
+        dropped = {*repeats.exact, *repeats.near}
+        samples = [sample for row, sample in enumerate(samples) if row not in dropped]
+        left_out[reason] = len(dropped)
+    if not samples:
+        raise DataError(
+            f"data.unlabelled={', '.join(map(str, places))} gives no rows"
+            + (" but those that repeat dev rows" if any(left_out.values()) else ""),
+            remedy="give other texts, or remove it",
+        )
+    num_open = sum(not sample.label for sample in samples) if task.label == "text" else 0
+    if num_open:
+        say(
+            f"{num_open} of {len(samples)} unlabelled rows have no target: of the tokens that are "
+            "written, the first alone is compared there"
+        )
+    return [sample.numbered(first_id + sample.sample_id) for sample in samples], left_out

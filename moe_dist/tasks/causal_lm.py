@@ -1,0 +1,269 @@
+"""A language model that predicts each token from those before it.
+
+Trained on blocks: documents one after the other, each ended by the end token, cut every so many
+tokens. No document's first token is a target; attention does see the documents that stand earlier
+in a block, as is usual in pre-training. Measured document by document in windows that overlap:
+each token but the document's first is predicted once, with `max_length - stride` tokens before it
+or more where the document has them.
+
+A batch's `next_ids` are one more than the token that follows each position, and 0 where none is to
+be predicted there.
+
+Shapes: B samples, S positions, T targets, D width, V vocabulary, M documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moe_dist.errors import ConversionError, DataError
+from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
+from moe_dist.losses.total import CountKind
+from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
+from moe_dist.tasks.output_layer import token_scores, without_output_layer
+from moe_dist.tasks.seq2seq import hides_tokens, unread_settings
+from moe_dist.tasks.tokens import tokenise
+
+NUM_SERVED_TOKENS = 64
+"""Tokens that a served model writes at most."""
+_NEXT = "next_ids"
+Ids = NDArray[np.int64]
+
+
+class CausalLM(TaskKind):
+    """Predictions are what logits are made of, `TokenScores` of all targets of a batch."""
+
+    name = "causal_lm"
+    auto_class = "AutoModelForCausalLM"
+    label: ClassVar[LabelKind] = "none"
+    metrics = ("perplexity", "word_perplexity", "bits_per_byte")
+    default_metrics = metrics
+    prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
+    unit = "document"
+    count_kind: ClassVar[CountKind] = "targets"
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
+    columns = ("nll", "tokens", "words", "bytes")
+    text_columns = ("text",)
+    option_names = ("documents", "stride")
+    measuring_options = ("stride",)
+    is_one_a_row = False
+    needs_all_rows = True
+    reads_pairs = False
+    takes_encoders = False
+    takes_encoder_decoders = False
+
+    def owns(self, architecture: str, config: Any) -> bool:
+        """A decoder with its language-model head."""
+        return architecture.endswith(("LMHeadModel", "ForCausalLM"))
+
+    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+        """See that there is a token to end documents with, and say which."""
+        _end_id(tokenizer)
+        return [f"{tokenizer.eos_token!r} stands between documents"]
+
+    def tokens(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        is_training: bool,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TokenRows:
+        """Cut all documents together into blocks, or each into windows."""
+        documents = [
+            np.asarray(ids, np.int64)
+            for ids in tokenise(tokenizer, rows["text_a"], max_length=None)["input_ids"]
+        ]
+        if is_training:
+            pieces = list(_blocks(documents, _end_id(tokenizer), max_length))
+        else:
+            stride = options.get("stride") or default_stride(max_length)
+            special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+            pieces = list(_windows(documents, sorted(special), max_length, stride))
+            if not pieces:
+                raise DataError(
+                    "no dev text has two tokens, so there is nothing to predict",
+                    remedy="give data.dev longer texts",
+                )
+        return TokenRows(
+            input_ids=[ids for _, ids, _ in pieces],
+            rows=[row for row, _, _ in pieces],
+            labels=[0] * len(pieces),
+            columns={_NEXT: [next_ids for _, _, next_ids in pieces]},
+            num_targets=[int(np.count_nonzero(next_ids)) for _, _, next_ids in pieces],
+        )
+
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model without its output layer: `logits` are what that reads, (B, S, D)."""
+        with without_output_layer(model):
+            return super().run(model, batch, use_cache=False, **options)
+
+    def predictions(
+        self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
+    ) -> TokenScores:
+        """What the logits of all targets are made of, in the order of samples and positions."""
+        return token_scores(model, output.logits[batch[_NEXT] > 0])
+
+    def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of each sample's targets, added up; (B,)."""
+        next_ids_BS = batch[_NEXT]
+        targets_T = next_ids_BS[next_ids_BS > 0] - 1
+        return _by_sample(token_cross_entropy(predictions, targets_T), batch)
+
+    def prediction_errors(
+        self,
+        student: TokenScores,
+        teacher: TokenScores,
+        batch: Mapping[str, Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """``KL(teacher‖student)`` at each sample's targets, added up; see `token_kl`."""
+        return _by_sample(token_kl(student, teacher, temperature), batch)
+
+    def soft_target_loss(
+        self,
+        student: TokenScores,
+        teacher: TokenScores,
+        batch: Mapping[str, Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The same as `prediction_loss`."""
+        return self.prediction_loss(student, teacher, batch, temperature)
+
+    def answer(
+        self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
+    ) -> Tensor:
+        """Negative log-likelihood of a sample's targets, and their number; (B, 2)."""
+        predictions = self.predictions(model, self.run(model, batch), batch)
+        counts_B = (batch[_NEXT] > 0).sum(dim=1)
+        return torch.stack([self.losses(predictions, batch), counts_B.float()], dim=1)
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The likeliest continuation of each text, token by token; see `TaskKind.serve`.
+
+        Of a long text the last tokens are read, so many that the model has positions for all.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        limit = max(1, min(max_length, positions - NUM_SERVED_TOKENS))
+        ids = tokenise(tokenizer, columns[0], max_length=None)["input_ids"]
+        prompts = [own[-limit:] or [_end_id(tokenizer)] for own in ids]
+        width = max(map(len, prompts))
+        mask_BS = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
+        ids_BS = torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(own)) + own for own in prompts]
+        )
+        with torch.no_grad():
+            written_BL = model.generate(
+                input_ids=ids_BS.to(model.device),
+                attention_mask=mask_BS.to(model.device),
+                **dict.fromkeys(unread_settings(model))
+                | {
+                    "max_new_tokens": NUM_SERVED_TOKENS,
+                    "do_sample": False,
+                    "num_beams": 1,
+                    "pad_token_id": tokenizer.pad_token_id,
+                    "eos_token_id": _end_id(tokenizer),
+                    "use_cache": not hides_tokens(model.config),
+                },
+            )
+        texts = tokenizer.batch_decode(written_BL[:, width:], skip_special_tokens=True)
+        return [{"text": text} for text in texts]
+
+    def figures(self, answered: Answered) -> Figures:
+        """Add the windows of each document up, and count its words and bytes."""
+        numbers = np.asarray(answered.rows["sample_id"], np.int64)
+        places = {number: row for row, number in enumerate(numbers.tolist())}
+        rows = [places[number] for number in answered.sample_ids.tolist()]
+        values = np.zeros((len(numbers), len(self.columns)))
+        np.add.at(values[:, :2], rows, answered.raw.astype(np.float64))
+        values[:, 2:] = [
+            (len(text.split()), len(text.encode("utf-8"))) for text in answered.rows["text_a"]
+        ]
+        return Figures(values.astype(np.float32), np.zeros(len(numbers), np.int64), numbers)
+
+
+def default_stride(max_length: int) -> int:
+    """Half a window: each token has half a window before it, and is computed twice."""
+    return max(1, max_length // 2)
+
+
+def _end_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConversionError(
+            "model.teacher: the tokenizer has no end token, which is to stand between documents",
+            remedy="name one of its vocabulary: tokenizer.eos_token = TOKEN; "
+            "tokenizer.save_pretrained(DIRECTORY)",
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _blocks(
+    documents: Sequence[Ids], end_id: int, max_length: int
+) -> Iterator[tuple[int, Ids, Ids]]:
+    """Give each block's first document, its tokens and its `next_ids`.
+
+    The last block may be shorter; all together less than one block is a DataError.
+    """
+    ended = [ids if ids[-1] == end_id else np.append(ids, end_id) for ids in documents if len(ids)]
+    numbers = [row for row, ids in enumerate(documents) if len(ids)]
+    lengths = np.array([len(ids) for ids in ended], np.int64)
+    if lengths.sum() < max_length:
+        raise DataError(
+            f"all training texts together have {lengths.sum()} tokens, fewer than one block of "
+            f"model.max_length={max_length}",
+            remedy="give more text, or lower model.max_length",
+        )
+    stream = np.concatenate(ended)
+    starts = np.cumsum(lengths) - lengths
+    next_ids = np.append(stream[1:] + 1, 0)
+    next_ids[starts[1:] - 1] = 0
+    for begin in range(0, len(stream), max_length):
+        part = slice(begin, begin + max_length)
+        if next_ids[part].any():
+            row = int(np.searchsorted(starts, begin, side="right")) - 1
+            yield numbers[row], stream[part], next_ids[part]
+
+
+def _windows(
+    documents: Sequence[Ids], special: Sequence[int], max_length: int, stride: int
+) -> Iterator[tuple[int, Ids, Ids]]:
+    """Give each window's document, its tokens and its `next_ids`.
+
+    Tokens that a tokenizer puts around a text are read and not predicted.
+    """
+    for row, ids in enumerate(documents):
+        next_ids = np.where(np.isin(ids[1:], special), 0, ids[1:] + 1)
+        end = 0
+        for begin in range(0, len(next_ids), stride):
+            own = next_ids[begin : begin + max_length].copy()
+            own[: end - begin] = 0
+            end = begin + len(own)
+            if own.any():
+                yield row, ids[begin:end], own
+            if end == len(next_ids):
+                break
+
+
+def _by_sample(values_T: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Add values of all targets up for each sample, (B,)."""
+    samples_T = torch.nonzero(batch[_NEXT] > 0)[:, 0]
+    return values_T.new_zeros(len(batch[_NEXT])).index_add(0, samples_T, values_T)

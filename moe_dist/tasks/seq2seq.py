@@ -1,0 +1,357 @@
+"""A text for each sample: summaries, answers in words, translations.
+
+Shapes: B samples, S source tokens, T target tokens, V vocabulary, L tokens written, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_dist.errors import ConversionError
+from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
+from moe_dist.losses.total import CountKind
+from moe_dist.router_spec import router_facts
+from moe_dist.tasks.kind import (
+    IGNORED,
+    Answered,
+    Figures,
+    LabelKind,
+    TaskKind,
+    TokenRows,
+    full_lengths,
+)
+from moe_dist.tasks.output_layer import token_scores, without_output_layer
+from moe_dist.tasks.text_scores import (
+    ANSWER_COLUMNS,
+    CHRF_COLUMNS,
+    ROUGE_COLUMNS,
+    answer_figures,
+    chrf_figures,
+    rouge_figures,
+)
+from moe_dist.tasks.tokens import tokenise
+
+_NO_SETTINGS = ("transformers_version", "use_cache", "output_attentions", "output_hidden_states")
+UNFINISHED = "unfinished"
+"""Column: 1 where an output was cut at `max_target_length`, since it had no end."""
+
+
+@dataclass(frozen=True)
+class Seq2SeqOptions:
+    """What a recipe's data section says of targets and of how they are written.
+
+    Args:
+        source_prefix: put before the text, or before each of two.
+        max_target_length: tokens after which a target is cut, and writing ends.
+        num_beams: of the search.
+        length_penalty: exponent of the length that a beam's score is divided by.
+        no_repeat_ngram_size: no sequence of so many tokens is written twice; 0 allows it.
+        early_stopping: end as soon as there are as many whole outputs as beams.
+    """
+
+    source_prefix: tuple[str, ...] = ()
+    max_target_length: int = 64
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    early_stopping: bool = True
+
+
+OPTION_NAMES = tuple(Seq2SeqOptions.__dataclass_fields__)
+
+
+class Seq2Seq(TaskKind):
+    """Labels are texts that an encoder-decoder is to write."""
+
+    name = "seq2seq"
+    auto_class = "AutoModelForSeq2SeqLM"
+    label: ClassVar[LabelKind] = "text"
+    metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf")
+    default_metrics = ("rougeL", "rouge1", "rouge2")
+    prediction_term = "prediction_kl"
+    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
+    count_kind: ClassVar[CountKind] = "targets"
+    columns = (*ROUGE_COLUMNS, *ANSWER_COLUMNS, *CHRF_COLUMNS, UNFINISHED)
+    option_names = OPTION_NAMES
+    measuring_options = OPTION_NAMES[2:]
+    writes = True
+    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
+
+    def owns(self, architecture: str, config: Any) -> bool:
+        """Every encoder-decoder with a head over its vocabulary."""
+        return architecture.endswith("ForConditionalGeneration")
+
+    def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
+        """Refuse what could not begin or end a text, or has no place for one."""
+        config, limit = model.config, _options(options).max_target_length
+        if config.decoder_start_token_id is None:
+            raise ConversionError(
+                "model.teacher: its config.json names no decoder_start_token_id, with which every "
+                "text that it writes begins",
+                remedy="set it, for T5 to pad_token_id and for BART to eos_token_id",
+            )
+        ids = tokenise(tokenizer, ["a"], max_length=None, is_target=True)["input_ids"][0]
+        if config.eos_token_id is None or not ids or ids[-1] != config.eos_token_id:
+            raise ConversionError(
+                f"model.teacher: its texts end with token {config.eos_token_id}, and its tokenizer "
+                "does not put that at the end of a target, so that nothing it learns to write "
+                "would end",
+                remedy="set eos_token_id in config.json to the tokenizer's, and let the tokenizer "
+                "add it: tokenizers call that its post-processor",
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and limit > positions:
+            raise ConversionError(
+                f"data.max_target_length: {limit} is more than the {positions} positions that the "
+                "model has",
+                remedy=f"set it to {positions} or less",
+            )
+        unread = unread_settings(model)
+        shown = ", ".join(f"{name}={value}" for name, value in sorted(unread.items()))
+        return (
+            [f"not used of its generation_config.json: {shown}; the recipe's data section says it"]
+            if unread
+            else []
+        )
+
+    def target_limit(self, options: Mapping[str, Any]) -> int:
+        """Tokens after which targets are cut, and writing ends."""
+        return _options(options).max_target_length
+
+    def tokens(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        is_training: bool,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TokenRows:
+        """Make a sample of each row: its texts as one source, its label as target."""
+        own = _options(options)
+        pair = rows["text_b"] if rows["text_b"][0] is not None else None
+        sources = join_sources(rows["text_a"], pair, own.source_prefix)
+        targets = list(rows["label"])
+        limit = own.max_target_length
+        read = tokenise(tokenizer, sources, max_length=max_length)["input_ids"]
+        written = tokenise(tokenizer, targets, max_length=limit, is_target=True)["input_ids"]
+        return TokenRows(
+            input_ids=read,
+            rows=range(len(sources)),
+            labels=[0] * len(sources),
+            targets=written,
+            num_targets=list(map(len, written)),
+            full_lengths=full_lengths(tokenizer, sources, None, read, max_length),
+            full_target_lengths=full_lengths(
+                tokenizer, targets, None, written, limit, is_target=True
+            ),
+        )
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sources, and targets as the decoder reads them: each token one place later."""
+        shift: Any = model.prepare_decoder_input_ids_from_labels
+        targets_BT = batch["targets"]
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "decoder_input_ids": shift(labels=targets_BT),
+            "decoder_attention_mask": _is_real(batch).to(targets_BT.dtype),
+        }
+
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+        """Run a model without its output layer: `logits` are what that reads, (B, T, D)."""
+        with without_output_layer(model):
+            return super().run(model, batch, use_cache=False, **options)
+
+    def predictions(
+        self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
+    ) -> TokenScores:
+        """What the logits of all target tokens are made of, in the order of samples."""
+        return token_scores(model, output.logits[_is_real(batch)])
+
+    def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of the target tokens, summed in each sample; (B,)."""
+        targets_T = batch["targets"][_is_real(batch)]
+        return _by_sample(token_cross_entropy(predictions, targets_T), batch)
+
+    def prediction_errors(
+        self,
+        student: TokenScores,
+        teacher: TokenScores,
+        batch: Mapping[str, Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """``KL(teacher‖student)`` of the target tokens, summed in each sample; see `token_kl`."""
+        return _by_sample(token_kl(student, teacher, temperature), batch)
+
+    def soft_target_loss(
+        self,
+        student: TokenScores,
+        teacher: TokenScores,
+        batch: Mapping[str, Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The same as `prediction_loss`."""
+        return self.prediction_loss(student, teacher, batch, temperature)
+
+    def answer(
+        self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
+    ) -> Tensor:
+        """Write a text for each source: (B, L) token ids, `IGNORED` after the end.
+
+        Ids are whole numbers below 2**24, which float32 holds exactly.
+        """
+        return write(model, batch, options).float()
+
+    def figures(self, answered: Answered) -> Figures:
+        """Compare each text with its reference; the columns are `columns`."""
+        ids_NL = answered.raw.astype(np.int64)
+        texts = read_texts(answered.tokenizer, ids_NL)
+        references = [[reference] for reference in answered.rows["label"]]
+        is_whole_N = (ids_NL == answered.tokenizer.eos_token_id).any(axis=1)
+        parts = (
+            rouge_figures(texts, references),
+            answer_figures(texts, references),
+            chrf_figures(texts, references),
+            ~is_whole_N[:, None],
+        )
+        values = np.concatenate(parts, axis=1).astype(np.float32)
+        return Figures(values, answered.labels, answered.sample_ids, texts=texts)
+
+    def serve(
+        self,
+        model: Any,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """The text that a search writes for each source; see `TaskKind.serve`."""
+        pair = columns[1] if len(columns) > 1 else None
+        sources = join_sources(columns[0], pair, _options(options).source_prefix)
+        tokens = tokenise(tokenizer, sources, max_length=max_length)
+        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            ids_NL = self.answer(model, encoded, options).long().cpu().numpy()
+        return [{"text": text} for text in read_texts(tokenizer, ids_NL)]
+
+    def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
+        """Say how many outputs were cut."""
+        num_cut = int(values[:, self.columns.index(UNFINISHED)].sum())
+        limit = _options(options).max_target_length
+        return (
+            [
+                f"{num_cut} of {len(values)} outputs had no end after "
+                f"data.max_target_length={limit} tokens and were cut there"
+            ]
+            if num_cut
+            else []
+        )
+
+
+def write(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    """Let a model write a text for each source, by beam search: (B, L) ids.
+
+    `IGNORED` follows the end-of-sequence token. On several ranks all of them make equally many
+    forward calls, since those that hold experts for others must answer until the last is done.
+    """
+    own = _options(options)
+    unread = dict.fromkeys(unread_settings(model))
+    written = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        synced_gpus=_num_ranks() > 1,
+        **unread
+        | {
+            "num_beams": own.num_beams,
+            "max_new_tokens": own.max_target_length,
+            "no_repeat_ngram_size": own.no_repeat_ngram_size,
+            "do_sample": False,
+            "use_cache": not hides_tokens(model.config),
+            # An end that is forced could not be told from one that the model wrote.
+            "forced_eos_token_id": None,
+        }
+        | _beam_settings(own),
+    )
+    # The first token is the decoder's start, which some models end with too.
+    ids_BT = written[:, 1:]
+    ids_BL = functional.pad(ids_BT, (0, own.max_target_length - ids_BT.shape[1]), value=IGNORED)
+    is_end = (ids_BL == model.config.eos_token_id).long()
+    return ids_BL.masked_fill(is_end.cumsum(dim=1) - is_end > 0, IGNORED)
+
+
+def read_texts(tokenizer: Any, ids_NL: NDArray[np.int64]) -> list[str]:
+    """Turn what `write` gives into texts, without special tokens and blanks around them."""
+    rows = [ids_L[ids_L != IGNORED].tolist() for ids_L in ids_NL]
+    texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def unread_settings(model: Any) -> dict[str, Any]:
+    """Settings of a model's own for generation, in place of which the recipe's are taken."""
+    own: dict[str, Any] = model.generation_config.to_diff_dict()
+    return {
+        name: value
+        for name, value in own.items()
+        if not name.startswith("_")
+        and not name.endswith("_token_id")
+        and name not in _NO_SETTINGS
+        and value is not None
+    }
+
+
+def _beam_settings(own: Seq2SeqOptions) -> dict[str, Any]:
+    # transformers warns of what a search without beams does not read.
+    if own.num_beams == 1:
+        return {}
+    return {"length_penalty": own.length_penalty, "early_stopping": own.early_stopping}
+
+
+def hides_tokens(config: Any) -> bool:
+    """Whether its decoder's routers read all tokens so far, which a key-value cache hides."""
+    moe = getattr(config, "moe", None)
+    if not moe or moe["num_experts"] == 1:
+        return False
+    return router_facts(moe["router"]).chooses_by == "sentence"
+
+
+def _num_ranks() -> int:
+    is_one = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    return 1 if is_one else torch.distributed.get_world_size()
+
+
+def _options(options: Mapping[str, Any]) -> Seq2SeqOptions:
+    return Seq2SeqOptions(**{name: options[name] for name in OPTION_NAMES if name in options})
+
+
+def _is_real(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which places of the targets are no padding, (B, T) bool."""
+    return batch["targets"] != IGNORED
+
+
+def _by_sample(values_N: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Add values of all target tokens up for each sample, (B,)."""
+    samples_N = torch.nonzero(_is_real(batch))[:, 0]
+    return values_N.new_zeros(len(batch["targets"])).index_add(0, samples_N, values_N)
+
+
+def join_sources(
+    texts: Sequence[str], pair: Sequence[str | None] | None, prefix: Sequence[str]
+) -> list[str]:
+    """Make one source of the one or two texts of each row, each behind its prefix."""
+    first, second = (*prefix, "", "")[:2]
+    if pair is None:
+        return [f"{first}{text}" for text in texts]
+    return [f"{first}{text} {second}{other}" for text, other in zip(texts, pair, strict=True)]

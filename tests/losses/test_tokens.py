@@ -1,0 +1,125 @@
+"""Losses in chunks of tokens: the naive ones, their gradients, and no more memory than is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_dist.losses import tokens
+from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
+
+T, D, V = 23, 6, 40
+
+
+def scores(seed: int, *, bias: bool = True) -> TokenScores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, requires_grad=True)
+
+    return TokenScores(draw(T, D), draw(V, D), draw(V) if bias else None)
+
+
+def naive(own: TokenScores) -> Tensor:
+    return functional.linear(own.hidden_TD, own.weight_VD, own.bias_V)
+
+
+def leaves(own: TokenScores) -> list[Tensor]:
+    return [one for one in (own.hidden_TD, own.weight_VD, own.bias_V) if one is not None]
+
+
+@pytest.fixture(params=[1, 5, 1000])
+def few_rows(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows of logits in a chunk."""
+    rows: int = request.param
+    monkeypatch.setattr(tokens, "MAX_BYTES", rows * V * 4 * tokens._TENSORS)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cross_entropy_is_the_naive_one_with_its_gradients(few_rows: int, bias: bool) -> None:
+    own = scores(0, bias=bias)
+    targets_T = torch.arange(T) % V
+    weights_T = torch.linspace(0.1, 2.0, T)
+    found_T = token_cross_entropy(own, targets_T)
+    expected_T = functional.cross_entropy(naive(own), targets_T, reduction="none")
+    assert torch.allclose(found_T, expected_T, atol=1e-6)
+    found = torch.autograd.grad((found_T * weights_T).sum(), leaves(own))
+    expected = torch.autograd.grad((expected_T * weights_T).sum(), leaves(own))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_is_from_teacher_to_student_with_gradients_of_the_student(
+    few_rows: int, temperature: float
+) -> None:
+    own, other = scores(0), scores(1)
+    found_T = token_kl(own, other, temperature)
+    p_TV = (naive(other) / temperature).softmax(-1)
+    q_TV = (naive(own) / temperature).softmax(-1)
+    expected_T = temperature**2 * (p_TV * (p_TV.log() - q_TV.log())).sum(-1)
+    assert torch.allclose(found_T, expected_T, atol=1e-5)
+    found = torch.autograd.grad(found_T.sum(), leaves(own), retain_graph=True)
+    expected = torch.autograd.grad(expected_T.sum(), leaves(own), retain_graph=True)
+    for one, right in zip(found, expected, strict=True):
+        assert torch.allclose(one, right, atol=1e-4)
+    assert torch.autograd.grad(found_T.sum(), leaves(other), allow_unused=True) == (None,) * 3
+    assert token_kl(own, own).abs().max() < 1e-6
+
+
+def test_no_tokens_give_no_losses_and_keep_the_graph() -> None:
+    own = scores(0)
+    empty = TokenScores(own.hidden_TD[:0], own.weight_VD, own.bias_V)
+    losses_T = token_cross_entropy(empty, torch.zeros(0, dtype=torch.long))
+    assert losses_T.shape == (0,)
+    losses_T.sum().backward()  # type: ignore[no-untyped-call]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, Tensor):
+                self.num_elements = max(self.num_elements, one.numel())
+        return made
+
+
+def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_BYTES", 3 * V * 4 * tokens._TENSORS)
+    own, other = scores(0), scores(1)
+    with LargestTensor() as largest:
+        loss = token_kl(own, other).sum() + token_cross_entropy(own, torch.zeros(T).long()).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    # The gradient of the output layer is V x D; all logits would be T x V.
+    assert largest.num_elements == V * D < T * V
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda one: TokenScores(one.hidden_TD, one.weight_VD[1:], None), "vocabulary of 40"),
+        (lambda one: TokenScores(one.hidden_TD[1:], one.weight_VD, None), "the same tokens"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    change: Callable[[TokenScores], TokenScores], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_kl(scores(0), change(scores(1)))
+    with pytest.raises(ValueError, match="temperature"):
+        token_kl(scores(0), scores(1), 0.0)

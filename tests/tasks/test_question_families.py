@@ -1,0 +1,115 @@
+"""Every family that can answer questions: its head, what padding changes, and importance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
+from moe_dist.conversion.heads import answered_kind
+from moe_dist.data.encoding import Encoded
+from moe_dist.data.loaders import eval_batches
+from moe_dist.errors import ConversionError
+from moe_dist.inference.pretrained import check_pretrained, load_pretrained
+from moe_dist.tasks import TASK_KINDS
+from tests.conversion.dense_models import EVERY_FAMILY, VOCAB_SIZE, kinds_of, tiny_model
+from tests.inference.start_models import write_tokenizer
+
+KIND = TASK_KINDS["question_answering"]
+FAMILIES = [name for name in EVERY_FAMILY if "ForQuestionAnswering" in kinds_of(name)]
+
+
+def windows(lengths: list[int], seed: int = 0) -> Encoded:
+    """Samples of three tokens of a question and a context, the answers anywhere."""
+    draw = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *lengths])
+    places = np.concatenate([np.arange(length) for length in lengths])
+    ends = np.array([sorted(draw.integers(0, length, 2)) for length in lengths])
+    return Encoded(
+        input_ids=draw.integers(3, VOCAB_SIZE, offsets[-1]).astype(np.int32),
+        token_type_ids=None,
+        offsets=offsets,
+        labels=ends,
+        sample_ids=np.arange(len(lengths)),
+        columns={"is_context": (places > 2).astype(np.int32)},
+    )
+
+
+def test_most_families_can() -> None:
+    assert {"bert", "roberta", "modernbert", "gpt2", "llama", "t5", "bart"} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_are_the_same_whatever_stands_beside_them(family: str) -> None:
+    dense = tiny_model(family, "ForQuestionAnswering")
+    scores = score_importance(dense, eval_batches(windows([9, 6, 4]), batch_size=3))
+    alone = score_importance(dense, eval_batches(windows([9, 6, 4]), batch_size=1))
+    for one, other in zip(scores, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+    plan = plan_partition(scores, num_experts=2, expert_size=16, num_shared_neurons=4)
+    student = dense_to_moe(dense, plan, router="hash_random").eval()
+    for model in (dense, student):
+        assert answered_kind(model) is KIND
+        found: dict[int, list[Any]] = {}
+        for batch_size in (1, 3):
+            for batch in eval_batches(windows([9, 6, 4]), batch_size=batch_size):
+                with torch.no_grad():
+                    output = model(**KIND.inputs(model, batch))
+                    predictions = KIND.predictions(model, output, batch)
+                    losses = KIND.losses(predictions, batch)
+                    answers = KIND.answer(model, batch, {})
+                for row, place in enumerate(batch["index"].tolist()):
+                    found.setdefault(place, []).append((losses[row], answers[row]))
+        for (loss, answer), (other, same) in found.values():
+            torch.testing.assert_close(loss, other, rtol=2e-4, atol=2e-5)
+            torch.testing.assert_close(answer, same, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_head_is_new_unless_it_was_trained_for_questions(family: str, tmp_path: Path) -> None:
+    def start(head: str) -> Any:
+        folder = tmp_path / head
+        changes = {"num_labels": 2} if "Classification" in head else {}
+        tiny_model(family, head, **changes).save_pretrained(folder)
+        write_tokenizer(folder, "bert")
+        return str(folder)
+
+    def load(folder: str, seed: int) -> dict[str, torch.Tensor]:
+        check_pretrained(folder, num_labels=2, kind=KIND)
+        model, _ = load_pretrained(folder, num_labels=2, kind=KIND, seed=seed)
+        assert type(model).__name__.endswith("ForQuestionAnswering")
+        assert model.config.num_labels == 2
+        return {
+            name: value.clone()
+            for name, value in model.state_dict().items()
+            if name.startswith(("qa_outputs.weight", "classifier.weight"))
+        }
+
+    trained = start("ForQuestionAnswering")
+    (kept,) = load(trained, 0).values()
+    torch.testing.assert_close(kept, *load(trained, 1).values())
+    assert check_pretrained(trained, num_labels=2, kind=KIND).is_whole
+    for head in ("ForSequenceClassification", "ForTokenClassification", "Model"):
+        other = start(head)
+        (first,), (second,) = (list(load(other, seed).values()) for seed in (0, 1))
+        assert not torch.equal(first, second), head
+        assert not check_pretrained(other, num_labels=2, kind=KIND).is_whole
+
+
+def test_a_head_of_three_classes_makes_no_trouble(tmp_path: Path) -> None:
+    tiny_model("bert", num_labels=3).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "bert")
+    model, _ = load_pretrained(str(tmp_path), num_labels=2, kind=KIND)
+    assert model.qa_outputs.weight.shape[0] == model.config.num_labels == 2
+
+
+def test_a_family_without_such_a_head_is_refused(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig
+
+    CLIPTextConfig(vocab_size=20).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match=r"no model for data.kind=question_answering"):
+        load_pretrained(str(tmp_path), num_labels=2, kind=KIND)
