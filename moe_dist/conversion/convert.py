@@ -133,7 +133,7 @@ def _fresh_student(model: Any, moe: dict[str, Any], token_counts: Tensor | None)
     return with_modes_of(model, student)
 
 
-def _copy_weights(model: nn.Module, student: nn.Module) -> None:
+def _copy_weights(model: nn.Module, student: Any) -> None:
     """Take over everything outside the FFNs, or say what does not fit."""
     source, target = model.state_dict(), student.state_dict()
     in_layers = _below(
@@ -150,15 +150,24 @@ def _copy_weights(model: nn.Module, student: nn.Module) -> None:
     strays += [
         name for name in source if name in target and source[name].shape != target[name].shape
     ]
+    strays += [
+        f"{name}, which differs from {other}"
+        for name, other in student.all_tied_weights_keys.items()
+        if name in source and _differ(source[name], source[other])
+    ]
     if strays:
         raise ConversionError(
             f"{type(model).__name__} is not what its configuration describes: "
             f"{', '.join(sorted(strays)[:4])}",
-            remedy="build the model from its configuration, and give both the same sizes and "
-            "modules",
+            remedy="build the model from its configuration, and give both the same sizes, modules "
+            "and ties",
         )
     kept = {name: value for name, value in source.items() if name in target}
     student.load_state_dict(kept, strict=False)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
 
 
 def _below(names: Iterable[str]) -> tuple[str, ...]:

@@ -322,6 +322,7 @@ def load_splits(
             withheld=withheld,
             say=notes.append,
             texts=texts,
+            cache_dir=cache,
         )
     # Without a hold-out the digest is what it was before there were any.
     parts = [drawn, drawn_dev, *([withheld] if withheld else [])]

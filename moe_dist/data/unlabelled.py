@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_dist.data.cache import build_once, default_cache_dir
 from moe_dist.data.files import Texts
 from moe_dist.data.reading import missing_unlabelled, read_split
 from moe_dist.data.rows import Say
@@ -12,6 +15,10 @@ from moe_dist.data.samples import Sample, check_rows
 from moe_dist.data.splits import find_repeats
 from moe_dist.data.tasks import TaskSpec
 from moe_dist.errors import DataError
+
+_RESULT = "repeats.json"
+_RULES = 1
+"""Raised when texts are compared otherwise."""
 
 
 def read_unlabelled(
@@ -24,6 +31,7 @@ def read_unlabelled(
     withheld: Sequence[Sample],
     say: Say,
     texts: Texts | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[list[Sample], dict[str, int]]:
     """Read rows of which only the texts count, without those that say what others are measured on.
 
@@ -36,6 +44,7 @@ def read_unlabelled(
         withheld: the rows that recipes are chosen on.
         say: is told what was guessed.
         texts: how text files are read; None reads them as TSV.
+        cache_dir: where it is kept which rows repeat others; None for `default_cache_dir`.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -56,8 +65,7 @@ def read_unlabelled(
         ("that repeat dev rows", dev),
         ("that repeat those withheld", withheld),
     ):
-        repeats = find_repeats([s.text for s in samples], [s.text for s in others])
-        dropped = {*repeats.exact, *repeats.near}
+        dropped = _repeats([s.text for s in samples], [s.text for s in others], cache_dir)
         samples = [sample for row, sample in enumerate(samples) if row not in dropped]
         left_out[reason] = len(dropped)
     if not samples:
@@ -73,3 +81,21 @@ def read_unlabelled(
             "written, the first alone is compared there"
         )
     return [sample.numbered(first_id + sample.sample_id) for sample in samples], left_out
+
+
+def _repeats(texts: Sequence[str], others: Sequence[str], cache_dir: Path | None) -> set[int]:
+    """Rows that say what another says, or nearly; found once for all processes that read them."""
+    if not others:
+        return set()
+    key = hashlib.sha256(json.dumps([_RULES, list(texts), list(others)]).encode()).hexdigest()
+
+    def find(folder: Path) -> None:
+        found = find_repeats(texts, others)
+        (folder / _RESULT).write_text(json.dumps([*found.exact, *found.near]), encoding="utf-8")
+
+    folder = build_once(
+        (cache_dir or default_cache_dir()) / "unlabelled-repeats" / key,
+        find,
+        is_good=lambda path: (path / _RESULT).is_file(),
+    )
+    return set(json.loads((folder / _RESULT).read_text(encoding="utf-8")))

@@ -76,6 +76,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         for name, found in answers.calibrations.items():
             model, _, before = name.partition("/")
             entries[model]["_".join(filter(None, ("calibrations", before)))] = found
+        for name, lines in answers.remarks.items():
+            model, _, before = name.partition("/")
+            entries[model]["_".join(filter(None, ("remarks", before)))] = lines
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -228,6 +231,7 @@ class Answers:
         expert_loads: for each final model with experts, each expert's share by layer.
         num_threads: CPU threads that torch used.
         calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
+        remarks: by model what its answers show that no metric does; see `TaskKind.remarks`.
     """
 
     tasks: dict[str, TaskAnswers]
@@ -235,6 +239,7 @@ class Answers:
     expert_loads: dict[str, dict[str, list[float]]]
     num_threads: int
     calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 def predict_all(
@@ -263,6 +268,7 @@ def predict_all(
     }
     loads: dict[str, dict[str, list[float]]] = {}
     calibrations: dict[str, dict[str, float]] = {}
+    remarks: dict[str, list[str]] = {}
     steps = itertools.count(1)
     batch_size = bounded_batch(
         PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
@@ -293,6 +299,7 @@ def predict_all(
             tasks[task].labels = found.figures[task].labels
             for line in part.remarks(found.figures[task]):
                 stage.console.warn(f"{name}: {line}")
+                remarks.setdefault(name, []).append(line)
         if found.calibrations:
             calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
@@ -305,7 +312,7 @@ def predict_all(
         batch_size=batch_size,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations)
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations, remarks)
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:

@@ -394,3 +394,11 @@ def test_a_model_that_its_configuration_does_not_describe_is_refused(
     with pytest.raises(ConversionError, match="is not what its configuration describes") as caught:
         dense_to_moe(model, plan_for(model))
     assert named in caught.value.message
+
+
+def test_embeddings_that_are_tied_by_their_configuration_alone_are_refused() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    dense_to_moe(model, plan_for(model))
+    model.lm_head.weight = torch.nn.Parameter(torch.rand_like(model.lm_head.weight))
+    with pytest.raises(ConversionError, match=r"lm_head\.weight, which differs from model\.embed"):
+        dense_to_moe(model, plan_for(model))

@@ -115,6 +115,13 @@ def test_llama_keeps_the_dimensions_that_are_written_and_read() -> None:
     assert student.config.hidden_size == 24
 
 
+def test_tied_embeddings_are_cut_together() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    small = shrink_model(model, plan_shrink(model, num_layers=1, hidden_size=12))
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert small.lm_head.weight.shape == (VOCAB_SIZE, 12)
+
+
 def test_a_body_without_its_pooler_stays_without() -> None:
     from transformers import RobertaModel
 

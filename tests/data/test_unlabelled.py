@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moe_dist.data import unlabelled
 from moe_dist.data.sources import Splits, load_splits
 from moe_dist.errors import DataError
 
@@ -36,6 +37,7 @@ def load(tmp_path: Path, further: list[dict[str, Any]] | None, **options: Any) -
         "train": write(tmp_path / "train.jsonl", labelled(range(20))),
         "dev": write(tmp_path / "dev.jsonl", labelled(range(100, 106))),
         "text_columns": ["text"],
+        "cache_dir": tmp_path / "cache",
     }
     if further is not None:
         arguments["unlabelled"] = [write(tmp_path / "further.jsonl", further)]
@@ -76,6 +78,19 @@ def test_what_repeats_a_dev_row_is_left_out_and_said(tmp_path: Path) -> None:
     )
 
 
+def test_rows_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(tmp_path, [*texts(3), {"text": labelled(range(100, 101))[0]["text"]}])
+
+    def again(*args: object) -> object:
+        raise AssertionError("every worker would compare them")
+
+    monkeypatch.setattr(unlabelled, "find_repeats", again)
+    second = load(tmp_path, [*texts(3), {"text": labelled(range(100, 101))[0]["text"]}])
+    assert second.summary.unlabelled == first.summary.unlabelled
+    with pytest.raises(AssertionError, match="every worker"):
+        load(tmp_path, texts(4))
+
+
 def test_what_repeats_a_row_that_is_withheld_is_left_out(tmp_path: Path) -> None:
     splits = load(tmp_path, None, holdout_samples=4)
     assert splits.holdout is not None
@@ -92,12 +107,9 @@ def test_a_label_column_may_be_there_and_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "seq2seq"])
 def test_every_kind_takes_them(tmp_path: Path, kind: str) -> None:
-    rows = [
-        {"text": f"{number} {sentence(number)}", "label": value}
-        for number, value in enumerate(
-            {"classification": "ab", "regression": [0.5, 1.5], "seq2seq": ["one", "two"]}[kind] * 9
-        )
-    ]
+    labels: list[Any] = ["a", "b"] if kind == "classification" else ["one", "two"]
+    labels = [0.5, 1.5] if kind == "regression" else labels
+    rows = [{"text": f"{n} {sentence(n)}", "label": label} for n, label in enumerate(labels * 9)]
     splits = load(
         tmp_path,
         texts(3),

@@ -127,7 +127,9 @@ def test_windows_and_labels_are_those_of_published_code(
     )
     expected = published_features(rows, tokenizer, max_length, stride)
     assert len(made.input_ids) == len(expected) > (40 if max_length < 40 else 39)
-    types: list[Any] = list(made.token_type_ids or [None] * len(expected))
+    types: Any = made.token_type_ids
+    if types is None:
+        types = [None] * len(expected)
     found = zip(made.input_ids, types, made.rows, made.labels, strict=True)
     for (ids, own_types, row, label), (other, other_types, number, right) in zip(
         found, expected, strict=True

@@ -12,10 +12,11 @@ import torch
 from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.encoding import Encoded
-from moe_dist.data.loaders import eval_batches
+from moe_dist.data.loaders import TrainBatches, eval_batches
 from moe_dist.errors import ConversionError
 from moe_dist.inference.pretrained import check_pretrained, load_pretrained
 from moe_dist.tasks import TASK_KINDS
+from moe_dist.training.step import distill_terms
 from tests.conversion.dense_models import EVERY_FAMILY, VOCAB_SIZE, kinds_of, tiny_model
 from tests.inference.start_models import write_tokenizer
 
@@ -113,3 +114,31 @@ def test_a_family_without_such_a_head_is_refused(tmp_path: Path) -> None:
     CLIPTextConfig(vocab_size=20).save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match=r"no model for data.kind=question_answering"):
         load_pretrained(str(tmp_path), num_labels=2, kind=KIND)
+
+
+def test_a_step_is_the_same_however_it_is_cut() -> None:
+    teacher, student = (tiny_model("bert", "ForQuestionAnswering") for _ in range(2))
+    with torch.no_grad():
+        student.qa_outputs.weight.mul_(0.5)
+    found = []
+    for world_size, accumulation in ((1, 1), (1, 3), (2, 2)):
+        sums: dict[str, float] = {}
+        for rank in range(world_size):
+            batches = TrainBatches(
+                windows([9, 6, 4, 12, 7, 5]),
+                batch_size=6,
+                world_size=world_size,
+                rank=rank,
+                accumulation=accumulation,
+            )
+            (step,) = batches.epoch(0)
+            for batch in step.micro_batches:
+                made = distill_terms(
+                    student, teacher, batch, objectives=("prediction_kl", "soft_targets")
+                )
+                for name, term in made.terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term.sum.detach())
+        found.append(sums)
+    assert set(found[0]) == {"task", "prediction_kl", "soft_targets"}
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)

@@ -144,10 +144,10 @@ def test_distances_are_sums_over_target_tokens(temperature: float) -> None:
             for one in (student, teacher)
         )
         expected[row] += float(temperature**2 * (q * (q / p).log()).sum())
-    scores = [TokenScores(one[real], torch.eye(7), None) for one in (student, teacher)]
-    torch.testing.assert_close(KIND.prediction_errors(*scores, batch, temperature), expected)
+    own, other = (TokenScores(one[real], torch.eye(7), None) for one in (student, teacher))
+    torch.testing.assert_close(KIND.prediction_errors(own, other, batch, temperature), expected)
     for total in (KIND.prediction_loss, KIND.soft_target_loss):
-        torch.testing.assert_close(total(*scores, batch, temperature), expected.sum())
+        torch.testing.assert_close(total(own, other, batch, temperature), expected.sum())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

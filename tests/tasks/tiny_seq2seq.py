@@ -103,9 +103,10 @@ def write_titles(path: Path, count: int, offset: int = 0) -> str:
 
 def columns(rows: list[dict[str, str]], **more: list[Any]) -> dict[str, list[Any]]:
     """Rows as a kind of task takes them."""
-    return {
+    found: dict[str, list[Any]] = {
         "text_a": [row["text"] for row in rows],
         "text_b": [None] * len(rows),
         "label": [row["title"] for row in rows],
         "sample_id": list(range(len(rows))),
-    } | more
+    }
+    return found | more

@@ -84,6 +84,7 @@ def test_the_chain_runs_to_its_end_and_serves_texts(
     num_cut = int(saved.logits[:, -1].sum())
     said = [line for line in console.warned if line.startswith("student: ")]
     assert bool(num_cut) == any("had no end" in line for line in said)
+    assert [f"student: {line}" for line in report["student"].get("remarks", ())] == said
     options = {key: settings["data"][key] for key in ("source_prefix", "max_target_length")}
     options["source_prefix"] = [options["source_prefix"]]
     served = TextModel(
