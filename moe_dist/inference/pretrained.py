@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.conversion.families import find_stacks, known_family
 from moe_dist.conversion.heads import KEY as TASK_HEADS
 from moe_dist.conversion.heads import task_head
 from moe_dist.errors import ConversionError
@@ -139,6 +140,7 @@ def _load(
     )
     if shapes is None:
         refuse_not_finite(model, source)
+    _refuse_first_of_decoder(model, asked, source)
     notes = [*said, *taken.lines()]
     warnings: list[str] = []
     in_place = HeadUse(tuple(range(num_labels)))
@@ -185,6 +187,19 @@ def _with_pooling(source: str, asked: _Asked) -> tuple[_Asked, list[str]]:
         keys = [f"data.{key}" for key in _VECTOR_KEYS if asked.options.get(key) is not None]
         origin = f"by {' and '.join(keys)}" if keys else "since nothing says how they are made"
     return replace(asked, options=options), [f"{vectors}, {origin}"]
+
+
+def _refuse_first_of_decoder(model: Any, asked: _Asked, source: str) -> None:
+    """See that the first token, where it is a text's vector, sees the others."""
+    spec = known_family(model)
+    if asked.options.get("pooling") != "cls" or spec is None:
+        return
+    if any(is_causal for _, is_causal in find_stacks(model, spec)):
+        raise ConversionError(
+            f"data.pooling=cls takes the first token for a text's vector, and in the decoder "
+            f"{source!r} that token sees no other",
+            remedy="set data.pooling to mean or max",
+        )
 
 
 def _plain(value: Any) -> str:

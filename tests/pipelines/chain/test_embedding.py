@@ -192,6 +192,9 @@ def test_a_decoder_without_padding_pads_with_its_end(
     recorder = Recorder()
     run_chain(load_config(write_recipe(settings)), recorder, until="evaluate")
     assert any("pad" in line for line in recorder.warned)
+    settings["data"]["pooling"] = "cls"
+    with pytest.raises(ConversionError, match="first token for a text's vector, and in the deco"):
+        check_before_start(*_checked(load_config(write_recipe(settings))))
 
 
 def _checked(config: RunConfig) -> tuple[RunConfig, Workspace]:
