@@ -232,10 +232,9 @@ def load_splits(
         raw_train, raw_dev, task = read_hub_splits(name, subset, splits, task, revision)
         if how := task.options.get("documents"):
             (column,) = task.text_columns
-            raw_train, raw_dev = (
-                None if split is None else replace(split, rows=join_rows(split.rows, column, how))
-                for split in (raw_train, raw_dev)
-            )
+            raw_train = replace(raw_train, rows=join_rows(raw_train.rows, column, how))
+            if raw_dev is not None:
+                raw_dev = replace(raw_dev, rows=join_rows(raw_dev.rows, column, how))
         words = f"hub {name}" + (f" ({subset})" if subset else "")
     elif source == "package":
         raw_train, default_size = read_package(name, cache)

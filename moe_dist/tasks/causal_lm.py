@@ -95,10 +95,10 @@ class CausalLM(TaskKind):
                     remedy="give data.dev longer texts",
                 )
         return TokenRows(
-            input_ids=[ids for _, ids, _ in pieces],
+            input_ids=[ids.tolist() for _, ids, _ in pieces],
             rows=[row for row, _, _ in pieces],
             labels=[0] * len(pieces),
-            columns={_NEXT: [next_ids for _, _, next_ids in pieces]},
+            columns={_NEXT: [next_ids.tolist() for _, _, next_ids in pieces]},
             num_targets=[int(np.count_nonzero(next_ids)) for _, _, next_ids in pieces],
         )
 

@@ -59,11 +59,6 @@ class StepTerms:
     gate_sums: dict[str, GateSum] = field(default_factory=dict)
 
 
-def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give what a model takes of a batch."""
-    return answered_kind(model).inputs(model, batch)
-
-
 def freeze(model: nn.Module) -> nn.Module:
     """Make a model a teacher, in place: no dropout, no gradients."""
     model.eval()

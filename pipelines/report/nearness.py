@@ -117,8 +117,8 @@ def _by_row(errors_N: NDArray[Any], encoded: Encoded) -> NDArray[Any]:
     _, first, row_N = np.unique(encoded.sample_ids, return_index=True, return_inverse=True)
     if len(first) == len(errors_N):
         return errors_N
-    weights_N = encoded.num_targets
-    weights_N = np.ones(len(errors_N)) if weights_N is None else weights_N.astype(np.float64)
+    counts_N = encoded.num_targets
+    weights_N = np.ones(len(errors_N)) if counts_N is None else counts_N.astype(np.float64)
     means = np.bincount(row_N, errors_N * weights_N) / np.bincount(row_N, weights_N).clip(min=1)
     return means[np.argsort(first)].astype(errors_N.dtype)
 

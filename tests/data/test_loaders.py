@@ -11,7 +11,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_dist.data import encoding
-from moe_dist.data.loaders import Encoded, TrainBatches, collate, encode, eval_batches
+from moe_dist.data.loaders import (
+    Encoded,
+    TrainBatches,
+    bounded_batch,
+    collate,
+    encode,
+    eval_batches,
+)
 from moe_dist.errors import DataError
 from moe_dist.tasks.classification import Classification
 from moe_dist.tasks.kind import IGNORED, TokenRows
@@ -320,3 +327,12 @@ def test_what_a_cache_entry_depends_on(tokenizer: Any, tmp_path: Path) -> None:
     assert entries(kind=_Windows()) == 2
     assert entries(options={"stride": 4}) == 3
     assert entries(is_training=False) == 4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "expected"), [(64, 128, 64), (64, 512, 16), (8, 512, 8), (4, 9000, 1)]
+)
+def test_a_batch_holds_a_bounded_number_of_tokens(
+    batch_size: int, length: int, expected: int
+) -> None:
+    assert bounded_batch(batch_size, length, 8192) == expected

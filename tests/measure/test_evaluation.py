@@ -8,8 +8,7 @@ import torch
 from moe_dist.data.loaders import collate
 from moe_dist.measure import evaluation
 from moe_dist.measure.evaluation import expert_load, predict
-from moe_dist.training.step import model_inputs
-from tests.training.tiny import PAD, tiny_bert, tiny_data, tiny_student
+from tests.training.tiny import PAD, model_inputs, tiny_bert, tiny_data, tiny_student
 
 CPU = torch.device("cpu")
 

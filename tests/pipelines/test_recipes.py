@@ -73,7 +73,18 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bare_machine")
-@pytest.mark.parametrize("name", ["moebert_sst2", "minilm_sst2", "bert_squad2", "qa_minilm_files"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moebert_sst2",
+        "minilm_sst2",
+        "bert_squad2",
+        "qa_minilm_files",
+        "gpt2_wikitext2",
+        "lm_smollm2",
+        "tiny_gpt2",
+    ],
+)
 def test_a_dry_run_needs_neither_network_nor_data(name: str) -> None:
     result = CliRunner().invoke(app, ["compress", str(RECIPES / f"{name}.yaml"), "--dry-run"])
     assert result.exit_code == 0, result.output

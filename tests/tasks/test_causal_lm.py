@@ -122,7 +122,7 @@ def test_windows_predict_each_token_once_with_enough_before_it(
         ]
         assert len(ids) <= length
         (start,) = starts
-        for place in np.flatnonzero(next_ids):
+        for place in np.flatnonzero(next_ids).tolist():
             position = start + place + 1
             assert next_ids[place] - 1 == document[position]
             assert (row, position) not in seen

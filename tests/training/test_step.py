@@ -18,9 +18,8 @@ from moe_dist.training.step import (
     expert_counts,
     finetune_terms,
     freeze,
-    model_inputs,
 )
-from tests.training.tiny import padded, tiny_batch, tiny_bert, tiny_data, tiny_student
+from tests.training.tiny import model_inputs, padded, tiny_batch, tiny_bert, tiny_data, tiny_student
 
 EVERYTHING: dict[str, Any] = {"load_balancing": True, "z_loss": True, "entropy": True}
 

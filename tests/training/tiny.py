@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.loaders import Encoded, TrainBatches
 
 VOCAB_SIZE = 40
@@ -81,3 +83,8 @@ def padded(batch: dict[str, torch.Tensor], columns: int) -> dict[str, torch.Tens
         if column.dim() == 2
     }
     return batch | wide
+
+
+def model_inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give what a model takes of a batch."""
+    return answered_kind(model).inputs(model, batch)
