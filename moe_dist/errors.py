@@ -55,6 +55,10 @@ class DataError(MoeDistError):
     """A data set cannot be read, or does not hold what the task needs."""
 
 
+class NotAtHandError(DataError):
+    """Data or a model may well exist, but this machine has them not now and cannot get them."""
+
+
 class ConversionError(MoeDistError):
     """A model cannot be scored, split or converted as asked."""
 

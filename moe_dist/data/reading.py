@@ -13,7 +13,7 @@ from moe_dist.data.labels import refuse_header_label
 from moe_dist.data.packages import fetch_data_package
 from moe_dist.data.rows import Say, SourceRow
 from moe_dist.data.tasks import TaskSpec
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, NotAtHandError
 from moe_dist.uris import is_uri
 
 
@@ -88,7 +88,7 @@ def read_files(
         )
     missing = missing_files(train, dev)
     if missing:
-        raise DataError(
+        raise NotAtHandError(
             f"no such data file: {' and '.join(missing)}",
             remedy="give your files with --set data.train=FILE and --set data.dev=FILE, or in the "
             "recipe; paths are relative to the working directory",

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
 from moe_dist.distributed.topology import fitting_ep_size
-from moe_dist.errors import ConfigError, ConversionError, MoeDistError
+from moe_dist.errors import ConfigError, ConversionError, NotAtHandError
 
 from ..chain.workspace import Workspace
 from ..report.report import quantity
@@ -97,7 +97,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
     try:
         teacher = start_skeleton(workspace, num_labels)
-    except MoeDistError as error:
+    except NotAtHandError as error:
         sizes.unknown.append(
             "parameters, active parameters, FLOPs per token and memory per rank: they need the "
             f"shape of {config.model.teacher!r}. {error.message}"
@@ -308,9 +308,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
         return num_labels
     try:
         rows = workspace.rows
-    except MoeDistError as error:
-        if any(data.source == "files" for data in data_sets.values()):
-            raise
+    except NotAtHandError as error:
         sizes.unknown.append(f"training steps: {error.message}")
         return num_labels
     sizes.data = {name: splits.summary for name, splits in rows.parts.items()}

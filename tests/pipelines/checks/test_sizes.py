@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, MoeDistError
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.sizes import (
     dense_skeleton,
@@ -118,3 +118,30 @@ def test_memory_of_an_elastic_run_is_that_of_its_fewest_workers(
         return memory_per_rank(model, load_config(write_recipe(tiny_settings)), frozen=0)
 
     assert memory([2, 4]) == memory(2) > memory(4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("./no/such/model", "no such model directory"),
+        ("package:nothing", "is no model package"),
+        ("scratch:nothing", "nothing"),
+    ],
+)
+def test_a_start_model_that_cannot_exist_is_a_fault_of_a_dry_run(
+    write_recipe: Write, tiny_settings: dict[str, Any], teacher: str, message: str
+) -> None:
+    tiny_settings["model"]["teacher"] = teacher
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(MoeDistError, match=message):
+        derive_sizes(config, Workspace(config, Console(quiet=True)))
+
+
+def test_a_start_model_that_is_out_of_reach_is_not_known(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_settings["model"]["teacher"] = "nobody/has-this-model"
+    config = load_config(write_recipe(tiny_settings))
+    sizes = derive_sizes(config, Workspace(config, Console(quiet=True)))
+    assert any("nobody/has-this-model" in line for line in sizes.unknown)
