@@ -24,11 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError, DataError
-from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
-from moe_dist.losses.total import CountKind
-from moe_dist.tasks.kind import Answered, Figures, LabelKind, TaskKind, TokenRows
-from moe_dist.tasks.output_layer import token_scores, without_output_layer
-from moe_dist.tasks.seq2seq import hides_tokens, unread_settings
+from moe_dist.tasks.kind import Answered, Figures, LabelKind, TokenRows
+from moe_dist.tasks.token_kind import TokenKind, hides_tokens, unread_settings
 from moe_dist.tasks.tokens import tokenise
 
 NUM_SERVED_TOKENS = 64
@@ -37,18 +34,15 @@ _NEXT = "next_ids"
 Ids = NDArray[np.int64]
 
 
-class CausalLM(TaskKind):
-    """Predictions are what logits are made of, `TokenScores` of all targets of a batch."""
+class CausalLM(TokenKind):
+    """Targets are the tokens that follow each position; see `TokenKind`."""
 
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     label: ClassVar[LabelKind] = "none"
     metrics = ("perplexity", "word_perplexity", "bits_per_byte")
     default_metrics = metrics
-    prediction_term = "prediction_kl"
-    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
     unit = "document"
-    count_kind: ClassVar[CountKind] = "targets"
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({"text": "text"})
     columns = ("nll", "tokens", "words", "bytes")
     text_columns = ("text",)
@@ -102,49 +96,20 @@ class CausalLM(TaskKind):
             num_targets=[int(np.count_nonzero(next_ids)) for _, _, next_ids in pieces],
         )
 
-    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
-        """Run a model without its output layer: `logits` are what that reads, (B, S, D)."""
-        with without_output_layer(model):
-            return super().run(model, batch, use_cache=False, **options)
+    def target_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Positions whose next token is to be predicted, (B, S) bool."""
+        return batch[_NEXT] > 0
 
-    def predictions(
-        self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
-    ) -> TokenScores:
-        """What the logits of all targets are made of, in the order of samples and positions."""
-        return token_scores(model, output.logits[batch[_NEXT] > 0])
-
-    def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
-        """Cross entropy of each sample's targets, added up; (B,)."""
-        next_ids_BS = batch[_NEXT]
-        targets_T = next_ids_BS[next_ids_BS > 0] - 1
-        return _by_sample(token_cross_entropy(predictions, targets_T), batch)
-
-    def prediction_errors(
-        self,
-        student: TokenScores,
-        teacher: TokenScores,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """``KL(teacher‖student)`` at each sample's targets, added up; see `token_kl`."""
-        return _by_sample(token_kl(student, teacher, temperature), batch)
-
-    def soft_target_loss(
-        self,
-        student: TokenScores,
-        teacher: TokenScores,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """The same as `prediction_loss`."""
-        return self.prediction_loss(student, teacher, batch, temperature)
+    def target_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The tokens that follow them, in the order of samples and positions."""
+        return batch[_NEXT][self.target_mask(batch)] - 1
 
     def answer(
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> Tensor:
         """Negative log-likelihood of a sample's targets, and their number; (B, 2)."""
         predictions = self.predictions(model, self.run(model, batch), batch)
-        counts_B = (batch[_NEXT] > 0).sum(dim=1)
+        counts_B = self.target_mask(batch).sum(dim=1)
         return torch.stack([self.losses(predictions, batch), counts_B.float()], dim=1)
 
     def serve(
@@ -261,9 +226,3 @@ def _windows(
                 yield row, ids[begin:end], own
             if end == len(next_ids):
                 break
-
-
-def _by_sample(values_T: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Add values of all targets up for each sample, (B,)."""
-    samples_T = torch.nonzero(batch[_NEXT] > 0)[:, 0]
-    return values_T.new_zeros(len(batch[_NEXT])).index_add(0, samples_T, values_T)

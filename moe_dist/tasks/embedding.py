@@ -185,16 +185,6 @@ class Embedding(TaskKind):
         """1 - cosine of each sample's two vectors, (B,)."""
         return 1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)
 
-    def soft_target_loss(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """As `prediction_loss`."""
-        return self.prediction_loss(student, teacher, batch)
-
     def figures(self, answered: Answered) -> Figures:
         """Give of each pair its cosine, and the rank of its second text among all second texts."""
         pairs = list(zip(*(list(answered.rows[side]) for side in _SIDES), strict=True))

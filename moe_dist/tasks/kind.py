@@ -303,7 +303,6 @@ class TaskKind(ABC):
     ) -> Tensor:
         """The same distance of each sample, summed over its targets; (B,) float32."""
 
-    @abstractmethod
     def soft_target_loss(
         self,
         student: Any,
@@ -311,7 +310,11 @@ class TaskKind(ABC):
         batch: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
-        """Distance from the teacher's softened predictions, summed over `count_kind`."""
+        """Distance from the teacher's softened predictions, summed over `count_kind`.
+
+        That of `prediction_loss`, unless a kind of task has another for it.
+        """
+        return self.prediction_loss(student, teacher, batch, temperature)
 
     def bounded(self, predictions: Any) -> Tensor | None:
         """The prediction in a fixed range, as a discriminator sees it; (B, C) float32.

@@ -156,7 +156,7 @@ class QuestionAnswering(TaskKind):
 
     def answer(self, model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         """The best answer in each window and its score, and the score of no answer: (B, 4)."""
-        scores_BS2 = self.predictions(model, model(**self.inputs(model, batch)), batch)
+        scores_BS2 = self.predictions(model, self.run(model, batch), batch)
         length = int(options.get("max_answer_length", MAX_ANSWER_LENGTH))
         return best_spans(scores_BS2, batch["is_context"].bool(), length)
 

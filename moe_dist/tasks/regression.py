@@ -75,16 +75,6 @@ class Regression(TaskKind):
         """Squared difference of each sample, (B,)."""
         return (student.float() - teacher.float()).square().flatten(1).sum(dim=1)
 
-    def soft_target_loss(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """Squared difference; a number has no temperature."""
-        return prediction_mse(student, teacher)
-
     def bounded(self, predictions: Tensor) -> Tensor:
         """The output, squashed, (B, 1)."""
         return torch.tanh(predictions.float())

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_dist.errors import ConversionError
-from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
-from moe_dist.losses.total import CountKind
-from moe_dist.router_spec import router_facts
 from moe_dist.tasks.kind import (
     IGNORED,
     Answered,
     Figures,
     LabelKind,
-    TaskKind,
     TokenRows,
     full_lengths,
 )
-from moe_dist.tasks.output_layer import token_scores, without_output_layer
 from moe_dist.tasks.text_scores import (
     ANSWER_COLUMNS,
     CHRF_COLUMNS,
@@ -38,9 +33,9 @@ from moe_dist.tasks.text_scores import (
     chrf_figures,
     rouge_figures,
 )
+from moe_dist.tasks.token_kind import TokenKind, hides_tokens, unread_settings
 from moe_dist.tasks.tokens import tokenise
 
-_NO_SETTINGS = ("transformers_version", "use_cache", "output_attentions", "output_hidden_states")
 UNFINISHED = "unfinished"
 """Column: 1 where an output was cut at `max_target_length`, since it had no end."""
 
@@ -69,7 +64,7 @@ class Seq2SeqOptions:
 OPTION_NAMES = tuple(Seq2SeqOptions.__dataclass_fields__)
 
 
-class Seq2Seq(TaskKind):
+class Seq2Seq(TokenKind):
     """Labels are texts that an encoder-decoder is to write."""
 
     name = "seq2seq"
@@ -77,9 +72,6 @@ class Seq2Seq(TaskKind):
     label: ClassVar[LabelKind] = "text"
     metrics = ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "answer_f1", "chrf")
     default_metrics = ("rougeL", "rouge1", "rouge2")
-    prediction_term = "prediction_kl"
-    distance = "KL divergence of the teacher's predicted token from the student's, in nats"
-    count_kind: ClassVar[CountKind] = "targets"
     columns = (*ROUGE_COLUMNS, *ANSWER_COLUMNS, *CHRF_COLUMNS, UNFINISHED)
     option_names = OPTION_NAMES
     measuring_options = OPTION_NAMES[2:]
@@ -164,44 +156,16 @@ class Seq2Seq(TaskKind):
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "decoder_input_ids": shift(labels=targets_BT),
-            "decoder_attention_mask": _is_real(batch).to(targets_BT.dtype),
+            "decoder_attention_mask": self.target_mask(batch).to(targets_BT.dtype),
         }
 
-    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
-        """Run a model without its output layer: `logits` are what that reads, (B, T, D)."""
-        with without_output_layer(model):
-            return super().run(model, batch, use_cache=False, **options)
+    def target_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which places of the targets are no padding, (B, T) bool."""
+        return batch["targets"] != IGNORED
 
-    def predictions(
-        self, model: nn.Module, output: Any, batch: Mapping[str, Tensor]
-    ) -> TokenScores:
-        """What the logits of all target tokens are made of, in the order of samples."""
-        return token_scores(model, output.logits[_is_real(batch)])
-
-    def losses(self, predictions: TokenScores, batch: Mapping[str, Tensor]) -> Tensor:
-        """Cross entropy of the target tokens, summed in each sample; (B,)."""
-        targets_T = batch["targets"][_is_real(batch)]
-        return _by_sample(token_cross_entropy(predictions, targets_T), batch)
-
-    def prediction_errors(
-        self,
-        student: TokenScores,
-        teacher: TokenScores,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """``KL(teacher‖student)`` of the target tokens, summed in each sample; see `token_kl`."""
-        return _by_sample(token_kl(student, teacher, temperature), batch)
-
-    def soft_target_loss(
-        self,
-        student: TokenScores,
-        teacher: TokenScores,
-        batch: Mapping[str, Tensor],
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """The same as `prediction_loss`."""
-        return self.prediction_loss(student, teacher, batch, temperature)
+    def target_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The target tokens, in the order of samples."""
+        return batch["targets"][self.target_mask(batch)]
 
     def answer(
         self, model: nn.Module, batch: Mapping[str, Tensor], options: Mapping[str, Any]
@@ -299,32 +263,11 @@ def read_texts(tokenizer: Any, ids_NL: NDArray[np.int64]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def unread_settings(model: Any) -> dict[str, Any]:
-    """Settings of a model's own for generation, in place of which the recipe's are taken."""
-    own: dict[str, Any] = model.generation_config.to_diff_dict()
-    return {
-        name: value
-        for name, value in own.items()
-        if not name.startswith("_")
-        and not name.endswith("_token_id")
-        and name not in _NO_SETTINGS
-        and value is not None
-    }
-
-
 def _beam_settings(own: Seq2SeqOptions) -> dict[str, Any]:
     # transformers warns of what a search without beams does not read.
     if own.num_beams == 1:
         return {}
     return {"length_penalty": own.length_penalty, "early_stopping": own.early_stopping}
-
-
-def hides_tokens(config: Any) -> bool:
-    """Whether its decoder's routers read all tokens so far, which a key-value cache hides."""
-    moe = getattr(config, "moe", None)
-    if not moe or moe["num_experts"] == 1:
-        return False
-    return router_facts(moe["router"]).chooses_by == "sentence"
 
 
 def _num_ranks() -> int:
@@ -334,17 +277,6 @@ def _num_ranks() -> int:
 
 def _options(options: Mapping[str, Any]) -> Seq2SeqOptions:
     return Seq2SeqOptions(**{name: options[name] for name in OPTION_NAMES if name in options})
-
-
-def _is_real(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which places of the targets are no padding, (B, T) bool."""
-    return batch["targets"] != IGNORED
-
-
-def _by_sample(values_N: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Add values of all target tokens up for each sample, (B,)."""
-    samples_N = torch.nonzero(_is_real(batch))[:, 0]
-    return values_N.new_zeros(len(batch["targets"])).index_add(0, samples_N, values_N)
 
 
 def join_sources(

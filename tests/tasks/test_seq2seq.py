@@ -23,7 +23,8 @@ from moe_dist.losses.total import weighted_total
 from moe_dist.measure.evaluation import predict
 from moe_dist.tasks import TASK_KINDS, Answered
 from moe_dist.tasks.kind import IGNORED
-from moe_dist.tasks.seq2seq import read_texts, unread_settings, write
+from moe_dist.tasks.seq2seq import read_texts, write
+from moe_dist.tasks.token_kind import unread_settings
 from moe_dist.training.step import distill_terms, finetune_terms
 from tests.conversion.dense_models import random_scores
 from tests.tasks.tiny_seq2seq import FAMILIES, columns, tiny_tokenizer, tiny_writer, titled_rows
