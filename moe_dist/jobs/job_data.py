@@ -28,7 +28,7 @@ from moe_dist.training.collectives import num_ranks, own_rank
 class Predict(Protocol):
     """Runs a model over samples, as `moe_dist.measure.evaluation.predict` does."""
 
-    def __call__(self, encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
+    def __call__(self, encoded: Encoded, *, options: Mapping[str, Any]) -> Predictions:
         """Answer; `options` are the task's."""
 
 
@@ -281,7 +281,7 @@ def count_use(data: AnyJobData, predict: Predict, split: Split) -> dict[str, Ten
     loads: dict[str, Tensor] = {}
     for number, (name, part) in enumerate(data.parts.items()):
         with use_task(number if name else None):
-            _add_loads(loads, predict(part.part(split), part.splits.task.options))
+            _add_loads(loads, predict(part.part(split), options=part.splits.task.options))
     return loads
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_dist.data.loaders import Encoded
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.position import enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import Job
 from moe_dist.jobs.job_data import count_use, measure, save_answers
-from moe_dist.measure.evaluation import Predictions, expert_load, predict
+from moe_dist.measure.evaluation import expert_load, predict
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
 
@@ -51,17 +50,13 @@ class PredictJob(Job):
         model = load_model(Path(self.model), device)
         data = self.tokenised(rows, load_tokenizer(Path(self.model)))
         enter_phase("prediction")
-
-        def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
-            return predict(
-                model,
-                encoded,
-                batch_size=self.batch_size,
-                pad_token_id=data.pad_token_id,
-                device=device,
-                options=options,
-            )
-
+        answer = partial(
+            predict,
+            model,
+            batch_size=self.batch_size,
+            pad_token_id=data.pad_token_id,
+            device=device,
+        )
         if not self.measures:
             return {"expert_load": expert_load(count_use(data, answer, self.split))}
         measured = measure(data, answer, self.split)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.data.loaders import Encoded
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
@@ -26,7 +26,7 @@ from moe_dist.jobs.results import (
     PREDICTIONS,
     RESULT,
 )
-from moe_dist.measure.evaluation import Predictions, expert_load, predict
+from moe_dist.measure.evaluation import expert_load, predict
 from moe_dist.metric_log import METRIC_LOG, MetricLog
 from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
@@ -116,16 +116,14 @@ def train_model(
     loads: dict[str, list[float]] = {}
     split = job.eval_split
 
-    def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
-        # In fp32 whatever the steps are computed in, as `evaluate` and users do.
-        return predict(
-            engine.module,
-            encoded,
-            batch_size=section.eval_batch_size,
-            pad_token_id=data.pad_token_id,
-            device=engine.device,
-            options=options,
-        )
+    # In fp32 whatever the steps are computed in, as `evaluate` and users do.
+    answer = partial(
+        predict,
+        engine.module,
+        batch_size=section.eval_batch_size,
+        pad_token_id=data.pad_token_id,
+        device=engine.device,
+    )
 
     def evaluate() -> dict[str, float]:
         measured = measure(data, answer, split)
@@ -164,16 +162,13 @@ def keep_model(model: Any, data: AnyJobData, job: TrainJob) -> dict[str, Any]:
     device = pick_device(job.parallel.use_gpu)
     model = model.to(device).eval()
 
-    def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
-        return predict(
-            model,
-            encoded,
-            batch_size=job.train.eval_batch_size,
-            pad_token_id=data.pad_token_id,
-            device=device,
-            options=options,
-        )
-
+    answer = partial(
+        predict,
+        model,
+        batch_size=job.train.eval_batch_size,
+        pad_token_id=data.pad_token_id,
+        device=device,
+    )
     measured = measure(data, answer, job.eval_split)
     metrics = {f"{job.eval_split}/{name}": value for name, value in measured.metrics.items()}
     directory = Path(job.stage_dir) / MODEL_DIR

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,27 +131,21 @@ class SharedWork:
         return quality
 
     def _measure(self, workspace: Workspace, model: Path, metric: str) -> float:
-        from moe_dist.data.loaders import Encoded
         from moe_dist.inference.saving import load_model, load_tokenizer
         from moe_dist.jobs.job_data import job_data, measure
-        from moe_dist.measure.evaluation import Predictions, predict
+        from moe_dist.measure.evaluation import predict
         from moe_dist.training.hardware import pick_device
 
         config = workspace.config
         device = pick_device(config.parallel.use_gpu)
         data = job_data(workspace.splits, load_tokenizer(model), max_length=config.model.max_length)
-        teacher = load_model(model, device)
-
-        def answer(encoded: Encoded, options: Mapping[str, Any]) -> Predictions:
-            return predict(
-                teacher,
-                encoded,
-                batch_size=config.train.eval_batch_size,
-                pad_token_id=data.pad_token_id,
-                device=device,
-                options=options,
-            )
-
+        answer = partial(
+            predict,
+            load_model(model, device),
+            batch_size=config.train.eval_batch_size,
+            pad_token_id=data.pad_token_id,
+            device=device,
+        )
         return measure(data, answer, "holdout").metrics[metric]
 
     @property

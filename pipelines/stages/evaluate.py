@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,9 @@ from . import adapt, distill, finetune_teacher
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.loaders import Encoded
     from moe_dist.data.metrics import LabelSpace
     from moe_dist.jobs.job_data import AnyJobData, Measured, Predict
     from moe_dist.measure.bootstrap import Pairing
-    from moe_dist.measure.evaluation import Predictions
     from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
 
@@ -279,17 +278,13 @@ def predict_all(
         stage.console.progress(next(steps), num_steps)
 
     for name, model in loaded.items():
-
-        def answer(encoded: Encoded, options: Mapping[str, Any], model: Any = model) -> Predictions:
-            return predict(
-                model,
-                encoded,
-                batch_size=batch_size,
-                pad_token_id=data.pad_token_id,
-                device=next(model.parameters()).device,
-                options=options,
-            )
-
+        answer = partial(
+            predict,
+            model,
+            batch_size=batch_size,
+            pad_token_id=data.pad_token_id,
+            device=next(model.parameters()).device,
+        )
         found = run_over_dev(name, data, answer)
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
