@@ -520,3 +520,9 @@ def test_a_teacher_from_nothing_is_trained(tmp_path: Path) -> None:
     settings = ("model.teacher=scratch:tiny-gpt2", "finetune.num_epochs=0")
     assert "random weights" in only_fault(tmp_path, *settings)
     assert load(tmp_path, settings[0]).model.teacher == "scratch:tiny-gpt2"
+
+
+def test_a_teacher_is_left_untrained_only_where_that_is_said(tmp_path: Path) -> None:
+    assert "no teacher either" in only_fault(tmp_path, "train.num_epochs=0")
+    kept = load(tmp_path, "train.num_epochs=0", "finetune.num_epochs=2")
+    assert (kept.train.num_epochs, kept.teacher_train.num_epochs) == (0, 2)

@@ -85,6 +85,21 @@ def test_a_point_that_is_no_valid_recipe_is_shown() -> None:
     assert "is more than moe.expert_size=768" in found
 
 
+def test_trials_take_steps() -> None:
+    assert "a trial of 0 epochs trains no student" in faults(
+        {"train.num_epochs": {"choice": [0, 1]}}
+    )
+    with pytest.raises(ConfigError, match="a search has nothing to compare"):
+        build_config(
+            {
+                **BASE,
+                "train": {"num_epochs": 0},
+                "finetune": {"num_epochs": 0},
+                "search": {"space": {"seed": {"choice": [0, 1]}}},
+            }
+        )
+
+
 def test_a_recipe_s_own_fault_is_not_said_of_every_point() -> None:
     with pytest.raises(ConfigError) as caught:
         build_config(

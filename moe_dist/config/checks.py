@@ -125,6 +125,14 @@ def _scratch_is_trained(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _teacher_has_epochs(config: RunConfig) -> Iterator[str]:
+    if config.train.num_epochs == 0 and config.finetune.num_epochs is None:
+        yield (
+            "train.num_epochs=0 trains no student, and no teacher either where finetune.num_epochs "
+            "says nothing else; give finetune.num_epochs (0 takes the start model as it is)."
+        )
+
+
 def _layers_once(config: RunConfig) -> Iterator[str]:
     layers = config.moe.layers or ()
     negative = sorted({layer for layer in layers if layer < 0})
@@ -304,6 +312,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_tied_needs_experts, ("moe.tie_shared", "moe.num_experts")),
     (_layers_once, ("moe.layers",)),
     (_scratch_is_trained, ("model.teacher", "finetune.num_epochs")),
+    (_teacher_has_epochs, ("train.num_epochs", "finetune.num_epochs")),
     (
         _gate_settings_need_a_gate,
         (

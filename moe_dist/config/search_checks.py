@@ -50,6 +50,7 @@ def find_search_faults(config: RunConfig, key_faults: Faults, cross_faults: Faul
     faults += space_faults
     values = [fault for one in dimensions for fault in _value_faults(config, one, key_faults)]
     faults += values
+    faults += _untrained_faults(config, dimensions)
     faults += _condition_faults(config, dimensions, key_faults)
     faults += _factor_faults(config, dimensions)
     faults += _shape_faults(config, dimensions)
@@ -99,6 +100,16 @@ def _value_faults(config: RunConfig, dimension: Dimension, key_faults: Faults) -
         for fault in key_faults(point_settings(config, {dimension.path: value}))
         if fault.startswith(dimension.path)
     ]
+
+
+def _untrained_faults(config: RunConfig, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
+    """Refuse students without a step of training, of which trials have nothing to compare."""
+    path = "train.num_epochs"
+    own = {one.path: (*one.values, *one.otherwise) for one in dimensions if not one.of}
+    if path not in own and config.train.num_epochs == 0:
+        yield f"{path}=0 trains no student, so a search has nothing to compare; give 1 or more."
+    if 0 in own.get(path, ()):
+        yield f"search.space.{path}: a trial of 0 epochs trains no student; begin at 1."
 
 
 def _condition_faults(

@@ -128,7 +128,10 @@ class TrainConfig(Section):
         description="Peak learning rate of AdamW, reached after the warm-up.",
     )
     num_epochs: Integer = Field(
-        default=3, ge=1, le=1_000_000, description="Passes over the training rows."
+        default=3,
+        ge=0,
+        le=1_000_000,
+        description="Passes over the training rows; 0 hands back the student as it was adapted.",
     )
     max_steps: Integer | None = Field(
         default=None, ge=1, description="Stop after so many optimizer steps, if epochs last longer."

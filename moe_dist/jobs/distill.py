@@ -15,7 +15,7 @@ from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData
-from moe_dist.jobs.train_job import Report, train_model
+from moe_dist.jobs.train_job import Report, keep_model, train_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
@@ -63,8 +63,11 @@ class DistillJob(TrainJob):
         return super().of(config, stage_dir, **(own | fields))
 
     def run(self) -> dict[str, Any]:
-        """Train and save the student; see `train_model`."""
+        """Train and save the student; see `train_model`. No epochs: `keep_model`."""
         rows = self.rows()
+        if self.train.num_epochs == 0:
+            student, tokenizer = load_model(Path(self.student)), load_tokenizer(Path(self.student))
+            return keep_model(student, self.tokenised(rows, tokenizer), self)
         # The engine takes this device too, and the two must meet in the losses.
         device = pick_device(self.parallel.use_gpu)
         teacher = freeze(load_model(Path(self.teacher), device))

@@ -83,6 +83,18 @@ def test_a_model_is_taken_as_it_is_without_epochs(chain: dict[str, Any]) -> None
         torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=0)
 
 
+def test_a_student_is_handed_back_as_it_was_adapted_without_epochs(chain: dict[str, Any]) -> None:
+    models = {"student": chain["adapted"], "teacher": chain["teacher"]["model"]}
+    settings = train_section().model_copy(update={"num_epochs": 0})
+    fields = job_fields(chain["root"], "kept-student", **models, train=settings, distill=DISTILL)
+    kept = DistillJob(**fields).run()
+    answered = PredictJob(**job_fields(chain["root"], "kept-answers", model=chain["adapted"])).run()
+    assert kept["num_steps"] == 0 and kept["metrics"] == answered["metrics"]
+    before, after = load_model(chain["adapted"]), load_model(kept["model"])
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=0)
+
+
 def test_the_log_has_losses_speed_and_the_dev_metric(chain: dict[str, Any]) -> None:
     records = MetricLog(chain["root"] / "distill" / "metrics.jsonl").read()
     steps, losses = series(records, "train/loss/hidden_mse")

@@ -75,6 +75,47 @@ def test_kl_is_from_teacher_to_student_with_gradients_of_the_student(
     assert token_kl(own, own).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_tokens_that_count_differently_have_their_own_gradients(
+    few_rows: int, temperature: float
+) -> None:
+    own, other = scores(0), scores(1)
+    weights_T = torch.linspace(-1.0, 2.0, T)
+    q_TV = (naive(own) / temperature).log_softmax(-1)
+    p_TV = (naive(other) / temperature).softmax(-1)
+    expected_T = temperature**2 * (p_TV * (p_TV.log() - q_TV)).sum(-1)
+    found_T = token_kl(own, other, temperature)
+    for weights in (weights_T, 0.5 * torch.ones(T)):
+        found = torch.autograd.grad((found_T * weights).sum(), leaves(own), retain_graph=True)
+        right = torch.autograd.grad((expected_T * weights).sum(), leaves(own), retain_graph=True)
+        for one, expected in zip(found, right, strict=True):
+            assert torch.allclose(one, expected, atol=1e-4)
+
+
+def test_under_autocast_products_are_in_bf16_and_sums_in_fp32(few_rows: int) -> None:
+    own, other = scores(0), scores(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_T = token_kl(own, other)
+        logits_TV, other_TV = naive(own).float(), naive(other).float()
+    expected_T = (
+        other_TV.softmax(-1) * (other_TV.log_softmax(-1) - logits_TV.log_softmax(-1))
+    ).sum(-1)
+    assert found_T.dtype == torch.float32
+    assert torch.allclose(found_T, expected_T, atol=1e-5)
+    found = torch.autograd.grad(found_T.sum(), leaves(own))
+    right = torch.autograd.grad(expected_T.sum(), leaves(own))
+    for one, expected in zip(found, right, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.allclose(one, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_frozen_output_layer_has_no_gradient() -> None:
+    own, other = scores(0), scores(1)
+    frozen = TokenScores(own.hidden_TD, own.weight_VD.detach(), None)
+    token_kl(frozen, other).sum().backward()  # type: ignore[no-untyped-call]
+    assert own.hidden_TD.grad is not None and own.weight_VD.grad is None
+
+
 def test_no_tokens_give_no_losses_and_keep_the_graph() -> None:
     own = scores(0)
     empty = TokenScores(own.hidden_TD[:0], own.weight_VD, own.bias_V)

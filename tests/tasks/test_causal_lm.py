@@ -19,7 +19,6 @@ from moe_dist.errors import ConversionError, DataError
 from moe_dist.inference.skeleton import build_skeleton
 from moe_dist.inference.start_tokenizer import read_tokenizer
 from moe_dist.losses import tokens as token_losses
-from moe_dist.losses.tokens import TokenScores
 from moe_dist.tasks import TASK_KINDS, Answered, model_kind
 from moe_dist.tasks.causal_lm import CausalLM
 from tests.conversion.dense_models import VOCAB_SIZE, tiny_model
@@ -209,7 +208,8 @@ def test_a_family_does_nothing_with_logits_but_to_return_them(family: str, head:
         logits = model(**inputs).logits
         found = KIND.predictions(model, KIND.run(model, batch), batch)
     chosen = logits[batch["next_ids"] > 0]
-    assert torch.allclose(found.logits_TV(found.hidden_TD), chosen, atol=1e-5)
+    made = functional.linear(found.hidden_TD, found.weight_VD, found.bias_V)
+    assert torch.allclose(made, chosen, atol=1e-5)
     # And the layer is as it was.
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, logits)
@@ -293,13 +293,14 @@ def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
 
 def test_logits_are_made_of_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    own = TokenScores.logits_TV
+    own = token_losses._OutputLayer.logits_TV
 
-    def watched(scores: TokenScores, hidden_TD: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(hidden_TD))
-        return own(scores, hidden_TD)
+    def watched(layer: Any, rows: slice) -> torch.Tensor:
+        made = own(layer, rows)
+        sizes.append(len(made))
+        return made
 
-    monkeypatch.setattr(TokenScores, "logits_TV", watched)
+    monkeypatch.setattr(token_losses._OutputLayer, "logits_TV", watched)
     monkeypatch.setattr(token_losses, "MAX_BYTES", 3 * VOCAB_SIZE * 4 * token_losses._TENSORS)
     KIND.answer(tiny_model("gpt2"), batch_of("abcdefghijk", length=12), {})
     assert sizes == [3, 3, 3, 2]

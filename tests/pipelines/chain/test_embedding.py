@@ -106,6 +106,21 @@ def test_texts_alone_make_a_student_of_sentence_vectors(
     )
 
 
+def test_without_epochs_students_are_compared_as_they_were_adapted(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["train"] |= {"num_epochs": 0}
+    run_chain(load_config(write_recipe(settings)), Recorder())
+    root = tmp_path / "outputs/tiny"
+    report = json.loads((root / "report.json").read_text())
+    for name, place in (("student", root), ("dense", root / "compare/dense")):
+        adapted, kept = (
+            place / stage / "model/model.safetensors" for stage in ("adapt", "distill")
+        )
+        assert adapted.read_bytes() == kept.read_bytes()
+        assert report[name]["metrics"] == report[name]["metrics_before_distillation"]
+
+
 def test_sentence_transformers_gives_the_same_vectors(
     write_recipe: Write, settings: dict[str, Any], tmp_path: Path
 ) -> None:
