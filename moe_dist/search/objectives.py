@@ -65,6 +65,12 @@ def parse_goals(text: str) -> tuple[Goal, ...]:
             continue
         if metric not in MEASURES:
             faults.append(f"--goal: {metric} is not measured; use one of {', '.join(MEASURES)}.")
+        elif metric != "quality" and (MEASURES[metric] == "min") == (sign[0] == ">"):
+            better, other = ("lower", "<") if sign[0] == ">" else ("higher", ">")
+            faults.append(
+                f"--goal {part.strip()!r} asks for a worse model, since {better} is better; write "
+                f"{metric}{other}{sign[1:]}{number}{percent}."
+            )
         goals.append(Goal(metric, sign, bound))
     if faults:
         raise ConfigError(faults, source="--goal")

@@ -32,6 +32,20 @@ def test_a_goal_may_bound_a_perplexity_from_above() -> None:
     assert goal.is_met({"perplexity": 39.0}) and not goal.is_met({"perplexity": 41.0})
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("perplexity >= 40", "lower is better; write perplexity<=40"),
+        ("latency>5", "lower is better; write latency<5"),
+        ("retention<99%", "higher is better; write retention>99%"),
+    ],
+)
+def test_a_goal_from_the_wrong_side_is_refused(text: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_goals(text)
+    assert remedy in caught.value.faults[0]
+
+
 def test_only_costs_are_minimised() -> None:
     assert check_cost("flops") == "flops"
     with pytest.raises(ConfigError, match="use one of latency, flops"):
