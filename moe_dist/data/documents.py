@@ -44,11 +44,13 @@ def read_documents(path: Path, lines: list[str], how: Documents | None, say: Say
     start = 0
     for number in range(1, len(lines) + 1):
         if number == len(lines) or _begins(how, lines, number):
-            while start < number and not lines[start].strip():
+            end = number
+            while start < end and not lines[start].strip():
                 start += 1
-            text = "\n".join(lines[start:number]).rstrip("\n")
-            if text.strip():
-                yield start + 1, {TEXT: text}
+            while start < end and not lines[end - 1].strip():
+                end -= 1
+            if start < end:
+                yield start + 1, {TEXT: "\n".join(lines[start:end])}
             start = number
 
 

@@ -19,6 +19,7 @@ from moe_dist.data.cache import build_once, default_cache_dir
 from moe_dist.digests import file_digest
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS, TaskKind, TokenRows
+from moe_dist.tasks.kind import Ragged
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,11 +179,10 @@ def encode(
             rows, tokenizer, max_length=max_length, is_training=is_training, options=options
         )
 
+    num_rows = len(dataset) if kind.needs_all_rows(is_training=is_training) else _CHUNK_ROWS
     final = build_once(
         root / "encoded" / key.hexdigest()[:32],
-        lambda folder: _write(
-            folder, _tokenise(dataset, make, len(dataset) if kind.needs_all_rows else _CHUNK_ROWS)
-        ),
+        lambda folder: _write(folder, _tokenise(dataset, make, num_rows)),
         is_good=_is_whole,
     )
     arrays: dict[str, Any] = {
@@ -219,7 +219,7 @@ def _tokenise(
         if values is not None:
             parts.setdefault(name, []).append(np.asarray(values, dtype))
 
-    def add_ragged(name: str, values: Sequence[Sequence[int]] | None, dtype: Any) -> None:
+    def add_ragged(name: str, values: Ragged | None, dtype: Any) -> None:
         if values is not None:
             flat = [np.asarray(value, dtype) for value in values]
             add(name, np.concatenate(flat) if flat else (), dtype)

@@ -136,13 +136,25 @@ def _read_one(
     if column_names and (is_text or suffix not in _DELIMITED):
         say(f"{path.name} names its columns itself: data.column_names is not used for it")
     if suffix == _PARQUET:
+        if texts is not None and texts.documents:
+            raise _documents_in_a_table(path, texts.documents)
         return _read_parquet(path, content)
     lines = text_lines(path, content, say)
+    if texts is not None and texts.documents and not is_text:
+        raise _documents_in_a_table(path, texts.documents)
     if texts is not None and is_text:
         return read_documents(path, lines, texts.documents, say)
     if suffix in _DELIMITED:
         return _DELIMITED[suffix](path, lines, column_names, say)
     return _read_json(path, lines)
+
+
+def _documents_in_a_table(path: Path, how: str) -> DataError:
+    return DataError(
+        f"{path}: data.documents={how} tells documents of running text apart, and each row of a "
+        "table is one",
+        remedy=f"remove data.documents, or write the text to a file {path.stem}{TEXT_SUFFIXES[0]}",
+    )
 
 
 def _suffix(path: Path) -> str:

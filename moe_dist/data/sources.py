@@ -386,7 +386,7 @@ def _task(
             f"data.label_names names classes, and data.kind={task.kind} has none",
             remedy="drop it, or set data.kind",
         )
-    if own.needs_all_rows and len(task.text_columns) > 1:
+    if own.needs_all_rows(is_training=True) and len(task.text_columns) > 1:
         raise DataError(
             f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
             f"{len(task.text_columns)}: {', '.join(task.text_columns)}",

@@ -155,6 +155,9 @@ def _load(
         put_in_order(task_head(model), use, std=std, seed=seed)
     tokenizer = read_tokenizer(source, revision)
     warnings += fit_tokenizer(tokenizer, model)
+    if asked.kind.pads_right and tokenizer.padding_side != "right":
+        tokenizer.padding_side = "right"
+        notes.append("its tokenizer pads on the left; this task's samples are padded on the right")
     notes += asked.kind.check_model(model, tokenizer, asked.options)
     is_whole = use.rows is not None and not (taken.new or taken.replaced)
     return StartModel(model.train(), tokenizer, tuple(notes), tuple(warnings), is_whole)

@@ -20,6 +20,8 @@ from torch.nn import functional
 
 MAX_BYTES = 256 * 2**20
 """What logits, and what is made of them, may take at a time, whatever the number of tokens."""
+_LAYERS = 2
+"""Times what the weights of the output layer take in float32, if that is more than `MAX_BYTES`."""
 _TENSORS = 6
 """Tensors of a chunk's size that are held at once, at most: logits of student and teacher,
 probabilities, and what is made of them in turn."""
@@ -95,6 +97,9 @@ class _OutputLayer:
         return functional.linear(self.hidden_TD[rows], self.weight_VD, self.bias_V).float()
 
 
+_NOTHING = (False, False, False)
+
+
 class _Loss(Protocol):
     """A loss of each token on its own."""
 
@@ -137,15 +142,19 @@ class _Divergence:
 
 
 def _token_losses(scores: TokenScores, loss: _Loss) -> Tensor:
-    losses_T: Tensor = _TokenLosses.apply(scores.hidden_TD, scores.weight_VD, scores.bias_V, loss)
+    inputs = (scores.hidden_TD, scores.weight_VD, scores.bias_V)
+    if not torch.is_grad_enabled():
+        return _differentiate(_OutputLayer(*inputs), loss, _NOTHING)[0]
+    losses_T: Tensor = _TokenLosses.apply(*inputs, loss)
     return losses_T
 
 
 class _TokenLosses(torch.autograd.Function):
     """Losses of all tokens, and the gradients of their sum.
 
-    A batch's tokens nearly always count alike, so that its gradients are those of the sum times
-    one number. Where they do not, all is computed anew in the backward pass.
+    A batch's tokens nearly always count alike in training, so that its gradients are those of the
+    sum times one number. Where they do not, the output layer's are computed anew in the backward
+    pass; a token's hidden state has a loss of its own, so that its gradient is only weighed.
     """
 
     @staticmethod
@@ -161,11 +170,17 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight_T: Tensor) -> tuple[Tensor | None, ...]:
-        if len(weight_T) == 0 or bool((weight_T == weight_T[0]).all()):
-            factor = weight_T.sum() if len(weight_T) == 0 else weight_T[0]
-            grads = [None if one is None else one * factor for one in ctx.grads]
-        else:
-            _, grads = _differentiate(ctx.layer, ctx.loss, ctx.wanted, weight_T)
+        of_hidden_TD, *of_layer = ctx.grads
+        if of_hidden_TD is not None:
+            of_hidden_TD = of_hidden_TD * weight_T[:, None].to(of_hidden_TD.dtype)
+        if any(ctx.wanted[1:]):
+            if len(weight_T) == 0 or bool((weight_T == weight_T[0]).all()):
+                factor = weight_T[:1].sum()
+                of_layer = [None if one is None else one * factor for one in of_layer]
+            else:
+                wanted = (False, *ctx.wanted[1:])
+                _, (_, *of_layer) = _differentiate(ctx.layer, ctx.loss, wanted, weight_T)
+        grads = [of_hidden_TD, *of_layer]
         typed = zip(grads, ctx.dtypes, strict=True)
         return *(None if one is None else one.to(dtype) for one, dtype in typed), None
 
@@ -201,8 +216,13 @@ def _differentiate(
 
 
 def _chunks(layer: _OutputLayer) -> Iterator[slice]:
-    """So many tokens at a time as memory is set for."""
+    """So many tokens at a time as memory is set for.
+
+    A wide layer's are so many at least that the gradient of its weights, to which each chunk adds,
+    is read and written seldom.
+    """
     row_bytes = _TENSORS * len(layer.weight_VD) * torch.float32.itemsize
-    num_rows = max(1, MAX_BYTES // row_bytes)
+    most_bytes = max(MAX_BYTES, _LAYERS * layer.weight_VD.numel() * torch.float32.itemsize)
+    num_rows = max(1, most_bytes // row_bytes)
     for start in range(0, len(layer.hidden_TD), num_rows):
         yield slice(start, start + num_rows)

@@ -15,6 +15,7 @@ Shapes: B samples, S positions, T targets, D width, V vocabulary, M documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -31,7 +32,10 @@ from moe_dist.tasks.tokens import tokenise
 NUM_SERVED_TOKENS = 64
 """Tokens that a served model writes at most."""
 _NEXT = "next_ids"
-Ids = NDArray[np.int64]
+_FIRST_CHARACTERS = 64
+_CHARACTERS = 2**20
+"""Tokenised at a time, since a tokenizer's own notes on a token take hundreds of bytes."""
+Ids = NDArray[np.int32]
 
 
 class CausalLM(TokenKind):
@@ -49,7 +53,8 @@ class CausalLM(TokenKind):
     option_names = ("documents", "stride")
     measuring_options = ("stride",)
     is_one_a_row = False
-    needs_all_rows = True
+    # Who lets it write goes on from the end of a text.
+    pads_right = False
     reads_pairs = False
     takes_encoders = False
     takes_encoder_decoders = False
@@ -57,6 +62,10 @@ class CausalLM(TokenKind):
     def owns(self, architecture: str, config: Any) -> bool:
         """A decoder with its language-model head."""
         return architecture.endswith(("LMHeadModel", "ForCausalLM"))
+
+    def needs_all_rows(self, *, is_training: bool) -> bool:
+        """Blocks go on from one document to the next."""
+        return True
 
     def check_model(self, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[str]:
         """See that there is a token to end documents with, and say which."""
@@ -73,10 +82,7 @@ class CausalLM(TokenKind):
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> TokenRows:
         """Cut all documents together into blocks, or each into windows."""
-        documents = [
-            np.asarray(ids, np.int64)
-            for ids in tokenise(tokenizer, rows["text_a"], max_length=None)["input_ids"]
-        ]
+        documents = list(_token_ids(tokenizer, rows["text_a"]))
         if is_training:
             pieces = list(_blocks(documents, _end_id(tokenizer), max_length))
         else:
@@ -89,10 +95,10 @@ class CausalLM(TokenKind):
                     remedy="give data.dev longer texts",
                 )
         return TokenRows(
-            input_ids=[ids.tolist() for _, ids, _ in pieces],
+            input_ids=[ids for _, ids, _ in pieces],
             rows=[row for row, _, _ in pieces],
             labels=[0] * len(pieces),
-            columns={_NEXT: [next_ids.tolist() for _, _, next_ids in pieces]},
+            columns={_NEXT: [next_ids for _, _, next_ids in pieces]},
             num_targets=[int(np.count_nonzero(next_ids)) for _, _, next_ids in pieces],
         )
 
@@ -125,12 +131,13 @@ class CausalLM(TokenKind):
     ) -> list[dict[str, Any]]:
         """The likeliest continuation of each text, token by token; see `TaskKind.serve`.
 
-        Of a long text the last tokens are read, so many that the model has positions for all.
+        Of a long text the last tokens are read, behind its begin token where it has one, so many
+        that the model has positions for all that it writes.
         """
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
         limit = max(1, min(max_length, positions - NUM_SERVED_TOKENS))
         ids = tokenise(tokenizer, columns[0], max_length=None)["input_ids"]
-        prompts = [own[-limit:] or [_end_id(tokenizer)] for own in ids]
+        prompts = [_last(own, limit, tokenizer.bos_token_id) or [_end_id(tokenizer)] for own in ids]
         width = max(map(len, prompts))
         mask_BS = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
         ids_BS = torch.tensor(
@@ -154,15 +161,14 @@ class CausalLM(TokenKind):
         return [{"text": text} for text in texts]
 
     def figures(self, answered: Answered) -> Figures:
-        """Add the windows of each document up, and count its words and bytes."""
+        """Add the windows of each document up, and count words and bytes of what is predicted."""
         numbers = np.asarray(answered.rows["sample_id"], np.int64)
         places = {number: row for row, number in enumerate(numbers.tolist())}
         rows = [places[number] for number in answered.sample_ids.tolist()]
         values = np.zeros((len(numbers), len(self.columns)))
         np.add.at(values[:, :2], rows, answered.raw.astype(np.float64))
-        values[:, 2:] = [
-            (len(text.split()), len(text.encode("utf-8"))) for text in answered.rows["text_a"]
-        ]
+        texts = [_predicted(answered.tokenizer, text) for text in answered.rows["text_a"]]
+        values[:, 2:] = [(len(text.split()), len(text.encode("utf-8"))) for text in texts]
         return Figures(values.astype(np.float32), np.zeros(len(numbers), np.int64), numbers)
 
 
@@ -179,6 +185,34 @@ def _end_id(tokenizer: Any) -> int:
             "tokenizer.save_pretrained(DIRECTORY)",
         )
     return int(tokenizer.eos_token_id)
+
+
+def _last(ids: list[int], limit: int, begin_id: int | None) -> list[int]:
+    """The end of a text, behind its begin token."""
+    if len(ids) <= limit:
+        return ids
+    begin = ids[:1] if limit > 1 and ids[0] == begin_id else []
+    return begin + ids[len(begin) - limit :]
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[Ids]:
+    """Tokenise documents whole, some at a time."""
+    ends = np.cumsum([len(text) for text in texts]) // _CHARACTERS
+    for _, rows in groupby(range(len(texts)), key=lambda row: int(ends[row])):
+        part = [texts[row] for row in rows]
+        for ids in tokenise(tokenizer, part, max_length=None)["input_ids"]:
+            yield np.asarray(ids, np.int32)
+
+
+def _predicted(tokenizer: Any, text: str) -> str:
+    """A document without its first token, which has none before it to be predicted from."""
+    (ids,) = tokenise(tokenizer, [text[:_FIRST_CHARACTERS]], max_length=None)["input_ids"]
+    if not ids or ids[0] in set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}:
+        return text
+    first = tokenizer.decode(ids[:1])
+    # Some tokenizers drop a blank in front, and a token may be a part of a character.
+    start = text.find(first, 0, len(first) + 1)
+    return text[start + len(first) if start >= 0 else 1 :]
 
 
 def _blocks(

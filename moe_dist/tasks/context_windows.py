@@ -99,7 +99,10 @@ class Whole:
         """
         if answer is None:
             return 0, 0
-        start, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+        # Blanks around an answer belong to no token of it.
+        text = answer["text"]
+        start = answer["answer_start"] + len(text) - len(text.lstrip())
+        end = start + len(text.strip())
         starts = self.columns["char_start"][slice(*window)]
         ends = self.columns["char_end"][slice(*window)]
         if starts[0] > start or ends[-1] < end:

@@ -65,6 +65,10 @@ class Embedding(TaskKind):
         is_base = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
         return is_base and getattr(config, POOLING, None) is not None
 
+    def needs_all_rows(self, *, is_training: bool) -> bool:
+        """To measure on, a text that stands in several rows is one sample."""
+        return not is_training
+
     def model_arguments(self, parameters: Sequence[str]) -> dict[str, Any]:
         """No pooler, where a family has one: nothing trains or reads it."""
         name = "add_pooling_layer"

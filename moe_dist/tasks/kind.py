@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_dist.losses.total import CountKind
-from moe_dist.tasks.tokens import tokenise
+from moe_dist.tasks.tokens import pad, tokenise
 
 LabelKind = Literal["class", "number", "text", "answers", "none"]
 LABEL_TYPES: dict[LabelKind, str] = {
@@ -36,6 +36,10 @@ IGNORED = -100
 """Fills up targets, as transformers has it."""
 
 
+Ragged = Sequence[Sequence[int] | NDArray[np.int32]]
+"""Whole numbers for each token of each sample."""
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Samples made of some rows, in their order.
@@ -52,12 +56,12 @@ class TokenRows:
         full_target_lengths: the same of targets.
     """
 
-    input_ids: Sequence[Sequence[int]]
+    input_ids: Ragged
     rows: Sequence[int]
     labels: Sequence[Any]
-    token_type_ids: Sequence[Sequence[int]] | None = None
-    columns: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
-    targets: Sequence[Sequence[int]] | None = None
+    token_type_ids: Ragged | None = None
+    columns: Mapping[str, Ragged] = field(default_factory=dict)
+    targets: Ragged | None = None
     num_targets: Sequence[int] | None = None
     full_lengths: Sequence[int] | None = None
     full_target_lengths: Sequence[int] | None = None
@@ -150,7 +154,7 @@ class TaskKind(ABC):
         served_columns: what a served model answers with, as in `served`: `text`, a `number`,
             `numbers`, or `named numbers`.
         takes_encoders: models that see later tokens can answer it.
-        needs_all_rows: samples are made of several rows, so that `tokens` is given all at once.
+        pads_right: whatever side a start model's tokenizer pads on.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
     """
 
@@ -176,7 +180,7 @@ class TaskKind(ABC):
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     takes_encoders: ClassVar[bool] = True
-    needs_all_rows: ClassVar[bool] = False
+    pads_right: ClassVar[bool] = True
     writes: ClassVar[bool] = False
 
     @property
@@ -330,6 +334,10 @@ class TaskKind(ABC):
         answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
         return answers
 
+    def needs_all_rows(self, *, is_training: bool) -> bool:
+        """Whether samples are made of several rows, so that `tokens` is given all at once."""
+        return False
+
     def needs_calibration(self, labels: Sequence[Any]) -> bool:
         """Whether there is anything to choose on training rows with such labels."""
         return True
@@ -372,7 +380,7 @@ class TaskKind(ABC):
             A value by column for each text.
         """
         tokens = tokenise(tokenizer, *columns, max_length=max_length)
-        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        encoded = pad(tokenizer, tokens).to(model.device)
         with torch.no_grad():
             answers_BC = self.answer(model, encoded, options).float().cpu()
         return self.served(answers_BC, label_names)

@@ -34,7 +34,7 @@ from moe_dist.tasks.text_scores import (
     rouge_figures,
 )
 from moe_dist.tasks.token_kind import TokenKind, hides_tokens, unread_settings
-from moe_dist.tasks.tokens import tokenise
+from moe_dist.tasks.tokens import pad, tokenise
 
 UNFINISHED = "unfinished"
 """Column: 1 where an output was cut at `max_target_length`, since it had no end."""
@@ -206,7 +206,7 @@ class Seq2Seq(TokenKind):
         pair = columns[1] if len(columns) > 1 else None
         sources = join_sources(columns[0], pair, _options(options).source_prefix)
         tokens = tokenise(tokenizer, sources, max_length=max_length)
-        encoded = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        encoded = pad(tokenizer, tokens).to(model.device)
         with torch.no_grad():
             ids_NL = self.answer(model, encoded, options).long().cpu().numpy()
         return [{"text": text} for text in read_texts(tokenizer, ids_NL)]
@@ -243,6 +243,7 @@ def write(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -
             "max_new_tokens": own.max_target_length,
             "no_repeat_ngram_size": own.no_repeat_ngram_size,
             "do_sample": False,
+            "eos_token_id": model.config.eos_token_id,
             "use_cache": not hides_tokens(model.config),
             # An end that is forced could not be told from one that the model wrote.
             "forced_eos_token_id": None,

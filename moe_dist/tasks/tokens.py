@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moe_dist.errors import ConversionError, DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Tokens = dict[str, list[list[int]]]
 
@@ -101,6 +101,14 @@ def tokenise(
             remedy="remove it from the texts, or use a fast tokenizer (tokenizer.json)",
         )
     return tokens
+
+
+def pad(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> BatchEncoding:
+    """Join rows to tensors, shorter ones filled up on the right whatever the tokenizer says.
+
+    Samples are padded so in training and measuring, and some models number positions from there.
+    """
+    return tokenizer.pad(tokens, padding_side="right", return_tensors="pt")
 
 
 def _call(

@@ -92,7 +92,7 @@ class Workspace:
         for name, splits in self.rows.parts.items():
             both = (train[name], dev[name])
             summary = splits.summary.with_cuts(*(measure_cut(part, max_length) for part in both))
-            if splits.task.task_kind.needs_all_rows:
+            if splits.task.task_kind.needs_all_rows(is_training=True):
                 summary = summary.with_pieces(*(measure_pieces(part, max_length) for part in both))
             else:
                 summary = summary.with_windows(*map(measure_windows, both))

@@ -285,10 +285,16 @@ class _OneTrial:
         return student
 
     def _steps(self) -> dict[int, int]:
-        train = self.config.train
-        per_epoch = max(1, len(self.warm.data.splits.train) // train.batch_size)
-        total = per_epoch * train.num_epochs
-        return rung_steps(self.rungs, min(total, train.max_steps or total))
+        from moe_dist.jobs.distill import DistillJob
+        from moe_dist.training.loop import planned_steps
+
+        # Samples, of which a row may make several, or several rows one.
+        train, split = self.config.train, DistillJob.TRAINS_ON
+        batches = self.warm.data.batches(train, seed=self.config.seed, split=split)
+        total = planned_steps(
+            batches.steps_per_epoch, num_epochs=train.num_epochs, max_steps=train.max_steps
+        )
+        return rung_steps(self.rungs, total)
 
     def _job(self, directory: Path | str, steps: Collection[int]) -> DistillJob:
         from moe_dist.jobs.distill import DistillJob

@@ -93,6 +93,26 @@ def test_a_directory_of_texts_is_a_document_each(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.dev) == 3
 
 
+def test_blank_lines_after_a_document_are_none_of_it() -> None:
+    found, _ = cut([" = A = ", " one ", " ", "", " = B = ", " two ", " "], "headings")
+    assert [row["text"] for _, row in found] == [" = A = \n one ", " = B = \n two "]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_table_has_a_document_in_each_row(tmp_path: Path, name: str) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"text": ["one text", "other text"]})
+    if name.endswith("jsonl"):
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        table.to_parquet(tmp_path / name)
+    given: dict[str, Any] = {"source": "files", "kind": "causal_lm", "dev_size": 1}
+    with pytest.raises(DataError, match="each row of a table is one"):
+        load_splits(train=tmp_path / name, documents="lines", **given)
+    assert len(load_splits(train=tmp_path / name, **given).train) == 1
+
+
 def test_a_table_needs_one_text_column(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("body,title\none text,a\nother text,b\n")
     given: dict[str, Any] = {"source": "files", "kind": "causal_lm", "dev_size": 1}

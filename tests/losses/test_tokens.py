@@ -39,6 +39,7 @@ def few_rows(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows of logits in a chunk."""
     rows: int = request.param
     monkeypatch.setattr(tokens, "MAX_BYTES", rows * V * 4 * tokens._TENSORS)
+    monkeypatch.setattr(tokens, "_LAYERS", 0)
     return rows
 
 
@@ -109,6 +110,45 @@ def test_under_autocast_products_are_in_bf16_and_sums_in_fp32(few_rows: int) -> 
         assert torch.allclose(one, expected, atol=0.05 * float(expected.abs().max()))
 
 
+def wanted_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
+    """Which gradients each pass over the tokens takes."""
+    passes: list[tuple[bool, ...]] = []
+    own = tokens._differentiate
+
+    def watched(layer: Any, loss: Any, wanted: Any, weight_T: Any = None) -> Any:
+        passes.append(tuple(wanted))
+        return own(layer, loss, wanted, weight_T)
+
+    monkeypatch.setattr(tokens, "_differentiate", watched)
+    return passes
+
+
+def test_nothing_is_differentiated_where_a_model_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = wanted_of(monkeypatch)
+    own, other = scores(0), scores(1)
+    trained_T = token_kl(own, other).detach()
+    with torch.no_grad():
+        measured_T = token_kl(own, other)
+    assert torch.equal(measured_T, trained_T) and not measured_T.requires_grad
+    assert passes == [(True, True, True), (False, False, False)]
+
+
+def test_hidden_states_alone_take_one_pass_whatever_tokens_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = wanted_of(monkeypatch)
+    own, weights_T = scores(0), torch.linspace(-1.0, 2.0, T)
+    frozen = TokenScores(own.hidden_TD, own.weight_VD.detach(), None)
+    found_T = token_cross_entropy(frozen, torch.arange(T) % V)
+    expected_T = functional.cross_entropy(naive(frozen), torch.arange(T) % V, reduction="none")
+    (found,) = torch.autograd.grad((found_T * weights_T).sum(), [own.hidden_TD])
+    (right,) = torch.autograd.grad((expected_T * weights_T).sum(), [own.hidden_TD])
+    assert torch.allclose(found, right, atol=1e-5)
+    assert passes == [(True, False, False)]
+
+
 def test_a_frozen_output_layer_has_no_gradient() -> None:
     own, other = scores(0), scores(1)
     frozen = TokenScores(own.hidden_TD, own.weight_VD.detach(), None)
@@ -149,6 +189,15 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
         loss.backward()  # type: ignore[no-untyped-call]
     # The gradient of the output layer is V x D; all logits would be T x V.
     assert largest.num_elements == V * D < T * V
+
+
+@pytest.mark.parametrize(("width", "rows"), [(12, 4), (60, 20)])
+def test_a_wide_layer_is_added_to_seldom(
+    width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_BYTES", 4 * V * 4 * tokens._TENSORS)
+    layer = tokens._OutputLayer(torch.zeros(T, width), torch.zeros(V, width), None)
+    assert next(tokens._chunks(layer)) == slice(0, rows)
 
 
 @pytest.mark.parametrize(

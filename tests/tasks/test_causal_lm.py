@@ -19,8 +19,8 @@ from moe_dist.errors import ConversionError, DataError
 from moe_dist.inference.skeleton import build_skeleton
 from moe_dist.inference.start_tokenizer import read_tokenizer
 from moe_dist.losses import tokens as token_losses
-from moe_dist.tasks import TASK_KINDS, Answered, model_kind
-from moe_dist.tasks.causal_lm import CausalLM
+from moe_dist.tasks import TASK_KINDS, Answered, causal_lm, model_kind
+from moe_dist.tasks.causal_lm import CausalLM, _last, _predicted, _token_ids
 from tests.conversion.dense_models import VOCAB_SIZE, tiny_model
 from tests.inference.start_models import write_start_model, write_tokenizer
 
@@ -43,6 +43,10 @@ class Letters:
     def ids(self, text: str) -> list[int]:
         """Of one text."""
         return ([1] if self.begins else []) + [10 + ord(c) - ord("a") for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        """Their letters."""
+        return "".join(chr(one - 10 + ord("a")) for one in ids)
 
     def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [self.ids(one) for one in text]}
@@ -278,17 +282,35 @@ def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
         rows=columns,
         columns={},
         offsets=np.zeros(1, np.int64),
-        tokenizer=None,
+        tokenizer=Letters(),
         options={},
     )
     found = KIND.figures(answered)
     assert found.sample_ids.tolist() == [100, 101, 102]
     assert found.values[:, 1].tolist() == [10, 0, 5]
-    assert found.values[:, 2].tolist() == [1, 1, 3]
-    assert found.values[:, 3].tolist() == [11, 1, 10]
+    # Of what is predicted: nothing is left of a text of one token.
+    assert found.values[:, 2].tolist() == [1, 0, 3]
+    assert found.values[:, 3].tolist() == [10, 0, 9]
     first = functional.cross_entropy(whole[:5], torch.tensor([11, 12, 13, 14, 15]))
     assert math.isfinite(first)
     assert np.isclose(found.values[0, 0], raw.numpy()[numbers == 100, 0].sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("begins", "expected"), [(False, "bc de"), (True, "abc de")])
+def test_words_and_bytes_are_of_what_is_predicted(begins: bool, expected: str) -> None:
+    assert _predicted(Letters(begins=begins), "abc de") == expected
+
+
+def test_the_end_of_a_long_text_keeps_its_begin_token() -> None:
+    assert _last([1, 5, 6, 7], 3, 1) == [1, 6, 7]
+    assert _last([4, 5, 6, 7], 3, 1) == [5, 6, 7]
+    assert _last([1, 5], 3, 1) == [1, 5]
+
+
+def test_documents_are_tokenised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal_lm, "_CHARACTERS", 4)
+    found = [ids.tolist() for ids in _token_ids(Letters(), TEXTS)]
+    assert found == [Letters().ids(text) for text in TEXTS]
 
 
 def test_logits_are_made_of_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +324,7 @@ def test_logits_are_made_of_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(token_losses._OutputLayer, "logits_TV", watched)
     monkeypatch.setattr(token_losses, "MAX_BYTES", 3 * VOCAB_SIZE * 4 * token_losses._TENSORS)
+    monkeypatch.setattr(token_losses, "_LAYERS", 0)
     KIND.answer(tiny_model("gpt2"), batch_of("abcdefghijk", length=12), {})
     assert sizes == [3, 3, 3, 2]
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config
 
 from moe_dist.conversion import score_importance
+from moe_dist.data import encoding
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import DataError, MissingInputError
@@ -63,6 +65,23 @@ def test_measuring_takes_each_text_once_and_says_whose_it_is(tokenizer: BertToke
     assert [tuple(label) for label in found.labels] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
     assert found.full_lengths == [5, 6, 5, 6, 5]
     assert max(map(len, found.input_ids)) == 4
+
+
+def test_a_text_is_measured_once_however_far_apart_its_rows_are(
+    tokenizer: BertTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_CHUNK_ROWS", 1)
+    dataset = Dataset.from_dict(rows(PAIRS, [0, 0, 0]))
+    for is_training, expected in ((False, 5), (True, 6)):
+        found = encoding.encode(
+            dataset,
+            tokenizer,
+            max_length=8,
+            kind=KIND,
+            is_training=is_training,
+            cache_dir=tmp_path,
+        )
+        assert len(found) == expected
 
 
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))

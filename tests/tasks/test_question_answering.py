@@ -138,6 +138,21 @@ def test_windows_and_labels_are_those_of_published_code(
         assert own_types is None or list(own_types) == other_types
 
 
+def test_blanks_around_an_answer_belong_to_no_token_of_it() -> None:
+    tokenizer = next(iter(TOKENIZERS.values()))()
+    context = "  ".join(WORDS[:3])
+    start = context.index(WORDS[1])
+    labels = []
+    for around in ("", " "):
+        text = f"{around}{WORDS[1]}{around}"
+        answers = [{"text": text, "answer_start": start - len(around)}]
+        made = KIND.tokens(
+            columns((WORDS[0], context, answers)), tokenizer, max_length=32, is_training=True
+        )
+        labels.append(made.labels[0])
+    assert labels[0] == labels[1] != (0, 0)
+
+
 def test_tokens_know_their_characters_in_the_context() -> None:
     context = "the end </s> [SEP] a"
     for family, make in TOKENIZERS.items():

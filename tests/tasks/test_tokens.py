@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
 from moe_dist.errors import ConversionError, DataError
-from moe_dist.tasks.tokens import tokenise
+from moe_dist.tasks.tokens import pad, tokenise
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>/|[]"
 
@@ -55,6 +55,14 @@ def gpt2() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<unk>"
     )
+
+
+def test_rows_are_filled_up_on_the_right_whatever_a_tokenizer_says() -> None:
+    tokenizer = gpt2()
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    found = pad(tokenizer, tokenise(tokenizer, ["the end", "the"], max_length=4))
+    assert found["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert found["input_ids"][1].tolist() == [2, tokenizer.pad_token_id]
 
 
 class SlowTokenizer(PreTrainedTokenizer):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from pipelines.search import sweep as sweeping
 from pipelines.search.results import verdict_lines
 from pipelines.search.rungs import rung_steps, rung_times
 from pipelines.search.sweep import search_recipe
-from pipelines.search.trial import TeacherFacts, TrialRunner
+from pipelines.search.trial import TeacherFacts, TrialRunner, _OneTrial
 from pipelines.search.trial_watch import Supervisor
 from tests.inference.start_models import remove_tokenizer
 from tests.pipelines.recorder import Recorder
@@ -415,6 +416,33 @@ def test_a_search_without_a_space_is_refused(
     config = load_config(write_recipe(tiny_settings))
     with pytest.raises(ConfigError, match=r"search\.space is missing"):
         search_recipe(config, Recorder(), finish)
+
+
+def test_a_trial_s_last_rung_is_its_last_step_however_many_samples_a_row_makes(
+    write_recipe: Write, settings: dict[str, Any]
+) -> None:
+    config = load_config(
+        write_recipe(settings), ["train.batch_size=8", "train.num_epochs=3", "train.max_steps=null"]
+    )
+    asked: list[str] = []
+
+    def batches(train: Any, *, seed: int, split: str) -> Any:
+        asked.append(split)
+        return SimpleNamespace(steps_per_epoch=1250)
+
+    # One document of 10,000 blocks.
+    data = SimpleNamespace(batches=batches, splits=SimpleNamespace(train=[0]))
+    trial = _OneTrial(
+        config,
+        0,
+        SimpleNamespace(data=data),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        (1, 3, 9),
+        "dev",
+        print,
+    )
+    assert trial._steps() == {417: 1, 1250: 3, 3750: 9}
+    assert asked == ["distilled"]
 
 
 def test_rungs_follow_the_scheduler(write_recipe: Write, settings: dict[str, Any]) -> None:
