@@ -89,7 +89,11 @@ def measure_imitation(
     from moe_dist.measure.nearness import measure_errors
     from moe_dist.moe.routing import use_task
 
-    students = {name: model for name, model in loaded.items() if name != teacher}
+    first: dict[int, str] = {}
+    # A student that was not trained has two names.
+    alike = {name: first.setdefault(id(model), name) for name, model in loaded.items()}
+    del alike[teacher]
+    students = {name: loaded[name] for name in dict.fromkeys(alike.values())}
     tasks: dict[str, Errors] = {}
     for number, (task, part) in enumerate(data.parts.items()):
         encoded = part.dev.subset(range(min(len(part.dev), MAX_SAMPLES)))
@@ -103,7 +107,7 @@ def measure_imitation(
                 advance=advance,
             )
         tasks[task] = {
-            measure: {name: _by_row(found.numpy(), encoded) for name, found in errors.items()}
+            measure: {name: _by_row(errors[own].numpy(), encoded) for name, own in alike.items()}
             for measure, errors in ((HIDDEN, hidden), (PREDICTION, predicted))
         }
     return Imitation(tasks)

@@ -152,14 +152,17 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 def model_directories(inputs: StageInputs) -> dict[str, tuple[Path, str]]:
     """Give directory and digest of each model to measure.
 
-    Names are `teacher`, `student`, each comparison's label, and `NAME/before_distillation`.
+    Names are `teacher`, `student`, each comparison's label, and `NAME/before_distillation`, which
+    is the same model where it was not trained.
     """
     found = {TEACHER: _model(inputs.result(finetune_teacher.NAME))}
     for label in ("", *_comparisons(inputs)):
         own = StageInputs(inputs.workspace, inputs.upstream, label)
         name = label or STUDENT
-        found[name] = _model(own.result(distill.NAME))
-        found[f"{name}/{BEFORE}"] = _model(own.result(adapt.NAME))
+        trained = own.result(distill.NAME)
+        found[name] = _model(trained)
+        is_kept = trained.details["num_steps"] == 0
+        found[f"{name}/{BEFORE}"] = found[name] if is_kept else _model(own.result(adapt.NAME))
     return found
 
 
@@ -171,7 +174,7 @@ def final_models(loaded: Mapping[str, Any]) -> dict[str, Any]:
 def load_all(
     models: Mapping[str, tuple[Path, str]], *, use_gpu: bool | str = "auto"
 ) -> dict[str, Any]:
-    """Load every model for evaluation, on a GPU where this process has one and may use it.
+    """Load every model once for evaluation, on a GPU where this process has one and may use it.
 
     `use_gpu` is the recipe's; this process may lack what the workers have.
     """
@@ -180,7 +183,10 @@ def load_all(
     from moe_dist.inference import load_model
 
     device = "cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu"
-    return {name: load_model(path, device=device) for name, (path, _) in models.items()}
+    loaded = {
+        path: load_model(path, device=device) for path in {path for path, _ in models.values()}
+    }
+    return {name: loaded[path] for name, (path, _) in models.items()}
 
 
 @dataclass
@@ -277,6 +283,7 @@ def predict_all(
     def advance() -> None:
         stage.console.progress(next(steps), num_steps)
 
+    measured: dict[int, Measured] = {}
     for name, model in loaded.items():
         answer = partial(
             predict,
@@ -285,7 +292,9 @@ def predict_all(
             pad_token_id=data.pad_token_id,
             device=next(model.parameters()).device,
         )
-        found = run_over_dev(name, data, answer)
+        if id(model) not in measured:
+            measured[id(model)] = run_over_dev(name, data, answer)
+        found = measured[id(model)]
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
             path = stage.directory / PREDICTIONS / task / f"{name.replace('/', '-')}.npz"
