@@ -146,6 +146,7 @@ def test_models_that_do_not_write_from_a_source_are_refused(
         own = settings | {"model": {"teacher": str(teacher), "max_length": 16}}
         text = refusal(tmp_path, own)
         assert f"of the family {family}, which has no model for data.kind=seq2seq" in text
+        assert "choose an encoder-decoder, such as one of T5's or BART's kind" in text
 
 
 @pytest.mark.parametrize(
