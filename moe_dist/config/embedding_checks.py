@@ -20,7 +20,10 @@ def _no_labels_to_learn(config: RunConfig) -> Iterator[str]:
     if config.teacher_train.num_epochs > 0:
         yield (
             f"finetune.num_epochs={config.teacher_train.num_epochs} fine-tunes the teacher, and "
-            f"{reason}; set it to 0, which takes the start model as it is."
+            f"{reason}: a contrastive loss depends on how a batch is cut into micro-batches and "
+            "ranks, so that there is none here; fine-tune with sentence-transformers before, give "
+            "the directory as model.teacher, and set finetune.num_epochs to 0, which takes it as "
+            "it is."
         )
     if config.distill.task_weight > 0:
         yield (

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from moe_dist.data.tasks import TaskSpec
 
 _SHOWN_CLASSES = 8
+# Tokens of a target that are not worth a warning, and how often the longest may be in more.
+_LONG_TARGET = 512
+_MANY_TIMES = 10
 
 
 @dataclass(frozen=True)
@@ -177,13 +180,21 @@ class DataSummary:
             train=replace(self.train, target_cut=train),
             dev=replace(self.dev, target_cut=dev),
         )
+        limit, longest = train.max_length, max(train.longest, dev.longest)
+        if limit > max(_LONG_TARGET, _MANY_TIMES * longest):
+            warning = (
+                f"data.max_target_length={limit} is far more than the {longest} tokens of the "
+                "longest target: what a model does not end is written so long, by each beam; "
+                f"about {2 * longest} are enough"
+            )
+            return replace(found, warnings=(*self.warnings, warning))
         if not train.num_cut + dev.num_cut:
             return found
         warning = (
-            f"data.max_target_length={train.max_length} cuts {train.num_cut} of "
+            f"data.max_target_length={limit} cuts {train.num_cut} of "
             f"{self.train.num_samples} training targets and {dev.num_cut} of "
             f"{self.dev.num_samples} dev targets, the longest of which has "
-            f"{max(train.longest, dev.longest)} tokens: the model learns not to end those"
+            f"{longest} tokens: the model learns not to end those"
         )
         return replace(found, warnings=(*self.warnings, warning))
 

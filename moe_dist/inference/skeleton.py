@@ -61,28 +61,35 @@ def model_class_for(kind: TaskKind, config: Any, source: str) -> Any:
     import transformers
 
     auto = getattr(transformers, kind.auto_class)
+    remedy = f"choose {_models_for(kind)}, or another kind of task"
     if type(config) not in auto._model_mapping:
         raise ConversionError(
             f"model.teacher: {source!r} is of the family {config.model_type}, which has no model "
             f"for data.kind={kind.name}",
-            remedy="choose another model, or another kind of task",
+            remedy=remedy,
         )
     is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
     if is_encoder and not config.is_encoder_decoder and not kind.takes_encoders:
         raise ConversionError(
             f"model.teacher: {source!r} is an encoder ({config.model_type}), whose tokens see the "
             f"later ones, and data.kind={kind.name} is to predict these",
-            remedy="choose a decoder, such as one of GPT-2's or Llama's kind",
+            remedy=remedy,
         )
     if config.is_encoder_decoder and not kind.takes_encoder_decoders:
         raise ConversionError(
             f"model.teacher: {source!r} is an encoder-decoder, and data.kind={kind.name} takes "
             "models of one stack",
-            remedy="choose an encoder or a decoder"
-            if kind.takes_encoders
-            else "choose a decoder, such as one of GPT-2's or Llama's kind",
+            remedy=remedy,
         )
     return auto
+
+
+def _models_for(kind: TaskKind) -> str:
+    if kind.writes:
+        return "an encoder-decoder, such as one of T5's or BART's kind"
+    if not kind.takes_encoders:
+        return "a decoder, such as one of GPT-2's or Llama's kind"
+    return "another model" if kind.takes_encoder_decoders else "an encoder or a decoder"
 
 
 def constructor_arguments(kind: TaskKind, auto: Any, config: Any) -> dict[str, Any]:

@@ -11,8 +11,14 @@ from moe_dist.inference.silence import quiet_transformers
 from moe_dist.inference.skeleton import UNTRUSTED
 
 TOKENIZER = "tokenizer.json"
-_READS_AT_EOS = ("bart", "t5")
-"""Families whose classifiers read their answer at the end-of-sequence token."""
+_ENDS_TEXTS = ("bart", "t5")
+"""Families whose texts end with the end-of-sequence token."""
+_CLASSIFIER = "ForSequenceClassification"
+_END_USES = {
+    _CLASSIFIER: "the model reads its answer there",
+    "ForConditionalGeneration": "it ends the texts that the model writes",
+}
+"""What such a family needs that token for, by the end of its model's class."""
 _SAVE_BOTH = "tokenizer.save_pretrained(DIRECTORY)"
 MAX_UNKNOWN = 0.3
 
@@ -80,12 +86,12 @@ def fit_tokenizer(tokenizer: Any, model: Any) -> list[str]:
     config = model.config
     lines = []
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None or config.model_type in _READS_AT_EOS:
+        use = _end_use(model)
+        if tokenizer.eos_token_id is None or use:
             why = (
                 "and no end-of-sequence token that could stand in"
                 if tokenizer.eos_token_id is None
-                else f"and {tokenizer.eos_token!r} cannot stand in, since the model reads its "
-                "answer there"
+                else f"and {tokenizer.eos_token!r} cannot stand in, since {use}"
             )
             raise ConversionError(
                 f"model.teacher: the tokenizer has no pad token, {why}",
@@ -103,11 +109,11 @@ def fit_tokenizer(tokenizer: Any, model: Any) -> list[str]:
 
 
 def check_end(tokenizer: Any, model: Any, *texts: str) -> None:
-    """See that a text, or pair, ends with the token at which a model reads its answer.
+    """See that a text, or pair, ends with the token at which a classifier reads its answer.
 
     A tokenizer that puts no end token there is a ConversionError. No weights are read.
     """
-    if model.config.model_type not in _READS_AT_EOS:
+    if _end_use(model) != _END_USES[_CLASSIFIER]:
         return
     end = model.config.eos_token_id
     ids = tokenizer(*texts)["input_ids"]
@@ -127,6 +133,14 @@ def unknown_share(tokenizer: Any, texts: Iterable[str]) -> float:
     lists: Sequence[Sequence[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [one for row in lists for one in row]
     return sum(one == unknown for one in ids) / max(1, len(ids)) if unknown is not None else 0.0
+
+
+def _end_use(model: Any) -> str:
+    """Say what a model's end-of-sequence token is for beside ending texts; "" for nothing."""
+    if model.config.model_type not in _ENDS_TEXTS:
+        return ""
+    name = type(model).__name__
+    return next((use for end, use in _END_USES.items() if name.endswith(end)), "")
 
 
 def _check_size(tokenizer: Any, model: Any) -> None:

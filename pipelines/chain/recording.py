@@ -97,7 +97,8 @@ def log_models(
                     params=_model_params(config, name) | ({"task": task} if task else {}),
                     task=task,
                     answers=dict(kind.served_columns),
-                    inputs=kind.text_columns,
+                    # Of one text any name will do, and none.
+                    inputs=kind.text_columns if kind.reads_pairs else (),
                     options=splits.task.options,
                     calibration=entries.get(name, {}).get("calibrations", {}).get(task),
                 )

@@ -28,10 +28,8 @@ from .data_summaries import MANY_ROWS, data_heading, say_summaries
 from .sizes import (
     BYTES_FP32,
     GIB,
-    dense_skeleton,
     derive_sizes,
-    length_faults,
-    plan_skeleton,
+    refuse_misfits,
     start_skeleton,
 )
 
@@ -108,16 +106,7 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
         set_heads(model, task_heads(rows))
-    faults = length_faults(model, config)
-    for label in ("", *config.compare):
-        try:
-            own = config.resolve_comparison(label) if label else config
-            plan_skeleton(dense_skeleton(model, own), own)
-        except ConversionError as error:
-            prefix = f"compare.{label}: " if label else ""
-            faults.append(f"{prefix}{error.message}; {error.remedy}.")
-    if faults:
-        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
+    refuse_misfits(model, config)
     check_start_model(workspace, rows)
     num_rows = sum(len(splits.train) + len(splits.dev) for splits in rows.parts.values())
     if num_rows >= MANY_ROWS:

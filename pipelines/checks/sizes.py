@@ -71,7 +71,7 @@ class Sizes:
 
 
 def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
-    """Derive the sizes of a recipe.
+    """Derive the sizes of a recipe; nothing is tokenised, which may take minutes.
 
     Args:
         config: the run's configuration.
@@ -81,8 +81,9 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         What could be known; the rest is named under `unknown`.
 
     Raises:
-        ConfigError: if its sentences are longer than the start model reads.
-        MoeDistError: if the recipe cannot fit the start model, such as experts that are too large.
+        ConfigError: if its sentences are longer than the start model reads, or its experts or
+            those of a comparison do not fit.
+        MoeDistError: if the start model is none for such a task.
     """
     sizes = Sizes()
     seq_len = min(MAX_SEQ_LEN, config.model.max_length)
@@ -103,11 +104,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
             f"shape of {config.model.teacher!r}. {error.message}"
         )
         return sizes
-    faults = length_faults(teacher, config)
-    if faults:
-        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
-    if sizes.data:
-        sizes.data = workspace.summaries
+    refuse_misfits(teacher, config)
     sizes.models.append(_measure("teacher", teacher, seq_len, config, frozen=0))
     frozen = sizes.models[0].total
     for label in ("", *config.compare):
@@ -157,6 +154,23 @@ def length_faults(model: Any, config: RunConfig) -> list[str]:
         f"model.max_length: {length} is more than the {limit} positions that the model has; "
         f"set it to {limit} or less, or choose another model.teacher."
     ]
+
+
+def refuse_misfits(model: Any, config: RunConfig) -> None:
+    """See that a recipe and its comparisons fit the start model's shape.
+
+    Everything that does not is one ConfigError.
+    """
+    faults = length_faults(model, config)
+    for label in ("", *config.compare):
+        try:
+            own = config.resolve_comparison(label) if label else config
+            plan_skeleton(dense_skeleton(model, own), own)
+        except ConversionError as error:
+            prefix = f"compare.{label}: " if label else ""
+            faults.append(f"{prefix}{error.message}; {error.remedy}.")
+    if faults:
+        raise ConfigError(faults, source=f"{config.name} and {config.model.teacher}")
 
 
 def dense_skeleton(teacher: Any, config: RunConfig) -> Any:
@@ -274,6 +288,10 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
             kind=kind,
             options=recipe_options(config),
         )
+    if sizes.data:
+        _add_steps(config, workspace, sizes)
+    if sizes.models and sizes.data:
+        sizes.data = workspace.summaries
     say_summaries(sizes.data, workspace.console)
     return sizes
 
@@ -322,11 +340,20 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
         if name:
             counts += f", {share:.1%} of the steps, measured by {splits.main_metric}"
         sizes.facts.append((f"samples, {name}" if name else "samples", counts))
-    steps = workspace.num_steps(config.teacher_train)
-    sizes.facts.append(("steps, teacher", str(steps)))
-    steps = workspace.num_steps(config.train, "distilled")
-    sizes.facts.append(("steps, student", str(steps)))
     return rows.num_labels
+
+
+def _add_steps(config: RunConfig, workspace: Workspace, sizes: Sizes) -> None:
+    """Count the steps over rows that were read; those of some kinds of tasks are tokenised."""
+    try:
+        teacher = workspace.num_steps(config.teacher_train)
+        student = workspace.num_steps(config.train, "distilled")
+    except NotAtHandError as error:
+        sizes.unknown.append(
+            f"training steps: they need the tokenizer of {config.model.teacher!r}. {error.message}"
+        )
+        return
+    sizes.facts += [("steps, teacher", str(teacher)), ("steps, student", str(student))]
 
 
 def unread_data(data_sets: Mapping[str, TaskDataConfig]) -> Iterator[str]:

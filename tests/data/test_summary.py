@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from moe_dist.data.loaders import Encoded
 from moe_dist.data.sources import Splits, load_splits
-from moe_dist.data.summary import measure_cut
+from moe_dist.data.summary import Cut, measure_cut
 from moe_dist.errors import DataError
 
 
@@ -160,6 +161,22 @@ def test_cut_rows_are_counted_and_warned_of(tmp_path: Path) -> None:
     assert "2 rows cut at 8 tokens" in found.figures
     whole = summary.with_cuts(dev, dev)
     assert whole.warnings == () and "no rows cut at 8 tokens" in whole.figures
+
+
+@pytest.mark.parametrize(
+    ("limit", "longest", "is_warned"), [(600, 50, True), (600, 61, False), (500, 1, False)]
+)
+def test_a_limit_far_above_all_targets_is_warned_of(
+    tmp_path: Path, limit: int, longest: int, is_warned: bool
+) -> None:
+    summary = load(tmp_path, TRAIN, [("fine", "good"), ("poor", "bad")]).summary
+    train = Cut(num_cut=0, max_length=limit, mean_lost=0.0, longest=longest)
+    found = summary.with_target_cuts(train, replace(train, longest=1))
+    expected = (
+        "data.max_target_length=600 is far more than the 50 tokens of the longest target: what a "
+        "model does not end is written so long, by each beam; about 100 are enough",
+    )
+    assert found.warnings == (expected if is_warned else ())
 
 
 def test_the_record_holds_no_texts_and_no_places(tmp_path: Path) -> None:

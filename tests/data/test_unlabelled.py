@@ -7,11 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_dist.data import unlabelled
+from moe_dist.data.loaders import encode
 from moe_dist.data.sources import Splits, load_splits
 from moe_dist.errors import DataError
+from moe_dist.inference.start_tokenizer import read_tokenizer
+from moe_dist.tasks import TASK_KINDS
+from tests.inference.start_models import write_tokenizer
 
 WORDS = "the film was a good bad great awful fine dull plot acting music scene very slow".split()
 
@@ -133,6 +138,45 @@ def test_a_target_is_read_where_there_is_one(tmp_path: Path) -> None:
     assert splits.unlabelled is not None
     assert splits.unlabelled["label"] == ["", "written"]
     assert any("1 of 2 unlabelled rows have no target" in note for note in splits.summary.notes)
+
+
+def test_running_text_joins_as_documents_that_fill_blocks(tmp_path: Path) -> None:
+    def documents(name: str, numbers: list[int]) -> str:
+        path = tmp_path / f"{name}.txt"
+        path.write_text("".join(f" = {n} = \n\n{sentence(n)}\n\n" for n in numbers))
+        return str(path)
+
+    splits = load(
+        tmp_path,
+        None,
+        kind="causal_lm",
+        text_columns=None,
+        train=documents("own", [1, 2, 3]),
+        dev=documents("dev", [100]),
+        unlabelled=[documents("further", [300, 100, 301])],
+    )
+    further = splits.unlabelled
+    assert further is not None and len(splits.distilled) == len(splits.train) + 2 == 5
+    assert [text.split()[1] for text in further["text_a"]] == ["300", "301"]
+    assert splits.summary.unlabelled is not None
+    assert splits.summary.unlabelled.left_out == {"that repeat dev rows": 1}
+
+    write_tokenizer(tmp_path / "gpt2", "gpt2")
+    tokenizer = read_tokenizer(str(tmp_path / "gpt2"))
+    num_tokens = {}
+    for name in ("train", "distilled"):
+        made = encode(
+            getattr(splits, name),
+            tokenizer,
+            max_length=8,
+            kind=TASK_KINDS["causal_lm"],
+            is_training=True,
+            cache_dir=tmp_path / "cache",
+        )
+        assert made.lengths.max() == 8
+        num_tokens[name] = made.count_targets(np.arange(len(made)))
+    # A heading of three tokens, a sentence of twelve, and the end; the first is not predicted.
+    assert num_tokens == {"train": 3 * 15, "distilled": 5 * 15}
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from moe_dist.errors import ConversionError
 from moe_dist.inference.pretrained import check_pretrained, load_pretrained
 from moe_dist.inference.skeleton import build_skeleton
+from moe_dist.tasks import TASK_KINDS
+from tests.inference.start_models import write_start_model
 from tests.training.tiny_task import write_bert
 
 
@@ -65,3 +67,23 @@ def test_a_senseless_configuration_is_said_in_one_line(bert: Path, entry: dict[s
         ) as caught:
             attempt(str(bert), num_labels=2)
         assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "remedy"),
+    [
+        ("seq2seq", "bert", "choose an encoder-decoder, such as one of T5's or BART's kind"),
+        ("seq2seq", "gpt2", "choose an encoder-decoder, such as one of T5's or BART's kind"),
+        ("causal_lm", "bert", "choose a decoder, such as one of GPT-2's or Llama's kind"),
+        ("causal_lm", "t5", "choose a decoder, such as one of GPT-2's or Llama's kind"),
+        ("causal_lm", "bart", "choose a decoder, such as one of GPT-2's or Llama's kind"),
+        ("embedding", "t5", "choose an encoder or a decoder"),
+    ],
+)
+def test_a_model_of_another_kind_is_told_which_would_do(
+    tmp_path: Path, kind: str, family: str, remedy: str
+) -> None:
+    write_start_model(tmp_path / family, family)
+    with pytest.raises(ConversionError) as caught:
+        build_skeleton(str(tmp_path / family), kind=TASK_KINDS[kind])
+    assert caught.value.remedy == f"{remedy}, or another kind of task"

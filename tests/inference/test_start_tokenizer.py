@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from moe_dist.errors import ConversionError
 from moe_dist.inference.pretrained import check_pretrained, load_pretrained
 from moe_dist.inference.start_tokenizer import unknown_share
+from moe_dist.tasks import TASK_KINDS
 from tests.inference.start_models import (
     SPECIAL,
     edit_config,
@@ -21,11 +23,13 @@ from tests.inference.start_models import (
 FAMILIES = ("bert", "gpt2", "t5", "bart")
 
 
-def refused(directory: Path) -> ConversionError:
+def refused(directory: Path, kind: str | None = None) -> ConversionError:
+    own: dict[str, Any] = {"num_labels": 2}
+    own |= {"num_labels": 0, "kind": TASK_KINDS[kind]} if kind else {}
     with pytest.raises(ConversionError) as caught:
-        check_pretrained(str(directory), num_labels=2)
+        check_pretrained(str(directory), **own)
     with pytest.raises(ConversionError):
-        load_pretrained(str(directory), num_labels=2)
+        load_pretrained(str(directory), **own)
     return caught.value
 
 
@@ -96,6 +100,30 @@ def test_the_end_token_does_not_pad_where_the_answer_is_read(tmp_path: Path, fam
     directory = write_start_model(tmp_path / family, family)
     write_tokenizer(directory, family, without=("pad_token",))
     assert "reads its answer there" in refused(directory).message
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_model_that_writes_is_refused_for_what_it_writes(tmp_path: Path, family: str) -> None:
+    directory = write_start_model(tmp_path / family, family, kind="ForConditionalGeneration")
+    edit_config(directory, eos_token_id=7)
+    error = refused(directory, "seq2seq")
+    assert "its texts end with token 7" in error.message
+    assert "reads its answer" not in error.message
+    write_start_model(directory, family, kind="ForConditionalGeneration")
+    write_tokenizer(directory, family, without=("pad_token",))
+    error = refused(directory, "seq2seq")
+    assert "no pad token, and '</s>' cannot stand in, since it ends the texts that" in error.message
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_answers_that_are_read_elsewhere_need_no_end(tmp_path: Path, family: str) -> None:
+    directory = write_start_model(tmp_path / family, family, kind="ForQuestionAnswering")
+    write_tokenizer(directory, family, without=("pad_token",))
+    edit_config(directory, eos_token_id=7)
+    own: dict[str, Any] = {"num_labels": 2, "kind": TASK_KINDS["question_answering"]}
+    assert check_pretrained(str(directory), **own).warnings == (
+        "the tokenizer has no pad token: '</s>' stands in",
+    )
 
 
 def test_model_and_tokenizer_pad_with_one_token(tmp_path: Path) -> None:

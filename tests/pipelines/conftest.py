@@ -53,17 +53,22 @@ def write_sentences(path: Path, *, count: int, offset: int = 0) -> None:
 
 @pytest.fixture
 def tiny_settings(tmp_path: Path, tiny_bert: Path) -> dict[str, Any]:
-    """The settings of a recipe that runs in seconds in this process."""
-    write_sentences(tmp_path / "train.jsonl", count=48)
-    write_sentences(tmp_path / "dev.jsonl", count=16, offset=1000)
+    """The settings of `tiny_recipe`."""
+    return tiny_recipe(tmp_path, tiny_bert)
+
+
+def tiny_recipe(directory: Path, teacher: Path) -> dict[str, Any]:
+    """Give the settings of a recipe that runs in seconds in this process; writes its data."""
+    write_sentences(directory / "train.jsonl", count=48)
+    write_sentences(directory / "dev.jsonl", count=16, offset=1000)
     return {
         "name": "tiny",
-        "output_dir": str(tmp_path / "outputs"),
-        "model": {"teacher": str(tiny_bert), "max_length": 16},
+        "output_dir": str(directory / "outputs"),
+        "model": {"teacher": str(teacher), "max_length": 16},
         "data": {
             "source": "files",
-            "train": str(tmp_path / "train.jsonl"),
-            "dev": str(tmp_path / "dev.jsonl"),
+            "train": str(directory / "train.jsonl"),
+            "dev": str(directory / "dev.jsonl"),
             "text_columns": "text",
             "label_column": "label",
         },

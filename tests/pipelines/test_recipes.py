@@ -78,11 +78,19 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         "moebert_sst2",
         "minilm_sst2",
+        "bert_squad1",
         "bert_squad2",
         "qa_minilm_files",
+        "embedding_minilm",
+        "embedding_files",
         "gpt2_wikitext2",
         "lm_smollm2",
+        "lm_smollm2_bbc",
+        "t5_squad",
+        "bart_xsum",
         "tiny_gpt2",
+        "tiny_t5_titles",
+        "tiny_bart_titles",
     ],
 )
 def test_a_dry_run_needs_neither_network_nor_data(name: str) -> None:

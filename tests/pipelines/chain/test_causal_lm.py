@@ -62,15 +62,20 @@ def write_llama(directory: Path) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
+    return language_recipe(tmp_path)
+
+
+def language_recipe(directory: Path) -> dict[str, Any]:
+    """Give the settings of a small recipe, whose text and model it writes."""
     return {
         "name": "words",
-        "output_dir": str(tmp_path / "outputs"),
-        "model": {"teacher": str(write_llama(tmp_path / "llama")), "max_length": 16},
+        "output_dir": str(directory / "outputs"),
+        "model": {"teacher": str(write_llama(directory / "llama")), "max_length": 16},
         "data": {
             "source": "files",
             "kind": "causal_lm",
-            "train": write_text(tmp_path / "train.txt", count=20),
-            "dev": write_text(tmp_path / "dev.txt", count=6, offset=1000),
+            "train": write_text(directory / "train.txt", count=20),
+            "dev": write_text(directory / "dev.txt", count=6, offset=1000),
         },
         "finetune": {"num_epochs": 0},
         "moe": {

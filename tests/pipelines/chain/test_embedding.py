@@ -25,21 +25,26 @@ from pipelines.chain.workspace import Workspace
 from pipelines.checks.preflight import check_before_start
 from pipelines.report.nearness import load_imitation
 from pipelines.stages.export import export_task
-from tests.pipelines.conftest import WORDS
+from tests.pipelines.conftest import WORDS, tiny_recipe
 from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
 
 
 @pytest.fixture
-def settings(tiny_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A recipe on 32 texts and 8 pairs; experts for kinds of tokens, fitted."""
+def settings(tmp_path: Path, tiny_bert: Path) -> dict[str, Any]:
+    return embedding_recipe(tmp_path, tiny_bert)
+
+
+def embedding_recipe(directory: Path, teacher: Path) -> dict[str, Any]:
+    """Give settings on 32 texts and 8 pairs; experts for kinds of tokens, fitted."""
+    tiny = tiny_recipe(directory, teacher)
     texts = [" ".join(WORDS[(row * step) % 18] for step in (1, 3, 5, 7)) for row in range(40)]
-    train, dev = tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
+    train, dev = directory / "texts.jsonl", directory / "pairs.jsonl"
     train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:32]))
     pairs = [{"question": text.split()[0], "passage": text} for text in texts[32:]]
     dev.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return tiny_settings | {
+    return tiny | {
         "data": {
             "source": "files",
             "kind": "embedding",
@@ -58,7 +63,7 @@ def settings(tiny_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
             "partition": "token_clusters",
         },
         "distill": {"task_weight": 0, "dropout": 0},
-        "train": tiny_settings["train"] | {"max_steps": 3},
+        "train": tiny["train"] | {"max_steps": 3},
     }
 
 

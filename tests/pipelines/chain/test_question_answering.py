@@ -21,7 +21,7 @@ from moe_dist.jobs.results import load_predictions
 from moe_dist.tasks.text_scores import answer_figures
 from pipelines.chain.chain import run_chain
 from pipelines.cli import app
-from tests.pipelines.conftest import WORDS
+from tests.pipelines.conftest import WORDS, tiny_recipe
 from tests.pipelines.recorder import Recorder
 
 Write = Callable[[dict[str, Any]], Path]
@@ -53,14 +53,20 @@ def write_squad(path: Path, num_contexts: int, seed: int) -> list[dict[str, Any]
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_settings: dict[str, Any]) -> dict[str, Any]:
-    write_squad(tmp_path / "train.json", 16, seed=1)
-    write_squad(tmp_path / "dev.json", 6, seed=2)
+def settings(tmp_path: Path, tiny_bert: Path) -> dict[str, Any]:
+    return question_recipe(tmp_path, tiny_bert)
+
+
+def question_recipe(directory: Path, teacher: Path) -> dict[str, Any]:
+    """Give the settings of a small recipe, whose contexts it writes."""
+    tiny = tiny_recipe(directory, teacher)
+    write_squad(directory / "train.json", 16, seed=1)
+    write_squad(directory / "dev.json", 6, seed=2)
     data = {
         "source": "files",
         "kind": "question_answering",
-        "train": str(tmp_path / "train.json"),
-        "dev": str(tmp_path / "dev.json"),
+        "train": str(directory / "train.json"),
+        "dev": str(directory / "dev.json"),
         "stride": 6,
         "max_answer_length": 5,
     }
@@ -72,8 +78,8 @@ def settings(tmp_path: Path, tiny_settings: dict[str, Any]) -> dict[str, Any]:
         "partition": "token_clusters",
         "importance_samples": 32,
     }
-    return tiny_settings | {
-        "model": tiny_settings["model"] | {"max_length": 24},
+    return tiny | {
+        "model": tiny["model"] | {"max_length": 24},
         "data": data,
         "moe": moe,
         "compare": ["dense"],

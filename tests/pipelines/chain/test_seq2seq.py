@@ -34,15 +34,20 @@ MOE = {
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
+    return writing_recipe(tmp_path)
+
+
+def writing_recipe(directory: Path) -> dict[str, Any]:
+    """Give the settings of a small recipe, whose rows and model it writes."""
     return {
         "name": "titles",
-        "output_dir": str(tmp_path / "outputs"),
-        "model": {"teacher": str(write_writer(tmp_path / "t5", "t5")), "max_length": 16},
+        "output_dir": str(directory / "outputs"),
+        "model": {"teacher": str(write_writer(directory / "t5", "t5")), "max_length": 16},
         "data": {
             "source": "files",
             "kind": "seq2seq",
-            "train": write_titles(tmp_path / "train.jsonl", 32),
-            "dev": write_titles(tmp_path / "dev.jsonl", 7, offset=1000),
+            "train": write_titles(directory / "train.jsonl", 32),
+            "dev": write_titles(directory / "dev.jsonl", 7, offset=1000),
             "text_columns": "text",
             "label_column": "title",
             "source_prefix": "summarize : ",
@@ -146,6 +151,7 @@ def test_models_that_do_not_write_from_a_source_are_refused(
         own = settings | {"model": {"teacher": str(teacher), "max_length": 16}}
         text = refusal(tmp_path, own)
         assert f"of the family {family}, which has no model for data.kind=seq2seq" in text
+        assert "choose an encoder-decoder, such as one of T5's or BART's kind" in text
 
 
 @pytest.mark.parametrize(

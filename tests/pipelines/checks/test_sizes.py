@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.errors import ConversionError, MoeDistError
+from moe_dist.errors import ConfigError, ConversionError, MoeDistError
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.sizes import (
     dense_skeleton,
@@ -145,3 +145,64 @@ def test_a_start_model_that_is_out_of_reach_is_not_known(
     config = load_config(write_recipe(tiny_settings))
     sizes = derive_sizes(config, Workspace(config, Console(quiet=True)))
     assert any("nobody/has-this-model" in line for line in sizes.unknown)
+
+
+def test_a_dry_run_finds_what_costs_nothing_before_it_tokenises(
+    tmp_path: Path, write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: Any
+) -> None:
+    """An encoder has no end token either, which would be said once blocks are made."""
+    from pipelines.checks.sizes import checked_sizes
+
+    text = tmp_path / "text.txt"
+    text.write_text("the film was good\n" * 30)
+    tiny_settings["data"] = {
+        "source": "files",
+        "kind": "causal_lm",
+        "train": str(text),
+        "dev": str(text),
+    }
+    tiny_settings["finetune"] = {"num_epochs": 0}
+
+    def tokenised(*args: object) -> Any:
+        raise AssertionError("tokenised before the model was looked at")
+
+    monkeypatch.setattr(Workspace, "_encode", tokenised)
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(ConversionError, match="is an encoder"):
+        checked_sizes(config, Workspace(config, Console(quiet=True)))
+
+
+def test_a_fault_of_a_comparison_bears_its_name(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    tiny_settings["compare"] = {"large": {"moe.expert_size": 64}}
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(ConfigError) as caught:
+        derive_sizes(config, Workspace(config, Console(quiet=True)))
+    (fault,) = caught.value.faults
+    assert fault.startswith("compare.large: ")
+
+
+def test_steps_that_need_a_tokenizer_out_of_reach_are_not_known(
+    tmp_path: Path,
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipelines.checks.sizes import checked_sizes
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = tmp_path / "text.txt"
+    text.write_text("the film was good\n" * 30)
+    tiny_settings["model"]["teacher"] = "nobody/has-this-model"
+    tiny_settings["data"] = {
+        "source": "files",
+        "kind": "causal_lm",
+        "train": str(text),
+        "dev": str(text),
+    }
+    tiny_settings["finetune"] = {"num_epochs": 0}
+    config = load_config(write_recipe(tiny_settings))
+    sizes = checked_sizes(config, Workspace(config, Console(quiet=True)))
+    assert not any(name.startswith("steps") for name, _ in sizes.facts)
+    assert any(line.startswith("training steps: they need the tokenizer") for line in sizes.unknown)
