@@ -151,6 +151,8 @@ def _fresh_dense(model: Any, spec: FamilySpec, size: int, head: TaskHead | None)
     with torch.random.fork_rng(devices=[]):  # the start values are all overwritten
         dense: nn.Module = kind(config)
     leave_out(dense, absent_modules(model, dense))
+    if getattr(model, "generation_config", None) is not None:
+        dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.to(device=first.device, dtype=first.dtype).eval()
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "find_stacks",
     "is_a",
     "known_family",
+    "position_limit",
 ]
 
 
@@ -164,6 +165,20 @@ def family_of(model: nn.Module) -> FamilySpec:
             remedy=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
         )
     return spec
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for; None where its configuration sets no limit."""
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    # XLNet writes -1 where there is no limit.
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    spec = known_family(model)
+    last = None if spec is None else spec.pad_position
+    if isinstance(last, str):
+        last = getattr(config, last)
+    return limit if last is None else limit - last - 1
 
 
 def find_slots(model: nn.Module, spec: FamilySpec | None = None) -> list[FFNSlot]:

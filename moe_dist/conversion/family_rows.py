@@ -46,6 +46,8 @@ class FamilySpec:
         no_attention: why scores cannot be read that way, where they cannot.
         size_keys: configuration entries that hold F.
         task_head: in a sequence classifier the path of the linear layer that gives the logits.
+        pad_position: what position padding has, where a text's own begin behind it: a number, or
+            the configuration entry that holds it; None where they begin at 0.
     """
 
     model_type: str
@@ -74,6 +76,7 @@ class FamilySpec:
     no_attention: str = ""
     size_keys: tuple[str, ...] = ()
     task_head: str = ""
+    pad_position: int | str | None = None
 
     @property
     def folder(self) -> str:
@@ -117,6 +120,7 @@ def _bert_kind(
     no_attention: str = "",
     multiple_choice: bool = True,
     mixes_after_attention: bool = False,
+    pad_position: int | str | None = None,
 ) -> FamilySpec:
     """Describe BERT and its kin, whose FFN is spread over `intermediate` and `output`."""
     classifier = f"{name}ForSequenceClassification"
@@ -139,6 +143,7 @@ def _bert_kind(
         no_attention=no_attention,
         size_keys=("intermediate_size",),
         task_head=task_head,
+        pad_position=pad_position,
     )
 
 
@@ -174,13 +179,20 @@ def _llama_kind(model_type: str, name: str) -> FamilySpec:
 
 _ADDS_PLACES = "they are more than products of queries and keys, since places add to them"
 _ONE_LAYER = "queries and keys are one layer"
+_PAD = "pad_token_id"
 _ROWS = (
     _bert_kind("bert", "Bert", task_head="classifier"),
-    _bert_kind("roberta", "Roberta"),
-    _bert_kind("xlm-roberta", "XLMRoberta"),
-    _bert_kind("camembert", "Camembert"),
+    _bert_kind("roberta", "Roberta", pad_position=_PAD),
+    _bert_kind("xlm-roberta", "XLMRoberta", pad_position=_PAD),
+    _bert_kind("camembert", "Camembert", pad_position=_PAD),
     _bert_kind("electra", "Electra"),
-    _bert_kind("mpnet", "MPNet", attention_out="attention.LayerNorm", no_attention=_ADDS_PLACES),
+    _bert_kind(
+        "mpnet",
+        "MPNet",
+        attention_out="attention.LayerNorm",
+        no_attention=_ADDS_PLACES,
+        pad_position=1,  # whatever its configuration says of padding
+    ),
     _bert_kind(
         "deberta",
         "Deberta",

@@ -232,11 +232,13 @@ def _build(
 ) -> tuple[Any, dict[str, Any]]:
     """The model and its loading info; of `shapes`, where they are given, in place of files."""
     auto = model_class_for(kind, config, source)
+    model_class = auto._model_mapping[type(config)]
     options: dict[str, Any] = {
         "config": config,
         "dtype": torch.float32,
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
+        "key_mapping": _renamed_prefix(model_class, config),
         **constructor_arguments(kind, auto, config),
     }
     found: tuple[Any, dict[str, Any]]
@@ -250,6 +252,22 @@ def _build(
             **UNTRUSTED,
         )
     else:
-        model_class = auto._model_mapping[type(config)]
         found = model_class.from_pretrained(None, state_dict=shapes, **options)
+    if options["key_mapping"]:
+        # Else it would be saved under the names that the file had.
+        found[0]._weight_conversions = None
     return found
+
+
+def _renamed_prefix(model_class: Any, config: Any) -> dict[str, str] | None:
+    """Say how the body is called in files of the family's other classes, where that differs.
+
+    Llama's model for questions calls it `transformer`, and all its others `model`.
+    """
+    from transformers import AutoModel
+
+    own = model_class.base_model_prefix
+    body = AutoModel._model_mapping.get(type(config), None)
+    usual = getattr(body, "base_model_prefix", own)
+    # Twice the same prefix is a wrapper's, which is refused by its name.
+    return None if usual == own else {rf"^{usual}\.(?!{usual}\.)": f"{own}."}

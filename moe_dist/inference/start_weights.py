@@ -166,12 +166,14 @@ def compare_weights(
     spec = known_family(model)
     kind = kind or TASK_KINDS["classification"]
     classifier = spec.task_head if spec is not None and spec.task_head else "classifier"
+    names = set(model.state_dict())
     last = kind.own_head(classifier)
-    head = {name for name in model.state_dict() if not _is_body(model, name)}
-    if last and not any(name.startswith(f"{last}.") for name in head):
+    if last and not any(name.startswith(f"{last}.") for name in names):
         # A few families give all their heads one name.
         last = classifier
-    own_head = {name for name in head if last and name.startswith(f"{last}.")}
+    own_head = {name for name in names if last and name.startswith(f"{last}.")}
+    # Where a head has the parts of the body beside it, it is one of the model's own parts, too.
+    head = own_head | {name for name in names if not _is_body(model, name)}
     lacks_head = not own_head.isdisjoint(missing | shapes.keys())
     other_names = tuple(name for name in _SAME_NAMES if not kind.auto_class.endswith(name))
     others = [one for one in architectures if last and one.endswith(other_names)]

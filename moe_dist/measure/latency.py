@@ -178,7 +178,7 @@ def _time_passes(
     model: nn.Module, batch_size: int, seq_len: int, rounds: Rounds, seed: int
 ) -> list[float]:
     device = next(model.parameters()).device
-    batch = _random_batch(model, batch_size, seq_len, device, seed)
+    batch = random_batch(model, batch_size, seq_len, device=device, seed=seed)
     for _ in range(rounds.num_warmups):
         model(**batch)
     return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
@@ -203,9 +203,15 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _random_batch(
-    model: nn.Module, batch_size: int, seq_len: int, device: torch.device, seed: int
+def random_batch(
+    model: nn.Module,
+    batch_size: int,
+    seq_len: int,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> dict[str, Tensor]:
+    """What a forward of any model takes of random tokens, none of them special or padding."""
     config: Any = model.config
     special = (config.pad_token_id, config.eos_token_id, getattr(config, "bos_token_id", None))
     usual = [i for i in range(int(config.vocab_size)) if i not in special]

@@ -145,14 +145,17 @@ def recipe_options(config: RunConfig) -> dict[str, Any]:
 
 def length_faults(model: Any, config: RunConfig) -> list[str]:
     """Say where the start model has too few positions for the recipe's tokens."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    from moe_dist.conversion.families import position_limit
+
+    limit = position_limit(model)
     length = config.model.max_length
-    # XLNet writes -1 where there is no limit.
-    if not isinstance(limit, int) or limit < 1 or length <= limit:
+    if limit is None or length <= limit:
         return []
+    kept = model.config.max_position_embeddings - limit
+    padding = f" ({limit + kept} less {kept}, up to that of padding)" if kept else ""
     return [
-        f"model.max_length: {length} is more than the {limit} positions that the model has; "
-        f"set it to {limit} or less, or choose another model.teacher."
+        f"model.max_length: {length} is more than the {limit} positions that the model has"
+        f"{padding}; set it to {limit} or less, or choose another model.teacher."
     ]
 
 

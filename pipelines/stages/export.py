@@ -11,7 +11,7 @@ from moe_dist.errors import ConversionError, MoeDistError
 from ..chain.stage_recovery import FINISHED
 
 TOLERANCE = 1e-4
-"""Largest difference of predictions, relative to the largest, that rounding may explain."""
+"""Largest difference of outputs, relative to the largest, that rounding may explain."""
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 32
 
 
@@ -24,7 +24,7 @@ class Exported:
         kind: its class.
         num_parameters: of it.
         ffn_size: neurons in each of its feed-forward layers.
-        difference: the largest difference of its predictions from the model's on random tokens.
+        difference: the largest difference of its outputs from the model's on random tokens.
     """
 
     directory: Path
@@ -87,18 +87,25 @@ def export_task(directory: Path, task: str | None, output: Path) -> Exported:
 
 
 def _compare(model: Any, dense: Any) -> tuple[float, float]:
-    """The largest difference of predictions on random tokens, and the largest of them."""
+    """The largest difference of outputs on random tokens, and the largest of them."""
     import torch
 
-    from moe_dist.conversion.heads import answered_kind
+    from moe_dist.conversion.families import position_limit
+    from moe_dist.measure.latency import random_batch
 
-    generator = torch.Generator().manual_seed(0)
-    limit = getattr(model.config, "max_position_embeddings", CHECKED_TOKENS)
-    shape = (CHECKED_SAMPLES, min(CHECKED_TOKENS, limit))
-    ids = torch.randint(int(model.config.vocab_size), shape, generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    kind = answered_kind(model)
-    inputs = kind.inputs(model, batch)
+    length = min(CHECKED_TOKENS, position_limit(model) or CHECKED_TOKENS)
+    batch = random_batch(model, CHECKED_SAMPLES, length)
     with torch.no_grad():
-        expected, found = (kind.predictions(one, one(**inputs), batch) for one in (model, dense))
-    return float((expected - found).abs().max()), float(expected.abs().max())
+        expected, found = (_tensors(one(**batch)) for one in (model, dense))
+    assert expected.keys() == found.keys()
+    return (
+        max(float((expected[name] - found[name]).abs().max()) for name in expected),
+        max(float(one.abs().max()) for one in expected.values()),
+    )
+
+
+def _tensors(output: Any) -> dict[str, Any]:
+    """Logits, scores or states, whatever the model's class gives; no key-value cache."""
+    import torch
+
+    return {name: one for name, one in output.items() if isinstance(one, torch.Tensor)}

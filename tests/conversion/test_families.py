@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.conversion import dense_to_moe, plan_partition, score_importance
-from moe_dist.conversion.families import FAMILIES, find_slots
+from moe_dist.conversion.families import FAMILIES, find_slots, position_limit
 from moe_dist.conversion.hidden_states import hidden_stacks, stack_depths
 from moe_dist.conversion.output_fit import fit_outputs
 from moe_dist.errors import MissingInputError
@@ -196,6 +196,40 @@ def test_padding_on_either_side_says_nothing(family: str, router: str) -> None:
 
 
 ABSOLUTE_PLACES = ("bert", "electra", "distilbert", "gpt2", "bart")
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1, 5])
+@every_family
+def test_texts_may_be_as_long_as_there_are_positions(family: str, pad_token_id: int) -> None:
+    model = tiny_model(family, pad_token_id=pad_token_id)
+    limit = position_limit(model)
+    if limit is None:
+        pytest.skip("sees distances alone, and has no limit")
+    has_table = any(
+        isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in model.named_modules()
+    )
+
+    def answer(length: int) -> Tensor:
+        ids = torch.full((2, length), VOCAB_SIZE - 1)
+        return logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    assert answer(limit).isfinite().all()
+    # Rotated and relative places go on, untrained.
+    assert has_table or family not in ABSOLUTE_PLACES
+    if has_table:
+        with pytest.raises((IndexError, RuntimeError)):
+            answer(limit + 1)
+
+
+def test_models_that_write_count_their_places_from_zero() -> None:
+    """`tasks` reads the places of these from the configuration, since it knows no families."""
+    for spec in FAMILIES.values():
+        writes = [head for head in spec.heads if head.endswith(WRITERS)]
+        assert spec.pad_position is None or not writes
+
+
+WRITERS = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
 
 
 @every_family

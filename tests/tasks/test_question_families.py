@@ -14,11 +14,12 @@ from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.encoding import Encoded
 from moe_dist.data.loaders import TrainBatches, eval_batches
 from moe_dist.errors import ConversionError
+from moe_dist.inference import load_model, save_model
 from moe_dist.inference.pretrained import check_pretrained, load_pretrained
 from moe_dist.tasks import TASK_KINDS
 from moe_dist.training.step import distill_terms
 from tests.conversion.dense_models import EVERY_FAMILY, VOCAB_SIZE, kinds_of, tiny_model
-from tests.inference.start_models import write_tokenizer
+from tests.inference.start_models import SPECIAL, edit_weights, write_tokenizer
 
 KIND = TASK_KINDS["question_answering"]
 FAMILIES = [name for name in EVERY_FAMILY if "ForQuestionAnswering" in kinds_of(name)]
@@ -70,35 +71,96 @@ def test_samples_are_the_same_whatever_stands_beside_them(family: str) -> None:
             torch.testing.assert_close(answer, same, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_a_head_is_new_unless_it_was_trained_for_questions(family: str, tmp_path: Path) -> None:
-    def start(head: str) -> Any:
-        folder = tmp_path / head
-        changes = {"num_labels": 2} if "Classification" in head else {}
-        tiny_model(family, head, **changes).save_pretrained(folder)
-        write_tokenizer(folder, "bert")
-        return str(folder)
+def given(family: str, head: str) -> Any:
+    return tiny_model(family, head, **{"num_labels": 2} if "Classification" in head else {})
 
-    def load(folder: str, seed: int) -> dict[str, torch.Tensor]:
-        check_pretrained(folder, num_labels=2, kind=KIND)
-        model, _ = load_pretrained(folder, num_labels=2, kind=KIND, seed=seed)
-        assert type(model).__name__.endswith("ForQuestionAnswering")
-        assert model.config.num_labels == 2
-        return {
-            name: value.clone()
-            for name, value in model.state_dict().items()
-            if name.startswith(("qa_outputs.weight", "classifier.weight"))
-        }
 
-    trained = start("ForQuestionAnswering")
-    (kept,) = load(trained, 0).values()
-    torch.testing.assert_close(kept, *load(trained, 1).values())
-    assert check_pretrained(trained, num_labels=2, kind=KIND).is_whole
-    for head in ("ForSequenceClassification", "ForTokenClassification", "Model"):
-        other = start(head)
-        (first,), (second,) = (list(load(other, seed).values()) for seed in (0, 1))
-        assert not torch.equal(first, second), head
-        assert not check_pretrained(other, num_labels=2, kind=KIND).is_whole
+def start(folder: Path, family: str, head: str) -> str:
+    """Write a start model, whose tokenizer pads and ends as it says."""
+    own = family.partition("-")[0]
+    write_tokenizer(folder, own if own in SPECIAL else "bert")
+    given(family, head).save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, seed: int) -> Any:
+    check_pretrained(folder, num_labels=2, kind=KIND)
+    model, _ = load_pretrained(folder, num_labels=2, kind=KIND, seed=seed)
+    assert type(model).__name__.endswith("ForQuestionAnswering")
+    assert model.config.num_labels == 2
+    return model
+
+
+def split(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of the head, and those of the body without the body's own prefix."""
+    head, body = {}, {}
+    for name, value in model.state_dict().items():
+        if name.startswith(("qa_outputs.", "classifier.")):
+            head[name] = value.clone()
+        elif not name.startswith("head."):  # ModernBERT's lies between the two
+            body[name.removeprefix(f"{model.base_model_prefix}.")] = value
+    return head, body
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_was_trained_for_questions_is_kept(family: str, tmp_path: Path) -> None:
+    trained = start(tmp_path, family, "ForQuestionAnswering")
+    (first, body), (second, _) = (split(load(trained, seed)) for seed in (0, 1))
+    torch.testing.assert_close(first, second)
+    expected_head, expected_body = split(given(family, "ForQuestionAnswering"))
+    torch.testing.assert_close(first, expected_head)
+    torch.testing.assert_close(body, expected_body)
+    checked = check_pretrained(trained, num_labels=2, kind=KIND)
+    assert checked.is_whole and checked.notes == ()
+
+
+STARTS = [
+    (family, head)
+    for family in FAMILIES
+    for head in dict.fromkeys(
+        [kinds_of(family)[0], "ForSequenceClassification", "Model", "ForMaskedLM"]
+    )
+    if head in kinds_of(family)
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [*STARTS, ("bert", "ForTokenClassification"), ("modernbert", "ForTokenClassification")],
+)
+def test_a_head_is_new_where_there_was_another_or_none(
+    family: str, head: str, tmp_path: Path
+) -> None:
+    folder = start(tmp_path / "start", family, head)
+    model = load(folder, 0)
+    (first, body), (second, _) = (split(one) for one in (model, load(folder, 1)))
+    weights = [name for name in first if name.endswith("weight")]
+    assert weights and not any(torch.equal(first[name], second[name]) for name in weights)
+    checked = check_pretrained(folder, num_labels=2, kind=KIND)
+    assert not checked.is_whole and checked.notes[0].startswith("new: ")
+    expected = split(given(family, head))[1]
+    for name, value in body.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    again = load_model(save_model(model, tmp_path / "saved"))
+    batch = next(iter(eval_batches(windows([9, 6, 4]), batch_size=3)))
+    with torch.no_grad():
+        both = [
+            KIND.predictions(one, one(**KIND.inputs(one, batch)), batch)
+            for one in (model.eval(), again)
+        ]
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "t5", "bert"])
+def test_a_wrapper_around_the_start_model_is_named_as_it_stands(
+    family: str, tmp_path: Path
+) -> None:
+    folder = start(tmp_path, family, kinds_of(family)[0])
+    edit_weights(tmp_path, lambda own: {f"model.{name}": one for name, one in own.items()})
+    with pytest.raises(ConversionError) as caught:
+        load(folder, 0)
+    assert "begin with 'model." in caught.value.message
+    assert "take 'model." in caught.value.remedy
 
 
 def test_a_head_of_three_classes_makes_no_trouble(tmp_path: Path) -> None:

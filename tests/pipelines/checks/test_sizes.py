@@ -96,6 +96,10 @@ def test_memory_follows_zero_and_expert_parallelism(
         ({"max_position_embeddings": None}, True),
         ({"max_position_embeddings": -1}, True),
         ({}, True),
+        ({"model_type": "roberta", "max_position_embeddings": 18, "pad_token_id": 1}, True),
+        ({"model_type": "roberta", "max_position_embeddings": 17, "pad_token_id": 1}, False),
+        ({"model_type": "roberta", "max_position_embeddings": 17, "pad_token_id": 0}, True),
+        ({"model_type": "mpnet", "max_position_embeddings": 17, "pad_token_id": 0}, False),
     ],
 )
 def test_a_sentence_may_be_as_long_as_the_model_has_positions(
@@ -104,6 +108,17 @@ def test_a_sentence_may_be_as_long_as_the_model_has_positions(
     config = load_config(write_recipe(tiny_settings))
     model = SimpleNamespace(config=SimpleNamespace(**limits))
     assert (length_faults(model, config) == []) is fits
+
+
+def test_positions_that_padding_takes_are_named(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    tiny_settings["model"]["max_length"] = 514
+    limits = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    model = SimpleNamespace(config=SimpleNamespace(**limits))
+    (fault,) = length_faults(model, load_config(write_recipe(tiny_settings)))
+    assert "more than the 512 positions that the model has (514 less 2, up to that of" in fault
+    assert "set it to 512 or less" in fault
 
 
 def test_memory_of_an_elastic_run_is_that_of_its_fewest_workers(
