@@ -107,7 +107,11 @@ def measure_imitation(
                 advance=advance,
             )
         tasks[task] = {
-            measure: {name: _by_row(errors[own].numpy(), encoded) for name, own in alike.items()}
+            measure: {
+                name: _by_row(errors[own].numpy(), encoded)
+                for name, own in alike.items()
+                if own in errors  # Of hidden states those of the teacher's shape alone.
+            }
             for measure, errors in ((HIDDEN, hidden), (PREDICTION, predicted))
         }
     return Imitation(tasks)

@@ -11,7 +11,7 @@ from moe_dist.config import load_config
 from pipelines.cli import app
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
-SIZES = {"quarter": 2, "sixteenth": 0.5, "second": 0.25}
+SIZES = {"half": 2, "quarter": 2, "sixteenth": 0.5, "second": 0.25}
 
 # Learning rate, batch size, epochs, weight decay, distillation weight; MoEBERT, NAACL 2022.
 PAPER = {
