@@ -65,14 +65,12 @@ class DistillJob(TrainJob):
     def run(self) -> dict[str, Any]:
         """Train and save the student; see `train_model`. No epochs: `keep_model`."""
         rows = self.rows()
-        if self.train.num_epochs == 0:
-            student, tokenizer = load_model(Path(self.student)), load_tokenizer(Path(self.student))
-            return keep_model(student, self.tokenised(rows, tokenizer), self)
-        # The engine takes this device too, and the two must meet in the losses.
-        device = pick_device(self.parallel.use_gpu)
-        teacher = freeze(load_model(Path(self.teacher), device))
         student = load_model(Path(self.student))
         data = self.tokenised(rows, load_tokenizer(Path(self.student)))
+        if self.train.num_epochs == 0:
+            return keep_model(student, data, self)
+        # The engine takes this device too, and the two must meet in the losses.
+        teacher = freeze(load_model(Path(self.teacher), pick_device(self.parallel.use_gpu)))
         return distill(student, teacher, data, self)
 
 

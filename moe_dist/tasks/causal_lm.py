@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from moe_dist.errors import ConversionError, DataError
 from moe_dist.tasks.kind import Answered, Figures, LabelKind, TokenRows
 from moe_dist.tasks.token_kind import TokenKind, hides_tokens, unread_settings
-from moe_dist.tasks.tokens import tokenise
+from moe_dist.tasks.tokens import special_ids, tokenise
 
 NUM_SERVED_TOKENS = 64
 """Tokens that a served model writes at most."""
@@ -87,8 +87,8 @@ class CausalLM(TokenKind):
             pieces = list(_blocks(documents, _end_id(tokenizer), max_length))
         else:
             stride = options.get("stride") or default_stride(max_length)
-            special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-            pieces = list(_windows(documents, sorted(special), max_length, stride))
+            special = sorted(special_ids(tokenizer))
+            pieces = list(_windows(documents, special, max_length, stride))
             if not pieces:
                 raise DataError(
                     "no dev text has two tokens, so there is nothing to predict",
@@ -207,7 +207,7 @@ def _token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[Ids]:
 def _predicted(tokenizer: Any, text: str) -> str:
     """A document without its first token, which has none before it to be predicted from."""
     (ids,) = tokenise(tokenizer, [text[:_FIRST_CHARACTERS]], max_length=None)["input_ids"]
-    if not ids or ids[0] in set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}:
+    if not ids or ids[0] in special_ids(tokenizer):
         return text
     first = tokenizer.decode(ids[:1])
     # Some tokenizers drop a blank in front, and a token may be a part of a character.

@@ -73,7 +73,7 @@ def tokenise(
     options = (max_length, is_target, with_offsets, True)
     _replace(tokens, suspects, _call(tokenizer, asides, *options))
     limit = tokenizer.num_special_tokens_to_add(pair=pair is not None)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = special_ids(tokenizer)
 
     def still_special() -> list[int]:
         ids = tokens["input_ids"]
@@ -101,6 +101,11 @@ def tokenise(
             remedy="remove it from the texts, or use a fast tokenizer (tokenizer.json)",
         )
     return tokens
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that no text becomes; an unknown one stands for something that was written."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
 def pad(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> BatchEncoding:

@@ -162,21 +162,24 @@ def test_a_start_model_that_is_out_of_reach_is_not_known(
     assert any("nobody/has-this-model" in line for line in sizes.unknown)
 
 
+def read_running_text(settings: dict[str, Any], path: Path) -> None:
+    path.write_text("the film was good\n" * 30)
+    settings["data"] = {
+        "source": "files",
+        "kind": "causal_lm",
+        "train": str(path),
+        "dev": str(path),
+    }
+    settings["finetune"] = {"num_epochs": 0}
+
+
 def test_a_dry_run_finds_what_costs_nothing_before_it_tokenises(
     tmp_path: Path, write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: Any
 ) -> None:
     """An encoder has no end token either, which would be said once blocks are made."""
     from pipelines.checks.sizes import checked_sizes
 
-    text = tmp_path / "text.txt"
-    text.write_text("the film was good\n" * 30)
-    tiny_settings["data"] = {
-        "source": "files",
-        "kind": "causal_lm",
-        "train": str(text),
-        "dev": str(text),
-    }
-    tiny_settings["finetune"] = {"num_epochs": 0}
+    read_running_text(tiny_settings, tmp_path / "text.txt")
 
     def tokenised(*args: object) -> Any:
         raise AssertionError("tokenised before the model was looked at")
@@ -207,16 +210,8 @@ def test_steps_that_need_a_tokenizer_out_of_reach_are_not_known(
     from pipelines.checks.sizes import checked_sizes
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    text = tmp_path / "text.txt"
-    text.write_text("the film was good\n" * 30)
     tiny_settings["model"]["teacher"] = "nobody/has-this-model"
-    tiny_settings["data"] = {
-        "source": "files",
-        "kind": "causal_lm",
-        "train": str(text),
-        "dev": str(text),
-    }
-    tiny_settings["finetune"] = {"num_epochs": 0}
+    read_running_text(tiny_settings, tmp_path / "text.txt")
     config = load_config(write_recipe(tiny_settings))
     sizes = checked_sizes(config, Workspace(config, Console(quiet=True)))
     assert not any(name.startswith("steps") for name, _ in sizes.facts)
