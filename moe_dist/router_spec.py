@@ -12,10 +12,20 @@ from typing import Any, Literal
 
 from moe_dist.errors import ConversionError
 
-RouterName = Literal["hash_random", "hash_balanced", "token_gate", "sentence_gate", "task_gate"]
+RouterName = Literal[
+    "hash_random",
+    "hash_balanced",
+    "token_gate",
+    "sentence_gate",
+    "task_gate",
+    "merged_task",
+    "merged_sequence",
+    "merged_token",
+]
 GateScale = Literal["straight_through", "probability"]
 TaskMap = Literal["learned", "fixed"]
 DropPolicy = Literal["position", "probability"]
+MergeGates = Literal["each", "one"]
 
 DEFAULT_ROUTER: RouterName = "hash_random"
 NO_ROUTER = "none"
@@ -31,11 +41,13 @@ class RouterFacts:
             sentence's hidden states, or its task.
         has_gate: whether the choice is made by scores that learn.
         reads_token_counts: whether it is built from the counts of the training split.
+        merges: whether the chosen experts come together as one before they multiply a token.
     """
 
     chooses_by: Literal["token_id", "token", "sentence", "task"]
     has_gate: bool = False
     reads_token_counts: bool = False
+    merges: bool = False
 
     @property
     def reads_hidden(self) -> bool:
@@ -49,6 +61,9 @@ ROUTER_FACTS: dict[str, RouterFacts] = {
     "token_gate": RouterFacts("token", has_gate=True),
     "sentence_gate": RouterFacts("sentence", has_gate=True),
     "task_gate": RouterFacts("task", has_gate=True),
+    "merged_task": RouterFacts("task", has_gate=True, merges=True),
+    "merged_sequence": RouterFacts("sentence", has_gate=True, merges=True),
+    "merged_token": RouterFacts("sentence", has_gate=True, merges=True),
 }
 
 
@@ -77,6 +92,9 @@ class RouterSpec:
         capacity_factor: in training, tokens that an expert takes, as a multiple of its even
             share; None drops nothing.
         drop_policy: who finds a place then: see `moe_dist.moe.capacity.Capacity`.
+        merge_gates: of a router that merges: a gate for "each" linear layer of the FFN, or "one"
+            for all of them.
+        segment_length: of one that merges a decoder's sequences: tokens that share a merge.
     """
 
     router: str = DEFAULT_ROUTER
@@ -87,6 +105,8 @@ class RouterSpec:
     task_map: TaskMap = "learned"
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "position"
+    merge_gates: MergeGates = "each"
+    segment_length: int = 128
 
     @classmethod
     def of(cls, router: str | RouterSpec, **options: Any) -> RouterSpec:
@@ -103,8 +123,9 @@ class RouterSpec:
     @property
     def has_gate(self) -> bool:
         """Whether scores that learn choose, which a fixed map of the tasks has none of."""
-        is_fixed = self.facts.chooses_by == "task" and self.task_map == "fixed"
-        return self.facts.has_gate and not is_fixed
+        facts = self.facts
+        is_fixed = facts.chooses_by == "task" and not facts.merges and self.task_map == "fixed"
+        return facts.has_gate and not is_fixed
 
 
 FIRST_OPTIONS = ("router", "top_k", "gate_scale")

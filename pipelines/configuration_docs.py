@@ -60,11 +60,16 @@ _RULES = """\
 - `data.source: tasks` needs two or more `data.tasks`, and no other key of `data` but `data.mixing`
   and `data.mixing_temperature`. It cannot be joined with `search.space`,
   `distill.adversarial_weight`, the partitions `coactivation` and `clustered_importance`, or, under
-  `task_gate`, `distill.load_balancing_weight`.
+  `task_gate` and `merged_task`, `distill.load_balancing_weight`.
 - `moe.partition: task_importance` needs `data.source: tasks`, `moe.router: task_gate`, and no more
   experts than tasks times `moe.top_k`.
 - `moe.partition: token_clusters` needs `moe.router: token_gate`; `moe.fit_output: true`
   needs `moe.top_k: 1`.
+- Of routers that merge experts (docs/merged_experts.md): `moe.combine` says the same as
+  `moe.router`, or `auto`; they know no `moe.capacity_factor`, `moe.gate_noise`, `moe.gate_jitter`,
+  `moe.gate_scale: probability`, `moe.task_map: fixed` and `moe.fit_output: true`. Under
+  `merged_sequence` and `merged_token` `parallel.ep_size` is 1. Any partition but `full_copy` is
+  allowed with a warning.
 - `data.source: files` needs `data.train`, and `data.dev` or `data.dev_size`; the other sources need
   `data.name`.
 - `student.layer_map` as a list names one teacher layer for each of `student.num_layers`.

@@ -243,21 +243,6 @@ def test_a_wrong_value_is_named_with_its_path(tmp_path: Path, override: str, wor
     assert words in only_fault(tmp_path, override)
 
 
-@pytest.mark.parametrize(
-    ("override", "now"),
-    [
-        (
-            "moe.router=merged_token",
-            "hash_random, hash_balanced, token_gate, sentence_gate, task_gate",
-        ),
-        ("moe.combine=merge", "dispatch"),
-    ],
-)
-def test_what_is_not_built_says_what_is(tmp_path: Path, override: str, now: str) -> None:
-    fault = only_fault(tmp_path, override)
-    assert fault.endswith(f"is not built yet; what exists now: {now}.")
-
-
 def test_the_choices_are_those_of_the_tables() -> None:
     from moe_dist.config.moe_section import PartitionName, RouterName
     from moe_dist.conversion import PARTITIONS

@@ -28,6 +28,8 @@ CHANGED: dict[str, Any] = {
     "task_map": "fixed",
     "capacity_factor": 1.5,
     "drop_policy": "probability",
+    "merge_gates": "one",
+    "segment_length": 64,
 }
 
 

@@ -12,6 +12,7 @@ from moe_dist.config.data_checks import DATA_RULES, Rule
 from moe_dist.config.embedding_checks import EMBEDDING_RULES
 from moe_dist.config.faults import either
 from moe_dist.config.language_checks import LANGUAGE_RULES
+from moe_dist.config.merge_checks import MERGE_RULES
 from moe_dist.config.question_checks import QUESTION_RULES
 from moe_dist.config.run_config import RunConfig
 
@@ -78,6 +79,8 @@ def _fitted_start(config: RunConfig) -> Iterator[str]:
     moe = config.moe
     if moe.num_experts == 1:
         return
+    if moe.merges:
+        return  # The rules of merged experts say what of this they can be.
     if moe.partition == "token_clusters" and moe.router_spec.facts.chooses_by != "token":
         yield (
             "moe.partition=token_clusters gives experts to kinds of tokens, which only token_gate "
@@ -157,7 +160,7 @@ def _gate_settings_need_a_gate(config: RunConfig) -> Iterator[str]:
                     f"{section}.{key}={value:g} has no gate to work on with {router}; "
                     "set it to 0, or use router token_gate."
                 )
-    elif moe.gate_jitter > 0 and not spec.facts.reads_hidden:
+    elif moe.gate_jitter > 0 and not spec.facts.reads_hidden and not spec.facts.merges:
         yield (
             f"moe.gate_jitter={moe.gate_jitter:g} scales hidden states, which "
             f"moe.router={moe.router} does not read; set it to 0, or use moe.gate_noise."
@@ -301,6 +304,7 @@ _RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     *EMBEDDING_RULES,
     *QUESTION_RULES,
     *LANGUAGE_RULES,
+    *MERGE_RULES,
     (_experts_over_ranks, ("moe.num_experts", "parallel.ep_size")),
     (_experts_for_top_k, ("moe.num_experts", "moe.top_k")),
     (

@@ -301,7 +301,7 @@ def _tasks_fit_the_rest(config: RunConfig) -> Iterator[str]:
         yield (
             f"distill.load_balancing_weight={distill.load_balancing_weight:g} evens out the load "
             f"within a batch, and with moe.router={moe.router} a batch is of one task; set it to 0 "
-            "(a task's experts start spread)."
+            f"({'noise tries' if moe.merges else 'tasks start spread over'} all experts)."
         )
     if moe.num_experts > 1 and moe.partition in _ONE_TASK_PARTITIONS:
         yield (

@@ -23,11 +23,7 @@ _STAND_INS: dict[str, Any] = {
     "data.source": "hub",
 }
 _SHOWN_BITS = 256
-_NOT_BUILT = {
-    "export": "the export settings",
-    "moe.router": ("merged_task", "merged_sequence", "merged_token"),
-    "moe.combine": ("merge",),
-}
+_NOT_BUILT = {"export": "the export settings"}
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -154,8 +150,6 @@ def _wrong_choice(shown: str, dotted: str, keys: tuple[str, ...], value: Any) ->
             "brings Pyro4, netifaces and statsmodels; use algorithm tpe with scheduler hyperband, "
             "which joins the same two ideas."
         )
-    if value in _NOT_BUILT.get(dotted, ()):
-        return f"{shown} is not built yet; what exists now: {now}."
     return f"{shown} is not a choice; use one of {now}.{_did_you_mean(value, choices)}"
 
 

@@ -12,6 +12,7 @@ from moe_dist.router_spec import (
     DEFAULT_ROUTER,
     DropPolicy,
     GateScale,
+    MergeGates,
     RouterName,
     RouterSpec,
     TaskMap,
@@ -34,6 +35,7 @@ PartitionName = Literal[
 
 MAX_EXPERTS = 2**16
 MAX_NEURONS = 2**24
+MAX_SEGMENT = 2**24
 
 
 class MoeConfig(Section):
@@ -82,13 +84,21 @@ class MoeConfig(Section):
         description="How tokens find experts: `hash_random` fixes a random expert for each token "
         "id, `hash_balanced` spreads the ids by their counts in the training rows, `token_gate` "
         "learns the choice for each token, `sentence_gate` for each sentence, `task_gate` for each "
-        "task, all of whose tokens go to the same experts (`data.source: tasks`).",
+        "task, all of whose tokens go to the same experts (`data.source: tasks`). With the others "
+        "experts are merged into one before they are used: `merged_task` learns for each task how, "
+        "`merged_sequence` for each sequence (in a decoder for each segment of it), and "
+        "`merged_token` likewise, with a small network for each token beside it.",
     )
-    combine: Literal["dispatch"] = Field(
-        default="dispatch", description="How experts come together: tokens travel to them."
+    combine: Literal["auto", "dispatch", "merge"] = Field(
+        default="auto",
+        description="How experts come together: tokens travel to them (`dispatch`), or they become "
+        "one (`merge`). `auto` is what the router does; to say another thing is an error.",
     )
     top_k: Integer = Field(
-        default=RouterSpec.top_k, ge=1, le=MAX_EXPERTS, description="Experts that each token uses."
+        default=RouterSpec.top_k,
+        ge=1,
+        le=MAX_EXPERTS,
+        description="Experts that each token uses, or that become one.",
     )
     gate_scale: GateScale = Field(
         default=RouterSpec.gate_scale,
@@ -127,12 +137,24 @@ class MoeConfig(Section):
         description="Who finds a place under `moe.capacity_factor`: the first tokens (`position`) "
         "or those that the gate is surest of (`probability`).",
     )
+    merge_gates: MergeGates = Field(
+        default=RouterSpec.merge_gates,
+        description="Of merged experts: a gate for `each` linear layer of the feed-forward "
+        "network, as published, or `one` for all of them.",
+    )
+    segment_length: Integer = Field(
+        default=RouterSpec.segment_length,
+        ge=1,
+        le=MAX_SEGMENT,
+        description="Of experts that are merged by sequence in a decoder: tokens that share a "
+        "merge, whose gate reads the segments before.",
+    )
     fit_output: Literal["auto", True, False] = Field(
         default="auto",
         description="Fit the output weights of each expert to what the dense layer gave, by least "
         "squares over the training rows' tokens that its router sends there, before any training. "
-        "`auto` does so where `moe.top_k` is 1, also for the pruned dense student; in a comparison "
-        "only if the main student is fitted too.",
+        "`auto` does so where `moe.top_k` is 1 and experts are not merged, also for the pruned "
+        "dense student; in a comparison only if the main student is fitted too.",
     )
     importance_samples: Integer | None = Field(
         default=4096,
@@ -148,15 +170,22 @@ class MoeConfig(Section):
         return RouterSpec(**{one.name: getattr(self, one.name) for one in fields(RouterSpec)})
 
     @property
+    def merges(self) -> bool:
+        """Whether there are several experts, and they are merged into one."""
+        return self.num_experts > 1 and self.router_spec.facts.merges
+
+    @property
     def fits_output(self) -> bool:
         """Whether the output weights of experts, or of the pruned student, are fitted."""
         if self.fit_output == "auto":
-            return self.top_k == 1
+            return self.top_k == 1 and not self.merges
         return self.fit_output
 
     @property
     def active_neurons(self) -> int:
         """Feed-forward neurons that one token uses in a converted layer."""
+        if self.merges:
+            return self.expert_size
         if self.tie_shared:
             private = self.expert_size - self.num_shared_neurons
             return self.num_shared_neurons + self.top_k * private

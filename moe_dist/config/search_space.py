@@ -16,11 +16,17 @@ from pydantic import BaseModel
 
 from moe_dist.config.run_config import RunConfig
 from moe_dist.config.sections import MAX_NUMBER
+from moe_dist.router_spec import ROUTER_FACTS
 
 Kind = Literal["choice", "uniform", "loguniform", "integers"]
 Draw = Callable[["Dimension"], Any]
 RANGES: tuple[Kind, ...] = ("uniform", "loguniform", "integers")
-TABLES = {"routers": "moe.router", "partitions": "moe.partition", "gate_scales": "moe.gate_scale"}
+TABLES = {
+    "routers": "moe.router",
+    "merged_routers": "moe.router",
+    "partitions": "moe.partition",
+    "gate_scales": "moe.gate_scale",
+}
 """Tables that a space may name, and the key whose choices each of them is."""
 _FOR_ONE_ROUTER = ("task_importance", "token_clusters")
 """Rows that fit one router alone, so that a table, which is drawn beside any router, lacks them."""
@@ -216,6 +222,10 @@ def table_values(table: str) -> tuple[Any, ...]:
     kind = RunConfig.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     names = typing.get_args(kind.model_fields[key].annotation)
+    if TABLES[table] == "moe.router":
+        # Merged experts want another start and other settings than those that tokens travel to.
+        merges = table == "merged_routers"
+        return tuple(name for name in names if ROUTER_FACTS[name].merges is merges)
     return tuple(name for name in names if name not in _FOR_ONE_ROUTER)
 
 

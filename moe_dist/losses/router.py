@@ -1,12 +1,14 @@
 """Losses on what a router decided.
 
-Shapes: T tokens, E experts, K active experts.
+Shapes: T tokens, G groups of tokens that share a merge, E experts, K active experts.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_TINY = 1e-10
 
 
 def load_balancing_loss(probability_E: Tensor, choices_E: Tensor, top_k: int = 1) -> Tensor:
@@ -29,6 +31,60 @@ def load_balancing_loss(probability_E: Tensor, choices_E: Tensor, top_k: int = 1
     num_choices = choices_E.sum().clamp(min=1)
     mean_E = probability_E * (top_k / num_choices)
     return choices_E.numel() * (mean_E * (choices_E / num_choices)).sum()
+
+
+def squared_variation(values_E: Tensor) -> Tensor:
+    """Squared coefficient of variation: the values' variance over their squared mean.
+
+    0 where all are equal, E where one has everything; the variance is that of a sample, and of one
+    value 0.
+    """
+    if values_E.numel() < 2:
+        return values_E.float().sum() * 0.0
+    values_E = values_E.float()
+    return values_E.var() / values_E.mean().square().clamp(min=_TINY)
+
+
+def variation_of_part(part_E: Tensor, total_E: Tensor) -> Tensor:
+    """One part's share of `squared_variation` of a total, so that the parts of a step add up to it.
+
+    Args:
+        part_E: what some groups give, with its graph.
+        total_E: what all groups of the step give, this part among them.
+
+    Returns:
+        Scalar; its gradient in `part_E` is that of the whole.
+    """
+    total_E = total_E.detach().float()
+    part_E = part_E.float()
+    whole = squared_variation(total_E + (part_E - part_E.detach()))
+    share = part_E.detach().sum() / total_E.sum().clamp(min=_TINY)
+    return whole - whole.detach() * (1 - share)
+
+
+def noisy_load(clean_GE: Tensor, noisy_GE: Tensor, std_GE: Tensor, top_k: int) -> Tensor:
+    """Tell how likely each expert is chosen if its own noise is drawn again, the others' not.
+
+    Args:
+        clean_GE: scores without noise, for each of G groups.
+        noisy_GE: the scores that chose.
+        std_GE: of the noise between them.
+        top_k: experts of each group, K.
+
+    Returns:
+        (G, E) float32 probabilities: counts of choices, made smooth.
+
+    Source: arXiv:1701.06538, appendix A.
+    """
+    num_experts = clean_GE.shape[-1]
+    if top_k >= num_experts:
+        return torch.ones_like(clean_GE, dtype=torch.float32)
+    clean_GE, noisy_GE, std_GE = clean_GE.float(), noisy_GE.float(), std_GE.float()
+    best_GK = noisy_GE.topk(top_k + 1, dim=-1).values
+    last_in, first_out = best_GK[:, top_k - 1 : top_k], best_GK[:, top_k:]
+    # A chosen expert stays if it beats the first that is not; another must beat the last that is.
+    threshold_GE = torch.where(noisy_GE > first_out, first_out, last_in)
+    return torch.special.ndtr((clean_GE - threshold_GE) / std_GE)
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:

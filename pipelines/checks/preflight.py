@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
+from moe_dist.config.merge_checks import merge_notes
 from moe_dist.errors import ClusterError, ConfigError, ConversionError, MoeDistError
 from moe_dist.redaction import hide_secrets
 
@@ -102,6 +103,7 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
     from moe_dist.jobs.job_data import task_heads
 
     rows = workspace.rows
+    say_merging(workspace)
     say_metrics(workspace)
     model = start_skeleton(workspace, rows.num_labels)
     if isinstance(rows, Mixture):
@@ -113,6 +115,12 @@ def _check_data_and_model(config: RunConfig, workspace: Workspace) -> int:
         workspace.console.note(f"tokenising {num_rows} rows, to see how many are cut")
     say_summaries(workspace.summaries, workspace.console)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def say_merging(workspace: Workspace) -> None:
+    """Warn of what merging does to the students' starts."""
+    for line in merge_notes(workspace.config):
+        workspace.console.warn(line)
 
 
 def say_metrics(workspace: Workspace) -> None:

@@ -272,8 +272,9 @@ def checked_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     """Derive the sizes of a recipe, check its start model, and say what its data hold."""
     from moe_dist.inference.pretrained import check_pretrained
 
-    from .preflight import check_start_model, say_metrics
+    from .preflight import check_start_model, say_merging, say_metrics
 
+    say_merging(workspace)
     sizes = derive_sizes(config, workspace)
     if sizes.data:
         say_metrics(workspace)

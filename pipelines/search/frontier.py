@@ -59,6 +59,7 @@ def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:
     `search.space`.
     """
     sizes = sorted({max(1, round(ffn_size * share)) for share in SIZE_SHARES})
+    routers = "merged_routers" if config.moe.router_spec.facts.merges else "routers"
     space: dict[str, Any] = {
         "moe.num_experts": {"choice": list(NUM_EXPERTS)},
         "moe.expert_size": {"choice": sizes},
@@ -76,12 +77,12 @@ def frontier_space(config: RunConfig, ffn_size: int) -> dict[str, Any]:
         "moe.top_k": {"choice": [1, 2], "when": SEVERAL, "otherwise": 1},
         "moe.partition": {"choice": _usable(config, "partitions")},
         "moe.router": {
-            "choice": _usable(config, "routers"),
+            "choice": _usable(config, routers),
             "when": SEVERAL,
             "otherwise": config.moe.router,
         },
     }
-    gateless = [name for name in table_values("routers") if not ROUTER_FACTS[name].has_gate]
+    gateless = [name for name in table_values(routers) if not ROUTER_FACTS[name].has_gate]
     for key in ("load_balancing_weight", "z_loss_weight"):
         weight = getattr(config.distill, key)
         if weight > 0:

@@ -175,7 +175,8 @@ def convert(
         plan,
         seed=config.seed,
         token_counts=token_counts,
-        gates=gates,
+        # What tells kinds of tokens apart says nothing to a gate that reads a task or a sequence.
+        gates=None if moe.merges else gates,
         **router_options(config),
     )
     return plan, student
@@ -209,6 +210,8 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     moe = {key: value for key, value in settings_of_kind(config.moe).items() if key not in unread}
     # What "auto" comes to, so that saying it changes nothing.
     moe["fit_output"] = fits_output(config)
+    if "combine" in moe:
+        moe["combine"] = "merge" if config.moe.merges else "dispatch"
     settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
@@ -230,6 +233,8 @@ def _unread_keys(config: RunConfig) -> set[str]:
         # Nobody routes or shares in the pruned dense student.
         unread |= {"combine", "num_shared_neurons", "tie_shared"}
         unread |= {one.name for one in fields(RouterSpec)}
+    elif not config.moe.merges:
+        unread |= {"merge_gates", "segment_length"}
     return unread
 
 

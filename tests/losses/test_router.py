@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from moe_dist.losses.router import load_balancing_loss, router_entropy, router_z_loss
+from moe_dist.losses.router import (
+    load_balancing_loss,
+    noisy_load,
+    router_entropy,
+    router_z_loss,
+    squared_variation,
+    variation_of_part,
+)
 
 
 def balance(logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -90,3 +97,58 @@ def test_no_tokens_cost_nothing_or_are_an_error() -> None:
         router_z_loss(torch.zeros(0, 2))
     with pytest.raises(ValueError, match="at least one token"):
         router_entropy(torch.zeros(0, 2))
+
+
+# Merged experts
+
+
+def test_squared_variation_by_hand() -> None:
+    assert float(squared_variation(torch.tensor([1.0, 3.0]))) == pytest.approx(2 / 4)
+    assert float(squared_variation(torch.full((5,), 0.3))) == pytest.approx(0.0, abs=1e-6)
+    # One expert of E takes all: E.
+    assert float(squared_variation(torch.tensor([0.0, 0.0, 0.0, 7.0]))) == pytest.approx(4.0)
+    assert float(squared_variation(torch.zeros(3))) == 0.0
+    assert float(squared_variation(torch.tensor([2.0]))) == 0.0
+
+
+def test_load_is_how_often_an_expert_would_be_chosen() -> None:
+    """Against drawing the noise of one expert anew, the others' left as they are."""
+    generator = torch.Generator().manual_seed(3)
+    clean = torch.randn(2, 4, generator=generator)
+    std = torch.rand(2, 4, generator=generator) + 0.2
+    noisy = clean + std * torch.randn(2, 4, generator=generator)
+    found = noisy_load(clean, noisy, std, top_k=2)
+    draws = 40_000
+    for group in range(2):
+        for expert in range(4):
+            tried = noisy[group].repeat(draws, 1)
+            noise = torch.randn(draws, generator=generator)
+            tried[:, expert] = clean[group, expert] + std[group, expert] * noise
+            chosen = (tried.topk(2).indices == expert).any(dim=1).float().mean()
+            assert float(found[group, expert]) == pytest.approx(float(chosen), abs=0.01)
+
+
+def test_all_experts_are_chosen_where_there_are_no_others() -> None:
+    clean = torch.randn(3, 2)
+    assert torch.equal(noisy_load(clean, clean, torch.ones(3, 2), top_k=2), torch.ones(3, 2))
+
+
+def test_load_has_a_gradient_where_the_choice_has_none() -> None:
+    clean = torch.zeros(1, 3, requires_grad=True)
+    noisy = torch.tensor([[0.3, -0.2, 0.1]])
+    load = noisy_load(clean, noisy, torch.ones(1, 3), top_k=1).sum(dim=0)
+    squared_variation(load).backward()
+    assert clean.grad is not None and bool(torch.isfinite(clean.grad).all())
+    assert float(clean.grad.abs().sum()) > 0
+
+
+def test_parts_of_a_merged_step_add_up_with_the_gradient_of_the_whole() -> None:
+    weights = torch.rand(6, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    whole = squared_variation(weights.sum(dim=0))
+    (expected,) = torch.autograd.grad(whole, weights)
+    total = weights.detach().sum(dim=0)
+    parts = [variation_of_part(weights[rows].sum(dim=0), total) for rows in ([0, 1], [2, 3, 4, 5])]
+    value = torch.stack(parts).sum()
+    assert float(value) == pytest.approx(float(whole), rel=1e-6)
+    (found,) = torch.autograd.grad(value, weights)
+    torch.testing.assert_close(found, expected)

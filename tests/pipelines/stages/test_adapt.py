@@ -132,6 +132,12 @@ def test_a_dry_run_knows_the_size_of_every_student(
         ("moe.fit_output=false", True),
         ("moe.importance_samples=7", True),
         ("[moe.num_experts=1, moe.fit_output=false]", True),
+        ("moe.combine=dispatch", False),
+        ("moe.segment_length=7", False),
+        ("moe.merge_gates=one", False),
+        ("[moe.router=merged_sequence, moe.segment_length=7]", True),
+        ("[moe.router=merged_sequence, moe.merge_gates=one]", True),
+        ("[moe.router=merged_sequence, moe.combine=merge]", False),
     ],
 )
 def test_what_an_untrained_student_depends_on(

@@ -1,0 +1,129 @@
+"""Rules for recipes whose experts are merged into one, and what merging means for their start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_dist.config.data_checks import Rule
+from moe_dist.config.faults import either
+from moe_dist.config.run_config import RunConfig
+from moe_dist.router_spec import ROUTER_FACTS
+
+MERGED = tuple(name for name, facts in ROUTER_FACTS.items() if facts.merges)
+
+
+def merge_notes(config: RunConfig) -> list[str]:
+    """Say what merging does to the students' starts, one line for each student it concerns."""
+    lines = list(_notes(config))
+    for label in config.compare:
+        lines += [f"compare.{label}: {line}" for line in _notes(config.resolve_comparison(label))]
+    return lines
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    moe = config.moe
+    if not moe.merges:
+        return
+    if moe.top_k == 1:
+        yield (
+            "moe.top_k=1 merges one expert, with the weight 1: nothing is mixed, and of all losses "
+            "distill.load_balancing_weight alone teaches the gates"
+        )
+    elif moe.partition != "full_copy":
+        shared = moe.num_shared_neurons
+        kept = (
+            f"the first {shared} neurons are the same in all of them, the others" if shared else ""
+        )
+        yield (
+            f"moe.partition={moe.partition} gives experts different neurons, and merging averages "
+            f"them by their place in the expert: {kept or 'neurons'} that have nothing to do with "
+            "each other become one, so the student starts far from its teacher (only full_copy "
+            "keeps the function)"
+            + (
+                "; token_clusters tells kinds of tokens apart, and its gates are not taken over: "
+                "those of merged experts read a task or a sequence and start at zero"
+                if moe.partition == "token_clusters"
+                else ""
+            )
+        )
+
+
+def _combine_fits_router(config: RunConfig) -> Iterator[str]:
+    moe = config.moe
+    if moe.num_experts == 1 or moe.combine == "auto":
+        return
+    if moe.combine == "merge" and not moe.merges:
+        yield (
+            f"moe.combine=merge merges experts into one, and moe.router={moe.router} sends tokens "
+            f"to them; use router {either(MERGED)}, or combine auto."
+        )
+    if moe.combine == "dispatch" and moe.merges:
+        other = "task_gate" if moe.router_spec.facts.chooses_by == "task" else "token_gate"
+        yield (
+            f"moe.combine=dispatch sends tokens to experts, and moe.router={moe.router} merges "
+            f"them into one; set combine to auto or merge, or use router {other}."
+        )
+
+
+def _merging_leaves_no_room(config: RunConfig) -> Iterator[str]:
+    moe = config.moe
+    if not moe.merges:
+        return
+    if moe.capacity_factor is not None:
+        yield (
+            f"moe.capacity_factor={moe.capacity_factor:g} limits the tokens that an expert takes, "
+            "and no tokens travel to merged experts; remove it."
+        )
+    for key in ("gate_noise", "gate_jitter"):
+        value = getattr(moe, key)
+        if value > 0:
+            yield (
+                f"moe.{key}={value:g} is the noise of other gates, and those of moe.router="
+                f"{moe.router} learn how much noise they draw; set it to 0."
+            )
+    if moe.gate_scale != "straight_through":
+        yield (
+            f"moe.gate_scale={moe.gate_scale} scales what one expert gives, and the weights of "
+            "merged experts sum to 1; leave it out."
+        )
+    if moe.router == "merged_task" and moe.task_map == "fixed":
+        yield (
+            "moe.task_map=fixed gives tasks fixed experts, and moe.router=merged_task learns how "
+            "to merge them; use task_gate, or task_map learned."
+        )
+    if moe.fit_output is True:
+        yield (
+            f"moe.fit_output fits experts that work alone, and moe.router={moe.router} merges them "
+            "with gates that start alike: only their mean could be fitted; set fit_output to auto "
+            "or false."
+        )
+
+
+def _merged_by_sequence_on_one_rank(config: RunConfig) -> Iterator[str]:
+    moe, ranks = config.moe, config.parallel.ep_size
+    if moe.merges and ranks > 1 and moe.router_spec.facts.chooses_by != "task":
+        yield (
+            f"parallel.ep_size={ranks} spreads experts over workers, and moe.router={moe.router} "
+            "merges all of them anew for each sequence, so that every worker would send its "
+            "weights to all others; set ep_size to 1 (parallel.zero_stage spreads moments and "
+            "gradients)."
+        )
+
+
+_MERGE = ("moe.num_experts", "moe.router", "moe.combine")
+MERGE_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (_combine_fits_router, _MERGE),
+    (
+        _merging_leaves_no_room,
+        (
+            *_MERGE,
+            "moe.capacity_factor",
+            "moe.gate_noise",
+            "moe.gate_jitter",
+            "moe.gate_scale",
+            "moe.task_map",
+            "moe.fit_output",
+        ),
+    ),
+    (_merged_by_sequence_on_one_rank, (*_MERGE, "parallel.ep_size")),
+)
