@@ -10,7 +10,7 @@ import torch
 
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.moe import ROUTERS, build_router
+from moe_dist.moe import ROUTERS, MergeGate, build_router
 from moe_dist.moe.gates import Gate
 from moe_dist.router_spec import (
     FIRST_OPTIONS,
@@ -63,9 +63,10 @@ def test_options_given_beside_a_value_go_before_its_own() -> None:
 def test_the_facts_are_those_of_the_router_that_is_built(name: str, task_map: Any) -> None:
     spec = RouterSpec(router=name, task_map=task_map)
     router = build(spec)
-    assert isinstance(router, Gate) is spec.has_gate
+    assert isinstance(router, MergeGate) is spec.facts.merges
+    assert isinstance(router, Gate) is (spec.has_gate and not spec.facts.merges)
     assert bool(list(router.parameters())) is spec.has_gate
-    assert hasattr(router, "jitter") is spec.facts.reads_hidden
+    assert hasattr(router, "jitter") is (spec.facts.reads_hidden and not spec.facts.merges)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -17,6 +17,8 @@ from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.hash_tables import random_table
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.merge_gates import MergeGate
+from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routers import build_router
 from moe_dist.moe.routing import install_routing_hooks
 from moe_dist.router_spec import FIRST_OPTIONS, RouterSpec
@@ -111,6 +113,7 @@ def router_for(
     token_counts: Tensor | None = None,
     layer: int = 0,
     is_filled_later: bool = False,
+    gated: bool = False,
 ) -> nn.Module:
     """Build the router of one layer; the FFN's index decides its seed.
 
@@ -130,6 +133,7 @@ def router_for(
         token_counts=token_counts,
         num_tasks=settings.num_tasks,
         table=table,
+        gated=gated,
     )
 
 
@@ -161,11 +165,14 @@ def _build_layer(
             token_counts=token_counts,
             layer=slot.index,
             is_filled_later=True,
+            gated=slot.gated,
         )
-    return MoELayer(
+    capacity = None if router is None else Capacity.of(settings.router)
+    kind = MergedLayer if isinstance(router, MergeGate) else MoELayer
+    return kind(
         experts(settings.num_experts, settings.expert_size - num_shared, weights.b_out is not None),
         router,
         shared=experts(1, num_shared, False) if num_shared else None,
         name=slot.name,
-        capacity=Capacity.of(settings.router) if router is not None else None,
+        capacity=capacity,
     )

@@ -6,6 +6,14 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import SentenceGate, TokenGate
 from moe_dist.moe.hash_router import HashRouter
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.merge import Merges
+from moe_dist.moe.merge_gates import (
+    MergeGate,
+    SequenceMergeGate,
+    TaskMergeGate,
+    TokenMergeGate,
+)
+from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routers import ROUTERS, build_router
 from moe_dist.moe.routing import (
     LayerRouting,
@@ -30,6 +38,9 @@ __all__ = [
     "HashRouter",
     "LayerRouting",
     "LocalDispatcher",
+    "MergeGate",
+    "MergedLayer",
+    "Merges",
     "MoELayer",
     "Router",
     "RouterSpec",
@@ -37,9 +48,12 @@ __all__ = [
     "RoutingContext",
     "RoutingRecord",
     "SentenceGate",
+    "SequenceMergeGate",
     "TaskGate",
+    "TaskMergeGate",
     "TaskTable",
     "TokenGate",
+    "TokenMergeGate",
     "build_router",
     "checkpoint_context_fn",
     "current_context",

@@ -177,7 +177,7 @@ class SentenceGate(TokenGate):
         Raises:
             MissingInputError: if the context does not tell, or a decoder's cache hides tokens.
         """
-        mask_BS = _sentence_mask(hidden_TD, context)
+        mask_BS = sentence_mask(hidden_TD, context)
         num_sentences, length = mask_BS.shape
         hidden_BSD = hidden_TD.view(num_sentences, length, hidden_TD.shape[1]).float()
         hidden_BSD = hidden_BSD * mask_BS.unsqueeze(-1)
@@ -214,14 +214,17 @@ def repeated(routing: Routing, times: int) -> Routing:
     )
 
 
-def _sentence_mask(hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+def sentence_mask(
+    hidden_TD: Tensor, context: RoutingContext | None, *, router: str = "sentence_gate"
+) -> Tensor:
+    """Tell real tokens from padding, (B, S) bool; a context that cannot is a MissingInputError."""
     mask = None if context is None else context.mask
     token_ids = None if context is None else context.token_ids
     known = token_ids if mask is None else mask
     if known is None or known.dim() != 2 or known.numel() != hidden_TD.shape[0]:
         found = "nothing" if known is None else f"a shape of {tuple(known.shape)}"
         raise MissingInputError(
-            f"sentence_gate must know where sentences end, and has {found} for "
+            f"{router} must know where sentences end, and has {found} for "
             f"{hidden_TD.shape[0]} tokens",
             remedy="call the model with input_ids or a two-dimensional attention_mask, and with "
             "chunk_size_feed_forward=0; with gradient checkpointing pass use_reentrant=False and "

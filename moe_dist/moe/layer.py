@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T tokens, D model.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.merge_gates import MergeGate
 from moe_dist.moe.routing import Routing, append_routing, current_context, padding_mask
 
 
@@ -35,6 +36,9 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: if router, experts and shared do not fit together.
     """
+
+    merges: ClassVar[bool] = False
+    """Whether the experts come together before they multiply; the class says what combines."""
 
     def __init__(
         self,
@@ -59,6 +63,11 @@ class MoELayer(nn.Module):
             )
         if shared is not None and (shared.num_experts != 1 or shared.b_out is not None):
             raise ValueError("shared must be one expert without b_out, which the experts carry")
+        if router is not None and isinstance(router, MergeGate) != self.merges:
+            raise ValueError(
+                f"{type(self).__name__} does not go with {type(router).__name__}: a merge gate "
+                "needs a MergedLayer, and all other routers a MoELayer"
+            )
         self.experts = experts
         self.router = router
         self.shared = shared

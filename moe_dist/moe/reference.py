@@ -6,7 +6,9 @@ Tests compare outputs and gradients with it. Shapes: T tokens, D model, F neuron
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +17,28 @@ from torch import Tensor
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.merge_gates import MergeGate
+from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routing import Routing, current_context
 
 
 def reference_expert(experts: Experts, token_D: Tensor, expert: int) -> Tensor:
     """Apply one expert to one token, without dropout."""
+    own = {name: stack[expert] for name, stack in experts.named_parameters(recurse=False)}
+    return _one_ffn(experts, token_D, own)
 
-    def pick(stack: Tensor | None) -> Tensor | None:
-        return None if stack is None else stack[expert]
 
-    b_out = pick(experts.b_out)
-    if experts.w_in is None or experts.w_out is None:
+def _one_ffn(experts: Experts, token_D: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    b_out = weights.get("b_out")
+    if "w_in" not in weights:
         return torch.zeros_like(token_D) if b_out is None else b_out
-    hidden_F = F.linear(token_D, experts.w_in[expert], pick(experts.b_in))
-    if experts.w_gate is None:
-        hidden_F = experts.activation(hidden_F)
-    else:
-        gate_F = F.linear(token_D, experts.w_gate[expert], pick(experts.b_gate))
+    hidden_F = F.linear(token_D, weights["w_in"], weights.get("b_in"))
+    if "w_gate" in weights:
+        gate_F = F.linear(token_D, weights["w_gate"], weights.get("b_gate"))
         hidden_F = experts.activation(gate_F) * hidden_F
-    return F.linear(hidden_F, experts.w_out[expert], b_out)
+    else:
+        hidden_F = experts.activation(hidden_F)
+    return F.linear(hidden_F, weights["w_out"], b_out)
 
 
 def reference_dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -69,6 +74,25 @@ def reference_capacity(
             kept_TK[token, k] = True
     weights = torch.where(kept_TK, routing.expert_weights, 0.0)
     return replace(routing, expert_weights=weights, unit_weights=False, kept=kept_TK)
+
+
+def reference_merge(layer: MergedLayer, hidden: Tensor) -> Tensor:
+    """Compute what `MergedLayer.forward` returns: each token with a merge of its own."""
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+    router = cast(MergeGate, layer.router)
+    merges = router(hidden_TD, current_context())
+    outputs = []
+    for token_D, group in zip(router.prepare(hidden_TD), merges.group_T.tolist(), strict=True):
+        one = {}
+        for name, stack in layer.experts.named_parameters(recurse=False):
+            routing = merges.by_linear[name.partition("_")[2]]
+            ids, weights = routing.expert_ids[group].tolist(), routing.expert_weights[group]
+            one[name] = sum(weights[k] * stack[expert] for k, expert in enumerate(ids))
+        out_D = _one_ffn(layer.experts, token_D, one)
+        if layer.shared is not None:
+            out_D = out_D + reference_expert(layer.shared, token_D, 0)
+        outputs.append(out_D)
+    return torch.stack(outputs).view(hidden.shape) if outputs else torch.zeros_like(hidden)
 
 
 def reference_layer(layer: MoELayer, hidden: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.gates import SentenceGate, TokenGate
 from moe_dist.moe.hash_router import HashRouter
 from moe_dist.moe.hash_tables import balanced_table, random_table
+from moe_dist.moe.merge import linear_names
+from moe_dist.moe.merge_gates import SequenceMergeGate, TaskMergeGate, TokenMergeGate
 from moe_dist.moe.task_routers import TaskGate, TaskTable, spread_tasks
 from moe_dist.router_spec import RouterSpec, TaskMap, router_facts
 
@@ -34,6 +36,7 @@ class RouterInputs:
     token_counts: Tensor | None
     num_tasks: int | None
     table: Tensor | None
+    gated: bool
 
 
 def build_router(
@@ -46,6 +49,7 @@ def build_router(
     token_counts: Tensor | None = None,
     num_tasks: int | None = None,
     table: Tensor | None = None,
+    gated: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build a router by its name in `ROUTERS`.
@@ -59,6 +63,8 @@ def build_router(
         token_counts: (V,) counts on the training split; needed by hash_balanced without `table`.
         num_tasks: needed by task_gate.
         table: a ready table of token ids or tasks, instead of a fresh one.
+        gated: whether the experts are gated FFNs, whose linear layers are three; read by routers
+            that merge.
         **options: fields of `RouterSpec`; those that a router has no use for do nothing.
 
     Returns:
@@ -69,7 +75,7 @@ def build_router(
         MissingInputError: if the router needs something that was not given.
     """
     spec = RouterSpec.of(router, **options)
-    router_facts(spec.router)  # refuses names that are not known
+    merges = router_facts(spec.router).merges
     if not 1 <= spec.top_k <= num_experts:
         raise ConversionError(
             f"top_k={spec.top_k} does not fit num_experts={num_experts}",
@@ -79,6 +85,12 @@ def build_router(
         raise ConversionError(
             f"there is no task map {spec.task_map!r}", remedy=f"use one of: {', '.join(TASK_MAPS)}"
         )
+    if merges and spec.capacity_factor is not None:
+        raise ConversionError(
+            f"capacity_factor={spec.capacity_factor:g} limits the tokens of an expert, and with "
+            f"{spec.router} no tokens travel",
+            remedy="leave it out",
+        )
     inputs = RouterInputs(
         d_model=d_model,
         num_experts=num_experts,
@@ -87,6 +99,7 @@ def build_router(
         token_counts=token_counts,
         num_tasks=num_tasks,
         table=table,
+        gated=gated,
     )
     return ROUTERS[spec.router](spec, inputs)
 
@@ -175,10 +188,47 @@ def _task_gate(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
     )
 
 
+def _merged_task(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    return TaskMergeGate(
+        # Without heads of several tasks all that a model does is one.
+        inputs.num_tasks or 1,
+        inputs.d_model,
+        inputs.num_experts,
+        linears=linear_names(inputs.gated),
+        top_k=spec.top_k,
+        one_gate=spec.merge_gates == "one",
+        seed=inputs.seed,
+    )
+
+
+def _merged_sequence(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    return _merged_by_sequence(SequenceMergeGate, spec, inputs)
+
+
+def _merged_token(spec: RouterSpec, inputs: RouterInputs) -> nn.Module:
+    return _merged_by_sequence(TokenMergeGate, spec, inputs)
+
+
+def _merged_by_sequence(
+    kind: type[SequenceMergeGate], spec: RouterSpec, inputs: RouterInputs
+) -> nn.Module:
+    return kind(
+        inputs.d_model,
+        inputs.num_experts,
+        linears=linear_names(inputs.gated),
+        top_k=spec.top_k,
+        one_gate=spec.merge_gates == "one",
+        seed=inputs.seed,
+    )
+
+
 ROUTERS: dict[str, Callable[[RouterSpec, RouterInputs], nn.Module]] = {
     "hash_random": _hash_random,
     "hash_balanced": _hash_balanced,
     "token_gate": _token_gate,
     "sentence_gate": _sentence_gate,
     "task_gate": _task_gate,
+    "merged_task": _merged_task,
+    "merged_sequence": _merged_sequence,
+    "merged_token": _merged_token,
 }

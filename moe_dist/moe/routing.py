@@ -38,6 +38,8 @@ class Routing:
             carries no gradient; a dispatcher may then skip the multiplication.
         kept: (T, K) bool, False where a full expert turned the token away (its weight is 0);
             None where nothing is dropped.
+        clean_logits: of a gate whose noise learns (T, E) float32 scores before the noise.
+        noise_std: of such a gate, in training, the (T, E) float32 size of the noise; else None.
     """
 
     expert_ids: Tensor
@@ -45,6 +47,8 @@ class Routing:
     logits: Tensor | None = None
     unit_weights: bool = False
     kept: Tensor | None = None
+    clean_logits: Tensor | None = None
+    noise_std: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class RoutingContext:
 @dataclass(frozen=True)
 class LayerRouting:
     """One MoE layer's routing in one forward call.
+
+    Of merged experts there is one for each gate, named `<layer>.<linear layer>` (`<layer>.ffn` for
+    a gate of all), and its rows are groups of tokens that share a merge.
 
     Args:
         name: the layer's name.
@@ -183,6 +190,13 @@ def append_routing(name: str, num_experts: int, routing: Routing) -> None:
         return
     mask_T = padding_mask(name, routing.expert_ids.shape[0], current_context())
     record.entries.append(LayerRouting(name, num_experts, routing, mask_T))
+
+
+def append_merge(name: str, num_experts: int, routing: Routing, real_G: Tensor | None) -> None:
+    """Add what one gate chose for G groups, of which some hold padding alone, to the record."""
+    record = _RECORD.get()
+    if record is not None:
+        record.entries.append(LayerRouting(name, num_experts, routing, real_G))
 
 
 def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> Tensor | None:

@@ -61,7 +61,7 @@ class TaskGate(Gate):
 
         Tasks that are missing or unknown are a MissingInputError.
         """
-        tasks_B = _task_ids(hidden_TD, context, self.num_tasks)
+        tasks_B = read_task_ids(hidden_TD, context, self.num_tasks)
         if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
             # Each sample draws its own noise, though their task is named once.
             tasks_B = tasks_B.expand(context.sample_ids.numel())
@@ -83,7 +83,7 @@ class TaskTable(TableRouter):
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Look up the experts of each sample's task: equal weights, no logits."""
-        tasks_B = _task_ids(hidden_TD, context, self.table.shape[0])
+        tasks_B = read_task_ids(hidden_TD, context, self.table.shape[0])
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
 
@@ -94,13 +94,20 @@ def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:
     return turns_NK % num_experts
 
 
-def _task_ids(hidden_TD: Tensor, context: RoutingContext | None, num_tasks: int) -> Tensor:
+def read_task_ids(
+    hidden_TD: Tensor,
+    context: RoutingContext | None,
+    num_tasks: int,
+    *,
+    router: str = "task_gate",
+) -> Tensor:
+    """Give the tasks of the samples, or the one of all; bad ones are a MissingInputError."""
     num_tokens = hidden_TD.shape[0]
     given = None if context is None else context.task_ids
     if given is None:
         if num_tasks > 1:
             raise MissingInputError(
-                f"task_gate knows {num_tasks} tasks, and this forward call names none",
+                f"{router} knows {num_tasks} tasks, and this forward call names none",
                 remedy="run the model inside use_context(RoutingContext(task_ids=...)), one id "
                 "for each sample",
             )
@@ -108,7 +115,7 @@ def _task_ids(hidden_TD: Tensor, context: RoutingContext | None, num_tasks: int)
     tasks_B = given.reshape(-1).to(hidden_TD.device)
     if tasks_B.numel() == 0 or num_tokens % tasks_B.numel():
         raise MissingInputError(
-            f"task_gate has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
+            f"{router} has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
             remedy="give one task id for each sample of the batch",
         )
     if tasks_B.device.type == "cpu" and not 0 <= int(tasks_B.min()) <= int(tasks_B.max()) < (

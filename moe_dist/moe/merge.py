@@ -1,0 +1,348 @@
+"""Experts merged into one before the multiply: ``x·(Σ g_k W_k)ᵀ + Σ g_k b_k``.
+
+Tokens of one group (a task, a sequence, a segment of one) share a merge, which costs as much as K
+tokens and is then used by all of them.
+
+Shapes: T tokens, G groups, K chosen experts, E experts, U used ones, I input width, O output width,
+N numbers of a part of a weight, D model, F neurons of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.moe.dispatch import permute, sort_slots, unpermute
+from moe_dist.moe.experts import Experts, compute_dtype
+from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_linear
+from moe_dist.moe.routing import Routing
+
+MERGE_COST = 4.0
+"""What a multiply-add of a merge costs, in multiply-adds of a product with many tokens: a merge
+reads each weight for a few of them, so memory decides."""
+PART_BYTES = {"cpu": 8 * 2**20}
+"""What merged weights may take at a time: a CPU multiplies them while they are in its cache."""
+PART_BYTES_ELSEWHERE = 256 * 2**20
+GROUPS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Merges:
+    """How one layer's experts come together for G groups of tokens.
+
+    Args:
+        by_linear: for each linear layer of the FFN ("in", "gate" if it is gated, "out") a `Routing`
+            whose rows are groups: (G, K) expert ids and weights, (G, E) logits.
+        group_T: (T,) int64, the group of each token.
+        real_G: (G,) bool, False for groups of padding alone; None if there are none.
+    """
+
+    by_linear: Mapping[str, Routing]
+    group_T: Tensor
+    real_G: Tensor | None = None
+
+
+def linear_names(gated: bool) -> tuple[str, ...]:
+    """Name the linear layers of an FFN, as `Merges` does."""
+    return ("in", "gate", "out") if gated else ("in", "out")
+
+
+def applying_is_cheaper(num_tokens: int, num_groups: int, top_k: int) -> bool:
+    """Whether K products for each token cost less than a merge for each group and one product."""
+    return num_tokens * top_k <= num_tokens + MERGE_COST * top_k * num_groups
+
+
+def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor:
+    """Apply to each token the merge of its group's experts: (T, D), in `compute_dtype`.
+
+    Where the groups have few tokens the K experts are applied instead, which gives the same.
+    """
+    dtype = compute_dtype(hidden_TD)
+    groups = _TokenGroups.of(merges)
+
+    def linear(rows_TI: Tensor, name: str) -> Tensor:
+        weight, bias = getattr(experts, f"w_{name}"), getattr(experts, f"b_{name}")
+        routing = groups.by_linear[name]
+        if weight is None:
+            empty_TO = rows_TI.new_zeros(rows_TI.shape[0], experts.d_model)
+            return empty_TO if bias is None else groups.spread(_merged_bias(bias, routing), dtype)
+        if applying_is_cheaper(len(rows_TI), groups.num_filled, routing.expert_ids.shape[1]):
+            return _apply_experts(rows_TI, weight, bias, routing, groups.group_T)
+        out_TO = cast(
+            Tensor,
+            _MergedLinear.apply(
+                rows_TI, weight, routing.expert_ids, routing.expert_weights, groups.sizes
+            ),
+        )
+        if bias is None:
+            return out_TO
+        return out_TO + groups.spread(_merged_bias(bias, routing), dtype)
+
+    rows_TD = groups.sorted_rows(hidden_TD.to(dtype))
+    if experts.w_in is None:
+        return groups.in_order(linear(rows_TD, "out"))
+    hidden_TF = linear(rows_TD, "in")
+    if experts.gated:
+        hidden_TF = experts.activation(linear(rows_TD, "gate")) * hidden_TF
+    else:
+        hidden_TF = experts.activation(hidden_TF)
+    if experts.dropout:
+        hidden_TF = F.dropout(hidden_TF, experts.dropout, experts.training)
+    return groups.in_order(linear(hidden_TF, "out"))
+
+
+def merged_parameters(experts: Experts, weights_E: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge an FFN once, by each linear layer's (E,) weights: parameters without the E axis."""
+    return {
+        name: torch.tensordot(weights_E[name.partition("_")[2]].to(parameter), parameter, dims=1)
+        for name, parameter in experts.named_parameters(recurse=False)
+    }
+
+
+@dataclass(frozen=True)
+class _TokenGroups:
+    """Tokens sorted by group, and the way back.
+
+    Args:
+        by_linear: as in `Merges`; groups that merge alike are one.
+        group_T: groups of the sorted tokens.
+        sizes: tokens of each group, on the host.
+        order_T: where each sorted token was; None if they were sorted.
+    """
+
+    by_linear: Mapping[str, Routing]
+    group_T: Tensor
+    sizes: list[int]
+    order_T: Tensor | None
+
+    @classmethod
+    def of(cls, merges: Merges) -> _TokenGroups:
+        by_linear, group_T = _joined(merges)
+        num_groups = next(iter(by_linear.values())).expert_ids.shape[0]
+        order_T = None
+        if bool((group_T[1:] < group_T[:-1]).any()):
+            order_T = group_T.argsort(stable=True)
+            group_T = group_T[order_T]
+        sizes = torch.bincount(group_T, minlength=num_groups).tolist()
+        return cls(by_linear, group_T, sizes, order_T)
+
+    @property
+    def num_filled(self) -> int:
+        return sum(size > 0 for size in self.sizes)
+
+    def sorted_rows(self, rows_TD: Tensor) -> Tensor:
+        return rows_TD if self.order_T is None else rows_TD.index_select(0, self.order_T)
+
+    def in_order(self, rows_TD: Tensor) -> Tensor:
+        if self.order_T is None:
+            return rows_TD
+        places_T = torch.empty_like(self.order_T)
+        places_T[self.order_T] = torch.arange(len(places_T), device=places_T.device)
+        return rows_TD.index_select(0, places_T)
+
+    def spread(self, bias_GO: Tensor, dtype: torch.dtype) -> Tensor:
+        return bias_GO.to(dtype).index_select(0, self.group_T)
+
+
+def _joined(merges: Merges) -> tuple[Mapping[str, Routing], Tensor]:
+    """Make groups that merge alike one, unless their weights learn, each from its own tokens."""
+    routings = list(merges.by_linear.values())
+    num_groups = routings[0].expert_ids.shape[0]
+    learns = torch.is_grad_enabled() and any(one.expert_weights.requires_grad for one in routings)
+    if num_groups == 1 or learns:
+        return merges.by_linear, merges.group_T
+    rows = [value.double() for one in routings for value in (one.expert_ids, one.expert_weights)]
+    _, inverse_G = torch.unique(torch.cat(rows, dim=1), dim=0, return_inverse=True)
+    num_unlike = int(inverse_G.max()) + 1
+    if num_unlike == num_groups:
+        return merges.by_linear, merges.group_T
+    # Of the groups that are alike, any will do.
+    chosen_G = inverse_G.new_zeros(num_unlike)
+    chosen_G[inverse_G] = torch.arange(num_groups, device=inverse_G.device)
+    by_linear = {
+        name: replace(
+            one,
+            expert_ids=one.expert_ids[chosen_G],
+            expert_weights=one.expert_weights[chosen_G],
+            logits=None,
+        )
+        for name, one in merges.by_linear.items()
+    }
+    return by_linear, inverse_G[merges.group_T]
+
+
+def _merged_bias(bias_EO: Tensor, routing: Routing) -> Tensor:
+    weights_GK = routing.expert_weights.to(bias_EO.dtype)
+    weights_GE = weights_GK.new_zeros(len(weights_GK), len(bias_EO))
+    return weights_GE.scatter_add(1, routing.expert_ids, weights_GK) @ bias_EO
+
+
+def _apply_experts(
+    rows_TI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, routing: Routing, group_T: Tensor
+) -> Tensor:
+    """Give what the merge gives, with K products for each token."""
+    ids_TK = routing.expert_ids[group_T]
+    weights_TK = routing.expert_weights.index_select(0, group_T)
+    order = sort_slots(ids_TK, weight_EOI.shape[0])
+    weight_EOI = weight_EOI.to(rows_TI.dtype)
+    bias_EO = None if bias_EO is None else bias_EO.to(rows_TI.dtype)
+    rows_SI = permute(rows_TI, order)
+    on_device = can_use_grouped_mm(rows_SI, weight_EOI)
+    own = group_rows(order.tokens_per_expert_E, rows_SI, on_device=on_device)
+    out_SO = grouped_linear(rows_SI, weight_EOI, bias_EO, own)
+    return unpermute(out_SO, Routing(ids_TK, weights_TK), order)
+
+
+class _Mix:
+    """The merge of some groups, for one part of the weights after another.
+
+    Where nearly all experts that are used serve each group, one product with a (G, U) matrix reads
+    them once for all groups; else each group gathers its own K.
+    """
+
+    def __init__(self, ids_GK: Tensor, weights_GK: Tensor, num_experts: int) -> None:
+        self.ids_GK, self.weights_GK = ids_GK, weights_GK
+        used_U, places = torch.unique(ids_GK, return_inverse=True)
+        self._is_dense = used_U.numel() <= 2 * ids_GK.shape[1]
+        self._places_GK = places.view_as(ids_GK)
+        self._used_U = None if used_U.numel() == num_experts else used_U
+        self._weights_GU = weights_GK.new_zeros(ids_GK.shape[0], used_U.numel())
+        self._weights_GU.scatter_add_(1, self._places_GK, weights_GK)
+
+    def merge(self, part_EN: Tensor) -> Tensor:
+        """Merge a part of the stacked weights: (G, N)."""
+        if self._is_dense:
+            return self._weights_GU @ self._used(part_EN)
+        return torch.stack(
+            [
+                own_K @ part_EN[ids_K]
+                for ids_K, own_K in zip(self.ids_GK, self.weights_GK, strict=True)
+            ]
+        )
+
+    def add_gradient(self, grad_GN: Tensor, grad_part_EN: Tensor) -> None:
+        """Add what the experts get of the gradient of the merged part, in place."""
+        if self._is_dense and self._used_U is None:
+            grad_part_EN.addmm_(self._weights_GU.t(), grad_GN)
+        elif self._is_dense:
+            grad_part_EN.index_add_(0, self._used_U, self._weights_GU.t() @ grad_GN)
+        else:
+            for ids_K, own_K, grad_N in zip(self.ids_GK, self.weights_GK, grad_GN, strict=True):
+                grad_part_EN.index_add_(0, ids_K, torch.outer(own_K, grad_N))
+
+    def weight_gradient(self, grad_GN: Tensor, part_EN: Tensor) -> Tensor:
+        """Give the gradient of the (G, K) weights."""
+        if self._is_dense:
+            return (grad_GN @ self._used(part_EN).t()).gather(1, self._places_GK)
+        return torch.stack(
+            [part_EN[ids_K] @ grad_N for ids_K, grad_N in zip(self.ids_GK, grad_GN, strict=True)]
+        )
+
+    def _used(self, part_EN: Tensor) -> Tensor:
+        return part_EN if self._used_U is None else part_EN.index_select(0, self._used_U)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some groups and some output neurons, whose merged weights lie in memory at one time."""
+
+    mix: _Mix
+    groups_C: Tensor
+    rows: list[slice]
+    neurons: slice
+
+    def of(self, weight_EOI: Tensor) -> Tensor:
+        """View these neurons' weights of all experts, (E, N)."""
+        num_experts, _, width = weight_EOI.shape
+        start, stop = self.neurons.start * width, self.neurons.stop * width
+        return weight_EOI.view(num_experts, -1)[:, start:stop]
+
+
+def _parts(
+    weight_EOI: Tensor, ids_GK: Tensor, weights_GK: Tensor, sizes: list[int]
+) -> Iterator[_Part]:
+    num_experts, num_neurons, width = weight_EOI.shape
+    found, start = [], 0
+    for group, size in enumerate(sizes):
+        if size:
+            found.append((group, slice(start, start + size)))
+        start += size
+    room = PART_BYTES.get(weight_EOI.device.type, PART_BYTES_ELSEWHERE)
+    weights_GK = weights_GK.to(weight_EOI.dtype)
+    for first in range(0, len(found), GROUPS_AT_ONCE):
+        chosen = found[first : first + GROUPS_AT_ONCE]
+        which = torch.tensor([group for group, _ in chosen], device=ids_GK.device)
+        mix = _Mix(ids_GK[which], weights_GK[which], num_experts)
+        step = max(1, room // (len(chosen) * width * weight_EOI.element_size()))
+        for neuron in range(0, num_neurons, step):
+            neurons = slice(neuron, min(neuron + step, num_neurons))
+            yield _Part(mix, which, [rows for _, rows in chosen], neurons)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """Rows grouped by merge times merged weights, which no graph keeps: backward merges anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_TI: Tensor,
+        weight_EOI: Tensor,
+        ids_GK: Tensor,
+        weights_GK: Tensor,
+        sizes: list[int],
+    ) -> Tensor:
+        ctx.save_for_backward(rows_TI, weight_EOI, ids_GK, weights_GK)
+        ctx.sizes = sizes
+        out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
+        with torch.autocast(rows_TI.device.type, enabled=False):
+            for part in _parts(weight_EOI, ids_GK, weights_GK, sizes):
+                merged_GOI = _merged(part, weight_EOI, rows_TI.dtype)
+                for rows, own_OI in zip(part.rows, merged_GOI, strict=True):
+                    torch.mm(rows_TI[rows], own_OI.t(), out=out_TO[rows, part.neurons])
+        return out_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_TO: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
+        rows_TI, weight_EOI, ids_GK, weights_GK = ctx.saved_tensors
+        for_rows, for_weight, _, for_choice, _ = ctx.needs_input_grad
+        grad_rows_TI = torch.zeros_like(rows_TI) if for_rows else None
+        grad_EOI = torch.zeros_like(weight_EOI) if for_weight else None
+        grad_GK = torch.zeros_like(weights_GK) if for_choice else None
+        # The gradient of a sum is expanded, which products of its parts would read slowly.
+        grad_TO = grad_TO.contiguous()
+        with torch.autocast(grad_TO.device.type, enabled=False):
+            for part in _parts(weight_EOI, ids_GK, weights_GK, ctx.sizes):
+                own_grads_TO = [grad_TO[rows, part.neurons] for rows in part.rows]
+                if grad_rows_TI is not None:
+                    merged_GOI = _merged(part, weight_EOI, rows_TI.dtype)
+                    for rows, own_OI, own_TO in zip(
+                        part.rows, merged_GOI, own_grads_TO, strict=True
+                    ):
+                        grad_rows_TI[rows].addmm_(own_TO, own_OI)
+                if grad_EOI is None and grad_GK is None:
+                    continue
+                products = [
+                    own_TO.t() @ rows_TI[rows]
+                    for rows, own_TO in zip(part.rows, own_grads_TO, strict=True)
+                ]
+                merged_grad_GN = torch.stack(products).flatten(1).to(weight_EOI.dtype)
+                if grad_EOI is not None:
+                    part.mix.add_gradient(merged_grad_GN, part.of(grad_EOI))
+                if grad_GK is not None:
+                    own_CK = part.mix.weight_gradient(merged_grad_GN, part.of(weight_EOI))
+                    grad_GK.index_add_(0, part.groups_C, own_CK.to(grad_GK.dtype))
+        return grad_rows_TI, grad_EOI, None, grad_GK, None
+
+
+def _merged(part: _Part, weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
+    merged_GN = part.mix.merge(part.of(weight_EOI)).to(dtype)
+    return merged_GN.view(len(part.rows), -1, weight_EOI.shape[2])

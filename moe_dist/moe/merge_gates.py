@@ -1,0 +1,275 @@
+"""Gates that say how experts are merged: for a task, a sequence, or a segment of one.
+
+All read what the FFN reads, also those of its later linear layers, so that a decision for all of
+them costs one mean.
+
+Shapes: B batch, S sequence, T tokens, G groups, D model, E experts, K active experts, N tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.experts import compute_dtype
+from moe_dist.moe.gates import sentence_mask
+from moe_dist.moe.merge import Merges
+from moe_dist.moe.noise import normal_rows
+from moe_dist.moe.routing import Routing, RoutingContext
+from moe_dist.moe.task_routers import read_task_ids
+
+LEAST_NOISE = 1e-2
+REDUCTION = 64
+_GATES_APART = 1 << 40
+
+
+class NoisyTopK(nn.Module):
+    """One linear layer's gate: scores ``x·W_g``, in training with noise of a size that is learned.
+
+    W_g and W_n start at zero: all experts are as good at first, and noise alone tries them.
+    Of equal scores the first experts' are taken, on every device. The K weights sum to 1.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K.
+        seed: of the noise; give each gate its own.
+
+    Source: arXiv:1701.06538, as MEO (2023.emnlp-main.907) uses it.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, *, top_k: int, seed: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.seed = seed
+        self.gate = nn.Linear(d_model, num_experts, bias=False)
+        self.noise = nn.Linear(d_model, num_experts, bias=False)
+        if not self.gate.weight.is_meta:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.noise.weight)
+
+    def forward(
+        self, input_GD: Tensor, context: RoutingContext | None, dtype: torch.dtype
+    ) -> Routing:
+        """Choose for each group; the context numbers the groups' samples, for the noise."""
+        with torch.autocast(input_GD.device.type, enabled=False):
+            input_GD = input_GD.to(self.gate.weight.dtype)
+            clean_GE = F.linear(input_GD, self.gate.weight).float()
+            scores_GE, noise_std_GE = clean_GE, None
+            if self.training:
+                noise_std_GE = F.softplus(F.linear(input_GD, self.noise.weight).float())
+                noise_std_GE = noise_std_GE + LEAST_NOISE
+                drawn_GE = normal_rows(
+                    clean_GE.shape, context, salt=2 * self.seed, device=clean_GE.device
+                )
+                scores_GE = clean_GE + drawn_GE.to(clean_GE.dtype) * noise_std_GE
+            sorted_GE, ids_GE = scores_GE.sort(dim=-1, descending=True, stable=True)
+            weights_GK = sorted_GE[:, : self.top_k].softmax(dim=-1)
+            return Routing(
+                ids_GE[:, : self.top_k],
+                weights_GK.to(dtype),
+                scores_GE,
+                clean_logits=clean_GE,
+                noise_std=noise_std_GE,
+            )
+
+
+class MergeGate(nn.Module):
+    """What all merge gates share: a `NoisyTopK` for each linear layer, or one for all.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        linears: names of the FFN's linear layers (`moe_dist.moe.merge.linear_names`).
+        top_k: experts in a merge, K.
+        one_gate: choose alike for all linear layers.
+        seed: of noise and starts; give each layer its own.
+
+    Raises:
+        ValueError: if top_k does not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        linears: Sequence[str],
+        top_k: int = 1,
+        one_gate: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.linears = tuple(linears)
+        self.seed = seed
+        self.name = ""
+        names = ("ffn",) if one_gate else self.linears
+        self.gates = nn.ModuleDict(
+            {
+                name: NoisyTopK(d_model, num_experts, top_k=top_k, seed=seed + index * _GATES_APART)
+                for index, name in enumerate(names)
+            }
+        )
+
+    @property
+    def has_one_gate(self) -> bool:
+        """Whether all linear layers are merged alike."""
+        return "ffn" in self.gates
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
+        """Decide how the experts of each group of tokens come together."""
+        raise NotImplementedError
+
+    def prepare(self, hidden_TD: Tensor) -> Tensor:
+        """Change each token before the experts see it; here not at all."""
+        return hidden_TD
+
+    def choose(
+        self, input_GD: Tensor, context: RoutingContext | None, dtype: torch.dtype
+    ) -> dict[str, Routing]:
+        """Choose for each linear layer and group."""
+        chosen = {name: gate(input_GD, context, dtype) for name, gate in self.gates.items()}
+        return {name: chosen["ffn" if self.has_one_gate else name] for name in self.linears}
+
+
+class TaskMergeGate(MergeGate):
+    """Merges for each task: a gate on the task's embedding; without training it is constant.
+
+    Args:
+        num_tasks: N.
+        d_model: D, also of the embeddings, which start at random.
+        num_experts: E.
+        linears: see `MergeGate`.
+        top_k: K.
+        one_gate: see `MergeGate`.
+        seed: see `MergeGate`. Noise is drawn once a task and step: its tokens share a merge.
+
+    Source: MEO's task level, 2023.emnlp-main.907.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        d_model: int,
+        num_experts: int,
+        *,
+        linears: Sequence[str],
+        top_k: int = 1,
+        one_gate: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            d_model, num_experts, linears=linears, top_k=top_k, one_gate=one_gate, seed=seed
+        )
+        self.num_tasks = num_tasks
+        self.task_embeddings = nn.Parameter(torch.empty(num_tasks, d_model))
+        if not self.task_embeddings.is_meta:
+            _draw(self.task_embeddings, seed)
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
+        """Merge for each task that the context names.
+
+        Tasks that are missing or unknown are a MissingInputError.
+        """
+        tasks_B = read_task_ids(hidden_TD, context, self.num_tasks, router="merged_task")
+        present_G, group_B = torch.unique(tasks_B, return_inverse=True)
+        drawn = RoutingContext(
+            sample_ids=present_G, noise_seed=None if context is None else context.noise_seed
+        )
+        chosen = self.choose(self.task_embeddings[present_G], drawn, compute_dtype(hidden_TD))
+        length = hidden_TD.shape[0] // max(1, tasks_B.numel())
+        return Merges(chosen, group_B.repeat_interleave(length))
+
+
+class SequenceMergeGate(MergeGate):
+    """Merges for each sequence: a gate on the mean of its hidden states, padding left out.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        linears: see `MergeGate`.
+        top_k: K.
+        one_gate: see `MergeGate`.
+        seed: see `MergeGate`. Each sequence draws its own noise.
+
+    Source: MEO's sequence level, 2023.emnlp-main.907.
+    """
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
+        """Merge for each sequence.
+
+        It is a MissingInputError if the context does not tell where sequences end.
+        """
+        mask_BS = sentence_mask(hidden_TD, context, router="merged_sequence")
+        num_sequences, length = mask_BS.shape
+        hidden_BSD = hidden_TD.view(num_sequences, length, -1).float() * mask_BS.unsqueeze(-1)
+        mean_BD = hidden_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
+        groups_B = torch.arange(num_sequences, device=hidden_TD.device)
+        return Merges(
+            self.choose(mean_BD, context, compute_dtype(hidden_TD)),
+            groups_B.repeat_interleave(length),
+            mask_BS.any(dim=1),
+        )
+
+
+class TokenMergeGate(SequenceMergeGate):
+    """Merges for each sequence, and adds a small network of each token to what the experts read.
+
+    ``x + up(relu(down(x)))``, of a width of D / 64; `up` starts at zero. That it comes before the
+    experts is ours.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        linears: see `MergeGate`.
+        top_k: K.
+        one_gate: see `MergeGate`.
+        seed: see `MergeGate`.
+
+    Source: MEO's token level, 2023.emnlp-main.907.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        linears: Sequence[str],
+        top_k: int = 1,
+        one_gate: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            d_model, num_experts, linears=linears, top_k=top_k, one_gate=one_gate, seed=seed
+        )
+        width = max(1, d_model // REDUCTION)
+        self.down = nn.Linear(d_model, width)
+        self.up = nn.Linear(width, d_model)
+        if not self.down.weight.is_meta:
+            _draw(self.down.weight, seed, std=d_model**-0.5)
+            nn.init.zeros_(self.down.bias)
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def prepare(self, hidden_TD: Tensor) -> Tensor:
+        """Add each token's own part."""
+        return cast(Tensor, hidden_TD + self.up(F.relu(self.down(hidden_TD))))
+
+
+def _draw(parameter: Tensor, seed: int, std: float = 1.0) -> None:
+    """Fill with normal numbers that the seed alone decides."""
+    start = torch.empty(parameter.shape, device="cpu")
+    start.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        parameter.copy_(start)
+
+
+__all__ = ["MergeGate", "NoisyTopK", "SequenceMergeGate", "TaskMergeGate", "TokenMergeGate"]
