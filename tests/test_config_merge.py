@@ -48,6 +48,14 @@ def only_fault(**changes: dict[str, Any]) -> str:
 
 
 @every_level
+@pytest.mark.parametrize("key", ["z_loss_weight", "entropy_weight"])
+def test_losses_over_tokens_are_none_of_groups(router: str, key: str) -> None:
+    fault = only_fault(moe={"router": router}, distill={key: 0.1})
+    assert "speak of groups of tokens; set it to 0" in fault
+    assert build(distill={"load_balancing_weight": 0.1}).moe.merges
+
+
+@every_level
 @pytest.mark.parametrize("combine", ["auto", "merge"])
 def test_a_merged_router_says_how_experts_come_together(router: str, combine: str) -> None:
     moe = build(moe={"router": router, "combine": combine}).moe

@@ -81,6 +81,14 @@ def _merging_leaves_no_room(config: RunConfig) -> Iterator[str]:
                 f"moe.{key}={value:g} is the noise of other gates, and those of moe.router="
                 f"{moe.router} learn how much noise they draw; set it to 0."
             )
+    for key in ("z_loss_weight", "entropy_weight"):
+        value = getattr(config.distill, key)
+        if value > 0:
+            yield (
+                f"distill.{key}={value:g} is over what gates say of each token, and those of "
+                f"moe.router={moe.router} speak of groups of tokens; set it to 0 "
+                "(distill.load_balancing_weight is over groups)."
+            )
     if moe.gate_scale != "straight_through":
         yield (
             f"moe.gate_scale={moe.gate_scale} scales what one expert gives, and the weights of "
@@ -123,6 +131,8 @@ MERGE_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "moe.gate_scale",
             "moe.task_map",
             "moe.fit_output",
+            "distill.z_loss_weight",
+            "distill.entropy_weight",
         ),
     ),
     (_merged_by_sequence_on_one_rank, (*_MERGE, "parallel.ep_size")),

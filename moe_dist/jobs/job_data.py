@@ -19,7 +19,7 @@ from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
 from moe_dist.data.tasks import Split
 from moe_dist.jobs.results import save_predictions
-from moe_dist.measure.evaluation import Predictions
+from moe_dist.measure.evaluation import Predictions, add_by_layer
 from moe_dist.moe.routing import use_task
 from moe_dist.tasks import Answered, Figures, TaskKind, head_kind
 from moe_dist.training.collectives import num_ranks, own_rank
@@ -39,10 +39,11 @@ class Measured:
     Args:
         metrics: by name; see `joined_metrics`.
         split: what it was measured on.
-        tokens_per_expert: (E,) counts of real tokens by layer, of all tasks together.
+        tokens_per_expert: as in `Predictions`, of all tasks together.
         figures: of each task's units, by its name ("" where there is one task).
         calibrations: what each task's answers were read with, by its name; none where nothing is
             chosen.
+        routing_sums: as in `Predictions`, of all tasks together.
     """
 
     metrics: dict[str, float]
@@ -50,6 +51,7 @@ class Measured:
     tokens_per_expert: dict[str, Tensor]
     figures: dict[str, Figures] = field(default_factory=dict)
     calibrations: dict[str, float] = field(default_factory=dict)
+    routing_sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
     figures: dict[str, Figures] = {}
     calibrations: dict[str, float] = {}
     loads: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
     parts = data.parts
     for number, (name, part) in enumerate(parts.items()):
         answer = partial(predict, options=part.splits.task.options)
@@ -268,9 +271,10 @@ def measure(data: AnyJobData, predict: Predict, split: Split = "dev") -> Measure
         if calibration is not None:
             calibrations[name] = calibration
         figures[name] = part.figures(found.answers, split, calibration)
-        _add_loads(loads, found)
+        add_by_layer(loads, found.tokens_per_expert)
+        add_by_layer(gates, found.routing_sums)
     metrics = {name: parts[name].metrics(one) for name, one in figures.items()}
-    return Measured(joined_metrics(metrics), split, loads, figures, calibrations)
+    return Measured(joined_metrics(metrics), split, loads, figures, calibrations, gates)
 
 
 def count_use(data: AnyJobData, predict: Predict, split: Split) -> dict[str, Tensor]:
@@ -281,13 +285,9 @@ def count_use(data: AnyJobData, predict: Predict, split: Split) -> dict[str, Ten
     loads: dict[str, Tensor] = {}
     for number, (name, part) in enumerate(data.parts.items()):
         with use_task(number if name else None):
-            _add_loads(loads, predict(part.part(split), options=part.splits.task.options))
+            found = predict(part.part(split), options=part.splits.task.options)
+            add_by_layer(loads, found.tokens_per_expert)
     return loads
-
-
-def _add_loads(loads: dict[str, Tensor], found: Predictions) -> None:
-    for layer, count_E in found.tokens_per_expert.items():
-        loads[layer] = loads[layer] + count_E if layer in loads else count_E
 
 
 def save_answers(data: AnyJobData, measured: Measured, path: Path) -> None:

@@ -15,7 +15,7 @@ from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.distributed.position import advancing
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
-from moe_dist.training.step import expert_counts
+from moe_dist.training.step import expert_counts, routing_sums
 from moe_dist.training.transfer import ahead
 
 
@@ -25,11 +25,13 @@ class Predictions:
 
     Args:
         answers: (N, C) float32 in the data set's order, on the CPU: `TaskKind.answer`.
-        tokens_per_expert: (E,) counts of real tokens by layer.
+        tokens_per_expert: by layer what `expert_counts` gives.
+        routing_sums: by layer with a gate what `routing_sums` gives.
     """
 
     answers: Tensor
     tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)
+    routing_sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 def predict(
@@ -64,6 +66,7 @@ def predict(
     model.eval()
     sums_NC: Tensor | None = None
     loads: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
     batches = eval_batches(
         encoded,
         batch_size=batch_size,
@@ -83,14 +86,32 @@ def predict(
                     sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)
                 answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)
                 sums_NC.index_add_(0, batch["index"], answers_BC)
-                for name, count_E in expert_counts(record).items():
-                    loads[name] = loads[name] + count_E if name in loads else count_E
+                add_by_layer(loads, expert_counts(record))
+                add_by_layer(gates, routing_sums(record))
     finally:
         model.train(was_training)
     assert sums_NC is not None, "every rank has at least one batch"
     answers_NC = sum_over_ranks(sums_NC)
-    loads = {name: sum_over_ranks(count_E).cpu() for name, count_E in loads.items()}
-    return Predictions(answers_NC.cpu(), loads)
+    loads, gates = (
+        {name: sum_over_ranks(total).cpu() for name, total in sums.items()}
+        for sums in (loads, gates)
+    )
+    return Predictions(answers_NC.cpu(), loads, gates)
+
+
+def add_by_layer(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add to sums by layer, in place."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def gate_entropy(routing_sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Give the mean entropy, in nats, of what each layer's gate says of a token or a merge."""
+    return {
+        name: float(entropy / count)
+        for name, (entropy, count, _, _) in routing_sums.items()
+        if count > 0
+    }
 
 
 def expert_load(tokens_per_expert: Mapping[str, Tensor]) -> dict[str, list[float]]:

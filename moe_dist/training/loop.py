@@ -29,7 +29,13 @@ from moe_dist.errors import NonFiniteLossError, TrainingError
 from moe_dist.losses.total import CountKind, LossWeight, weighted_total
 from moe_dist.moe.routing import use_samples, use_task
 from moe_dist.timeline import mark
-from moe_dist.training.balance import Choices, balance_term, count_choices, sum_choices
+from moe_dist.training.balance import (
+    Choices,
+    balance_term,
+    count_choices,
+    made_choices,
+    sum_choices,
+)
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.metric_window import LogWindow
 from moe_dist.training.step import StepTerms
@@ -365,7 +371,7 @@ def _take_step(
             computed = compute_terms(engine.module, micro_batch)
             terms = dict(computed.terms)
             if computed.gate_sums:
-                choices = choices or sum_choices([computed.tokens_per_expert])
+                choices = choices or sum_choices([made_choices(computed)])
                 terms["load_balancing"] = balance_term(computed.gate_sums, choices)
             total, values = weighted_total(terms, coefficients, counts)
         engine.backward(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.conversion.attention import record_attention
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import hidden_stacks
-from moe_dist.losses.router import router_entropy, router_z_loss, token_entropy
+from moe_dist.losses.router import noisy_load, router_entropy, router_z_loss, token_entropy
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.tasks import TaskKind
@@ -30,15 +30,18 @@ from moe_dist.training.objectives import (
 
 @dataclass(frozen=True)
 class GateSum:
-    """Router probabilities of one layer, summed over real tokens.
+    """What one gate gives real tokens, or the groups of them that share a merge, summed.
 
     Args:
-        probability_E: with its graph.
-        top_k: experts of each token.
+        probability_E: each expert's probability; of merged experts its weight in the merges. With
+            its graph.
+        top_k: experts of each token or group.
+        load_E: of merged experts how many merges each would be in, with its graph; else None.
     """
 
     probability_E: Tensor
     top_k: int
+    load_E: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class StepTerms:
 
     Args:
         terms: loss terms by name, undivided and unweighted.
-        tokens_per_expert: (E,) float32 counts of real tokens by layer, on the model's device.
+        tokens_per_expert: by layer what `expert_counts` gives, on the model's device.
         routing_sums: by layer what `routing_sums` gives.
         gate_sums: by layer with a gate, for the load-balancing loss, which needs the choices of
             the whole step (`moe_dist.training.balance`); empty where it is not asked for.
@@ -131,15 +134,19 @@ def distill_terms(
 
 
 def expert_counts(record: RoutingRecord) -> dict[str, Tensor]:
-    """Count each expert's real tokens, (E,) float32 by layer, without a device sync."""
+    """Count each expert's real tokens, (E,) float32 by layer, without a device sync.
+
+    Of merged experts it is by gate: each expert's part of the merges, of which each counts 1.
+    """
     counts: dict[str, Tensor] = {}
     for position, entry in enumerate(record.entries):
-        ids = entry.routing.expert_ids
-        ones = torch.ones_like(ids, dtype=torch.float32)
+        routing = entry.routing
+        parts_TK = torch.ones_like(routing.expert_ids, dtype=torch.float32)
+        if _merges(entry):
+            parts_TK = routing.expert_weights.detach().float()
         if entry.mask_T is not None:
-            ones = ones * entry.mask_T.reshape(-1, 1)
-        count_E = torch.zeros(entry.num_experts, dtype=torch.float32, device=ids.device)
-        count_E.scatter_add_(0, ids.reshape(-1), ones.reshape(-1))
+            parts_TK = parts_TK * entry.mask_T.reshape(-1, 1)
+        count_E = _by_expert(routing.expert_ids, parts_TK, entry.num_experts)
         name = _layer_name(entry, position)
         counts[name] = counts[name] + count_E if name in counts else count_E
     return counts
@@ -174,18 +181,54 @@ def routing_sums(record: RoutingRecord) -> dict[str, Tensor]:
 
 
 def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
-    """Add up the gates' probabilities of each expert; layers without a gate are left out."""
+    """Add up what the gates give each expert; layers without a gate are left out."""
     sums: dict[str, GateSum] = {}
     for position, entry in enumerate(record.entries):
         if entry.routing.logits is None:
             continue
-        logits_TE, ids_TK = _real_tokens(entry)
-        probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0)
+        own = _merge_sum(entry) if _merges(entry) else _probability_sum(entry)
         name = _layer_name(entry, position)
-        if name in sums:
-            probability_E = sums[name].probability_E + probability_E
-        sums[name] = GateSum(probability_E, ids_TK.shape[1])
+        sums[name] = _added(sums[name], own) if name in sums else own
     return sums
+
+
+def _probability_sum(entry: LayerRouting) -> GateSum:
+    logits_TE, ids_TK = _real_tokens(entry)
+    return GateSum(logits_TE.float().softmax(dim=-1).sum(dim=0), ids_TK.shape[1])
+
+
+def _merge_sum(entry: LayerRouting) -> GateSum:
+    """Sum the weights in the merges of groups, and how likely each expert is in one."""
+    routing = entry.routing
+    clean_GE, scores_GE, std_GE = routing.clean_logits, routing.logits, routing.noise_std
+    assert clean_GE is not None and scores_GE is not None
+    top_k = routing.expert_ids.shape[1]
+    real_G1 = torch.ones_like(scores_GE[:, :1]) if entry.mask_T is None else entry.mask_T[:, None]
+    weights_GK = routing.expert_weights.float() * real_G1
+    if std_GE is None:
+        load_E = _by_expert(
+            routing.expert_ids, torch.ones_like(weights_GK) * real_G1, entry.num_experts
+        )
+    else:
+        load_E = (noisy_load(clean_GE, scores_GE, std_GE, top_k) * real_G1).sum(dim=0)
+    return GateSum(_by_expert(routing.expert_ids, weights_GK, entry.num_experts), top_k, load_E)
+
+
+def _added(one: GateSum, other: GateSum) -> GateSum:
+    load_E = one.load_E
+    if load_E is not None and other.load_E is not None:
+        load_E = load_E + other.load_E
+    return GateSum(one.probability_E + other.probability_E, other.top_k, load_E)
+
+
+def _by_expert(ids_TK: Tensor, parts_TK: Tensor, num_experts: int) -> Tensor:
+    zeros_E = torch.zeros(num_experts, dtype=torch.float32, device=ids_TK.device)
+    return zeros_E.scatter_add(0, ids_TK.reshape(-1), parts_TK.reshape(-1))
+
+
+def _merges(entry: LayerRouting) -> bool:
+    """Whether rows are groups that share a merge: their gates alone keep scores without noise."""
+    return entry.routing.clean_logits is not None
 
 
 def _layer_name(entry: LayerRouting, position: int) -> str:

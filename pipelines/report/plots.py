@@ -294,9 +294,14 @@ def _ticks(count: int) -> list[int]:
 
 
 def short_layer_name(layer: str) -> str:
-    """Keep what tells layers apart: `encoder 3`, or just the number where there is no stack."""
+    """Keep what tells layers apart: `encoder 3`, or just the number where there is no stack.
+
+    Of merged experts also the linear layer, as in `3 out`.
+    """
     number = re.search(r"\.(\d+)(?:\.|$)", layer)
     if number is None:
         return layer
     stack = re.search(r"(encoder|decoder)", layer)
-    return f"{stack[1]} {number[1]}" if stack else number[1]
+    linear = layer.rpartition(".")[2]
+    words = [*([stack[1]] if stack else []), number[1]]
+    return " ".join(words + ([linear] if linear in ("in", "gate", "out") else []))

@@ -273,6 +273,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"**{sentence[:1].upper()}{sentence[1:]}.**\n" for sentence in latency_lines(report)),
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
+        *_markdown_gates(report),
         *_markdown_imitation(report),
         f"Intervals are from a paired bootstrap over the dev {unit_of(report)}s. One training run "
         "of each model stands behind them, so they say nothing of other seeds; `moe-dist seeds` "
@@ -287,6 +288,30 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["mlflow"]["run_id"]:
         lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
     return hide_secrets("\n".join(lines))
+
+
+def _markdown_gates(report: Mapping[str, Any]) -> list[str]:
+    """How undecided each model's gates are, and how evenly its experts are used."""
+    rows = [
+        [
+            name,
+            f"{gates['mean_entropy']:.2f} of {gates['max_entropy']:.2f}",
+            f"× {gates['worst_load_imbalance']:.2f}",
+        ]
+        for name in model_names(report)
+        if (gates := report[name].get("gates"))
+    ]
+    if not rows:
+        return []
+    head = ["gates of", "entropy, nats", "busiest expert over the mean"]
+    return [
+        *markdown_table(head, rows),
+        "",
+        "On the dev rows: entropy is the mean over layers (of merged experts over their gates), "
+        "load that of the layer with the most uneven one. Of merged experts load is their part of "
+        "the merges.",
+        "",
+    ]
 
 
 def _markdown_imitation(report: Mapping[str, Any]) -> list[str]:

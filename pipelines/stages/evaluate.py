@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         for name, lines in answers.remarks.items():
             model, _, before = name.partition("/")
             entries[model]["_".join(filter(None, ("remarks", before)))] = lines
+        for name, found in answers.gates.items():
+            entries[name]["gates"] = found
         near, differences = describe_imitation(answers.imitation, STUDENT, BEFORE)
         save_imitation(answers.imitation, stage.directory / PREDICTIONS)
         for name, found in near.items():
@@ -237,6 +240,7 @@ class Answers:
         num_threads: CPU threads that torch used.
         calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
         remarks: by model what its answers show that no metric does; see `TaskKind.remarks`.
+        gates: for each final model with learned gates, how they decide; see `describe_gates`.
     """
 
     tasks: dict[str, TaskAnswers]
@@ -245,6 +249,7 @@ class Answers:
     num_threads: int
     calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def predict_all(
@@ -259,7 +264,7 @@ def predict_all(
     from moe_dist.data.loaders import bounded_batch
     from moe_dist.inference.saving import load_tokenizer
     from moe_dist.jobs.job_data import job_data
-    from moe_dist.measure.evaluation import expert_load, predict
+    from moe_dist.measure.evaluation import expert_load, gate_entropy, predict
 
     tokenizer = load_tokenizer(models[TEACHER][0])
     data = job_data(workspace.rows, tokenizer, max_length=workspace.config.model.max_length)
@@ -274,6 +279,7 @@ def predict_all(
     loads: dict[str, dict[str, list[float]]] = {}
     calibrations: dict[str, dict[str, float]] = {}
     remarks: dict[str, list[str]] = {}
+    gates: dict[str, dict[str, Any]] = {}
     steps = itertools.count(1)
     batch_size = bounded_batch(
         PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
@@ -308,6 +314,9 @@ def predict_all(
             calibrations[name] = found.calibrations
         if found.tokens_per_expert and name in final_models(loaded):
             loads[name] = expert_load(found.tokens_per_expert)
+            entropies = gate_entropy(found.routing_sums)
+            if entropies:
+                gates[name] = describe_gates(entropies, loads[name])
         advance()
     imitation = measure_imitation(
         loaded,
@@ -316,7 +325,30 @@ def predict_all(
         batch_size=batch_size,
         advance=advance,
     )
-    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations, remarks)
+    return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations, remarks, gates)
+
+
+def describe_gates(
+    entropies: Mapping[str, float], loads: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Say how a model's gates decide on the dev rows.
+
+    Args:
+        entropies: the mean entropy of each gate, in nats.
+        loads: each expert's share of its layer's tokens or merges; layers as in `entropies`.
+
+    Returns:
+        `entropy` by gate, their mean (`mean_entropy`) and the most that it could be
+        (`max_entropy`), and the busiest expert's load over the mean of the worst gate
+        (`worst_load_imbalance`).
+    """
+    most = [math.log(len(loads[name])) for name in entropies]
+    return {
+        "entropy": dict(entropies),
+        "mean_entropy": sum(entropies.values()) / len(entropies),
+        "max_entropy": sum(most) / len(most),
+        "worst_load_imbalance": max(max(loads[name]) * len(loads[name]) for name in entropies),
+    }
 
 
 def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:

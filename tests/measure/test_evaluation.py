@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from moe_dist.data.loaders import collate
 from moe_dist.measure import evaluation
-from moe_dist.measure.evaluation import expert_load, predict
+from moe_dist.measure.evaluation import expert_load, gate_entropy, predict
 from tests.training.tiny import PAD, model_inputs, tiny_bert, tiny_data, tiny_student
 
 CPU = torch.device("cpu")
@@ -52,6 +54,18 @@ def test_loads_are_those_of_real_tokens() -> None:
     for shares in expert_load(answers.tokens_per_expert).values():
         assert sum(shares) == pytest.approx(1.0) and len(shares) == 4
     assert expert_load({"idle": torch.zeros(2)}) == {"idle": [0.0, 0.0]}
+
+
+def test_gates_tell_how_undecided_they_are() -> None:
+    student = tiny_student(tiny_bert())
+    answers = predict(student, tiny_data(11), batch_size=4, pad_token_id=PAD, device=CPU)
+    entropies = gate_entropy(answers.routing_sums)
+    assert entropies.keys() == answers.tokens_per_expert.keys()
+    assert all(0 < entropy <= math.log(4) + 1e-6 for entropy in entropies.values())
+    assert gate_entropy({"unused": torch.zeros(4)}) == {}
+    hashed = tiny_student(tiny_bert(), router="hash_random")
+    answers = predict(hashed, tiny_data(3), batch_size=2, pad_token_id=PAD, device=CPU)
+    assert answers.routing_sums == {}
 
 
 def test_the_mode_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

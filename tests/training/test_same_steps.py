@@ -17,6 +17,7 @@ from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.losses.total import LossWeight
 from moe_dist.metric_log import MetricLog
 from moe_dist.moe.gates import Gate
+from moe_dist.moe.merge_gates import NoisyTopK
 from moe_dist.training.loop import LoopSettings, train
 from moe_dist.training.step import distill_terms
 from tests.training.tiny import tiny_batches, tiny_bert, tiny_student
@@ -35,12 +36,19 @@ class Setting:
     gate: dict[str, float] = field(default_factory=dict)
     terms: dict[str, bool] = field(default_factory=dict)
     top_k: int = 1
+    ep_size: int = 2
 
 
 SETTINGS = {
     "balance": Setting("token_gate", terms={"load_balancing": True}),
     "balance of two experts": Setting("token_gate", terms={"load_balancing": True}, top_k=2),
     "balance of sentences": Setting("sentence_gate", terms={"load_balancing": True}),
+    "balance of merged sequences": Setting(
+        "merged_sequence", terms={"load_balancing": True}, top_k=2, ep_size=1
+    ),
+    "balance of merged tasks": Setting(
+        "merged_task", terms={"load_balancing": True}, top_k=2, ep_size=1
+    ),
     "z-loss and entropy": Setting("token_gate", terms={"z_loss": True, "entropy": True}),
     "noise": Setting("token_gate", gate={"gate_noise": 0.5}),
     "noise on sentences": Setting("sentence_gate", gate={"gate_noise": 0.5}),
@@ -115,14 +123,14 @@ def spread_gates(student: Any) -> None:
     """Scores far apart, so that load is uneven and each choice is certain at any rounding."""
     generator = torch.Generator().manual_seed(5)
     for module in student.modules():
-        if isinstance(module, Gate):
+        if isinstance(module, Gate | NoisyTopK):
             for parameter in module.parameters():
                 torch.nn.init.normal_(parameter, generator=generator)
 
 
 def run_ranks(rank: int, world: int, directory: Path) -> None:
     for name, setting in SETTINGS.items():
-        for accumulation, ep_size in ((1, 1), (2, 2)):
+        for accumulation, ep_size in ((1, 1), (2, setting.ep_size)):
             out = directory / f"{name}-{world}-{accumulation}.safetensors"
             run(setting, out, accumulation=accumulation, rank=rank, world=world, ep_size=ep_size)
 

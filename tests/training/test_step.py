@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.losses.router import router_entropy, router_z_loss
-from moe_dist.moe.routing import record_routing
-from moe_dist.training.balance import balance_term, count_choices, sum_choices
+from moe_dist.losses.router import noisy_load, router_entropy, router_z_loss, squared_variation
+from moe_dist.moe.merge_gates import NoisyTopK
+from moe_dist.moe.routing import record_routing, use_samples
+from moe_dist.training.balance import balance_term, count_choices, made_choices, sum_choices
 from moe_dist.training.step import (
     StepTerms,
     distill_terms,
@@ -117,6 +118,64 @@ def test_router_terms_are_means_over_layers_weighed_by_tokens() -> None:
     assert found["z_loss"] == pytest.approx(z_loss * num_tokens, rel=1e-5)
     entropy = sum(router_entropy(x).item() for x in logits) / 2
     assert found["router_entropy"] == pytest.approx(entropy * num_tokens, rel=1e-5)
+
+
+MERGED = pytest.mark.parametrize("router", ["merged_task", "merged_sequence", "merged_token"])
+
+
+def merged_student(router: str, teacher: Any, **options: Any) -> Any:
+    """Gates that are no longer zero, in training mode."""
+    student = tiny_student(teacher, router=router, num_tasks=1, **({"top_k": 2} | options))
+    torch.manual_seed(4)
+    for module in student.modules():
+        if isinstance(module, NoisyTopK):
+            torch.nn.init.normal_(module.gate.weight)
+    return student.train()
+
+
+@MERGED
+def test_the_balance_of_merges_is_that_of_their_groups(router: str) -> None:
+    teacher = freeze(tiny_bert(dropout=0.0))
+    student, batch = merged_student(router, teacher), tiny_batch()
+    samples = torch.arange(len(batch["labels"]))
+    with use_samples(samples, 7), record_routing() as record:
+        student(**model_inputs(student, batch))
+    with use_samples(samples, 7):
+        computed = distill_terms(student, teacher, batch, load_balancing=True)
+        wide = distill_terms(student, teacher, padded(batch, 5), load_balancing=True)
+    expected = []
+    for entry in record.entries:
+        routing = entry.routing
+        assert routing.clean_logits is not None and routing.noise_std is not None
+        assert routing.logits is not None
+        weights_GE = torch.zeros(routing.logits.shape)
+        weights_GE.scatter_(1, routing.expert_ids, routing.expert_weights)
+        load_GE = noisy_load(routing.clean_logits, routing.logits, routing.noise_std, top_k=2)
+        expected.append(squared_variation(weights_GE.sum(0)) + squared_variation(load_GE.sum(0)))
+        assert len(load_GE) == (1 if router == "merged_task" else len(samples))
+        # Each merge counts 1, whatever its group's tokens and K.
+        assert float(computed.tokens_per_expert[entry.name].sum()) == pytest.approx(len(load_GE))
+    assert len(expected) == 2 * 2  # two layers, each with two linear layers
+    term = balance_term(computed.gate_sums, made_choices(computed))
+    assert float(term.sum) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    padding = balance_term(wide.gate_sums, made_choices(wide))
+    assert float(padding.sum) == pytest.approx(float(term.sum), rel=1e-4)
+    term.sum.backward()
+    gates = [module for module in student.modules() if isinstance(module, NoisyTopK)]
+    for gate in gates:
+        for weight in (gate.gate.weight, gate.noise.weight):
+            assert weight.grad is not None and float(weight.grad.abs().sum()) > 0
+
+
+@MERGED
+def test_merges_that_use_all_experts_have_an_even_load(router: str) -> None:
+    teacher = freeze(tiny_bert(dropout=0.0))
+    student, batch = merged_student(router, teacher, top_k=4), tiny_batch()
+    computed = distill_terms(student, teacher, batch, load_balancing=True)
+    for gate in computed.gate_sums.values():
+        assert gate.load_E is not None
+        assert float(squared_variation(gate.load_E)) == 0
+        assert float(squared_variation(gate.probability_E)) > 0
 
 
 def test_hash_routing_has_no_router_terms() -> None:

@@ -102,6 +102,8 @@ def test_expert_load_of_unequal_layers(tmp_path: Path) -> None:
 def test_layer_names_are_short() -> None:
     assert plots.short_layer_name("bert.encoder.layer.3.intermediate") == "encoder 3"
     assert plots.short_layer_name("transformer.h.11.mlp") == "11"
+    assert plots.short_layer_name("transformer.h.11.mlp.out") == "11 out"
+    assert plots.short_layer_name("bert.encoder.layer.3.in") == "encoder 3 in"
     assert plots.short_layer_name("moe") == "moe"
 
 

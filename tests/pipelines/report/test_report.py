@@ -20,6 +20,7 @@ from pipelines.report.report import (
     verdict,
     verdict_lines,
 )
+from pipelines.stages.evaluate import describe_gates
 
 
 def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str, Any]:
@@ -98,6 +99,16 @@ def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> N
         "× 0.250",
     ):
         assert piece in text
+
+
+def test_gates_that_learn_have_a_table(report: dict[str, Any]) -> None:
+    # A router without a gate says nothing, nor did reports of earlier versions.
+    assert "entropy" not in to_markdown(report)
+    report["student"]["gates"] = describe_gates(
+        {"layer.0.in": 0.5, "layer.0.out": 1.0},
+        {"layer.0.in": [0.5, 0.25, 0.25, 0.0], "layer.0.out": [0.25] * 4},
+    )
+    assert "| student | 0.75 of 1.39 | × 2.00 |" in to_markdown(report)
 
 
 def nearness(hidden: float | None) -> dict[str, Any]:
