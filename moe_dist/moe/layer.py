@@ -73,6 +73,8 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.name = name
+        if isinstance(router, MergeGate):
+            router.name = name
         self.capacity = capacity
 
     @property

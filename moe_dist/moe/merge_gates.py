@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.gates import sentence_mask
 from moe_dist.moe.merge import Merges
 from moe_dist.moe.noise import normal_rows
 from moe_dist.moe.routing import Routing, RoutingContext
+from moe_dist.moe.segments import cut_into_segments
 from moe_dist.moe.task_routers import read_task_ids
 
 LEAST_NOISE = 1e-2
@@ -111,6 +113,7 @@ class MergeGate(nn.Module):
         self.linears = tuple(linears)
         self.seed = seed
         self.name = ""
+        """Of its layer, which sets it; by this the cache knows what the gate has seen."""
         names = ("ffn",) if one_gate else self.linears
         self.gates = nn.ModuleDict(
             {
@@ -192,23 +195,55 @@ class TaskMergeGate(MergeGate):
 class SequenceMergeGate(MergeGate):
     """Merges for each sequence: a gate on the mean of its hidden states, padding left out.
 
+    In a decoder it merges for each segment and reads the mean of all segments before it; for the
+    first one a learned vector stands in, which is drawn at random, since from zero nothing would
+    learn where W_g is zero.
+
     Args:
         d_model: D.
         num_experts: E.
         linears: see `MergeGate`.
         top_k: K.
         one_gate: see `MergeGate`.
-        seed: see `MergeGate`. Each sequence draws its own noise.
+        segment_length: real tokens of a segment, in a decoder.
+        seed: see `MergeGate`. Each sequence, or segment, draws its own noise.
 
-    Source: MEO's sequence level, 2023.emnlp-main.907.
+    Raises:
+        ValueError: if a value does not fit.
+
+    Source: MEO's sequence level, 2023.emnlp-main.907; segments as in Lory, arXiv:2405.03133.
     """
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
-        """Merge for each sequence.
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        linears: Sequence[str],
+        top_k: int = 1,
+        one_gate: bool = False,
+        segment_length: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            d_model, num_experts, linears=linears, top_k=top_k, one_gate=one_gate, seed=seed
+        )
+        if segment_length < 1:
+            raise ValueError(f"segment_length={segment_length} must be at least 1")
+        self.segment_length = segment_length
+        self.first_segment = nn.Parameter(torch.empty(d_model))
+        if not self.first_segment.is_meta:
+            _draw(self.first_segment, seed)
 
-        It is a MissingInputError if the context does not tell where sequences end.
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
+        """Merge for each sequence, or in a decoder for each segment of one.
+
+        It is a MissingInputError if the context does not tell where sequences end, or the
+        key-value cache does not carry what the gate has seen of its tokens.
         """
         mask_BS = sentence_mask(hidden_TD, context, router="merged_sequence")
+        if context is not None and context.causal:
+            return self._by_segment(hidden_TD, mask_BS, context)
         num_sequences, length = mask_BS.shape
         hidden_BSD = hidden_TD.view(num_sequences, length, -1).float() * mask_BS.unsqueeze(-1)
         mean_BD = hidden_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
@@ -217,6 +252,36 @@ class SequenceMergeGate(MergeGate):
             self.choose(mean_BD, context, compute_dtype(hidden_TD)),
             groups_B.repeat_interleave(length),
             mask_BS.any(dim=1),
+        )
+
+    def _by_segment(self, hidden_TD: Tensor, mask_BS: Tensor, context: RoutingContext) -> Merges:
+        batch, length = mask_BS.shape
+        past = context.past_segments.get(self.name)
+        if context.has_past and (past is None or len(past.counts_B) != batch):
+            found = "nothing" if past is None else f"{len(past.counts_B)} sequences"
+            raise MissingInputError(
+                f"the gate of {self.name} reads the segments before, and the key-value cache "
+                f"carries {found} of it for {batch} sequences",
+                remedy="pass the cache that this model gave back, or use_cache=False",
+            )
+        cut = cut_into_segments(
+            hidden_TD.view(batch, length, -1), mask_BS, self.segment_length, past
+        )
+        if context.seen_segments is not None:
+            context.seen_segments[self.name] = cut.state
+        num_segments = cut.means_BJD.shape[1]
+        input_BJD = torch.where(
+            cut.is_first_BJ.unsqueeze(-1), self.first_segment.float(), cut.means_BJD
+        )
+        samples_B = context.sample_ids
+        if samples_B is None:
+            samples_B = torch.arange(batch, device="cpu")
+        drawn = RoutingContext(sample_ids=samples_B, noise_seed=context.noise_seed)
+        starts_B = torch.arange(batch, device=hidden_TD.device) * num_segments
+        return Merges(
+            self.choose(input_BJD.flatten(0, 1), drawn, compute_dtype(hidden_TD)),
+            (starts_B.unsqueeze(1) + cut.segment_BS).reshape(-1),
+            cut.real_BJ.reshape(-1),
         )
 
 
@@ -232,6 +297,7 @@ class TokenMergeGate(SequenceMergeGate):
         linears: see `MergeGate`.
         top_k: K.
         one_gate: see `MergeGate`.
+        segment_length: see `SequenceMergeGate`.
         seed: see `MergeGate`.
 
     Source: MEO's token level, 2023.emnlp-main.907.
@@ -245,10 +311,17 @@ class TokenMergeGate(SequenceMergeGate):
         linears: Sequence[str],
         top_k: int = 1,
         one_gate: bool = False,
+        segment_length: int = 128,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            d_model, num_experts, linears=linears, top_k=top_k, one_gate=one_gate, seed=seed
+            d_model,
+            num_experts,
+            linears=linears,
+            top_k=top_k,
+            one_gate=one_gate,
+            segment_length=segment_length,
+            seed=seed,
         )
         width = max(1, d_model // REDUCTION)
         self.down = nn.Linear(d_model, width)

@@ -218,6 +218,7 @@ def _merged_by_sequence(
         linears=linear_names(inputs.gated),
         top_k=spec.top_k,
         one_gate=spec.merge_gates == "one",
+        segment_length=spec.segment_length,
         seed=inputs.seed,
     )
 

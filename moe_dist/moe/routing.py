@@ -11,7 +11,7 @@ Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
+from moe_dist.moe.segment_cache import keep_states, past_states
+from moe_dist.moe.segments import SegmentState
 
 CHOSEN_TASK = "chosen_task"
 """Attribute of a stack: the number of the task that it is used for where no context names one."""
@@ -64,6 +66,9 @@ class RoutingContext:
         sample_ids: (B,) numbers of the samples, by which noise and jitter are drawn; None where
             they have no numbers.
         noise_seed: of noise and jitter; None draws one from torch's generator.
+        past_segments: by layer what its gate has seen of the tokens in the key-value cache.
+        seen_segments: where a gate writes, by layer, what the next forward call must know; None
+            where there is none to come.
     """
 
     token_ids: Tensor | None = None
@@ -73,6 +78,8 @@ class RoutingContext:
     has_past: bool = False
     sample_ids: Tensor | None = None
     noise_seed: int | None = None
+    past_segments: Mapping[str, SegmentState] = field(default_factory=dict)
+    seen_segments: dict[str, SegmentState] | None = None
 
 
 @dataclass(frozen=True)
@@ -268,11 +275,18 @@ def _open_context(
     token_ids = given.get("input_ids")
     if task_ids is not None and task_ids.numel() == 1 and isinstance(token_ids, Tensor):
         task_ids = task_ids.reshape(1).expand(token_ids.shape[0])
-    has_past = causal and _num_past(given) > 0
-    mask = _padding_mask(given, token_ids)
+    num_past = _num_past(given) if causal else 0
     drawn = RoutingContext() if outer is None else outer.context
     context = RoutingContext(
-        token_ids, mask, task_ids, causal, has_past, drawn.sample_ids, drawn.noise_seed
+        token_ids=token_ids,
+        mask=_padding_mask(given, token_ids),
+        task_ids=task_ids,
+        causal=causal,
+        has_past=num_past > 0,
+        sample_ids=drawn.sample_ids,
+        noise_seed=drawn.noise_seed,
+        past_segments=past_states(given.get("past_key_values"), num_past),
+        seen_segments={} if causal and given.get("use_cache") is not False else None,
     )
     _FRAME.set(_Frame(context, stack, outer))
 
@@ -282,6 +296,8 @@ def _close_context(stack: nn.Module, args: tuple[Any, ...], output: object) -> N
     frame = _FRAME.get()
     if frame is not None and frame.owner is stack:
         _FRAME.set(frame.outer)
+        if frame.context.seen_segments:
+            keep_states(output, frame.context.seen_segments)
 
 
 def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:
