@@ -6,7 +6,7 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from moe_dist.conversion.importance import PerSampleLoss, sum_of_readers
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, moe_layers
+from moe_dist.moe.merge import Merges
+from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routing import Routing
 
 
@@ -72,7 +74,7 @@ def score_expert_importance(
 class _Seen:
     """What passed through a layer in one call, and the gradient of what came out."""
 
-    def __init__(self, hidden_BSD: Tensor, routing: Routing | None) -> None:
+    def __init__(self, hidden_BSD: Tensor, routing: Routing | Merges | None) -> None:
         self.hidden_BSD = hidden_BSD
         self.routing = routing
         self.grad_BSD: Tensor | None = None
@@ -88,7 +90,7 @@ class _LayerReader:
         self.layer = layer
         self.leaves: list[Tensor] = []
         self._seen: list[_Seen] = []
-        self._routing: Routing | None = None
+        self._routing: Routing | Merges | None = None
         self._handles: list[Any] = []
 
     def install(self) -> None:
@@ -110,7 +112,9 @@ class _LayerReader:
             return torch.zeros(1, shared + experts.num_experts * experts.expert_size)
         return torch.stack(parts).sum(dim=0)
 
-    def _after_router(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+    def _after_router(
+        self, router: nn.Module, args: tuple[Any, ...], routing: Routing | Merges
+    ) -> None:
         self._routing = routing
 
     def _after_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -126,13 +130,20 @@ class _LayerReader:
     def _scores_of(self, seen: _Seen) -> Tensor:
         assert seen.grad_BSD is not None
         num_samples, length = seen.hidden_BSD.shape[:2]
-        rows_TD = seen.hidden_BSD.flatten(0, 1).float()
+        rows_TD = seen.hidden_BSD.flatten(0, 1)
+        if isinstance(self.layer, MergedLayer):
+            rows_TD = self.layer.gate.prepare(rows_TD).detach()
+        rows_TD = rows_TD.float()
         grad_TD = seen.grad_BSD.flatten(0, 1).float()
         sample_T = torch.arange(num_samples, device=rows_TD.device).repeat_interleave(length)
         parts = []
         if self.layer.shared is not None:
             products_TF = _products(self.layer.shared, 0, rows_TD, grad_TD)
             parts.append(_by_sample(products_TF, sample_T, num_samples))
+        if isinstance(seen.routing, Merges):
+            for products_TF in _merged_products(self.layer.experts, seen.routing, rows_TD, grad_TD):
+                parts.append(_by_sample(products_TF, sample_T, num_samples))
+            return torch.cat(parts, dim=1)
         for expert in range(self.layer.experts.num_experts):
             rows, weight = _rows_of(seen.routing, expert, len(rows_TD), rows_TD.device)
             own_grad = grad_TD[rows] * weight.unsqueeze(1)
@@ -149,6 +160,48 @@ def _rows_of(
         return torch.arange(num_tokens, device=device), torch.ones(num_tokens, device=device)
     rows, columns = (routing.expert_ids == expert).nonzero(as_tuple=True)
     return rows, routing.expert_weights.detach()[rows, columns].float()
+
+
+def _merged_products(
+    experts: Experts, merges: Merges, rows_TD: Tensor, grad_TD: Tensor
+) -> Iterator[Tensor]:
+    """Give `_products` for each expert: its own weights, and what its merge makes of a token."""
+    if experts.w_in is None or experts.w_out is None:
+        yield from [rows_TD.new_zeros(len(rows_TD), 0)] * experts.num_experts
+        return
+    weights = {name: value.detach().float() for name, value in experts.named_parameters()}
+    shares = {}
+    for name, routing in merges.by_linear.items():
+        own_GK = routing.expert_weights.detach().float()
+        own_GE = own_GK.new_zeros(len(own_GK), experts.num_experts)
+        shares[name] = own_GE.scatter(1, routing.expert_ids, own_GK)[merges.group_T]
+    inputs = ("in", "gate") if experts.gated else ("in",)
+    leaves = {}
+    for name in inputs:
+        total_TF = rows_TD.new_zeros(len(rows_TD), experts.expert_size)
+        for expert in range(experts.num_experts):
+            own_TF = functional.linear(rows_TD, weights[f"w_{name}"][expert])
+            if f"b_{name}" in weights:
+                own_TF = own_TF + weights[f"b_{name}"][expert]
+            total_TF += shares[name][:, expert : expert + 1] * own_TF
+        leaves[name] = total_TF.requires_grad_()
+    with torch.enable_grad():
+        active_TF = experts.activation(leaves[inputs[-1]])
+        if experts.gated:
+            active_TF = active_TF * leaves["in"]
+    share_of_out, w_out = shares["out"], weights["w_out"]
+    grad_active_TF = sum(
+        share_of_out[:, expert : expert + 1] * (grad_TD @ w_out[expert])
+        for expert in range(experts.num_experts)
+    )
+    grads = torch.autograd.grad(active_TF, [leaves[name] for name in inputs], grad_active_TF)
+    for expert in range(experts.num_experts):
+        own = slice(expert, expert + 1)
+        total_TF = share_of_out[:, own] * active_TF.detach() * (grad_TD @ w_out[expert])
+        for name, grad_TF in zip(inputs, grads, strict=True):
+            without_TF = functional.linear(rows_TD, weights[f"w_{name}"][expert])
+            total_TF = total_TF + shares[name][:, own] * without_TF * grad_TF
+        yield total_TF
 
 
 def _by_sample(products_TF: Tensor, sample_T: Tensor, num_samples: int) -> Tensor:

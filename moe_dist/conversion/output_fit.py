@@ -63,6 +63,12 @@ def fit_outputs(
     slots = {slot.name: slot for slot in find_slots(dense)}
     fits: list[_LayerFit] = []
     for layer in moe_layers(student):
+        if layer.merges:
+            raise ConversionError(
+                f"output weights are fitted for one expert a token, and {layer.name} merges its "
+                "experts, whose gates start alike: only their mean could be fitted",
+                remedy="set moe.fit_output to auto or false",
+            )
         if layer.top_k != 1:
             raise ConversionError(
                 f"output weights are fitted for one expert a token, and {layer.name} gives each "

@@ -10,20 +10,21 @@ from typing import cast
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 
 from moe_dist.distributed.all_to_all import AllToAllDispatcher
+from moe_dist.distributed.merged_experts import decide_over_group, merge_over_group
 from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.errors import ConfigError
-from moe_dist.moe import Experts, MoELayer
+from moe_dist.moe import Experts, MergedLayer, Merges, MoELayer, TaskMergeGate, current_context
 
 
-class ExpertParallelMoE(MoELayer, MoE):
-    """An `MoELayer` whose experts are this rank's slice of all experts.
+class ExpertSlice(nn.Module):
+    """What layers have in common whose experts are this rank's slice of all experts.
 
-    DeepSpeed's engine recognises expert layers by their class and reduces the gradients of their
-    experts within its expert groups; nothing else of its layer is used, since it routes by hidden
-    state alone and pads to a capacity.
+    DeepSpeed's engine recognises expert layers by their class, its `MoE`, and reduces the gradients
+    of their experts within its expert groups; nothing else of its layer is used, since it routes by
+    hidden state alone and pads to a capacity.
 
     Args:
         layer: a whole layer; its modules are taken over and its experts are cut to the slice.
@@ -41,9 +42,45 @@ class ExpertParallelMoE(MoELayer, MoE):
         _keep_slice(self.experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Create the expert groups and dispatch through them; DeepSpeed calls this."""
+        """Create the expert groups; DeepSpeed calls this."""
         assert not use_data_before_expert_parallel_, "expert slices follow consecutive ranks"
-        self.dispatcher = AllToAllDispatcher(expert_group(self.ep_size))
+        self.join_group(expert_group(self.ep_size))
+
+    def join_group(self, group: dist.ProcessGroup) -> None:
+        """Compute with the other ranks' experts from now on."""
+        raise NotImplementedError
+
+
+class ExpertParallelMoE(ExpertSlice, MoELayer, MoE):
+    """An `MoELayer` that sends tokens to the ranks of their experts."""
+
+    def join_group(self, group: dist.ProcessGroup) -> None:
+        """Dispatch through the group from now on."""
+        self.dispatcher = AllToAllDispatcher(group)
+
+
+class ExpertParallelMergedLayer(ExpertSlice, MergedLayer, MoE):
+    """A `MergedLayer` for which each rank adds its experts' part of every task's merge."""
+
+    def join_group(self, group: dist.ProcessGroup) -> None:
+        """Merge over the group from now on."""
+        self.group = group
+
+    def decide(self, hidden_TD: Tensor) -> Merges:
+        """Ask the gate about the tasks of all ranks."""
+        gate = cast(TaskMergeGate, self.gate)
+        return decide_over_group(gate, hidden_TD, current_context(), self.group)
+
+    def merge(self, rows_TD: Tensor, merges: Merges) -> Tensor:
+        """Apply to each token the merge of its task, of all ranks' experts."""
+        return merge_over_group(self.experts, rows_TD, merges, self.group)
+
+
+SPREAD: dict[type[MoELayer], type[ExpertSlice]] = {
+    MoELayer: ExpertParallelMoE,
+    MergedLayer: ExpertParallelMergedLayer,
+}
+"""How a class of layers is spread over ranks; one that is not here cannot be."""
 
 
 def expert_group(ep_size: int) -> dist.ProcessGroup:
@@ -74,11 +111,11 @@ def parallelize_experts(model: nn.Module, ep_size: int) -> None:
     if ep_size == 1:
         return
     for name, layer in list(moe_layers(model)):
-        if layer.num_experts == 1 or isinstance(layer, ExpertParallelMoE):
+        if layer.num_experts == 1 or isinstance(layer, ExpertSlice):
             continue
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, attribute, ExpertParallelMoE(layer, ep_size))
+        setattr(parent, attribute, SPREAD[type(layer)](layer, ep_size))
 
 
 def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:
@@ -90,13 +127,27 @@ def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:
             f"use one of {_divisors(world_size)}."
         )
     for name, layer in moe_layers(model):
-        if ep_size > 1 and layer.num_experts > 1 and layer.num_experts % ep_size:
+        if ep_size == 1 or layer.num_experts == 1 or isinstance(layer, ExpertSlice):
+            continue
+        fault = _why_whole(layer)
+        if fault:
+            faults.append(f"{name}: {fault}; set parallel.ep_size to 1.")
+        if layer.num_experts % ep_size:
             faults.append(
                 f"{name}: {layer.num_experts} experts are not divisible by "
                 f"parallel.ep_size={ep_size}; use ep_size {_divisors(layer.num_experts)}."
             )
     if faults:
         raise ConfigError(faults, source="parallel")
+
+
+def _why_whole(layer: MoELayer) -> str:
+    """Say why a layer's experts cannot be spread over ranks, if so."""
+    if type(layer) not in SPREAD:
+        return f"how the experts of {type(layer).__name__} are spread over ranks is not known"
+    if isinstance(layer, MergedLayer) and not isinstance(layer.gate, TaskMergeGate):
+        return "its experts are merged anew for each sequence, so ranks would send all weights"
+    return ""
 
 
 def _divisors(number: int) -> str:

@@ -104,6 +104,12 @@ def check_reduction(model: nn.Module, num_experts: int) -> None:
     a ConversionError.
     """
     layers = moe_layers(model)
+    if any(layer.merges for layer in layers):
+        raise ConversionError(
+            "merged experts cost as much as one whatever their number, so there is nothing to join",
+            remedy="prune their neurons (--expert-size), or export the model as a dense one with "
+            "--fold or --average",
+        )
     fewest = min(layer.num_experts for layer in layers)
     top_k = layers[0].top_k
     if not 1 <= num_experts < fewest:

@@ -38,7 +38,7 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
     spec = MoeSettings.from_dict(model.config.moe).router
     if spec.gate_scale == "probability" and spec.has_gate:
         return model, 0
-    matches = [_alike_in_all(layer.experts, tolerance) for layer in layers]
+    matches = [_alike_in_all(layer.experts, tolerance, in_place=layer.merges) for layer in layers]
     count = min(len(found) for found in matches)
     if count == 0:
         return model, 0
@@ -51,18 +51,24 @@ def fuse_neurons(model: Any, tolerance: float = 1e-6) -> tuple[Any, int]:
     return fused, count
 
 
-def _alike_in_all(experts: Experts, tolerance: float) -> list[tuple[int, ...]]:
-    """For each neuron that all experts hold, its index in each of them; the closest first."""
+def _alike_in_all(experts: Experts, tolerance: float, *, in_place: bool) -> list[tuple[int, ...]]:
+    """For each neuron that all experts hold, its index in each of them; the closest first.
+
+    With `in_place` it must be the same index in all, as merging takes neurons together.
+    """
     if experts.expert_size == 0:
         return []
     vectors_EFN = neuron_vectors(experts)
     length_F = vectors_EFN[0].norm(dim=-1).clamp(min=1e-12)
     worst_F = torch.zeros_like(length_F)
     indices = [torch.arange(experts.expert_size, device=length_F.device)]
+    is_same_place_FF = indices[0].unsqueeze(1) == indices[0]
     for other_FN in vectors_EFN[1:]:
         distance_FF = torch.cdist(
             vectors_EFN[0], other_FN, compute_mode="donot_use_mm_for_euclid_dist"
         )
+        if in_place:
+            distance_FF = distance_FF.masked_fill(~is_same_place_FF, torch.inf)
         nearest_F, match_F = distance_FF.min(dim=1)
         indices.append(match_F)
         worst_F = torch.maximum(worst_F, nearest_F / length_F)

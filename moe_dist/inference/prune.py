@@ -6,7 +6,7 @@ Shapes: F neurons of one expert, s tied shared neurons, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ def prune_experts(
     size, but at least one is each expert's own where one was: for a token of one expert a shared
     neuron costs as much as an own one, and serves all experts. (For one of K experts own neurons
     cost K times as much, which does not count here.) Where scores are equal the neurons of larger
-    weights stay.
+    weights stay. Merged experts all keep the same places, since neurons of one place become one;
+    what counts is the sum of their scores.
 
     Args:
         model: a converted model; it is left as it was.
@@ -70,13 +71,15 @@ def prune_experts(
             remedy="score this model with score_expert_importance",
         )
     parts = [_split(layer, score_N) for layer, score_N in zip(layers, scores, strict=True)]
-    norms = [neuron_norms(layer.experts) for layer in layers]
+    norms = [_by_place(layer, neuron_norms(layer.experts)) for layer in layers]
     num_shared = _best_num_shared(parts, expert_size)
     smaller = rebuilt(model, _settings(model.config.moe, expert_size, num_shared))
     found = []
     with torch.no_grad():
         for old, new, part, norm_EF in zip(layers, moe_layers(smaller), parts, norms, strict=True):
             kept = _chosen(old.name, part, norm_EF, num_shared, expert_size - num_shared)
+            if old.merges:
+                kept = _everywhere(kept, old.num_experts)
             found.append(kept)
             _fill(old, new, kept)
     return smaller, found
@@ -95,7 +98,7 @@ def check_expert_size(model: nn.Module, expert_size: int) -> None:
 
 
 def _split(layer: MoELayer, score_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(s,) and (E, F) float64, both divided by the layer's sum."""
+    """(s,) and (E, F) float64, both divided by the layer's sum; of merged experts (1, F)."""
     shared, experts = layer.num_shared_neurons, layer.experts
     expected = shared + experts.num_experts * experts.expert_size
     if score_N.shape != (expected,):
@@ -104,7 +107,19 @@ def _split(layer: MoELayer, score_N: Tensor) -> tuple[Tensor, Tensor]:
             remedy="score this model with score_expert_importance",
         )
     part_N = score_N.double() / score_N.double().sum().clamp(min=1e-300)
-    return part_N[:shared], part_N[shared:].view(experts.num_experts, experts.expert_size)
+    own_EF = part_N[shared:].view(experts.num_experts, experts.expert_size)
+    return part_N[:shared], _by_place(layer, own_EF)
+
+
+def _by_place(layer: MoELayer, values_EF: Tensor) -> Tensor:
+    """Add up over merged experts, whose neurons of one place become one: (1, F); else (E, F)."""
+    return values_EF.sum(dim=0, keepdim=True) if layer.merges else values_EF
+
+
+def _everywhere(kept: LayerNeurons, num_experts: int) -> LayerNeurons:
+    """From what merged experts keep together to what each of them keeps."""
+    unscored = tuple(range(num_experts)) if kept.unscored_experts else ()
+    return replace(kept, own_ids=kept.own_ids * num_experts, unscored_experts=unscored)
 
 
 def _best_num_shared(parts: Sequence[tuple[Tensor, Tensor]], expert_size: int) -> int:

@@ -6,7 +6,7 @@ Shapes: T tokens, D model, F neurons of one expert, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -139,6 +139,14 @@ class Experts(nn.Module):
         }
         return partial(self._compute, weights, dtype)
 
+    def with_weights(
+        self, weights: Mapping[str, Tensor], sorted_TD: Tensor, tokens_per_expert_E: Tensor
+    ) -> Tensor:
+        """Compute like `forward`, with other stacked weights of any number in place of its own."""
+        dtype = compute_dtype(sorted_TD)
+        given = {name: _Weight(value.to(dtype), None) for name, value in weights.items()}
+        return self._compute(given, dtype, sorted_TD, tokens_per_expert_E)
+
     def _compute(
         self,
         weights: dict[str, _Weight],
@@ -150,7 +158,7 @@ class Experts(nn.Module):
         w_in = weights.get("w_in")
         if w_in is None:
             return _bias_only(rows_TD, weights.get("b_out"), tokens_per_expert_E)
-        on_device = self.num_experts > 1 and can_use_grouped_mm(rows_TD, w_in.value)
+        on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.value)
         groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
 
         def linear(rows: Tensor, suffix: str) -> Tensor:

@@ -64,7 +64,7 @@ def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor
     Where the groups have few tokens the K experts are applied instead, which gives the same.
     """
     dtype = compute_dtype(hidden_TD)
-    groups = _TokenGroups.of(merges)
+    groups = TokenGroups.of(_joined(merges))
 
     def linear(rows_TI: Tensor, name: str) -> Tensor:
         weight, bias = getattr(experts, f"w_{name}"), getattr(experts, f"b_{name}")
@@ -105,12 +105,41 @@ def merged_parameters(experts: Experts, weights_E: Mapping[str, Tensor]) -> dict
     }
 
 
+def stacked_merges(
+    stacks: Mapping[str, Tensor], merges: Merges, *, first_expert: int = 0
+) -> dict[str, Tensor]:
+    """Merge whole parameters for every group: what some consecutive experts add to each merge.
+
+    For few groups, such as tasks: G weights of a whole FFN lie in memory.
+
+    Args:
+        stacks: (L, ...) parameters of L experts by name (w_in, b_in, ...).
+        merges: of all experts.
+        first_expert: the number of the first of the L.
+
+    Returns:
+        (G, ...) by the same names, in the parameters' dtype.
+    """
+    found = {}
+    for name, stack in stacks.items():
+        routing = merges.by_linear[name.partition("_")[2]]
+        weights_GK = routing.expert_weights.to(stack.dtype)
+        places_GK = routing.expert_ids - first_expert
+        is_here_GK = (places_GK >= 0) & (places_GK < len(stack))
+        weights_GL = weights_GK.new_zeros(len(weights_GK), len(stack)).scatter_add(
+            1, places_GK.clamp(0, len(stack) - 1), weights_GK * is_here_GK
+        )
+        with torch.autocast(stack.device.type, enabled=False):
+            found[name] = (weights_GL @ stack.flatten(1)).view(-1, *stack.shape[1:])
+    return found
+
+
 @dataclass(frozen=True)
-class _TokenGroups:
+class TokenGroups:
     """Tokens sorted by group, and the way back.
 
     Args:
-        by_linear: as in `Merges`; groups that merge alike are one.
+        by_linear: as in `Merges`.
         group_T: groups of the sorted tokens.
         sizes: tokens of each group, on the host.
         order_T: where each sorted token was; None if they were sorted.
@@ -122,8 +151,9 @@ class _TokenGroups:
     order_T: Tensor | None
 
     @classmethod
-    def of(cls, merges: Merges) -> _TokenGroups:
-        by_linear, group_T = _joined(merges)
+    def of(cls, merges: Merges) -> TokenGroups:
+        """Sort the tokens of a layer."""
+        by_linear, group_T = merges.by_linear, merges.group_T
         num_groups = next(iter(by_linear.values())).expert_ids.shape[0]
         order_T = None
         if bool((group_T[1:] < group_T[:-1]).any()):
@@ -134,12 +164,15 @@ class _TokenGroups:
 
     @property
     def num_filled(self) -> int:
+        """Count the groups that have tokens."""
         return sum(size > 0 for size in self.sizes)
 
     def sorted_rows(self, rows_TD: Tensor) -> Tensor:
+        """Sort rows by group."""
         return rows_TD if self.order_T is None else rows_TD.index_select(0, self.order_T)
 
     def in_order(self, rows_TD: Tensor) -> Tensor:
+        """Undo `sorted_rows`."""
         if self.order_T is None:
             return rows_TD
         places_T = torch.empty_like(self.order_T)
@@ -147,21 +180,22 @@ class _TokenGroups:
         return rows_TD.index_select(0, places_T)
 
     def spread(self, bias_GO: Tensor, dtype: torch.dtype) -> Tensor:
+        """Give each sorted token its group's row."""
         return bias_GO.to(dtype).index_select(0, self.group_T)
 
 
-def _joined(merges: Merges) -> tuple[Mapping[str, Routing], Tensor]:
+def _joined(merges: Merges) -> Merges:
     """Make groups that merge alike one, unless their weights learn, each from its own tokens."""
     routings = list(merges.by_linear.values())
     num_groups = routings[0].expert_ids.shape[0]
     learns = torch.is_grad_enabled() and any(one.expert_weights.requires_grad for one in routings)
     if num_groups == 1 or learns:
-        return merges.by_linear, merges.group_T
+        return merges
     rows = [value.double() for one in routings for value in (one.expert_ids, one.expert_weights)]
     _, inverse_G = torch.unique(torch.cat(rows, dim=1), dim=0, return_inverse=True)
     num_unlike = int(inverse_G.max()) + 1
     if num_unlike == num_groups:
-        return merges.by_linear, merges.group_T
+        return merges
     # Of the groups that are alike, any will do.
     chosen_G = inverse_G.new_zeros(num_unlike)
     chosen_G[inverse_G] = torch.arange(num_groups, device=inverse_G.device)
@@ -174,7 +208,7 @@ def _joined(merges: Merges) -> tuple[Mapping[str, Routing], Tensor]:
         )
         for name, one in merges.by_linear.items()
     }
-    return by_linear, inverse_G[merges.group_T]
+    return Merges(by_linear, inverse_G[merges.group_T])
 
 
 def _merged_bias(bias_EO: Tensor, routing: Routing) -> Tensor:

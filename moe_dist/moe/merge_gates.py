@@ -182,14 +182,29 @@ class TaskMergeGate(MergeGate):
 
         Tasks that are missing or unknown are a MissingInputError.
         """
-        tasks_B = read_task_ids(hidden_TD, context, self.num_tasks, router="merged_task")
-        present_G, group_B = torch.unique(tasks_B, return_inverse=True)
+        tasks_B = self.tasks_of(hidden_TD, context)
+        return self.for_tasks(torch.unique(tasks_B), tasks_B, hidden_TD, context)
+
+    def tasks_of(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+        """Read the task of each sample, (B,), or the one of all."""
+        return read_task_ids(hidden_TD, context, self.num_tasks, router="merged_task")
+
+    def for_tasks(
+        self,
+        tasks_G: Tensor,
+        tasks_B: Tensor,
+        hidden_TD: Tensor,
+        context: RoutingContext | None,
+    ) -> Merges:
+        """Merge for tasks in ascending order, among them those of the samples."""
         drawn = RoutingContext(
-            sample_ids=present_G, noise_seed=None if context is None else context.noise_seed
+            sample_ids=tasks_G, noise_seed=None if context is None else context.noise_seed
         )
-        chosen = self.choose(self.task_embeddings[present_G], drawn, compute_dtype(hidden_TD))
+        chosen = self.choose(self.task_embeddings[tasks_G], drawn, compute_dtype(hidden_TD))
+        group_B = torch.searchsorted(tasks_G, tasks_B)
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
-        return Merges(chosen, group_B.repeat_interleave(length))
+        real_G = torch.zeros_like(tasks_G, dtype=torch.bool).index_fill(0, group_B, True)
+        return Merges(chosen, group_B.repeat_interleave(length), real_G)
 
 
 class SequenceMergeGate(MergeGate):

@@ -36,14 +36,22 @@ class MergedLayer(MoELayer):
             The same shape. Padding is computed like any token.
         """
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-        router = self._gate
-        merges: Merges = router(hidden_TD, current_context())
+        merges = self.decide(hidden_TD)
         self._record(merges)
-        rows_TD = router.prepare(hidden_TD)
-        out_TD = merge_experts(self.experts, rows_TD, merges)
+        rows_TD = self.gate.prepare(hidden_TD)
+        out_TD = self.merge(rows_TD, merges)
         if self.shared is not None:
             out_TD = out_TD + self.shared(rows_TD)
         return out_TD.view(hidden.shape)
+
+    def decide(self, hidden_TD: Tensor) -> Merges:
+        """Ask the gate how the experts of each group come together."""
+        merges: Merges = self.gate(hidden_TD, current_context())
+        return merges
+
+    def merge(self, rows_TD: Tensor, merges: Merges) -> Tensor:
+        """Apply to each token the merge of its group."""
+        return merge_experts(self.experts, rows_TD, merges)
 
     @torch.no_grad()
     def merged_weights(self, task: int) -> dict[str, Tensor]:
@@ -51,7 +59,7 @@ class MergedLayer(MoELayer):
 
         A gate that reads more than the task is a ConversionError.
         """
-        router = self._gate
+        router = self.gate
         if not isinstance(router, TaskMergeGate):
             raise ConversionError(
                 f"{self.name} merges its experts anew for each sequence, so no dense network does "
@@ -77,15 +85,16 @@ class MergedLayer(MoELayer):
     def average_weights(self) -> dict[str, Tensor]:
         """Merge all experts with equal weights; names as in `merged_weights`."""
         even_E = torch.full((self.num_experts,), 1 / self.num_experts)
-        return merged_parameters(self.experts, dict.fromkeys(self._gate.linears, even_E))
+        return merged_parameters(self.experts, dict.fromkeys(self.gate.linears, even_E))
 
     @property
-    def _gate(self) -> MergeGate:
+    def gate(self) -> MergeGate:
+        """The router, which is one that merges."""
         return cast(MergeGate, self.router)
 
     def _record(self, merges: Merges) -> None:
         """Record each gate's decisions, one row a group, as `<layer>.<linear layer>`."""
-        names = ("ffn",) if self._gate.has_one_gate else self._gate.linears
+        names = ("ffn",) if self.gate.has_one_gate else self.gate.linears
         for name in names:
-            routing = merges.by_linear[self._gate.linears[0] if name == "ffn" else name]
+            routing = merges.by_linear[self.gate.linears[0] if name == "ffn" else name]
             append_merge(f"{self.name}.{name}", self.num_experts, routing, merges.real_G)

@@ -14,6 +14,7 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import random_scores, tiny_model, token_batch
+from tests.moe.merged import draw_gates
 
 
 def labelled(model: Any) -> dict[str, torch.Tensor]:
@@ -73,12 +74,16 @@ CASES = {
     "tied": {"router": "token_gate", "tied": 4},
     "all tied": {"router": "token_gate", "tied": 10},
     "dense": {"num_experts": 1},
+    "merged by task": {"router": "merged_task", "top_k": 2, "tied": 4},
+    "merged by sequence": {"router": "merged_sequence", "top_k": 2},
+    "merged, with a token's part": {"router": "merged_token", "top_k": 3, "merge_gates": "one"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_backward_a_batch_equals_a_loop_over_samples(case: str) -> None:
     model = student(**CASES[case]).eval()
+    draw_gates(model)
     batch = labelled(model)
     expected = by_weight_gradients(model, batch)
     found = score_expert_importance(model, [batch])
@@ -88,9 +93,13 @@ def test_one_backward_a_batch_equals_a_loop_over_samples(case: str) -> None:
     assert all(float(one.sum()) > 0 for one in found)
 
 
+@pytest.mark.parametrize("router", ["token_gate", "merged_sequence"])
 @pytest.mark.parametrize("family", ["gpt2", "t5", "t5-gated", "bart"])
-def test_it_holds_in_every_family(family: str) -> None:
-    model = student(family, router="token_gate", tied=4).eval()
+def test_it_holds_in_every_family(family: str, router: str) -> None:
+    options = {"top_k": 2, "segment_length": 2} if router == "merged_sequence" else {}
+    model = student(family, router=router, tied=4, **options).eval()
+    if router == "merged_sequence":
+        draw_gates(model)
     batch = labelled(model)
     expected = by_weight_gradients(model, batch)
     found = score_expert_importance(model, [batch])

@@ -16,6 +16,7 @@ from moe_dist.conversion.output_fit import fit_outputs
 from moe_dist.errors import MissingInputError
 from moe_dist.measure.profile import count_parameters, flops_per_token
 from moe_dist.moe.layer import moe_layers
+from moe_dist.moe.merge import linear_names
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.step import expert_counts
 from tests.conversion.dense_models import (
@@ -32,6 +33,7 @@ from tests.conversion.dense_models import (
 )
 from tests.conversion.test_importance import assert_same, sample_loop
 from tests.measure.test_profile import SEQ_LEN, counted_flops_per_token
+from tests.moe.merged import MERGED, draw_gates
 
 EVERYTHING = {"expert_size": NUM_NEURONS, "num_shared_neurons": NUM_NEURONS}
 COPIES = {"expert_size": NUM_NEURONS, "num_shared_neurons": 0, "method": "full_copy"}
@@ -46,7 +48,11 @@ every_generator = pytest.mark.parametrize(
 def converted(model: Any, *, router: str = "token_gate", seed: int = 1, **changes: Any) -> Any:
     sizes = {"num_experts": 4, "expert_size": 8, "num_shared_neurons": 4}
     plan = plan_partition(random_scores(model), **(sizes | changes))
-    return dense_to_moe(model, plan, router=router, seed=seed)
+    if router not in MERGED:
+        return dense_to_moe(model, plan, router=router, seed=seed)
+    student = dense_to_moe(model, plan, router=router, seed=seed, top_k=2, segment_length=3)
+    draw_gates(student, "gate", "noise")
+    return student
 
 
 def padded(model: Any, *, left: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -102,7 +108,7 @@ def test_scores_for_answers_are_those_of_the_sample_loop(family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("router", [*PER_TOKEN, "sentence_gate"])
+@pytest.mark.parametrize("router", [*PER_TOKEN, "sentence_gate", *MERGED])
 @every_family
 def test_conversion_keeps_the_function(family: str, router: str) -> None:
     model = tiny_model(family)
@@ -132,7 +138,7 @@ def test_an_expert_is_the_dense_ffn_without_its_other_neurons(family: str) -> No
     )
 
 
-@pytest.mark.parametrize("router", PER_TOKEN)
+@pytest.mark.parametrize("router", [*PER_TOKEN, *MERGED])
 @every_family
 def test_tied_and_untied_experts_start_alike(family: str, router: str) -> None:
     model = tiny_model(family)
@@ -177,7 +183,7 @@ def test_stacks_show_their_embeddings_and_layers(family: str) -> None:
     assert sum(stack_depths(model)) == len(find_slots(model))
 
 
-@pytest.mark.parametrize("router", [*PER_TOKEN, "sentence_gate"])
+@pytest.mark.parametrize("router", [*PER_TOKEN, "sentence_gate", *MERGED])
 @every_family
 def test_padding_on_either_side_says_nothing(family: str, router: str) -> None:
     """Where it says nothing to the dense model: BERT's places count from the left, padding too."""
@@ -267,7 +273,7 @@ def test_padding_is_left_out_of_the_record(family: str) -> None:
     assert counts == expected
 
 
-@pytest.mark.parametrize("router", PER_TOKEN)
+@pytest.mark.parametrize("router", [*PER_TOKEN, "merged_token"])
 @every_family
 def test_gradient_checkpointing_changes_nothing(family: str, router: str) -> None:
     model = tiny_model(family)
@@ -279,10 +285,14 @@ def test_gradient_checkpointing_changes_nothing(family: str, router: str) -> Non
         student = converted(model, router=router).train()
         if checkpointing:
             student.gradient_checkpointing_enable()
-        torch.manual_seed(0)  # recomputation draws the same dropout again
+        torch.manual_seed(0)  # recomputation draws the same dropout and noise again
         with record_routing() as record:
             student(**batch).loss.backward()
-        assert len(record.entries) == len(moe_layers(student)), "none is recorded twice"
+        names = [entry.name for entry in record.entries]
+        num_gates = len(linear_names(find_slots(model)[0].gated)) if router in MERGED else 1
+        assert len(names) == len(set(names)) == num_gates * len(moe_layers(student)), (
+            "none is recorded twice"
+        )
         gradients.append([value.grad for value in student.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -298,7 +308,7 @@ def test_half_precision(family: str) -> None:
     assert float((found.float() - expected).abs().mean()) < 0.1 * float(expected.std())
 
 
-@pytest.mark.parametrize("router", PER_TOKEN)
+@pytest.mark.parametrize("router", [*PER_TOKEN, "merged_sequence"])
 @every_generator
 def test_generation_with_a_cache_equals_generation_without(family: str, router: str) -> None:
     model = tiny_model(family)

@@ -279,3 +279,11 @@ def test_what_is_not_positive_definite_has_no_solution() -> None:
     found = solve_definite(matrix, torch.ones(2, 3, 1, dtype=torch.float64))
     assert torch.equal(found[0], torch.ones(3, 1, dtype=torch.float64))
     assert found[1].isnan().all()
+
+
+def test_merged_experts_are_not_fitted() -> None:
+    model = tiny_model("bert")
+    plan = plan_partition(random_scores(model), num_experts=2, expert_size=8, num_shared_neurons=0)
+    student = dense_to_moe(model, plan, router="merged_task")
+    with pytest.raises(ConversionError, match="merges its experts"):
+        fit_outputs(student, model, [[token_batch()]])

@@ -17,6 +17,7 @@ from moe_dist.inference.prune import prune_experts
 from moe_dist.measure.profile import count_parameters
 from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import logits_of, random_scores, tiny_model, token_batch
+from tests.moe.merged import MERGED, draw_gates
 
 
 def student(family: str = "bert", *, tied: int = 0, number: int = 3, **options: Any) -> Any:
@@ -28,7 +29,8 @@ def student(family: str = "bert", *, tied: int = 0, number: int = 3, **options: 
         num_shared_neurons=tied or options.pop("shared", 0),
         tie_shared=tied > 0,
     )
-    return dense_to_moe(model, plan, **({"router": "token_gate"} if number > 1 else {}), **options)
+    routed = {"router": "token_gate"} if number > 1 else {}
+    return dense_to_moe(model, plan, **(routed | options))
 
 
 def drawn_scores(model: Any) -> list[Tensor]:
@@ -172,3 +174,28 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         prune_experts(model, 5, [score_N[1:] for score_N in scores])
     with pytest.raises(ConversionError, match="no experts"):
         prune_experts(tiny_model("bert"), 5, scores)
+
+
+@pytest.mark.parametrize("router", MERGED)
+@pytest.mark.parametrize("tied", [0, 4])
+def test_merged_experts_keep_neurons_of_the_same_places(router: str, tied: int) -> None:
+    model = student(tied=tied, router=router, top_k=2)
+    draw_gates(model)
+    scores = drawn_scores(model)
+    for layer, score_N in zip(moe_layers(model), scores, strict=True):
+        size = layer.experts.expert_size
+        by_place = score_N[layer.num_shared_neurons :].view(3, size)
+        dumb = by_place.sum(dim=0).argsort()[: size - 3]
+        by_place[:, dumb] = 0
+        with torch.no_grad():
+            layer.experts.w_out[:, :, dumb] = 0
+    smaller, kept = prune_experts(model, 3 + tied, scores)
+    batch = token_batch()
+    torch.testing.assert_close(
+        logits_of(smaller, batch), logits_of(model, batch), rtol=1e-4, atol=1e-5
+    )
+    for one in kept:
+        assert len(set(one.own_ids)) == 1
+        assert len(one.own_ids) == 3
+        assert one.kept_importance == pytest.approx(1)
+        assert one.unscored_experts == ()

@@ -59,11 +59,11 @@ def merged_layer(
     return layer.to(dtype).eval()
 
 
-def draw_gates(layer: nn.Module) -> None:
-    """Give what starts at zero random values."""
+def draw_gates(layer: nn.Module, *names: str) -> None:
+    """Give what starts at zero random values: the gates, or linear layers of these names alone."""
     generator = torch.Generator().manual_seed(5)
     for name, value in layer.named_parameters():
-        if name.rpartition(".")[0].rpartition(".")[2] in ("gate", "noise", "up"):
+        if name.rpartition(".")[0].rpartition(".")[2] in (names or ("gate", "noise", "up")):
             with torch.no_grad():
                 value.copy_(torch.randn(value.shape, generator=generator))
 
