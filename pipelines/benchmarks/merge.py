@@ -233,7 +233,7 @@ def main(settings: MergeBenchmark | None = None, output: Path | None = None) -> 
 
     Args:
         settings: what to measure; the defaults if None.
-        output: a directory for `merge.json` and `merge.md`.
+        output: a directory for the same as JSON and Markdown.
     """
     report = run(settings)
     console = Console(highlight=False)
