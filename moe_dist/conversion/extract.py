@@ -1,10 +1,12 @@
-"""The sub-network of one task as a plain dense model, for `task_gate` and unrouted students.
+"""The sub-network of one task as a plain dense model: of `task_gate`, `merged_task` and one expert.
 
 All tokens of a task go to the same experts with the same weights, so nothing of a layer depends on
 the input: its shared neurons and those of the chosen experts, their output weights scaled, are one
-dense feed-forward network.
+dense feed-forward network. Experts that are merged for the task are one already.
 
-Source: task-level extraction, arXiv:2110.03742.
+Of experts that are merged otherwise, or copies of one network, there is the average.
+
+Source: task-level extraction, arXiv:2110.03742; folding merged experts is ours.
 
 Shapes: D model, F FFN, K chosen experts.
 """
@@ -32,18 +34,22 @@ from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.merge import merged_parameters
+from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routing import RoutingContext
 
 _MOE_ENTRIES = ("moe", "model_type", "architectures", "transformers_version", KEY)
 
 
-def extract_task(model: Any, task: str | None = None) -> Any:
+def extract_task(model: Any, task: str | None = None, *, average: bool = False) -> Any:
     """Make the dense model of one task.
 
     Args:
-        model: of one or several tasks: dense, or converted with `task_gate` or a single expert;
-            it is left as it was.
+        model: of one or several tasks: dense, or converted with `task_gate`, `merged_task` or a
+            single expert; it is left as it was.
         task: the task's name; None for a model of one task.
+        average: take the average of all experts, whatever the router says. It needs experts that
+            are merged, or copies of one network.
 
     Returns:
         A model of the architecture's own class, with the outputs of that task and as many neurons
@@ -52,7 +58,8 @@ def extract_task(model: Any, task: str | None = None) -> Any:
 
     Raises:
         MissingInputError: if the task is not named, or not the model's.
-        ConversionError: if the tokens of a task go to different experts.
+        ConversionError: if the tokens of a task go to different experts, or there are none that
+            have an average.
     """
     spec = family_spec(model)
     heads = read_heads(model)
@@ -63,13 +70,19 @@ def extract_task(model: Any, task: str | None = None) -> Any:
         )
     index = 0 if task is None else task_index(model, task)
     layers = {layer.name: layer for layer in model.modules() if isinstance(layer, MoELayer)}
-    if layers:
+    if average:
+        check_average(model)
+    elif layers:
         _check_router(MoeSettings.from_dict(model.config.moe))
+
+    def network_of(slot: FFNSlot) -> FFNWeights:
+        if slot.name not in layers:
+            return slot.weights()
+        layer = layers[slot.name]
+        return average_weights(layer) if average else dense_weights(layer, index)
+
     with torch.no_grad():
-        networks = [
-            dense_weights(layers[slot.name], index) if slot.name in layers else slot.weights()
-            for slot in find_slots(model, spec)
-        ]
+        networks = [network_of(slot) for slot in find_slots(model, spec)]
         size = max(network.w_in.shape[0] for network in networks)
         dense = _fresh_dense(model, spec, size, heads[index] if heads else None)
         slots = find_slots(dense, spec)
@@ -84,6 +97,8 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
 
     The shared neurons come first, then each chosen expert's; a router may look at the task alone.
     """
+    if isinstance(layer, MergedLayer):
+        return _joined(layer, [layer.merged_weights(task)])
     experts = layer.experts
     chosen, scales = [0], torch.ones(1)
     if layer.router is not None:
@@ -95,27 +110,68 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
         routing = layer.router(torch.zeros(1, experts.d_model, device=where), context)
         layer.router.train(was_training)
         chosen, scales = routing.expert_ids[0].tolist(), routing.expert_weights[0]
-    parts = [_part(experts, expert, scale) for expert, scale in zip(chosen, scales, strict=True)]
+    return _joined(
+        layer, [_part(experts, expert, scale) for expert, scale in zip(chosen, scales, strict=True)]
+    )
+
+
+def average_weights(layer: MoELayer) -> FFNWeights:
+    """Join a layer's shared neurons and the average of its experts into a dense FFN's weights."""
+    experts = layer.experts
+    even_E = torch.full((experts.num_experts,), 1 / experts.num_experts)
+    return _joined(
+        layer, [merged_parameters(experts, dict.fromkeys(("in", "gate", "out"), even_E))]
+    )
+
+
+def check_average(model: Any) -> MoeSettings:
+    """Give the settings of a model whose experts have an average; others are a ConversionError."""
+    moe = getattr(model.config, "moe", None)
+    settings = MoeSettings.from_dict(moe) if moe else None
+    if settings is None or settings.num_experts == 1:
+        raise ConversionError(
+            "the model has no experts to be averaged", remedy="export it without --average"
+        )
+    if not settings.router.facts.merges and settings.partition != "full_copy":
+        raise ConversionError(
+            f"experts of moe.partition={settings.partition} have other neurons at the same place, "
+            "whose average is nobody's",
+            remedy="average merged experts, or those of moe.partition=full_copy",
+        )
+    return settings
+
+
+def _joined(layer: MoELayer, parts: list[dict[str, Tensor]]) -> FFNWeights:
+    """Put neurons beside each other, those that all tokens share first."""
     if layer.shared is not None:
         parts.insert(0, _part(layer.shared, 0, torch.ones(())))
     joined = {
         name: torch.cat([part[name] for part in parts if name in part])
-        for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out")
+        for name in ("w_in", "b_in", "w_gate", "b_gate")
         if any(name in part for part in parts)
     }
+    w_out = torch.cat([part["w_out"] for part in parts if "w_out" in part], dim=1)
     biases = [part["b_out"] for part in parts if "b_out" in part]
     return FFNWeights(
         w_in=joined["w_in"],
         b_in=joined.get("b_in"),
         w_gate=joined.get("w_gate"),
         b_gate=joined.get("b_gate"),
-        w_out=joined["w_out"].t(),
+        w_out=w_out,
         b_out=torch.stack(biases).sum(dim=0) if biases else None,
     )
 
 
 def _check_router(settings: MoeSettings) -> None:
-    if settings.num_experts > 1 and settings.router.facts.chooses_by != "task":
+    facts = settings.router.facts if settings.num_experts > 1 else None
+    if facts is not None and facts.merges and facts.chooses_by != "task":
+        raise ConversionError(
+            f"{settings.router.router} merges experts anew for each sequence, so no dense model "
+            "does the same",
+            remedy="fold a student of moe.router=merged_task, or take the average of all experts "
+            "(export --average)",
+        )
+    if facts is not None and facts.chooses_by != "task":
         raise ConversionError(
             f"{settings.router.router} sends the tokens of one task to different experts, so no "
             "dense model does the same",
@@ -124,13 +180,11 @@ def _check_router(settings: MoeSettings) -> None:
 
 
 def _part(experts: Experts, expert: int, scale: Tensor) -> dict[str, Tensor]:
-    """One expert's weights with neurons in the first dimension, its outputs scaled."""
+    """One expert's weights, by the names of `Experts` without the E axis, its outputs scaled."""
     part = {name: value[expert] for name, value in experts.named_parameters(recurse=False)}
     for name in ("w_out", "b_out"):
         if name in part:
             part[name] = part[name] * scale.to(part[name])
-    if "w_out" in part:
-        part["w_out"] = part["w_out"].t()
     return part
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from moe_dist.conversion.families import FAMILIES, FamilySpec, is_a, known_family
+from moe_dist.conversion.families import FAMILIES, FamilySpec, find_stacks, is_a, known_family
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.merge import applying_is_cheaper
+from moe_dist.moe.merge_gates import MergeGate, SequenceMergeGate, TokenMergeGate
+from moe_dist.moe.merged_layer import MergedLayer
 
 _LINEAR = ("Linear", "Conv1D", "Conv1d")
 # Layers of DeBERTa's attention that see places in place of tokens.
@@ -30,8 +33,9 @@ class ParameterCount:
 
     Attributes:
         total: all of them; shared ones count once.
-        active: those a single token passes through: K of E experts in every MoE layer, and all
-            of the rest. Embedding tables count whole in both, as papers count them.
+        active: those a single token passes through: K of E experts in every MoE layer, one where
+            experts are merged, and all of the rest. Embedding tables count whole in both, as papers
+            count them.
     """
 
     total: int
@@ -47,7 +51,8 @@ class FlopCount:
             does once for a sequence (pooler, classifier) is spread over its tokens. Norms,
             activations and softmax are left out.
         ffn: of it, the feed-forward networks: dense ones, or active experts and shared neurons
-            without the router's gate.
+            without the router's gate. Of merged experts it is one, and a merge of K for each
+            sequence, or segment of one, spread over its tokens.
     """
 
     total: float
@@ -58,7 +63,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's total and active parameters; it must not be spread over processes."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
-        (layer.num_experts - layer.top_k) * _size_of_one(layer.experts, bias=True)
+        (layer.num_experts - (1 if layer.merges else layer.top_k))
+        * _size_of_one(layer.experts, bias=True)
         for layer in model.modules()
         if isinstance(layer, MoELayer)
     )
@@ -83,9 +89,15 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
     """
     spec = _family(model)
     ffn_names = set(_ffn_names(model, spec))
+    causal = tuple(_causal_prefixes(model, spec))
     total = ffn = 0.0
     for name, module in _leaves(model):
-        if isinstance(module, MoELayer):
+        if isinstance(module, MergedLayer):
+            num_merges = _num_merges(module, seq_len, is_causal=name.startswith(causal))
+            experts = 2 * _merged_weights(module, seq_len, num_merges)
+            ffn += experts
+            total += experts + _merge_gate_flops(module, num_merges / seq_len)
+        elif isinstance(module, MoELayer):
             experts = 2 * _active_weights(module)
             ffn += experts
             total += experts + _gate_flops(module)
@@ -139,6 +151,43 @@ def _leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 def _active_weights(layer: MoELayer) -> int:
     shared = 0 if layer.shared is None else _size_of_one(layer.shared, bias=False)
     return layer.top_k * _size_of_one(layer.experts, bias=False) + shared
+
+
+def _causal_prefixes(model: nn.Module, spec: FamilySpec) -> Iterator[str]:
+    names = {module: name for name, module in model.named_modules()}
+    for stack, is_causal in find_stacks(model, spec):
+        if is_causal:
+            yield f"{names[stack]}." if names[stack] else ""
+
+
+def _num_merges(layer: MergedLayer, seq_len: int, *, is_causal: bool) -> int:
+    """How often the experts of a layer are merged for one sequence."""
+    router = layer.router
+    if is_causal and isinstance(router, SequenceMergeGate):
+        return -(-seq_len // router.segment_length)
+    return 1
+
+
+def _merged_weights(layer: MergedLayer, seq_len: int, num_merges: int) -> float:
+    """Weights that a token is multiplied with, and its part of those that are merged."""
+    own = 1 + layer.top_k * num_merges / seq_len
+    if applying_is_cheaper(seq_len, num_merges, layer.top_k):
+        own = layer.top_k
+    shared = 0 if layer.shared is None else _size_of_one(layer.shared, bias=False)
+    return own * _size_of_one(layer.experts, bias=False) + shared
+
+
+def _merge_gate_flops(layer: MergedLayer, merges_per_token: float) -> float:
+    """The gates' scores for each merge, and the small network of each token where there is one.
+
+    What sizes the noise is read in training alone.
+    """
+    router = cast(MergeGate, layer.router)
+    gates = sum(_weight_size(gate.gate) for gate in router.gates.values())
+    block = 0
+    if isinstance(router, TokenMergeGate):
+        block = _weight_size(router.down) + _weight_size(router.up)
+    return 2 * (gates * merges_per_token + block)
 
 
 def _size_of_one(experts: Experts, *, bias: bool) -> int:

@@ -82,8 +82,12 @@ def unread_settings(model: Any) -> dict[str, Any]:
 
 
 def hides_tokens(config: Any) -> bool:
-    """Whether its decoder's routers read all tokens so far, which a key-value cache hides."""
+    """Whether its decoder's routers read all tokens so far, which a key-value cache hides.
+
+    What gates of merged experts have read travels in the cache.
+    """
     moe = getattr(config, "moe", None)
     if not moe or moe["num_experts"] == 1:
         return False
-    return router_facts(moe["router"]).chooses_by == "sentence"
+    facts = router_facts(moe["router"])
+    return facts.chooses_by == "sentence" and not facts.merges

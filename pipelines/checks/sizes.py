@@ -96,6 +96,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
     sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
     sizes.facts += topology_facts(config)
     sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
+    sizes.facts += merge_facts(config)
     try:
         teacher = start_skeleton(workspace, num_labels)
     except NotAtHandError as error:
@@ -112,6 +113,23 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         student = convert_skeleton(teacher, own)
         sizes.models.append(_measure(label or "student", student, seq_len, own, frozen=frozen))
     return sizes
+
+
+def merge_facts(config: RunConfig) -> list[tuple[str, str]]:
+    """Say what is merged how often, and what that costs; nothing where experts are not merged."""
+    moe = config.moe
+    if not moe.merges:
+        return []
+    groups = "task, the same for all its texts"
+    if moe.router_spec.facts.chooses_by != "task":
+        groups = f"sequence, in a decoder for each {moe.segment_length} tokens of one"
+    return [
+        (
+            "merged experts",
+            f"{moe.top_k} of {moe.num_experts} become one for each {groups}; a token then costs "
+            f"one expert, and a merge as much as {moe.top_k} tokens",
+        )
+    ]
 
 
 def start_skeleton(workspace: Workspace, num_labels: int) -> Any:

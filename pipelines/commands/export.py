@@ -1,4 +1,4 @@
-"""The command `export`: one task's sub-network as a plain dense model."""
+"""The command `export`: a plain dense model of one task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import Debug, Quiet, clean_errors, quieten_libraries, shown_warnings
+from .command_line import Debug, Overrides, Quiet, clean_errors, quieten_libraries, shown_warnings
 
 
 def register(app: typer.Typer) -> None:
@@ -27,21 +27,67 @@ def export(
         Path | None,
         typer.Option(help="Where the dense model goes; beside its stage, or DIR, if not given."),
     ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold", help="Insist that merged experts become one, as they are for the task."
+        ),
+    ] = False,
+    average: Annotated[
+        bool,
+        typer.Option(
+            "--average",
+            help="Take the average of all experts, which is another model, and measure both.",
+        ),
+    ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Whose dev rows --average is measured on; that of the model's run if not given."
+        ),
+    ] = None,
+    overrides: Overrides = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Take one task's sub-network out of a model, as a plain dense Hugging Face model."""
     with clean_errors(debug=debug):
         quieten_libraries()
-        from ..console import Console
-        from ..stages.export import default_output, export_task
+        from moe_dist.config import load_config
+        from moe_dist.errors import ConfigError
 
+        from ..console import Console
+        from ..stages.compaction import find_recipe
+        from ..stages.export import Way, default_output, export_task
+
+        if fold and average:
+            raise ConfigError(
+                ["--fold and --average are two models; leave one out."], source="export"
+            )
+        if not average and (recipe is not None or overrides):
+            raise ConfigError(
+                ["--recipe and --set say what --average is measured on; leave them out."],
+                source="export",
+            )
+        way: Way = "fold" if fold else "average" if average else "extract"
         console = Console(quiet=quiet)
         source = directory.absolute()
+        config = None
+        if average:
+            path = recipe or find_recipe(source, "the average is measured on dev rows")
+            config = load_config(path, overrides or ())
+        place = (output or default_output(source, task, way)).absolute()
         with shown_warnings(console):
-            found = export_task(source, task, (output or default_output(source, task)).absolute())
+            found = export_task(source, task, place, way=way, config=config)
         console.result(
             f"{found.kind}, {found.num_parameters:,} parameters, {found.ffn_size} neurons in each "
             f"feed-forward layer; its outputs differ by at most {found.difference:.1e}"
         )
+        if found.left_out:
+            console.warn(f"left out: {found.left_out}")
+        for name, value in found.metrics.get("export", {}).items():
+            title = found.metric_titles.get(name, name)
+            console.result(
+                f"dev {title}: {value:.4f}, and {found.metrics['model'][name]:.4f} of the model"
+            )
         console.result(f"model: {found.directory}")

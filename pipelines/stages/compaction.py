@@ -34,13 +34,13 @@ RECIPE_NAME = "recipe.yaml"
 Data = TypeVar("Data", bound=TaskDataConfig)
 
 
-def find_recipe(directory: Path) -> Path:
+def find_recipe(directory: Path, purpose: str = "compacting needs data") -> Path:
     """Find the resolved recipe that a student was made with, or raise MissingInputError."""
     for parent in directory.absolute().parents:
         if (parent / RECIPE_NAME).is_file():
             return parent / RECIPE_NAME
     raise MissingInputError(
-        f"no {RECIPE_NAME} lies above {directory}, and compacting needs data",
+        f"no {RECIPE_NAME} lies above {directory}, and {purpose}",
         remedy="give a recipe with --recipe",
     )
 

@@ -1,14 +1,28 @@
-"""export: extract a task's sub-network, check it against the model, and save it."""
+"""export: make a plain dense model of a student, check it against the student, and save it.
+
+It is a task's sub-network, what merged experts are for a task, or the average of all experts, which
+is another model: its quality stands beside the student's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from moe_dist.errors import ConversionError, MoeDistError
+from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
+from moe_dist.whole_files import write_json
 
 from ..chain.stage_recovery import FINISHED
+
+if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
+Way = Literal["extract", "fold", "average"]
+RECORD = "export.json"
+"""Says beside the weights of an average what it is of, and how good both are."""
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest, that rounding may explain."""
@@ -25,6 +39,9 @@ class Exported:
         num_parameters: of it.
         ffn_size: neurons in each of its feed-forward layers.
         difference: the largest difference of its outputs from the model's on random tokens.
+        left_out: what of the model no dense model of its architecture can hold.
+        metrics: on the dev rows, of the `model` and the `export`; empty where not measured.
+        metric_titles: what people call them.
     """
 
     directory: Path
@@ -32,9 +49,12 @@ class Exported:
     num_parameters: int
     ffn_size: int
     difference: float
+    left_out: str = ""
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    metric_titles: dict[str, str] = field(default_factory=dict)
 
 
-def default_output(directory: Path, task: str | None) -> Path:
+def default_output(directory: Path, task: str | None, way: Way = "extract") -> Path:
     """Choose a place for the dense model of a task; None for a model of one task.
 
     Beside the model's directory, or beside its stage where a stage made it, since a stage's own
@@ -42,16 +62,27 @@ def default_output(directory: Path, task: str | None) -> Path:
     """
     stage = directory.parent
     beside = stage.parent if (stage / FINISHED).is_file() else stage
-    return beside / f"export-{task or 'dense'}"
+    words = ["average"] if way == "average" else [] if task else ["dense"]
+    return beside / "-".join(["export", *([task] if task else []), *words])
 
 
-def export_task(directory: Path, task: str | None, output: Path) -> Exported:
+def export_task(
+    directory: Path,
+    task: str | None,
+    output: Path,
+    *,
+    way: Way = "extract",
+    config: RunConfig | None = None,
+) -> Exported:
     """Write the dense model of one task, with the model's tokenizer.
 
     Args:
         directory: of a model of one or several tasks.
         task: its name; None for a model of one task.
         output: where the dense model goes.
+        way: "fold" insists on merged experts; "average" takes that of all experts, which
+            computes something else.
+        config: the recipe whose dev rows say how good an average is; not measured without.
 
     Returns:
         What was written.
@@ -69,21 +100,90 @@ def export_task(directory: Path, task: str | None, output: Path) -> Exported:
             f"{output} is there already.", remedy="remove it, or choose another with --output."
         )
     model = load_model(directory, task=task)
-    dense = extract_task(model, task)
+    if way == "fold":
+        _check_merged(model)
+    is_average = way == "average"
+    dense = extract_task(model, task, average=True) if is_average else extract_task(model, task)
     difference, scale = _compare(model, dense)
-    if difference > TOLERANCE * max(1.0, scale):
+    if not is_average and difference > TOLERANCE * max(1.0, scale):
         raise ConversionError(
             f"the dense model's outputs differ from the model's by {difference:.1e}",
             remedy="report this: both should compute the same",
         )
+    measures = is_average and config is not None
+    before = _measure(config, directory) if measures and config is not None else {}
     save_model(dense, output, tokenizer=load_tokenizer(directory))
+    metrics: dict[str, dict[str, float]] = {}
+    if measures and config is not None:
+        after = _measure(_of_task(config, task), output)
+        prefix = f"{task}/" if task else ""
+        metrics = {
+            "model": {name: before["metrics"][f"{prefix}{name}"] for name in after["metrics"]},
+            "export": after["metrics"],
+        }
+    left_out = _left_out(model) if is_average else ""
+    if is_average:
+        moe = model.config.moe
+        about = {"average_of": moe["num_experts"], "router": moe["router"], "left_out": left_out}
+        write_json(output / RECORD, about | {"difference": difference, "metrics": metrics})
     return Exported(
         directory=output,
         kind=type(dense).__name__,
         num_parameters=sum(parameter.numel() for parameter in dense.parameters()),
         ffn_size=find_slots(dense)[0].num_neurons,
         difference=difference,
+        left_out=left_out,
+        metrics=metrics,
+        metric_titles=before.get("metric_titles", {}) if not task else {},
     )
+
+
+def _check_merged(model: Any) -> None:
+    """See that there is something to fold; a ConversionError says what the model is instead."""
+    from moe_dist.router_spec import router_facts
+
+    moe: Mapping[str, Any] = getattr(model.config, "moe", None) or {"num_experts": 1}
+    if moe["num_experts"] == 1:
+        raise ConversionError(
+            "the model has no merged experts to fold", remedy="export it without --fold"
+        )
+    facts = router_facts(moe["router"])
+    if not facts.merges:
+        other = "without --fold" if facts.chooses_by == "task" else "with --average"
+        raise ConversionError(
+            f"{moe['router']} sends tokens to experts and does not merge them, so there is nothing "
+            "to fold",
+            remedy=f"export it {other}, or fold a student of moe.router=merged_task",
+        )
+
+
+def _left_out(model: Any) -> str:
+    if model.config.moe["router"] != "merged_token":
+        return ""
+    return "the small network of each token that merged_token adds to what experts read"
+
+
+def _of_task(config: RunConfig, task: str | None) -> RunConfig:
+    """A recipe with the data of one of its tasks alone."""
+    from moe_dist.config.data_section import DataConfig
+
+    if task is None:
+        return config
+    own = (config.data.tasks or {}).get(task)
+    if own is None:
+        raise MissingInputError(
+            f"the recipe {config.name} has no task {task!r}",
+            remedy="give the recipe that the model was trained with",
+        )
+    return config.model_copy(update={"data": DataConfig.model_validate(own.model_dump())})
+
+
+def _measure(config: RunConfig, model: Path) -> dict[str, Any]:
+    """Run a saved model over the dev rows."""
+    from moe_dist.jobs.predict import PredictJob
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return PredictJob.of(config, scratch, model=str(model)).run()
 
 
 def _compare(model: Any, dense: Any) -> tuple[float, float]:

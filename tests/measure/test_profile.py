@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.errors import ConversionError
 from moe_dist.measure.profile import count_parameters, flops_per_token
+from moe_dist.router_spec import RouterSpec
 
 SEQ_LEN = 16
 # Small, but with FFNs, attention and head all large enough to show up in 2 %.
@@ -114,7 +116,8 @@ def counted_flops_per_token(model: Any) -> float:
 
 def student_of(model: Any, **changes: Any) -> Any:
     scores = [torch.rand(slot.num_neurons) for slot in find_slots(model)]
-    router = {key: changes.pop(key) for key in ("router", "top_k") if key in changes}
+    keys = {one.name for one in fields(RouterSpec)}
+    router = {key: changes.pop(key) for key in list(changes) if key in keys}
     sizes: dict[str, Any] = {"num_experts": 4, "expert_size": 16, "num_shared_neurons": 8}
     plan = plan_partition(scores, **(sizes | changes))
     return dense_to_moe(model, plan, **({"router": "hash_random"} | router)).eval()
@@ -161,6 +164,47 @@ def test_student_flops_agree_with_torch(
     )
 
 
+@pytest.mark.parametrize("router", ["merged_task", "merged_sequence", "merged_token"])
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 2}, {"top_k": 4}, {"top_k": 2, "tie_shared": True}, {"merge_gates": "one"}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("llama", "LlamaForCausalLM"),
+    ],
+)
+def test_merged_flops_agree_with_torch(
+    model_type: str, class_name: str, router: str, options: dict[str, Any]
+) -> None:
+    student = student_of(build(model_type, class_name, {}), router=router, **options)
+    assert flops_per_token(student, SEQ_LEN).total == pytest.approx(
+        counted_flops_per_token(student), rel=0.02
+    )
+
+
+def test_a_merge_costs_as_much_as_k_tokens() -> None:
+    teacher = build("bert", "BertForSequenceClassification", {})
+    student = student_of(teacher, router="merged_sequence", top_k=3)
+    dense = flops_per_token(teacher, 128).ffn
+    # A quarter of the neurons, once for each token and 3 times for each sequence.
+    assert flops_per_token(student, 128).ffn == pytest.approx(dense / 4 * (1 + 3 / 128))
+    # Of a few tokens each is given to all 3 experts.
+    assert flops_per_token(student, 2).ffn == pytest.approx(dense / 4 * 3)
+
+
+def test_a_decoder_merges_for_each_segment() -> None:
+    teacher = build("llama", "LlamaForCausalLM", {"max_position_embeddings": 128})
+    student = student_of(teacher, router="merged_sequence", top_k=2, segment_length=32)
+    dense = flops_per_token(teacher, 128).ffn
+    assert flops_per_token(student, 128).ffn == pytest.approx(dense / 4 * (1 + 2 * 4 / 128))
+    assert flops_per_token(student, 100).ffn == pytest.approx(dense / 4 * (1 + 2 * 4 / 100))
+
+
 @pytest.mark.parametrize("tie_shared", [False, True])
 def test_student_of_a_quarter_has_a_quarter_of_the_ffn_flops(tie_shared: bool) -> None:
     teacher = build("bert", "BertForSequenceClassification", {})
@@ -194,6 +238,12 @@ def test_active_parameters_leave_out_the_idle_experts() -> None:
     counts = count_parameters(student)
     assert counts.total - counts.active == idle
     assert counts.total == sum(parameter.numel() for parameter in student.parameters())
+
+
+def test_of_merged_experts_one_is_active() -> None:
+    teacher = build("bert", "BertForSequenceClassification", {})
+    counts = count_parameters(student_of(teacher, router="merged_sequence", top_k=3))
+    assert counts.total - counts.active == 2 * 3 * (16 * 65 + 32)
 
 
 def test_tied_shared_neurons_are_always_active() -> None:

@@ -25,6 +25,14 @@ PAPER = {
 }
 PAPER_SQUAD = {1: (3e-5, 32, 5, 0.01, 2), 2: (3e-5, 16, 4, 0.1, 1)}
 TASKS = (*PAPER, "stsb")
+# Router, experts, K, expert size, learning rate, batch size, epochs, weight decay; MEO, EMNLP 2023,
+# and its scripts.
+MERGED = {
+    "meo_bert_sst2": ("merged_token", 8, 4, 3072, 1e-5, 16, 10, 0.1),
+    "meo_gpt2_wikitext2": ("merged_task", 8, 2, 3072, 1e-5, 8, 10, 0),
+    "meo_t5_squad": ("merged_sequence", 8, 8, 2048, 3e-5, 12, 2, 0),
+    "meo_bart_xsum": ("merged_sequence", 8, 2, 4096, 1e-4, 8, 4, 0.1),
+}
 SMALL_TASKS = ("sst2", "mrpc", "qqp", "rte", "mnli")
 
 
@@ -39,8 +47,10 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     for label in config.compare:
+        own = config.resolve_comparison(label).moe
         size = SIZES.get(label.rpartition("_")[2], 1) * config.moe.active_neurons
-        assert config.resolve_comparison(label).moe.active_neurons == size
+        # A plain mixture pays for each of K experts, a merged one for one.
+        assert own.active_neurons == (own.top_k if label == "plain" else 1) * size
 
 
 def test_ablations_differ_in_their_comparisons_alone() -> None:
@@ -88,6 +98,10 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "lm_smollm2_bbc",
         "t5_squad",
         "bart_xsum",
+        *MERGED,
+        "meo_minilm_sst2",
+        "meo_minilm_embedding",
+        "meo_smollm2",
         "tiny_gpt2",
         "tiny_t5_titles",
         "tiny_bart_titles",
@@ -148,6 +162,19 @@ def test_moebert_recipes_have_the_paper_s_hyperparameters(task: str) -> None:
     assert (*settings, distill.hidden_weight) == PAPER[task]
     assert distill.kl_weight == distill.hidden_weight
     assert (train.max_grad_norm, train.warmup_fraction, distill.temperature) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_recipes_have_the_published_settings(name: str) -> None:
+    config = load_config(RECIPES / f"{name}.yaml")
+    moe, train, distill = config.moe, config.train, config.distill
+    experts = (moe.router, moe.num_experts, moe.top_k, moe.expert_size)
+    settings = (train.learning_rate, train.batch_size, train.num_epochs, train.weight_decay)
+    assert (*experts, *settings) == MERGED[name]
+    assert (moe.partition, moe.merge_gates) == ("full_copy", "each")
+    # The labels alone teach, and each gate's balance counts 1e-2 of a sum.
+    assert (distill.task_weight, distill.hidden_weight, distill.kl_weight) == (1, 0, 0)
+    assert distill.load_balancing_weight * 100 in (24, 48)
 
 
 @pytest.mark.parametrize("version", PAPER_SQUAD)

@@ -24,7 +24,7 @@ from moe_dist.measure.evaluation import predict
 from moe_dist.tasks import TASK_KINDS, Answered
 from moe_dist.tasks.kind import IGNORED
 from moe_dist.tasks.seq2seq import read_texts, write
-from moe_dist.tasks.token_kind import unread_settings
+from moe_dist.tasks.token_kind import hides_tokens, unread_settings
 from moe_dist.training.step import distill_terms, finetune_terms
 from tests.conversion.dense_models import random_scores
 from tests.tasks.tiny_seq2seq import FAMILIES, columns, tiny_tokenizer, tiny_writer, titled_rows
@@ -59,7 +59,9 @@ def student_of(model: Any, router: str = "token_gate", num_experts: int = 4) -> 
     plan = plan_partition(
         random_scores(model), num_experts=num_experts, expert_size=8, num_shared_neurons=0
     )
-    student = dense_to_moe(model, plan, router=router)
+    # Segments so short that a text has several.
+    options = {"top_k": 2, "segment_length": 2} if router.startswith("merged") else {}
+    student = dense_to_moe(model, plan, router=router, **options)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in student.named_parameters():
         if ".gate." in name:
@@ -261,10 +263,13 @@ def test_writing_is_the_search_of_transformers_with_the_recipes_settings(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", ["hash_random", "token_gate", "sentence_gate"])
+@pytest.mark.parametrize(
+    "router", ["hash_random", "token_gate", "sentence_gate", "merged_task", "merged_sequence"]
+)
 def test_routing_follows_the_beams(family: str, router: str, tmp_path: Path) -> None:
     """With a cache, each beam's last token is all that routers see."""
     student, data = student_of(tiny_writer(family), router), encoded(family, tmp_path)
+    assert hides_tokens(student.config) is (router == "sentence_gate")
     batch = batch_of(data, [0, 1, 2, 3, 4], family)
     options = {"max_target_length": 6, "num_beams": 3}
     together = write(student, batch, options)

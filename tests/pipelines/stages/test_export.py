@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +106,115 @@ def test_an_exported_model_writes_as_its_settings_say(tmp_path: Path) -> None:
     save_model(student, tmp_path / "student", load_tokenizer(tmp_path / "tokenizer"))
     export_task(tmp_path / "student", None, tmp_path / "dense")
     assert load_model(tmp_path / "dense").generation_config.max_new_tokens == 3
+
+
+# Merged experts
+
+NO_PROJECT = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+model = Auto.from_pretrained(sys.argv[1]).eval()
+batch = {name: torch.tensor(rows) for name, rows in json.loads(sys.argv[2]).items()}
+print(json.dumps(model(**batch).logits.tolist()))
+assert not any(name.startswith("moe_dist") for name in sys.modules)
+"""
+
+
+def write_merged(directory: Path, router: str = "merged_task", **options: Any) -> Path:
+    """Save a student whose copies of the FFN have become different experts."""
+    dense = tiny_model("bert")
+    sizes = {"num_experts": 4, "expert_size": 32, "num_shared_neurons": 0, "method": "full_copy"}
+    student = dense_to_moe(
+        dense, plan_partition(random_scores(dense), **sizes), router=router, num_tasks=1, **options
+    )
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    write_tokenizer(directory.parent / "tokenizer", "bert")
+    return save_model(student, directory, load_tokenizer(directory.parent / "tokenizer"))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_merged_experts_fold_into_a_model_that_needs_nothing_of_this_project(
+    fold: bool, tmp_path: Path
+) -> None:
+    directory = write_merged(tmp_path / "student", top_k=2)
+    command = ["export", str(directory), "--output", str(tmp_path / "dense")]
+    found = CliRunner().invoke(app, command + (["--fold"] if fold else []))
+    assert found.exit_code == 0, found.output
+    batch = random_batch(load_model(directory), 3, 9, seed=5)
+    given = json.dumps({name: rows.tolist() for name, rows in batch.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", NO_PROJECT, str(tmp_path / "dense"), given],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    with torch.no_grad():
+        expected = load_model(directory)(**batch).logits
+    plain = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "words"),
+    [
+        ("merged_sequence", {"top_k": 2}, "merges experts anew for each sequence"),
+        ("token_gate", {}, "export it with --average"),
+        ("task_gate", {}, "export it without --fold"),
+    ],
+)
+def test_what_does_not_fold_says_what_else_there_is(
+    router: str, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    directory = write_merged(tmp_path / "student", router, **options)
+    found = CliRunner().invoke(app, ["export", str(directory), "--fold"])
+    assert found.exit_code != 0
+    assert words in " ".join(found.output.split())
+    assert not (tmp_path / "export-dense").exists()
+
+
+def test_a_dense_model_has_nothing_to_fold(tmp_path: Path) -> None:
+    directory = write_student(tmp_path / "student", "bert", "ForSequenceClassification", {})
+    found = CliRunner().invoke(app, ["export", str(directory), "--fold"])
+    assert "no merged experts to fold" in " ".join(found.output.split())
+
+
+@pytest.mark.parametrize("router", ["merged_task", "merged_token"])
+def test_the_average_is_measured_beside_the_model(
+    router: str, tmp_path: Path, tiny_settings: dict[str, Any], write_recipe: Any
+) -> None:
+    directory = write_merged(tmp_path / "student", router, top_k=2)
+    command = ["export", str(directory), "--average"]
+    alone = CliRunner().invoke(app, command)
+    assert "no recipe.yaml lies above" in " ".join(alone.output.split())
+    recipe = write_recipe(tiny_settings)
+    found = CliRunner().invoke(app, [*command, "--recipe", str(recipe)])
+    assert found.exit_code == 0, found.output
+    said = " ".join(found.output.split())
+    record = json.loads((tmp_path / "export-average/export.json").read_text())
+    both = record["metrics"]
+    assert (
+        f"dev accuracy: {both['export']['accuracy']:.4f}, and {both['model']['accuracy']:.4f} of "
+        "the model" in said
+    )
+    assert record["average_of"] == 4
+    assert ("left out: the small network" in said) is (router == "merged_token")
+    assert type(load_model(tmp_path / "export-average")).__name__ == "BertForSequenceClassification"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--fold", "--average"], "two models; leave one out"),
+        (["--recipe", "."], "--recipe and --set say what --average is measured on"),
+    ],
+)
+def test_options_that_contradict_each_other_are_one_fault(
+    options: list[str], words: str, tmp_path: Path
+) -> None:
+    found = CliRunner().invoke(app, ["export", str(tmp_path), *options])
+    assert found.exit_code != 0
+    assert words in " ".join(found.output.split())
