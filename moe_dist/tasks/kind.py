@@ -334,6 +334,10 @@ class TaskKind(ABC):
         answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
         return answers
 
+    def generation(self, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by which `model.generate()` writes what is measured; none where nothing is."""
+        return {}
+
     def needs_all_rows(self, *, is_training: bool) -> bool:
         """Whether samples are made of several rows, so that `tokens` is given all at once."""
         return False
