@@ -12,6 +12,7 @@ from moe_dist.tracking import TrackedModel, redact_uri
 
 from ..checks.cluster_package import cluster_module
 from ..stages import distill, evaluate, finetune_teacher
+from ..stages.writers import MODELS
 from .stage import StageResult, stage_key
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def log_models(
         if key not in results:
             continue
         result, output = results[key], MODEL_OUTPUT
-        if measured is not None and (own := f"{evaluate.MODELS}/{name}") in measured.outputs:
+        if measured is not None and (own := f"{MODELS}/{name}") in measured.outputs:
             result, output = measured, own
         register_as = tracking.register_model if name == evaluate.STUDENT else ""
         for task, splits in workspace.rows.parts.items():

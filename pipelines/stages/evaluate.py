@@ -36,6 +36,7 @@ from ..report.quality import (
     measure_quality,
 )
 from . import adapt, distill, finetune_teacher
+from .writers import write_as_measured
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -48,7 +49,6 @@ NAME = "evaluate"
 TEACHER = "teacher"
 STUDENT = "student"
 PREDICTIONS = "predictions"
-MODELS = "models"
 BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
 PREDICT_BATCH_TOKENS = 8192
@@ -95,7 +95,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 entries[name] |= cost
             beside = other_work()
         main_metric = workspace.rows.main_metric
-        written = write_as_measured(loaded, models, workspace, stage)
+        written = write_as_measured(final_models(loaded), models, workspace, stage)
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -278,35 +278,6 @@ def run_over_dev(name: str, data: AnyJobData, answer: Predict) -> Measured:
         return measure(data, answer)
     except DataError as error:
         raise DataError(f"{name}: {error.message}", remedy=error.remedy) from error
-
-
-def write_as_measured(
-    loaded: Mapping[str, Any],
-    models: Mapping[str, tuple[Path, str]],
-    workspace: Workspace,
-    stage: StageWork,
-) -> dict[str, Path]:
-    """Write final models once more whose own `generate()` is to write as it did here.
-
-    Settings of a search may change without training anew, so that what was trained cannot hold
-    them. Gives directories by `models/NAME`; none of models that write no texts.
-    """
-    from moe_dist.inference.generation import save_with_generation, set_generation
-
-    written: dict[str, Path] = {}
-    for part in workspace.rows.parts.values():
-        for name, model in final_models(loaded).items():
-            settings = part.task.task_kind.generation(model, part.task.options)
-            if settings:
-                set_generation(model, settings)
-                directory = stage.directory / MODELS / name
-                written[f"{MODELS}/{name}"] = save_with_generation(
-                    model, models[name][0], directory
-                )
-    if written:
-        shown = workspace.files.shown(stage.directory / MODELS)
-        stage.console.note(f"models that write with the recipe's settings: {shown}")
-    return written
 
 
 def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) -> tuple[Path, ...]:
