@@ -18,7 +18,7 @@ def set_generation(model: Any, settings: Mapping[str, Any]) -> None:
 
     own = model.generation_config.to_diff_dict()
     tokens = {name: value for name, value in own.items() if name.endswith("_token_id")}
-    model.generation_config = GenerationConfig(**tokens | settings)
+    model.generation_config = GenerationConfig(**{**tokens, **settings})
 
 
 def save_with_generation(model: Any, source: Path, target: Path) -> Path:

@@ -298,7 +298,11 @@ def test_a_model_that_is_told_writes_as_it_is_measured_in_plain_use(
     model = student_of(model, router) if router else model
     for name, value in {"min_length": 3, "repetition_penalty": 3.0, "max_length": 9}.items():
         setattr(model.generation_config, name, value)
-    options = {"max_target_length": 5, "num_beams": num_beams, "no_repeat_ngram_size": 2}
+    options: dict[str, Any] = {
+        "max_target_length": 5,
+        "num_beams": num_beams,
+        "no_repeat_ngram_size": 2,
+    }
     if num_beams > 1:
         options |= {"length_penalty": 0.5, "early_stopping": False}
     measured = write(model, batch, options)
