@@ -190,10 +190,11 @@ def _merged_products(
         if experts.gated:
             active_TF = active_TF * leaves["in"]
     share_of_out, w_out = shares["out"], weights["w_out"]
-    grad_active_TF = sum(
+    parts = [
         share_of_out[:, expert : expert + 1] * (grad_TD @ w_out[expert])
         for expert in range(experts.num_experts)
-    )
+    ]
+    grad_active_TF = torch.stack(parts).sum(dim=0)
     grads = torch.autograd.grad(active_TF, [leaves[name] for name in inputs], grad_active_TF)
     for expert in range(experts.num_experts):
         own = slice(expert, expert + 1)

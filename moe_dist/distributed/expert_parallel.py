@@ -39,7 +39,8 @@ class ExpertSlice(nn.Module):
         self.ep_size = ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.num_local_experts = layer.num_experts // ep_size
-        _keep_slice(self.experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
+        experts = cast(Experts, self.experts)
+        _keep_slice(experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create the expert groups; DeepSpeed calls this."""

@@ -24,12 +24,13 @@ from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_
 from moe_dist.moe.routing import Routing
 
 MERGE_COST = 4.0
-"""What a multiply-add of a merge costs, in multiply-adds of a product with many tokens: a merge
-reads each weight for a few of them, so memory decides."""
-PART_BYTES = {"cpu": 8 * 2**20}
-"""What merged weights may take at a time: a CPU multiplies them while they are in its cache."""
-PART_BYTES_ELSEWHERE = 256 * 2**20
-GROUPS_AT_ONCE = 16
+"""What a multiply-add of a merge costs, in multiply-adds of a product with many tokens: it reads a
+weight for a few of them, so memory decides. Measured with 768 x 3072 on one core of a Xeon."""
+OWN_MERGE_COST = 8
+"""How much more than in one product for all groups it costs where each adds up its own experts."""
+PART_BYTES = 32 * 2**20
+"""What merged weights may take at a time."""
+GROUPS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,15 @@ def linear_names(gated: bool) -> tuple[str, ...]:
     return ("in", "gate", "out") if gated else ("in", "out")
 
 
-def applying_is_cheaper(num_tokens: int, num_groups: int, top_k: int) -> bool:
-    """Whether K products for each token cost less than a merge for each group and one product."""
-    return num_tokens * top_k <= num_tokens + MERGE_COST * top_k * num_groups
+def applying_is_cheaper(
+    num_tokens: int, num_groups: int, top_k: int, num_used: int | None = None
+) -> bool:
+    """Whether K products for each token cost less than a merge for each group and one product.
+
+    `num_used` is how many experts all groups use together; K where it is not given.
+    """
+    num_merged = min(num_used or top_k, OWN_MERGE_COST * top_k)
+    return num_tokens * top_k <= num_tokens + MERGE_COST * num_merged * num_groups
 
 
 def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor:
@@ -72,13 +79,13 @@ def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor
         if weight is None:
             empty_TO = rows_TI.new_zeros(rows_TI.shape[0], experts.d_model)
             return empty_TO if bias is None else groups.spread(_merged_bias(bias, routing), dtype)
-        if applying_is_cheaper(len(rows_TI), groups.num_filled, routing.expert_ids.shape[1]):
+        ids_GK = routing.expert_ids
+        num_used = len(torch.unique(ids_GK))
+        if applying_is_cheaper(len(rows_TI), groups.num_filled, ids_GK.shape[1], num_used):
             return _apply_experts(rows_TI, weight, bias, routing, groups.group_T)
         out_TO = cast(
             Tensor,
-            _MergedLinear.apply(
-                rows_TI, weight, routing.expert_ids, routing.expert_weights, groups.sizes
-            ),
+            _MergedLinear.apply(rows_TI, weight, ids_GK, routing.expert_weights, groups.sizes),
         )
         if bias is None:
             return out_TO
@@ -236,47 +243,51 @@ def _apply_experts(
 class _Mix:
     """The merge of some groups, for one part of the weights after another.
 
-    Where nearly all experts that are used serve each group, one product with a (G, U) matrix reads
-    them once for all groups; else each group gathers its own K.
+    One product with a (G, U) matrix reads the used experts once for all groups; where they are many
+    more than K, each group adds up its own.
     """
 
     def __init__(self, ids_GK: Tensor, weights_GK: Tensor, num_experts: int) -> None:
-        self.ids_GK, self.weights_GK = ids_GK, weights_GK
         used_U, places = torch.unique(ids_GK, return_inverse=True)
-        self._is_dense = used_U.numel() <= 2 * ids_GK.shape[1]
         self._places_GK = places.view_as(ids_GK)
-        self._used_U = None if used_U.numel() == num_experts else used_U
         self._weights_GU = weights_GK.new_zeros(ids_GK.shape[0], used_U.numel())
         self._weights_GU.scatter_add_(1, self._places_GK, weights_GK)
+        self._used_U = None if used_U.numel() == num_experts else used_U
+        self._own: list[list[tuple[int, float]]] | None = None
+        if used_U.numel() > OWN_MERGE_COST * ids_GK.shape[1]:
+            pairs = zip(ids_GK.tolist(), weights_GK.tolist(), strict=True)
+            self._own = [list(zip(*one, strict=True)) for one in pairs]
 
-    def merge(self, part_EN: Tensor) -> Tensor:
-        """Merge a part of the stacked weights: (G, N)."""
-        if self._is_dense:
-            return self._weights_GU @ self._used(part_EN)
-        return torch.stack(
-            [
-                own_K @ part_EN[ids_K]
-                for ids_K, own_K in zip(self.ids_GK, self.weights_GK, strict=True)
-            ]
-        )
+    def merge(self, part_EN: Tensor, out_GN: Tensor) -> None:
+        """Merge a part of the stacked weights."""
+        if self._own is None:
+            torch.mm(self._weights_GU, self._used(part_EN), out=out_GN)
+            return
+        for own, out_N in zip(self._own, out_GN, strict=True):
+            out_N.zero_()
+            for expert, weight in own:
+                out_N.add_(part_EN[expert], alpha=weight)
 
     def add_gradient(self, grad_GN: Tensor, grad_part_EN: Tensor) -> None:
         """Add what the experts get of the gradient of the merged part, in place."""
-        if self._is_dense and self._used_U is None:
+        if self._own is not None:
+            for own, grad_N in zip(self._own, grad_GN, strict=True):
+                for expert, weight in own:
+                    grad_part_EN[expert].add_(grad_N, alpha=weight)
+        elif self._used_U is None:
             grad_part_EN.addmm_(self._weights_GU.t(), grad_GN)
-        elif self._is_dense:
-            grad_part_EN.index_add_(0, self._used_U, self._weights_GU.t() @ grad_GN)
         else:
-            for ids_K, own_K, grad_N in zip(self.ids_GK, self.weights_GK, grad_GN, strict=True):
-                grad_part_EN.index_add_(0, ids_K, torch.outer(own_K, grad_N))
+            grad_part_EN.index_add_(0, self._used_U, self._weights_GU.t() @ grad_GN)
 
     def weight_gradient(self, grad_GN: Tensor, part_EN: Tensor) -> Tensor:
         """Give the gradient of the (G, K) weights."""
-        if self._is_dense:
+        if self._own is None:
             return (grad_GN @ self._used(part_EN).t()).gather(1, self._places_GK)
-        return torch.stack(
-            [part_EN[ids_K] @ grad_N for ids_K, grad_N in zip(self.ids_GK, grad_GN, strict=True)]
-        )
+        products = [
+            torch.stack([torch.dot(part_EN[expert], grad_N) for expert, _ in own])
+            for own, grad_N in zip(self._own, grad_GN, strict=True)
+        ]
+        return torch.stack(products)
 
     def _used(self, part_EN: Tensor) -> Tensor:
         return part_EN if self._used_U is None else part_EN.index_select(0, self._used_U)
@@ -307,13 +318,12 @@ def _parts(
         if size:
             found.append((group, slice(start, start + size)))
         start += size
-    room = PART_BYTES.get(weight_EOI.device.type, PART_BYTES_ELSEWHERE)
     weights_GK = weights_GK.to(weight_EOI.dtype)
     for first in range(0, len(found), GROUPS_AT_ONCE):
         chosen = found[first : first + GROUPS_AT_ONCE]
         which = torch.tensor([group for group, _ in chosen], device=ids_GK.device)
         mix = _Mix(ids_GK[which], weights_GK[which], num_experts)
-        step = max(1, room // (len(chosen) * width * weight_EOI.element_size()))
+        step = max(1, PART_BYTES // (len(chosen) * width * weight_EOI.element_size()))
         for neuron in range(0, num_neurons, step):
             neurons = slice(neuron, min(neuron + step, num_neurons))
             yield _Part(mix, which, [rows for _, rows in chosen], neurons)
@@ -335,8 +345,9 @@ class _MergedLinear(torch.autograd.Function):
         ctx.sizes = sizes
         out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
         with torch.autocast(rows_TI.device.type, enabled=False):
+            buffer = _Buffer()
             for part in _parts(weight_EOI, ids_GK, weights_GK, sizes):
-                merged_GOI = _merged(part, weight_EOI, rows_TI.dtype)
+                merged_GOI = buffer.merged(part, weight_EOI).to(rows_TI.dtype)
                 for rows, own_OI in zip(part.rows, merged_GOI, strict=True):
                     torch.mm(rows_TI[rows], own_OI.t(), out=out_TO[rows, part.neurons])
         return out_TO
@@ -354,10 +365,11 @@ class _MergedLinear(torch.autograd.Function):
         # The gradient of a sum is expanded, which products of its parts would read slowly.
         grad_TO = grad_TO.contiguous()
         with torch.autocast(grad_TO.device.type, enabled=False):
+            buffer = _Buffer()
             for part in _parts(weight_EOI, ids_GK, weights_GK, ctx.sizes):
                 own_grads_TO = [grad_TO[rows, part.neurons] for rows in part.rows]
                 if grad_rows_TI is not None:
-                    merged_GOI = _merged(part, weight_EOI, rows_TI.dtype)
+                    merged_GOI = buffer.merged(part, weight_EOI).to(rows_TI.dtype)
                     for rows, own_OI, own_TO in zip(
                         part.rows, merged_GOI, own_grads_TO, strict=True
                     ):
@@ -377,6 +389,18 @@ class _MergedLinear(torch.autograd.Function):
         return grad_rows_TI, grad_EOI, None, grad_GK, None
 
 
-def _merged(part: _Part, weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
-    merged_GN = part.mix.merge(part.of(weight_EOI)).to(dtype)
-    return merged_GN.view(len(part.rows), -1, weight_EOI.shape[2])
+class _Buffer:
+    """Where one part after another is merged: fresh memory would cost as much as the merge."""
+
+    def __init__(self) -> None:
+        self._numbers: Tensor | None = None
+
+    def merged(self, part: _Part, weight_EOI: Tensor) -> Tensor:
+        """Merge a part: (G, o, I), valid until the next one."""
+        num_groups, width = len(part.rows), weight_EOI.shape[2]
+        size = (part.neurons.stop - part.neurons.start) * width
+        if self._numbers is None or len(self._numbers) < num_groups * size:
+            self._numbers = weight_EOI.new_empty(num_groups * size)
+        out_GN = self._numbers[: num_groups * size].view(num_groups, size)
+        part.mix.merge(part.of(weight_EOI), out_GN)
+        return out_GN.view(num_groups, -1, width)

@@ -7,7 +7,7 @@ for each layer beside its keys and values, and reorders, selects and crops both 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -99,7 +99,8 @@ def keep_states(output: object, states: Mapping[str, SegmentState]) -> None:
 
 
 @functools.cache
-def _carrying(kind: type) -> type:
+def _carrying(kind: Hashable) -> type:
+    assert isinstance(kind, type)
     return type(kind.__name__, (SegmentCarrier, kind), {"__module__": kind.__module__})
 
 

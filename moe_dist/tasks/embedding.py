@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.losses.alignment import POOLINGS
+from moe_dist.tasks.forward_kind import ForwardKind
 from moe_dist.tasks.kind import (
     Answered,
     DevRows,
     Figures,
     LabelKind,
-    TaskKind,
     TokenRows,
     full_lengths,
 )
@@ -42,7 +42,7 @@ _DIRECTIONS_SEED = 15
 _SMALLEST_LENGTH = 1e-12
 
 
-class Embedding(TaskKind):
+class Embedding(ForwardKind):
     """Answers are vectors, (B, D); samples are single texts, of dev rows each distinct one once."""
 
     name = "embedding"

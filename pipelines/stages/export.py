@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
-from ..chain.stage_recovery import FINISHED
+from ..chain.stage_recovery import stage_of
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -57,11 +57,10 @@ class Exported:
 def default_output(directory: Path, task: str | None, way: Way = "extract") -> Path:
     """Choose a place for the dense model of a task; None for a model of one task.
 
-    Beside the model's directory, or beside its stage where a stage made it, since a stage's own
-    directory is cleared when it is done again.
+    Beside the model's directory, or beside its stage where a stage made it.
     """
-    stage = directory.parent
-    beside = stage.parent if (stage / FINISHED).is_file() else stage
+    stage = stage_of(directory)
+    beside = directory.parent if stage is None else stage.parent
     words = ["average"] if way == "average" else [] if task else ["dense"]
     return beside / "-".join(["export", *([task] if task else []), *words])
 

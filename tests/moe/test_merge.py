@@ -34,10 +34,12 @@ from tests.moe.merged import (
 )
 
 
-@pytest.fixture(params=["merges", "applies"])
+@pytest.fixture(params=["merges", "merges one by one", "applies"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force one of the two ways to compute a merge."""
-    cost = -1e9 if request.param == "merges" else 1e9
+    """Force one of the ways to compute a merge."""
+    if request.param == "merges one by one":
+        monkeypatch.setattr(merge, "OWN_MERGE_COST", 0)
+    cost = 1e9 if request.param == "applies" else -1e9
     monkeypatch.setattr(merge, "MERGE_COST", cost)
     return str(request.param)
 
@@ -67,7 +69,7 @@ def test_the_layer_equals_its_oracle(
 
 def test_parts_and_chunks_of_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "MERGE_COST", -1e9)
-    monkeypatch.setattr(merge, "PART_BYTES", {"cpu": 3 * D_MODEL * 4 * 2})
+    monkeypatch.setattr(merge, "PART_BYTES", 3 * D_MODEL * 4 * 2)
     monkeypatch.setattr(merge, "GROUPS_AT_ONCE", 2)
     layer = merged_layer(top_k=2)
     assert_equals_oracle(layer, *batch((4, 1, 4, 2, 3)))
@@ -173,6 +175,10 @@ def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert merge.applying_is_cheaper(num_tokens=8, num_groups=8, top_k=8)
     assert not merge.applying_is_cheaper(num_tokens=1024, num_groups=8, top_k=8)
     assert merge.applying_is_cheaper(num_tokens=1024, num_groups=8, top_k=1)
+    # Groups that use other experts each make a merge dearer, until each merges its own.
+    assert not merge.applying_is_cheaper(128, 8, 2)
+    assert merge.applying_is_cheaper(128, 8, 2, num_used=8)
+    assert not merge.applying_is_cheaper(1024, 8, 2, num_used=10_000)
     monkeypatch.setattr(merge._MergedLinear, "apply", lambda *_: pytest.fail("merged"))
     hidden, context = batch((1, 1, 1))
     with torch.no_grad(), use_context(context):
