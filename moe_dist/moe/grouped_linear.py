@@ -69,7 +69,7 @@ class GradientSum:
         if self._sum_EOI is None:
             self._sum_EOI = torch.empty_like(weight_EOI)
         for expert, rows in rows_of_experts:
-            grad_OT, group_TI = _group(grad_TO, rows).t(), _group(rows_TI, rows)
+            grad_OT, group_TI = rows_of_group(grad_TO, rows).t(), rows_of_group(rows_TI, rows)
             if expert in self._written:
                 self._sum_EOI[expert].addmm_(grad_OT, group_TI)
             else:
@@ -137,10 +137,11 @@ def grouped_linear(
     return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups, total))
 
 
-def _multiply(
+def multiply_rows(
     rows_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, out_TO: Tensor, rows: slice
 ) -> None:
-    group_TI = _group(rows_TI, rows)
+    """Apply a linear layer to one group's rows, and write the result into those of `out_TO`."""
+    group_TI = rows_of_group(rows_TI, rows)
     out = out_TO[rows]
     if group_TI.shape[0] != out.shape[0]:
         out.copy_(F.linear(group_TI, weight_IO.t(), bias_O)[: out.shape[0]])
@@ -150,7 +151,7 @@ def _multiply(
         torch.addmm(bias_O, group_TI, weight_IO, out=out)
 
 
-def _group(rows_TI: Tensor, rows: slice) -> Tensor:
+def rows_of_group(rows_TI: Tensor, rows: slice) -> Tensor:
     """Take one expert's rows, on a CPU in half precision with zeros below up to a round number.
 
     oneDNN compiles a kernel for each number of rows that it meets (0.8 MB; longer than a hundred
@@ -186,7 +187,7 @@ class _GroupedLinear(torch.autograd.Function):
         out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
         for expert, rows in groups.rows():
             bias_O = None if bias_EO is None else bias_EO[expert]
-            _multiply(rows_TI, weight_EOI[expert].t(), bias_O, out_TO, rows)
+            multiply_rows(rows_TI, weight_EOI[expert].t(), bias_O, out_TO, rows)
         return out_TO
 
     @staticmethod
@@ -220,7 +221,7 @@ def _backward_by_group(
     grad_bias_EO = grad_TO.new_zeros(weight_EOI.shape[:2]) if needs[2] else None
     for expert, rows in rows_of_experts:
         if grad_rows_TI is not None:
-            _multiply(grad_TO, weight_EOI[expert], None, grad_rows_TI, rows)
+            multiply_rows(grad_TO, weight_EOI[expert], None, grad_rows_TI, rows)
         if grad_bias_EO is not None:
             torch.sum(grad_TO[rows], dim=0, out=grad_bias_EO[expert])
     grad_weight_EOI = None

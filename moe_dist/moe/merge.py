@@ -20,7 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.dispatch import permute, sort_slots, unpermute
 from moe_dist.moe.experts import Experts, compute_dtype
-from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_linear
+from moe_dist.moe.grouped_linear import (
+    can_use_grouped_mm,
+    group_rows,
+    grouped_linear,
+    multiply_rows,
+    rows_of_group,
+)
 from moe_dist.moe.routing import Routing
 
 MERGE_COST = 4.0
@@ -349,7 +355,7 @@ class _MergedLinear(torch.autograd.Function):
             for part in _parts(weight_EOI, ids_GK, weights_GK, sizes):
                 merged_GOI = buffer.merged(part, weight_EOI).to(rows_TI.dtype)
                 for rows, own_OI in zip(part.rows, merged_GOI, strict=True):
-                    torch.mm(rows_TI[rows], own_OI.t(), out=out_TO[rows, part.neurons])
+                    multiply_rows(rows_TI, own_OI.t(), None, out_TO[:, part.neurons], rows)
         return out_TO
 
     @staticmethod
@@ -367,17 +373,17 @@ class _MergedLinear(torch.autograd.Function):
         with torch.autocast(grad_TO.device.type, enabled=False):
             buffer = _Buffer()
             for part in _parts(weight_EOI, ids_GK, weights_GK, ctx.sizes):
-                own_grads_TO = [grad_TO[rows, part.neurons] for rows in part.rows]
+                own_grads_TO = [rows_of_group(grad_TO[:, part.neurons], rows) for rows in part.rows]
                 if grad_rows_TI is not None:
                     merged_GOI = buffer.merged(part, weight_EOI).to(rows_TI.dtype)
                     for rows, own_OI, own_TO in zip(
                         part.rows, merged_GOI, own_grads_TO, strict=True
                     ):
-                        grad_rows_TI[rows].addmm_(own_TO, own_OI)
+                        _add_product(grad_rows_TI[rows], own_TO, own_OI)
                 if grad_EOI is None and grad_GK is None:
                     continue
                 products = [
-                    own_TO.t() @ rows_TI[rows]
+                    own_TO.t() @ rows_of_group(rows_TI, rows)
                     for rows, own_TO in zip(part.rows, own_grads_TO, strict=True)
                 ]
                 merged_grad_GN = torch.stack(products).flatten(1).to(weight_EOI.dtype)
@@ -387,6 +393,13 @@ class _MergedLinear(torch.autograd.Function):
                     own_CK = part.mix.weight_gradient(merged_grad_GN, part.of(weight_EOI))
                     grad_GK.index_add_(0, part.groups_C, own_CK.to(grad_GK.dtype))
         return grad_rows_TI, grad_EOI, None, grad_GK, None
+
+
+def _add_product(out_TI: Tensor, grad_TO: Tensor, weight_OI: Tensor) -> None:
+    if len(grad_TO) == len(out_TI):
+        out_TI.addmm_(grad_TO, weight_OI)
+    else:
+        out_TI.add_((grad_TO @ weight_OI)[: len(out_TI)])
 
 
 class _Buffer:

@@ -55,7 +55,7 @@ def test_outputs_and_gradients_are_those_of_each_expert_alone(
 def test_kernels_in_half_precision_see_few_numbers_of_rows() -> None:
     widths = set()
     for num_rows in range(1, 4097):
-        group = grouped_linear._group(torch.ones(num_rows, 1).bfloat16(), slice(0, num_rows))
+        group = grouped_linear.rows_of_group(torch.ones(num_rows, 1).bfloat16(), slice(0, num_rows))
         assert group.sum() == num_rows
         assert num_rows <= len(group) < max(num_rows + 16, 1.13 * num_rows)
         widths.add(len(group))

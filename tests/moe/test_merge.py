@@ -147,6 +147,19 @@ def test_half_precision(path: str) -> None:
         assert float((one.float() - expected).abs().mean()) < 0.1 * float(expected.std())
 
 
+def test_gradients_in_half_precision(path: str) -> None:
+    """Rows are padded to round numbers there, which must add nothing."""
+    hidden, context = batch((5, 3, 4))
+    whole, half = (
+        gradients_of(layer, layer, hidden.to(dtype), context)
+        for dtype in (torch.float32, torch.bfloat16)
+        for layer in [merged_layer("merged_task", dtype=dtype)]
+    )
+    for one, other in zip(half, whole, strict=True):
+        missed = float((one.float() - other).abs().mean())
+        assert missed <= 0.1 * float(other.abs().mean()) + 1e-6
+
+
 def test_sequences_that_merge_alike_share_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "MERGE_COST", -1e9)
     seen = []
