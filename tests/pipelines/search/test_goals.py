@@ -81,6 +81,20 @@ def test_the_frontier_holds_dense_and_moe_students_of_the_tables(
     assert describe_student(Trial(0)) == "the recipe as it stands"
 
 
+@pytest.mark.parametrize("combine", ["auto", "merge"])
+def test_the_frontier_of_a_merged_recipe_is_merged(
+    write_recipe: Write, tiny_settings: dict[str, Any], combine: str
+) -> None:
+    from moe_dist.config.search_space import table_values
+
+    tiny_settings["distill"] = {"load_balancing_weight": 0.1}
+    tiny_settings["moe"] |= {"router": "merged_sequence", "top_k": 2, "combine": combine}
+    config = load_config(write_recipe(tiny_settings))
+    space = goal_config(config, parse_goals("retention>=0.99"), "latency", Recorder()).search.space
+    assert set(space["moe.router"]["choice"]) == set(table_values("merged_routers"))
+    assert space["moe.num_experts"]["choice"][0] == 1
+
+
 def test_a_goal_leaves_the_direction_of_quality_to_the_data(
     write_recipe: Write, tiny_settings: dict[str, Any]
 ) -> None:
