@@ -37,7 +37,7 @@ class KeptMerge:
 def merge_and_keep(
     experts: Experts, rows_TD: Tensor, merges: Merges, kept: dict[str, KeptMerge], name: str
 ) -> Tensor | None:
-    """Apply merges that are kept, or are asked for the second time; None where they are not.
+    """Apply merges that are kept, or are asked for the second time, and keep these.
 
     Args:
         experts: of the layer.
@@ -45,6 +45,9 @@ def merge_and_keep(
         merges: how the experts come together.
         kept: by layer; changed.
         name: of the layer.
+
+    Returns:
+        (T, D); None where nothing is kept.
     """
     groups = TokenGroups.of(merges.joined())
     by_linear = groups.by_linear
