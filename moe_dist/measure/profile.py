@@ -19,7 +19,7 @@ from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.merge import applying_is_cheaper
-from moe_dist.moe.merge_gates import MergeGate, SequenceMergeGate, TokenMergeGate
+from moe_dist.moe.merge_gates import MergeGate, NoisyTopK, SequenceMergeGate, TokenMergeGate
 from moe_dist.moe.merged_layer import MergedLayer
 
 _LINEAR = ("Linear", "Conv1D", "Conv1d")
@@ -183,7 +183,7 @@ def _merge_gate_flops(layer: MergedLayer, merges_per_token: float) -> float:
     What sizes the noise is read in training alone.
     """
     router = cast(MergeGate, layer.router)
-    gates = sum(_weight_size(gate.gate) for gate in router.gates.values())
+    gates = sum(_weight_size(cast(NoisyTopK, gate).gate) for gate in router.gates.values())
     block = 0
     if isinstance(router, TokenMergeGate):
         block = _weight_size(router.down) + _weight_size(router.up)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +27,7 @@ class LiveMemory(TorchDispatchMode):
     @classmethod
     def peak_of(cls, call: Callable[[], object]) -> int:
         """Run a call and give the bytes that it took at most beside what was there before."""
-        memory: Self = cls()
+        memory = cls()
         with memory:
             call()
         return memory.peak

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from moe_dist.whole_files import write_json
 
 from ..markdown import markdown_table
 from .live_memory import LiveMemory
+from .models import random_language_model
 from .sizes import below_one, cpu_threads
 
 PLAIN, NAIVE = "plain mixture", "naive merge"
@@ -233,7 +233,7 @@ def main(settings: MergeBenchmark | None = None, output: Path | None = None) -> 
 
     Args:
         settings: what to measure; the defaults if None.
-        output: a directory for `merge.json` and `merge.md`.
+        output: a directory for the same as JSON and Markdown.
     """
     report = run(settings)
     console = Console(highlight=False)
@@ -337,20 +337,14 @@ def _counted(layer: nn.Module, hidden_BSD: Tensor, context: RoutingContext) -> f
 
 def _flops_without_ffns(settings: MergeBenchmark) -> float:
     """Count a dense BERT's FLOPs on shapes alone, and take those of its FFNs away."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    config: Any = BertConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.d_model,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=max(1, settings.d_model // 64),
-        intermediate_size=settings.expert_size,
-        max_position_embeddings=max(512, settings.flop_tokens),
-        # Attention of matrix products, which the counter knows on every device.
-        attn_implementation="eager",
-    )
     with torch.device("meta"):
-        model = BertForMaskedLM(config).eval()
+        model = random_language_model(
+            vocab_size=settings.vocab_size,
+            d_model=settings.d_model,
+            num_layers=settings.num_layers,
+            num_neurons=settings.expert_size,
+            max_tokens=settings.flop_tokens,
+        )
         ids = torch.zeros(1, settings.flop_tokens, dtype=torch.int64)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(input_ids=ids)
@@ -364,6 +358,7 @@ def _time_ways(settings: MergeBenchmark, seq_len: int, device: torch.device) -> 
     hidden_BSD, context = _texts(settings, settings.batch_size, seq_len, device)
     experts = _experts(settings, settings.num_experts).to(device)
     calls: dict[tuple[int, str], Callable[[], None]] = {}
+    applied: set[tuple[int, str]] = set()
     for top_k in settings.time_top_ks:
         layers = {
             router: _layer(experts, router, top_k).to(device) for router in ("token_gate", *MERGED)
@@ -375,6 +370,8 @@ def _time_ways(settings: MergeBenchmark, seq_len: int, device: torch.device) -> 
         }
         for way, layer in ways.items():
             calls[top_k, way] = _call(layer, experts, hidden_BSD, context, settings.backward)
+            if isinstance(layer, MergedLayer) and _applies(layer, hidden_BSD, context):
+                applied.add((top_k, way))
     seconds = _time_interleaved(calls, settings.num_repeats, device)
     return [
         MergeTiming(
@@ -384,15 +381,19 @@ def _time_ways(settings: MergeBenchmark, seq_len: int, device: torch.device) -> 
             1e3 * statistics.median(own),
             statistics.median(a / b for a, b in zip(own, seconds[top_k, PLAIN], strict=True)),
             LiveMemory.peak_of(calls[top_k, way]) / 2**20,
-            way in MERGED and _applies(settings, seq_len, top_k, way),
+            (top_k, way) in applied,
         )
         for (top_k, way), own in seconds.items()
     ]
 
 
-def _applies(settings: MergeBenchmark, seq_len: int, top_k: int, way: str) -> bool:
-    num_groups = settings.batch_size if way == MERGED[0] else 1
-    return applying_is_cheaper(settings.batch_size * seq_len, num_groups, top_k)
+@torch.no_grad()
+def _applies(layer: MergedLayer, hidden_BSD: Tensor, context: RoutingContext) -> bool:
+    """Whether the layer applies its experts to each token, by the gate of its first product."""
+    merges: Merges = layer.gate(hidden_BSD.flatten(0, 1), context)
+    ids_GK = merges.by_linear["in"].expert_ids
+    num_groups, top_k = ids_GK.shape
+    return applying_is_cheaper(len(merges.group_T), num_groups, top_k, int(ids_GK.unique().numel()))
 
 
 class _Naive:

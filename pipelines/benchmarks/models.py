@@ -33,3 +33,24 @@ def random_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BertForSequenceClassification(config)
+
+
+def random_language_model(
+    *, vocab_size: int, d_model: int, num_layers: int, num_neurons: int, max_tokens: int
+) -> Any:
+    """Draw a BERT that predicts masked tokens, heads of attention 64 wide.
+
+    Its attention is made of matrix products, which counters of FLOPs know on every device.
+    """
+    from transformers import BertConfig, BertForMaskedLM
+
+    config: Any = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=d_model,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(1, d_model // 64),
+        intermediate_size=num_neurons,
+        max_position_embeddings=max(512, max_tokens),
+        attn_implementation="eager",
+    )
+    return BertForMaskedLM(config).eval()
