@@ -54,6 +54,36 @@ class Merges:
     group_T: Tensor
     real_G: Tensor | None = None
 
+    def joined(self) -> Merges:
+        """Make groups that merge alike one, unless each learns its weights from its own tokens."""
+        routings = list(self.by_linear.values())
+        num_groups = routings[0].expert_ids.shape[0]
+        learns = torch.is_grad_enabled() and any(
+            one.expert_weights.requires_grad for one in routings
+        )
+        if num_groups == 1 or learns:
+            return self
+        rows = [
+            value.double() for one in routings for value in (one.expert_ids, one.expert_weights)
+        ]
+        _, inverse_G = torch.unique(torch.cat(rows, dim=1), dim=0, return_inverse=True)
+        num_unlike = int(inverse_G.max()) + 1
+        if num_unlike == num_groups:
+            return self
+        # Of the groups that are alike, any will do.
+        chosen_G = inverse_G.new_zeros(num_unlike)
+        chosen_G[inverse_G] = torch.arange(num_groups, device=inverse_G.device)
+        by_linear = {
+            name: replace(
+                one,
+                expert_ids=one.expert_ids[chosen_G],
+                expert_weights=one.expert_weights[chosen_G],
+                logits=None,
+            )
+            for name, one in self.by_linear.items()
+        }
+        return Merges(by_linear, inverse_G[self.group_T])
+
 
 def linear_names(gated: bool) -> tuple[str, ...]:
     """Name the linear layers of an FFN, as `Merges` does."""
@@ -77,7 +107,7 @@ def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor
     Where the groups have few tokens the K experts are applied instead, which gives the same.
     """
     dtype = compute_dtype(hidden_TD)
-    groups = TokenGroups.of(_joined(merges))
+    groups = TokenGroups.of(merges.joined())
 
     def linear(rows_TI: Tensor, name: str) -> Tensor:
         weight, bias = getattr(experts, f"w_{name}"), getattr(experts, f"b_{name}")
@@ -195,33 +225,6 @@ class TokenGroups:
     def spread(self, bias_GO: Tensor, dtype: torch.dtype) -> Tensor:
         """Give each sorted token its group's row."""
         return bias_GO.to(dtype).index_select(0, self.group_T)
-
-
-def _joined(merges: Merges) -> Merges:
-    """Make groups that merge alike one, unless their weights learn, each from its own tokens."""
-    routings = list(merges.by_linear.values())
-    num_groups = routings[0].expert_ids.shape[0]
-    learns = torch.is_grad_enabled() and any(one.expert_weights.requires_grad for one in routings)
-    if num_groups == 1 or learns:
-        return merges
-    rows = [value.double() for one in routings for value in (one.expert_ids, one.expert_weights)]
-    _, inverse_G = torch.unique(torch.cat(rows, dim=1), dim=0, return_inverse=True)
-    num_unlike = int(inverse_G.max()) + 1
-    if num_unlike == num_groups:
-        return merges
-    # Of the groups that are alike, any will do.
-    chosen_G = inverse_G.new_zeros(num_unlike)
-    chosen_G[inverse_G] = torch.arange(num_groups, device=inverse_G.device)
-    by_linear = {
-        name: replace(
-            one,
-            expert_ids=one.expert_ids[chosen_G],
-            expert_weights=one.expert_weights[chosen_G],
-            logits=None,
-        )
-        for name, one in merges.by_linear.items()
-    }
-    return Merges(by_linear, inverse_G[merges.group_T])
 
 
 def _merged_bias(bias_EO: Tensor, routing: Routing) -> Tensor:

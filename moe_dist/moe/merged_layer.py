@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConversionError
+from moe_dist.moe.kept_merges import merge_and_keep
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.merge import Merges, merge_experts, merged_parameters
 from moe_dist.moe.merge_gates import MergeGate, TaskMergeGate
@@ -51,6 +52,11 @@ class MergedLayer(MoELayer):
 
     def merge(self, rows_TD: Tensor, merges: Merges) -> Tensor:
         """Apply to each token the merge of its group."""
+        context = current_context()
+        if context is not None and context.has_past and not torch.is_grad_enabled():
+            found = merge_and_keep(self.experts, rows_TD, merges, context.kept_merges, self.name)
+            if found is not None:
+                return found
         return merge_experts(self.experts, rows_TD, merges)
 
     @torch.no_grad()

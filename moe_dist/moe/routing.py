@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
-from moe_dist.moe.segment_cache import keep_states, past_states
+from moe_dist.moe.segment_cache import keep_states, kept_merges, past_states
 from moe_dist.moe.segments import SegmentState
 
 CHOSEN_TASK = "chosen_task"
@@ -69,6 +69,7 @@ class RoutingContext:
         past_segments: by layer what its gate has seen of the tokens in the key-value cache.
         seen_segments: where a gate writes, by layer, what the next forward call must know; None
             where there is none to come.
+        kept_merges: by layer what `moe_dist.moe.kept_merges` keeps in the key-value cache; changed.
     """
 
     token_ids: Tensor | None = None
@@ -80,6 +81,7 @@ class RoutingContext:
     noise_seed: int | None = None
     past_segments: Mapping[str, SegmentState] = field(default_factory=dict)
     seen_segments: dict[str, SegmentState] | None = None
+    kept_merges: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ def _open_context(
     token_ids = given.get("input_ids")
     if task_ids is not None and task_ids.numel() == 1 and isinstance(token_ids, Tensor):
         task_ids = task_ids.reshape(1).expand(token_ids.shape[0])
+    cache = given.get("past_key_values")
     num_past = _num_past(given) if causal else 0
     drawn = RoutingContext() if outer is None else outer.context
     context = RoutingContext(
@@ -285,8 +288,9 @@ def _open_context(
         has_past=num_past > 0,
         sample_ids=drawn.sample_ids,
         noise_seed=drawn.noise_seed,
-        past_segments=past_states(given.get("past_key_values"), num_past),
+        past_segments=past_states(cache, num_past),
         seen_segments={} if causal and given.get("use_cache") is not False else None,
+        kept_merges=kept_merges(cache),
     )
     _FRAME.set(_Frame(context, stack, outer))
 
@@ -296,8 +300,7 @@ def _close_context(stack: nn.Module, args: tuple[Any, ...], output: object) -> N
     frame = _FRAME.get()
     if frame is not None and frame.owner is stack:
         _FRAME.set(frame.outer)
-        if frame.context.seen_segments:
-            keep_states(output, frame.context.seen_segments)
+        keep_states(output, frame.context.seen_segments or {}, frame.context.kept_merges)
 
 
 def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class SegmentCarrier(_Cache):
     """A cache that carries the states of gates; mixed into the class that it has."""
 
     segment_states: dict[str, SegmentState]
+    kept_merges: dict[str, Any]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences, as beam search does."""
@@ -62,6 +63,7 @@ class SegmentCarrier(_Cache):
         """Forget everything."""
         super().reset()
         self.segment_states = {}
+        self.kept_merges = {}
 
     def _change(self, change: Any) -> None:
         self.segment_states = {
@@ -89,13 +91,22 @@ def past_states(cache: object, num_columns: int) -> Mapping[str, SegmentState]:
     return states
 
 
-def keep_states(output: object, states: Mapping[str, SegmentState]) -> None:
-    """Put the states of gates into the cache that a stack's forward gives back, if there is one."""
+def kept_merges(cache: object) -> dict[str, Any]:
+    """Give what a cache keeps of merged weights, by layer; to be changed."""
+    found: dict[str, Any] = getattr(_own_cache(cache), "kept_merges", {})
+    return found
+
+
+def keep_states(output: object, states: Mapping[str, SegmentState], merges: dict[str, Any]) -> None:
+    """Put the states of gates, and merges, into the cache that a stack's forward gives back."""
+    if not states and not merges:
+        return
     for cache in _caches(output):
         own: Any = _own_cache(cache)
         if not isinstance(own, SegmentCarrier):
-            own.__class__ = _carrying(type(own))
+            own.__class__ = _carrying(cast(Hashable, type(own)))
         own.segment_states = dict(states)
+        own.kept_merges = merges
 
 
 @functools.cache

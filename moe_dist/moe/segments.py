@@ -109,6 +109,9 @@ def cut_into_segments(
         mask_BS: True for real tokens.
         length: tokens of a segment.
         past: of the tokens before these; None where they are the first.
+
+    Returns:
+        The segments, and the state for the next call.
     """
     batch, num_columns, width = hidden_BSD.shape
     real_BSD = hidden_BSD.float() * mask_BS.unsqueeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import MissingInputError
+from moe_dist.moe import kept_merges
 from tests.conversion.dense_models import VOCAB_SIZE, random_scores, tiny_model
 from tests.moe.merged import MERGED, draw_gates
 
@@ -88,6 +89,33 @@ def test_step_by_step_gives_the_logits_of_the_whole(family: str, num: int, route
     for parts in ([1] * 11, [6, 1, 1, 1, 1, 1], [4, 7]):
         found, _ = by_steps(student, ids, mask, parts)
         assert_close(found, expected, mask)
+
+
+@pytest.mark.parametrize(("router", "num_merges"), [("merged_task", 1), ("merged_sequence", 3)])
+def test_steps_of_a_segment_share_a_merge(
+    router: str, num_merges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_of("llama", router)
+    merged = []
+    original = kept_merges.stacked_merges
+
+    def count(*given: Any) -> Any:
+        merged.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(kept_merges, "stacked_merges", count)
+    ids, mask = sequences(1)
+    _, cache = by_steps(student, ids, mask, [3, *[1] * 8])
+    # Steps 3 to 5, 6 to 8, 9 and 10 are each in one segment; all are of one task.
+    num_layers = student.config.num_hidden_layers
+    assert len(merged) == num_merges * num_layers
+    for one in cache.kept_merges.values():
+        assert one.weights is not None
+        assert all(len(value) == 1 for value in one.weights.values())
+    _, cache = by_steps(student, *sequences(3), [1] * 11)
+    for one in cache.kept_merges.values():
+        # Else the experts themselves are no more to read.
+        assert len(next(iter(one.weights.values()))) < 4 if one.weights else True
 
 
 @every_decoder
