@@ -13,8 +13,11 @@ from moe_dist.tasks.kind import DevRows, LabelKind
 Kind = Literal[
     "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
 ]
-Split = Literal["train", "dev", "holdout", "distilled"]
-"""Rows by what they are for; those that are distilled are training rows and what has no labels."""
+Split = Literal["train", "dev", "holdout", "distilled", "finetuned"]
+"""Rows by what they are for; those that are distilled are training rows and what has no labels, and
+a teacher is fine-tuned on training rows, of which a kind of task may make other samples for it."""
+TRAINED_ON: tuple[Split, ...] = ("train", "distilled", "finetuned")
+"""Those that are not measured on."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class TaskSpec:
     def task_kind(self) -> TaskKind:
         """What its kind of task is to the rest of the library."""
         return TASK_KINDS[self.kind]
+
+    def kind_on(self, split: str) -> TaskKind:
+        """Say which kind makes samples of a split's rows."""
+        return self.task_kind.finetuning if split == "finetuned" else self.task_kind
 
     @property
     def label_space(self) -> LabelSpace:
