@@ -197,7 +197,7 @@ class Workspace:
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
-    def num_steps(self, train: TrainConfig, split: Split = "train") -> int:
+    def num_steps(self, train: TrainConfig, split: Split) -> int:
         """Return the optimizer steps of a training stage over all epochs, within `max_steps`."""
         from moe_dist.data.mixture import mixture_steps
 

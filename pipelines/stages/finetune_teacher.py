@@ -38,7 +38,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             config=placed_here(config) if is_kept else config,
             work=stage,
             workspace=workspace,
-            num_steps=None if is_kept else workspace.num_steps(train),
+            num_steps=None if is_kept else workspace.num_steps(train, "finetuned"),
         )
         return StageOutcome(
             outputs={"model": stage.directory / "model"},

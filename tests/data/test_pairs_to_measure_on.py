@@ -115,6 +115,32 @@ def test_cut_rows_are_counted_once_however_many_of_their_texts_are_cut() -> None
     assert measure_windows(replace(encoded, full_lengths=None)) is not None
 
 
+def test_further_texts_need_one_of_two_columns(tmp_path: Path) -> None:
+    trained = [{"question": f"what is number {n}", "passage": f"it is {n}"} for n in range(3)]
+    texts = ["one more", "A text about number 2!", "what is one"]
+    rows = [{"passage": text} for text in texts] + [{"question": "why", "passage": "because"}]
+    splits = load(
+        tmp_path,
+        train=write(tmp_path / "pairs.jsonl", trained),
+        text_columns=["question", "passage"],
+        unlabelled=[write(tmp_path / "more.jsonl", rows)],
+    )
+    assert splits.unlabelled is not None
+    # Texts are read one by one, so that either text of a dev row may be repeated.
+    sides = [splits.unlabelled[name][:] for name in ("text_a", "text_b")]
+    assert sides == [["one more", "why"], [None, "because"]]
+    assert splits.distilled["text_b"][:] == ["it is 0", "it is 1", "it is 2", None, "because"]
+    assert splits.summary.unlabelled is not None
+    assert splits.summary.unlabelled.left_out == {"that repeat dev rows": 2}
+    with pytest.raises(DataError, match="there is no column 'question'; there are 'text'"):
+        load(
+            tmp_path,
+            train=write(tmp_path / "pairs.jsonl", trained),
+            text_columns=["question", "passage"],
+            unlabelled=[write(tmp_path / "wrong.jsonl", TEXTS)],
+        )
+
+
 def test_further_texts_join_those_that_are_trained_on(tmp_path: Path) -> None:
     further = write(tmp_path / "more.jsonl", [{"text": "one more"}])
     splits = load(tmp_path, unlabelled=[further])
