@@ -58,6 +58,13 @@ def test_pairs_with_scores_are_measured_by_correlation(tmp_path: Path) -> None:
 
 def test_a_dev_row_of_which_one_text_is_trained_on_counts_as_seen(tmp_path: Path) -> None:
     assert load(tmp_path).summary.num_copies == 1
+    pairs = [
+        {"question": "where", "passage": "One is a number!"},
+        {"question": "a", "passage": "b"},
+    ]
+    trained = write(tmp_path / "pairs.jsonl", pairs)
+    splits = load(tmp_path, train=trained, text_columns=["question", "passage"])
+    assert splits.summary.num_copies == 1
 
 
 @pytest.mark.parametrize("metrics", [None, ["cosine_spearman"]])
