@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -115,6 +115,16 @@ def kind_for(kind: str | None, name: str | None, subset: str | None) -> TaskKind
     """Say what kind of task a data section is about: what it says, or what is known of the set."""
     known = known_task(name, subset)
     return TASK_KINDS[kind or (known.kind if known else "classification")]
+
+
+def improves_upwards(
+    kind: str | None, name: str | None, subset: str | None, metrics: Sequence[str] | None
+) -> bool:
+    """Say which way a data section's main metric is better, before its rows are read."""
+    known = known_task(name, subset, kind)
+    if not metrics and known is not None and kind in (None, known.kind):
+        metrics = known.metrics
+    return METRICS[(metrics or kind_for(kind, name, subset).default_metrics)[0]].higher_is_better
 
 
 _PAIR = ("sentence1", "sentence2")
