@@ -281,7 +281,8 @@ class EmbeddingPairs(Embedding):
 
     def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy of each pair's second text among those of the whole batch."""
-        return in_batch_negatives(*predictions.unbind(dim=1), batch["labels"])
+        first_BD, second_BD = predictions.unbind(dim=1)
+        return in_batch_negatives(first_BD, second_BD, batch["labels"])
 
 
 _PAIRS = EmbeddingPairs()

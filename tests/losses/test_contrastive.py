@@ -91,6 +91,6 @@ def test_the_gradient_is_that_of_finite_differences(vectors: tuple[Tensor, Tenso
             for sign in (1, -1):
                 moved = [one.detach().double().clone() for one in (first, second)]
                 moved[side][place] += sign * step
-                sums.append(sum(slow_losses(*moved, TEXTS)))
+                sums.append(sum(slow_losses(moved[0], moved[1], TEXTS)))
             expected = (sums[0] - sums[1]) / (2 * step)
             assert float(leaf.grad[place]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
