@@ -1,10 +1,12 @@
-"""Files that a reader sees whole or not at all, whenever their writer dies."""
+"""Files and directories that a reader sees whole or not at all, whenever their writer dies."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +44,28 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Write a directory beside its place and move it there in the end.
+
+    Args:
+        path: the directory; parents are made, and what is there is replaced.
+
+    Yields:
+        Where to write. What is there after an error is removed, and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside
+        # safetensors writes for the owner alone; others on shared storage must read it too.
+        for entry in (beside, *beside.rglob("*")):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())
+        _put_in_place(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any, *, keeps_nan: bool = False) -> None:
     """Write a JSON file whole or not at all, without credentials, and make its directory.
 
@@ -70,3 +94,26 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _put_in_place(finished: Path, target: Path) -> None:
+    if not target.exists():
+        finished.rename(target)
+        return
+    # A directory cannot be replaced in one step; the old one stays whole until the new one is in.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        finished.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.whole_files import whole_file, write_json
+from moe_dist.whole_files import whole_directory, whole_file, write_json
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -29,6 +29,20 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         beside.write_text("ha\ud800", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model"
+    for name in ("first", "second"):
+        with whole_directory(target) as beside:
+            (beside / "inner").mkdir()
+            (beside / "inner" / name).write_text(name)
+            assert beside.parent == target.parent
+        assert [path.name for path in (target / "inner").iterdir()] == [name]
+    with pytest.raises(UnicodeEncodeError), whole_directory(target) as beside:
+        (beside / "half").write_text("ha\ud800", encoding="utf-8")
+    assert [path.name for path in (target / "inner").iterdir()] == ["second"]
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_json_replaces_what_was_there(tmp_path: Path) -> None:

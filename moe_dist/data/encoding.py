@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 3
+_FORMAT = 4
 _META = "encoded.json"
 _CHUNK_ROWS = 4096
 _COLUMN = "column-"

@@ -1,4 +1,8 @@
-"""What a metric makes of predictions: class ids or values (N,), against labels of the same kind."""
+"""What a metric makes of predictions: class ids or values (N,), against labels of the same kind.
+
+Own code, since intervals compute these on thousands of resamples and scikit-learn and SciPy check
+their input anew each time; the tests hold every case against theirs.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +79,8 @@ def _confusion(labels: Array, predictions: Array, num_classes: int) -> NDArray[n
 def _deviations(values: Array) -> NDArray[np.float64] | None:
     """Centre values and scale them to length 1; None where they are constant."""
     whole = np.asarray(values, np.float64)
-    largest = np.abs(whole).max()
-    # Scaled first, so that squares of the largest floats stay finite.
-    scaled = whole / largest if largest > 0 else whole
+    # Scaled first, so that squares of large floats stay finite, by a power of two, which is exact.
+    scaled = np.ldexp(whole, -np.frexp(np.abs(whole).max())[1])
     centred = scaled - scaled.mean()
     length = float(np.sqrt(centred @ centred))
     if np.ptp(whole) == 0 or length <= _NEAR_CONSTANT * np.sqrt(len(whole)) * abs(scaled.mean()):

@@ -7,10 +7,7 @@ Dense and converted models alike. The directory is one that transformers reads, 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.digests import expert_digests, numbered
 from moe_dist.moe.layer import MoELayer
 from moe_dist.uris import is_uri
+from moe_dist.whole_files import whole_directory
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -52,26 +50,35 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
         CheckpointError: if it cannot be written.
     """
     target = Path(directory).absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _directory_beside(target) as unfinished:
-            with quiet_transformers():
-                model.save_pretrained(unfinished, max_shard_size="1000GB")
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(unfinished)
-            _name_outputs(model, unfinished / "config.json")
-            pooling = SentencePooling.of(model.config)
-            if pooling is not None and model.base_model is model:
-                write_sentence_files(pooling, unfinished, model.config.hidden_size)
-            manifest = {
+    with model_directory(target) as unfinished:
+        with quiet_transformers():
+            model.save_pretrained(unfinished, max_shard_size="1000GB")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+        _name_outputs(model, unfinished / "config.json")
+        pooling = SentencePooling.of(model.config)
+        if pooling is not None and model.base_model is model:
+            write_sentence_files(pooling, unfinished, model.config.hidden_size)
+        write_manifest(
+            unfinished,
+            {
                 "format_version": FORMAT_VERSION,
                 "absent": _absent(model),
-                "files": {name: _file_entry(unfinished / name) for name in _file_names(unfinished)},
                 "experts": numbered(_expert_digests(model)),
-            }
-            text = json.dumps(manifest, indent=1, sort_keys=True)
-            (unfinished / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            _put_in_place(unfinished, target)
+            },
+        )
+    return target
+
+
+@contextmanager
+def model_directory(target: Path) -> Iterator[Path]:
+    """Where to write a model that takes its place when it is whole.
+
+    What is there already is replaced; a CheckpointError if it cannot be written.
+    """
+    try:
+        with whole_directory(target) as unfinished:
+            yield unfinished
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the model to {target}: {error}",
@@ -79,7 +86,13 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
             if is_full_disk(error)
             else "check the path and its permissions",
         ) from error
-    return target
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Write what is true of a model, and the digest of each of its files, beside these."""
+    files = {name: _file_entry(directory / name) for name in _file_names(directory)}
+    text = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load_model(
@@ -282,39 +295,3 @@ def _file_names(directory: Path) -> list[str]:
 
 def _file_entry(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
-
-
-@contextmanager
-def _directory_beside(target: Path) -> Iterator[Path]:
-    """A new directory on the same file system, gone afterwards unless it was moved."""
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _put_in_place(finished: Path, target: Path) -> None:
-    # safetensors writes for the owner alone; others on shared storage must read it too.
-    for path in (finished, *finished.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-    if not target.exists():
-        finished.rename(target)
-        return
-    # A directory cannot be replaced in one step; the old one stays whole until the new one is in.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        finished.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -24,7 +24,7 @@ class TextModel:
     """A trained model with its tokenizer.
 
     Args:
-        model: for any kind of task that is served, in evaluation mode.
+        model: for any kind of task, in evaluation mode.
         tokenizer: the one it was trained with.
         max_length: tokens after which a text is cut.
         options: of the task.

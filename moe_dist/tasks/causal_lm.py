@@ -32,7 +32,6 @@ from moe_dist.tasks.tokens import special_ids, tokenise
 NUM_SERVED_TOKENS = 64
 """Tokens that a served model writes at most."""
 _NEXT = "next_ids"
-_FIRST_CHARACTERS = 64
 _CHARACTERS = 2**20
 """Tokenised at a time, since a tokenizer's own notes on a token take hundreds of bytes."""
 Ids = NDArray[np.int32]
@@ -81,10 +80,15 @@ class CausalLM(TokenKind):
         is_training: bool,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> TokenRows:
-        """Cut all documents together into blocks, or each into windows."""
+        """Cut all documents together into blocks, or each into windows.
+
+        Labels to measure on are the words and bytes of what is predicted of a document, in its
+        first window, and 0 in the others.
+        """
         documents = list(_token_ids(tokenizer, rows["text_a"]))
         if is_training:
             pieces = list(_blocks(documents, _end_id(tokenizer), max_length))
+            labels: list[Any] = [0] * len(pieces)
         else:
             stride = options.get("stride") or default_stride(max_length)
             special = sorted(special_ids(tokenizer))
@@ -94,10 +98,15 @@ class CausalLM(TokenKind):
                     "no dev text has two tokens, so there is nothing to predict",
                     remedy="give data.dev longer texts",
                 )
+            labels = [(0, 0)] * len(pieces)
+            own = [row for row, _, _ in pieces]
+            for row, first in zip(*np.unique(own, return_index=True), strict=True):
+                predicted = _predicted(tokenizer, rows["text_a"][row], documents[row])
+                labels[first] = (len(predicted.split()), len(predicted.encode("utf-8")))
         return TokenRows(
             input_ids=[ids for _, ids, _ in pieces],
             rows=[row for row, _, _ in pieces],
-            labels=[0] * len(pieces),
+            labels=labels,
             columns={_NEXT: [next_ids for _, _, next_ids in pieces]},
             num_targets=[int(np.count_nonzero(next_ids)) for _, _, next_ids in pieces],
         )
@@ -161,14 +170,13 @@ class CausalLM(TokenKind):
         return [{"text": text} for text in texts]
 
     def figures(self, answered: Answered) -> Figures:
-        """Add the windows of each document up, and count words and bytes of what is predicted."""
+        """Add the windows of each document up; see `tokens` for words and bytes."""
         numbers = np.asarray(answered.rows["sample_id"], np.int64)
         places = {number: row for row, number in enumerate(numbers.tolist())}
         rows = [places[number] for number in answered.sample_ids.tolist()]
         values = np.zeros((len(numbers), len(self.columns)))
-        np.add.at(values[:, :2], rows, answered.raw.astype(np.float64))
-        texts = [_predicted(answered.tokenizer, text) for text in answered.rows["text_a"]]
-        values[:, 2:] = [(len(text.split()), len(text.encode("utf-8"))) for text in texts]
+        own = np.concatenate([answered.raw, answered.labels], axis=1, dtype=np.float64)
+        np.add.at(values, rows, own)
         return Figures(values.astype(np.float32), np.zeros(len(numbers), np.int64), numbers)
 
 
@@ -204,10 +212,9 @@ def _token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[Ids]:
             yield np.asarray(ids, np.int32)
 
 
-def _predicted(tokenizer: Any, text: str) -> str:
+def _predicted(tokenizer: Any, text: str, ids: Ids) -> str:
     """A document without its first token, which has none before it to be predicted from."""
-    (ids,) = tokenise(tokenizer, [text[:_FIRST_CHARACTERS]], max_length=None)["input_ids"]
-    if not ids or ids[0] in special_ids(tokenizer):
+    if ids[0] in special_ids(tokenizer):
         return text
     first = tokenizer.decode(ids[:1])
     # Some tokenizers drop a blank in front, and a token may be a part of a character.

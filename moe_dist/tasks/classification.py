@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.losses.distillation import prediction_kl, soft_targets
-from moe_dist.tasks.kind import LabelKind, TaskKind
+from moe_dist.tasks.forward_kind import ForwardKind
+from moe_dist.tasks.kind import LabelKind
 
 
-class Classification(TaskKind):
+class Classification(ForwardKind):
     """Labels are ids of named classes."""
 
     name = "classification"

@@ -22,6 +22,7 @@ from torch.nn import functional
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.losses.alignment import POOLINGS
 from moe_dist.losses.contrastive import in_batch_negatives
+from moe_dist.tasks.forward_kind import ForwardKind
 from moe_dist.tasks.kind import (
     IGNORED,
     MODEL_INPUTS,
@@ -29,7 +30,6 @@ from moe_dist.tasks.kind import (
     DevRows,
     Figures,
     LabelKind,
-    TaskKind,
     TokenRows,
     full_lengths,
 )
@@ -47,7 +47,7 @@ _DIRECTIONS_SEED = 15
 _SMALLEST_LENGTH = 1e-12
 
 
-class Embedding(TaskKind):
+class Embedding(ForwardKind):
     """Answers are vectors, (B, D); samples are single texts, of dev rows each distinct one once."""
 
     name = "embedding"
@@ -66,7 +66,7 @@ class Embedding(TaskKind):
     served_columns: ClassVar[Mapping[str, str]] = {"vector": "numbers"}
 
     @property
-    def finetuning(self) -> TaskKind:
+    def finetuning(self) -> EmbeddingPairs:
         """Pairs of texts."""
         return _PAIRS
 

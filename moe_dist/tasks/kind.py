@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_dist.losses.total import CountKind
-from moe_dist.tasks.tokens import pad, tokenise
+from moe_dist.tasks.tokens import tokenise
 
 LabelKind = Literal["class", "number", "text", "answers", "none"]
 LABEL_TYPES: dict[LabelKind, str] = {
@@ -151,7 +151,7 @@ class TaskKind(ABC):
         reads_pairs: the two texts of a row are read together.
         joins_tasks: several of its tasks may share one model.
         takes_encoder_decoders: models with two stacks can answer it.
-        served_columns: what a served model answers with, as in `served`: `text`, a `number`,
+        served_columns: what `serve` answers with, and what that is: `text`, a `number`,
             `numbers`, or `named numbers`.
         takes_encoders: models that see later tokens can answer it.
         pads_right: whatever side a start model's tokenizer pads on.
@@ -180,7 +180,7 @@ class TaskKind(ABC):
     reads_pairs: ClassVar[bool] = True
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
-    served_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    served_columns: ClassVar[Mapping[str, str]]
     takes_encoders: ClassVar[bool] = True
     pads_right: ClassVar[bool] = True
     writes: ClassVar[bool] = False
@@ -342,6 +342,10 @@ class TaskKind(ABC):
         answers: Tensor = self.predictions(model, self.run(model, batch), batch).float()
         return answers
 
+    def generation(self, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by which `model.generate()` writes what is measured; none where nothing is."""
+        return {}
+
     def needs_all_rows(self, *, is_training: bool) -> bool:
         """Whether samples are made of several rows, so that `tokens` is given all at once."""
         return False
@@ -362,6 +366,7 @@ class TaskKind(ABC):
         """Say what figures, (M, C), show that no metric does, a line each."""
         return []
 
+    @abstractmethod
     def serve(
         self,
         model: Any,
@@ -387,18 +392,6 @@ class TaskKind(ABC):
         Returns:
             A value by column for each text.
         """
-        tokens = tokenise(tokenizer, *columns, max_length=max_length)
-        encoded = pad(tokenizer, tokens).to(model.device)
-        with torch.no_grad():
-            answers_BC = self.answer(model, encoded, options).float().cpu()
-        return self.served(answers_BC, label_names)
-
-    def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
-        """What a served model says of each sample by column; answers (B, C) are those of `answer`.
-
-        `label_names` are the classes, none where there are none.
-        """
-        raise NotImplementedError(f"models for {self.name} are not served")
 
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""

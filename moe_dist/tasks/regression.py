@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.losses.distillation import prediction_mse
-from moe_dist.tasks.kind import LabelKind, TaskKind
+from moe_dist.tasks.forward_kind import ForwardKind
+from moe_dist.tasks.kind import LabelKind
 
 
-class Regression(TaskKind):
+class Regression(ForwardKind):
     """Labels are numbers."""
 
     name = "regression"

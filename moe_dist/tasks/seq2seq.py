@@ -176,6 +176,10 @@ class Seq2Seq(TokenKind):
         """
         return write(model, batch, options).float()
 
+    def generation(self, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the recipe's search, or of the likeliest token each time."""
+        return generation_settings(model, options)
+
     def figures(self, answered: Answered) -> Figures:
         """Compare each text with its reference; the columns are `columns`."""
         ids_NL = answered.raw.astype(np.int64)
@@ -231,30 +235,40 @@ def write(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -
     `IGNORED` follows the end-of-sequence token. On several ranks all of them make equally many
     forward calls, since those that hold experts for others must answer until the last is done.
     """
-    own = _options(options)
-    unread = dict.fromkeys(unread_settings(model))
+    limit = _options(options).max_target_length
     written = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         synced_gpus=_num_ranks() > 1,
-        **unread
-        | {
-            "num_beams": own.num_beams,
-            "max_new_tokens": own.max_target_length,
-            "no_repeat_ngram_size": own.no_repeat_ngram_size,
-            "do_sample": False,
-            "eos_token_id": model.config.eos_token_id,
-            "use_cache": not hides_tokens(model.config),
-            # An end that is forced could not be told from one that the model wrote.
-            "forced_eos_token_id": None,
-        }
-        | _beam_settings(own),
+        **dict.fromkeys(unread_settings(model)) | generation_settings(model, options),
     )
     # The first token is the decoder's start, which some models end with too.
     ids_BT = written[:, 1:]
-    ids_BL = functional.pad(ids_BT, (0, own.max_target_length - ids_BT.shape[1]), value=IGNORED)
+    ids_BL = functional.pad(ids_BT, (0, limit - ids_BT.shape[1]), value=IGNORED)
     is_end = (ids_BL == model.config.eos_token_id).long()
     return ids_BL.masked_fill(is_end.cumsum(dim=1) - is_end > 0, IGNORED)
+
+
+def generation_settings(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's `generate()` is told, so that it writes as a recipe says."""
+    own = _options(options)
+    settings = {
+        "num_beams": own.num_beams,
+        "max_new_tokens": own.max_target_length,
+        "no_repeat_ngram_size": own.no_repeat_ngram_size,
+        "do_sample": False,
+        "eos_token_id": model.config.eos_token_id,
+        "use_cache": not hides_tokens(model.config),
+        # An end that is forced could not be told from one that the model wrote.
+        "forced_eos_token_id": None,
+    }
+    # transformers warns of what a search without beams does not read.
+    if own.num_beams == 1:
+        return settings
+    return settings | {
+        "length_penalty": own.length_penalty,
+        "early_stopping": own.early_stopping,
+    }
 
 
 def read_texts(tokenizer: Any, ids_NL: NDArray[np.int64]) -> list[str]:
@@ -262,13 +276,6 @@ def read_texts(tokenizer: Any, ids_NL: NDArray[np.int64]) -> list[str]:
     rows = [ids_L[ids_L != IGNORED].tolist() for ids_L in ids_NL]
     texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def _beam_settings(own: Seq2SeqOptions) -> dict[str, Any]:
-    # transformers warns of what a search without beams does not read.
-    if own.num_beams == 1:
-        return {}
-    return {"length_penalty": own.length_penalty, "early_stopping": own.early_stopping}
 
 
 def _num_ranks() -> int:

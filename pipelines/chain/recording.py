@@ -12,6 +12,7 @@ from moe_dist.tracking import TrackedModel, redact_uri
 
 from ..checks.cluster_package import cluster_module
 from ..stages import distill, evaluate, finetune_teacher
+from ..stages.writers import MODELS
 from .stage import StageResult, stage_key
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def log_models(
 ) -> None:
     """Log the trained models of a chain, and register the student where the recipe asks for it.
 
-    A stage that was skipped counts too, so that a finished chain can still be registered. A
+    A stage that was skipped counts too, so that a finished chain can still be registered. Of one
+    that writes texts it is the directory whose settings are those that it was measured with. A
     model of several tasks is logged once for each, since what it takes and gives differs.
     """
     tracking = config.tracking
@@ -81,15 +83,17 @@ def log_models(
     for name, key in owners.items():
         if key not in results:
             continue
-        result = results[key]
+        result, output = results[key], MODEL_OUTPUT
+        if measured is not None and (own := f"{MODELS}/{name}") in measured.outputs:
+            result, output = measured, own
         register_as = tracking.register_model if name == evaluate.STUDENT else ""
         for task, splits in workspace.rows.parts.items():
             kind = splits.task.task_kind
             chain.log_model(
                 TrackedModel(
                     name=f"{name}-{task}" if task else name,
-                    directory=workspace.files.fetch(result.outputs[MODEL_OUTPUT]),
-                    digest=result.digests[MODEL_OUTPUT],
+                    directory=workspace.files.fetch(result.outputs[output]),
+                    digest=result.digests[output],
                     num_texts=len(splits.task.text_columns) if kind.reads_pairs else 1,
                     labels=tuple(splits.task.label_names or ()),
                     max_length=config.model.max_length,

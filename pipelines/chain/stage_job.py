@@ -13,10 +13,11 @@ from moe_dist.metric_log import METRIC_LOG, MetricLog, MetricRecord, MetricTail
 from moe_dist.timeline import mark
 
 from ..checks.readiness import check_cluster_once
+from .stage import StageOutcome
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.jobs.job import Job
+    from moe_dist.jobs.job import Job, TrainJob
 
     from ..console import Console
     from .stage import StageWork
@@ -100,6 +101,39 @@ def run_job(
         sizes = ", then ".join(str(size) for size in result.world_sizes)
         work.console.warn(f"the number of workers changed: {sizes}")
     return result.value
+
+
+def run_training(
+    job: TrainJob, *, config: RunConfig, work: StageWork, workspace: Workspace, title: str
+) -> StageOutcome:
+    """Run a stage's training job; with no epochs it keeps its model as it is, which is short.
+
+    Args:
+        job: what trains, or keeps.
+        config: the run's configuration.
+        work: the stage that asks.
+        workspace: holds the rows.
+        title: of the picture of the losses.
+
+    Returns:
+        The model's directory and what the job found.
+    """
+    is_kept = job.train.num_epochs == 0
+    result = run_job(
+        job,
+        config=placed_here(config) if is_kept else config,
+        work=work,
+        workspace=workspace,
+        num_steps=None if is_kept else workspace.num_steps(job.train, job.TRAINS_ON),
+    )
+    loads = result["expert_load"]
+    plots = () if is_kept else (draw_losses(work, title), *draw_load(work, loads))
+    return StageOutcome(
+        outputs={"model": work.directory / "model"},
+        metrics=result["metrics"],
+        details={key: result[key] for key in TRAINING_FACTS},
+        plots=plots,
+    )
 
 
 def show_failures(records: Path, console: Console) -> Callable[[], None]:

@@ -39,6 +39,14 @@ def recover(directory: Path, fingerprint: str, files: ResultFiles) -> None:
         _put_back(directory, files)
 
 
+def stage_of(path: Path) -> Path | None:
+    """The directory of the finished stage that made a model; None of one from elsewhere.
+
+    Nothing else belongs there, since it is cleared when the stage is done again.
+    """
+    return next((above for above in path.parents if (above / FINISHED).is_file()), None)
+
+
 def set_aside(directory: Path, files: ResultFiles) -> None:
     """Clear a stage's directory; a result or checkpoints in it are kept beside it."""
     has_worth = (directory / FINISHED).exists() or _has_checkpoint(directory)

@@ -162,7 +162,9 @@ def seeds(
         from moe_dist.errors import ConfigError
 
         from ..report.nearness import MEASURES
-        from ..report.seeds import compare_seeds, read_runs, to_markdown, to_plain
+        from ..report.seeded_runs import read_runs
+        from ..report.seeds import compare_seeds
+        from ..report.seeds_table import to_markdown, to_plain
 
         counts = Counter(path.resolve() for path in directories)
         faults = [

@@ -65,6 +65,7 @@ def compact(
         from moe_dist.config import load_config
         from moe_dist.errors import ConfigError
 
+        from ..chain.stage_recovery import stage_of
         from ..console import Console
         from ..stages.compact_settings import CompactSettings
         from ..stages.compaction import compact as run
@@ -82,9 +83,11 @@ def compact(
         chosen: Any = method
         config = load_config(recipe or find_recipe(directory), overrides or ())
         console = Console(quiet=quiet)
-        beside = directory.absolute().parent.parent / _name(num_experts, expert_size)
+        source = directory.absolute()
+        above = stage_of(source) or source.parent
+        beside = above.parent / _name(num_experts, expert_size)
         settings = CompactSettings(
-            directory=directory.absolute(),
+            directory=source,
             output=(output or beside).absolute(),
             num_experts=num_experts,
             expert_size=expert_size,

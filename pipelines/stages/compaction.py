@@ -72,6 +72,7 @@ def compact(settings: CompactSettings, config: RunConfig, console: Console) -> d
     attention = config.distill.attention_weight > 0
     check_compaction(student, settings, compares_attention=attention)
     _make_room(settings.output)
+    _write_by_recipe(student, config)
     tokenizer = load_tokenizer(settings.directory)
     measured = {"before": _measure(settings.directory, config, settings, "before")}
     fused, num_fused = fuse_neurons(student, settings.tolerance)
@@ -216,6 +217,20 @@ def _measure(
         "metrics": answer["metrics"],
         "parameters": asdict(count_parameters(load_model(model))),
     }
+
+
+def _write_by_recipe(student: Any, config: RunConfig) -> None:
+    """Let a student that writes texts do so with the settings that it is measured with."""
+    from moe_dist.data.mixture import load_rows
+    from moe_dist.inference.generation import set_generation
+    from moe_dist.jobs.job import row_arguments
+    from moe_dist.jobs.job_data import shared_options
+    from moe_dist.tasks import model_kind
+
+    kind = model_kind(student)
+    if kind.writes:
+        options = shared_options(load_rows(row_arguments(config.data, config.seed)))
+        set_generation(student, kind.generation(student, options))
 
 
 def _count_use(config: RunConfig, settings: CompactSettings) -> dict[str, list[float]]:

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config.setting_kinds import settings_of_kind
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute, stage_key
-from ..chain.stage_job import (
-    TRAINING_FACTS,
-    TRAINING_SCRATCH,
-    draw_load,
-    draw_losses,
-    placed_here,
-    run_job,
-)
+from ..chain.stage_job import TRAINING_SCRATCH, run_training
 from ..chain.training_settings import training_settings
 from . import adapt, finetune_teacher, shrink
 
@@ -49,24 +42,12 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             teacher=address(teacher.outputs["model"]),
             **origin,
         )
-        is_kept = config.train.num_epochs == 0
-        result = run_job(
+        return run_training(
             job,
-            config=placed_here(config) if is_kept else config,
+            config=config,
             work=stage,
             workspace=inputs.workspace,
-            num_steps=None if is_kept else inputs.workspace.num_steps(config.train, "distilled"),
-        )
-        return StageOutcome(
-            outputs={"model": stage.directory / "model"},
-            metrics=result["metrics"],
-            details={key: result[key] for key in TRAINING_FACTS},
-            plots=()
-            if is_kept
-            else (
-                draw_losses(stage, stage_key(NAME, inputs.label)),
-                *draw_load(stage, result["expert_load"]),
-            ),
+            title=stage_key(NAME, inputs.label),
         )
 
     return execute(

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.errors import DataError
-from moe_dist.whole_files import finite
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
+from ..report.cost import (
+    LATENCY_BATCH_SIZES,
+    LATENCY_REPEATS,
+    LATENCY_ROUNDS,
+    LATENCY_SEQ_LEN,
+    measure_cost,
+)
 from ..report.nearness import (
     MAX_SAMPLES,
     MEASURES,
-    Imitation,
     count_batches,
     describe_imitation,
     measure_imitation,
     save_imitation,
 )
+from ..report.quality import (
+    Answers,
+    TaskAnswers,
+    common_unit,
+    compare_students,
+    describe_classes,
+    describe_tasks,
+    measure_quality,
+)
 from . import adapt, distill, finetune_teacher
+from .writers import write_as_measured
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
-    from moe_dist.data.metrics import LabelSpace
     from moe_dist.jobs.job_data import AnyJobData, Measured, Predict
-    from moe_dist.measure.bootstrap import Pairing
-    from moe_dist.measure.latency import Latency, Rounds
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -42,14 +53,11 @@ BEFORE = "before_distillation"
 PREDICT_BATCH_SIZE = 64
 PREDICT_BATCH_TOKENS = 8192
 """Two models' hidden states of all layers are held for so many tokens."""
-LATENCY_BATCH_SIZES = (1, 32)
-LATENCY_SEQ_LEN = 128
-LATENCY_ROUNDS = 10
-MIN_LATENCY_ROUNDS = 3
-LATENCY_BUDGET_S = 20.0
-LATENCY_REPEATS = 2
-METRIC_RULES = 2
-"""Raised when a metric is measured otherwise, so that no earlier value stands beside a new one."""
+METRIC_RULES = 3
+"""Raised when a metric is measured otherwise, so that no earlier value stands beside a new one.
+
+Or where another file is written.
+"""
 
 
 def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageResult:
@@ -57,7 +65,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     Inputs must hold the teacher, and the adapted and distilled models of the main student and
     of each comparison that is to be measured. Returns `predictions`, with the figures of each
-    model in `details`.
+    model in `details`, and `models/NAME` of each that writes texts (`write_as_measured`).
     """
     models = model_directories(inputs)
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
@@ -87,6 +95,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 entries[name] |= cost
             beside = other_work()
         main_metric = workspace.rows.main_metric
+        written = write_as_measured(final_models(loaded), models, workspace, stage)
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -95,7 +104,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         }
         stage.run.log_metrics(0, metrics)
         return StageOutcome(
-            outputs={"predictions": stage.directory / PREDICTIONS},
+            outputs={"predictions": stage.directory / PREDICTIONS, **written},
             metrics=metrics,
             details={
                 "main_metric": main_metric,
@@ -108,7 +117,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 ),
                 "seq_len": seq_len,
                 "models": entries,
-                "differences": compare_students(answers, main_metric, config.seed),
+                "differences": compare_students(answers, STUDENT, main_metric, config.seed),
                 "imitation_differences": differences,
                 "data": {
                     "name": workspace.data_name,
@@ -126,7 +135,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 },
             }
             | describe_classes(answers)
-            | describe_tasks(answers, config.seed),
+            | describe_tasks(answers, STUDENT, config.seed),
             plots=draw_loads(loads, stage.directory),
         )
 
@@ -187,64 +196,6 @@ def load_all(
         path: load_model(path, device=device) for path in {path for path, _ in models.values()}
     }
     return {name: loaded[path] for name, (path, _) in models.items()}
-
-
-@dataclass
-class TaskAnswers:
-    """What all models say about one task's dev rows.
-
-    Attributes:
-        metrics: names, the main one first.
-        space: the task's classes.
-        labels: (N,); the same for every model.
-        logits: (N, C) by model name, or other figures of each unit.
-        unit: what each of the N is.
-    """
-
-    metrics: tuple[str, ...]
-    space: LabelSpace
-    labels: Any = ()
-    logits: dict[str, Any] = field(default_factory=dict)
-    unit: str = "sample"
-
-    def pairing(self, first: str, second: str) -> Pairing:
-        """Put two models' answers side by side for the main metric, the first minus the second."""
-        from moe_dist.measure.bootstrap import Pairing
-
-        return Pairing(
-            self.metrics[0], self.labels, self.logits[first], self.logits[second], self.space
-        )
-
-    def undefined(self, name: str) -> dict[str, str]:
-        """Say which metrics of a model have no value, and why: a clause by metric."""
-        from moe_dist.data.metrics import explain_undefined
-
-        said = {
-            metric: explain_undefined(metric, self.logits[name], self.labels, self.space)
-            for metric in self.metrics
-        }
-        return {metric: why for metric, why in said.items() if why is not None}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What all models say about the dev rows.
-
-    Attributes:
-        tasks: by task name; the one name "" where there is one task.
-        imitation: how near each student is to the teacher.
-        expert_loads: for each final model with experts, each expert's share by layer.
-        num_threads: CPU threads that torch used.
-        calibrations: by model and task what answers were read with; see `TaskKind.calibrate`.
-        remarks: by model what its answers show that no metric does; see `TaskKind.remarks`.
-    """
-
-    tasks: dict[str, TaskAnswers]
-    imitation: Imitation
-    expert_loads: dict[str, dict[str, list[float]]]
-    num_threads: int
-    calibrations: dict[str, dict[str, float]] = field(default_factory=dict)
-    remarks: dict[str, list[str]] = field(default_factory=dict)
 
 
 def predict_all(
@@ -337,177 +288,6 @@ def draw_loads(loads: Mapping[str, Mapping[str, list[float]]], directory: Path) 
         plot_expert_load(by_layer, directory / f"expert-load-{name}.png")
         for name, by_layer in loads.items()
     )
-
-
-def measure_quality(answers: Answers) -> dict[str, dict[str, Any]]:
-    """Compute the dev metrics of each model.
-
-    For each final model `metrics`, and for students `metrics_before_distillation`; None for a
-    metric that is undefined, with the reason under the same name in `undefined` and
-    `undefined_before_distillation`.
-    """
-    from moe_dist.data.metrics import compute_metrics
-    from moe_dist.data.mixture import joined_metrics
-
-    entries: dict[str, dict[str, Any]] = {}
-    for name in next(iter(answers.tasks.values())).logits:
-        owner, _, before = name.partition("/")
-        key = f"metrics_{before}" if before else "metrics"
-        by_task = {
-            task: compute_metrics(own.metrics, own.logits[name], own.labels, own.space)
-            for task, own in answers.tasks.items()
-        }
-        entry = entries.setdefault(owner, {})
-        entry[key] = finite(joined_metrics(by_task))
-        if reasons := undefined_metrics(answers, name):
-            entry[key.replace("metrics", "undefined")] = reasons
-    return entries
-
-
-def undefined_metrics(answers: Answers, name: str) -> dict[str, str]:
-    """Say why metrics of a model have no value, by the name that `joined_metrics` gives them."""
-    from moe_dist.data.metrics import metric_title
-    from moe_dist.data.mixture import MEAN
-
-    found: dict[str, str] = {}
-    for task, own in answers.tasks.items():
-        reasons = own.undefined(name)
-        for metric, why in reasons.items():
-            place = f"{task}/" if task else ""
-            title = metric_title(metric, own.space)
-            found[f"{place}{metric}"] = f"{place}{title} of {name} is undefined: {why}"
-        if task and own.metrics[0] in reasons:
-            found.setdefault(MEAN, f"{MEAN} of {name} is undefined: {task}/{own.metrics[0]} is")
-    return found
-
-
-def measure_cost(
-    loaded: Mapping[str, Any], seq_len: int, stage: StageWork
-) -> dict[str, dict[str, Any]]:
-    """Count parameters and FLOPs, and time all models in turn in this process.
-
-    Args:
-        loaded: model by name.
-        seq_len: tokens per sequence.
-        stage: the stage that asks.
-
-    Returns:
-        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token`, and by batch
-        size `latency_ms` (the median), `latency_low_ms` and `latency_spread`.
-    """
-    from moe_dist.measure.latency import measure_in_turn
-    from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
-
-    timed = measure_in_turn(
-        loaded,
-        latency_rounds(),
-        batch_sizes=LATENCY_BATCH_SIZES,
-        seq_len=seq_len,
-        progress=stage.console.progress,
-    )
-    costs: dict[str, dict[str, Any]] = {}
-    for name, model in loaded.items():
-        parameters = count_parameters(model)
-        flops = flops_per_token(model, seq_len)
-        costs[name] = {
-            "shape": model_shape(model),
-            "parameters": {"total": parameters.total, "active": parameters.active},
-            "flops_per_token": flops.total,
-            "ffn_flops_per_token": flops.ffn,
-            "latency_ms": _by_size(timed[name], "median_ms"),
-            "latency_low_ms": _by_size(timed[name], "low_ms"),
-            "latency_spread": _by_size(timed[name], "spread"),
-        }
-    return costs
-
-
-def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:
-    return {str(size): round(getattr(one, figure), 3) for size, one in timed.items()}
-
-
-def latency_rounds() -> Rounds:
-    """Say how often models are timed for a report."""
-    from moe_dist.measure.latency import Rounds
-
-    return Rounds(
-        LATENCY_ROUNDS, MIN_LATENCY_ROUNDS, LATENCY_BUDGET_S, LATENCY_REPEATS, num_warmups=1
-    )
-
-
-def compare_students(answers: Answers, metric: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Compare the student with teacher and comparisons on the same examples.
-
-    For each other final model the student's metric minus its own, with an interval; where there
-    is none, `undefined` says why. The metric is the mean over tasks where there are several.
-    """
-    from moe_dist.measure.bootstrap import NO_INTERVAL, mean_bootstrap
-
-    names = next(iter(answers.tasks.values())).logits
-    # One task of several has its name before the metric's.
-    keys = [metric, *(f"{task}/{metric}" for task in answers.tasks)]
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if "/" in name or name == STUDENT:
-            continue
-        pairings = [task.pairing(STUDENT, name) for task in answers.tasks.values()]
-        interval = mean_bootstrap(pairings, seed=seed)
-        found[name] = {"metric": metric, "difference": None, "low": None, "high": None}
-        if interval is not None:
-            found[name] |= asdict(interval)
-            continue
-        reasons = [undefined_metrics(answers, model) for model in (STUDENT, name)]
-        found[name]["undefined"] = next(
-            (why[key] for why in reasons for key in keys if key in why), NO_INTERVAL
-        )
-    return found
-
-
-def common_unit(answers: Answers) -> str:
-    """Say what an interval resamples, in a word for all tasks."""
-    units = {task.unit for task in answers.tasks.values()}
-    return units.pop() if len(units) == 1 else "sample"
-
-
-def describe_classes(answers: Answers) -> dict[str, Any]:
-    """Say what the one task's answers consist of, so that they can be measured again.
-
-    `classes`, with their `names` and the id of the `positive` one of two; or the `columns` of
-    figures; nothing for regression and several tasks.
-    """
-    space = answers.tasks[""].space if set(answers.tasks) == {""} else None
-    if space is not None and space.columns:
-        return {"columns": list(space.columns)}
-    if space is None or space.num_classes is None:
-        return {}
-    return {"classes": {"names": list(space.names), "positive": space.positive}}
-
-
-def describe_tasks(answers: Answers, seed: int) -> dict[str, Any]:
-    """Say for each of several tasks what it is measured by, and how the student stands there.
-
-    `tasks`, with `main_metric`, `higher_is_better`, `num_dev_samples`, `unit` and `differences` of
-    each; nothing for a run of one task.
-    """
-    from moe_dist.data.metrics import METRICS, metric_title
-
-    if set(answers.tasks) == {""}:
-        return {}
-    return {
-        "tasks": {
-            name: {
-                "main_metric": task.metrics[0],
-                "higher_is_better": METRICS[task.metrics[0]].higher_is_better,
-                **describe_classes(replace(answers, tasks={"": task})),
-                "metric_titles": {key: metric_title(key, task.space) for key in task.metrics},
-                "num_dev_samples": len(task.labels),
-                "unit": task.unit,
-                "differences": compare_students(
-                    replace(answers, tasks={name: task}), task.metrics[0], seed
-                ),
-            }
-            for name, task in answers.tasks.items()
-        }
-    }
 
 
 def _comparisons(inputs: StageInputs) -> list[str]:

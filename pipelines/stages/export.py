@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_dist.errors import ConversionError, MoeDistError
 
-from ..chain.stage_recovery import FINISHED
+from ..chain.stage_recovery import stage_of
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest, that rounding may explain."""
@@ -37,11 +37,10 @@ class Exported:
 def default_output(directory: Path, task: str | None) -> Path:
     """Choose a place for the dense model of a task; None for a model of one task.
 
-    Beside the model's directory, or beside its stage where a stage made it, since a stage's own
-    directory is cleared when it is done again.
+    Beside the model's directory, or beside its stage where a stage made it.
     """
-    stage = directory.parent
-    beside = stage.parent if (stage / FINISHED).is_file() else stage
+    stage = stage_of(directory)
+    beside = directory.parent if stage is None else stage.parent
     return beside / f"export-{task or 'dense'}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..chain.stage import StageInputs, StageOutcome, StageResult, StageWork, execute
-from ..chain.stage_job import TRAINING_FACTS, TRAINING_SCRATCH, draw_losses, placed_here, run_job
+from ..chain.stage_job import TRAINING_SCRATCH, run_training
 from ..chain.training_settings import training_settings
 
 if TYPE_CHECKING:
@@ -32,20 +32,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             # A dense model has no experts to spread.
             parallel=config.parallel.model_copy(update={"ep_size": 1}),
         )
-        is_kept = train.num_epochs == 0
-        result = run_job(
-            job,
-            config=placed_here(config) if is_kept else config,
-            work=stage,
-            workspace=workspace,
-            num_steps=None if is_kept else workspace.num_steps(train, "finetuned"),
-        )
-        return StageOutcome(
-            outputs={"model": stage.directory / "model"},
-            metrics=result["metrics"],
-            details={key: result[key] for key in TRAINING_FACTS},
-            plots=() if is_kept else (draw_losses(stage, NAME),),
-        )
+        return run_training(job, config=config, work=stage, workspace=workspace, title=NAME)
 
     return execute(
         NAME,

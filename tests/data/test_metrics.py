@@ -52,6 +52,46 @@ def test_class_metrics_agree_with_scikit_learn(
     )
 
 
+EDGES: dict[str, tuple[list[int], list[int]]] = {
+    "all right": ([0, 1, 2, 1], [0, 1, 2, 1]),
+    "all wrong": ([0, 1, 2, 1], [1, 2, 0, 0]),
+    "a class without labels": ([0, 1, 0, 1], [0, 2, 0, 1]),
+    "a class without predictions": ([0, 1, 2, 2], [0, 1, 0, 1]),
+    "a class that nobody names": ([0, 1, 0, 1], [0, 1, 1, 1]),
+    "labels of one class": ([1, 1, 1], [0, 1, 2]),
+    "predictions of one class": ([0, 1, 2], [1, 1, 1]),
+    "one class": ([1, 1], [1, 1]),
+    "two that never meet": ([0, 0], [1, 1]),
+    "a single row": ([2], [2]),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("positive", [0, 1])
+def test_class_metrics_agree_with_scikit_learn_at_the_edges(
+    case: str, num_classes: int, positive: int
+) -> None:
+    labels, guess = (np.array(ids) % num_classes for ids in EDGES[case])
+    found = compute_metrics(CLASS_METRICS, guess, labels, LabelSpace(num_classes, positive))
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(labels, guess))
+    about: Any = (
+        {"labels": [positive], "average": "macro"}
+        if num_classes == 2
+        else {"labels": range(num_classes), "average": "macro"}
+    )
+    # Where scikit-learn says 0 for want of a value, there is none here.
+    if num_classes == 2 and positive not in labels:
+        assert math.isnan(found["f1"])
+    else:
+        expected = reference.f1_score(labels, guess, zero_division=0, **about)
+        assert found["f1"] == pytest.approx(expected)
+    if len(set(labels)) == 1 or len(set(guess)) == 1:
+        assert math.isnan(found["matthews"])
+    else:
+        assert found["matthews"] == pytest.approx(reference.matthews_corrcoef(labels, guess))
+
+
 def test_one_prediction_of_a_class_that_does_not_occur_changes_f1_a_little() -> None:
     labels = np.arange(40) % 2
     guess = labels.copy()
@@ -88,6 +128,40 @@ def test_correlations_agree_with_scipy(scale: float) -> None:
     found = compute_metrics(["pearson", "spearman"], guess * scale, labels, VALUES)
     assert found["pearson"] == pytest.approx(stats.pearsonr(labels, guess).statistic)
     assert found["spearman"] == pytest.approx(stats.spearmanr(labels, guess).statistic)
+
+
+PAIRS: dict[str, tuple[list[float], list[float]]] = {
+    "ties in both": ([1, 1, 2, 2, 3, 3], [2, 1, 1, 2, 2, 2]),
+    "ties in labels": ([0, 0, 0, 1], [0.1, 0.3, 0.2, 0.4]),
+    "all ties but one": ([5, 5, 5, 5, 6], [1, 2, 3, 4, 5]),
+    "the same": ([1, 2, 3], [1, 2, 3]),
+    "against": ([1, 2, 3], [3, 2, 1]),
+    "two rows": ([1, 2], [5, 3]),
+    "in order, not in line": ([1, 2, 3, 4], [1, 10, 100, 1e6]),
+    "nothing to see": ([1, 2, 1, 2], [1, 1, 2, 2]),
+    "far from 0": ([1e9 + 1, 1e9 + 2, 1e9 + 4], [1, 2, 3]),
+    "constant labels": ([0.1, 0.1, 0.1], [1, 2, 3]),
+    "constant predictions": ([1, 2, 3], [0.1, 0.1, 0.1]),
+    "constants": ([0, 0], [0, 0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
+@pytest.mark.parametrize("case", PAIRS)
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_correlations_agree_with_scipy_at_the_edges(case: str, name: str) -> None:
+    labels, guess = map(np.array, PAIRS[case])
+    expected = getattr(stats, f"{name}r")(labels, guess).statistic
+    found = compute_metrics([name], guess, labels, VALUES)[name]
+    assert found == pytest.approx(expected, nan_ok=True, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.stats.NearConstantInputWarning")
+def test_what_differs_by_rounding_alone_is_constant() -> None:
+    """SciPy warns of such values, and correlates their rounding."""
+    labels, guess = np.arange(4.0), np.array([0.3, 0.1 + 0.2, 0.3, 0.1 + 0.2])
+    assert math.isfinite(stats.pearsonr(labels, guess).statistic)
+    assert math.isnan(compute_metrics(["pearson"], guess, labels, VALUES)["pearson"])
 
 
 def test_logits_are_accepted() -> None:

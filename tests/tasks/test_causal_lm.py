@@ -264,8 +264,9 @@ def test_losses_and_errors_are_by_sample() -> None:
 
 def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
     model = tiny_model("llama")
-    texts = ("abcdefghijk", "x", "lmno pq é")
-    batch = batch_of("abcdefghijk", "x", "lmnopq", length=6, train=False)
+    texts = ("abcdefghijk", "x", "lmnopq")
+    batch = batch_of(*texts, length=6, train=False)
+    labels = np.array(cut(texts, train=False, length=6).labels)
     with torch.no_grad():
         raw = KIND.answer(model, batch, {})
         whole = model(input_ids=torch.tensor([[10 + n for n in range(6)]])).logits[0]
@@ -278,7 +279,7 @@ def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
     answered = Answered(
         raw=raw.numpy()[shuffled],
         sample_ids=numbers[shuffled],
-        labels=np.zeros(len(raw)),
+        labels=labels[shuffled],
         rows=columns,
         columns={},
         offsets=np.zeros(1, np.int64),
@@ -289,8 +290,8 @@ def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
     assert found.sample_ids.tolist() == [100, 101, 102]
     assert found.values[:, 1].tolist() == [10, 0, 5]
     # Of what is predicted: nothing is left of a text of one token.
-    assert found.values[:, 2].tolist() == [1, 0, 3]
-    assert found.values[:, 3].tolist() == [10, 0, 9]
+    assert found.values[:, 2].tolist() == [1, 0, 1]
+    assert found.values[:, 3].tolist() == [10, 0, 5]
     first = functional.cross_entropy(whole[:5], torch.tensor([11, 12, 13, 14, 15]))
     assert math.isfinite(first)
     assert np.isclose(found.values[0, 0], raw.numpy()[numbers == 100, 0].sum(), rtol=1e-6)
@@ -298,7 +299,17 @@ def test_figures_are_of_documents_in_the_order_of_the_rows() -> None:
 
 @pytest.mark.parametrize(("begins", "expected"), [(False, "bc de"), (True, "abc de")])
 def test_words_and_bytes_are_of_what_is_predicted(begins: bool, expected: str) -> None:
-    assert _predicted(Letters(begins=begins), "abc de") == expected
+    tokenizer = Letters(begins=begins)
+    assert _predicted(tokenizer, "abc de", np.array(tokenizer.ids("abc de"))) == expected
+
+
+def test_words_and_bytes_are_counted_once_for_each_document() -> None:
+    texts = ("lmno pq é", "d", "", "abc abc abc")
+    found = cut(texts, train=False, length=4)
+    counts = {row: label for row, label in zip(found.rows, found.labels, strict=True) if any(label)}
+    assert counts == {0: (3, 9), 3: (3, 10)}
+    assert np.sum(found.labels, axis=0).tolist() == [6, 19]
+    assert len(found.rows) > 4
 
 
 def test_the_end_of_a_long_text_keeps_its_begin_token() -> None:

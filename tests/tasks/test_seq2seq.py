@@ -18,6 +18,8 @@ from moe_dist.conversion.importance import score_importance
 from moe_dist.data.loaders import Encoded, collate, encode, eval_batches
 from moe_dist.data.metrics import LabelSpace, compute_metrics
 from moe_dist.errors import ConversionError
+from moe_dist.inference import load_model, save_model
+from moe_dist.inference.generation import save_with_generation, set_generation
 from moe_dist.losses.tokens import TokenScores
 from moe_dist.losses.total import weighted_total
 from moe_dist.measure.evaluation import predict
@@ -284,6 +286,40 @@ def test_routing_follows_the_beams(family: str, router: str, tmp_path: Path) -> 
     for row in range(5):
         alone = write(student, batch_of(data, [row], family), options)
         assert alone[0].tolist() == together[row].tolist(), "whatever else is in the batch"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", [None, "token_gate", "sentence_gate"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_model_that_is_told_writes_as_it_is_measured_in_plain_use(
+    family: str, router: str | None, num_beams: int, tmp_path: Path
+) -> None:
+    model, batch = tiny_writer(family), batch_of(encoded(family, tmp_path), [0, 1, 2, 3], family)
+    model = student_of(model, router) if router else model
+    for name, value in {"min_length": 3, "repetition_penalty": 3.0, "max_length": 9}.items():
+        setattr(model.generation_config, name, value)
+    options: dict[str, Any] = {
+        "max_target_length": 5,
+        "num_beams": num_beams,
+        "no_repeat_ngram_size": 2,
+    }
+    if num_beams > 1:
+        options |= {"length_penalty": 0.5, "early_stopping": False}
+    measured = write(model, batch, options)
+    source = save_model(model, tmp_path / "model", tiny_tokenizer(family))
+    set_generation(model, KIND.generation(model, options))
+    told = load_model(save_with_generation(model, source, tmp_path / "told"))
+    names = ("input_ids", "attention_mask")
+    inputs = {name: batch[name] for name in names}
+    texts = read_texts(tiny_tokenizer(family), measured.numpy())
+    decode = tiny_tokenizer(family).batch_decode
+    plain = [text.strip() for text in decode(told.generate(**inputs), skip_special_tokens=True)]
+    assert plain == texts
+    own_ids = load_model(source).generate(**inputs, use_cache=False)
+    own = decode(own_ids, skip_special_tokens=True)
+    assert [text.strip() for text in own] != texts, "it wrote otherwise before"
+    weights = [path / "model.safetensors" for path in (source, tmp_path / "told")]
+    assert weights[0].samefile(weights[1]), "they take no space of their own"
 
 
 def test_what_a_model_says_of_generation_is_not_used_and_said() -> None:

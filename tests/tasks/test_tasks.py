@@ -12,7 +12,7 @@ from moe_dist.config.data_checks import KEYS_OF_KINDS
 from moe_dist.config.data_section import TaskDataConfig
 from moe_dist.data.metrics import METRICS
 from moe_dist.losses.distillation import prediction_kl
-from moe_dist.tasks import TASK_KINDS, head_kind
+from moe_dist.tasks import TASK_KINDS, TaskKind, head_kind
 
 CLASSES, NUMBERS = TASK_KINDS["classification"], TASK_KINDS["regression"]
 
@@ -29,6 +29,13 @@ def test_recipes_know_which_kinds_read_a_key() -> None:
         reading = {name for name, kind in TASK_KINDS.items() if key in kind.option_names}
         assert reading == set(kinds), key
         assert key in TaskDataConfig.model_fields
+
+
+def test_every_kind_says_how_it_is_served() -> None:
+    for kind in TASK_KINDS.values():
+        assert kind.served_columns
+    assert "serve" in TaskKind.__abstractmethods__, "a kind without it cannot be made"
+    assert not hasattr(TASK_KINDS["seq2seq"], "served"), "only of those that one forward answers"
 
 
 def test_classification_takes_cross_entropy() -> None:

@@ -20,7 +20,9 @@ from moe_dist.moe.layer import moe_layers
 from moe_dist.tracking import TrackedModel
 from moe_dist.tracking.models import describe_model
 from pipelines.chain.chain import ChainResult, run_chain
+from pipelines.chain.fingerprints import path_digest
 from pipelines.chain.recording import log_models
+from pipelines.chain.stage_recovery import stage_of
 from pipelines.chain.workspace import Workspace
 from pipelines.cli import app
 from tests.pipelines.chain.test_causal_lm import language_recipe
@@ -115,6 +117,11 @@ def test_a_student_is_compacted_repaired_and_measured(finished: Finished, tmp_pa
     assert found["repaired"]["metrics"].keys() == found["before"]["metrics"].keys()
     small = load_model(tmp_path / "small/model")
     assert {layer.num_experts for layer in moe_layers(small)} == {2}
+    assert stage_of(student) == stage_of(student / "deeper") == finished.root / "distill"
+    assert stage_of(tmp_path / "small/model") is None
+    if finished.kind == "seq2seq":
+        own = (small.generation_config.num_beams, small.generation_config.max_new_tokens)
+        assert own == (2, 5), "the recipe's, by which it was measured"
 
 
 def test_runs_of_several_seeds_are_compared(finished: Finished, tmp_path: Path) -> None:
@@ -148,7 +155,10 @@ def test_mlflow_is_told_what_a_model_reads_and_answers(finished: Finished, tmp_p
     log_models(config, Workspace(config, Recorder()), chain, finished.chain.results)
     teacher, student = chain.models
     assert (teacher.name, student.name) == ("teacher", "student")
-    assert student.directory == finished.root / "distill/model"
+    writes = finished.kind == "seq2seq"
+    directory = finished.root / ("evaluate/models/student" if writes else "distill/model")
+    assert student.directory == directory
+    assert student.digest == path_digest(directory)
     place = tmp_path / "described"
     describe_model(student.directory, place, asdict(student), run_id="r", model_id="m")
     served = mlflow.pyfunc.load_model(str(place))

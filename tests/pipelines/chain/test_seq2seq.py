@@ -20,6 +20,7 @@ from moe_dist.moe.layer import moe_layers
 from pipelines.chain.chain import run_chain
 from pipelines.chain.workspace import Workspace
 from pipelines.checks.preflight import check_before_start
+from pipelines.stages.export import default_output, export_task
 from tests.pipelines.recorder import Recorder
 from tests.tasks.tiny_seq2seq import write_titles, write_writer
 
@@ -100,14 +101,37 @@ def test_the_chain_runs_to_its_end_and_serves_texts(
     )
     rows = [json.loads(line)["text"] for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
     assert served.predict(rows)["text"].tolist() == saved.texts.tolist()
-
-
-def test_other_beams_measure_anew_and_train_nothing(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    run(tmp_path, settings)
-    wider = settings["data"] | {"num_beams": 3, "no_repeat_ngram_size": 2}
+    for name in ("teacher", "student"):
+        assert written_by(root / "evaluate/models" / name, rows) == texts_of(root, name)
+    assert any("evaluate/models" in line for line in console.noted)
+    # Other settings measure anew, train nothing, and leave what was trained as it was.
+    trained = (root / "distill/model/generation_config.json").read_bytes()
+    wider = settings["data"] | {"num_beams": 3, "no_repeat_ngram_size": 1}
     assert run(tmp_path, settings | {"data": wider}).ran == ["evaluate"]
+    assert (root / "distill/model/generation_config.json").read_bytes() == trained
+    told = json.loads((root / "evaluate/models/student/generation_config.json").read_text())
+    assert (told["num_beams"], told["max_new_tokens"], told["no_repeat_ngram_size"]) == (3, 5, 1)
+    assert written_by(root / "evaluate/models/student", rows) == texts_of(root, "student")
+
+
+def written_by(directory: Path, rows: list[str]) -> list[str]:
+    """What a model writes in plain use of transformers."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    sources = [f"summarize : {row}" for row in rows]
+    inputs = tokenizer(sources, padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def texts_of(root: Path, name: str) -> list[str]:
+    """What the report was made of."""
+    texts = load_predictions(root / f"evaluate/predictions/{name}.npz").texts
+    assert texts is not None
+    return [str(text) for text in texts]
 
 
 @pytest.mark.parametrize("router", ["sentence_gate", "hash_balanced"])
@@ -123,6 +147,11 @@ def test_bart_with_other_routers(tmp_path: Path, settings: dict[str, Any], route
     report = json.loads((tmp_path / "outputs/titles/report.json").read_text())
     assert np.isfinite(report["dense"]["metrics"]["rougeL"])
     assert report["differences"].keys() == {"teacher", "dense"}
+    dense = tmp_path / "outputs/titles/evaluate/models/dense"
+    assert default_output(dense, None) == tmp_path / "outputs/titles/export-dense"
+    exported = export_task(dense, None, tmp_path / "exported").directory
+    told = [json.loads((one / "generation_config.json").read_text()) for one in (dense, exported)]
+    assert told[0] == told[1] and told[0]["num_beams"] == 2
 
 
 def refusal(tmp_path: Path, settings: dict[str, Any]) -> str:

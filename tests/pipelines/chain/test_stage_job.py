@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -12,9 +13,12 @@ from moe_dist.config import load_config
 from moe_dist.distributed.peers import Roster, own_peer
 from moe_dist.distributed.position import FIRST_STEP, LOAD_CHECKPOINT, TRAINING
 from moe_dist.distributed.stall import Stall
+from moe_dist.jobs.distill import DistillJob
 from moe_dist.metric_log import MetricLog
 from moe_dist.workers.attempts import PhaseNotes, note_attempt, note_fault
-from pipelines.chain.stage_job import placed_here, show_failures, show_progress
+from pipelines.chain import stage_job
+from pipelines.chain.stage import StageWork
+from pipelines.chain.stage_job import placed_here, run_training, show_failures, show_progress
 from pipelines.console import Console
 
 Write = Callable[[dict[str, Any]], Path]
@@ -53,6 +57,45 @@ def test_workers_stay_on_a_cluster_on_gpus_and_where_ray_is_asked_for(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
     assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=False)[0] == "local"
+
+
+@pytest.mark.parametrize(("num_epochs", "placed", "num_steps"), [(0, 1, None), (2, 3, 14)])
+def test_a_model_that_is_kept_needs_no_workers_and_takes_no_steps(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_epochs: int,
+    placed: int,
+    num_steps: int | None,
+) -> None:
+    asked: dict[str, Any] = {}
+    found = {"metrics": {"accuracy": 0.5}, "num_steps": 14, "resumed_from": None}
+
+    def run_job(job: Any, **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return found | {"peak_memory_gib": 0.5, "expert_load": {"0": [0.5, 0.5]}}
+
+    monkeypatch.setattr(stage_job, "run_job", run_job)
+    sections = {name: {"num_epochs": num_epochs} for name in ("finetune", "train")}
+    settings = tiny_settings | sections | {"parallel": {"num_workers": 3}}
+    config = load_config(write_recipe(settings))
+    workspace = Mock()
+    workspace.num_steps.side_effect = lambda train, rows: 7 * train.num_epochs
+    job = DistillJob.of(config, str(tmp_path), student="", teacher="")
+    MetricLog(tmp_path / "metrics.jsonl").append(1, {"train/loss/total": 0.5})
+    work = StageWork(tmp_path, Console(quiet=True), Mock(), resumed=False)
+    outcome = run_training(job, config=config, work=work, workspace=workspace, title="distill")
+    assert asked["config"].parallel.num_workers == placed
+    assert asked["num_steps"] == num_steps
+    assert workspace.num_steps.call_args_list == (
+        [call(job.train, "distilled")] if num_steps else []
+    )
+    assert outcome.outputs == {"model": tmp_path / "model"}
+    assert outcome.metrics == found["metrics"]
+    assert outcome.details == {"num_steps": 14, "resumed_from": None, "peak_memory_gib": 0.5}
+    pictures = ["losses.png", "expert-load.png"] if num_steps else []
+    assert [path.name for path in outcome.plots] == pictures
 
 
 def test_progress_shows_loss_speed_and_the_last_dev_metric(tmp_path: Path) -> None:

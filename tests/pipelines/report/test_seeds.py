@@ -16,7 +16,9 @@ from moe_dist.errors import DataError, MissingInputError
 from moe_dist.jobs.results import save_predictions
 from pipelines.cli import app
 from pipelines.report.nearness import Imitation, save_imitation
-from pipelines.report.seeds import MEAN, SeededRun, compare_seeds, read_runs, to_markdown, to_plain
+from pipelines.report.seeded_runs import SeededRun, read_runs
+from pipelines.report.seeds import MEAN, compare_seeds
+from pipelines.report.seeds_table import to_markdown, to_plain
 
 NUM_EXAMPLES = 200
 

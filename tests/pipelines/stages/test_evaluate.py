@@ -14,15 +14,15 @@ from moe_dist.errors import DataError
 from moe_dist.measure.evaluation import Predictions
 from moe_dist.tasks import Figures
 from pipelines.report.nearness import Imitation
-from pipelines.stages.evaluate import (
+from pipelines.report.quality import (
     Answers,
     TaskAnswers,
     compare_students,
     describe_classes,
     describe_tasks,
     measure_quality,
-    run_over_dev,
 )
+from pipelines.stages.evaluate import run_over_dev
 
 SPACE = LabelSpace(2, 0, ("fraud", "ok"))
 
@@ -39,7 +39,7 @@ def test_an_undefined_metric_is_none_with_a_sentence() -> None:
     assert entries["student"]["metrics"] == {"f1": None, "accuracy": 0.75}
     why = "f1 of fraud of student is undefined: none of the 4 labels is 'fraud'"
     assert entries["student"]["undefined"] == {"f1": why}
-    gap = compare_students(found, "f1", seed=0)["teacher"]
+    gap = compare_students(found, "student", "f1", seed=0)["teacher"]
     assert gap["difference"] is gap["low"] is gap["high"] is None
     assert gap["undefined"] == why
     assert describe_classes(found) == {"classes": {"names": ["fraud", "ok"], "positive": 0}}
@@ -53,7 +53,7 @@ def test_a_task_of_several_is_compared_and_explained_by_itself() -> None:
     assert entries["student"]["metrics"] == {"mean": None, "a/matthews": None, "b/accuracy": 1.0}
     assert "a/matthews is" in entries["student"]["undefined"]["mean"]
     assert "all 4 predictions are 'ok'" in entries["student"]["undefined"]["a/matthews"]
-    tasks = describe_tasks(both, seed=0)["tasks"]
+    tasks = describe_tasks(both, "student", seed=0)["tasks"]
     assert "all 4 predictions are 'ok'" in tasks["a"]["differences"]["teacher"]["undefined"]
     assert tasks["b"]["differences"]["teacher"]["difference"] == pytest.approx(0.25)
     assert tasks["a"]["classes"]["positive"] == 0
