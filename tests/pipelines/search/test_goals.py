@@ -107,6 +107,28 @@ def test_a_goal_leaves_the_direction_of_quality_to_the_data(
     assert named.search.wanted == {"perplexity": "min", "latency": "min"}
 
 
+def test_quality_is_bounded_from_the_side_that_the_recipe_tells(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    def said(goal: str) -> str:
+        recipe = str(write_recipe(tiny_settings))
+        done = CliRunner().invoke(app, ["search", recipe, "--dry-run", "--goal", goal])
+        assert done.exit_code != 0
+        return " ".join(done.output.split())
+
+    wrong = "is better, as these data are measured; write quality"
+    assert f"higher {wrong}>=0.9" in said("quality<=0.9")
+    tiny_settings["data"] = {"source": "package", "name": "bbc-news", "kind": "causal_lm"}
+    tiny_settings["distill"] = {"task_weight": 0}
+    assert f"lower {wrong}<=40" in said("quality>=40")
+    tiny_settings["data"] |= {"kind": "classification", "metrics": ["f1"]}
+    assert f"higher {wrong}>1" in said("quality<1")
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_a_goal_is_answered_with_a_recipe(
     write_recipe: Write, settings: dict[str, Any], tmp_path: Path
