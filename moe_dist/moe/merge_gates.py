@@ -201,7 +201,7 @@ class TaskMergeGate(MergeGate):
             sample_ids=tasks_G, noise_seed=None if context is None else context.noise_seed
         )
         chosen = self.choose(self.task_embeddings[tasks_G], drawn, compute_dtype(hidden_TD))
-        group_B = torch.searchsorted(tasks_G, tasks_B)
+        group_B = torch.searchsorted(tasks_G, tasks_B.contiguous())
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         real_G = torch.zeros_like(tasks_G, dtype=torch.bool).index_fill(0, group_B, True)
         return Merges(chosen, group_B.repeat_interleave(length), real_G)

@@ -246,3 +246,26 @@ def test_a_student_of_several_tasks_is_compacted(
         places = [next(i for i, group in enumerate(groups) if e in group) for e in range(3)]
         expected = torch.tensor(places)[before.router.state_dict()["table"]]
         assert torch.equal(after.router.state_dict()["table"], expected)
+
+
+def test_each_task_s_merge_is_a_dense_model_and_the_average_is_measured_on_it(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    moe = {"num_experts": 3, "expert_size": 32, "num_shared_neurons": 0, "top_k": 2}
+    merged = moe | {"partition": "full_copy", "router": "merged_task"}
+    config = load_config(write_recipe(settings | {"moe": merged, "compare": []}))
+    run_chain(config, Recorder(), until="distill")
+    directory = Path(config.run_dir) / "distill" / "model"
+    command = ["export", str(directory), "--task"]
+    folded = CliRunner().invoke(app, [*command, "grades", "--fold"])
+    assert folded.exit_code == 0, folded.output
+    dense = load_model(Path(config.run_dir) / "export-grades")
+    batch = {"input_ids": torch.randint(5, 20, (3, 6), generator=torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        expected = load_model(directory, task="grades")(**batch).logits
+        torch.testing.assert_close(dense(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    average = CliRunner().invoke(app, [*command, "mood", "--average"])
+    assert average.exit_code == 0, average.output
+    record = json.loads((Path(config.run_dir) / "export-mood-average/export.json").read_text())
+    assert set(record["metrics"]) == {"model", "export"}
+    assert set(record["metrics"]["model"]) == set(record["metrics"]["export"]) == {"accuracy"}
