@@ -127,7 +127,8 @@ class TaskDataConfig(Section):
         default=None,
         max_length=2,
         description="One text column, or two for sentence pairs; known for GLUE tasks and package "
-        "data sets.",
+        "data sets. `embedding`: of two columns each text is learned by itself, and with "
+        "`finetune.num_epochs` above 0 the teacher first learns which texts belong together.",
     )
     label_column: str | None = Field(
         default=None,

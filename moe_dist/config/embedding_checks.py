@@ -13,22 +13,39 @@ _RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr")
 _SIMILARITY = ("cosine_spearman", "cosine_pearson")
 
 
-def _no_labels_to_learn(config: RunConfig) -> Iterator[str]:
-    if config.data.kind != KIND:
+def _teacher_learns_from_pairs(config: RunConfig) -> Iterator[str]:
+    data, teacher = config.data, config.teacher_train
+    if data.kind != KIND or teacher.num_epochs == 0:
         return
-    reason = f"data.kind={KIND} trains on texts without labels"
-    if config.teacher_train.num_epochs > 0:
+    columns = data.text_columns or ()
+    if len(columns) != 2:
         yield (
-            f"finetune.num_epochs={config.teacher_train.num_epochs} fine-tunes the teacher, and "
-            f"{reason}: a contrastive loss depends on how a batch is cut into micro-batches and "
-            "ranks, so that there is none here; fine-tune with sentence-transformers before, give "
-            "the directory as model.teacher, and set finetune.num_epochs to 0, which takes it as "
-            "it is."
+            f"finetune.num_epochs={teacher.num_epochs} fine-tunes the teacher on pairs of texts, "
+            f"and data.text_columns={list(columns)} does not name the two columns of the training "
+            "rows that hold them; name them, such as [question, passage], or set "
+            "finetune.num_epochs to 0, which takes the model as it is."
         )
-    if config.distill.task_weight > 0:
+    elif data.label_column is not None and set(columns) == set(data.pair_columns or ()):
+        yield (
+            f"finetune.num_epochs={teacher.num_epochs} fine-tunes the teacher on pairs that belong "
+            f"together, and those of data.text_columns={list(columns)} have scores in "
+            f"data.label_column={data.label_column}; give training pairs without scores, in "
+            "columns of other names, or set finetune.num_epochs to 0."
+        )
+    if teacher.batch_size < 2 * teacher.accumulation:
+        yield (
+            f"finetune.batch_size={teacher.batch_size} with an accumulation of "
+            f"{teacher.accumulation} leaves a pair alone in its micro-batch, where its texts are "
+            f"to be found among those of others; use batch_size {2 * teacher.accumulation} or "
+            "more (32 is usual)."
+        )
+
+
+def _student_learns_without_labels(config: RunConfig) -> Iterator[str]:
+    if config.data.kind == KIND and config.distill.task_weight > 0:
         yield (
             f"distill.task_weight={config.distill.task_weight:g} is that of a loss on labels, and "
-            f"{reason}; set it to 0."
+            f"data.kind={KIND} distils on texts without labels; set it to 0."
         )
 
 
@@ -78,9 +95,20 @@ def _vectors_fit_the_rest(config: RunConfig) -> Iterator[str]:
 _SETS = ("data.source", "data.tasks", "data.kind")
 EMBEDDING_RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (
-        _no_labels_to_learn,
-        (*_SETS, "finetune.num_epochs", "train.num_epochs", "distill.task_weight"),
+        _teacher_learns_from_pairs,
+        (
+            *_SETS,
+            "data.text_columns",
+            "data.pair_columns",
+            "data.label_column",
+            *(
+                f"{section}.{key}"
+                for section in ("finetune", "train")
+                for key in ("num_epochs", "batch_size", "accumulation")
+            ),
+        ),
     ),
+    (_student_learns_without_labels, (*_SETS, "distill.task_weight")),
     (
         _vectors_fit_the_rest,
         (

@@ -54,7 +54,12 @@ class Sample:
     @property
     def text(self) -> str:
         """All of its text."""
-        return self.text_a if self.text_b is None else f"{self.text_a}\n{self.text_b}"
+        return "\n".join(self.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """Its one or two texts."""
+        return [self.text_a] if self.text_b is None else [self.text_a, self.text_b]
 
 
 def column_value(row: SourceRow, column: str) -> Any:
@@ -86,7 +91,8 @@ def check_rows(
         may_be_ids: labels are names, or ids where no name is a number.
         drops_incomplete: leave rows without label or text out; for sources that nobody here can
             mend.
-        needs_labels: without, only the texts count, and a label is taken where it is a text.
+        needs_labels: without, only the texts count, and a label is taken where it is a text; where
+            texts are read one by one, a row may have one of two.
 
     Returns:
         The samples, and the number of rows left out by the reason.
@@ -111,7 +117,10 @@ def check_rows(
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for position, row in enumerate(rows):
-        texts = [column_value(row, column) for column in task.text_columns]
+        columns = list(task.text_columns)
+        if not needs_labels and not kind.reads_pairs:
+            columns = [column for column in columns if column in row.values] or columns
+        texts = [column_value(row, column) for column in columns]
         has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
         label = None
         if has_label and task.label != "none":
@@ -127,7 +136,7 @@ def check_rows(
             if None in texts:
                 left_out["without a text"] += 1
                 continue
-        for text_column, text in zip(task.text_columns, texts, strict=True):
+        for text_column, text in zip(columns, texts, strict=True):
             if not isinstance(text, str):
                 raise row.error(
                     f"column {text_column!r} holds no text: {text!r}", _text_remedy(text)

@@ -104,6 +104,11 @@ class Splits:
         return concatenate_datasets([self.train, self.unlabelled])
 
     @property
+    def finetuned(self) -> Dataset:
+        """What a teacher is fine-tuned on: the training rows."""
+        return self.train
+
+    @property
     def distill_digest(self) -> str:
         """SHA-256 over what a distillation sees."""
         if not self.unlabelled_digest:

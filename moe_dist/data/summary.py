@@ -306,13 +306,13 @@ def summarise(
     """
     of_train = SplitSummary.of(train, task, left_out["train"])
     of_dev = SplitSummary.of(dev, task.on_dev, left_out["dev"])
-    texts = set(map(_normalised, train))
-    single = task.dev_rows is not None
+    seen = set(map(_normalised, train))
+    # Where texts are read one by one, either of a dev row's may have been trained on.
+    single = {text for texts in seen for text in texts} if task.dev_rows is not None else set()
     copies = [
         sample
         for sample in dev
-        if _normalised(sample) in texts
-        or (single and any((text,) in texts for text in _normalised(sample)))
+        if _normalised(sample) in seen or not single.isdisjoint(_normalised(sample))
     ]
     warnings = class_warnings(of_train.class_counts, of_dev.class_counts)
     if of_train.value_range is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,8 +13,11 @@ from moe_dist.tasks.kind import DevRows, LabelKind
 Kind = Literal[
     "classification", "regression", "embedding", "causal_lm", "question_answering", "seq2seq"
 ]
-Split = Literal["train", "dev", "holdout", "distilled"]
-"""Rows by what they are for; those that are distilled are training rows and what has no labels."""
+Split = Literal["train", "dev", "holdout", "distilled", "finetuned"]
+"""Rows by what they are for; those that are distilled are training rows and what has no labels, and
+a teacher is fine-tuned on training rows, of which a kind of task may make other samples for it."""
+TRAINED_ON: tuple[Split, ...] = ("train", "distilled", "finetuned")
+"""Those that are not measured on."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class TaskSpec:
         """What its kind of task is to the rest of the library."""
         return TASK_KINDS[self.kind]
 
+    def kind_on(self, split: str) -> TaskKind:
+        """Say which kind makes samples of a split's rows."""
+        return self.task_kind.finetuning if split == "finetuned" else self.task_kind
+
     @property
     def label_space(self) -> LabelSpace:
         """What metrics know of the task."""
@@ -108,6 +115,16 @@ def kind_for(kind: str | None, name: str | None, subset: str | None) -> TaskKind
     """Say what kind of task a data section is about: what it says, or what is known of the set."""
     known = known_task(name, subset)
     return TASK_KINDS[kind or (known.kind if known else "classification")]
+
+
+def improves_upwards(
+    kind: str | None, name: str | None, subset: str | None, metrics: Sequence[str] | None
+) -> bool:
+    """Say which way a data section's main metric is better, before its rows are read."""
+    known = known_task(name, subset, kind)
+    if not metrics and known is not None and kind in (None, known.kind):
+        metrics = known.metrics
+    return METRICS[(metrics or kind_for(kind, name, subset).default_metrics)[0]].higher_is_better
 
 
 _PAIR = ("sentence1", "sentence2")

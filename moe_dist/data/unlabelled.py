@@ -65,7 +65,7 @@ def read_unlabelled(
         ("that repeat dev rows", dev),
         ("that repeat those withheld", withheld),
     ):
-        dropped = _repeats([s.text for s in samples], [s.text for s in others], cache_dir)
+        dropped = _repeats(samples, others, cache_dir, apart=not task.task_kind.reads_pairs)
         samples = [sample for row, sample in enumerate(samples) if row not in dropped]
         left_out[reason] = len(dropped)
     if not samples:
@@ -83,14 +83,24 @@ def read_unlabelled(
     return [sample.numbered(first_id + sample.sample_id) for sample in samples], left_out
 
 
-def _repeats(texts: Sequence[str], others: Sequence[str], cache_dir: Path | None) -> set[int]:
-    """Rows that say what another says, or nearly; found once for all processes that read them."""
+def _repeats(
+    samples: Sequence[Sample], others: Sequence[Sample], cache_dir: Path | None, *, apart: bool
+) -> set[int]:
+    """Rows that say what another says, or nearly; found once for all processes that read them.
+
+    `apart` compares the two texts of a row each by itself, as they are read.
+    """
     if not others:
         return set()
-    key = hashlib.sha256(json.dumps([_RULES, list(texts), list(others)]).encode()).hexdigest()
+    own, known = (
+        [(row, text) for row, s in enumerate(side) for text in (s.texts if apart else [s.text])]
+        for side in (samples, others)
+    )
+    texts, references = ([text for _, text in side] for side in (own, known))
+    key = hashlib.sha256(json.dumps([_RULES, texts, references]).encode()).hexdigest()
 
     def find(folder: Path) -> None:
-        found = find_repeats(texts, others)
+        found = find_repeats(texts, references)
         (folder / _RESULT).write_text(json.dumps([*found.exact, *found.near]), encoding="utf-8")
 
     folder = build_once(
@@ -98,4 +108,5 @@ def _repeats(texts: Sequence[str], others: Sequence[str], cache_dir: Path | None
         find,
         is_good=lambda path: (path / _RESULT).is_file(),
     )
-    return set(json.loads((folder / _RESULT).read_text(encoding="utf-8")))
+    repeats = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
+    return {own[place][0] for place in repeats}

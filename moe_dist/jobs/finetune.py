@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_dist.conversion.heads import set_heads
 from moe_dist.data.mixture import Mixture
@@ -14,6 +14,9 @@ from moe_dist.jobs.train_job import keep_model, train_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.timeline import mark
 from moe_dist.training.step import finetune_terms
+
+if TYPE_CHECKING:
+    from moe_dist.data.tasks import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class FinetuneJob(TrainJob):
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    TRAINS_ON: ClassVar[Split] = "finetuned"
 
     model: str
     revision: str | None = None

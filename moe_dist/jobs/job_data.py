@@ -17,7 +17,7 @@ from moe_dist.data.loaders import Encoded, TrainBatches, encode
 from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
-from moe_dist.data.tasks import Split
+from moe_dist.data.tasks import TRAINED_ON, Split
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions, add_by_layer
 from moe_dist.moe.routing import use_task
@@ -93,6 +93,14 @@ class JobData:
             return self.train
         return self._encode(self.splits.distilled, "distilled")
 
+    @cached_property
+    def finetuned(self) -> Encoded:
+        """What a teacher is fine-tuned on: the training rows, perhaps in other samples."""
+        task = self.splits.task
+        if task.kind_on("finetuned") is task.task_kind:
+            return self.train
+        return self._encode(self.splits.finetuned, "finetuned")
+
     def part(self, name: Split) -> Encoded:
         """Give a split by its name."""
         encoded: Encoded = getattr(self, name)
@@ -109,7 +117,7 @@ class JobData:
         return int(self.tokenizer.pad_token_id)
 
     def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> TrainBatches:
-        """Cut the training split, or what is distilled on, into this rank's steps."""
+        """Cut what is trained on into this rank's steps."""
         return TrainBatches(
             self.part(split),
             batch_size=section.batch_size,
@@ -183,9 +191,9 @@ class JobData:
             rows,
             self.tokenizer,
             max_length=self.max_length,
-            kind=self.splits.task.task_kind,
+            kind=self.splits.task.kind_on(split),
             options=self.splits.task.options,
-            is_training=split in ("train", "distilled"),
+            is_training=split in TRAINED_ON,
             cache_dir=Path(self.cache_dir) if self.cache_dir else None,
             digest=f"{self.splits.digest}-{split}",
         )

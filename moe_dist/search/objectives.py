@@ -44,11 +44,13 @@ class Goal:
         return f"{self.metric} {self.sign} {self.bound:g}"
 
 
-def parse_goals(text: str) -> tuple[Goal, ...]:
+def parse_goals(text: str, quality_mode: MeasureMode | None = None) -> tuple[Goal, ...]:
     """Read bounds with commas or `and` between, such as `retention>=0.99, parameters<2e7`.
 
-    A ConfigError has every part that cannot be read.
+    A ConfigError has every part that cannot be read, and every bound that asks for a worse model;
+    of `quality` where `quality_mode` says which way the data's main metric is better.
     """
+    modes = MEASURES | {"quality": quality_mode}
     goals, faults = [], []
     for part in re.split(r",|\band\b", text):
         found = _GOAL.match(part)
@@ -65,11 +67,12 @@ def parse_goals(text: str) -> tuple[Goal, ...]:
             continue
         if metric not in MEASURES:
             faults.append(f"--goal: {metric} is not measured; use one of {', '.join(MEASURES)}.")
-        elif metric != "quality" and (MEASURES[metric] == "min") == (sign[0] == ">"):
+        elif modes[metric] == ("min" if sign[0] == ">" else "max"):
             better, other = ("lower", "<") if sign[0] == ">" else ("higher", ">")
+            where = ", as these data are measured" if metric == "quality" else ""
             faults.append(
-                f"--goal {part.strip()!r} asks for a worse model, since {better} is better; write "
-                f"{metric}{other}{sign[1:]}{number}{percent}."
+                f"--goal {part.strip()!r} asks for a worse model, since {better} is better{where}; "
+                f"write {metric}{other}{sign[1:]}{number}{percent}."
             )
         goals.append(Goal(metric, sign, bound))
     if faults:

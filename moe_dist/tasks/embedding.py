@@ -1,13 +1,15 @@
 """A vector for each text, to be compared with those of other texts.
 
-Trained without labels: to give the teacher's vectors. Measured on pairs of texts: against scores
-that people gave, or by finding to each question its own passage among those of all dev rows.
+Students are trained without labels: to give the teacher's vectors. A teacher is fine-tuned on pairs
+of texts: to find to each question its own passage among those of other pairs. Measured on pairs:
+against scores that people gave, or by finding passages among those of all dev rows.
 
 Shapes: B or N texts, S positions, D width, M pairs, P distinct passages.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,8 +21,11 @@ from torch.nn import functional
 
 from moe_dist.errors import DataError, MissingInputError
 from moe_dist.losses.alignment import POOLINGS
+from moe_dist.losses.contrastive import in_batch_negatives
 from moe_dist.tasks.forward_kind import ForwardKind
 from moe_dist.tasks.kind import (
+    IGNORED,
+    MODEL_INPUTS,
     Answered,
     DevRows,
     Figures,
@@ -59,6 +64,11 @@ class Embedding(ForwardKind):
     takes_encoder_decoders = False
     is_one_a_row = False
     served_columns: ClassVar[Mapping[str, str]] = {"vector": "numbers"}
+
+    @property
+    def finetuning(self) -> EmbeddingPairs:
+        """Pairs of texts."""
+        return _PAIRS
 
     def owns(self, architecture: str, config: Any) -> bool:
         """A model without a head whose configuration says how it pools."""
@@ -147,7 +157,7 @@ class Embedding(ForwardKind):
         """There is none: texts have no labels."""
         raise MissingInputError(
             "texts without labels have no loss of their own",
-            remedy="set distill.task_weight to 0, and finetune.num_epochs",
+            remedy="set distill.task_weight to 0",
         )
 
     def scored_losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -217,3 +227,79 @@ class Embedding(ForwardKind):
     def served(self, answers: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
         """The vector."""
         return [{"vector": vector} for vector in answers.tolist()]
+
+
+class EmbeddingPairs(Embedding):
+    """What teachers are fine-tuned on: a sample is a pair, its second text stands as the target.
+
+    Predictions are the vectors of both texts, (B, 2, D). Labels are a number for each text, by
+    which equal ones are known.
+    """
+
+    is_one_a_row = True
+    compares_samples = True
+
+    def tokens(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        is_training: bool,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TokenRows:
+        """Make a sample of each row, either text cut at `max_length`."""
+        assert is_training, "what is measured on are samples of Embedding"
+        sides = [rows[side] for side in _SIDES]
+        if None in sides[1]:
+            raise DataError(
+                "a teacher of data.kind=embedding is fine-tuned on pairs, and a row has one text",
+                remedy="name the two columns of pairs in data.text_columns, or set "
+                "finetune.num_epochs to 0",
+            )
+        first, second = (tokenise(tokenizer, texts, max_length=max_length) for texts in sides)
+        return TokenRows(
+            input_ids=first["input_ids"],
+            rows=range(len(sides[0])),
+            labels=[tuple(map(_text_number, pair)) for pair in zip(*sides, strict=True)],
+            token_type_ids=first.get("token_type_ids"),
+            targets=second["input_ids"],
+        )
+
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> list[Any]:
+        """Run a model on the first texts, then on the second ones."""
+        return [model(**inputs, **options) for inputs in _sides(batch)]
+
+    def predictions(
+        self, model: nn.Module, output: list[Any], batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The vectors of both texts, (B, 2, D) float32."""
+        sides = zip(output, _sides(batch), strict=True)
+        return torch.stack(
+            [super(EmbeddingPairs, self).predictions(model, *side) for side in sides], dim=1
+        )
+
+    def losses(self, predictions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy of each pair's second text among those of the whole batch."""
+        first_BD, second_BD = predictions.unbind(dim=1)
+        return in_batch_negatives(first_BD, second_BD, batch["labels"])
+
+
+_PAIRS = EmbeddingPairs()
+
+
+def _text_number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _sides(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a model takes of the first texts, and of the second ones."""
+    first = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    is_real = batch["targets"] != IGNORED
+    second = {
+        "input_ids": batch["targets"].where(is_real, 0),
+        "attention_mask": is_real.long(),
+    }
+    if "token_type_ids" in batch:
+        second["token_type_ids"] = torch.zeros_like(batch["targets"])
+    return first, second

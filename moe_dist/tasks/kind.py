@@ -156,6 +156,8 @@ class TaskKind(ABC):
         takes_encoders: models that see later tokens can answer it.
         pads_right: whatever side a start model's tokenizer pads on.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
+        compares_samples: the loss of a sample depends on the others of its micro-batch, so that
+            `losses` is given those of all ranks; predictions are one tensor, (B, ...).
     """
 
     name: ClassVar[str]
@@ -182,6 +184,12 @@ class TaskKind(ABC):
     takes_encoders: ClassVar[bool] = True
     pads_right: ClassVar[bool] = True
     writes: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = False
+
+    @property
+    def finetuning(self) -> TaskKind:
+        """Whose samples and loss a teacher is fine-tuned with; its own, unless there are others."""
+        return self
 
     @property
     def has_classes(self) -> bool:

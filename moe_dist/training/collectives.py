@@ -43,6 +43,34 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(largest.item())
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Join the rows of all ranks, of which each may have another number, in the ranks' order.
+
+    With their graph: what rows get is the sum of the gradients on all ranks.
+    """
+    if num_ranks() == 1:
+        return rows
+    counts = torch.zeros(num_ranks(), dtype=torch.int64, device=rows.device)
+    counts[own_rank()] = len(rows)
+    of_ranks = sum_over_ranks(counts).tolist()
+    parts = [rows.new_zeros(count, *rows.shape[1:]) for count in of_ranks]
+    parts[own_rank()] = rows
+    joined: Tensor = _Sum.apply(torch.cat(parts))
+    return joined
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks whose gradient is one, too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0].clone())
+
+
 def gather_values(value: Any) -> list[Any]:
     """Give every rank the (small, picklable) values of all, for error messages and the like."""
     if num_ranks() == 1:

@@ -17,6 +17,7 @@ from moe_dist.losses.router import noisy_load, router_entropy, router_z_loss, to
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.tasks import TaskKind
+from moe_dist.training.collectives import gather_rows, num_ranks
 from moe_dist.training.companion import Companion
 from moe_dist.training.feature_maps import FeatureMaps
 from moe_dist.training.objectives import (
@@ -70,7 +71,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def finetune_terms(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
     """Compute the loss term ``task`` of a micro-batch; labels are float for regression."""
-    kind = answered_kind(model)
+    kind = answered_kind(model).finetuning
     with record_routing() as record:
         output = kind.run(model, batch)
     terms = {"task": _task_term(kind, kind.predictions(model, output, batch), batch)}
@@ -252,7 +253,13 @@ def _outputs(
 
 
 def _task_term(kind: TaskKind, predictions: Any, batch: Mapping[str, Tensor]) -> LossTerm:
-    return LossTerm(kind.losses(predictions, batch).sum(), kind.count_kind)
+    if kind.compares_samples and num_ranks() > 1:
+        # Every rank computes the loss of all samples, and counts its share.
+        everyone = {"labels": gather_rows(batch["labels"])}
+        total = kind.losses(gather_rows(predictions), everyone).sum() / num_ranks()
+    else:
+        total = kind.losses(predictions, batch).sum()
+    return LossTerm(total, kind.count_kind)
 
 
 def _router_terms(

@@ -124,6 +124,7 @@ class Workspace:
 
     def _encode(self, splits: Splits, part: Split, tokenizer: Any) -> Encoded:
         from moe_dist.data.loaders import encode
+        from moe_dist.data.tasks import TRAINED_ON
 
         rows = getattr(splits, part)
         assert rows is not None, "who asks for the hold-out has seen that there is one"
@@ -131,9 +132,9 @@ class Workspace:
             rows,
             tokenizer,
             max_length=self.config.model.max_length,
-            kind=splits.task.task_kind,
+            kind=splits.task.kind_on(part),
             options=splits.task.options,
-            is_training=part in ("train", "distilled"),
+            is_training=part in TRAINED_ON,
             cache_dir=None,
             digest=f"{splits.digest}-{part}",
         )
@@ -196,7 +197,7 @@ class Workspace:
             return path_digest(path)
         return f"hub:{self.start_model}@{self.config.model.revision or 'main'}"
 
-    def num_steps(self, train: TrainConfig, split: Split = "train") -> int:
+    def num_steps(self, train: TrainConfig, split: Split) -> int:
         """Return the optimizer steps of a training stage over all epochs, within `max_steps`."""
         from moe_dist.data.mixture import mixture_steps
 
@@ -209,7 +210,7 @@ class Workspace:
         from moe_dist.inference.start_tokenizer import read_tokenizer
 
         parts = self.rows.parts.values()
-        if all(splits.task.task_kind.is_one_a_row for splits in parts):
+        if all(splits.task.kind_on(split).is_one_a_row for splits in parts):
             return [len(getattr(splits, split)) for splits in parts]
         tokenizer = read_tokenizer(self.start_model, self.config.model.revision)
         return [len(encoded) for encoded in self.encoded_tasks(split, tokenizer).values()]

@@ -368,7 +368,7 @@ def _add_data(config: RunConfig, workspace: Workspace, sizes: Sizes) -> int:
 def _add_steps(config: RunConfig, workspace: Workspace, sizes: Sizes) -> None:
     """Count the steps over rows that were read; those of some kinds of tasks are tokenised."""
     try:
-        teacher = workspace.num_steps(config.teacher_train)
+        teacher = workspace.num_steps(config.teacher_train, "finetuned")
         student = workspace.num_steps(config.train, "distilled")
     except NotAtHandError as error:
         sizes.unknown.append(

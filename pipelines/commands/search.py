@@ -115,7 +115,7 @@ def _check_and_search(
     from ..checks.cluster_package import cluster_module
 
     config = _load(recipe, overrides, space)
-    goals, minimize = _goals(goal, minimize)
+    goals, minimize = _goals(goal, minimize, config)
     if goals:
         from ..search.frontier import goal_config
 
@@ -143,7 +143,8 @@ def _load(recipe: Path, overrides: list[str], space: Path | None) -> RunConfig:
     return build_config(raw, source=str(recipe))
 
 
-def _goals(goal: str, minimize: str) -> tuple[Any, str]:
+def _goals(goal: str, minimize: str, config: RunConfig) -> tuple[Any, str]:
+    from moe_dist.data.tasks import improves_upwards
     from moe_dist.errors import ConfigError
     from moe_dist.search.objectives import check_cost, parse_goals
 
@@ -159,7 +160,9 @@ def _goals(goal: str, minimize: str) -> tuple[Any, str]:
         return (), ""
     minimize = minimize or "latency"
     check_cost(minimize)
-    return parse_goals(goal), minimize
+    data = config.data
+    is_upwards = improves_upwards(data.kind, data.name, data.subset, data.metrics)
+    return parse_goals(goal, "max" if is_upwards else "min"), minimize
 
 
 def _search(config: RunConfig, console: Console, goals: Any, minimize: str) -> bool:

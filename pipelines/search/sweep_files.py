@@ -38,7 +38,7 @@ def write_best(result: SweepResult, best: Trial) -> Path:
     from ..console import Console
 
     workspace = Workspace(result.config, Console(quiet=True))
-    num_steps = workspace.num_steps(result.config.teacher_train)
+    num_steps = workspace.num_steps(result.config.teacher_train, "finetuned")
     settings = best_settings(result.config, best, num_steps)
     reached = ", ".join(f"{name} {value:.4g}" for name, value in best.metrics.items())
     head = (

@@ -58,6 +58,13 @@ def test_pairs_with_scores_are_measured_by_correlation(tmp_path: Path) -> None:
 
 def test_a_dev_row_of_which_one_text_is_trained_on_counts_as_seen(tmp_path: Path) -> None:
     assert load(tmp_path).summary.num_copies == 1
+    pairs = [
+        {"question": "where", "passage": "One is a number!"},
+        {"question": "a", "passage": "b"},
+    ]
+    trained = write(tmp_path / "pairs.jsonl", pairs)
+    splits = load(tmp_path, train=trained, text_columns=["question", "passage"])
+    assert splits.summary.num_copies == 1
 
 
 @pytest.mark.parametrize("metrics", [None, ["cosine_spearman"]])
@@ -113,6 +120,32 @@ def test_cut_rows_are_counted_once_however_many_of_their_texts_are_cut() -> None
     # Two texts of a row are no windows of one.
     assert measure_windows(encoded) is None
     assert measure_windows(replace(encoded, full_lengths=None)) is not None
+
+
+def test_further_texts_need_one_of_two_columns(tmp_path: Path) -> None:
+    trained = [{"question": f"what is number {n}", "passage": f"it is {n}"} for n in range(3)]
+    texts = ["one more", "A text about number 2!", "what is one"]
+    rows = [{"passage": text} for text in texts] + [{"question": "why", "passage": "because"}]
+    splits = load(
+        tmp_path,
+        train=write(tmp_path / "pairs.jsonl", trained),
+        text_columns=["question", "passage"],
+        unlabelled=[write(tmp_path / "more.jsonl", rows)],
+    )
+    assert splits.unlabelled is not None
+    # Texts are read one by one, so that either text of a dev row may be repeated.
+    sides = [splits.unlabelled[name][:] for name in ("text_a", "text_b")]
+    assert sides == [["one more", "why"], [None, "because"]]
+    assert splits.distilled["text_b"][:] == ["it is 0", "it is 1", "it is 2", None, "because"]
+    assert splits.summary.unlabelled is not None
+    assert splits.summary.unlabelled.left_out == {"that repeat dev rows": 2}
+    with pytest.raises(DataError, match="there is no column 'question'; there are 'text'"):
+        load(
+            tmp_path,
+            train=write(tmp_path / "pairs.jsonl", trained),
+            text_columns=["question", "passage"],
+            unlabelled=[write(tmp_path / "wrong.jsonl", TEXTS)],
+        )
 
 
 def test_further_texts_join_those_that_are_trained_on(tmp_path: Path) -> None:

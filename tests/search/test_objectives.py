@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,24 @@ def test_a_goal_from_the_wrong_side_is_refused(text: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_goals(text)
     assert remedy in caught.value.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "remedy"),
+    [
+        ("quality>=40", "min", "lower is better, as these data are measured; write quality<=40"),
+        ("quality<.9", "max", "higher is better, as these data are measured; write quality>.9"),
+    ],
+)
+def test_quality_is_bounded_from_the_side_of_the_main_metric(
+    text: str, mode: Any, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_goals(text, mode)
+    assert remedy in caught.value.faults[0]
+    # Where nobody has told, the data decide.
+    assert parse_goals(text)
+    assert parse_goals(text, "min" if mode == "max" else "max")
 
 
 def test_only_costs_are_minimised() -> None:

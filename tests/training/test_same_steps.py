@@ -46,9 +46,7 @@ SETTINGS = {
     "balance of merged sequences": Setting(
         "merged_sequence", terms={"load_balancing": True}, top_k=2, ep_size=1
     ),
-    "balance of merged tasks": Setting(
-        "merged_task", terms={"load_balancing": True}, top_k=2, ep_size=1
-    ),
+    "balance of merged tasks": Setting("merged_task", terms={"load_balancing": True}, top_k=2),
     "z-loss and entropy": Setting("token_gate", terms={"z_loss": True, "entropy": True}),
     "noise": Setting("token_gate", gate={"gate_noise": 0.5}),
     "noise on sentences": Setting("sentence_gate", gate={"gate_noise": 0.5}),

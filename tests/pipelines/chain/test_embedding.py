@@ -19,6 +19,7 @@ from moe_dist.errors import ConversionError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.inference.serving import TextModel
 from moe_dist.jobs.predict import PredictJob
+from moe_dist.jobs.results import SCORES, load_scores
 from moe_dist.tasks import model_kind
 from pipelines.chain.chain import run_chain
 from pipelines.chain.workspace import Workspace
@@ -219,3 +220,42 @@ def test_a_decoder_without_padding_pads_with_its_end(
 
 def _checked(config: RunConfig) -> tuple[RunConfig, Workspace]:
     return config, Workspace(config, Recorder())
+
+
+def test_fine_tuning_on_pairs_finds_more_passages(
+    write_recipe: Write, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    # A passage says in other words what its question asks: nothing that a random model knows.
+    pairs = [
+        {
+            "question": f"{WORDS[one]} {WORDS[two]}",
+            "passage": f"{WORDS[9 + two]} {WORDS[9 + one]} the",
+        }
+        for one in range(9)
+        for two in range(one + 1, 9)
+    ]
+    for name, part in (("train", pairs[1::3] + pairs[2::3]), ("dev", pairs[::3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
+    (tmp_path / "more.jsonl").write_text(json.dumps({"passage": "a dull film"}) + "\n")
+    settings["data"] |= {
+        "train": str(tmp_path / "train.jsonl"),
+        "dev": str(tmp_path / "dev.jsonl"),
+        "unlabelled": str(tmp_path / "more.jsonl"),
+        "text_columns": ["question", "passage"],
+    }
+    settings["compare"] = {}
+    run_chain(load_config(write_recipe(settings)), Recorder(), until="finetune-teacher")
+    root = tmp_path / "outputs/tiny"
+    before = json.loads((root / "finetune-teacher/stage.json").read_text())["metrics"]
+    settings["finetune"] = {"num_epochs": 40, "max_steps": 999, "learning_rate": 1e-2}
+    config = load_config(write_recipe(settings))
+    # 24 pairs, and for the student 49 texts.
+    workspace = Workspace(config, Recorder())
+    assert workspace.num_steps(config.teacher_train, "finetuned") == 40 * 3
+    train = config.train.model_copy(update={"max_steps": None})
+    assert workspace.num_steps(train, "distilled") == 49 // 8
+    run_chain(config, Recorder())
+    report = json.loads((root / "report.json").read_text())
+    assert report["training"]["finetune-teacher"]["num_steps"] == 40 * 3
+    assert before["recall_at_1"] < 0.4 < 0.6 < report["teacher"]["metrics"]["recall_at_1"]
+    assert min(score_F.min() for score_F in load_scores(root / "score-importance" / SCORES)) > 0

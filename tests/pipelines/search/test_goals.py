@@ -81,6 +81,20 @@ def test_the_frontier_holds_dense_and_moe_students_of_the_tables(
     assert describe_student(Trial(0)) == "the recipe as it stands"
 
 
+@pytest.mark.parametrize("combine", ["auto", "merge"])
+def test_the_frontier_of_a_merged_recipe_is_merged(
+    write_recipe: Write, tiny_settings: dict[str, Any], combine: str
+) -> None:
+    from moe_dist.config.search_space import table_values
+
+    tiny_settings["distill"] = {"load_balancing_weight": 0.1}
+    tiny_settings["moe"] |= {"router": "merged_sequence", "top_k": 2, "combine": combine}
+    config = load_config(write_recipe(tiny_settings))
+    space = goal_config(config, parse_goals("retention>=0.99"), "latency", Recorder()).search.space
+    assert set(space["moe.router"]["choice"]) == set(table_values("merged_routers"))
+    assert space["moe.num_experts"]["choice"][0] == 1
+
+
 def test_a_goal_leaves_the_direction_of_quality_to_the_data(
     write_recipe: Write, tiny_settings: dict[str, Any]
 ) -> None:
@@ -91,6 +105,28 @@ def test_a_goal_leaves_the_direction_of_quality_to_the_data(
         assert goal.search.directed(higher_is_better=True).wanted["quality"] == "max"
     named = goal_config(config, parse_goals("perplexity<=40"), "latency", Recorder())
     assert named.search.wanted == {"perplexity": "min", "latency": "min"}
+
+
+def test_quality_is_bounded_from_the_side_that_the_recipe_tells(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from typer.testing import CliRunner
+
+    from pipelines.cli import app
+
+    def said(goal: str) -> str:
+        recipe = str(write_recipe(tiny_settings))
+        done = CliRunner().invoke(app, ["search", recipe, "--dry-run", "--goal", goal])
+        assert done.exit_code != 0
+        return " ".join(done.output.split())
+
+    wrong = "is better, as these data are measured; write quality"
+    assert f"higher {wrong}>=0.9" in said("quality<=0.9")
+    tiny_settings["data"] = {"source": "package", "name": "bbc-news", "kind": "causal_lm"}
+    tiny_settings["distill"] = {"task_weight": 0}
+    assert f"lower {wrong}<=40" in said("quality>=40")
+    tiny_settings["data"] |= {"kind": "classification", "metrics": ["f1"]}
+    assert f"higher {wrong}>1" in said("quality<1")
 
 
 @pytest.mark.usefixtures("in_this_process")
