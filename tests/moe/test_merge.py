@@ -18,6 +18,7 @@ from moe_dist.moe import (
     RoutingContext,
     TokenGate,
     merge,
+    merged_linear,
     record_routing,
     use_context,
 )
@@ -38,7 +39,7 @@ from tests.moe.merged import (
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force one of the ways to compute a merge."""
     if request.param == "merges one by one":
-        monkeypatch.setattr(merge, "OWN_MERGE_COST", 0)
+        monkeypatch.setattr(merged_linear, "OWN_MERGE_COST", 0)
     cost = 1e9 if request.param == "applies" else -1e9
     monkeypatch.setattr(merge, "MERGE_COST", cost)
     return str(request.param)
@@ -69,8 +70,8 @@ def test_the_layer_equals_its_oracle(
 
 def test_parts_and_chunks_of_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "MERGE_COST", -1e9)
-    monkeypatch.setattr(merge, "PART_BYTES", 3 * D_MODEL * 4 * 2)
-    monkeypatch.setattr(merge, "GROUPS_AT_ONCE", 2)
+    monkeypatch.setattr(merged_linear, "PART_BYTES", 3 * D_MODEL * 4 * 2)
+    monkeypatch.setattr(merged_linear, "GROUPS_AT_ONCE", 2)
     layer = merged_layer(top_k=2)
     assert_equals_oracle(layer, *batch((4, 1, 4, 2, 3)))
 
@@ -163,13 +164,13 @@ def test_gradients_in_half_precision(path: str) -> None:
 def test_sequences_that_merge_alike_share_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "MERGE_COST", -1e9)
     seen = []
-    original = merge._parts
+    original = merged_linear._parts
 
     def count(weight: Any, ids: Any, weights: Any, sizes: list[int]) -> Any:
         seen.append(sum(size > 0 for size in sizes))
         return original(weight, ids, weights, sizes)
 
-    monkeypatch.setattr(merge, "_parts", count)
+    monkeypatch.setattr(merged_linear, "_parts", count)
     hidden, context = batch((5, 5, 5))
     hidden[2] = hidden[0]
     layer = merged_layer()
@@ -192,7 +193,7 @@ def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not merge.applying_is_cheaper(128, 8, 2)
     assert merge.applying_is_cheaper(128, 8, 2, num_used=8)
     assert not merge.applying_is_cheaper(1024, 8, 2, num_used=10_000)
-    monkeypatch.setattr(merge._MergedLinear, "apply", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr(merge, "merged_linear", lambda *_: pytest.fail("merged"))
     hidden, context = batch((1, 1, 1))
     with torch.no_grad(), use_context(context):
         merged_layer(top_k=2)(hidden)
