@@ -34,7 +34,6 @@ from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.merge import merged_parameters
 from moe_dist.moe.merged_layer import MergedLayer
 from moe_dist.moe.routing import RoutingContext
 
@@ -117,11 +116,11 @@ def dense_weights(layer: MoELayer, task: int) -> FFNWeights:
 
 def average_weights(layer: MoELayer) -> FFNWeights:
     """Join a layer's shared neurons and the average of its experts into a dense FFN's weights."""
-    experts = layer.experts
-    even_E = torch.full((experts.num_experts,), 1 / experts.num_experts)
-    return _joined(
-        layer, [merged_parameters(experts, dict.fromkeys(("in", "gate", "out"), even_E))]
-    )
+    average = {
+        name: parameter.mean(dim=0)
+        for name, parameter in layer.experts.named_parameters(recurse=False)
+    }
+    return _joined(layer, [average])
 
 
 def check_average(model: Any) -> MoeSettings:

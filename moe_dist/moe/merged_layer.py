@@ -87,12 +87,6 @@ class MergedLayer(MoELayer):
             weights_E[name] = zeros_E.scatter(0, routing.expert_ids[0], own_K)
         return merged_parameters(self.experts, weights_E)
 
-    @torch.no_grad()
-    def average_weights(self) -> dict[str, Tensor]:
-        """Merge all experts with equal weights; names as in `merged_weights`."""
-        even_E = torch.full((self.num_experts,), 1 / self.num_experts)
-        return merged_parameters(self.experts, dict.fromkeys(self.gate.linears, even_E))
-
     @property
     def gate(self) -> MergeGate:
         """The router, which is one that merges."""

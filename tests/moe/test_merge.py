@@ -231,10 +231,8 @@ def test_merged_weights_are_one_tasks_dense_network() -> None:
         )
 
 
-def test_the_average_is_that_of_all_experts() -> None:
+def test_what_is_merged_for_each_sequence_has_no_dense_weights() -> None:
     layer = merged_layer()
-    for name, value in layer.average_weights().items():
-        torch.testing.assert_close(value, getattr(layer.experts, name).mean(dim=0))
     with pytest.raises(ConversionError, match="each sequence"):
         layer.merged_weights(0)
 
