@@ -60,7 +60,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
         yield beside
         # safetensors writes for the owner alone; others on shared storage must read it too.
         for entry in (beside, *beside.rglob("*")):
-            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())
+            if entry.is_dir() or entry.stat().st_nlink == 1:  # A linked file is another's, too.
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())
         _put_in_place(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

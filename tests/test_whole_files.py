@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,18 @@ def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         (beside / "half").write_text("ha\ud800", encoding="utf-8")
     assert [path.name for path in (target / "inner").iterdir()] == ["second"]
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_linked_file_keeps_its_mode(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_text("weights")
+    source.chmod(0o600)
+    with whole_directory(tmp_path / "linked") as unfinished:
+        os.link(source, unfinished / "own")
+        (unfinished / "new").write_text("more")
+    assert stat.S_IMODE(source.stat().st_mode) == 0o600
+    assert (tmp_path / "linked" / "own").samefile(source)
+    assert stat.S_IMODE((tmp_path / "linked" / "new").stat().st_mode) & 0o400
 
 
 def test_json_replaces_what_was_there(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def _teacher_learns_from_pairs(config: RunConfig) -> Iterator[str]:
             "rows that hold them; name them, such as [question, passage], or set "
             "finetune.num_epochs to 0, which takes the model as it is."
         )
-    elif data.label_column is not None and set(columns) == set(data.pair_columns or ()):
+    elif data.label_column is not None and set(columns) & set(data.pair_columns or ()):
         yield (
             f"finetune.num_epochs={teacher.num_epochs} fine-tunes the teacher on pairs that belong "
             f"together, and those of data.text_columns={list(columns)} have scores in "

@@ -119,7 +119,7 @@ def check_rows(
     for position, row in enumerate(rows):
         columns = list(task.text_columns)
         if not needs_labels and not kind.reads_pairs:
-            columns = [column for column in columns if column in row.values] or columns
+            columns = [one for one in columns if not is_missing(row.values.get(one))] or columns
         texts = [column_value(row, column) for column in columns]
         has_label = needs_labels or (task.label == "text" and task.label_column in row.values)
         label = None

@@ -18,6 +18,7 @@ from moe_dist.data.metrics import compute_metrics
 from moe_dist.data.mixture import Mixture, MixtureBatches, Rows, joined_metrics
 from moe_dist.data.sources import Splits
 from moe_dist.data.tasks import TRAINED_ON, Split
+from moe_dist.errors import DataError
 from moe_dist.jobs.results import save_predictions
 from moe_dist.measure.evaluation import Predictions, add_by_layer
 from moe_dist.moe.routing import use_task
@@ -118,8 +119,19 @@ class JobData:
 
     def batches(self, section: TrainConfig, *, seed: int, split: Split = "train") -> TrainBatches:
         """Cut what is trained on into this rank's steps."""
+        encoded = self.part(split)
+        kind = self.splits.task.task_kind
+        smallest = min(section.batch_size, len(encoded))
+        compares = (kind.finetuning if split == "finetuned" else kind).compares_samples
+        if compares and smallest < 2 * section.accumulation:
+            raise DataError(
+                f"{len(encoded)} training pairs in steps of {smallest} with an accumulation of "
+                f"{section.accumulation} leave a pair alone in its micro-batch, where its texts "
+                "are to be found among those of others",
+                remedy="give more training pairs, or lower finetune.accumulation",
+            )
         return TrainBatches(
-            self.part(split),
+            encoded,
             batch_size=section.batch_size,
             world_size=num_ranks(),
             rank=own_rank(),

@@ -16,8 +16,8 @@ SCALE = 20.0
 def in_batch_negatives(first_ND: Tensor, second_ND: Tensor, texts_N2: Tensor) -> Tensor:
     """Cross entropy of finding to each first text its own second one among those of all pairs.
 
-    What answers it too is left out: a second text that is equal to its own, or that belongs to an
-    equal first text.
+    What answers it too is left out: a second text that is equal to its own or to the first text
+    itself, or that belongs to an equal first text.
 
     Args:
         first_ND: vectors of any length, of which the direction counts.
@@ -33,7 +33,9 @@ def in_batch_negatives(first_ND: Tensor, second_ND: Tensor, texts_N2: Tensor) ->
     with torch.autocast(first_ND.device.type, enabled=False):
         first_ND, second_ND = (functional.normalize(side.float()) for side in (first_ND, second_ND))
         scores_NN = SCALE * first_ND @ second_ND.T
-    answers_NN = (texts_N2[:, None] == texts_N2[None]).any(dim=-1).fill_diagonal_(False)
+    first_N, second_N = texts_N2.unbind(dim=1)
+    answers_NN = (texts_N2[:, None] == texts_N2[None]).any(dim=-1) | (first_N[:, None] == second_N)
+    answers_NN = answers_NN.fill_diagonal_(False)
     own_N = torch.arange(len(scores_NN), device=scores_NN.device)
     return functional.cross_entropy(
         scores_NN.masked_fill(answers_NN, -torch.inf), own_N, reduction="none"

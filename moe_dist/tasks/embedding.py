@@ -251,12 +251,21 @@ class EmbeddingPairs(Embedding):
         """Make a sample of each row, either text cut at `max_length`."""
         assert is_training, "what is measured on are samples of Embedding"
         sides = [rows[side] for side in _SIDES]
-        if None in sides[1]:
+        num_halves = sum(not (a.strip() and (b or "").strip()) for a, b in zip(*sides, strict=True))
+        if num_halves:
             raise DataError(
-                "a teacher of data.kind=embedding is fine-tuned on pairs, and a row has one text",
-                remedy="name the two columns of pairs in data.text_columns, or set "
-                "finetune.num_epochs to 0",
+                "a teacher of data.kind=embedding is fine-tuned on pairs of texts, and "
+                f"{num_halves} of {len(sides[0])} rows have an empty text or only one",
+                remedy="name the two columns of pairs in data.text_columns and remove such rows, "
+                "or set finetune.num_epochs to 0",
             )
+        for name, texts in zip(("first", "second"), sides, strict=True):
+            if len(set(texts)) == 1:
+                raise DataError(
+                    f"all {len(texts)} training pairs have the same {name} text, so that a teacher "
+                    "of data.kind=embedding has nothing to tell apart",
+                    remedy="give pairs of other texts, or set finetune.num_epochs to 0",
+                )
         first, second = (tokenise(tokenizer, texts, max_length=max_length) for texts in sides)
         return TokenRows(
             input_ids=first["input_ids"],

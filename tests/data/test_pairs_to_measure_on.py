@@ -125,7 +125,13 @@ def test_cut_rows_are_counted_once_however_many_of_their_texts_are_cut() -> None
 def test_further_texts_need_one_of_two_columns(tmp_path: Path) -> None:
     trained = [{"question": f"what is number {n}", "passage": f"it is {n}"} for n in range(3)]
     texts = ["one more", "A text about number 2!", "what is one"]
-    rows = [{"passage": text} for text in texts] + [{"question": "why", "passage": "because"}]
+    # A column that is not there, null or blank: as JSONL, Parquet and CSV have it.
+    rows: list[dict[str, str | None]] = [
+        {"passage": texts[0]},
+        {"question": None, "passage": texts[1]},
+        {"question": " ", "passage": texts[2]},
+        {"question": "why", "passage": "because"},
+    ]
     splits = load(
         tmp_path,
         train=write(tmp_path / "pairs.jsonl", trained),

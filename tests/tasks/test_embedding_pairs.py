@@ -75,6 +75,22 @@ def whole_batch(encoded: Encoded) -> dict[str, Tensor]:
     return step.micro_batches[0]
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (["a man", " ", "it", "a thing", "is it", "who"], "1 of 6 rows have an empty text"),
+        (["a man"] * 6, "all 6 training pairs have the same second text"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused(
+    tokenizer: BertTokenizer, second: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        KIND.finetuning.tokens(
+            rows() | {"text_b": second}, tokenizer, max_length=16, is_training=True
+        )
+
+
 def test_other_kinds_are_fine_tuned_as_they_are() -> None:
     for name, kind in TASK_KINDS.items():
         assert (kind.finetuning is kind) == (name != "embedding")
@@ -98,7 +114,7 @@ def test_a_pair_is_one_sample(tokenizer: BertTokenizer) -> None:
 
 def test_rows_of_one_text_are_no_pairs(tokenizer: BertTokenizer) -> None:
     single = rows() | {"text_b": [None] * len(PAIRS)}
-    with pytest.raises(DataError, match="fine-tuned on pairs, and a row has one text"):
+    with pytest.raises(DataError, match="6 of 6 rows have an empty text or only one"):
         KIND.finetuning.tokens(single, tokenizer, max_length=8, is_training=True)
 
 

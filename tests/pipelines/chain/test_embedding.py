@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from moe_dist.config import RunConfig, load_config
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, DataError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.inference.serving import TextModel
 from moe_dist.jobs.predict import PredictJob
@@ -247,6 +247,9 @@ def test_fine_tuning_on_pairs_finds_more_passages(
     run_chain(load_config(write_recipe(settings)), Recorder(), until="finetune-teacher")
     root = tmp_path / "outputs/tiny"
     before = json.loads((root / "finetune-teacher/stage.json").read_text())["metrics"]
+    settings["finetune"] = {"num_epochs": 1, "batch_size": 64, "accumulation": 20}
+    with pytest.raises(DataError, match=r"24 training pairs in steps of 24 .* a pair alone"):
+        run_chain(load_config(write_recipe(settings)), Recorder(), until="finetune-teacher")
     settings["finetune"] = {"num_epochs": 40, "max_steps": 999, "learning_rate": 1e-2}
     config = load_config(write_recipe(settings))
     # 24 pairs, and for the student 49 texts.
