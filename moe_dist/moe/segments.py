@@ -113,6 +113,12 @@ def cut_into_segments(
     Returns:
         The segments, and the state for the next call.
     """
+    # Sums over many tokens stay in float32, which autocast would multiply in half precision.
+    with torch.autocast(hidden_BSD.device.type, enabled=False):
+        return _cut(hidden_BSD, mask_BS, length, past)
+
+
+def _cut(hidden_BSD: Tensor, mask_BS: Tensor, length: int, past: SegmentState | None) -> Segments:
     batch, num_columns, width = hidden_BSD.shape
     real_BSD = hidden_BSD.float() * mask_BS.unsqueeze(-1)
     if past is None:
