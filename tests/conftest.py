@@ -27,6 +27,7 @@ SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 STARTS_WORKERS = ("ray", "distributed", "hosts", "chaos")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Hand the tests out to processes, and skip those whose hardware or rights are missing."""
     items.sort(key=lambda item: not _starts_workers(item))
