@@ -22,9 +22,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: $(STAMP) ## compress a small encoder on movie reviews, with two workers
 	$(BIN)/moe-dist compress pipelines/recipes/demo.yaml
 
-# Whole files in two processes; tests/conftest.py gives all tests that start workers to one of them.
+# Tests that start workers of their own have the machine to themselves; the others run in pairs.
+SPREAD := ray or distributed or hosts or chaos
+
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" --durations=30
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not ($(SPREAD))" --durations=20
+	$(BIN)/python -m pytest -q -m "not slow and ($(SPREAD))" --durations=20
 
 test-full: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q

@@ -22,28 +22,14 @@ from tests.hosts.network import why_not
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
-# Tests that start workers of their own, which one process runs in turn: two clusters on one machine
-# would starve each other. Most of their time is waiting, so the other process runs all other tests.
-STARTS_WORKERS = ("ray", "distributed", "hosts", "chaos")
-
-
-@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Hand the tests out to processes, and skip those whose hardware or rights are missing."""
-    items.sort(key=lambda item: not _starts_workers(item))
-    for item in items:
-        group = "workers" if _starts_workers(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Skip tests whose hardware or rights are missing, and say which."""
     for marker, reason in (("gpu", _no_gpu), ("hosts", why_not)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         why = reason() if marked else None
         if why is not None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=why))
-
-
-def _starts_workers(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in STARTS_WORKERS)
 
 
 def _no_gpu() -> str | None:
