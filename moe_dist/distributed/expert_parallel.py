@@ -5,6 +5,7 @@ Importing this file imports DeepSpeed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe import Experts, MergedLayer, Merges, MoELayer, TaskMergeGate, current_context
 
 
-class ExpertSlice(nn.Module):
+class ExpertSlice(nn.Module, ABC):
     """What layers have in common whose experts are this rank's slice of all experts.
 
     DeepSpeed's engine recognises expert layers by their class, its `MoE`, and reduces the gradients
@@ -47,9 +48,9 @@ class ExpertSlice(nn.Module):
         assert not use_data_before_expert_parallel_, "expert slices follow consecutive ranks"
         self.join_group(expert_group(self.ep_size))
 
+    @abstractmethod
     def join_group(self, group: dist.ProcessGroup) -> None:
         """Compute with the other ranks' experts from now on."""
-        raise NotImplementedError
 
 
 class ExpertParallelMoE(ExpertSlice, MoELayer, MoE):

@@ -127,10 +127,6 @@ class MergeGate(nn.Module):
         """Whether all linear layers are merged alike."""
         return "ffn" in self.gates
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Merges:
-        """Decide how the experts of each group of tokens come together."""
-        raise NotImplementedError
-
     def prepare(self, hidden_TD: Tensor) -> Tensor:
         """Change each token before the experts see it; here not at all."""
         return hidden_TD
