@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.distributed import build_engine, spawn_gloo
@@ -18,6 +17,7 @@ from moe_dist.distributed.deepspeed_runtime import start_deepspeed
 from moe_dist.errors import ConfigError, MissingInputError
 from moe_dist.moe import Experts, MergedLayer, RoutingContext, build_router, use_context
 from moe_dist.moe.reference import reference_merge
+from tests.distributed.gaps import largest_gap, oracle_of
 from tests.moe.merged import draw_gates
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -74,45 +74,10 @@ def batch(rank: int, step: int) -> RoutingContext:
     )
 
 
-def oracle(model: OneLayer, world: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    outputs = []
-    for rank in range(world):
-        context = batch(rank, 0)
-        with use_context(context):
-            outputs.append(reference_merge(model.moe, model.embedding(context.token_ids)))
-    torch.stack([out.square().sum() for out in outputs]).sum().backward()
-    grads = {
-        name: torch.zeros_like(value) if value.grad is None else value.grad
-        for name, value in model.named_parameters()
-        if not name.startswith("head")
-    }
-    return [out.detach() for out in outputs], grads
-
-
 def gap_to_oracle(rank: int, world: int, gated: bool, training: bool, ep: int) -> float:
-    """The largest relative difference in this rank's output and gradients, summed over ranks."""
-    from moe_dist.distributed.expert_parallel import parallelize_experts
-
-    outputs, wanted = oracle(OneLayer(gated=gated).train(training), world)
-    model = OneLayer(gated=gated).train(training)
-    parallelize_experts(model, ep)
-    if ep > 1:
-        model.moe.set_deepspeed_parallelism()
-    context = batch(rank, 0)
-    with use_context(context):
-        out = model.moe(model.embedding(context.token_ids))
-    out.square().sum().backward()
-    gaps = [float((out - outputs[rank]).abs().max())]
-    for name, value in model.named_parameters():
-        if name in wanted:
-            grad = torch.zeros_like(value) if value.grad is None else value.grad.clone()
-            want = wanted[name]
-            if ep > 1 and ".experts." in name:
-                want = want.chunk(ep)[rank % ep]
-            else:
-                dist.all_reduce(grad)
-            gaps.append(float((grad - want).abs().max()) / max(1.0, float(want.abs().max())))
-    return max(gaps)
+    whole, spread = (OneLayer(gated=gated).train(training) for _ in range(2))
+    outputs, wanted = oracle_of(whole, reference_merge, [batch(one, 0) for one in range(world)])
+    return largest_gap(spread, batch(rank, 0), outputs[rank], wanted, ep)
 
 
 def losses(context_of: Any, engine: Any, ranks: range) -> list[float]:
