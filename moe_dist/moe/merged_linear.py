@@ -8,6 +8,7 @@ width, O output width, N numbers of a part of a weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -115,10 +116,16 @@ def _parts(
         chosen = found[first : first + GROUPS_AT_ONCE]
         which = torch.tensor([group for group, _ in chosen], device=ids_GK.device)
         mix = _Mix(ids_GK[which], weights_GK[which], num_experts)
-        step = max(1, PART_BYTES // (len(chosen) * width * weight_EOI.element_size()))
+        step = _neurons_at_once(num_neurons, len(chosen) * width * weight_EOI.element_size())
         for neuron in range(0, num_neurons, step):
             neurons = slice(neuron, min(neuron + step, num_neurons))
             yield _Part(mix, which, [rows for _, rows in chosen], neurons)
+
+
+def _neurons_at_once(num_neurons: int, neuron_bytes: int) -> int:
+    """Divide neurons into parts of equal size: a small rest would be multiplied slowly."""
+    num_parts = math.ceil(num_neurons * neuron_bytes / PART_BYTES)
+    return min(num_neurons, max(1, math.ceil(num_neurons / num_parts)))
 
 
 class _MergedLinear(torch.autograd.Function):
