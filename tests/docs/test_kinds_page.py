@@ -1,4 +1,4 @@
-"""What the README says of sizes is what the tool counts."""
+"""What the page on kinds of tokens says of sizes is what the tool counts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipelines.checks.sizes import convert_skeleton
 from tests.docs.tables import Table, name_of, read_tables
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "results" / "kinds.md"
 STORED, FLOPS = "stored parameters", "FLOPs/token"
 DENSE = {"1/4": "dense_quarter", "1/8": "dense", "1/16": "dense_sixteenth"}
 DENSE["1/32"] = "dense_thirty_second"
@@ -37,7 +38,7 @@ def minilm() -> Any:
 def headline() -> Table:
     (table,) = (
         table
-        for table in read_tables(ROOT / "README.md")
+        for table in read_tables(PAGE)
         if STORED in [name_of(column) for column in table.columns]
     )
     return table
@@ -87,6 +88,6 @@ def test_the_costs_that_the_text_names(models: dict[tuple[str, str], nn.Module])
     assert mixture / count_parameters(models["1", "teacher"]).total == pytest.approx(
         4 / 3, abs=0.02
     )
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join(PAGE.read_text().split())
     assert f"cost {gates[0]}, {gates[1]} and {gates[2]} % of what its FFNs do" in text
     assert f"{100 * (mixture / dense - 1):.0f} % more than the dense student" in text
