@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
+from moe_dist.moe.padding import real_tokens
 from moe_dist.moe.segment_cache import keep_states, kept_merges, past_states
 from moe_dist.moe.segments import SegmentState
 
@@ -60,6 +61,7 @@ class RoutingContext:
     Args:
         token_ids: (B, S) ids, or None where the stack was given embeddings.
         mask: (B, S) bool, True for real tokens; None if all are real.
+        mask_fault: what the stack was given where that does not tell padding from tokens.
         task_ids: (B,) ids of the task of each sample, or None.
         causal: no token may see a later one, as in a decoder.
         has_past: earlier tokens are in a key-value cache and not among these.
@@ -74,6 +76,7 @@ class RoutingContext:
 
     token_ids: Tensor | None = None
     mask: Tensor | None = None
+    mask_fault: str = ""
     task_ids: Tensor | None = None
     causal: bool = False
     has_past: bool = False
@@ -211,8 +214,9 @@ def append_merge(name: str, num_experts: int, routing: Routing, real_G: Tensor |
 def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> Tensor | None:
     """Tell which tokens of a layer are real: (T,) bool, or None if all are.
 
-    A mask that does not cover the layer's tokens is a MissingInputError.
+    A mask that does not tell, or not cover the layer's tokens, is a MissingInputError.
     """
+    check_padding_is_known(context, f"MoE layer {name!r}")
     if context is None or context.mask is None:
         return None
     mask_T = context.mask.reshape(-1)
@@ -223,6 +227,17 @@ def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> 
             remedy="set chunk_size_feed_forward=0 and pass a mask of the input's own shape",
         )
     return mask_T
+
+
+def check_padding_is_known(context: RoutingContext | None, reader: str) -> None:
+    """See that the call's mask tells padding from tokens, else it is a MissingInputError."""
+    if context is not None and context.mask_fault:
+        raise MissingInputError(
+            f"{reader} must leave padding out, and was given {context.mask_fault}",
+            remedy="pass the attention_mask of two dimensions, or of four whose tokens read all "
+            "real ones before them (in an encoder all real ones); in generate leave out "
+            "cache_implementation",
+        )
 
 
 def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -280,9 +295,14 @@ def _open_context(
     cache = given.get("past_key_values")
     num_past = _num_past(given) if causal else 0
     drawn = RoutingContext() if outer is None else outer.context
+    inputs = token_ids if token_ids is not None else given.get("inputs_embeds")
+    mask, mask_fault = real_tokens(
+        given.get("attention_mask"), inputs, num_past=num_past, causal=causal
+    )
     context = RoutingContext(
         token_ids=token_ids,
-        mask=_padding_mask(given, token_ids),
+        mask=mask,
+        mask_fault=mask_fault,
         task_ids=task_ids,
         causal=causal,
         has_past=num_past > 0,
@@ -316,17 +336,6 @@ def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:
 def _num_past(given: dict[str, Any]) -> int:
     length = getattr(given.get("past_key_values"), "get_seq_length", None)
     return 0 if length is None else int(length())
-
-
-def _padding_mask(given: dict[str, Any], token_ids: Tensor | None) -> Tensor | None:
-    mask = given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    inputs = token_ids if token_ids is not None else given.get("inputs_embeds")
-    if isinstance(inputs, Tensor) and inputs.dim() >= 2:
-        # With a key-value cache the mask also covers the past; the input is its last part.
-        mask = mask[:, -inputs.shape[1] :]
-    return mask.bool()
 
 
 def _parameter_names(forward: Callable[..., Any]) -> list[str]:
