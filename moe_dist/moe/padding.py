@@ -7,7 +7,6 @@ tokens in a key-value cache first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
