@@ -35,7 +35,8 @@ class Routing:
 
     Args:
         expert_ids: (T, K) int64, the experts of each token, best first.
-        expert_weights: (T, K), the compute dtype; differentiable where the router learns.
+        expert_weights: (T, K), the compute dtype, or float32 of merged experts; differentiable
+            where the router learns.
         logits: (T, E) float32, or None where the router has none (hash).
         unit_weights: True only if each token has one expert, its weight is the constant 1 and
             carries no gradient; a dispatcher may then skip the multiplication.
