@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -187,6 +189,23 @@ def test_sequences_of_a_cache_are_reordered_selected_and_repeated(family: str) -
         repeated = begun()
         repeated.batch_repeat_interleave(2)
         assert_goes_on(repeated, torch.tensor([0, 0, 1, 1, 2, 2]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@every_decoder
+def test_a_cache_can_be_copied_and_pickled(family: str, copied: Callable[[Any], Any]) -> None:
+    student = student_of(family)
+    ids, mask = sequences()
+    expected = run(student, ids, mask, use_cache=False).logits
+    _, cache = by_steps(student, ids[:, :7], mask[:, :7], [5, 1, 1])
+    twin = copied(cache)
+    assert type(twin) is type(cache)
+    for one in (twin, copied(twin), cache):
+        found, _ = by_steps(student, ids[:, 7:], mask, [1, 1, 2], one)
+        assert_close(found, expected[:, 7:], mask[:, 7:])
+    twin.crop(-3)
+    found, _ = by_steps(student, ids[:, 8:], mask, [3], twin)
+    assert_close(found, expected[:, 8:], mask[:, 8:])
 
 
 @every_decoder
