@@ -62,7 +62,6 @@ class RoutingContext:
     Args:
         token_ids: (B, S) ids, or None where the stack was given embeddings.
         mask: (B, S) bool, True for real tokens; None if all are real.
-        mask_fault: what the stack was given where that does not tell padding from tokens.
         task_ids: (B,) ids of the task of each sample, or None.
         causal: no token may see a later one, as in a decoder.
         has_past: earlier tokens are in a key-value cache and not among these.
@@ -73,11 +72,11 @@ class RoutingContext:
         seen_segments: where a gate writes, by layer, what the next forward call must know; None
             where there is none to come.
         kept_merges: by layer what `moe_dist.moe.kept_merges` keeps in the key-value cache; changed.
+        mask_fault: what the stack was given where that does not tell padding from tokens.
     """
 
     token_ids: Tensor | None = None
     mask: Tensor | None = None
-    mask_fault: str = ""
     task_ids: Tensor | None = None
     causal: bool = False
     has_past: bool = False
@@ -86,6 +85,7 @@ class RoutingContext:
     past_segments: Mapping[str, SegmentState] = field(default_factory=dict)
     seen_segments: dict[str, SegmentState] | None = None
     kept_merges: dict[str, Any] = field(default_factory=dict)
+    mask_fault: str = ""
 
 
 @dataclass(frozen=True)
