@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import RunConfig, build_config
-from moe_dist.config.merge_checks import merge_notes
+from moe_dist.config.merge_checks import merge_notes, segment_faults
 from moe_dist.config.search_space import table_values
 from moe_dist.errors import ConfigError
 
@@ -19,6 +19,7 @@ COPIES: dict[str, Any] = {
     "router": "merged_sequence",
     "top_k": 4,
 }
+BALANCED: dict[str, Any] = {"load_balancing_weight": 0.1}
 MERGED = ("merged_task", "merged_sequence", "merged_token")
 every_level = pytest.mark.parametrize("router", MERGED)
 
@@ -38,6 +39,10 @@ def raw(**changes: dict[str, Any]) -> dict[str, Any]:
 
 def build(**changes: dict[str, Any]) -> RunConfig:
     return build_config(raw(**changes))
+
+
+def notes(**changes: dict[str, Any]) -> list[str]:
+    return merge_notes(build(**{"distill": BALANCED, **changes}))
 
 
 def only_fault(**changes: dict[str, Any]) -> str:
@@ -123,22 +128,114 @@ def test_several_tasks_of_a_merged_router_have_no_balance_within_a_batch() -> No
 
 
 def test_a_partition_that_merging_mixes_is_said() -> None:
-    assert merge_notes(build()) == []
-    assert merge_notes(build(moe={"router": "token_gate", "partition": "importance"})) == []
-    (note,) = merge_notes(build(moe={"partition": "importance", "num_shared_neurons": 16}))
+    assert notes() == []
+    assert notes(moe={"router": "token_gate", "partition": "importance"}) == []
+    (note,) = notes(moe={"partition": "importance", "num_shared_neurons": 16})
     assert "moe.partition=importance gives experts different neurons" in note
     assert "the first 16 neurons are the same in all of them" in note
-    (note,) = merge_notes(build(moe={"partition": "token_clusters"}))
+    (note,) = notes(moe={"partition": "token_clusters"})
     assert "its gates are not taken over" in note
-    # Of one expert at a time nothing is mixed, and nothing teaches the gate.
-    (note,) = merge_notes(build(moe={"top_k": 1}))
+    # Of one expert at a time nothing is mixed.
+    (note,) = notes(moe={"top_k": 1, "partition": "importance"})
     assert "moe.top_k=1 merges one expert" in note
+    assert note.endswith("of all losses distill.load_balancing_weight alone teaches the gates")
 
 
 def test_comparisons_have_notes_of_their_own() -> None:
-    settings = raw() | {"compare": {"split": {"moe.partition": "random"}}}
+    settings = raw(distill=BALANCED) | {"compare": {"split": {"moe.partition": "random"}}}
     (note,) = merge_notes(build_config(settings))
     assert note.startswith("compare.split: moe.partition=random")
+
+
+def test_what_is_so_of_several_students_is_said_once() -> None:
+    others: dict[str, Any] = {
+        "task": {"moe.router": "merged_task"},
+        "token": {"moe.router": "merged_token"},
+    }
+    settings = raw(moe={"top_k": 1}, distill=BALANCED) | {"compare": others}
+    (note,) = merge_notes(build_config(settings))
+    assert note.startswith("moe.top_k=1 merges one expert")
+    settings["moe"] = {**settings["moe"], "router": "token_gate"}
+    (note,) = merge_notes(build_config(settings))
+    assert note.startswith("compare.task, compare.token: moe.top_k=1 merges one expert")
+
+
+@every_level
+def test_experts_that_noise_alone_tries_are_said(router: str) -> None:
+    unbalanced: dict[str, Any] = {"load_balancing_weight": 0}
+    (note,) = notes(moe={"router": router}, distill=unbalanced)
+    assert "leaves it to the gates' noise alone to try other experts than the 4 of 8" in note
+    assert notes(moe={"router": router, "top_k": 8}, distill=unbalanced) == []
+    (note,) = notes(moe={"router": router, "top_k": 1}, distill=unbalanced)
+    assert note.endswith("with distill.load_balancing_weight=0 no loss teaches the gates")
+
+
+def test_where_no_balance_is_allowed_none_is_missed() -> None:
+    tasks = {
+        name: {"source": "hub", "name": "nyu-mll/glue", "subset": name} for name in ("rte", "sst2")
+    }
+    settings = raw(moe={"router": "merged_task"})
+    settings["data"] = {"source": "tasks", "tasks": tasks}
+    assert merge_notes(build_config(settings)) == []
+    settings["moe"] = COPIES
+    (note,) = merge_notes(build_config(settings))
+    assert "noise alone" in note
+
+
+@pytest.mark.parametrize(
+    ("moe", "words"),
+    [
+        (
+            {"num_experts": 1, "top_k": 1, "merge_gates": "one"},
+            "moe.merge_gates=one changes nothing: moe.num_experts=1 leaves nothing to be merged; "
+            "leave it out",
+        ),
+        (
+            {"num_experts": 1, "top_k": 1, "combine": "merge"},
+            "moe.combine=merge changes nothing: moe.num_experts=1 leaves nothing to be merged; "
+            "leave it out",
+        ),
+        (
+            {"router": "token_gate", "merge_gates": "one"},
+            "moe.merge_gates=one changes nothing: moe.router=token_gate merges no experts; leave "
+            "it out",
+        ),
+        (
+            {"router": "merged_task", "segment_length": 64},
+            "moe.segment_length=64 changes nothing: moe.router=merged_task merges for each task, "
+            "whatever the sequence; leave it out",
+        ),
+    ],
+)
+def test_keys_that_nobody_reads_are_said(moe: dict[str, Any], words: str) -> None:
+    assert notes(moe=moe) == [words]
+
+
+def test_a_key_that_another_student_reads_is_no_mistake() -> None:
+    keys: dict[str, Any] = {"segment_length": 64, "merge_gates": "one"}
+    settings = raw(moe=keys, distill=BALANCED) | {"compare": ["dense"]}
+    assert merge_notes(build_config(settings)) == []
+    settings = raw(moe={**keys, "router": "token_gate"}, distill=BALANCED)
+    assert len(merge_notes(build_config(settings))) == 2
+    merged = {"moe.router": "merged_sequence"}
+    assert merge_notes(build_config(settings | {"compare": {"merged": merged}})) == []
+    space = {"space": {"moe.router": {"choice": ["token_gate", "merged_sequence"]}}}
+    assert merge_notes(build_config(settings | {"search": space})) == []
+    settings = raw(distill=BALANCED)
+    settings["compare"] = {"plain": {"moe.router": "token_gate", "moe.merge_gates": "one"}}
+    (note,) = merge_notes(build_config(settings))
+    assert note.startswith("compare.plain: moe.merge_gates=one changes nothing")
+
+
+def test_encoders_have_no_segments() -> None:
+    config = build(moe={"segment_length": 64})
+    (fault,) = segment_faults(config, decodes=False)
+    assert fault.startswith("moe.segment_length=64 divides what a decoder reads")
+    assert segment_faults(config, decodes=True) == []
+    assert segment_faults(build(), decodes=False) == []
+    # That it is not read is said otherwise.
+    other = build(moe={"segment_length": 64, "router": "token_gate"})
+    assert segment_faults(other, decodes=False) == []
 
 
 def test_tables_of_a_search_hold_one_way_to_combine_each() -> None:

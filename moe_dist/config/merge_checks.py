@@ -2,34 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from moe_dist.config.data_checks import Rule
 from moe_dist.config.faults import either
+from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.run_config import RunConfig
-from moe_dist.router_spec import ROUTER_FACTS
+from moe_dist.router_spec import ROUTER_FACTS, RouterSpec
 
 MERGED = tuple(name for name, facts in ROUTER_FACTS.items() if facts.merges)
 
 
 def merge_notes(config: RunConfig) -> list[str]:
-    """Say what merging does to the students' starts, one line for each student it concerns."""
-    lines = list(_notes(config))
-    for label in config.compare:
-        lines += [f"compare.{label}: {line}" for line in _notes(config.resolve_comparison(label))]
-    return lines
+    """Say what merging does to the students, and which of its keys nobody reads: one line each.
+
+    What is so of the recipe's own student is not said again of its comparisons.
+    """
+    students = {"": config} | {label: config.resolve_comparison(label) for label in config.compare}
+    said: dict[str, list[str]] = {}
+    for label, own in students.items():
+        for line in _notes(own):
+            said.setdefault(line, []).append(label)
+    lines = [
+        line if labels[0] == "" else f"{', '.join(f'compare.{label}' for label in labels)}: {line}"
+        for line, labels in said.items()
+    ]
+    return [*lines, *_unread_keys(students)]
+
+
+def segment_faults(config: RunConfig, decodes: bool) -> list[str]:
+    """Refuse a length of segments where the model reads whole sequences at once."""
+    length = config.moe.segment_length
+    if decodes or not _merges_sequences(config.moe) or length == RouterSpec.segment_length:
+        return []
+    return [
+        f"moe.segment_length={length} divides what a decoder reads, and the model is an encoder, "
+        "whose experts merge once for each sequence; leave it out."
+    ]
+
+
+def _unread_keys(students: Mapping[str, RunConfig]) -> Iterator[str]:
+    main = students[""]
+    tries_others = {"moe.router", "moe.num_experts"} & set(main.search.space)
+    for key, reads in _READERS.items():
+        default = MoeConfig.model_fields[key].default
+        readers = {getattr(own.moe, key) for own in students.values() if reads(own.moe)}
+        for label, own in students.items():
+            value = getattr(own.moe, key)
+            is_inherited = bool(label) and value == getattr(main.moe, key)
+            if value == default or reads(own.moe) or is_inherited:
+                continue
+            if not label and (value in readers or tries_others):
+                continue
+            yield (
+                f"{f'compare.{label}: ' if label else ''}moe.{key}={value} changes nothing: "
+                f"{_why_unread(own.moe)}; leave it out"
+            )
+
+
+def _why_unread(moe: MoeConfig) -> str:
+    if moe.num_experts == 1:
+        return "moe.num_experts=1 leaves nothing to be merged"
+    if moe.merges:
+        return f"moe.router={moe.router} merges for each task, whatever the sequence"
+    return f"moe.router={moe.router} merges no experts"
+
+
+def _merges_sequences(moe: MoeConfig) -> bool:
+    return moe.merges and moe.router_spec.facts.chooses_by != "task"
+
+
+_READERS: dict[str, Callable[[MoeConfig], bool]] = {
+    "combine": lambda moe: moe.num_experts > 1,
+    "merge_gates": lambda moe: moe.merges,
+    "segment_length": _merges_sequences,
+}
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
-    moe = config.moe
+    moe, weight = config.moe, config.distill.load_balancing_weight
     if not moe.merges:
         return
     if moe.top_k == 1:
-        yield (
-            "moe.top_k=1 merges one expert, with the weight 1: nothing is mixed, and of all losses "
-            "distill.load_balancing_weight alone teaches the gates"
+        learns = (
+            "of all losses distill.load_balancing_weight alone teaches the gates"
+            if weight
+            else "with distill.load_balancing_weight=0 no loss teaches the gates"
         )
-    elif moe.partition != "full_copy":
+        yield f"moe.top_k=1 merges one expert, with the weight 1: nothing is mixed, and {learns}"
+    elif weight == 0 and moe.top_k < moe.num_experts and not _may_not_balance(config):
+        yield (
+            f"distill.load_balancing_weight=0 leaves it to the gates' noise alone to try other "
+            f"experts than the {moe.top_k} of {moe.num_experts} that merge; published is 0.01 for "
+            "each gate, of all of which the loss is the mean"
+        )
+    if moe.top_k > 1 and moe.partition != "full_copy":
         shared = moe.num_shared_neurons
         kept = (
             f"the first {shared} neurons are the same in all of them, the others" if shared else ""
@@ -46,6 +113,11 @@ def _notes(config: RunConfig) -> Iterator[str]:
                 else ""
             )
         )
+
+
+def _may_not_balance(config: RunConfig) -> bool:
+    """Whether a batch is of one task, for which all of it merges alike."""
+    return bool(config.data.tasks) and config.moe.router_spec.facts.chooses_by == "task"
 
 
 def _combine_fits_router(config: RunConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.noise import normal_rows, uniform_rows
-from moe_dist.moe.routing import Routing, RoutingContext
+from moe_dist.moe.routing import Routing, RoutingContext, check_padding_is_known
 from moe_dist.router_spec import GateScale
 
 GATE_SCALES = typing.get_args(GateScale)
@@ -218,6 +218,7 @@ def sentence_mask(
     hidden_TD: Tensor, context: RoutingContext | None, *, router: str = "sentence_gate"
 ) -> Tensor:
     """Tell real tokens from padding, (B, S) bool; a context that cannot is a MissingInputError."""
+    check_padding_is_known(context, router)
     mask = None if context is None else context.mask
     token_ids = None if context is None else context.token_ids
     known = token_ids if mask is None else mask

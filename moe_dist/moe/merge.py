@@ -33,7 +33,7 @@ class Merges:
 
     Args:
         by_linear: for each linear layer of the FFN ("in", "gate" if it is gated, "out") a `Routing`
-            whose rows are groups: (G, K) expert ids and weights, (G, E) logits.
+            whose rows are groups: (G, K) expert ids and float32 weights, (G, E) logits.
         group_T: (T,) int64, the group of each token.
         real_G: (G,) bool, False for groups of padding alone; None if there are none.
     """
@@ -215,7 +215,8 @@ class TokenGroups:
 def _merged_bias(bias_EO: Tensor, routing: Routing) -> Tensor:
     weights_GK = routing.expert_weights.to(bias_EO.dtype)
     weights_GE = weights_GK.new_zeros(len(weights_GK), len(bias_EO))
-    return weights_GE.scatter_add(1, routing.expert_ids, weights_GK) @ bias_EO
+    with torch.autocast(bias_EO.device.type, enabled=False):
+        return weights_GE.scatter_add(1, routing.expert_ids, weights_GK) @ bias_EO
 
 
 def _apply_experts(

@@ -16,68 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
-from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.gates import sentence_mask
 from moe_dist.moe.merge import Merges
-from moe_dist.moe.noise import normal_rows
+from moe_dist.moe.noisy_top_k import NoisyTopK
 from moe_dist.moe.routing import Routing, RoutingContext
 from moe_dist.moe.segments import cut_into_segments
 from moe_dist.moe.task_routers import read_task_ids
 
-LEAST_NOISE = 1e-2
 REDUCTION = 64
 _GATES_APART = 1 << 40
-
-
-class NoisyTopK(nn.Module):
-    """One linear layer's gate: scores ``x·W_g``, in training with noise of a size that is learned.
-
-    W_g and W_n start at zero: all experts are as good at first, and noise alone tries them.
-    Of equal scores the first experts' are taken, on every device. The K weights sum to 1.
-
-    Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
-        seed: of the noise; give each gate its own.
-
-    Source: arXiv:1701.06538, as MEO (2023.emnlp-main.907) uses it.
-    """
-
-    def __init__(self, d_model: int, num_experts: int, *, top_k: int, seed: int) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.seed = seed
-        self.gate = nn.Linear(d_model, num_experts, bias=False)
-        self.noise = nn.Linear(d_model, num_experts, bias=False)
-        if not self.gate.weight.is_meta:
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.noise.weight)
-
-    def forward(
-        self, input_GD: Tensor, context: RoutingContext | None, dtype: torch.dtype
-    ) -> Routing:
-        """Choose for each group; the context numbers the groups' samples, for the noise."""
-        with torch.autocast(input_GD.device.type, enabled=False):
-            input_GD = input_GD.to(self.gate.weight.dtype)
-            clean_GE = F.linear(input_GD, self.gate.weight).float()
-            scores_GE, noise_std_GE = clean_GE, None
-            if self.training:
-                noise_std_GE = F.softplus(F.linear(input_GD, self.noise.weight).float())
-                noise_std_GE = noise_std_GE + LEAST_NOISE
-                drawn_GE = normal_rows(
-                    clean_GE.shape, context, salt=2 * self.seed, device=clean_GE.device
-                )
-                scores_GE = clean_GE + drawn_GE.to(clean_GE.dtype) * noise_std_GE
-            sorted_GE, ids_GE = scores_GE.sort(dim=-1, descending=True, stable=True)
-            weights_GK = sorted_GE[:, : self.top_k].softmax(dim=-1)
-            return Routing(
-                ids_GE[:, : self.top_k],
-                weights_GK.to(dtype),
-                scores_GE,
-                clean_logits=clean_GE,
-                noise_std=noise_std_GE,
-            )
 
 
 class MergeGate(nn.Module):
@@ -131,11 +78,9 @@ class MergeGate(nn.Module):
         """Change each token before the experts see it; here not at all."""
         return hidden_TD
 
-    def choose(
-        self, input_GD: Tensor, context: RoutingContext | None, dtype: torch.dtype
-    ) -> dict[str, Routing]:
+    def choose(self, input_GD: Tensor, context: RoutingContext | None) -> dict[str, Routing]:
         """Choose for each linear layer and group."""
-        chosen = {name: gate(input_GD, context, dtype) for name, gate in self.gates.items()}
+        chosen = {name: gate(input_GD, context) for name, gate in self.gates.items()}
         return {name: chosen["ffn" if self.has_one_gate else name] for name in self.linears}
 
 
@@ -196,7 +141,7 @@ class TaskMergeGate(MergeGate):
         drawn = RoutingContext(
             sample_ids=tasks_G, noise_seed=None if context is None else context.noise_seed
         )
-        chosen = self.choose(self.task_embeddings[tasks_G], drawn, compute_dtype(hidden_TD))
+        chosen = self.choose(self.task_embeddings[tasks_G], drawn)
         group_B = torch.searchsorted(tasks_G, tasks_B.contiguous())
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         real_G = torch.zeros_like(tasks_G, dtype=torch.bool).index_fill(0, group_B, True)
@@ -260,7 +205,7 @@ class SequenceMergeGate(MergeGate):
         mean_BD = hidden_BSD.sum(dim=1) / mask_BS.sum(dim=1, keepdim=True).clamp(min=1)
         groups_B = torch.arange(num_sequences, device=hidden_TD.device)
         return Merges(
-            self.choose(mean_BD, context, compute_dtype(hidden_TD)),
+            self.choose(mean_BD, context),
             groups_B.repeat_interleave(length),
             mask_BS.any(dim=1),
         )
@@ -290,7 +235,7 @@ class SequenceMergeGate(MergeGate):
         drawn = RoutingContext(sample_ids=samples_B, noise_seed=context.noise_seed)
         starts_B = torch.arange(batch, device=hidden_TD.device) * num_segments
         return Merges(
-            self.choose(input_BJD.flatten(0, 1), drawn, compute_dtype(hidden_TD)),
+            self.choose(input_BJD.flatten(0, 1), drawn),
             (starts_B.unsqueeze(1) + cut.segment_BS).reshape(-1),
             cut.real_BJ.reshape(-1),
         )

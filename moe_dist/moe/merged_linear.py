@@ -40,11 +40,13 @@ class _Mix:
     more than K, each group adds up its own.
     """
 
-    def __init__(self, ids_GK: Tensor, weights_GK: Tensor, num_experts: int) -> None:
+    def __init__(
+        self, ids_GK: Tensor, weights_GK: Tensor, num_experts: int, dtype: torch.dtype
+    ) -> None:
         used_U, places = torch.unique(ids_GK, return_inverse=True)
         self._places_GK = places.view_as(ids_GK)
-        self._weights_GU = weights_GK.new_zeros(ids_GK.shape[0], used_U.numel())
-        self._weights_GU.scatter_add_(1, self._places_GK, weights_GK)
+        weights_GU = weights_GK.new_zeros(ids_GK.shape[0], used_U.numel())
+        self._weights_GU = weights_GU.scatter_add_(1, self._places_GK, weights_GK).to(dtype)
         self._used_U = None if used_U.numel() == num_experts else used_U
         self._own: list[list[tuple[int, float]]] | None = None
         if used_U.numel() > OWN_MERGE_COST * ids_GK.shape[1]:
@@ -111,11 +113,10 @@ def _parts(
         if size:
             found.append((group, slice(start, start + size)))
         start += size
-    weights_GK = weights_GK.to(weight_EOI.dtype)
     for first in range(0, len(found), GROUPS_AT_ONCE):
         chosen = found[first : first + GROUPS_AT_ONCE]
         which = torch.tensor([group for group, _ in chosen], device=ids_GK.device)
-        mix = _Mix(ids_GK[which], weights_GK[which], num_experts)
+        mix = _Mix(ids_GK[which], weights_GK[which], num_experts, weight_EOI.dtype)
         step = _neurons_at_once(num_neurons, len(chosen) * width * weight_EOI.element_size())
         for neuron in range(0, num_neurons, step):
             neurons = slice(neuron, min(neuron + step, num_neurons))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
+from moe_dist.moe.padding import real_tokens
 from moe_dist.moe.segment_cache import keep_states, kept_merges, past_states
 from moe_dist.moe.segments import SegmentState
 
@@ -34,7 +35,8 @@ class Routing:
 
     Args:
         expert_ids: (T, K) int64, the experts of each token, best first.
-        expert_weights: (T, K), the compute dtype; differentiable where the router learns.
+        expert_weights: (T, K), the compute dtype, or float32 of merged experts; differentiable
+            where the router learns.
         logits: (T, E) float32, or None where the router has none (hash).
         unit_weights: True only if each token has one expert, its weight is the constant 1 and
             carries no gradient; a dispatcher may then skip the multiplication.
@@ -70,6 +72,7 @@ class RoutingContext:
         seen_segments: where a gate writes, by layer, what the next forward call must know; None
             where there is none to come.
         kept_merges: by layer what `moe_dist.moe.kept_merges` keeps in the key-value cache; changed.
+        mask_fault: what the stack was given where that does not tell padding from tokens.
     """
 
     token_ids: Tensor | None = None
@@ -82,6 +85,7 @@ class RoutingContext:
     past_segments: Mapping[str, SegmentState] = field(default_factory=dict)
     seen_segments: dict[str, SegmentState] | None = None
     kept_merges: dict[str, Any] = field(default_factory=dict)
+    mask_fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,9 @@ def append_merge(name: str, num_experts: int, routing: Routing, real_G: Tensor |
 def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> Tensor | None:
     """Tell which tokens of a layer are real: (T,) bool, or None if all are.
 
-    A mask that does not cover the layer's tokens is a MissingInputError.
+    A mask that does not tell, or not cover the layer's tokens, is a MissingInputError.
     """
+    check_padding_is_known(context, f"MoE layer {name!r}")
     if context is None or context.mask is None:
         return None
     mask_T = context.mask.reshape(-1)
@@ -223,6 +228,17 @@ def padding_mask(name: str, num_tokens: int, context: RoutingContext | None) -> 
             remedy="set chunk_size_feed_forward=0 and pass a mask of the input's own shape",
         )
     return mask_T
+
+
+def check_padding_is_known(context: RoutingContext | None, reader: str) -> None:
+    """See that the call's mask tells padding from tokens, else it is a MissingInputError."""
+    if context is not None and context.mask_fault:
+        raise MissingInputError(
+            f"{reader} must leave padding out, and was given {context.mask_fault}",
+            remedy="pass the attention_mask of two dimensions, or of four whose tokens read all "
+            "real ones before them (in an encoder all real ones); in generate leave out "
+            "cache_implementation",
+        )
 
 
 def checkpoint_context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -280,9 +296,14 @@ def _open_context(
     cache = given.get("past_key_values")
     num_past = _num_past(given) if causal else 0
     drawn = RoutingContext() if outer is None else outer.context
+    inputs = token_ids if token_ids is not None else given.get("inputs_embeds")
+    mask, mask_fault = real_tokens(
+        given.get("attention_mask"), inputs, num_past=num_past, causal=causal
+    )
     context = RoutingContext(
         token_ids=token_ids,
-        mask=_padding_mask(given, token_ids),
+        mask=mask,
+        mask_fault=mask_fault,
         task_ids=task_ids,
         causal=causal,
         has_past=num_past > 0,
@@ -316,17 +337,6 @@ def _outside(stack: nn.Module, frame: _Frame | None) -> _Frame | None:
 def _num_past(given: dict[str, Any]) -> int:
     length = getattr(given.get("past_key_values"), "get_seq_length", None)
     return 0 if length is None else int(length())
-
-
-def _padding_mask(given: dict[str, Any], token_ids: Tensor | None) -> Tensor | None:
-    mask = given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    inputs = token_ids if token_ids is not None else given.get("inputs_embeds")
-    if isinstance(inputs, Tensor) and inputs.dim() >= 2:
-        # With a key-value cache the mask also covers the past; the input is its last part.
-        mask = mask[:, -inputs.shape[1] :]
-    return mask.bool()
 
 
 def _parameter_names(forward: Callable[..., Any]) -> list[str]:

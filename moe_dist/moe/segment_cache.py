@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from torch import Tensor
 
@@ -65,6 +65,10 @@ class SegmentCarrier(_Cache):
         self.segment_states = {}
         self.kept_merges = {}
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Copy and pickle by the class that the cache had, since its own one is made here."""
+        return _empty_carrier, (type(self).__bases__[1],), self.__dict__
+
     def _change(self, change: Any) -> None:
         self.segment_states = {
             name: state.on_batch(change) for name, state in self.segment_states.items()
@@ -113,6 +117,11 @@ def keep_states(output: object, states: Mapping[str, SegmentState], merges: dict
 def _carrying(kind: Hashable) -> type:
     assert isinstance(kind, type)
     return type(kind.__name__, (SegmentCarrier, kind), {"__module__": kind.__module__})
+
+
+def _empty_carrier(kind: type) -> Any:
+    carrying: Any = _carrying(cast(Hashable, kind))
+    return carrying.__new__(carrying)
 
 
 def _own_cache(cache: object) -> object:

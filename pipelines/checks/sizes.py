@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from moe_dist.config.data_checks import data_sections
+from moe_dist.config.merge_checks import segment_faults
 from moe_dist.distributed.topology import fitting_ep_size
 from moe_dist.errors import ConfigError, ConversionError, NotAtHandError
 
@@ -182,11 +183,15 @@ def refuse_misfits(model: Any, config: RunConfig) -> None:
 
     Everything that does not is one ConfigError.
     """
+    from moe_dist.conversion.families import family_of, find_stacks
+
     faults = length_faults(model, config)
     for label in ("", *config.compare):
         try:
             own = config.resolve_comparison(label) if label else config
             plan_skeleton(dense_skeleton(model, own), own)
+            decodes = any(causal for _, causal in find_stacks(model, family_of(model)))
+            faults += [fault for fault in segment_faults(own, decodes) if fault not in faults]
         except ConversionError as error:
             prefix = f"compare.{label}: " if label else ""
             faults.append(f"{prefix}{error.message}; {error.remedy}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
-from moe_dist.whole_files import write_json
+from moe_dist.whole_files import whole_directory, write_json
 
 from ..chain.stage_recovery import stage_of
 
@@ -38,7 +38,8 @@ class Exported:
         kind: its class.
         num_parameters: of it.
         ffn_size: neurons in each of its feed-forward layers.
-        difference: the largest difference of its outputs from the model's on random tokens.
+        difference: the largest difference of its outputs from the model's on random tokens, both
+            in float32.
         left_out: what of the model no dense model of its architecture can hold.
         metrics: on the dev rows, of the `model` and the `export`; empty where not measured.
         metric_titles: what people call them.
@@ -98,10 +99,14 @@ def export_task(
         raise MoeDistError(
             f"{output} is there already.", remedy="remove it, or choose another with --output."
         )
+    is_average = way == "average"
+    own = _of_task(config, task) if is_average and config is not None else None
     model = load_model(directory, task=task)
     if way == "fold":
         _check_merged(model)
-    is_average = way == "average"
+    # In half precision both would round, each in its own way.
+    dtype = model.dtype
+    model.float()
     dense = extract_task(model, task, average=True) if is_average else extract_task(model, task)
     difference, scale = _compare(model, dense)
     if not is_average and difference > TOLERANCE * max(1.0, scale):
@@ -109,22 +114,25 @@ def export_task(
             f"the dense model's outputs differ from the model's by {difference:.1e}",
             remedy="report this: both should compute the same",
         )
-    measures = is_average and config is not None
-    before = _measure(config, directory) if measures and config is not None else {}
-    save_model(dense, output, tokenizer=load_tokenizer(directory))
-    metrics: dict[str, dict[str, float]] = {}
-    if measures and config is not None:
-        after = _measure(_of_task(config, task), output)
-        prefix = f"{task}/" if task else ""
-        metrics = {
-            "model": {name: before["metrics"][f"{prefix}{name}"] for name in after["metrics"]},
-            "export": after["metrics"],
-        }
+    dense.to(dtype)
     left_out = _left_out(model) if is_average else ""
-    if is_average:
-        moe = model.config.moe
-        about = {"average_of": moe["num_experts"], "router": moe["router"], "left_out": left_out}
-        write_json(output / RECORD, about | {"difference": difference, "metrics": metrics})
+    metrics: dict[str, dict[str, float]] = {}
+    titles: dict[str, str] = {}
+    with whole_directory(output) as unfinished:
+        save_model(dense, unfinished, tokenizer=load_tokenizer(directory))
+        if config is not None and own is not None:
+            before, after = _measure(config, directory), _measure(own, unfinished)
+            prefix = f"{task}/" if task else ""
+            metrics = {
+                "model": {name: before["metrics"][f"{prefix}{name}"] for name in after["metrics"]},
+                "export": after["metrics"],
+            }
+            titles = {} if task else before.get("metric_titles", {})
+        if is_average:
+            moe = model.config.moe
+            about = {"average_of": moe["num_experts"], "router": moe["router"]}
+            about |= {"left_out": left_out, "difference": difference, "metrics": metrics}
+            write_json(unfinished / RECORD, about)
     return Exported(
         directory=output,
         kind=type(dense).__name__,
@@ -133,7 +141,7 @@ def export_task(
         difference=difference,
         left_out=left_out,
         metrics=metrics,
-        metric_titles=before.get("metric_titles", {}) if not task else {},
+        metric_titles=titles,
     )
 
 

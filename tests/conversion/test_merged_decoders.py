@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ def run(student: Any, ids: Tensor, mask: Tensor, **given: Any) -> Any:
         names = {"input_ids": ids, "attention_mask": mask}
         names["position_ids"] = places[:, -ids.shape[1] :]
     with torch.no_grad():
-        return student(**names, **given)
+        return student(**{**names, **given})
 
 
 def by_steps(student: Any, ids: Tensor, mask: Tensor, parts: list[int], cache: Any = None) -> Any:
@@ -189,6 +191,39 @@ def test_sequences_of_a_cache_are_reordered_selected_and_repeated(family: str) -
         assert_goes_on(repeated, torch.tensor([0, 0, 1, 1, 2, 2]))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@every_decoder
+def test_a_cache_can_be_copied_and_pickled(family: str, copied: Callable[[Any], Any]) -> None:
+    student = student_of(family)
+    ids, mask = sequences()
+    expected = run(student, ids, mask, use_cache=False).logits
+    _, cache = by_steps(student, ids[:, :7], mask[:, :7], [5, 1, 1])
+    twin = copied(cache)
+    assert type(twin) is type(cache)
+    for one in (twin, copied(twin), cache):
+        found, _ = by_steps(student, ids[:, 7:], mask, [1, 1, 2], one)
+        assert_close(found, expected[:, 7:], mask[:, 7:])
+    twin.crop(-3)
+    found, _ = by_steps(student, ids[:, 8:], mask, [3], twin)
+    assert_close(found, expected[:, 8:], mask[:, 8:])
+
+
+@every_decoder
+def test_a_mask_of_queries_by_keys_gives_what_one_of_columns_gives(family: str) -> None:
+    student = student_of(family)
+    ids, mask = sequences()
+    expected = run(student, ids, mask, use_cache=False).logits
+    seen = torch.ones(11, 11, dtype=torch.bool).tril() & mask.bool().unsqueeze(1)
+    name = "decoder_attention_mask" if student.config.is_encoder_decoder else "attention_mask"
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for given in (seen.unsqueeze(1), added.unsqueeze(1)):
+        found = run(student, ids, mask, use_cache=False, **{name: given}).logits
+        assert_close(found, expected, mask)
+    packed = torch.block_diag(torch.ones(5, 5), torch.ones(6, 6)).bool() & seen[:1]
+    with pytest.raises(MissingInputError, match="that is no causal mask"):
+        run(student, ids, mask, use_cache=False, **{name: packed.expand(3, 1, -1, -1)})
+
+
 @every_decoder
 def test_a_cache_that_carries_nothing_is_refused(family: str) -> None:
     student, dense = student_of(family), tiny_model(family).eval()
@@ -223,6 +258,8 @@ def test_generation_with_a_cache_equals_generation_without(
     without = student.generate(**asked, use_cache=False)
     assert with_cache.shape[1] >= 9
     assert torch.equal(with_cache, without)
+    static = student.generate(**asked, cache_implementation="static")
+    assert torch.equal(static, without)
 
 
 def test_an_assistants_guesses_are_taken_back() -> None:

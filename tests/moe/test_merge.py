@@ -148,6 +148,34 @@ def test_half_precision(path: str) -> None:
         assert float((one.float() - expected).abs().mean()) < 0.1 * float(expected.std())
 
 
+@pytest.mark.parametrize("router", MERGED)
+def test_weights_sum_to_one_in_half_precision(router: str, path: str) -> None:
+    hidden, context = batch()
+    for casts in (False, True):
+        layer = merged_layer(router, top_k=3, dtype=torch.float32 if casts else torch.bfloat16)
+        with torch.no_grad():
+            # What is merged of outputs that are all 1 is 1, or else the weights' sum.
+            for value in layer.experts.parameters():
+                value.fill_(0.0)
+            assert layer.experts.b_out is not None
+            layer.experts.b_out.fill_(1.0)
+        with (
+            torch.no_grad(),
+            use_context(context),
+            record_routing() as record,
+            torch.autocast("cpu", torch.bfloat16, enabled=casts),
+        ):
+            found = layer(hidden if casts else hidden.bfloat16())
+        for entry in record.entries:
+            weights = entry.routing.expert_weights
+            assert weights.dtype == torch.float32
+            torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
+        if casts and path != "applies":
+            assert torch.equal(found, torch.ones_like(found))
+        else:
+            torch.testing.assert_close(found, torch.ones_like(found), rtol=2**-7, atol=0)
+
+
 def test_gradients_in_half_precision(path: str) -> None:
     """Rows are padded to round numbers there, which must add nothing."""
     hidden, context = batch((5, 3, 4))

@@ -22,7 +22,7 @@ def output(layer: MergedLayer, hidden: Tensor, context: RoutingContext) -> Tenso
 
 def test_equal_scores_take_the_first_experts_with_equal_weights() -> None:
     gate = NoisyTopK(D_MODEL, NUM_EXPERTS, top_k=4, seed=0).eval()
-    routing = gate(torch.randn(3, D_MODEL), None, torch.float32)
+    routing = gate(torch.randn(3, D_MODEL), None)
     assert routing.expert_ids.tolist() == [[0, 1, 2, 3]] * 3
     torch.testing.assert_close(routing.expert_weights, torch.full((3, 4), 0.25))
     assert routing.noise_std is None
@@ -34,7 +34,7 @@ def test_noise_is_scaled_by_what_its_weights_say() -> None:
     torch.nn.init.normal_(gate.noise.weight)
     input_GD = torch.randn(3, D_MODEL)
     context = RoutingContext(sample_ids=torch.tensor([4, 9, 2]), noise_seed=1)
-    routing = gate(input_GD, context, torch.float32)
+    routing = gate(input_GD, context)
     assert routing.clean_logits is not None
     assert routing.noise_std is not None
     assert routing.logits is not None

@@ -26,11 +26,11 @@ IDS = torch.arange(6).view(2, 3)
 class Probe(nn.Module):
     """A stack that keeps what its inner modules could see."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, causal: bool = False) -> None:
         super().__init__()
         self.seen: RoutingContext | None = None
         self.inner: nn.Module | None = None
-        install_routing_hooks(self)
+        install_routing_hooks(self, causal=causal)
 
     def forward(
         self,
@@ -75,11 +75,21 @@ def test_hooks_read_arguments_by_name_or_position(positional: bool) -> None:
     assert current_context() is None
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 3, 3), torch.ones(2, 3, 3)])
-def test_masks_of_other_shapes_mean_that_all_tokens_are_real(mask: Tensor | None) -> None:
-    probe = Probe()
-    probe(IDS, mask)
-    assert seen(probe).mask is None
+def test_a_mask_of_queries_by_keys_is_read_by_the_kind_of_stack() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    causal, encoder = Probe(causal=True), Probe()
+    causal(IDS, (torch.ones(3, 3).tril().bool() & mask.unsqueeze(1)).unsqueeze(1))
+    encoder(IDS, mask[:, None, None, :])
+    for probe in (causal, encoder):
+        found = seen(probe).mask
+        assert found is not None
+        assert found.tolist() == mask.tolist()
+    encoder(IDS, torch.eye(3).bool()[None, None])
+    assert seen(encoder).mask is None
+    assert "no padding mask" in seen(encoder).mask_fault
+    encoder(IDS)
+    assert seen(encoder).mask is None
+    assert not seen(encoder).mask_fault
 
 
 @pytest.mark.parametrize("embeds", [False, True])

@@ -17,6 +17,7 @@ from pipelines.checks.sizes import (
     derive_sizes,
     length_faults,
     memory_per_rank,
+    refuse_misfits,
 )
 from pipelines.console import Console
 
@@ -55,6 +56,22 @@ def test_recomputation_that_a_family_lacks_is_refused(
     with pytest.raises(ConversionError, match=r"^train\.gradient_checkpointing: .*MPNet"):
         dense_skeleton(tiny_model("mpnet"), config)
     dense_skeleton(tiny_model("bert"), config)
+
+
+def test_segments_of_an_encoder_are_refused(
+    write_recipe: Write, tiny_settings: dict[str, Any]
+) -> None:
+    from tests.conversion.dense_models import tiny_model
+
+    tiny_settings["moe"] |= {"router": "merged_sequence", "segment_length": 4}
+    tiny_settings["compare"] = {"token": {"moe.router": "merged_token"}}
+    config = load_config(write_recipe(tiny_settings))
+    with pytest.raises(ConfigError) as caught:
+        refuse_misfits(tiny_model("bert"), config)
+    (fault,) = caught.value.faults
+    assert fault.startswith("moe.segment_length=4 divides what a decoder reads")
+    for family in ("gpt2", "t5"):
+        refuse_misfits(tiny_model(family), config)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_dist.config import load_config
 from moe_dist.conversion import dense_to_moe, plan_partition
-from moe_dist.errors import ConversionError
+from moe_dist.conversion.extract import extract_task
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference import load_model, load_tokenizer, save_model
 from moe_dist.measure.latency import random_batch
 from pipelines.cli import app
+from pipelines.stages import export
 from pipelines.stages.export import export_task
 from tests.conversion.dense_models import random_scores, tiny_model
 from tests.inference.start_models import write_tokenizer
@@ -120,7 +123,12 @@ assert not any(name.startswith("moe_dist") for name in sys.modules)
 """
 
 
-def write_merged(directory: Path, router: str = "merged_task", **options: Any) -> Path:
+def write_merged(
+    directory: Path,
+    router: str = "merged_task",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Path:
     """Save a student whose copies of the FFN have become different experts."""
     dense = tiny_model("bert")
     sizes = {"num_experts": 4, "expert_size": 32, "num_shared_neurons": 0, "method": "full_copy"}
@@ -132,7 +140,8 @@ def write_merged(directory: Path, router: str = "merged_task", **options: Any) -
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     write_tokenizer(directory.parent / "tokenizer", "bert")
-    return save_model(student, directory, load_tokenizer(directory.parent / "tokenizer"))
+    tokenizer = load_tokenizer(directory.parent / "tokenizer")
+    return save_model(student.to(dtype), directory, tokenizer)
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -156,6 +165,20 @@ def test_merged_experts_fold_into_a_model_that_needs_nothing_of_this_project(
         expected = load_model(directory)(**batch).logits
     plain = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_in_half_precision_is_folded_without_its_rounding(tmp_path: Path) -> None:
+    directory = write_merged(tmp_path / "student", top_k=3, dtype=torch.bfloat16)
+    found = CliRunner().invoke(
+        app, ["export", str(directory), "--fold", "--output", str(tmp_path / "dense")]
+    )
+    assert found.exit_code == 0, found.output
+    student, dense = load_model(directory), load_model(tmp_path / "dense")
+    assert dense.dtype == student.dtype == torch.bfloat16
+    whole = extract_task(student.float())
+    expected = {name: one.bfloat16() for name, one in whole.state_dict().items()}
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +226,37 @@ def test_the_average_is_measured_beside_the_model(
     assert record["average_of"] == 4
     assert ("left out: the small network" in said) is (router == "merged_token")
     assert type(load_model(tmp_path / "export-average")).__name__ == "BertForSequenceClassification"
+
+
+def test_an_average_that_cannot_be_measured_leaves_nothing(
+    tmp_path: Path,
+    tiny_settings: dict[str, Any],
+    write_recipe: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = write_merged(tmp_path / "student", top_k=2)
+    config = load_config(write_recipe(tiny_settings))
+    before = set(tmp_path.iterdir())
+    output = tmp_path / "average"
+    measured = []
+
+    def fail_at_the_export(_: Any, model: Path) -> dict[str, Any]:
+        measured.append(model)
+        if len(measured) == 2:
+            assert load_model(model)
+            raise MissingInputError("the dev rows are gone")
+        return {"metrics": {}}
+
+    monkeypatch.setattr(export, "_measure", fail_at_the_export)
+    with pytest.raises(MissingInputError, match="are gone"):
+        export_task(directory, None, output, way="average", config=config)
+    assert set(tmp_path.iterdir()) == before
+    # An unknown task is found before anything is measured.
+    measured.clear()
+    with pytest.raises(MissingInputError, match="has no task 'other'"):
+        export_task(directory, "other", output, way="average", config=config)
+    assert not measured
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
