@@ -1,6 +1,6 @@
-"""Time models in every form that they can answer in, in turn, so that a busy machine slows all alike.
+"""Time models in every form that they answer in, in turn, so that a busy machine slows all alike.
 
-Times are the tenth of the passes that took no longer: what a model costs where nothing disturbs it.
+Times are those below which a tenth of the passes lies: what a model costs where nothing disturbs.
 """
 
 from __future__ import annotations
@@ -187,14 +187,14 @@ def _busy(work: OtherWork, num_threads: int) -> str:
     if not work.disturbs(num_threads):
         return ""
     return (
-        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times are "
-        "too high, and ratios a hint"
+        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times "
+        "are too high, and ratios a hint"
     )
 
 
 COLUMNS = (
-    "sentences × tokens", "model", "form", "ms", "median ms", "spread",
-    "speed in this form", "speed over eager-fp32", "outputs differ",
+    "texts × tokens", "model", "form", "ms", "median ms", "spread",
+    "× same form", "× eager-fp32", "differs",
 )  # fmt: skip
 ON_CONSOLE = (0, 1, 2, 3, 6, 7, 8)
 """The columns that fit."""
@@ -247,9 +247,12 @@ def main(settings: InferenceBenchmark, output: Path | None = None) -> None:
     """
     report = run(settings)
     console = Console(highlight=False)
-    table = Table(title=f"{report.num_threads} threads, {torch.backends.cpu.get_cpu_capability()}")
+    table = Table(
+        title=f"{report.num_threads} threads, {torch.backends.cpu.get_cpu_capability()}; speed is "
+        f"{report.models[0]}'s time in the same form, and in eager-fp32, over a model's own"
+    )
     for place in ON_CONSOLE:
-        table.add_column(COLUMNS[place], justify="right")
+        table.add_column(COLUMNS[place], justify="right", no_wrap=place > 0)
     for row in to_rows(report):
         table.add_row(*(row[place] for place in ON_CONSOLE))
     console.print(table)

@@ -65,6 +65,7 @@ def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
         elif type(child) is nn.Linear:
             setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
         elif type(child).__name__ == "Conv1D":
-            setattr(parent, name, PackedLinear(child.weight.t(), child.bias, dtype))
+            conv: Any = child
+            setattr(parent, name, PackedLinear(conv.weight.t(), conv.bias, dtype))
         else:
             _replace(child, dtype)

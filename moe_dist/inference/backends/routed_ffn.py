@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class RoutedFFN(nn.Module):
         if not _takes_the_best(router):
             routing: Routing = router(hidden_TD, current_context())
             return routing
-        weight_ED = router.gate.weight
+        weight_ED = cast(TokenGate, router).gate.weight
         scores_TE = F.linear(hidden_TD.to(weight_ED.dtype), weight_ED)
         best_TK = scores_TE.argmax(dim=1, keepdim=True)
         return Routing(best_TK, scores_TE[:, :1], unit_weights=True)
