@@ -21,6 +21,7 @@ from .commands.command_line import (
 )
 from .commands.comparison import register as register_comparison
 from .commands.export import register as register_export
+from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
 from .commands.run_command import run_until
 from .commands.search import register as register_search
@@ -355,6 +356,7 @@ def benchmark_startup(
 
 register_students(app, benchmark_app)
 register_merging(benchmark_app)
+register_inference(benchmark_app)
 register_search(app, benchmark_app)
 
 

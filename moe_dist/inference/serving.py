@@ -14,6 +14,7 @@ import torch
 
 from moe_dist.conversion.heads import answered_kind, chosen_head
 from moe_dist.errors import DataError
+from moe_dist.inference.backends import ORACLE, Form
 from moe_dist.inference.saving import load_model, load_tokenizer
 
 BATCH_SIZE = 32
@@ -125,12 +126,15 @@ def text_columns(model_input: Any) -> list[list[str]]:
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> TextModel:
     """Load a model directory for MLflow.
 
-    Settings are `max_length` (tokens), `task`, `options` and `calibration`, as in `TextModel`.
+    Settings are `max_length` (tokens), `task`, `options` and `calibration`, as in `TextModel`, and
+    `form`, such as `lean-bf16` (see `moe_dist.inference.backends`).
     """
     settings = model_config or {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    form = Form.parse(settings.get("form") or str(ORACLE))
+    device = "cuda" if torch.cuda.is_available() and form == ORACLE else "cpu"
+    model = load_model(Path(path), device, task=settings.get("task"))
     return TextModel(
-        load_model(Path(path), device, task=settings.get("task")),
+        model if form == ORACLE else form.prepare(model),
         load_tokenizer(Path(path)),
         max_length=int(settings.get("max_length", MAX_LENGTH)),
         options=settings.get("options") or {},

@@ -263,6 +263,16 @@ def install_routing_hooks(stack: nn.Module, *, causal: bool = False) -> None:
     stack.register_forward_hook(_close_context, always_call=True)
 
 
+def remove_routing_hooks(stack: nn.Module) -> None:
+    """Undo `install_routing_hooks`, for a stack whose routers read hidden states only."""
+    for hooks, own in (
+        (stack._forward_pre_hooks, (_open_context, _open_causal_context)),
+        (stack._forward_hooks, (_close_context,)),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in own]:
+            del hooks[key]
+
+
 @contextmanager
 def _recomputation(frame: _Frame | None) -> Iterator[None]:
     outer_frame, outer_record = _FRAME.get(), _RECORD.get()

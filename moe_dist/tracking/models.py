@@ -26,6 +26,8 @@ logger = logging.getLogger("moe_dist.tracking")
 
 LOADER_MODULE = "moe_dist.inference.serving"
 MODEL_TYPE = "moe-dist"
+# As it was trained; who loads it may name another (`moe_dist.inference.backends`).
+_FORM = "eager-fp32"
 # What the loader imports; MLflow would guess them by loading the model in another process.
 _REQUIREMENTS = ("moe-dist", "mlflow", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -157,7 +159,7 @@ def describe_model(
     import mlflow.pyfunc
     from mlflow.models import Model
 
-    settings = {"max_length": entry["max_length"]}
+    settings = {"max_length": entry["max_length"], "form": _FORM}
     for key in ("task", "options", "calibration"):
         # What waits since an earlier version lacks some.
         if entry.get(key) not in (None, "", {}):

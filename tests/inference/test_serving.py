@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+)
 
-from moe_dist.inference.serving import TextModel
+from moe_dist.errors import ConversionError
+from moe_dist.inference import save_model
+from moe_dist.inference.serving import TextModel, _load_pyfunc
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was good [ ] sep mask".split()
 
 
-def test_special_tokens_in_a_text_are_text_as_in_training(tmp_path: Path) -> None:
+def tokenizer_and_config(tmp_path: Path) -> tuple[Any, Any]:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS),
@@ -22,9 +31,42 @@ def test_special_tokens_in_a_text_are_text_as_in_training(tmp_path: Path) -> Non
         intermediate_size=16,
         max_position_embeddings=16,
     )
+    return BertTokenizer(vocab=str(tmp_path / "vocab.txt")), config
+
+
+def test_special_tokens_in_a_text_are_text_as_in_training(tmp_path: Path) -> None:
+    tokenizer, config = tokenizer_and_config(tmp_path)
     model = TextModel(BertForSequenceClassification(config).eval(), tokenizer, max_length=16)
     texts = ["the film [SEP] was good", "the film [ sep ] was good", "the"]
     scores = model.predict(texts)["score"].tolist()
     assert scores[0] == scores[1]
     # Padding beside a longer text changes nothing but rounding.
     assert abs(model.predict(texts[2:])["score"][0] - scores[2]) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["lean-fp32", "lean-bf16", "eager-bf16"])
+@pytest.mark.parametrize(
+    ("head", "column"),
+    [
+        (BertForSequenceClassification, "score"),
+        (BertForQuestionAnswering, "score"),
+        (BertModel, "vector"),
+    ],
+)
+def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column: str) -> None:
+    tokenizer, config = tokenizer_and_config(tmp_path)
+    if head is BertModel:
+        config.pooling, config.normalise = "mean", True
+    model = head(config).eval()
+    directory = save_model(model, tmp_path / "model", tokenizer)
+    texts: list[Any] = ["the film was good", "was the good film", "the"]
+    if head is BertForQuestionAnswering:
+        texts = [[text, "the film was good"] for text in texts]
+    expected = _load_pyfunc(str(directory), {"max_length": 16}).predict(texts)[column].tolist()
+    found = _load_pyfunc(str(directory), {"max_length": 16, "form": form}).predict(texts)
+    assert found[column].tolist() == [pytest.approx(one, abs=0.02) for one in expected]
+
+
+def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="'fast' is not one of"):
+        _load_pyfunc(str(tmp_path), {"form": "fast-fp32"})

@@ -1,0 +1,73 @@
+"""Forms in which a model answers: the same model, and the same answers, at another speed.
+
+A form is a backend and a precision. `eager` in float32 is the model as it was trained, and what
+all others are compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moe_dist.errors import ConversionError
+from moe_dist.inference.backends.eager import Eager
+from moe_dist.inference.backends.lean import Lean
+
+
+class Backend(Protocol):
+    """How a model is brought into a form."""
+
+    def prepare(self, model: Any, dtype: torch.dtype) -> Any:
+        """Make a copy, in eval mode, whose `forward` takes and gives what the model's own does.
+
+        What a backend does not take is a ConversionError with the reason.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Say in a line what the form does."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean()}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A backend by its name in `BACKENDS`, and a precision by its name in `DTYPES`.
+
+    What is neither is a ConversionError.
+    """
+
+    backend: str = "eager"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """See that both exist."""
+        for given, known in ((self.backend, BACKENDS), (self.precision, DTYPES)):
+            if given not in known:
+                raise ConversionError(
+                    f"there is no form {self}: {given!r} is not one of {', '.join(known)}",
+                    remedy="write for example eager-fp32 or lean-bf16",
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> Form:
+        """Read `BACKEND-PRECISION`."""
+        backend, _, precision = text.partition("-")
+        return cls(backend, precision)
+
+    def __str__(self) -> str:
+        """Write `BACKEND-PRECISION`."""
+        return f"{self.backend}-{self.precision}"
+
+    def prepare(self, model: Any) -> Any:
+        """Bring a model on the CPU into this form, see `Backend.prepare`."""
+        return BACKENDS[self.backend].prepare(model, DTYPES[self.precision])
+
+
+ORACLE = Form()
+ALL_FORMS = tuple(Form(backend, precision) for backend in BACKENDS for precision in DTYPES)

@@ -1,0 +1,71 @@
+"""What a model needs to answer on a CPU, and no more.
+
+Weights lie as the processor wants them, a routed feed-forward network is one call, and nothing is
+recorded. The rest is the architecture's own code, so every family has this form.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.errors import ConversionError
+from moe_dist.inference.backends.eager import cast_weights
+from moe_dist.inference.backends.native import load_operators
+from moe_dist.inference.backends.packed_linear import PackedLinear
+from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routing import remove_routing_hooks
+
+
+class Lean:
+    """Packed weights, one call for each routed network; cannot learn or be saved."""
+
+    def prepare(self, model: Any, dtype: torch.dtype) -> Any:
+        """Copy the model and replace its layers; a ConversionError where one has no such form."""
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        _refuse(model, layers)
+        lean = copy.deepcopy(model).eval().requires_grad_(False)
+        _replace(lean, dtype)
+        routers = nn.ModuleList(m for m in lean.modules() if isinstance(m, RoutedFFN))
+        cast_weights(lean, dtype, apart=routers)
+        if all(reads_hidden_states_only(layer.router) for layer in layers):
+            for module in lean.modules():
+                remove_routing_hooks(module)
+        return lean
+
+    def describe(self) -> str:
+        """Say in a line what the form does."""
+        operator = "one native operator" if load_operators() else "torch, since no compiler works"
+        return f"packed weights, experts by {operator}"
+
+
+def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:
+    merging = [layer.name for layer in layers if layer.merges]
+    if merging:
+        raise ConversionError(
+            f"{merging[0]} merges its experts, which has no lean form",
+            remedy="use the eager form; or fold the model of a task with `moe-dist export --fold`",
+        )
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ConversionError(
+            f"the lean form is for a CPU, and the model is on {device}",
+            remedy="load it with device='cpu', or use the eager form",
+        )
+
+
+def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
+    for name, child in list(parent.named_children()):
+        if isinstance(child, MoELayer):
+            setattr(parent, name, RoutedFFN(child, dtype))
+        elif type(child) is nn.Linear:
+            setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
+        elif type(child).__name__ == "Conv1D":
+            conv: Any = child
+            setattr(parent, name, PackedLinear(conv.weight.t(), conv.bias, dtype))
+        else:
+            _replace(child, dtype)

@@ -1,0 +1,289 @@
+"""Time models in every form that they answer in, in turn, so that a busy machine slows all alike.
+
+Times are those below which a tenth of the passes lies: what a model costs where nothing disturbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.inference import load_model
+from moe_dist.inference.backends import ALL_FORMS, ORACLE, Form
+from moe_dist.measure.latency import (
+    Latency,
+    OtherWork,
+    Rounds,
+    measure_in_turn,
+    random_batch,
+    watch_other_work,
+)
+from moe_dist.whole_files import write_json
+
+from ..markdown import markdown_table
+from .sizes import below_one, cpu_threads
+
+JSON_NAME, MARKDOWN_NAME = "inference.json", "inference.md"
+WIDE_SPREAD = 0.5
+"""Spread of the times from which on they are no good to judge by."""
+
+
+@dataclass(frozen=True)
+class InferenceBenchmark:
+    """What to time.
+
+    Args:
+        directories: of models by name; ratios are to the first.
+        shapes: sentences and tokens of a pass.
+        forms: to bring each model into; eager in float32 is always among them.
+        num_rounds: in each every form of every model is timed.
+        num_threads: CPU threads; torch's own choice if None.
+    """
+
+    directories: Mapping[str, Path]
+    shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 64), (1, 128), (32, 64))
+    forms: tuple[Form, ...] = ALL_FORMS
+    num_rounds: int = 15
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model in one form at one shape.
+
+    Attributes:
+        model: its name.
+        form: as it is written.
+        shape: sentences, tokens.
+        low_ms: a tenth of the passes took no longer.
+        median_ms: half of them.
+        spread: see `Latency`.
+        speed: the first model's time in the same form over this one.
+        speed_over_oracle: the first model's time in eager float32 over this one.
+        error: largest difference of its answers from its own in eager float32, as a part of the
+            largest of these.
+    """
+
+    model: str
+    form: str
+    shape: tuple[int, int]
+    low_ms: float
+    median_ms: float
+    spread: float
+    speed: float
+    speed_over_oracle: float
+    error: float
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """What was found.
+
+    Attributes:
+        timings: of every form of every model at every shape.
+        refused: forms that a model does not have, each with the reason.
+        num_threads: CPU threads.
+        busy: what else the machine did, where that was too much to judge by.
+    """
+
+    timings: tuple[Timing, ...]
+    refused: tuple[str, ...]
+    num_threads: int
+    busy: str = ""
+
+    def fastest(self, model: str, shape: tuple[int, int]) -> Timing:
+        """The form of a model that takes the least time at a shape."""
+        own = [one for one in self.timings if (one.model, one.shape) == (model, shape)]
+        return min(own, key=lambda one: one.low_ms)
+
+    @property
+    def models(self) -> list[str]:
+        """Names in their order."""
+        return list(dict.fromkeys(one.model for one in self.timings))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Shapes in their order."""
+        return list(dict.fromkeys(one.shape for one in self.timings))
+
+
+def run(settings: InferenceBenchmark) -> InferenceReport:
+    """Load, bring into forms, and time. A ConfigError if a setting does not fit."""
+    faults = below_one(settings, "num_rounds")
+    faults += [f"shape {b} × {s} has nothing in it" for b, s in settings.shapes if min(b, s) < 1]
+    faults += ["no model is given"] * (not settings.directories)
+    if faults:
+        raise ConfigError(faults, source="benchmark inference")
+    prepared: dict[tuple[str, Form], Any] = {}
+    refused = []
+    for name, directory in settings.directories.items():
+        model = load_model(directory)
+        for form in dict.fromkeys((ORACLE, *settings.forms)):
+            try:
+                prepared[name, form] = form.prepare(model)
+            except ConversionError as error:
+                refused.append(f"{name}, {form}: {error.message}")
+    with watch_other_work() as look, cpu_threads(settings.num_threads):
+        num_threads = torch.get_num_threads()
+        timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
+        work = look()
+    return InferenceReport(tuple(timings), tuple(refused), num_threads, _busy(work, num_threads))
+
+
+def _time(
+    prepared: Mapping[tuple[str, Form], Any],
+    shape: tuple[int, int],
+    settings: InferenceBenchmark,
+) -> list[Timing]:
+    batch_size, seq_len = shape
+    rounds = Rounds(settings.num_rounds)
+    found = measure_in_turn(prepared, rounds, batch_sizes=(batch_size,), seq_len=seq_len)
+    times = {key: by_size[batch_size] for key, by_size in found.items()}
+    first = next(iter(prepared))[0]
+    timings = []
+    for (name, form), latency in times.items():
+        timings.append(
+            Timing(
+                model=name,
+                form=str(form),
+                shape=shape,
+                low_ms=latency.low_ms,
+                median_ms=latency.median_ms,
+                spread=latency.spread,
+                speed=_ratio(times.get((first, form)), latency),
+                speed_over_oracle=_ratio(times[first, ORACLE], latency),
+                error=_error(prepared[name, form], prepared[name, ORACLE], shape),
+            )
+        )
+    return timings
+
+
+def _ratio(other: Latency | None, own: Latency) -> float:
+    return float("nan") if other is None else other.low_ms / own.low_ms
+
+
+@torch.inference_mode()
+def _error(model: Any, oracle: Any, shape: tuple[int, int]) -> float:
+    batch = random_batch(oracle, *shape)
+    expected, found = _answer(oracle(**batch)), _answer(model(**batch)).float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _answer(output: Any) -> Tensor:
+    """Logits, or what else a model's first output is."""
+    answer: Tensor = output[0]
+    return answer
+
+
+def _busy(work: OtherWork, num_threads: int) -> str:
+    if not work.disturbs(num_threads):
+        return ""
+    return (
+        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times "
+        "are too high, and ratios a hint"
+    )
+
+
+COLUMNS = (
+    "texts × tokens", "model", "form", "ms", "median ms", "spread",
+    "× same form", "× eager-fp32", "differs",
+)  # fmt: skip
+ON_CONSOLE = (0, 1, 2, 3, 6, 7, 8)
+"""The columns that fit."""
+
+
+def to_rows(report: InferenceReport) -> list[list[str]]:
+    """Lay the timings out, a row each, in the order of `COLUMNS`."""
+    return [
+        [
+            f"{one.shape[0]} × {one.shape[1]}",
+            one.model,
+            one.form,
+            f"{one.low_ms:.2f}" + ("?" if one.spread > WIDE_SPREAD else ""),
+            f"{one.median_ms:.2f}",
+            f"{one.spread:.2f}",
+            f"{one.speed:.2f}",
+            f"{one.speed_over_oracle:.2f}",
+            f"{one.error:.0e}",
+        ]
+        for one in report.timings
+    ]
+
+
+def verdicts(report: InferenceReport) -> list[str]:
+    """Compare the models, each in its fastest form, in a sentence for each shape."""
+    lines = []
+    first, *others = report.models
+    for shape in report.shapes:
+        base = report.fastest(first, shape)
+        said = [f"{first} {base.low_ms:.2f} ms ({base.form})"]
+        for name in others:
+            own = report.fastest(name, shape)
+            said.append(
+                f"{name} {own.low_ms:.2f} ms ({own.form}), {base.low_ms / own.low_ms:.2f} × as fast"
+            )
+        lines.append(f"{shape[0]} × {shape[1]}, each in its fastest form: " + "; ".join(said))
+    lines += [f"not there: {reason}" for reason in report.refused]
+    wide = sum(one.spread > WIDE_SPREAD for one in report.timings)
+    if wide:
+        lines.append(f"{wide} of {len(report.timings)} times vary too much to judge by (marked ?)")
+    return [*lines, *([report.busy] if report.busy else [])]
+
+
+def main(settings: InferenceBenchmark, output: Path | None = None) -> None:
+    """Run the benchmark and print it; what `moe-dist benchmark inference` calls.
+
+    Args:
+        settings: what to measure.
+        output: a directory for the same as JSON and Markdown.
+    """
+    report = run(settings)
+    console = Console(highlight=False)
+    table = Table(
+        title=f"{report.num_threads} threads, {torch.backends.cpu.get_cpu_capability()}; speed is "
+        f"{report.models[0]}'s time in the same form, and in eager-fp32, over a model's own"
+    )
+    for place in ON_CONSOLE:
+        table.add_column(COLUMNS[place], justify="right", no_wrap=place > 0)
+    for row in to_rows(report):
+        table.add_row(*(row[place] for place in ON_CONSOLE))
+    console.print(table)
+    for sentence in verdicts(report):
+        console.print(sentence)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / JSON_NAME, asdict(report))
+        lines = markdown_table(COLUMNS, to_rows(report))
+        lines += ["", *(f"- {sentence}" for sentence in verdicts(report))]
+        (output / MARKDOWN_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def named_directories(directories: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=DIR` or `DIR`, which is then called by its stage; faults are a ConfigError."""
+    found: dict[str, Path] = {}
+    faults = []
+    for text in directories:
+        name, is_named, path = text.rpartition("=")
+        place = Path(path)
+        own = name if is_named else _stage_name(place)
+        if not place.is_dir():
+            faults.append(f"{path} is no directory; give one that holds a model")
+        elif own in found:
+            faults.append(f"two models are called {own}; name them: NAME={path}")
+        found[own] = place
+    if faults:
+        raise ConfigError(faults, source="benchmark inference")
+    return found
+
+
+def _stage_name(directory: Path) -> str:
+    place = directory.absolute()
+    return place.parent.name if place.name == "model" else place.name

@@ -1,0 +1,66 @@
+"""The command `benchmark inference`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command_line import Debug, clean_errors, quieten_libraries
+
+
+def register(benchmark_app: typer.Typer) -> None:
+    """Add the command to the program's benchmarks."""
+    benchmark_app.command("inference")(benchmark_inference)
+
+
+def benchmark_inference(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]DIR...", help="Models; ratios are to the first."),
+    ],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Sentences and tokens of a pass, such as 1x16; repeatable."),
+    ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="A form such as lean-bf16; repeatable; all if not given."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds; in each all are timed twice.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for inference.json and inference.md.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time models in every form that they can answer in, in turn."""
+    with clean_errors(debug=debug):
+        quieten_libraries()
+        from moe_dist.inference.backends import ALL_FORMS, Form
+
+        from ..benchmarks.inference import InferenceBenchmark, main, named_directories
+
+        main(
+            InferenceBenchmark(
+                directories=named_directories(models),
+                shapes=tuple(_shape(text) for text in shape or ("1x16", "1x64", "1x128", "32x64")),
+                forms=tuple(Form.parse(text) for text in form) if form else ALL_FORMS,
+                num_rounds=rounds,
+                num_threads=threads,
+            ),
+            output,
+        )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    from moe_dist.errors import ConfigError
+
+    batch_size, _, seq_len = text.lower().replace("×", "x").partition("x")
+    if not (batch_size.isdecimal() and seq_len.isdecimal()):
+        raise ConfigError(
+            [f"--shape {text!r} is not written as sentences x tokens, such as 1x16."],
+            source="benchmark inference",
+        )
+    return int(batch_size), int(seq_len)

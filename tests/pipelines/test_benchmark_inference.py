@@ -1,0 +1,81 @@
+"""`moe-dist benchmark inference`: what it times, says and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_dist.inference import save_model
+from pipelines.cli import app
+from tests.conversion.dense_models import tiny_model
+from tests.inference.moe_students import student
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    save_model(tiny_model("bert"), place / "finetune-teacher" / "model")
+    save_model(student(router="token_gate"), place / "distill" / "model")
+    return place
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["benchmark", "inference", *arguments], env={"COLUMNS": "250"})
+    return result.exit_code, result.output
+
+
+def test_every_form_of_every_model_is_timed_and_compared(models: Path, tmp_path: Path) -> None:
+    code, output = run(
+        *(str(models / "finetune-teacher/model"), f"sparse={models / 'distill/model'}"),
+        *("--shape", "1x5", "--shape", "3x4", "--rounds", "2", "--output", str(tmp_path)),
+    )
+    assert code == 0, output
+    assert "each in its fastest form: finetune-teacher" in output
+    report = json.loads((tmp_path / "inference.json").read_text())
+    timings = report["timings"]
+    keys = {(one["model"], one["form"], tuple(one["shape"])) for one in timings}
+    forms = ("eager-fp32", "eager-bf16", "lean-fp32", "lean-bf16")
+    assert keys == {
+        (model, form, shape)
+        for model in ("finetune-teacher", "sparse")
+        for form in forms
+        for shape in ((1, 5), (3, 4))
+    }
+    by_key = {(one["model"], one["form"], tuple(one["shape"])): one for one in timings}
+    for (_, form, shape), one in by_key.items():
+        first = by_key["finetune-teacher", form, shape]["low_ms"]
+        oracle = by_key["finetune-teacher", "eager-fp32", shape]["low_ms"]
+        assert one["speed"] == pytest.approx(first / one["low_ms"])
+        assert one["speed_over_oracle"] == pytest.approx(oracle / one["low_ms"])
+        assert one["error"] <= {"fp32": 1e-5, "bf16": 0.1}[form[-4:]]
+        assert (one["error"] == 0) == (form == "eager-fp32") or form == "lean-fp32"
+    assert "| lean-bf16 |" in (tmp_path / "inference.md").read_text()
+
+
+def test_only_the_forms_that_are_asked_for(models: Path) -> None:
+    code, output = run(
+        str(models / "distill/model"), "--shape", "1x4", "--form", "lean-fp32", "--rounds", "1"
+    )
+    assert code == 0, output
+    assert "lean-fp32" in output
+    assert "eager-fp32" in output
+    assert "bf16" not in output
+
+
+def test_bad_input_is_one_clear_error(models: Path) -> None:
+    place = str(models / "distill/model")
+    for arguments, said in (
+        ((place, "--form", "fast-fp32"), "'fast' is not one of eager, lean"),
+        ((place, "--shape", "16"), "such as 1x16"),
+        ((place, "--shape", "0x16"), "has nothing in it"),
+        ((place, place), "two models are called distill"),
+        ((str(models / "nothing"),), "is no directory"),
+        ((place, "--rounds", "0"), "num_rounds is 0"),
+    ):
+        code, output = run(*arguments)
+        assert code != 0
+        assert said in output
+        assert "Traceback" not in output
