@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -18,6 +19,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import pytest
 
 from tests.hosts.network import why_not
+
+# Tests start processes of a group some fifty times, each of which would import torch for seconds.
+multiprocessing.set_forkserver_preload(["tests.distributed.preloaded", "tests.distributed.watched"])
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

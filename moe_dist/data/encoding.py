@@ -70,6 +70,22 @@ class Encoded:
         return np.diff(self.offsets)
 
     @property
+    def read_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample that a model reads in training, those of its target too (N,)."""
+        return self.lengths if self._target_lengths is None else self.lengths + self._target_lengths
+
+    @property
+    def widths(self) -> NDArray[np.int64]:
+        """Tokens of the longer of each sample's two sides, where it has a target (N,)."""
+        if self._target_lengths is None:
+            return self.lengths
+        return np.maximum(self.lengths, self._target_lengths)
+
+    @property
+    def _target_lengths(self) -> NDArray[np.int64] | None:
+        return None if self.target_offsets is None else np.diff(self.target_offsets)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all samples."""
         return int(self.offsets[-1])

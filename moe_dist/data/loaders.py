@@ -29,7 +29,7 @@ class StepBatch:
         micro_batches: `accumulation` many; each has input_ids, attention_mask, labels and,
             if the tokenizer knows them, token_type_ids.
         num_samples: of the whole step, over all ranks and micro-batches.
-        num_tokens: real tokens of the whole step, over all ranks and micro-batches.
+        num_tokens: real tokens of the whole step, targets too, over all ranks and micro-batches.
         num_targets: what the task losses of the whole step are a sum over.
         sample_ids: of this rank's samples.
         task: number of the task that all samples are of; None in a run of one task.
@@ -118,19 +118,19 @@ class TrainBatches:
         bounds = np.linspace(0, len(order), self.steps_per_epoch + 1).astype(np.int64)
         if not self.bucket:
             return np.split(order, bounds[1:-1])
-        lengths = self.encoded.lengths
+        # Two sides are filled up each for itself: the longer one says what a sample costs most.
+        widths = self.encoded.widths
         batches = []
         for first in range(0, self.steps_per_epoch, _BUCKET_BATCHES):
             cuts = bounds[first : first + _BUCKET_BATCHES + 1]
             pool = order[cuts[0] : cuts[-1]]
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            pool = pool[np.argsort(widths[pool], kind="stable")]
             batches.extend(np.split(pool, cuts[1:-1] - cuts[0]))
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _step(self, batch: NDArray[np.int64]) -> StepBatch:
         # Neighbours in length go to the ranks in turn, so that ranks wait little on each other.
-        lengths = self.encoded.lengths
-        by_length = batch[np.argsort(lengths[batch], kind="stable")]
+        by_length = batch[np.argsort(self.encoded.widths[batch], kind="stable")]
         mine = [
             chunk[self.rank :: self.world_size]
             for chunk in np.array_split(by_length, self.accumulation)
@@ -141,7 +141,7 @@ class TrainBatches:
                 for rows in mine
             ],
             num_samples=len(batch),
-            num_tokens=int(lengths[batch].sum()),
+            num_tokens=int(self.encoded.read_lengths[batch].sum()),
             num_targets=self.encoded.count_targets(batch),
             sample_ids=self.encoded.sample_ids[np.concatenate(mine)].tolist(),
         )

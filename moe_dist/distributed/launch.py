@@ -70,16 +70,26 @@ def spawn_gloo(fn: Callable[..., Any], world_size: int, *args: Any) -> None:
     """Run `fn(rank, world_size, *args)` in several CPU processes of a gloo group.
 
     `fn` and `args` must be picklable. The processes meet through a file, so that parallel runs
-    cannot race for a port.
+    cannot race for a port. They are forked from a process that has imported what
+    `multiprocessing.set_forkserver_preload` named, and nothing else of this one's state.
     """
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as directory:
         store_path = str(Path(directory) / "store")
-        mp.spawn(_run_in_group, args=(fn, world_size, store_path, args), nprocs=world_size)
+        own = (fn, world_size, store_path, dict(os.environ), args)
+        mp.start_processes(_run_in_group, args=own, nprocs=world_size, start_method="forkserver")
 
 
 def _run_in_group(
-    rank: int, fn: Callable[..., Any], world_size: int, store_path: str, args: tuple[Any, ...]
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    store_path: str,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
 ) -> None:
+    # The process that this one was forked from has that of the moment when it was started.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     set_thread_count()

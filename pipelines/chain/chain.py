@@ -22,6 +22,7 @@ from moe_dist.workers.ray_session import RaySession, ray_session
 
 from ..checks.preflight import check_before_start
 from ..report import report
+from ..report.report_text import to_markdown
 from ..stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
 from .recording import chain_tags, log_models, metric_tags
 from .stage import StageInputs, StageResult, stage_key
@@ -243,7 +244,7 @@ def _report(
     path = workspace.root / report.JSON_NAME
     write_json(path, content)
     text = workspace.root / report.MARKDOWN_NAME
-    text.write_text(report.to_markdown(content), encoding="utf-8")
+    text.write_text(to_markdown(content), encoding="utf-8")
     # The same chain may report again; its points stay single.
     MetricLog(workspace.root / METRIC_LOG).truncate_after(-1)
     chain.log_metrics(0, report.headline_metrics(content))

@@ -12,7 +12,7 @@ from moe_dist.tracking import TrackedModel, redact_uri
 
 from ..checks.cluster_package import cluster_module
 from ..stages import distill, evaluate, finetune_teacher
-from ..stages.writers import MODELS
+from ..stages.writers import writes_texts, written_model
 from .stage import StageResult, stage_key
 
 if TYPE_CHECKING:
@@ -83,17 +83,19 @@ def log_models(
     for name, key in owners.items():
         if key not in results:
             continue
-        result, output = results[key], MODEL_OUTPUT
-        if measured is not None and (own := f"{MODELS}/{name}") in measured.outputs:
-            result, output = measured, own
+        directory = results[key].outputs[MODEL_OUTPUT]
+        digest = results[key].digests[MODEL_OUTPUT]
+        if measured is not None and writes_texts(workspace):
+            directory = written_model(measured, name)
+            digest = workspace.files.digest(directory)
         register_as = tracking.register_model if name == evaluate.STUDENT else ""
         for task, splits in workspace.rows.parts.items():
             kind = splits.task.task_kind
             chain.log_model(
                 TrackedModel(
                     name=f"{name}-{task}" if task else name,
-                    directory=workspace.files.fetch(result.outputs[output]),
-                    digest=result.digests[output],
+                    directory=workspace.files.fetch(directory),
+                    digest=digest,
                     num_texts=len(splits.task.text_columns) if kind.reads_pairs else 1,
                     labels=tuple(splits.task.label_names or ()),
                     max_length=config.model.max_length,

@@ -163,12 +163,17 @@ def execute(
     fingerprint = stage_fingerprint(stage, settings=settings, inputs=input_digests)
     console, files = inputs.workspace.console, inputs.workspace.files
     recover(directory, fingerprint, files)
-    finished = read_result(directory, files)
+    finished = read_result(directory)
     if finished is not None and finished.fingerprint == fingerprint:
-        # The process may have been stopped after it finished the stage and before it cleared it.
-        _clear(directory, scratch, files)
-        console.stage_skipped(key, finished.seconds)
-        return finished
+        damaged = _damaged_outputs(finished, files)
+        if not damaged:
+            # The process may have been stopped after it finished the stage and before it cleared
+            # it.
+            _clear(directory, scratch, files)
+            console.stage_skipped(key, finished.seconds)
+            return finished
+        names = ", ".join(damaged)
+        console.warn(f"{key}: missing or changed since it finished: {names}; it is done again")
     begin = time.monotonic()
     try:
         resumed, earlier_s = _prepare(directory, fingerprint, settings, input_digests, files)
@@ -213,14 +218,12 @@ def execute(
     return result
 
 
-def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
-    """Read a stage back; None where it never finished or an output has gone or changed."""
+def read_result(directory: Path) -> StageResult | None:
+    """Read a stage back, whatever has become of its outputs; None where it never finished."""
     try:
         written = json.loads((directory / FINISHED).read_text(encoding="utf-8"))
         outputs = {name: directory / entry["path"] for name, entry in written["outputs"].items()}
         digests = {name: entry["digest"] for name, entry in written["outputs"].items()}
-        if any(files.digest(path) != digests[name] for name, path in outputs.items()):
-            return None
         return StageResult(
             stage=written["stage"],
             label=written["label"],
@@ -237,6 +240,18 @@ def read_result(directory: Path, files: ResultFiles) -> StageResult | None:
             skipped=True,
         )
     except (OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _damaged_outputs(result: StageResult, files: ResultFiles) -> list[str]:
+    """Name the outputs of a finished stage that have gone or changed."""
+    return [name for name in result.outputs if _digest(name, result, files) != result.digests[name]]
+
+
+def _digest(name: str, result: StageResult, files: ResultFiles) -> str | None:
+    try:
+        return files.digest(result.outputs[name])
+    except (OSError, LookupError, ValueError, TypeError):  # Its manifest may be damaged.
         return None
 
 

@@ -16,7 +16,7 @@ from moe_dist.distributed.topology import fitting_ep_size
 from moe_dist.errors import ConfigError, ConversionError, NotAtHandError
 
 from ..chain.workspace import Workspace
-from ..report.report import quantity
+from ..report.report_text import quantity
 from ..stages.adapt import keeps_all_neurons, router_options
 from .data_summaries import say_summaries
 from .topology_facts import topology_facts

@@ -104,7 +104,7 @@ def _document(result: ChainResult) -> dict[str, object]:
 
 def _show(result: ChainResult, console: Console) -> None:
     if result.report_path is not None:
-        from ..report.report import (
+        from ..report.report_text import (
             latency_lines,
             nearness_lines,
             to_tables,

@@ -11,7 +11,7 @@ from moe_dist.config.search_space import is_number
 from moe_dist.search.trials import BASELINE, Trial, finished_front
 
 from ..report.plots import COLOURS, FAINT, INK, new_figure, plot_style, save_figure
-from ..report.report import quantity
+from ..report.report_text import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

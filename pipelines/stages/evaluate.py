@@ -37,7 +37,7 @@ from ..report.quality import (
     measure_quality,
 )
 from . import adapt, distill, finetune_teacher
-from .writers import write_as_measured
+from .writers import restore_written, write_as_measured
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -63,7 +63,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
     Inputs must hold the teacher, and the adapted and distilled models of the main student and
     of each comparison that is to be measured. Returns `predictions`, with the figures of each
-    model in `details`, and `models/NAME` of each that writes texts (`write_as_measured`).
+    model in `details`. Of each that writes texts `models/NAME` lies beside them
+    (`write_as_measured`); they are no outputs, since they can be written without measuring anew.
     """
     models = model_directories(inputs)
     seq_len = min(LATENCY_SEQ_LEN, config.model.max_length)
@@ -95,7 +96,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 entries[name] |= cost
             beside = other_work()
         main_metric = workspace.rows.main_metric
-        written = write_as_measured(final_models(loaded), models, workspace, stage)
+        write_as_measured(final_models(loaded), models, workspace, stage.directory)
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -104,7 +105,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         }
         stage.run.log_metrics(0, metrics)
         return StageOutcome(
-            outputs={"predictions": stage.directory / PREDICTIONS, **written},
+            outputs={"predictions": stage.directory / PREDICTIONS},
             metrics=metrics,
             details={
                 "main_metric": main_metric,
@@ -139,7 +140,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             plots=draw_loads(loads, stage.directory),
         )
 
-    return execute(
+    result = execute(
         NAME,
         settings={
             "seed": config.seed,
@@ -147,8 +148,6 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
             "imitation": [*MEASURES, MAX_SAMPLES],
             "metric_rules": METRIC_RULES,
-            # Of kinds whose models are written here: what earlier versions finished lacks them.
-            **({"models": "written"} if _writes_models(inputs.workspace) else {}),
         },
         input_digests={
             "data": inputs.workspace.rows.digest,
@@ -158,10 +157,9 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         tracker=tracker,
         work=work,
     )
-
-
-def _writes_models(workspace: Workspace) -> bool:
-    return any(part.task.task_kind.writes for part in workspace.rows.parts.values())
+    if result.skipped:
+        restore_written(result, final_models(models), inputs.workspace)
+    return result
 
 
 def model_directories(inputs: StageInputs) -> dict[str, tuple[Path, str]]:

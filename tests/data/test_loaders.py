@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def dataset(num: int = 23, *, pair: bool = False, regression: bool = False) -> D
     )
 
 
-def synthetic(num: int, seed: int = 0) -> Encoded:
-    lengths = np.random.default_rng(seed).integers(1, 30, num)
+def synthetic(num: int, seed: int = 0, longest: int = 29) -> Encoded:
+    lengths = np.random.default_rng(seed).integers(1, longest + 1, num)
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     return Encoded(
         input_ids=np.arange(1, offsets[-1] + 1, dtype=np.int32),
@@ -230,6 +231,31 @@ def test_buckets_save_padding() -> None:
         return sum(int((mask == 0).sum()) for mask in masks)
 
     assert padding(True) < padding(False) / 4
+
+
+def of_pairs(first: Encoded, second: Encoded) -> Encoded:
+    """Samples of two sides, as a teacher is fine-tuned on and as encoder-decoders are trained."""
+    return replace(first, targets=second.input_ids, target_offsets=second.offsets)
+
+
+def test_both_sides_of_a_sample_are_counted_and_bucketed() -> None:
+    first, second = synthetic(512, seed=1), synthetic(512, seed=2)
+
+    def padding(encoded: Encoded, bucket: bool = True) -> int:
+        steps = list(TrainBatches(encoded, batch_size=16, bucket=bucket).epoch(0))
+        filled = 0
+        for step in steps:
+            (batch,) = step.micro_batches
+            is_real = torch.cat([batch["attention_mask"] == 1, batch["targets"] != IGNORED], dim=1)
+            assert step.num_tokens == int(is_real.sum())
+            filled += int((~is_real).sum())
+        assert sum(step.num_tokens for step in steps) == first.num_tokens + second.num_tokens
+        return filled
+
+    # Lengths that have nothing to do with each other; then a first side of one token.
+    assert padding(of_pairs(first, second)) < 0.75 * padding(of_pairs(first, second), bucket=False)
+    first = synthetic(512, longest=1)
+    assert padding(of_pairs(first, second)) < padding(of_pairs(first, second), bucket=False) / 4
 
 
 def test_steps_that_ranks_cannot_share() -> None:

@@ -1,36 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_dist.data.metrics import LabelSpace
-from moe_dist.data.sources import Splits, load_splits, resolve_model
+from moe_dist.data.sources import load_splits, resolve_model
 from moe_dist.errors import DataError
-
-Rows = Sequence[tuple[str, ...]]
-ROWS = [("one good film", "pos"), ("a bad plot", "neg"), ("fine acting here", "pos")]
-
-
-def write_tsv(path: Path, rows: Rows, header: tuple[str, ...]) -> Path:
-    lines = ["\t".join(row) for row in [header, *rows]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def load(folder: Path, rows: Rows = ROWS, **changes: Any) -> Splits:
-    header = changes.pop("header", ("text", "label"))
-    dev_rows = changes.pop("dev_rows", rows)
-    arguments: dict[str, Any] = {
-        "source": "files",
-        "train": write_tsv(folder / "train.tsv", rows, header),
-        "dev": write_tsv(folder / "dev.tsv", dev_rows, header),
-        "text_columns": ["text"],
-    }
-    return load_splits(**(arguments | changes))
+from tests.data.tsv_rows import ROWS, Rows, load
 
 
 def test_label_names_are_inferred_in_sorted_order(tmp_path: Path) -> None:
@@ -328,52 +306,6 @@ def test_model_that_is_not_to_be_had(name: str, message: str) -> None:
 def test_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
-
-
-def test_f1_is_of_the_second_class_unless_another_is_chosen(tmp_path: Path) -> None:
-    splits = load(tmp_path, metrics=["f1", "accuracy"])
-    assert splits.task.label_space == LabelSpace(2, 1, ("neg", "pos"))
-    assert splits.metric_titles == {"f1": "f1 of pos", "accuracy": "accuracy"}
-    chosen = load(tmp_path, metrics=["f1"], positive_label="neg")
-    assert chosen.task.label_space.positive == 0
-    assert chosen.metric_titles == {"f1": "f1 of neg"}
-    # Naming the default changes nothing, so that what is there already stays.
-    named = load(tmp_path, metrics=["f1", "accuracy"], positive_label="pos")
-    assert named.digest == splits.digest
-    assert load(tmp_path, metrics=["f1"]).digest != chosen.digest
-    assert load(tmp_path, metrics=["f1"]).train_digest == chosen.train_digest
-
-
-@pytest.mark.parametrize(
-    ("rows", "changes", "message", "remedy"),
-    [
-        (ROWS, {"metrics": ["f1"], "positive_label": "Pos"}, "no class of these data", "neg, pos"),
-        (
-            [*ROWS, ("x", "so-so")],
-            {"metrics": ["f1"], "positive_label": "pos"},
-            "3 classes",
-            "mean",
-        ),
-        (
-            [("x", "0.5"), ("y", "1.5")],
-            {"kind": "regression", "positive_label": "0.5"},
-            "these data are regression",
-            "remove it",
-        ),
-        (ROWS, {"positive_label": "pos"}, "is read by f1", "add f1"),
-    ],
-)
-def test_a_positive_label_that_means_nothing_is_refused(
-    tmp_path: Path, rows: Rows, changes: dict[str, Any], message: str, remedy: str
-) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        load(tmp_path, rows, **changes)
-    assert remedy in str(caught.value.remedy)
-
-
-def test_a_metric_of_another_kind_is_refused_where_the_recipe_names_no_kind(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'perplexity'\] cannot measure data\.kind=cla"):
-        load(tmp_path, metrics=["accuracy", "perplexity"])
 
 
 def test_of_several_texts_in_a_label_the_first_is_the_target(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ Ranks = list[BaseProcess]
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Ranks]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.watched"])  # torch is imported once
 
     def start(fault: str, world_size: int = 2) -> Ranks:
         ranks: Ranks = [

@@ -1,4 +1,4 @@
-"""One Ray for the tests of a module."""
+"""One Ray for all tests here that have no wishes of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from moe_dist.workers.ray_session import RaySession, ray_session
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def session() -> Iterator[RaySession]:
     """Ray on this machine, connected."""
     pytest.importorskip("ray")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moe_dist.workers.driver import JobResult, run_on_workers
 from moe_dist.workers.ray_session import RaySession, ray_session
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+STEP_TIMEOUT_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -36,53 +38,54 @@ def session() -> Iterator[RaySession]:
 
 @pytest.fixture
 def run(session: RaySession, tmp_path: Path) -> Any:
+    return runner(session, tmp_path)
+
+
+def runner(session: RaySession, directory: Path) -> Any:
     def run(job: Any, num_workers: int = 2, **options: Any) -> JobResult:
-        settings = {"storage_path": tmp_path, "name": "job", "launcher": "ray", **options}
-        payload = {"directory": str(tmp_path), "number": 7}
+        settings = {"storage_path": directory, "name": "job", "launcher": "ray", **options}
+        payload = {"directory": str(directory), "number": 7}
         return run_on_workers(job, payload, num_workers=num_workers, session=session, **settings)
 
     return run
 
 
-def test_rank_zero_answers_and_all_ranks_take_part(run: Any) -> None:
-    def job(payload: dict[str, Any]) -> dict[str, Any]:
-        import os
+@dataclass(frozen=True)
+class Survivor:
+    """A job whose rank 1 was killed after step 3 and stopped in step 5, and what it left."""
 
-        import torch
-        import torch.distributed as dist
-
-        import moe_dist.moe  # noqa: F401  (found from any directory)
-
-        total = torch.tensor([float(dist.get_rank() + payload["number"])])
-        dist.all_reduce(total)
-        return {
-            "rank": dist.get_rank(),
-            "sum": total.item(),
-            "backend": dist.get_backend(),
-            "threads": torch.get_num_threads(),
-            "omp": os.environ["OMP_NUM_THREADS"],
-        }
-
-    polled: list[float] = []
-    result = run(job, on_poll=lambda: polled.append(time.monotonic()))
-    expected = {"rank": 0, "sum": 15.0, "backend": "gloo", "threads": 1, "omp": "1"}
-    assert result.value == expected and result.num_attempts == 1
-    assert polled and result.start_up_s > 0
+    result: JobResult
+    directory: Path
+    workers: list[dict[str, Any]]
+    num_polls: int
 
 
-def test_killed_worker_resumes_from_its_checkpoint(run: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def survivor(session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Survivor:
+    """One job for all that a job survives: workers take long to start."""
+
     def job(payload: dict[str, Any]) -> dict[str, Any]:
         import os
         import signal
         from pathlib import Path
 
+        import torch
         import torch.distributed as dist
+
+        import moe_dist.moe  # noqa: F401  (found from any directory)
+        from moe_dist.distributed.position import TRAINING, begin_step, collective, enter_phase
 
         directory = Path(payload["directory"])
         checkpoint = directory / "checkpoint"
         first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+        enter_phase(TRAINING)
         for step in range(first + 1, 6):
-            dist.barrier()
+            begin_step(step)
+            if step == 5 and first == 3 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            total = torch.tensor([float(dist.get_rank() + payload["number"])])
+            with collective("sum of gradients"):
+                dist.all_reduce(total)
             if dist.get_rank() == 0:
                 checkpoint.write_text(str(step))
                 with (directory / "steps").open("a") as stream:
@@ -90,53 +93,59 @@ def test_killed_worker_resumes_from_its_checkpoint(run: Any, tmp_path: Path) -> 
             dist.barrier()
             if step == 3 and first == 0 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return {"first": first}
+        return {
+            "first": first,
+            "rank": dist.get_rank(),
+            "sum": total.item(),
+            "backend": dist.get_backend(),
+            "threads": torch.get_num_threads(),
+            "omp": os.environ["OMP_NUM_THREADS"],
+        }
 
-    result = run(job, max_failures=1)
-    assert result.value == {"first": 3} and result.num_attempts == 2
-    assert (tmp_path / "steps").read_text() == "1 2 3 4 5 "
-    workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
-    assert [(w["attempt"], w["rank"]) for w in workers] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert len({w["pid"] for w in workers}) == 4
-    assert {w["host"] for w in workers} == {socket.gethostname()}
-    (restart,) = result.restarts
-    assert restart.attempt == 1
-    assert f"rank 1 (host {socket.gethostname()}" in restart.reason
-    assert f"pid {workers[1]['pid']})" in restart.reason
-    assert list(restart.parts) == ["detect", "stop", "start"] and 0 < restart.seconds < 300
+    directory = tmp_path_factory.mktemp("survivor")
+    polled: list[float] = []
+    run = runner(session, directory)
+    result = run(
+        job,
+        max_failures=2,
+        step_timeout_s=STEP_TIMEOUT_S,
+        on_poll=lambda: polled.append(time.monotonic()),
+    )
+    workers = [json.loads(line) for line in (directory / "job" / WORKERS_NAME).open()]
+    return Survivor(result, directory, workers, len(polled))
 
 
-def test_stopped_worker_is_ended_and_named(run: Any, tmp_path: Path) -> None:
-    def job(payload: dict[str, Any]) -> int:
-        import os
-        import signal
-        from pathlib import Path
+def test_rank_zero_answers_and_all_ranks_take_part(survivor: Survivor) -> None:
+    facts = {"rank": 0, "sum": 15.0, "backend": "gloo", "threads": 1, "omp": "1"}
+    assert survivor.result.value == facts | {"first": 4}
+    assert survivor.num_polls and survivor.result.start_up_s > 0
 
-        import torch
-        import torch.distributed as dist
 
-        from moe_dist.distributed.position import TRAINING, begin_step, collective, enter_phase
+def test_every_start_has_workers_of_its_own_and_goes_on_from_the_checkpoint(
+    survivor: Survivor,
+) -> None:
+    assert (survivor.directory / "steps").read_text() == "1 2 3 4 5 "
+    assert survivor.result.num_attempts == 3
+    found = [(worker["attempt"], worker["rank"]) for worker in survivor.workers]
+    assert found == [(attempt, rank) for attempt in (1, 2, 3) for rank in (0, 1)]
+    assert len({worker["pid"] for worker in survivor.workers}) == 6
+    assert {worker["host"] for worker in survivor.workers} == {socket.gethostname()}
+    assert [restart.attempt for restart in survivor.result.restarts] == [1, 2]
 
-        mark = Path(payload["directory"]) / "stopped-before"
-        enter_phase(TRAINING)
-        for step in range(1, 4):
-            begin_step(step)
-            if step == 2 and dist.get_rank() == 1 and not mark.exists():
-                mark.touch()
-                os.kill(os.getpid(), signal.SIGSTOP)
-            total = torch.ones(1)
-            with collective("sum of gradients"):
-                dist.all_reduce(total)
-        return int(total.item())
 
-    result = run(job, max_failures=1, step_timeout_s=3.0)
-    assert result.value == 2 and result.num_attempts == 2
-    (restart,) = result.restarts
-    workers = [json.loads(line) for line in (tmp_path / "job" / WORKERS_NAME).open()]
-    assert f"pid {workers[1]['pid']}) does not answer" in restart.reason
-    assert "; rank 0" in restart.reason
-    assert "waited in sum of gradients (number 1) of training, step" in restart.reason
-    assert 3.0 <= restart.parts["detect"] < 60
+def test_a_killed_worker_is_named(survivor: Survivor) -> None:
+    killed, _ = survivor.result.restarts
+    assert f"rank 1 (host {socket.gethostname()}" in killed.reason
+    assert f"pid {survivor.workers[1]['pid']})" in killed.reason
+    assert list(killed.parts) == ["detect", "stop", "start"] and 0 < killed.seconds < 300
+
+
+def test_a_stopped_worker_is_ended_and_named(survivor: Survivor) -> None:
+    _, stopped = survivor.result.restarts
+    assert f"pid {survivor.workers[3]['pid']}) does not answer" in stopped.reason
+    assert "; rank 0" in stopped.reason
+    assert "waited in sum of gradients (number 1) of training, step 5" in stopped.reason
+    assert STEP_TIMEOUT_S <= stopped.parts["detect"] < 60
 
 
 def test_error_of_the_job_comes_back_as_itself(run: Any, tmp_path: Path) -> None:

@@ -112,6 +112,17 @@ def test_a_pair_is_one_sample(tokenizer: BertTokenizer) -> None:
     assert all(-(2**63) <= number < 2**63 for pair in found.labels for number in pair)
 
 
+def test_a_step_counts_both_texts_of_its_pairs(tokenizer: BertTokenizer, tmp_path: Path) -> None:
+    encoded = encoded_pairs(tokenizer, tmp_path)
+    made = KIND.finetuning.tokens(rows(), tokenizer, max_length=16, is_training=True)
+    assert made.targets is not None
+    lengths = [[*map(len, made.input_ids)], [*map(len, made.targets)]]
+    (step,) = TrainBatches(encoded, batch_size=len(PAIRS)).epoch(0)
+    assert step.num_tokens == sum(map(sum, lengths))
+    longer = [max(sides[number // 10] for sides in lengths) for number in step.sample_ids]
+    assert longer == sorted(longer) and lengths[0] != sorted(lengths[0])
+
+
 def test_rows_of_one_text_are_no_pairs(tokenizer: BertTokenizer) -> None:
     single = rows() | {"text_b": [None] * len(PAIRS)}
     with pytest.raises(DataError, match="6 of 6 rows have an empty text or only one"):

@@ -105,3 +105,7 @@ def _ask(url: str, question: Any, process: subprocess.Popen[bytes]) -> Any:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())
+
+
+def points(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]

@@ -112,6 +112,18 @@ def test_the_chain_runs_to_its_end_and_serves_texts(
     told = json.loads((root / "evaluate/models/student/generation_config.json").read_text())
     assert (told["num_beams"], told["max_new_tokens"], told["no_repeat_ngram_size"]) == (3, 5, 1)
     assert written_by(root / "evaluate/models/student", rows) == texts_of(root, "student")
+    # They are written again where files of theirs are lost, and nothing is measured anew.
+    kept = (root / "evaluate/models/student/generation_config.json").read_bytes()
+    (root / "evaluate/models/student/generation_config.json").unlink()
+    (root / "evaluate/models/teacher/manifest.json").unlink()
+    again = run(tmp_path, settings | {"data": wider})
+    assert again.ran == [] and again.skipped[-1] == "evaluate"
+    why = "evaluate: files of models/teacher, models/student are missing; written again"
+    assert [line for line in again.warned if line.startswith("evaluate")] == [why]
+    assert (root / "evaluate/models/student/generation_config.json").read_bytes() == kept
+    assert written_by(root / "evaluate/models/student", rows) == texts_of(root, "student")
+    whole = run(tmp_path, settings | {"data": wider})
+    assert whole.ran == [] and why not in whole.warned
 
 
 def written_by(directory: Path, rows: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from pipelines.chain.stage import (
     execute,
     read_result,
 )
-from pipelines.console import Console
+from tests.pipelines.recorder import Recorder
 
 
 class Bench:
@@ -33,9 +33,10 @@ class Bench:
         self.checkpoint = False
         workspace: Any = SimpleNamespace(
             stage_directory=lambda stage, label: self.directory,
-            console=Console(quiet=True),
+            console=Recorder(),
             files=ResultFiles(root),
         )
+        self.console: Recorder = workspace.console
         self.inputs = StageInputs(workspace)
         self.tracker = NullTracker().chain("test", root, params={})
 
@@ -102,7 +103,7 @@ def test_an_unfinished_stage_keeps_its_files_and_resumes(bench: Bench) -> None:
     bench.fail = RuntimeError("killed")
     with pytest.raises(RuntimeError):
         bench.run(size=1)
-    assert read_result(bench.directory, ResultFiles(bench.directory)) is None
+    assert read_result(bench.directory) is None
     assert (bench.directory / "partial.txt").exists()
     bench.fail = None
     result = bench.run(size=1)
@@ -223,7 +224,10 @@ def test_a_damaged_output_is_made_again(bench: Bench, damage: str) -> None:
     bench.run(size=1)
     output = bench.directory / "out.txt"
     output.unlink() if damage == "removed" else output.write_text("tampered")
+    assert bench.console.warned == []
     bench.run(size=1)
+    why = "made-up: missing or changed since it finished: out; it is done again"
+    assert bench.console.warned == [why]
     assert output.read_text() == "whole"
     assert len(bench.resumed) == 2
 

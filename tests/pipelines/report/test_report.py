@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 
 from pipelines.chain.stage import StageResult
-from pipelines.report.report import (
-    build_report,
-    headline_metrics,
+from pipelines.report.report import build_report, headline_metrics, verdict
+from pipelines.report.report_text import (
     latency_lines,
     nearness_lines,
     quantity,
     to_markdown,
     to_tables,
-    verdict,
     verdict_lines,
 )
 from pipelines.stages.evaluate import describe_gates
