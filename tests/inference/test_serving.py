@@ -16,6 +16,7 @@ from transformers import (
 from moe_dist.errors import ConversionError
 from moe_dist.inference import save_model
 from moe_dist.inference.serving import TextModel, _load_pyfunc
+from moe_dist.tasks import TASK_KINDS
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was good [ ] sep mask".split()
 
@@ -56,7 +57,9 @@ def test_special_tokens_in_a_text_are_text_as_in_training(tmp_path: Path) -> Non
 def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column: str) -> None:
     tokenizer, config = tokenizer_and_config(tmp_path)
     if head is BertModel:
-        config.pooling, config.normalise = "mean", True
+        options = {"pooling": "mean", "normalise": True}
+        for key, value in TASK_KINDS["embedding"].model_settings(None, options).items():
+            setattr(config, key, value)
     model = head(config).eval()
     directory = save_model(model, tmp_path / "model", tokenizer)
     texts: list[Any] = ["the film was good", "was the good film", "the"]
