@@ -130,7 +130,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Te
     `form`, such as `lean-bf16` (see `moe_dist.inference.backends`).
     """
     settings = model_config or {}
-    form = Form.parse(settings.get("form") or str(ORACLE))
+    form = Form.parse(str(settings.get("form") or ORACLE))
     device = "cuda" if torch.cuda.is_available() and form == ORACLE else "cpu"
     model = load_model(Path(path), device, task=settings.get("task"))
     return TextModel(

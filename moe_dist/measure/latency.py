@@ -144,7 +144,7 @@ def measure_in_turn(
         if done >= rounds.least and time.monotonic() - begin > rounds.budget_s:
             break
         for name, model in models.items():
-            with _eval_mode(model), _num_threads(threads), torch.inference_mode(), _any_task(model):
+            with _eval_mode(model), _num_threads(threads), torch.inference_mode(), any_task(model):
                 for size in batch_sizes:
                     found[name][size] += _time_passes(model, size, seq_len, rounds, seed)
         progress(done + 1, rounds.most)
@@ -184,8 +184,8 @@ def _time_passes(
     return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
 
 
-def _any_task(model: nn.Module) -> AbstractContextManager[None]:
-    # All tasks cost alike.
+def any_task(model: nn.Module) -> AbstractContextManager[None]:
+    """Name a task for forward calls of a model of several, which all cost alike."""
     return use_task(0 if read_heads(model) else None)
 
 

@@ -56,13 +56,14 @@ def real_tokens(
 def _by_queries(mask: Tensor, size: tuple[int, ...], num_past: int, causal: bool) -> Tensor | None:
     """Read a mask of queries by keys; None where it says something else beside padding.
 
-    A token is real that reads itself. It is checked that real tokens read all real ones, in a
-    decoder those before them, be it within a window.
+    A token is real that reads itself. It is checked that real tokens read all real ones of this
+    call, in a decoder those before them, be it within a window. What it says of tokens in the cache
+    is not looked at: they may be padding.
     """
     batch, length = size
     num_columns = mask.shape[3]
     fits = len(mask) in (1, batch) and mask.shape[2] in (1, length)
-    if not fits or num_columns < num_past + length:
+    if not fits or num_columns < num_past + length or not batch * length:
         return None
     visible = mask > HIDDEN if mask.is_floating_point() else mask.bool()
     one_BQC = visible[:, 0]

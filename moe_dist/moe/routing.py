@@ -265,12 +265,15 @@ def install_routing_hooks(stack: nn.Module, *, causal: bool = False) -> None:
 
 def remove_routing_hooks(stack: nn.Module) -> None:
     """Undo `install_routing_hooks`, for a stack whose routers read hidden states only."""
-    for hooks, own in (
-        (stack._forward_pre_hooks, (_open_context, _open_causal_context)),
-        (stack._forward_hooks, (_close_context,)),
-    ):
+    own = (_open_context, _open_causal_context, _close_context)
+    kinds = (
+        (stack._forward_pre_hooks, stack._forward_pre_hooks_with_kwargs),
+        (stack._forward_hooks, stack._forward_hooks_always_called),
+    )
+    for hooks, options in kinds:
         for key in [key for key, hook in hooks.items() if hook in own]:
             del hooks[key]
+            options.pop(key, None)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Times are those below which a tenth of the passes lies: what a model costs where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.conversion.families import position_limit
 from moe_dist.errors import ConfigError, ConversionError
 from moe_dist.inference import load_model
 from moe_dist.inference.backends import ALL_FORMS, ORACLE, Form
@@ -22,6 +24,7 @@ from moe_dist.measure.latency import (
     Latency,
     OtherWork,
     Rounds,
+    any_task,
     measure_in_turn,
     random_batch,
     watch_other_work,
@@ -66,7 +69,7 @@ class Timing:
         low_ms: a tenth of the passes took no longer.
         median_ms: half of them.
         spread: see `Latency`.
-        speed: the first model's time in the same form over this one.
+        speed: the first model's time in the same form over this one; NaN if it has none.
         speed_over_oracle: the first model's time in eager float32 over this one.
         error: largest difference of its answers from its own in eager float32, as a part of the
             largest of these.
@@ -100,9 +103,10 @@ class InferenceReport:
     busy: str = ""
 
     def fastest(self, model: str, shape: tuple[int, int]) -> Timing:
-        """The form of a model that takes the least time at a shape."""
+        """The form of a model that takes the least time at a shape, of those that can be judged."""
         own = [one for one in self.timings if (one.model, one.shape) == (model, shape)]
-        return min(own, key=lambda one: one.low_ms)
+        sound = [one for one in own if one.spread <= WIDE_SPREAD and math.isfinite(one.error)]
+        return min(sound or own, key=lambda one: one.low_ms)
 
     @property
     def models(self) -> list[str]:
@@ -118,14 +122,24 @@ class InferenceReport:
 def run(settings: InferenceBenchmark) -> InferenceReport:
     """Load, bring into forms, and time. A ConfigError if a setting does not fit."""
     faults = below_one(settings, "num_rounds")
+    if settings.num_threads is not None:
+        faults += below_one(settings, "num_threads")
     faults += [f"shape {b} × {s} has nothing in it" for b, s in settings.shapes if min(b, s) < 1]
     faults += ["no model is given"] * (not settings.directories)
+    models = {} if faults else {name: load_model(d) for name, d in settings.directories.items()}
+    longest = max((seq_len for _, seq_len in settings.shapes), default=0)
+    for name, model in models.items():
+        limit = position_limit(model)
+        if limit is not None and longest > limit:
+            faults.append(
+                f"a shape has {longest} tokens, and {name} reads at most {limit}; give shorter "
+                "ones with --shape"
+            )
     if faults:
         raise ConfigError(faults, source="benchmark inference")
     prepared: dict[tuple[str, Form], Any] = {}
     refused = []
-    for name, directory in settings.directories.items():
-        model = load_model(directory)
+    for name, model in models.items():
         for form in dict.fromkeys((ORACLE, *settings.forms)):
             try:
                 prepared[name, form] = form.prepare(model)
@@ -173,7 +187,8 @@ def _ratio(other: Latency | None, own: Latency) -> float:
 @torch.inference_mode()
 def _error(model: Any, oracle: Any, shape: tuple[int, int]) -> float:
     batch = random_batch(oracle, *shape)
-    expected, found = _answer(oracle(**batch)), _answer(model(**batch)).float()
+    with any_task(oracle):
+        expected, found = _answer(oracle(**batch)), _answer(model(**batch)).float()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -210,7 +225,7 @@ def to_rows(report: InferenceReport) -> list[list[str]]:
             f"{one.low_ms:.2f}" + ("?" if one.spread > WIDE_SPREAD else ""),
             f"{one.median_ms:.2f}",
             f"{one.spread:.2f}",
-            f"{one.speed:.2f}",
+            "" if math.isnan(one.speed) else f"{one.speed:.2f}",
             f"{one.speed_over_oracle:.2f}",
             f"{one.error:.0e}",
         ]
@@ -245,6 +260,8 @@ def main(settings: InferenceBenchmark, output: Path | None = None) -> None:
         settings: what to measure.
         output: a directory for the same as JSON and Markdown.
     """
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError([f"--output {output} is a file; name a directory."], source="--output")
     report = run(settings)
     console = Console(highlight=False)
     table = Table(
@@ -271,11 +288,14 @@ def named_directories(directories: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     faults = []
     for text in directories:
-        name, is_named, path = text.rpartition("=")
+        name, equals, path = "", "", text
+        if not Path(text).is_dir():
+            name, equals, path = text.partition("=")
+            path = path if equals else text
         place = Path(path)
-        own = name if is_named else _stage_name(place)
-        if not place.is_dir():
-            faults.append(f"{path} is no directory; give one that holds a model")
+        own = name if equals else _stage_name(place)
+        if not (path and own and place.is_dir()):
+            faults.append(f"{text} is no directory; give one that holds a model, or NAME=DIR")
         elif own in found:
             faults.append(f"two models are called {own}; name them: NAME={path}")
         found[own] = place

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import pytest
 import torch
 
 from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.data.cache import build_once
+from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends import ALL_FORMS, Form, native
+from moe_dist.inference import load_model, save_model
+from moe_dist.inference.backends import ALL_FORMS, DTYPES, Form, native
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN
-from moe_dist.moe.routing import RoutingContext, use_context
+from moe_dist.moe.layer import moe_layers
+from moe_dist.moe.routing import Routing, RoutingContext, use_context
 from tests.conversion.dense_models import (
     EVERY_FAMILY,
     NUM_NEURONS,
@@ -27,7 +34,6 @@ from tests.conversion.dense_models import (
 from tests.inference.moe_students import student
 
 ROUTERS = ("token_gate", "sentence_gate", "task_gate", "hash_random", "hash_balanced")
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
 every_form = pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 
 
@@ -58,6 +64,8 @@ def test_every_family_answers_alike(family: str, dense: bool) -> None:
     """In float32 as the model; in bfloat16 as eager torch, as near as that precision lets it."""
     model = tiny_model(family) if dense else routed(family)
     assert differ(model, Form("lean")) < 1e-5
+    if not dense:
+        assert differ(routed(family, router="token_gate"), Form("lean")) < 1e-5
     eager = Form("eager", "bf16")
     assert differ(model, eager) < 0.1
     assert differ(eager.prepare(model), Form("lean", "bf16")) < 0.05
@@ -87,10 +95,18 @@ def test_one_expert_needs_no_router() -> None:
     assert differ(routed(num_experts=1, num_shared_neurons=0), Form("lean")) < 1e-5
 
 
-@pytest.mark.parametrize("length", [1, 5, 24])
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 72])
+@pytest.mark.parametrize("top_k", [1, 2])
 @every_form
-def test_any_number_of_tokens(form: Form, length: int) -> None:
-    assert differ(routed(), form, num_samples=3, length=max(2, length)) < TOLERANCE[form.precision]
+def test_any_number_of_tokens(form: Form, top_k: int, num_tokens: int) -> None:
+    # In half precision a gate may choose otherwise where two experts score alike.
+    router = "token_gate" if form.precision == "fp32" else "hash_random"
+    model = routed(router=router, top_k=top_k)
+    ids = torch.randint(3, VOCAB_SIZE, (max(1, num_tokens // 24), min(24, num_tokens)))
+    expected = logits_of(model, {"input_ids": ids})
+    found = logits_of(form.prepare(model), {"input_ids": ids}).float()
+    limit = {"fp32": 1e-5, "bf16": 0.05}[form.precision]
+    assert float((found - expected).abs().max() / expected.abs().max()) < limit
 
 
 def test_without_a_compiler_torch_does_the_same(
@@ -103,28 +119,60 @@ def test_without_a_compiler_torch_does_the_same(
         with caplog.at_level(logging.WARNING):
             assert not native.load_operators()
         assert "no native operators here" in caplog.text
-        assert "no-such-compiler" in caplog.text
+        assert "there is no C++ compiler 'no-such-compiler'" in caplog.text
         for top_k in (1, 2):
             assert differ(routed(top_k=top_k), Form("lean")) < 1e-5
-            assert differ(routed(top_k=top_k), Form("lean", "bf16")) < 0.02
+            assert differ(routed(top_k=top_k), Form("lean", "bf16")) < 0.05
     finally:
         native.load_operators.cache_clear()
 
 
-def test_torch_and_the_native_operator_are_equal() -> None:
-    for family in ("bert", "llama", "t5", "gpt2"):
-        lean = Form("lean").prepare(routed(family, router="token_gate", top_k=2))
-        ffn = next(module for module in lean.modules() if isinstance(module, RoutedFFN))
-        hidden = torch.randn(11, 16)
-        routing = ffn._choose(ffn.router, hidden)
-        torch.testing.assert_close(
-            ffn._experts.apply(hidden, routing), ffn._experts.apply_by_torch(hidden, routing)
-        )
+@pytest.mark.skipif(not native.load_operators(), reason="no C++ compiler here")
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
+def test_torch_and_the_native_operator_are_equal(family: str, precision: str, top_k: int) -> None:
+    lean = Form("lean", precision).prepare(routed(family, router="token_gate", top_k=top_k))
+    ffn = next(module for module in lean.modules() if isinstance(module, RoutedFFN))
+    hidden = torch.randn(37, 16, dtype=DTYPES[precision])
+    routing = ffn._choose(ffn.router, hidden)
+    found = ffn._experts.apply(hidden, routing)
+    expected = ffn._experts.apply_by_torch(hidden, routing)
+    limit = 1e-6 if precision == "fp32" else 0.02
+    assert float((found - expected).abs().max()) < limit * float(expected.abs().max())
+
+
+@pytest.mark.skipif(not native.load_operators(), reason="no C++ compiler here")
+def test_the_native_operator_refuses_what_does_not_fit() -> None:
+    lean = Form("lean").prepare(routed(router="token_gate"))
+    experts = next(m for m in lean.modules() if isinstance(m, RoutedFFN))._experts
+    hidden, ids = torch.randn(5, 16), torch.zeros(5, 1, dtype=torch.int64)
+    for wrong_hidden, wrong_ids in (
+        (hidden, ids[:2]),
+        (hidden, ids - 1),
+        (hidden, ids + 4),
+        (hidden, ids.int()),
+        (hidden.double(), ids),
+        (hidden[0], ids),
+    ):
+        with pytest.raises((RuntimeError, IndexError)):
+            experts.apply(wrong_hidden, Routing(wrong_ids, hidden[:, :1], unit_weights=True))
+
+
+@pytest.mark.parametrize("router", ["token_gate", "hash_random"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_autocast_changes_nothing_but_precision(router: str, precision: str) -> None:
+    model = routed(router=router, num_shared_neurons=0, expert_size=8)
+    lean = Form("lean", precision).prepare(model)
+    expected = logits_of(model, token_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_of(lean, token_batch()).float()
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
 
 
 def test_a_lean_model_generates_alike() -> None:
-    for family in ("gpt2", "llama", "t5"):
-        model = routed(family)
+    for family, router in itertools.product(("gpt2", "llama", "t5"), ("token_gate", "hash_random")):
+        model = routed(family, router=router)
         batch = token_batch()
         batch = {"input_ids": batch["input_ids"].clamp(min=3)}
         options = {"max_new_tokens": 6, "do_sample": False}
@@ -140,6 +188,79 @@ def test_the_model_itself_is_left_as_it_was() -> None:
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert before.keys() == model.state_dict().keys()
+
+
+def test_a_lean_model_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    model = student(router="token_gate")
+    save_model(model, tmp_path / "model")
+    inputs = token_batch()
+    for precision in ("fp32", "bf16"):
+        lean = Form("lean", precision).prepare(model)
+        embedded = torch.randn(4, 7, 16, requires_grad=True, dtype=DTYPES[precision])
+        for said, act in (
+            ("be saved", lambda lean=lean: save_model(lean, tmp_path / "model")),
+            ("be saved", lambda lean=lean: lean.save_pretrained(tmp_path / "other")),
+            ("learn", lambda lean=lean: lean.train()),
+            ("be copied", lambda lean=lean: copy.deepcopy(lean)),
+            ("be copied", lambda lean=lean: pickle.dumps(lean)),
+            ("be cast", lambda lean=lean: lean.half()),
+            ("be prepared twice", lambda lean=lean: Form("lean").prepare(lean)),
+            ("be prepared twice", lambda lean=lean: Form("eager").prepare(lean)),
+            ("give gradients", lambda lean=lean, e=embedded: lean(inputs_embeds=e)),
+        ):
+            with pytest.raises(ConversionError, match=f"lean form cannot {said}"):
+                act()
+    # What was there is still whole.
+    assert torch.equal(logits_of(load_model(tmp_path / "model"), inputs), logits_of(model, inputs))
+
+
+def test_what_hangs_on_a_layer_is_not_left_out() -> None:
+    for change in (
+        lambda model: model.classifier.register_forward_hook(lambda *_: None),
+        lambda model: setattr(model.classifier, "forward", torch.neg),
+        lambda model: setattr(moe_layers(model)[0], "dispatcher", object()),
+    ):
+        model = student(router="token_gate")
+        change(model)
+        with pytest.raises(ConversionError, match="of its own, which the lean form"):
+            Form("lean").prepare(model)
+
+
+def test_hooks_of_others_stay() -> None:
+    lean = Form("lean").prepare(routed(router="token_gate"))
+    seen = []
+    lean.bert.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+    logits_of(lean, token_batch())
+    assert len(seen) == 1
+
+
+def test_a_damaged_library_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built = []
+
+    def build(directory: Path) -> None:
+        built.append(directory)
+        (directory / "operators.so").write_bytes(b"whole")
+        (directory / "operators.sha256").write_text(file_digest(directory / "operators.so"))
+
+    final = tmp_path / "operators"
+    for _ in range(2):
+        build_once(final, build, is_good=native._is_whole)
+    assert len(built) == 1
+    (final / "operators.so").write_bytes(b"who")
+    build_once(final, build, is_good=native._is_whole)
+    assert len(built) == 2
+    assert (final / "operators.so").read_bytes() == b"whole"
+
+
+def test_a_processor_that_cannot_pack_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = routed(router="token_gate")
+    lean = Form("lean", "bf16").prepare(model)
+    assert not next(m for m in lean.modules() if isinstance(m, PackedLinear))._packed.is_mkldnn
+    expected = logits_of(model, token_batch())
+    assert float((logits_of(lean, token_batch()) - expected).abs().max()) < 0.05 * float(
+        expected.abs().max()
+    )
 
 
 def test_what_has_no_lean_form_is_refused() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     BertTokenizer,
 )
 
+from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError
 from moe_dist.inference import save_model
 from moe_dist.inference.serving import TextModel, _load_pyfunc
@@ -60,14 +62,24 @@ def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column
         options = {"pooling": "mean", "normalise": True}
         for key, value in TASK_KINDS["embedding"].model_settings(None, options).items():
             setattr(config, key, value)
-    model = head(config).eval()
+    dense = head(config).eval()
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if "LayerNorm" not in name:
+                parameter.normal_(std=0.25)
+    plan = plan_partition(
+        [torch.rand(16)], num_experts=2, expert_size=8, num_shared_neurons=0, method="importance"
+    )
+    model = dense_to_moe(dense, plan, router="hash_random")
     directory = save_model(model, tmp_path / "model", tokenizer)
     texts: list[Any] = ["the film was good", "was the good film", "the"]
     if head is BertForQuestionAnswering:
         texts = [[text, "the film was good"] for text in texts]
     expected = _load_pyfunc(str(directory), {"max_length": 16}).predict(texts)[column].tolist()
     found = _load_pyfunc(str(directory), {"max_length": 16, "form": form}).predict(texts)
-    assert found[column].tolist() == [pytest.approx(one, abs=0.02) for one in expected]
+    limit = 1e-5 if form == "lean-fp32" else 0.05
+    assert np.allclose(np.array(found[column].tolist()), np.array(expected), atol=limit, rtol=limit)
+    assert np.abs(np.array(expected)).max() > 5 * limit
 
 
 def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:

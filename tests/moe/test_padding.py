@@ -144,3 +144,8 @@ def test_whoever_needs_it_says_that_padding_is_not_known() -> None:
         append_routing("layer", 2, routing(15))
         with record_routing(), pytest.raises(MissingInputError, match="'layer' must leave padding"):
             append_routing("layer", 2, routing(15))
+
+
+def test_an_empty_batch_has_no_padding_to_read() -> None:
+    mask = torch.ones(0, 1, 5, 5, dtype=torch.bool)
+    assert real_tokens(mask, IDS[:0], num_past=0, causal=True)[0] is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.inference import save_model
 from pipelines.cli import app
 from tests.conversion.dense_models import tiny_model
@@ -65,6 +66,15 @@ def test_only_the_forms_that_are_asked_for(models: Path) -> None:
     assert "bf16" not in output
 
 
+def test_a_path_with_an_equals_sign_and_a_model_of_several_tasks(tmp_path: Path) -> None:
+    model = tiny_model("bert", num_labels=5)
+    set_heads(model, [TaskHead("a", ("no", "yes")), TaskHead("b", ("x", "y", "z"))])
+    place = save_model(model, tmp_path / "lr=1e-4" / "model")
+    code, output = run(str(place), "--shape", "1x4", "--form", "lean-fp32", "--rounds", "1")
+    assert code == 0, output
+    assert "lr=1e-4" in output
+
+
 def test_bad_input_is_one_clear_error(models: Path) -> None:
     place = str(models / "distill/model")
     for arguments, said in (
@@ -74,6 +84,11 @@ def test_bad_input_is_one_clear_error(models: Path) -> None:
         ((place, place), "two models are called distill"),
         ((str(models / "nothing"),), "is no directory"),
         ((place, "--rounds", "0"), "num_rounds is 0"),
+        ((place, "--threads", "0"), "num_threads is 0"),
+        ((place, "--shape", "1x25"), "reads at most 24"),
+        (("=" + place,), "is no directory"),
+        (("student=",), "is no directory"),
+        ((place, "--output", str(models / "distill/model/config.json")), "is a file"),
     ):
         code, output = run(*arguments)
         assert code != 0

@@ -26,10 +26,6 @@ class Backend(Protocol):
         """
         ...
 
-    def describe(self) -> str:
-        """Say in a line what the form does."""
-        ...
-
 
 BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.moe.layer import MoELayer
 
 
@@ -16,14 +17,11 @@ class Eager:
 
     def prepare(self, model: Any, dtype: torch.dtype) -> Any:
         """Copy the model and cast its weights, those of routers apart."""
+        refuse_prepared(model)
         own = copy.deepcopy(model).eval().requires_grad_(False)
         routers = [module.router for module in own.modules() if isinstance(module, MoELayer)]
         cast_weights(own, dtype, apart=nn.ModuleList(r for r in routers if r is not None))
         return own
-
-    def describe(self) -> str:
-        """Say in a line what the form does."""
-        return "plain torch"
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype, *, apart: nn.Module) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from moe_dist.errors import ConversionError
+from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.inference.backends.eager import cast_weights
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
+from moe_dist.moe.dispatch import LocalDispatcher
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import remove_routing_hooks
 
@@ -28,6 +30,8 @@ class Lean:
         """Copy the model and replace its layers; a ConversionError where one has no such form."""
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         _refuse(model, layers)
+        if any(layer.router is not None for layer in layers):
+            load_operators()
         lean = copy.deepcopy(model).eval().requires_grad_(False)
         _replace(lean, dtype)
         routers = nn.ModuleList(m for m in lean.modules() if isinstance(m, RoutedFFN))
@@ -37,13 +41,9 @@ class Lean:
                 remove_routing_hooks(module)
         return lean
 
-    def describe(self) -> str:
-        """Say in a line what the form does."""
-        operator = "one native operator" if load_operators() else "torch, since no compiler works"
-        return f"packed weights, experts by {operator}"
-
 
 def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:
+    refuse_prepared(model)
     merging = [layer.name for layer in layers if layer.merges]
     if merging:
         raise ConversionError(
@@ -56,6 +56,24 @@ def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:
             f"the lean form is for a CPU, and the model is on {device}",
             remedy="load it with device='cpu', or use the eager form",
         )
+    for name, module in model.named_modules():
+        if _is_replaced(module) and _has_more_than_weights(module):
+            raise ConversionError(
+                f"{name} has hooks, a forward or a dispatcher of its own, which the lean form of "
+                "its layer would leave out",
+                remedy="take them off, or use the eager form",
+            )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    is_linear = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return is_linear or isinstance(module, MoELayer)
+
+
+def _has_more_than_weights(module: nn.Module) -> bool:
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    dispatches = isinstance(module, MoELayer) and type(module.dispatcher) is not LocalDispatcher
+    return has_hooks or "forward" in vars(module) or dispatches
 
 
 def _replace(parent: nn.Module, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.moe.grouped_linear import rows_of_group
 
 
@@ -16,10 +17,11 @@ def pack_weight(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     """Lay a weight out as oneDNN wants it, in bfloat16.
 
     Eager torch works that out anew in each call, which is most of the time where rows are few. In
-    float32 nothing is gained by it, and the weight is only made contiguous.
+    float32 nothing is gained by it, and processors without AVX-512 cannot: the weight is then only
+    made contiguous.
     """
     own_OI = weight_OI.detach().to(dtype).contiguous()
-    if dtype is not torch.bfloat16:
+    if dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return own_OI
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(own_OI)
     return packed
@@ -28,12 +30,13 @@ def pack_weight(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
 def multiply_packed(rows_TI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """Apply a linear layer to rows, whose number should be a round one in bfloat16: (T, O)."""
     if not weight.is_mkldnn:
-        return F.linear(rows_TI, weight, bias_O)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(rows_TI, weight, bias_O)
     out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(rows_TI, weight, bias_O, "none", [], "")
     return out_TO
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(AnswersOnly):
     """In the place of an `nn.Linear`, or of GPT-2's Conv1D, that learns no more.
 
     Args:
@@ -52,7 +55,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply it to the last axis."""
-        rows_TI = hidden.reshape(-1, self.in_features)
+        self.check_input(hidden)
+        rows_TI = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
         num_rows = rows_TI.shape[0]
         if num_rows > 1:
             rows_TI = rows_of_group(rows_TI, slice(0, num_rows))

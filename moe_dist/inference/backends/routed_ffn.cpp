@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -63,8 +64,18 @@ Tensor routed_ffn(const Tensor& hidden_TD, const Tensor& ids_TK,
                   const std::optional<Tensor>& weights_TK, at::TensorList w_in, Biases b_in,
                   at::TensorList w_gate, Biases b_gate, at::TensorList w_out, Biases b_out,
                   int64_t activation, bool rounds) {
+  // The weights say what is computed in.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  TORCH_CHECK(hidden_TD.dim() == 2 && ids_TK.dim() == 2 && ids_TK.size(0) == hidden_TD.size(0),
+              "hidden is ", hidden_TD.sizes(), " and ids ", ids_TK.sizes());
   const int64_t T = hidden_TD.size(0), D = hidden_TD.size(1), K = ids_TK.size(1);
   const int64_t E = w_in.size(), S = T * K;
+  const int64_t gates = w_gate.empty() ? 0 : E;
+  TORCH_CHECK(w_out.size() == w_in.size() && (int64_t)w_gate.size() == gates &&
+                  (int64_t)b_in.size() == E && (int64_t)b_out.size() == E &&
+                  (int64_t)b_gate.size() >= gates,
+              "the lists are not of ", E, " experts each");
+  TORCH_CHECK(!weights_TK || weights_TK->sizes() == ids_TK.sizes(), "weights and ids differ");
   const Tensor hidden = hidden_TD.contiguous(), ids = ids_TK.contiguous();
   const int64_t* expert_of = ids.const_data_ptr<int64_t>();
   std::vector<int64_t> sizes(E, 0);
@@ -94,6 +105,10 @@ Tensor routed_ffn(const Tensor& hidden_TD, const Tensor& ids_TK,
       std::memcpy(place + i * row_bytes, source + own[i] / K * row_bytes, row_bytes);
     if (span > n) std::memset(place + n * row_bytes, 0, (span - n) * row_bytes);
     Tensor result = network(rows, e, w_in, b_in, w_gate, b_gate, w_out, b_out, activation);
+    TORCH_CHECK(result.scalar_type() == hidden.scalar_type() && result.size(0) == span &&
+                    result.size(1) == D,
+                "expert ", e, " gives ", result.scalar_type(), " ", result.sizes(), " for ",
+                hidden.scalar_type(), " ", rows.sizes());
     if (copies) {
       result = result.contiguous();
       const char* found = static_cast<const char*>(result.const_data_ptr());

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import multiply_packed, pack_weight
 from moe_dist.moe.dispatch import permute, sort_slots, unpermute
@@ -32,7 +33,7 @@ _NATIVE_ACTIVATIONS = {
 """Numbers that routed_ffn.cpp knows activations by: functions, or classes by name."""
 
 
-class RoutedFFN(nn.Module):
+class RoutedFFN(AnswersOnly):
     """In the place of a `MoELayer`, with the same output.
 
     Args:
@@ -43,13 +44,15 @@ class RoutedFFN(nn.Module):
     def __init__(self, layer: MoELayer, dtype: torch.dtype) -> None:
         super().__init__()
         self.name = layer.name
+        self._dtype = dtype
         self.router = layer.router
         self._experts = _PackedExperts.of(layer.experts, dtype)
         self._shared = None if layer.shared is None else _PackedExperts.of(layer.shared, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply shared neurons and the chosen experts to every token, as the layer does."""
-        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        self.check_input(hidden)
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(self._dtype)
         if self.router is None:
             out_TD = self._experts.apply_one(hidden_TD)
         else:
@@ -63,7 +66,8 @@ class RoutedFFN(nn.Module):
             routing: Routing = router(hidden_TD, current_context())
             return routing
         weight_ED = cast(TokenGate, router).gate.weight
-        scores_TE = F.linear(hidden_TD.to(weight_ED.dtype), weight_ED)
+        with torch.autocast("cpu", enabled=False):
+            scores_TE = F.linear(hidden_TD.to(weight_ED.dtype), weight_ED)
         best_TK = scores_TE.argmax(dim=1, keepdim=True)
         return Routing(best_TK, scores_TE[:, :1], unit_weights=True)
 

@@ -1,0 +1,49 @@
+"""What a layer that was prepared to answer refuses to do, in place of doing it wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.errors import ConversionError
+
+_REMEDY = "use the model that it was prepared from, and prepare it again afterwards"
+
+
+class AnswersOnly(nn.Module):
+    """A layer whose weights are packed: it cannot learn, be saved, copied, cast or moved."""
+
+    def train(self, mode: bool = True) -> AnswersOnly:
+        """Refuse to learn; `eval` changes nothing."""
+        if mode:
+            _refuse("learn")
+        super().train(mode)
+        return self
+
+    def check_input(self, hidden: Tensor) -> None:
+        """Refuse an input that wants a gradient."""
+        if hidden.requires_grad and torch.is_grad_enabled():
+            _refuse("give gradients")
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("be saved")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
+        _refuse("be cast or moved")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        _refuse("be copied")
+
+
+def refuse_prepared(model: nn.Module) -> None:
+    """See that a model has not been prepared before; else a ConversionError."""
+    if any(isinstance(module, AnswersOnly) for module in model.modules()):
+        _refuse("be prepared twice")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ConversionError(f"a model in its lean form cannot {what}", remedy=_REMEDY)
