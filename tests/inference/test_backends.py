@@ -210,6 +210,10 @@ def test_a_lean_model_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         ):
             with pytest.raises(ConversionError, match=f"lean form cannot {said}"):
                 act()
+        assert not any(module.training for module in lean.modules())
+        assert {value.dtype for value in lean.parameters()} >= {DTYPES[precision]}
+        assert torch.float16 not in {value.dtype for value in lean.parameters()}
+        assert lean.eval() is lean
     # What was there is still whole.
     assert torch.equal(logits_of(load_model(tmp_path / "model"), inputs), logits_of(model, inputs))
 

@@ -39,6 +39,21 @@ class AnswersOnly(nn.Module):
         _refuse("be copied")
 
 
+def refuse_as_a_whole(model: nn.Module) -> None:
+    """Let a model refuse before its other layers have begun to learn, or have been cast."""
+
+    def train(mode: bool = True) -> nn.Module:
+        if mode:
+            _refuse("learn")
+        return type(model).train(model, mode)
+
+    def apply(*args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("be cast or moved")
+
+    for name, method in (("train", train), ("_apply", apply)):
+        setattr(model, name, method)
+
+
 def refuse_prepared(model: nn.Module) -> None:
     """See that a model has not been prepared before; else a ConversionError."""
     if any(isinstance(module, AnswersOnly) for module in model.modules()):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends.answers_only import refuse_prepared
+from moe_dist.inference.backends.answers_only import refuse_as_a_whole, refuse_prepared
 from moe_dist.inference.backends.eager import cast_weights
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import PackedLinear
@@ -39,6 +39,7 @@ class Lean:
         if all(reads_hidden_states_only(layer.router) for layer in layers):
             for module in lean.modules():
                 remove_routing_hooks(module)
+        refuse_as_a_whole(lean)
         return lean
 
 
