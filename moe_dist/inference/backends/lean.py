@@ -32,8 +32,9 @@ class Lean:
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
             load_operators()
-        lean = copy.deepcopy(model).eval().requires_grad_(False)
+        lean = copy.deepcopy(model).requires_grad_(False)
         _replace(lean, dtype)
+        lean.eval()
         routers = nn.ModuleList(m for m in lean.modules() if isinstance(m, RoutedFFN))
         cast_weights(lean, dtype, apart=routers)
         if all(reads_hidden_states_only(layer.router) for layer in layers):
