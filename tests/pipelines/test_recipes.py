@@ -11,7 +11,8 @@ from moe_dist.config import load_config
 from pipelines.cli import app
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
-SIZES = {"half": 2, "quarter": 2, "sixteenth": 0.5, "second": 0.25}
+# Neurons of the FFN's parts that comparisons are called by, where an FFN has 1,536.
+SIZES = {"half": 768, "quarter": 384, "sixteenth": 96, "second": 48}
 
 # Learning rate, batch size, epochs, weight decay, distillation weight; MoEBERT, NAACL 2022.
 PAPER = {
@@ -48,7 +49,7 @@ def test_a_recipe_loads_and_its_comparisons_resolve(path: Path) -> None:
     assert config.name == path.stem
     for label in config.compare:
         own = config.resolve_comparison(label).moe
-        size = SIZES.get(label.rpartition("_")[2], 1) * config.moe.active_neurons
+        size = SIZES.get(label.rpartition("_")[2], config.moe.active_neurons)
         # A plain mixture pays for each of K experts, a merged one for one.
         assert own.active_neurons == (own.top_k if label == "plain" else 1) * size
 
