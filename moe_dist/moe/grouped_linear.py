@@ -161,11 +161,11 @@ def rows_of_group(rows_TI: Tensor, rows: slice) -> Tensor:
     num_rows = group_TI.shape[0]
     if group_TI.device.type != "cpu" or group_TI.dtype not in (torch.bfloat16, torch.float16):
         return group_TI
-    missing = -num_rows % row_step(num_rows)
+    missing = -num_rows % _row_step(num_rows)
     return F.pad(group_TI, (0, 0, 0, missing)) if missing else group_TI
 
 
-def row_step(num_rows: int) -> int:
+def _row_step(num_rows: int) -> int:
     """Space round numbers of rows by 16, and from 256 on by an eighth to a sixteenth."""
     return int(max(16, 2 ** (num_rows.bit_length() - 4)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ from moe_dist.measure.latency import (
     random_batch,
     watch_other_work,
 )
-from moe_dist.whole_files import write_json
 
 from ..markdown import markdown_table
+from ..report.report_text import MAX_SPREAD
+from .results import write_results
 from .sizes import below_one, cpu_threads
 
-JSON_NAME, MARKDOWN_NAME = "inference.json", "inference.md"
-WIDE_SPREAD = 0.5
-"""Spread of the times from which on they are no good to judge by."""
+SHAPES = ((1, 16), (1, 64), (1, 128), (32, 64))
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class InferenceBenchmark:
     """
 
     directories: Mapping[str, Path]
-    shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 64), (1, 128), (32, 64))
+    shapes: tuple[tuple[int, int], ...] = SHAPES
     forms: tuple[Form, ...] = ALL_FORMS
     num_rounds: int = 15
     num_threads: int | None = None
@@ -162,6 +161,7 @@ def _time(
     found = measure_in_turn(prepared, rounds, batch_sizes=(batch_size,), seq_len=seq_len)
     times = {key: by_size[batch_size] for key, by_size in found.items()}
     first = next(iter(prepared))[0]
+    answers = {key: _answer(model, shape) for key, model in prepared.items()}
     timings = []
     for (name, form), latency in times.items():
         timings.append(
@@ -174,7 +174,7 @@ def _time(
                 spread=latency.spread,
                 speed=_ratio(times.get((first, form)), latency),
                 speed_over_oracle=_ratio(times[first, ORACLE], latency),
-                error=_error(prepared[name, form], prepared[name, ORACLE], shape),
+                error=_error(answers[name, form], answers[name, ORACLE]),
             )
         )
     return timings
@@ -185,17 +185,15 @@ def _ratio(other: Latency | None, own: Latency) -> float:
 
 
 @torch.inference_mode()
-def _error(model: Any, oracle: Any, shape: tuple[int, int]) -> float:
-    batch = random_batch(oracle, *shape)
-    with any_task(oracle):
-        expected, found = _answer(oracle(**batch)), _answer(model(**batch)).float()
+def _answer(model: Any, shape: tuple[int, int]) -> Tensor:
+    """Logits, or what else a model's first output is, of random texts."""
+    with any_task(model):
+        answer: Tensor = model(**random_batch(model, *shape))[0]
+    return answer.float()
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _answer(output: Any) -> Tensor:
-    """Logits, or what else a model's first output is."""
-    answer: Tensor = output[0]
-    return answer
 
 
 def _busy(work: OtherWork, num_threads: int) -> str:
@@ -234,7 +232,7 @@ def to_rows(report: InferenceReport) -> list[list[str]]:
 
 
 def _marked(timing: Timing) -> str:
-    return f"{timing.low_ms:.2f}" + ("?" if timing.spread > WIDE_SPREAD else "")
+    return f"{timing.low_ms:.2f}" + ("?" if timing.spread > MAX_SPREAD else "")
 
 
 def verdicts(report: InferenceReport) -> list[str]:
@@ -251,7 +249,7 @@ def verdicts(report: InferenceReport) -> list[str]:
             )
         lines.append(f"{shape[0]} × {shape[1]}, each in its fastest form: " + "; ".join(said))
     lines += [f"not there: {reason}" for reason in report.refused]
-    wide = sum(one.spread > WIDE_SPREAD for one in report.timings)
+    wide = sum(one.spread > MAX_SPREAD for one in report.timings)
     if wide:
         lines.append(f"{wide} of {len(report.timings)} times vary too much to judge by (marked ?)")
     return [*lines, *([report.busy] if report.busy else [])]
@@ -280,11 +278,9 @@ def main(settings: InferenceBenchmark, output: Path | None = None) -> None:
     for sentence in verdicts(report):
         console.print(sentence)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / JSON_NAME, asdict(report))
         lines = markdown_table(COLUMNS, to_rows(report))
         lines += ["", *(f"- {sentence}" for sentence in verdicts(report))]
-        (output / MARKDOWN_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_results(output, "inference", report, "\n".join(lines) + "\n")
 
 
 def named_directories(directories: Sequence[str]) -> dict[str, Path]:

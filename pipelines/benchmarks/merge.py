@@ -8,11 +8,10 @@ feed-forward layer is counted and taken as often as there are. Time and memory a
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +26,11 @@ from moe_dist.measure.latency import wait_for
 from moe_dist.moe import Experts, MergedLayer, MoELayer, RoutingContext, build_router, use_context
 from moe_dist.moe.merge import Merges, applying_is_cheaper
 from moe_dist.moe.routing import current_context
-from moe_dist.whole_files import write_json
 
 from ..markdown import markdown_table
 from .live_memory import LiveMemory
 from .models import random_language_model
+from .results import write_results
 from .sizes import below_one, cpu_threads
 
 PLAIN, NAIVE = "plain mixture", "naive merge"
@@ -39,7 +38,6 @@ MERGED = ("merged_sequence", "merged_task")
 SLOWER_GOAL, FASTER_GOAL = 1.3, 3.0
 PUBLISHED = {"plain": {1: 28.5, 4: 72.0, 32: 480.0}, "merged": {1: 28.5, 4: 28.6, 32: 30.5}}
 """GFLOPs of MEO's paper, by K."""
-JSON_NAME, MARKDOWN_NAME = "merge.json", "merge.md"
 
 
 @dataclass(frozen=True)
@@ -242,9 +240,7 @@ def main(settings: MergeBenchmark | None = None, output: Path | None = None) -> 
     for sentence in verdicts(report):
         console.print(sentence)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / JSON_NAME, json.loads(json.dumps(asdict(report))))
-        (output / MARKDOWN_NAME).write_text(to_markdown(report), encoding="utf-8")
+        write_results(output, "merge", report, to_markdown(report))
 
 
 def _content(report: MergeReport) -> list[tuple[list[str], list[list[str]]]]:

@@ -86,6 +86,13 @@ class ResultFiles:
         """Identify an output of a stage; see `path_digest`."""
         return path_digest(path)
 
+    def digest_if_whole(self, path: Path) -> str | None:
+        """Identify an output; None where it has gone or is damaged."""
+        try:
+            return self.digest(path)
+        except (OSError, LookupError, ValueError, TypeError):  # Its manifest may be damaged.
+            return None
+
     def refresh(self, log: Path, records: Path) -> None:
         """Bring up to date a job's metric log and the directory of its records."""
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from moe_dist.digests import file_digest
 
+MANIFEST = "manifest.json"
+"""Of a saved model: lists its files with their hashes."""
 STAGE_FORMAT = 2
 """Raised when a stage writes something else for the same settings."""
 
@@ -37,7 +39,7 @@ def path_digest(path: Path, size_of: Callable[[Path], int | None] = file_size) -
     """
     if path.is_file():
         return file_digest(path)
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST
     if manifest.is_file():
         files = json.loads(manifest.read_text(encoding="utf-8")).get("files", {})
         for name, entry in files.items():

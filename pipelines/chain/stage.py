@@ -245,14 +245,11 @@ def read_result(directory: Path) -> StageResult | None:
 
 def _damaged_outputs(result: StageResult, files: ResultFiles) -> list[str]:
     """Name the outputs of a finished stage that have gone or changed."""
-    return [name for name in result.outputs if _digest(name, result, files) != result.digests[name]]
-
-
-def _digest(name: str, result: StageResult, files: ResultFiles) -> str | None:
-    try:
-        return files.digest(result.outputs[name])
-    except (OSError, LookupError, ValueError, TypeError):  # Its manifest may be damaged.
-        return None
+    return [
+        name
+        for name, path in result.outputs.items()
+        if files.digest_if_whole(path) != result.digests[name]
+    ]
 
 
 def _prepare(

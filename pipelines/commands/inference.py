@@ -40,12 +40,12 @@ def benchmark_inference(
         quieten_libraries()
         from moe_dist.inference.backends import ALL_FORMS, Form
 
-        from ..benchmarks.inference import InferenceBenchmark, main, named_directories
+        from ..benchmarks.inference import SHAPES, InferenceBenchmark, main, named_directories
 
         main(
             InferenceBenchmark(
                 directories=named_directories(models),
-                shapes=tuple(_shape(text) for text in shape or ("1x16", "1x64", "1x128", "32x64")),
+                shapes=tuple(_shape(text) for text in shape) if shape else SHAPES,
                 forms=tuple(Form.parse(text) for text in form) if form else ALL_FORMS,
                 num_rounds=rounds,
                 num_threads=threads,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chain.fingerprints import MANIFEST
+
 if TYPE_CHECKING:
     from moe_dist.data.sources import Splits
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
 MODELS = "models"
 """Their directory, in that of the stage evaluate."""
-_MANIFEST = "manifest.json"
 
 
 def writes_texts(workspace: Workspace) -> bool:
@@ -78,8 +79,4 @@ def _writing_parts(workspace: Workspace) -> list[Splits]:
 
 def _is_whole(directory: Path, files: ResultFiles) -> bool:
     """Whether a model has its manifest, and all files that this lists at their size."""
-    try:
-        files.digest(directory)
-    except (OSError, LookupError, ValueError, TypeError):
-        return False
-    return (directory / _MANIFEST).is_file()
+    return files.digest_if_whole(directory) is not None and (directory / MANIFEST).is_file()

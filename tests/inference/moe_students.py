@@ -9,12 +9,12 @@ from moe_dist.moe.layer import moe_layers
 from tests.conversion.dense_models import random_scores, tiny_model
 
 
-def student(**options: Any) -> Any:
-    """Four experts of a tiny BERT; of its 32 neurons each has 14 of its own or shared."""
-    model = tiny_model("bert")
+def student(family: str = "bert", **options: Any) -> Any:
+    """Four experts of a tiny model, a BERT if not said; of its 32 neurons each has 14 or shares."""
+    model = tiny_model(family)
     plan = plan_partition(
         random_scores(model),
-        num_experts=4,
+        num_experts=options.pop("num_experts", 4),
         expert_size=options.pop("expert_size", 14),
         num_shared_neurons=options.pop("num_shared", 8),
         tie_shared=options.pop("tie_shared", False),

@@ -38,13 +38,10 @@ every_form = pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 
 
 def routed(family: str = "bert", **options: Any) -> Any:
-    model = tiny_model(family)
-    sizes = {"num_experts": 4, "expert_size": 12, "num_shared_neurons": 6, "tie_shared": True}
-    sizes |= {name: options.pop(name) for name in list(options) if name in sizes}
-    plan = plan_partition(random_scores(model), **sizes)
+    sizes = {"expert_size": 12, "num_shared": 6, "tie_shared": True}
     if options.get("router") == "hash_balanced":
         options["token_counts"] = torch.arange(VOCAB_SIZE)
-    return dense_to_moe(model, plan, **options).eval()
+    return student(family, **sizes | options).eval()
 
 
 def differ(model: Any, form: Form, **batch: Any) -> float:
@@ -87,12 +84,12 @@ def test_probabilities_scale_the_experts() -> None:
 @pytest.mark.parametrize("num_shared", [0, NUM_NEURONS])
 def test_experts_of_any_sizes(num_shared: int) -> None:
     """Nothing shared; and experts with no neurons of their own."""
-    model = routed(expert_size=8 if not num_shared else NUM_NEURONS, num_shared_neurons=num_shared)
+    model = routed(expert_size=8 if not num_shared else NUM_NEURONS, num_shared=num_shared)
     assert differ(model, Form("lean")) < 1e-5
 
 
 def test_one_expert_needs_no_router() -> None:
-    assert differ(routed(num_experts=1, num_shared_neurons=0), Form("lean")) < 1e-5
+    assert differ(routed(num_experts=1, num_shared=0), Form("lean")) < 1e-5
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 72])
@@ -162,7 +159,7 @@ def test_the_native_operator_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize("router", ["token_gate", "hash_random"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_autocast_changes_nothing_but_precision(router: str, precision: str) -> None:
-    model = routed(router=router, num_shared_neurons=0, expert_size=8)
+    model = routed(router=router, num_shared=0, expert_size=8)
     lean = Form("lean", precision).prepare(model)
     expected = logits_of(model, token_batch())
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_dist.errors import ConversionError
+from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.inference.backends.eager import Eager
 from moe_dist.inference.backends.lean import Lean
 
@@ -62,6 +63,7 @@ class Form:
 
     def prepare(self, model: Any) -> Any:
         """Bring a model on the CPU into this form, see `Backend.prepare`."""
+        refuse_prepared(model)
         return BACKENDS[self.backend].prepare(model, DTYPES[self.precision])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends.answers_only import refuse_as_a_whole, refuse_prepared
+from moe_dist.inference.backends.answers_only import refuse_as_a_whole
 from moe_dist.inference.backends.eager import cast_weights
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import PackedLinear
@@ -45,7 +45,6 @@ class Lean:
 
 
 def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:
-    refuse_prepared(model)
     merging = [layer.name for layer in layers if layer.merges]
     if merging:
         raise ConversionError(
@@ -80,12 +79,12 @@ def _has_more_than_weights(module: nn.Module) -> bool:
 
 def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
     for name, child in list(parent.named_children()):
-        if isinstance(child, MoELayer):
-            setattr(parent, name, RoutedFFN(child, dtype))
-        elif type(child) is nn.Linear:
-            setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
-        elif type(child).__name__ == "Conv1D":
-            conv: Any = child
-            setattr(parent, name, PackedLinear(conv.weight.t(), conv.bias, dtype))
-        else:
+        if not _is_replaced(child):
             _replace(child, dtype)
+        elif isinstance(child, MoELayer):
+            setattr(parent, name, RoutedFFN(child, dtype))
+        else:
+            linear: Any = child
+            # Conv1D has its weight the other way round.
+            weight_OI = linear.weight if type(child) is nn.Linear else linear.weight.t()
+            setattr(parent, name, PackedLinear(weight_OI, linear.bias, dtype))

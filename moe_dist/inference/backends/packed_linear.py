@@ -27,6 +27,12 @@ def pack_weight(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
+def round_rows(rows_TI: Tensor) -> Tensor:
+    """Fill up to a round number of rows, see `rows_of_group`; one row stays alone."""
+    num_rows = rows_TI.shape[0]
+    return rows_of_group(rows_TI, slice(0, num_rows)) if num_rows > 1 else rows_TI
+
+
 def multiply_packed(rows_TI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """Apply a linear layer to rows, whose number should be a round one in bfloat16: (T, O)."""
     if not weight.is_mkldnn:
@@ -57,11 +63,8 @@ class PackedLinear(AnswersOnly):
         """Apply it to the last axis."""
         self.check_input(hidden)
         rows_TI = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
-        num_rows = rows_TI.shape[0]
-        if num_rows > 1:
-            rows_TI = rows_of_group(rows_TI, slice(0, num_rows))
-        out_TO = multiply_packed(rows_TI, self._packed, self._bias_O)[:num_rows]
-        return out_TO.view(*hidden.shape[:-1], self.out_features)
+        out_TO = multiply_packed(round_rows(rows_TI), self._packed, self._bias_O)
+        return out_TO[: rows_TI.shape[0]].view(*hidden.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(module)`."""

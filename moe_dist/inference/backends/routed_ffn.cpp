@@ -63,7 +63,7 @@ Tensor network(const Tensor& rows, int64_t e, at::TensorList w_in, const Biases&
 Tensor routed_ffn(const Tensor& hidden_TD, const Tensor& ids_TK,
                   const std::optional<Tensor>& weights_TK, at::TensorList w_in, Biases b_in,
                   at::TensorList w_gate, Biases b_gate, at::TensorList w_out, Biases b_out,
-                  int64_t activation, bool rounds) {
+                  int64_t activation) {
   // The weights say what is computed in.
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   TORCH_CHECK(hidden_TD.dim() == 2 && ids_TK.dim() == 2 && ids_TK.size(0) == hidden_TD.size(0),
@@ -85,6 +85,7 @@ Tensor routed_ffn(const Tensor& hidden_TD, const Tensor& ids_TK,
   }
   const size_t row_bytes = D * hidden.element_size();
   const char* source = static_cast<const char*>(hidden.const_data_ptr());
+  const bool rounds = hidden.scalar_type() == at::kBFloat16;
   const bool copies = K == 1 && !weights_TK;
   Tensor out = copies ? at::empty_like(hidden) : at::zeros_like(hidden);
   char* target = static_cast<char*>(out.data_ptr());
@@ -129,8 +130,8 @@ Tensor routed_ffn(const Tensor& hidden_TD, const Tensor& ids_TK,
 TORCH_LIBRARY(moe_dist, library) {
   library.def(
       "routed_ffn(Tensor hidden, Tensor ids, Tensor? weights, Tensor[] w_in, Tensor?[] b_in, "
-      "Tensor[] w_gate, Tensor?[] b_gate, Tensor[] w_out, Tensor?[] b_out, int activation, "
-      "bool rounds) -> Tensor");
+      "Tensor[] w_gate, Tensor?[] b_gate, Tensor[] w_out, Tensor?[] b_out, int activation) "
+      "-> Tensor");
 }
 
 // Packed weights are oneDNN's own tensors.

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.inference.backends.native import load_operators
-from moe_dist.inference.backends.packed_linear import multiply_packed, pack_weight
+from moe_dist.inference.backends.packed_linear import multiply_packed, pack_weight, round_rows
 from moe_dist.moe.dispatch import permute, sort_slots, unpermute
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate
-from moe_dist.moe.grouped_linear import rows_of_group
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import Routing, current_context
 
@@ -94,7 +93,6 @@ class _PackedExperts:
         w_out: (D, F) each.
         b_out: (D,) each, or None; all that experts without neurons have.
         activation: between the layers.
-        rounds: whether products want round numbers of rows.
     """
 
     w_in: list[Tensor]
@@ -104,7 +102,6 @@ class _PackedExperts:
     w_out: list[Tensor]
     b_out: list[Tensor | None]
     activation: Callable[[Tensor], Tensor]
-    rounds: bool
 
     @classmethod
     def of(cls, experts: Experts, dtype: torch.dtype) -> _PackedExperts:
@@ -122,7 +119,7 @@ class _PackedExperts:
 
         return cls(
             *(weights("w_in"), biases("in"), weights("w_gate"), biases("gate")),
-            *(weights("w_out"), biases("out"), experts.activation, dtype is torch.bfloat16),
+            *(weights("w_out"), biases("out"), experts.activation),
         )
 
     @cached_property
@@ -142,7 +139,7 @@ class _PackedExperts:
             routing.expert_ids,
             weights_TK,
             *(self.w_in, self.b_in, self.w_gate, self.b_gate, self.w_out, self.b_out),
-            *(self.native_activation, self.rounds),
+            self.native_activation,
         )
         return out_TD
 
@@ -165,8 +162,7 @@ class _PackedExperts:
             zeros_TD = torch.zeros_like(rows_TD)
             return zeros_TD if bias_D is None else zeros_TD + bias_D
         num_rows = rows_TD.shape[0]
-        if num_rows > 1:
-            rows_TD = rows_of_group(rows_TD, slice(0, num_rows))
+        rows_TD = round_rows(rows_TD)
         hidden_TF = multiply_packed(rows_TD, self.w_in[expert], self.b_in[expert])
         if self.w_gate:
             gate_TF = multiply_packed(rows_TD, self.w_gate[expert], self.b_gate[expert])
