@@ -15,6 +15,11 @@ from torch import nn
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_as_a_whole
 from moe_dist.inference.backends.eager import DTYPES, cast_weights
+from moe_dist.inference.backends.encoder import (
+    PRECISIONS,
+    NativeBlocks,
+    install_native_blocks,
+)
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
@@ -26,20 +31,26 @@ from moe_dist.moe.routing import remove_routing_hooks
 class Lean:
     """Packed weights, one call for each routed network; cannot learn or be saved."""
 
-    precisions = tuple(DTYPES)
+    precisions = tuple(PRECISIONS)
 
     def prepare(self, model: Any, precision: str) -> Any:
         """Copy the model and replace its layers; a ConversionError where one has no such form."""
-        dtype = DTYPES[precision]
+        dtype = DTYPES.get(precision, torch.float32)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
             load_operators()
         lean = copy.deepcopy(model).requires_grad_(False)
+        obstacle = install_native_blocks(lean, precision)
+        if obstacle and precision not in DTYPES:
+            raise ConversionError(
+                f"there is no lean form of this model in {precision}: {obstacle}",
+                remedy="use lean-bf16, or onnx-int8",
+            )
         _replace(lean, dtype)
         lean.eval()
-        routers = nn.ModuleList(m for m in lean.modules() if isinstance(m, RoutedFFN))
-        cast_weights(lean, dtype, apart=routers)
+        own = [m for m in lean.modules() if isinstance(m, RoutedFFN | NativeBlocks)]
+        cast_weights(lean, dtype, apart=nn.ModuleList(own))
         if all(reads_hidden_states_only(layer.router) for layer in layers):
             for module in lean.modules():
                 remove_routing_hooks(module)
@@ -82,6 +93,8 @@ def _has_more_than_weights(module: nn.Module) -> bool:
 
 def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
     for name, child in list(parent.named_children()):
+        if isinstance(child, NativeBlocks):
+            continue
         if not _is_replaced(child):
             _replace(child, dtype)
         elif isinstance(child, MoELayer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,13 @@ _NATIVE_ACTIVATIONS = {
     "GELUActivation": 0, "NewGELUActivation": 1, "GELUTanh": 1, "ReLU": 2, "SiLUActivation": 3,
     "SiLU": 3, "Tanh": 4,
 }  # fmt: skip
-"""Numbers that routed_ffn.cpp knows activations by: functions, or classes by name."""
+"""Numbers that the C++ code knows activations by: functions, or classes by name."""
+
+
+def native_activation(activation: Any) -> int | None:
+    """An activation's number in C++; None where it is not known there."""
+    key = type(activation).__name__ if isinstance(activation, nn.Module) else activation
+    return _NATIVE_ACTIVATIONS.get(key)
 
 
 class RoutedFFN(AnswersOnly):
@@ -61,7 +67,7 @@ class RoutedFFN(AnswersOnly):
         return out_TD.view(hidden.shape)
 
     def _choose(self, router: nn.Module, hidden_TD: Tensor) -> Routing:
-        if not _takes_the_best(router):
+        if not takes_the_best(router):
             routing: Routing = router(hidden_TD, current_context())
             return routing
         weight_ED = cast(TokenGate, router).gate.weight
@@ -76,7 +82,8 @@ def reads_hidden_states_only(router: nn.Module | None) -> bool:
     return router is None or type(router) is TokenGate
 
 
-def _takes_the_best(router: nn.Module) -> bool:
+def takes_the_best(router: nn.Module) -> bool:
+    """Whether a router sends each token, whole, to the expert with the best score."""
     is_gate = type(router) is TokenGate and router.top_k == 1
     return is_gate and router.gate_scale == "straight_through"
 
@@ -124,10 +131,8 @@ class _PackedExperts:
 
     @cached_property
     def native_activation(self) -> int | None:
-        """The activation's number in C++, None where it is not known there."""
-        own = self.activation
-        key = type(own).__name__ if isinstance(own, nn.Module) else own
-        return _NATIVE_ACTIVATIONS.get(key)
+        """See `native_activation`."""
+        return native_activation(self.activation)
 
     def apply(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """Give each token the weighted sum of its experts: (T, D)."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,7 +21,8 @@ from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError, MoeDistError
 from moe_dist.whole_files import flush_to_disk
 
-SOURCE = Path(__file__).with_name("routed_ffn.cpp")
+HERE = Path(__file__).parent
+SOURCES = tuple(sorted(HERE.glob("*.cpp")))
 _LIBRARY, _DIGEST = "operators.so", "operators.sha256"
 _COMPILE_TIMEOUT_S = 600.0
 
@@ -27,15 +31,16 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_operators() -> bool:
-    """Make `torch.ops.moe_dist.routed_ffn` known; False, and a warning, where it cannot be.
+    """Make `torch.ops.moe_dist.routed_ffn` and the class `Encoder` known.
 
     The first call on a machine compiles for half a minute, with `CXX` or `c++`. The library lies in
     the cache under what it was made of: source, flags, torch, C library and processor; a damaged
-    one is built again.
+    one is built again. Where that fails it is False, and a warning.
     """
-    digests = "-".join(file_digest(path)[:12] for path in (SOURCE, Path(__file__)))
+    files = (*SOURCES, *sorted(HERE.glob("*.h")), Path(__file__))
+    digests = _short("".join(file_digest(path) for path in files))
     libc = "-".join(platform.libc_ver())
-    made_of = f"{digests}-torch{torch.__version__}-{libc}-{platform.machine()}"
+    made_of = f"{digests}-torch{torch.__version__}-{libc}-{_processor()}"
     try:
         directory = build_once(
             default_cache_dir() / "operators" / made_of, _compile, is_good=_is_whole
@@ -60,19 +65,47 @@ def _compile(directory: Path) -> None:
             f"there is no C++ compiler {compiler[0]!r}", remedy="install g++, or name one by CXX"
         )
     log.warning("compiling native operators, once for this machine; it takes half a minute")
-    library = directory / _LIBRARY
     command = [
-        *(*compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w"),
+        *(*compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-w"),
+        *(["-fopenmp"] if sys.platform == "linux" else []),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{path}" for path in include_paths()),
-        *(str(SOURCE), "-o", str(library)),
-        *(f"-L{path}" for path in library_paths()),
-        *("-ltorch", "-ltorch_cpu", "-lc10"),
     ]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+
+    def compile_one(source: Path) -> str:
+        compiled = str(directory / source.with_suffix(".o").name)
+        _run([*command, "-c", str(source), "-o", compiled])
+        return compiled
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    library = directory / _LIBRARY
+    linked = [*objects, *(f"-L{path}" for path in library_paths())]
+    _run([*command, "-shared", *linked, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
+    for compiled in objects:
+        Path(compiled).unlink()
     (directory / _DIGEST).write_text(file_digest(library), encoding="utf-8")
     for path in (library, directory / _DIGEST):
         flush_to_disk(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+
+
+def _processor() -> str:
+    """What a library that was compiled for this very processor needs to find again."""
+    machine = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return machine
+    kinds = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return f"{machine}-{_short(kinds[0])}" if kinds else machine
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_whole(directory: Path) -> bool:
