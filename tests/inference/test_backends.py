@@ -103,7 +103,7 @@ def test_any_number_of_tokens(form: Form, top_k: int, num_tokens: int) -> None:
     ids = torch.randint(3, VOCAB_SIZE, (max(1, num_tokens // 24), min(24, num_tokens)))
     expected = logits_of(model, {"input_ids": ids})
     found = logits_of(form.prepare(model), {"input_ids": ids}).float()
-    limit = {"fp32": 1e-5, "bf16": 0.05}[form.precision]
+    limit = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.1}[form.precision]
     assert float((found - expected).abs().max() / expected.abs().max()) < limit
 
 
@@ -128,7 +128,7 @@ def test_without_a_compiler_torch_does_the_same(
 @pytest.mark.skipif(not native.load_operators(), reason="no C++ compiler here")
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
+@pytest.mark.parametrize("family", ["mpnet", "llama", "t5", "gpt2"])
 def test_torch_and_the_native_operator_are_equal(family: str, precision: str, top_k: int) -> None:
     lean = Form("lean", precision).prepare(routed(family, router="token_gate", top_k=top_k))
     ffn = next(module for module in lean.modules() if isinstance(module, RoutedFFN))
@@ -142,7 +142,7 @@ def test_torch_and_the_native_operator_are_equal(family: str, precision: str, to
 
 @pytest.mark.skipif(not native.load_operators(), reason="no C++ compiler here")
 def test_the_native_operator_refuses_what_does_not_fit() -> None:
-    lean = Form("lean").prepare(routed(router="token_gate"))
+    lean = Form("lean").prepare(routed("mpnet", router="token_gate"))
     experts = next(m for m in lean.modules() if isinstance(m, RoutedFFN))._experts
     hidden, ids = torch.randn(5, 16), torch.zeros(5, 1, dtype=torch.int64)
     for wrong_hidden, wrong_ids in (

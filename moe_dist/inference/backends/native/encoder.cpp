@@ -71,6 +71,14 @@ class Encoder : public torch::CustomClassHolder {
     TORCH_CHECK(norms.size() == 4 && !w_in.empty() && w_in.size() == w_out.size() &&
                     b_in.size() == w_in.size() && b_out.size() == w_in.size(),
                 "lists of weights differ in length");
+    const int64_t D = w_o.size(0);
+    TORCH_CHECK(w_qkv.size(0) % (3 * num_heads_) == 0 && w_qkv.size(0) == 3 * w_o.size(1) &&
+                    w_qkv.size(1) == D,
+                "widths of attention do not fit");
+    for (const Tensor& values : norms) TORCH_CHECK(values.numel() == D, "a norm is not of ", D);
+    for (size_t i = 0; i < w_in.size(); ++i)
+      TORCH_CHECK(w_in[i].size(1) == D && w_out[i].size(0) == D && w_in[i].size(0) == w_out[i].size(1),
+                  "widths of a feed-forward network do not fit");
     Layer layer;
     layer.qkv = Linear(w_qkv, b_qkv, precision_);
     layer.attention_out = Linear(w_o, b_o, precision_);
@@ -89,6 +97,7 @@ class Encoder : public torch::CustomClassHolder {
   // goes with (B, H, L, L).
   Tensor forward(const Tensor& hidden, const MaybeTensor& mask) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    for (const Layer& layer : layers_) check(layer, hidden);
     const int64_t B = hidden.size(0), L = hidden.size(1);
     const MaybeTensor own_mask = prepared(mask);
     Tensor rows = float_rows(hidden);
@@ -102,7 +111,9 @@ class Encoder : public torch::CustomClassHolder {
   // The first half of a layer: (B, L, D) to float32 of that shape.
   Tensor attention_half(int64_t index, const Tensor& hidden, const MaybeTensor& mask) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    return attend(layers_.at(index), float_rows(hidden), hidden.size(0), hidden.size(1), prepared(mask))
+    const Layer& layer = layers_.at(index);
+    check(layer, hidden);
+    return attend(layer, float_rows(hidden), hidden.size(0), hidden.size(1), prepared(mask))
         .view(hidden.sizes());
   }
 
@@ -111,13 +122,20 @@ class Encoder : public torch::CustomClassHolder {
   Tensor feed_forward_half(int64_t index, const Tensor& hidden, const MaybeTensor& ids_TK,
                            const MaybeTensor& weights_TK) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Layer& layer = layers_.at(index);
+    check(layer, hidden);
     const Tensor ids = ids_TK ? ids_TK->contiguous() : Tensor();
-    return feed_forward(layers_.at(index), float_rows(hidden), ids, weights_TK).view(hidden.sizes());
+    return feed_forward(layer, float_rows(hidden), ids, weights_TK).view(hidden.sizes());
   }
 
  private:
   at::ScalarType attention_type() const {
     return precision_ == Precision::kFloat ? at::kFloat : at::kBFloat16;
+  }
+
+  static void check(const Layer& layer, const Tensor& hidden) {
+    TORCH_CHECK(hidden.dim() == 3 && hidden.size(2) == layer.qkv.K && hidden.is_floating_point(),
+                "hidden states are ", hidden.scalar_type(), " ", hidden.sizes());
   }
 
   MaybeTensor prepared(const MaybeTensor& mask) const {
@@ -166,7 +184,8 @@ class Encoder : public torch::CustomClassHolder {
 
   // Part by part, so that what lies between the two products stays near the core that made it.
   Tensor apply(const std::vector<Part>& parts, const Rows& rows) const {
-    const int64_t T = rows.codes.size(0), D = parts[0].network->out.N, number = parts.size();
+    const int64_t T = rows.codes.size(0), number = parts.size();
+    const int64_t D = layers_[0].qkv.K;
     Tensor out = matrix(T, D, at::kFloat);
     float* to = out.data_ptr<float>();
     const auto apply_some = [&](int64_t begin, int64_t end) {
@@ -198,14 +217,16 @@ class Encoder : public torch::CustomClassHolder {
     std::vector<Part> shared;
     if (!layer.shared.empty()) add_parts(layer.shared[0], 0, T, shared);
     if (!ids.defined()) {
+      TORCH_CHECK(layer.experts.size() == 1, "there are several experts, and no ids");
       std::vector<Part> parts;
       add_parts(layer.experts[0], 0, T, parts);
       Tensor out = apply(parts, rows);
       if (!shared.empty()) out.add_(apply(shared, rows));
       return layer.out_norm(out, x);
     }
+    TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids are ", ids.sizes(), " for ", T, " tokens");
+    TORCH_CHECK(!weights || weights->sizes() == ids.sizes(), "weights and ids differ");
     const int64_t K = ids.size(1), S = T * K, E = layer.experts.size();
-    TORCH_CHECK(ids.size(0) == T, "ids for ", ids.size(0), " of ", T, " tokens");
     const int64_t* expert_of = ids.const_data_ptr<int64_t>();
     std::vector<int64_t> starts(E + 1, 0), tokens(S), place(S);
     for (int64_t s = 0; s < S; ++s) {

@@ -150,6 +150,7 @@ struct Linear {
   // out[t, n] = activation(x W + bias), as float32 or bfloat16, with `stride` between rows.
   template <typename Out>
   void apply(const Rows& rows, Out* out, int64_t stride, int64_t activation = -1) const {
+    TORCH_CHECK(rows.codes.size(1) == K, "rows of ", rows.codes.size(1), " for a width of ", K);
     with_activation(activation, [&](auto activate) {
       if (precision == Precision::kFloat)
         run<float, float, float>(rows, out, stride, activate);

@@ -1,0 +1,237 @@
+"""The native encoder answers as the blocks that it stands for."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.errors import ConversionError
+from moe_dist.inference.backends import Form, native
+from moe_dist.inference.backends.encoder import BLOCKS, PRECISIONS, NativeBlocks
+from moe_dist.inference.backends.packed_linear import PackedLinear
+from tests.conversion.dense_models import VOCAB_SIZE, random_scores, tiny_model, token_batch
+from tests.inference.test_backends import routed
+
+LIMITS = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.1}
+
+
+def _is_native(precision: str) -> bool:
+    loaded = native.load_operators()
+    return loaded and bool(torch.ops.moe_dist.multiplies(PRECISIONS[precision]))
+
+
+every_precision = pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(
+            name, marks=pytest.mark.skipif(not _is_native(name), reason="not on this processor")
+        )
+        for name in PRECISIONS
+    ],
+)
+
+
+def prepare(model: Any, precision: str) -> Any:
+    """The lean form; its encoder must be the native one."""
+    lean = Form("lean", precision).prepare(model)
+    assert sum(isinstance(module, NativeBlocks) for module in lean.modules()) == 1
+    return lean
+
+
+@torch.no_grad()
+def error(model: Any, lean: Any, **inputs: Any) -> float:
+    """The largest difference of the last hidden states of real tokens, relative to the largest."""
+    expected = model.base_model(**inputs)[0].float()
+    found = lean.base_model(**inputs)[0].float()
+    assert found.shape == expected.shape
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        expected, found = expected[mask.bool()], found[mask.bool()]
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def wide(**options: Any) -> Any:
+    """A BERT whose widths are no multiples of a block: three heads of 20, 132 neurons."""
+    sizes = {"hidden_size": 60, "num_attention_heads": 3, "intermediate_size": 132}
+    return tiny_model("bert", **sizes, max_position_embeddings=80, **options).eval()
+
+
+@every_precision
+@pytest.mark.parametrize("family", BLOCKS)
+def test_every_family_and_router(family: str, precision: str) -> None:
+    # A gate may choose otherwise where two experts score alike, so that is asked in float32.
+    gates = ["token_gate", "sentence_gate"] * (precision == "fp32")
+    for router in ("", "hash_random", *gates):
+        model = routed(family, router=router) if router else tiny_model(family)
+        assert error(model, prepare(model, precision), **token_batch()) < LIMITS[precision]
+
+
+@every_precision
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 9, 16, 17, 63, 65, 79])
+def test_any_widths_and_numbers_of_tokens(
+    num_tokens: int, num_threads: int, precision: str
+) -> None:
+    model = wide()
+    lean = prepare(model, precision)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for num_texts in (1, 3):
+            ids = torch.randint(3, VOCAB_SIZE, (num_texts, num_tokens))
+            assert error(model, lean, input_ids=ids) < LIMITS[precision]
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_precision
+@pytest.mark.parametrize("num_shared", [0, 32])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_experts_of_widths_that_need_filling_up(
+    top_k: int, num_shared: int, precision: str
+) -> None:
+    """41 neurons are no multiple of four."""
+    model = wide()
+    plan = plan_partition(
+        random_scores(model),
+        num_experts=3,
+        expert_size=41,
+        num_shared_neurons=num_shared,
+        method="importance",
+    )
+    # A gate may choose otherwise where two experts score alike, so that is asked in float32.
+    for router in ("hash_random", *["token_gate"] * (precision == "fp32")):
+        student = dense_to_moe(model, plan, router=router, top_k=top_k).eval()
+        ids = torch.randint(3, VOCAB_SIZE, (2, 70))
+        assert error(student, prepare(student, precision), input_ids=ids) < LIMITS[precision]
+
+
+@every_precision
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_of_every_kind(attention: str, precision: str) -> None:
+    model = wide(attn_implementation=attention)
+    lean = prepare(model, precision)
+    ids = torch.randint(3, VOCAB_SIZE, (3, 33))
+    padded = torch.ones_like(ids)
+    padded[0, 20:], padded[1, :5] = 0, 0
+    pairs = torch.ones(3, 1, 33, 33).tril().bool()
+    if attention == "eager":  # adds what it is given
+        pairs = torch.zeros(3, 1, 33, 33).masked_fill(~pairs, -1e4)
+    for mask in (padded, torch.ones_like(ids), pairs):
+        assert error(model, lean, input_ids=ids, attention_mask=mask) < LIMITS[precision]
+
+
+@every_precision
+def test_a_text_does_not_depend_on_what_else_is_there(precision: str) -> None:
+    lean = prepare(wide(), precision)
+    ids = torch.randint(3, VOCAB_SIZE, (5, 24))
+    mask = torch.ones_like(ids)
+    mask[1:, 10:] = 0
+    with torch.no_grad():
+        together = lean(input_ids=ids, attention_mask=mask).logits
+        alone = lean(input_ids=ids[1:2, :10]).logits
+    assert torch.allclose(together[1:2], alone, atol=0.05 if precision == "bf16" else 1e-5)
+
+
+@every_precision
+def test_calls_at_the_same_time(precision: str) -> None:
+    lean = prepare(wide(), precision)
+    batches = [torch.randint(3, VOCAB_SIZE, (2, length)) for length in range(3, 43)]
+    with torch.no_grad():
+        expected = [lean(input_ids=ids).logits for ids in batches]
+
+        def answer(ids: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                return lean(input_ids=ids).logits
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(answer, batches))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(not _is_native("int8"), reason="not on this processor")
+def test_int8_keeps_a_byte_for_each_weight_of_the_blocks() -> None:
+    """As near as that lets: a row's own step for its inputs, an output's for its weights."""
+    model = wide()
+    errors = [
+        error(model, prepare(model, name), input_ids=torch.arange(3, 40).view(1, -1))
+        for name in ("fp32", "int8")
+    ]
+    assert errors[0] < 1e-5 < errors[1] < 0.05
+
+
+@pytest.mark.skipif(not _is_native("fp32"), reason="not on this processor")
+def test_what_the_encoder_does_not_keep_is_refused() -> None:
+    model = tiny_model("bert")
+    lean = prepare(model, "fp32")
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ConversionError, match=f"does not keep what {name} asks for"):
+            lean(**token_batch(), **{name: True})
+        assert lean(**token_batch(), **{name: False}).logits is not None
+    model.config.output_hidden_states = True
+    with pytest.raises(ConversionError, match="output_hidden_states"):
+        Form("lean").prepare(model)(**token_batch())
+
+
+@pytest.mark.skipif(not _is_native("fp32"), reason="not on this processor")
+def test_a_model_that_was_asked_for_hidden_states_before() -> None:
+    model = tiny_model("bert")
+    model(**token_batch(), output_hidden_states=True)
+    assert error(model, prepare(model, "fp32"), **token_batch()) < 1e-5
+
+
+def test_other_models_keep_their_blocks() -> None:
+    for family, said in (("mpnet", "only encoders of the BERT kind"), ("llama", "only encoders")):
+        with pytest.raises(ConversionError, match=said):
+            Form("lean", "int8").prepare(tiny_model(family))
+    hooked = tiny_model("bert")
+    hooked.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    decoder = tiny_model("bert", is_decoder=True)
+    relu_like = tiny_model("bert", hidden_act="mish")
+    for model, said in (
+        (hooked, "a block has hooks"),
+        (decoder, "the model is a decoder"),
+        (relu_like, "its activation is not known"),
+    ):
+        with pytest.raises(ConversionError, match=said):
+            Form("lean", "int8").prepare(model)
+        lean = Form("lean").prepare(model.eval())
+        assert any(isinstance(module, PackedLinear) for module in lean.bert.encoder.modules())
+        assert error(model, lean, **token_batch()) < 1e-5
+
+
+def test_wrong_inputs_end_in_an_error() -> None:
+    if not _is_native("fp32"):
+        pytest.skip("not on this processor")
+    lean = prepare(routed(router="hash_random"), "fp32")
+    encoder = next(m for m in lean.modules() if isinstance(m, NativeBlocks))._encoder
+    hidden = torch.randn(2, 5, 16)
+    ids = torch.zeros(10, 1, dtype=torch.int64)
+    for wrong_hidden, wrong_ids in (
+        (hidden[..., :8], ids),
+        (hidden, ids[:4]),
+        (hidden, ids - 1),
+        (hidden, ids + 4),
+        (hidden, ids.int()),
+        (hidden, None),
+        (hidden[0, 0], ids),
+    ):
+        with pytest.raises((RuntimeError, IndexError)):
+            encoder.feed_forward_half(0, wrong_hidden, wrong_ids, None)
+    for index in (-1, 2):
+        with pytest.raises((RuntimeError, IndexError)):
+            encoder.attention_half(index, hidden, None)
+    for wrong in (hidden[..., :8], hidden[0], hidden.long()):
+        with pytest.raises((RuntimeError, IndexError)):
+            encoder.attention_half(0, wrong, None)
+    for mask in (torch.ones(2, 1, 5, 4).bool(), torch.ones(2, 5).bool()):
+        with pytest.raises((RuntimeError, IndexError)):
+            encoder.attention_half(0, hidden, mask)
+    with pytest.raises(RuntimeError, match="several experts, and no ids"):
+        encoder.forward(hidden, None)
+    nothing = torch.zeros(0, 5, dtype=torch.int64)
+    assert prepare(tiny_model("bert"), "fp32").bert(input_ids=nothing)[0].shape == (0, 5, 16)
