@@ -47,13 +47,18 @@ class BlockNames:
 
 
 _BERT = BlockNames(
-    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
     attention_out="attention.output.dense",
     attention_norm="attention.output.LayerNorm",
     out_norm="output.LayerNorm",
 )
 _DISTILBERT = BlockNames(
-    *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_out="attention.out_lin",
     attention_norm="sa_layer_norm",
     out_norm="output_layer_norm",
 )
