@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moe_dist.measure.latency import (
 
 from ..markdown import markdown_table
 from ..report.report_text import MAX_SPREAD
+from .models import RandomModels
 from .results import write_results
 from .sizes import below_one, cpu_threads
 
@@ -44,13 +45,15 @@ class InferenceBenchmark:
 
     Args:
         directories: of models by name; ratios are to the first.
+        random: models to draw in place of those.
         shapes: sentences and tokens of a pass.
         forms: to bring each model into; eager in float32 is always among them.
         num_rounds: in each every form of every model is timed.
         num_threads: CPU threads; torch's own choice if None.
     """
 
-    directories: Mapping[str, Path]
+    directories: Mapping[str, Path] = field(default_factory=dict)
+    random: RandomModels | None = None
     shapes: tuple[tuple[int, int], ...] = SHAPES
     forms: tuple[Form, ...] = ALL_FORMS
     num_rounds: int = 15
@@ -124,8 +127,11 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
     if settings.num_threads is not None:
         faults += below_one(settings, "num_threads")
     faults += [f"shape {b} × {s} has nothing in it" for b, s in settings.shapes if min(b, s) < 1]
-    faults += ["no model is given"] * (not settings.directories)
-    models = {} if faults else {name: load_model(d) for name, d in settings.directories.items()}
+    if settings.random is not None:
+        faults += settings.random.faults()
+    if bool(settings.directories) == bool(settings.random):
+        faults.append("give directories of models, or --random, and not both")
+    models = {} if faults else _load(settings)
     longest = max((seq_len for _, seq_len in settings.shapes), default=0)
     for name, model in models.items():
         limit = position_limit(model)
@@ -149,6 +155,12 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
         timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
         work = look()
     return InferenceReport(tuple(timings), tuple(refused), num_threads, _busy(work, num_threads))
+
+
+def _load(settings: InferenceBenchmark) -> dict[str, Any]:
+    if settings.random is not None:
+        return settings.random.build()
+    return {name: load_model(directory) for name, directory in settings.directories.items()}
 
 
 def _time(

@@ -2,9 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .sizes import below_one
+
+
+@dataclass(frozen=True)
+class RandomModels:
+    """A teacher, a student with experts of it, and a dense student of the same active size.
+
+    Args:
+        d_model: width; heads of attention are 32 wide.
+        num_layers: of each.
+        num_neurons: of the teacher's feed-forward networks.
+        num_experts: of the student's.
+        expert_size: neurons of one expert, none of them shared.
+        top_k: experts of a token; the dense student has so many times `expert_size` neurons.
+        router: of the student, one that needs nothing but random weights.
+    """
+
+    d_model: int = 768
+    num_layers: int = 2
+    num_neurons: int = 3072
+    num_experts: int = 4
+    expert_size: int = 768
+    top_k: int = 1
+    router: str = "token_gate"
+
+    def faults(self) -> list[str]:
+        """Say what does not fit."""
+        sizes = ("d_model", "num_layers", "num_neurons", "num_experts", "expert_size", "top_k")
+        found = below_one(self, *sizes)
+        if not found and self.d_model % 32:
+            found.append(f"d_model {self.d_model} is no multiple of 32, the width of a head")
+        if self.num_experts * self.expert_size > self.num_neurons:
+            found.append(
+                f"{self.num_experts} experts of {self.expert_size} are more than {self.num_neurons} "
+                "neurons"
+            )
+        if self.top_k > self.num_experts:
+            found.append(f"top_k {self.top_k} of {self.num_experts} experts")
+        if self.router not in FREE_ROUTERS:
+            found.append(f"router {self.router!r} is not one of {', '.join(FREE_ROUTERS)}")
+        return found
+
+    def build(self) -> dict[str, Any]:
+        """Draw them, by name."""
+        from moe_dist.conversion import dense_to_moe, plan_partition
+
+        teacher, dense = (
+            random_classifier(
+                vocab_size=1000,
+                d_model=self.d_model,
+                num_layers=self.num_layers,
+                num_neurons=neurons,
+            ).eval()
+            for neurons in (self.num_neurons, self.top_k * self.expert_size)
+        )
+        plan = plan_partition(
+            [torch.rand(self.num_neurons) for _ in range(self.num_layers)],
+            num_experts=self.num_experts,
+            expert_size=self.expert_size,
+            num_shared_neurons=0,
+        )
+        student = dense_to_moe(teacher, plan, router=self.router, top_k=self.top_k).eval()
+        return {"teacher": teacher, "student": student, "dense": dense}
+
+
+FREE_ROUTERS = ("token_gate", "sentence_gate", "hash_random")
 
 
 def random_classifier(
