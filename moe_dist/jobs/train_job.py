@@ -32,6 +32,7 @@ from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
+from moe_dist.training.cpu_attention import half_attention
 from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
 from moe_dist.training.loop import (
     ComputeTerms,
@@ -133,18 +134,19 @@ def train_model(
         metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
 
-    result = train(
-        engine,
-        batches,
-        compute_terms,
-        weights_for(settings.num_steps),
-        settings=settings,
-        checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None,
-        metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
-        evaluate=evaluate,
-        report=report,
-        after_step=None if companion is None else companion.after_step,
-    )
+    with half_attention():
+        result = train(
+            engine,
+            batches,
+            compute_terms,
+            weights_for(settings.num_steps),
+            settings=settings,
+            checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None,
+            metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
+            evaluate=evaluate,
+            report=report,
+            after_step=None if companion is None else companion.after_step,
+        )
     if keep:
         enter_phase("saving of the model")
         detach(engine.module)

@@ -40,8 +40,8 @@ class RandomModels:
             found.append(f"d_model {self.d_model} is no multiple of 32, the width of a head")
         if self.num_experts * self.expert_size > self.num_neurons:
             found.append(
-                f"{self.num_experts} experts of {self.expert_size} are more than {self.num_neurons} "
-                "neurons"
+                f"{self.num_experts} experts of {self.expert_size} are more than "
+                f"{self.num_neurons} neurons"
             )
         if self.top_k > self.num_experts:
             found.append(f"top_k {self.top_k} of {self.num_experts} experts")

@@ -1,0 +1,142 @@
+"""Attention in bfloat16 on a CPU learns as attention does."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moe_dist.moe.routing import checkpoint_context_fn
+from moe_dist.training import cpu_attention
+from moe_dist.training.cpu_attention import attend, half_attention
+from tests.conversion.dense_models import tiny_model, token_batch
+from tests.inference.moe_students import student
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often torch's slow backward pass was gone round."""
+    calls: list[int] = []
+    own = cpu_attention._flash_backward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        assert {args[i].dtype for i in range(5)} == {torch.float32}
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(cpu_attention, "_flash_backward", count)
+    return calls
+
+
+def tensors(num_heads: int = 4, seq_len: int = 9, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, seq_len, num_heads, 16)  # as layers give it, heads beside each other
+    return torch.randn(shape, generator=generator, dtype=torch.float64).transpose(1, 2)
+
+
+def results(given: list[Tensor], dtype: torch.dtype, how: Any, **options: Any) -> list[Tensor]:
+    """The output and the three gradients, float64."""
+    leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in given]
+    mask = options.pop("mask", None)
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(dtype)
+    module = torch.nn.Module()
+    module.num_key_value_groups = leaves[0].shape[1] // leaves[1].shape[1]
+    out, _ = how(module, *leaves, mask, **({"is_causal": False} | options))
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)).sum().backward()
+    return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+
+def masks() -> dict[str, Any]:
+    padded = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    padded[1, ..., 5:] = False
+    return {
+        "none": {},
+        "causal": {"is_causal": True},
+        "scale": {"scaling": 0.3},
+        "padding": {"mask": padded.expand(2, 1, 9, 9)},
+        "bools": {"mask": torch.ones(9, 9).tril().bool()},
+        "numbers": {"mask": torch.linspace(-2, 2, 81).view(1, 1, 9, 9).double()},
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+def test_gradients_are_as_near_as_torchs_own(name: str, taken: list[int]) -> None:
+    given = [tensors(seed=seed) for seed in range(3)]
+    true = results(given, torch.float64, sdpa_attention_forward, **masks()[name])
+    plain = results(given, torch.bfloat16, sdpa_attention_forward, **masks()[name])
+    found = results(given, torch.bfloat16, attend, **masks()[name])
+    assert len(taken) == 1
+    assert torch.equal(found[0], plain[0])
+    for own, torchs, right in zip(found, plain, true, strict=True):
+        assert float((own - right).abs().max()) < 0.02 * float(right.abs().max())
+        assert float((own - right).norm()) <= 1.05 * float((torchs - right).norm())
+
+
+def test_heads_that_share_keys(taken: list[int]) -> None:
+    given = [tensors(6), tensors(2, seed=1), tensors(2, seed=2)]
+    true = results(given, torch.float64, sdpa_attention_forward, is_causal=True)
+    found = results(given, torch.bfloat16, attend, is_causal=True)
+    assert len(taken) == 1
+    for own, right in zip(found, true, strict=True):
+        assert own.shape == right.shape
+        assert float((own - right).abs().max()) < 0.02 * float(right.abs().max())
+
+
+def test_what_is_left_to_torch(taken: list[int]) -> None:
+    given = [tensors(seed=seed) for seed in range(3)]
+    for dtype, options in (
+        (torch.float32, {}),
+        (torch.float64, {}),
+        (torch.bfloat16, {"dropout": 0.5}),
+        (torch.bfloat16, {"position_bias": torch.zeros(1, 4, 9, 9).bfloat16()}),
+    ):
+        results(given, dtype, attend, **options)
+    halves = [tensor.bfloat16().requires_grad_() for tensor in given]
+    bias = torch.zeros(1, 1, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    attend(torch.nn.Module(), *halves, bias)[0].sum().backward()
+    assert bias.grad is not None
+    with torch.no_grad():
+        assert not attend(torch.nn.Module(), *halves, None)[0].requires_grad
+    assert not taken
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "bart"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_models_under_autocast(family: str, checkpointing: bool, taken: list[int]) -> None:
+    """With gradient checkpointing too, which runs layers again in the backward pass."""
+    batch = token_batch()
+    gradients = []
+    for mode in (nullcontext(), half_attention()):
+        model = tiny_model(family) if family != "bert" else student(router="token_gate")
+        if checkpointing:
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={
+                    "use_reentrant": False,
+                    "context_fn": checkpoint_context_fn,
+                }
+            )
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        with mode:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(**batch)
+                loss = output[0].float().square().mean()
+            loss.backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert taken
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    plain, found = gradients
+    assert float((found - plain).norm()) < 0.03 * float(plain.norm())
