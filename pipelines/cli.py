@@ -9,12 +9,14 @@ import typer
 
 from .commands.command_line import (
     EXIT_FAILURE,
+    REQUIRE_SPEEDUP,
     AsJson,
     Debug,
     DryRun,
     Overrides,
     Quiet,
     Recipe,
+    RequireSpeedup,
     clean_errors,
     quieten_libraries,
     shown_warnings,
@@ -88,6 +90,10 @@ _CHAIN_COMMANDS = (
 
 
 def _add_chain_command(name: str, until: str, summary: str) -> None:
+    if until == "evaluate":
+        _add_evaluating_command(name, summary)
+        return
+
     @app.command(name, help=summary)
     def run(
         recipe: Recipe,
@@ -101,6 +107,29 @@ def _add_chain_command(name: str, until: str, summary: str) -> None:
             until,
             recipe,
             overrides,
+            dry_run=dry_run,
+            quiet=quiet,
+            as_json=as_json,
+            debug=debug,
+        )
+
+
+def _add_evaluating_command(name: str, summary: str) -> None:
+    @app.command(name, help=summary)
+    def run(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        require_speedup: RequireSpeedup = None,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        wanted = [] if require_speedup is None else [f"{REQUIRE_SPEEDUP}={require_speedup}"]
+        run_until(
+            "evaluate",
+            recipe,
+            [*(overrides or ()), *wanted],
             dry_run=dry_run,
             quiet=quiet,
             as_json=as_json,

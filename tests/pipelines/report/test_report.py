@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipelines.chain.stage import StageResult
+from pipelines.console import quantity
 from pipelines.report.report import build_report, headline_metrics, verdict
 from pipelines.report.report_text import (
     latency_lines,
     nearness_lines,
-    quantity,
     to_markdown,
     to_tables,
     verdict_lines,
@@ -31,6 +31,10 @@ def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str,
         "latency_ms": {"1": 4.2, "32": 101.0},
         "latency_low_ms": {"1": 4.1, "32": 99.0},
         "latency_spread": {"1": 0.1, "32": 0.05},
+        "fastest": {
+            size: {"form": "lean-bf16", "latency_low_ms": 2.0, "latency_spread": 0.1}
+            for size in ("1", "32")
+        },
     }
     if before is not None:
         made["metrics_before_distillation"] = {"accuracy": before}
@@ -47,6 +51,7 @@ def report() -> dict[str, Any]:
         name="demo",
         compare={"dense": {}},
         tracking=SimpleNamespace(experiment="moe-dist"),
+        evaluate=SimpleNamespace(require_speedup=None),
     )
     difference = {"metric": "accuracy", "difference": 0.01, "low": -0.02, "high": 0.03}
     details = {
@@ -55,6 +60,15 @@ def report() -> dict[str, Any]:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": {
+            "speedups": {
+                name: {size: {"value": 1.0, "low": 1.0, "high": 1.0} for size in ("1", "32")}
+                for name in ("teacher", "dense")
+            },
+            "left_out": ["onnx-int8 of student: no onnxruntime"],
+            "tolerance": 0.05,
+            "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        },
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -95,6 +109,9 @@ def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> N
         "cannot be told apart",
         "-0.0200 to +0.0300",
         "× 0.250",
+        "| student | lean-bf16 | 2.00 | 1.00 | lean-bf16 | 2.00 | 1.00 |",
+        "- student pays; each model in its fastest form",
+        "not counted as a fastest form: onnx-int8 of student: no onnxruntime.",
     ):
         assert piece in text
 
@@ -164,7 +181,8 @@ def test_a_warning_of_a_small_drift_shows_that_it_is_not_0(report: dict[str, Any
 
 
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
-    models, stages = to_tables(report)
+    models, forms, stages = to_tables(report)
+    assert forms.row_count == 3
     assert models.row_count == 3
     assert stages.row_count == len(report["seconds"]) + 1
 
