@@ -25,6 +25,7 @@ from .commands.comparison import register as register_comparison
 from .commands.export import register as register_export
 from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
+from .commands.profile import register as register_profile
 from .commands.run_command import run_until
 from .commands.search import register as register_search
 from .commands.students import register as register_students
@@ -43,6 +44,7 @@ benchmark_app = typer.Typer(
 app.add_typer(benchmark_app, name="benchmark")
 register_comparison(app, benchmark_app)
 register_export(app)
+register_profile(app)
 
 
 def _print_version(wanted: bool) -> None:

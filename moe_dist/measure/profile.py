@@ -145,7 +145,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
 def expert_reads(
     model: nn.Module, num_tokens: int, loads: Mapping[str, Sequence[float]] | None = None
 ) -> ExpertReads | None:
-    """Count what a pass of one text reads of a model's experts; None where it has none to choose.
+    """Count what a pass of one text reads of a model's experts.
 
     A text of few tokens leaves experts out: of E experts n choices of K read about
     E · (1 − (1 − K/E)^n), as if each were drawn by itself. Tokens that come twice, and kinds of
@@ -155,6 +155,9 @@ def expert_reads(
         model: with weights or without.
         num_tokens: of the text.
         loads: each expert's share of its layer's tokens by layer; even ones where not known.
+
+    Returns:
+        The count; None for a model without a router.
     """
     layers = [
         (name, module)

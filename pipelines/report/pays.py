@@ -20,12 +20,15 @@ def judge_speed(
     *,
     required: float | None = None,
 ) -> dict[str, Any]:
-    """Join what was measured of speed with what it means; docs/architecture.md lists the keys.
+    """Join what was measured of speed with what it means.
 
     Args:
         models: the models' entries.
         speeds: what the stage `evaluate` measured of all of them.
         required: how many times as fast as its teacher the student must be.
+
+    Returns:
+        The report's `pays`; docs/architecture.md lists its keys.
     """
     pays = verdicts(speeds, 1.0)
     meets = None if required is None else verdicts(speeds, required)
@@ -126,6 +129,9 @@ def describe_reads(reads: Mapping[str, Any], source: str) -> str:
     Args:
         reads: an `ExpertReads`, as plain values.
         source: what shares of tokens are assumed.
+
+    Returns:
+        Words that follow a colon.
     """
     held, once = quantity(reads["weights_held"]), quantity(reads["weights_of_one_choice"])
     if reads["once"] and reads["distinct"] == reads["top_k"]:

@@ -35,8 +35,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
-        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
-        "timed in turn in one process, and in brackets what a tenth of the passes kept to.",
+        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models as "
+        "they were trained (eager, float32) and timed in turn in one process, and in brackets what "
+        "a tenth of the passes kept to.",
         "",
         *(f"**{sentence[:1].upper()}{sentence[1:]}.**\n" for sentence in latency_lines(report)),
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),

@@ -41,18 +41,33 @@ def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str,
     return made
 
 
+def speeds(*others: str) -> dict[str, Any]:
+    """What was measured of the student's speed against others."""
+    level = {size: {"value": 1.0, "low": 1.0, "high": 1.0} for size in ("1", "32")}
+    return {
+        "speedups": dict.fromkeys(others, level),
+        "left_out": ["onnx-int8 of student: no onnxruntime"],
+        "tolerance": 0.05,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+    }
+
+
+def recipe(name: str, *compare: str) -> Any:
+    return SimpleNamespace(
+        name=name,
+        compare={label: {} for label in compare},
+        tracking=SimpleNamespace(experiment="moe-dist"),
+        evaluate=SimpleNamespace(require_speedup=None),
+    )
+
+
 def result(stage: str, details: dict[str, Any] | None = None) -> StageResult:
     return StageResult(stage, "", Path("/nowhere"), "f", {}, {}, {}, details or {}, 12.3456)
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    config: Any = SimpleNamespace(
-        name="demo",
-        compare={"dense": {}},
-        tracking=SimpleNamespace(experiment="moe-dist"),
-        evaluate=SimpleNamespace(require_speedup=None),
-    )
+    config = recipe("demo", "dense")
     difference = {"metric": "accuracy", "difference": 0.01, "low": -0.02, "high": 0.03}
     details = {
         "main_metric": "accuracy",
@@ -60,15 +75,7 @@ def report() -> dict[str, Any]:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
-        "speeds": {
-            "speedups": {
-                name: {size: {"value": 1.0, "low": 1.0, "high": 1.0} for size in ("1", "32")}
-                for name in ("teacher", "dense")
-            },
-            "left_out": ["onnx-int8 of student: no onnxruntime"],
-            "tolerance": 0.05,
-            "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
-        },
+        "speeds": speeds("teacher", "dense"),
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -238,9 +245,7 @@ def test_where_lower_is_better_less_wins(low: float, high: float, claim: str) ->
 
 def language_report() -> dict[str, Any]:
     """A report on perplexity."""
-    config: Any = SimpleNamespace(
-        name="lm", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("lm")
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
     for name, value in (("teacher", 20.0), ("student", 25.0)):
         models[name]["metrics"] = {"perplexity": value}
@@ -255,6 +260,7 @@ def language_report() -> dict[str, Any]:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {
             "teacher": {"metric": "perplexity", "difference": 5.0, "low": 4.0, "high": 6.0}
@@ -277,9 +283,7 @@ def test_a_report_on_perplexity_knows_that_lower_is_better() -> None:
 
 def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
-    config: Any = SimpleNamespace(
-        name="two", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("two")
     keys = ("mean", "a/perplexity", "b/perplexity")
     models["teacher"]["metrics"] = dict(zip(keys, (15.0, 10.0, 20.0), strict=True))
     models["student"]["metrics"] = dict(zip(keys, (30.0, 20.0, 40.0), strict=True))
@@ -299,6 +303,7 @@ def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {"teacher": difference | {"metric": "mean"}},
         "tasks": {"a": about, "b": about},
@@ -320,9 +325,7 @@ def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
 
 def undefined_report(teacher: float | None, student: float | None) -> dict[str, Any]:
     """A report on one metric of two classes, None where it is undefined."""
-    config: Any = SimpleNamespace(
-        name="odd", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("odd")
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
     for name, value in (("teacher", teacher), ("student", student)):
         models[name]["metrics"] = {"f1": value}
@@ -338,6 +341,7 @@ def undefined_report(teacher: float | None, student: float | None) -> dict[str, 
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {"teacher": gap | {"undefined": "f1 of ok of student is undefined: x"}},
         "data": {"name": "cards", "digest": "d"},
