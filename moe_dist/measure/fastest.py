@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import psutil
@@ -43,6 +43,8 @@ HOPELESS = 3.0
 The first one at a shape does not count: some forms compile then.
 """
 SCREENING_PASSES = 2
+LONG_MS = 1000.0
+"""Passes that take longer vary little, so few of them are made."""
 MAX_COMPARED = 2**20
 """Numbers of an answer that are compared; of more every n-th."""
 SPARE_MEMORY = 1.5
@@ -158,9 +160,10 @@ def find_fastest(
     with watch_other_work() as look:
         for size in batch_sizes:
             candidates = {(name, one.form): one for name in models for one in screened[name][size]}
+            is_long = max(one.screened_ms for one in candidates.values()) > LONG_MS
             timed = measure_in_turn(
                 {key: one.model for key, one in candidates.items()},
-                rounds,
+                _few(rounds) if is_long else rounds,
                 batch_sizes=(size,),
                 seq_len=seq_len,
                 progress=progress,
@@ -172,6 +175,11 @@ def find_fastest(
         work = look()
     said = (f"{form} of {', '.join(who)}: {why}" for (form, why), who in left_out.items())
     return FastestForms(found, tuple(said), work)
+
+
+def _few(rounds: Rounds) -> Rounds:
+    """Make as few passes as can be compared, without any that warm up."""
+    return replace(rounds, least=min(2, rounds.least), repeats=1, num_warmups=0)
 
 
 def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
@@ -228,9 +236,11 @@ def _try(
     if form != ORACLE:
         _see_that_it_fits(model)
     prepared = model if form == ORACLE else form.prepare(model)
-    answers = [_timed_answer(prepared, batch)[0] for batch in batches.values()]
-    error = relative_error(answers, expected.values())
-    if form != ORACLE and not error <= TOLERANCE:
+    error = 0.0
+    if form != ORACLE:
+        answers = [_timed_answer(prepared, batch)[0] for batch in batches.values()]
+        error = relative_error(answers, expected.values())
+    if not error <= TOLERANCE:
         raise ConversionError(
             f"its answers are {error:.2g} of their length away from those of {ORACLE}, and at "
             f"most {TOLERANCE:g} is rounding"
@@ -239,7 +249,8 @@ def _try(
     for size, batch in batches.items():
         best_ms = min((one.screened_ms for one in kept[size]), default=float("inf"))
         times: list[float] = []
-        while len(times) < SCREENING_PASSES and min(times, default=0.0) <= HOPELESS * best_ms:
+        enough_ms = min(HOPELESS * best_ms, LONG_MS)
+        while len(times) < SCREENING_PASSES and min(times, default=0.0) <= enough_ms:
             times.append(_timed_answer(prepared, batch)[1])
         found[size] = _Candidate(str(form), prepared, error, min(times))
     return found

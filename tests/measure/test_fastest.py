@@ -103,6 +103,18 @@ def test_a_form_that_compiles_at_its_first_pass_is_judged_by_the_others() -> Non
     assert {one.form for one in found.by_model[""].values()} == {"compiled-fast"}
 
 
+def test_few_passes_are_made_of_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "LONG_MS", DELAY_MS / 2)
+    model = slow_model()
+    passes: list[Any] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    rounds = Rounds(5, least=3, budget_s=0.0, repeats=4)
+    found = find_fastest({"": model}, rounds, batch_sizes=(1,), seq_len=8, forms=())
+    assert len(found.by_model[""][1].latency.times_ms) == 2
+    # One for its answers, one to screen it, and one in each of two rounds.
+    assert len(passes) == 4
+
+
 def test_a_model_may_be_the_fastest_as_it_is() -> None:
     model = tiny_model("bert").eval()
     found = find({"": model}, MadeUp("slow", is_fast=False), ORACLE, batch_sizes=(1,))
