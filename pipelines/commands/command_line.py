@@ -69,6 +69,8 @@ def quieten_libraries() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        # torch's profiler says on standard error when it starts and stops.
+        ("KINETO_LOG_LEVEL", "99"),
     ):
         os.environ.setdefault(variable, value)
 
