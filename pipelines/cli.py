@@ -9,12 +9,14 @@ import typer
 
 from .commands.command_line import (
     EXIT_FAILURE,
+    REQUIRE_SPEEDUP,
     AsJson,
     Debug,
     DryRun,
     Overrides,
     Quiet,
     Recipe,
+    RequireSpeedup,
     clean_errors,
     quieten_libraries,
     shown_warnings,
@@ -23,6 +25,7 @@ from .commands.comparison import register as register_comparison
 from .commands.export import register as register_export
 from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
+from .commands.profile import register as register_profile
 from .commands.run_command import run_until
 from .commands.search import register as register_search
 from .commands.students import register as register_students
@@ -41,6 +44,7 @@ benchmark_app = typer.Typer(
 app.add_typer(benchmark_app, name="benchmark")
 register_comparison(app, benchmark_app)
 register_export(app)
+register_profile(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,6 +92,10 @@ _CHAIN_COMMANDS = (
 
 
 def _add_chain_command(name: str, until: str, summary: str) -> None:
+    if until == "evaluate":
+        _add_evaluating_command(name, summary)
+        return
+
     @app.command(name, help=summary)
     def run(
         recipe: Recipe,
@@ -101,6 +109,29 @@ def _add_chain_command(name: str, until: str, summary: str) -> None:
             until,
             recipe,
             overrides,
+            dry_run=dry_run,
+            quiet=quiet,
+            as_json=as_json,
+            debug=debug,
+        )
+
+
+def _add_evaluating_command(name: str, summary: str) -> None:
+    @app.command(name, help=summary)
+    def run(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        require_speedup: RequireSpeedup = None,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        wanted = [] if require_speedup is None else [f"{REQUIRE_SPEEDUP}={require_speedup}"]
+        run_until(
+            "evaluate",
+            recipe,
+            [*(overrides or ()), *wanted],
             dry_run=dry_run,
             quiet=quiet,
             as_json=as_json,

@@ -41,6 +41,7 @@ OTHER_VALUES = {
     "parallel.launcher": "ray",
     "parallel.max_failures": "9",
     "parallel.wait_s": "9",
+    "evaluate.require_speedup": "1.5",
     "tracking.enabled": "true",
     "tracking.uri": "sqlite:///other.db",
     "tracking.experiment": "other",

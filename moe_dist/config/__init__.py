@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config.data_section import DataConfig, TaskDataConfig
+from moe_dist.config.evaluate_section import EvaluateConfig
 from moe_dist.config.loading import build_config, load_config, read_settings
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
@@ -21,6 +22,7 @@ from moe_dist.config.student import StudentConfig
 __all__ = [
     "DataConfig",
     "DistillConfig",
+    "EvaluateConfig",
     "FinetuneConfig",
     "ModelConfig",
     "MoeConfig",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from moe_dist.config.data_section import TASK_KEYS, DataConfig
+from moe_dist.config.evaluate_section import EvaluateConfig
 from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.overrides import apply_overrides
@@ -109,6 +110,9 @@ class RunConfig(Section):
     )
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="Workers and how they share the work."
+    )
+    evaluate: EvaluateConfig = Field(
+        default_factory=EvaluateConfig, description="What the measured student must be."
     )
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="Where runs are recorded."

@@ -7,7 +7,7 @@ Shapes: S sequence, D model, F FFN, E experts, K active experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, cast
@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from moe_dist.conversion.families import FAMILIES, FamilySpec, find_stacks, is_a, known_family
+from moe_dist.conversion.moe_slots import MoeSettings
 from moe_dist.errors import ConversionError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -57,6 +58,33 @@ class FlopCount:
 
     total: float
     ffn: float
+
+
+@dataclass(frozen=True)
+class ExpertReads:
+    """What a pass of one text reads of the routed experts, over all layers.
+
+    Attributes:
+        router: its name.
+        num_tokens: of the text.
+        once: whether a layer chooses once for a text, and not for each token.
+        num_experts: of a layer.
+        top_k: that a choice takes.
+        distinct: experts that a layer is expected to read, mean over layers.
+        weights_read: weights of these, of all layers.
+        weights_of_one_choice: what one choice reads of all layers.
+        weights_held: of all experts.
+    """
+
+    router: str
+    num_tokens: int
+    once: bool
+    num_experts: int
+    top_k: int
+    distinct: float
+    weights_read: float
+    weights_of_one_choice: int
+    weights_held: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -112,6 +140,61 @@ def flops_per_token(model: nn.Module, seq_len: int) -> FlopCount:
         if is_a(module, ("DisentangledSelfAttention",)):
             total += _place_flops(module, seq_len)
     return FlopCount(total, ffn)
+
+
+def expert_reads(
+    model: nn.Module, num_tokens: int, loads: Mapping[str, Sequence[float]] | None = None
+) -> ExpertReads | None:
+    """Count what a pass of one text reads of a model's experts.
+
+    A text of few tokens leaves experts out: of E experts n choices of K read about
+    E · (1 − (1 − K/E)^n), as if each were drawn by itself. Tokens that come twice, and kinds of
+    tokens that stand together, make it fewer.
+
+    Args:
+        model: with weights or without.
+        num_tokens: of the text.
+        loads: each expert's share of its layer's tokens by layer; even ones where not known.
+
+    Returns:
+        The count; None for a model without a router.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer) and module.router is not None
+    ]
+    if not layers:
+        return None
+    config: Any = model.config
+    spec = MoeSettings.from_dict(config.moe).router
+    once = spec.facts.chooses_by in ("sentence", "task")
+    causal = tuple(_causal_prefixes(model, _family(model)))
+    distinct, read, one_choice, held = [], 0.0, 0, 0
+    for name, layer in layers:
+        num_choices = 1 if once else num_tokens
+        if isinstance(layer, MergedLayer):
+            num_choices = _num_merges(layer, num_tokens, is_causal=name.startswith(causal))
+        shares = (loads or {}).get(layer.name) or [1 / layer.num_experts] * layer.num_experts
+        number = sum(1 - (1 - min(1.0, layer.top_k * share)) ** num_choices for share in shares)
+        # One choice reads K of them, whichever they are.
+        number = float(layer.top_k) if num_choices == 1 else number
+        size = _size_of_one(layer.experts, bias=True)
+        distinct.append(number)
+        read += number * size
+        one_choice += layer.top_k * size
+        held += layer.num_experts * size
+    return ExpertReads(
+        router=spec.router,
+        num_tokens=num_tokens,
+        once=once,
+        num_experts=layers[0][1].num_experts,
+        top_k=layers[0][1].top_k,
+        distinct=sum(distinct) / len(distinct),
+        weights_read=read,
+        weights_of_one_choice=one_choice,
+        weights_held=held,
+    )
 
 
 def model_shape(model: nn.Module) -> dict[str, int]:

@@ -38,6 +38,7 @@ from moe_dist.training.balance import (
 )
 from moe_dist.training.collectives import gather_values
 from moe_dist.training.metric_window import LogWindow
+from moe_dist.training.parts import STEP, part
 from moe_dist.training.step import StepTerms
 from moe_dist.training.transfer import pinned, prepared, to_device
 
@@ -189,7 +190,8 @@ def train(
 
     def publish(step: int, metrics: dict[str, float]) -> None:
         if engine.rank == 0 and metric_log is not None:
-            metric_log.append(step, metrics)
+            with part("logging"):
+                metric_log.append(step, metrics)
         if report is not None:
             report(step, metrics)
 
@@ -207,16 +209,17 @@ def train(
         for step, batch in _steps(batches, result.num_steps, settings.num_steps, engine.device):
             begin_step(step + 1)
             learning_rate = engine.learning_rate
-            _take_step(
-                engine,
-                batch,
-                compute_terms,
-                weights,
-                window,
-                step=step,
-                seed=settings.seed,
-                after_step=after_step,
-            )
+            with part(STEP):
+                _take_step(
+                    engine,
+                    batch,
+                    compute_terms,
+                    weights,
+                    window,
+                    step=step,
+                    seed=settings.seed,
+                    after_step=after_step,
+                )
             enter_phase(TRAINING)
             mark("first step")
             result.num_steps = done = step + 1
@@ -367,32 +370,36 @@ def _take_step(
     torch.manual_seed(dropout_seed)
     losses: list[dict[str, Tensor]] = []
     for position, micro_batch in enumerate(batch.micro_batches):
-        with forward_of(position):
+        with forward_of(position), part("losses"):
             computed = compute_terms(engine.module, micro_batch)
             terms = dict(computed.terms)
             if computed.gate_sums:
                 choices = choices or sum_choices([made_choices(computed)])
                 terms["load_balancing"] = balance_term(computed.gate_sums, choices)
             total, values = weighted_total(terms, coefficients, counts)
-        engine.backward(
-            _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
-        )
+        with part("backward"):
+            engine.backward(
+                _poisoned(total * engine.world_size, values), is_last_micro_batch=position == last
+            )
         losses.append(values)
         weighted = {name: coefficients[name] * values[name] for name in terms}
         if batch.task_name and "task" in values:
             values = values | {f"task/{batch.task_name}": values["task"]}
-        window.add_micro_batch(
-            values,
-            computed.tokens_per_expert,
-            weighted=weighted,
-            routing_sums=computed.routing_sums,
-        )
+        with part("logging"):
+            window.add_micro_batch(
+                values,
+                computed.tokens_per_expert,
+                weighted=weighted,
+                routing_sums=computed.routing_sums,
+            )
     try:
-        grad_norm = engine.step()
+        with part("update"):
+            grad_norm = engine.step()
     except TrainingError as error:
         # The engine refused the update on every rank, since all see the same norm.
         raise _non_finite(engine, batch, losses, step=step) from error
-    figures = {} if after_step is None else after_step(batch.num_samples)
+    with part("what learns beside the student"):
+        figures = {} if after_step is None else after_step(batch.num_samples)
     window.add_step(
         grad_norm=grad_norm,
         num_tokens=batch.num_tokens,

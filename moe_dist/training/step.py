@@ -27,6 +27,7 @@ from moe_dist.training.objectives import (
     objective_terms,
     reads,
 )
+from moe_dist.training.parts import part
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ def distill_terms(
         ``prediction_kl`` in regression), and where asked for ``z_loss`` and ``router_entropy``.
     """
     kind = answered_kind(student)
-    with record_routing() as record:
+    with record_routing() as record, part("student forward"):
         own = _outputs(student, kind, batch, objectives)
     terms = {"task": _task_term(kind, own.predictions, batch)} if with_task else {}
     if objectives:
-        with torch.no_grad():
+        with torch.no_grad(), part("teacher forward"):
             target = _outputs(teacher, kind, batch, objectives)
         paired = PairedOutputs(
             own,

@@ -16,7 +16,8 @@ from moe_dist.distributed.topology import fitting_ep_size
 from moe_dist.errors import ConfigError, ConversionError, NotAtHandError
 
 from ..chain.workspace import Workspace
-from ..report.report_text import quantity
+from ..console import quantity
+from ..report.pays import describe_reads, flops_ratio
 from ..stages.adapt import keeps_all_neurons, router_options
 from .data_summaries import say_summaries
 from .topology_facts import topology_facts
@@ -113,7 +114,30 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         own = config.resolve_comparison(label) if label else config
         student = convert_skeleton(teacher, own)
         sizes.models.append(_measure(label or "student", student, seq_len, own, frozen=frozen))
+        sizes.facts += read_facts(label, student, seq_len)
+    sizes.facts += speedup_facts(config, sizes.models)
     return sizes
+
+
+def read_facts(label: str, student: Any, seq_len: int) -> list[tuple[str, str]]:
+    """Say what a pass of one text reads of a student's experts; nothing where it has no router."""
+    from moe_dist.measure.profile import expert_reads
+
+    reads = expert_reads(student, seq_len)
+    if reads is None:
+        return []
+    name = f"experts read at batch 1{f', {label}' if label else ''}"
+    return [(name, describe_reads(asdict(reads), "taken to be used evenly"))]
+
+
+def speedup_facts(config: RunConfig, models: list[ModelSize]) -> list[tuple[str, str]]:
+    """Say how a required speed-up stands to FLOPs; nothing where none is required."""
+    required = config.evaluate.require_speedup
+    if required is None:
+        return []
+    ratio = flops_ratio(*(asdict(model) for model in models[:2]))
+    doubt = ", so it can hardly be had: smaller experts, or a smaller student" * (required > ratio)
+    return [("speed-up that is required", f"{required:g} ×; FLOPs say {ratio:.2f} ×{doubt}")]
 
 
 def merge_facts(config: RunConfig) -> list[tuple[str, str]]:

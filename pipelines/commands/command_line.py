@@ -37,6 +37,14 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting, e.g. moe.top_k=2; may be repeated."
     ),
 ]
+REQUIRE_SPEEDUP = "evaluate.require_speedup"
+RequireSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        help="End with an error, after the results are written, unless the student is so many "
+        f"times as fast as its teacher at batch 1 and 32; sets {REQUIRE_SPEEDUP}."
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, print the derived sizes, and stop.")
 ]
@@ -61,6 +69,8 @@ def quieten_libraries() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        # torch's profiler says on standard error when it starts and stops.
+        ("KINETO_LOG_LEVEL", "99"),
     ):
         os.environ.setdefault(variable, value)
 

@@ -64,6 +64,7 @@ def benchmark_inference(
 
         from ..benchmarks.inference import SHAPES, InferenceBenchmark, main, named_directories
         from ..benchmarks.models import RandomModels
+        from .shapes import parse_shape
 
         sizes = {
             "d_model": d_model,
@@ -84,22 +85,12 @@ def benchmark_inference(
             InferenceBenchmark(
                 directories=named_directories(models or ()),
                 random=RandomModels(**given) if random else None,
-                shapes=tuple(_shape(text) for text in shape) if shape else SHAPES,
+                shapes=tuple(parse_shape(text, "benchmark inference") for text in shape)
+                if shape
+                else SHAPES,
                 forms=tuple(Form.parse(text) for text in form) if form else ALL_FORMS,
                 num_rounds=rounds,
                 num_threads=threads,
             ),
             output,
         )
-
-
-def _shape(text: str) -> tuple[int, int]:
-    from moe_dist.errors import ConfigError
-
-    batch_size, _, seq_len = text.lower().replace("×", "x").partition("x")
-    if not (batch_size.isdecimal() and seq_len.isdecimal()):
-        raise ConfigError(
-            [f"--shape {text!r} is not written as sentences x tokens, such as 1x16."],
-            source="benchmark inference",
-        )
-    return int(batch_size), int(seq_len)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .command_line import clean_errors, quieten_libraries, shown_warnings
 
@@ -79,7 +79,16 @@ def _run(stage: str, config: RunConfig, console: Console) -> None:
     # A stop from outside ends a run as Ctrl-C does: noted as killed, Ray taken down, to be resumed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = run_chain(config, console, until=stage)
-    console.document(_document(result), lambda: _show(result, console))
+    document = _document(result)
+    console.document(document, lambda: _show(result, console))
+    report: Any = document.get("report")
+    if report is not None:
+        from ..report.pays import check_requirement
+        from ..stages import evaluate
+
+        # At the very end, so that nothing is lost by it.
+        evaluated = result.shown(result.results[evaluate.NAME].directory)
+        check_requirement(report, str(document["path"]), evaluated)
 
 
 def _document(result: ChainResult) -> dict[str, object]:
@@ -107,6 +116,7 @@ def _show(result: ChainResult, console: Console) -> None:
         from ..report.report_text import (
             latency_lines,
             nearness_lines,
+            pays_lines,
             to_tables,
             undefined_lines,
             verdict_lines,
@@ -120,6 +130,7 @@ def _show(result: ChainResult, console: Console) -> None:
             *verdict_lines(report),
             *nearness_lines(report),
             *latency_lines(report),
+            *pays_lines(report),
         )
         for line in lines:
             console.result(line)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_dist.measure.latency import Latency, Rounds
+    from moe_dist.measure.latency import Latency, OtherWork, Rounds
 
     from ..chain.stage import StageWork
 
@@ -16,6 +17,10 @@ LATENCY_ROUNDS = 10
 MIN_LATENCY_ROUNDS = 3
 LATENCY_BUDGET_S = 20.0
 LATENCY_REPEATS = 2
+FORM_ROUNDS = 10
+MIN_FORM_ROUNDS = 3
+FORM_BUDGET_S = 3.0
+"""For each batch size; there are further figures to time a model by, so this may be short."""
 
 
 def measure_cost(
@@ -56,6 +61,96 @@ def measure_cost(
             "latency_spread": _by_size(timed[name], "spread"),
         }
     return costs
+
+
+def measure_forms(
+    loaded: Mapping[str, Any], student: str, seq_len: int, stage: StageWork
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Time all models once more, each in its fastest form.
+
+    Args:
+        loaded: model by name.
+        student: the one whose speed counts.
+        seq_len: tokens per sequence.
+        stage: the stage that asks; it says which forms are left out.
+
+    Returns:
+        For each model `fastest` by batch size. And for all of them `speedups`, the student's over
+        each other's by batch size, `left_out`, `tolerance` and `other_work`.
+    """
+    from moe_dist.measure.fastest import TOLERANCE, Speedup, find_fastest
+    from moe_dist.measure.latency import Rounds
+
+    found = find_fastest(
+        loaded,
+        Rounds(FORM_ROUNDS, MIN_FORM_ROUNDS, FORM_BUDGET_S, LATENCY_REPEATS, num_warmups=1),
+        batch_sizes=LATENCY_BATCH_SIZES,
+        seq_len=seq_len,
+        progress=stage.console.progress,
+    )
+    for line in found.left_out:
+        stage.console.note(f"not counted as a fastest form: {line}")
+    entries: dict[str, dict[str, Any]] = {
+        name: {
+            "fastest": {
+                str(size): {
+                    "form": one.form,
+                    "latency_ms": round(one.latency.median_ms, 3),
+                    "latency_low_ms": round(one.latency.low_ms, 3),
+                    "latency_spread": round(one.latency.spread, 3),
+                    "error": one.error,
+                }
+                for size, one in by_size.items()
+            }
+        }
+        for name, by_size in found.by_model.items()
+    }
+    own = found.by_model[student]
+    speedups = {
+        name: {
+            str(size): asdict(Speedup.between(one.latency, own[size].latency))
+            for size, one in by_size.items()
+        }
+        for name, by_size in found.by_model.items()
+        if name != student
+    }
+    return entries, {
+        "speedups": speedups,
+        "left_out": list(found.left_out),
+        "tolerance": TOLERANCE,
+        "other_work": describe_other_work(found.other_work),
+    }
+
+
+def describe_other_work(work: OtherWork) -> dict[str, Any]:
+    """Say what other processes did while models were timed, as plain values."""
+    import torch
+
+    return {
+        "num_cores": work.num_cores,
+        "busy_cores": round(work.busy_cores, 2),
+        "disturbs": work.disturbs(torch.get_num_threads()),
+    }
+
+
+def count_reads(
+    loaded: Mapping[str, Any], loads: Mapping[str, Mapping[str, Sequence[float]]], seq_len: int
+) -> dict[str, dict[str, Any]]:
+    """Give, for each model that chooses experts, `expert_reads` of one text by measured loads."""
+    from moe_dist.measure.profile import expert_reads
+
+    found = {name: expert_reads(model, seq_len, loads.get(name)) for name, model in loaded.items()}
+    return {
+        name: {"expert_reads": asdict(reads)} for name, reads in found.items() if reads is not None
+    }
+
+
+def form_settings() -> list[Any]:
+    """What the figures of fastest forms depend on, for the stage's fingerprint."""
+    from moe_dist.inference.backends import ALL_FORMS
+    from moe_dist.measure.fastest import TOLERANCE
+
+    return [[str(form) for form in ALL_FORMS], TOLERANCE, FORM_ROUNDS]
 
 
 def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:

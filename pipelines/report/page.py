@@ -16,10 +16,9 @@ from markupsafe import Markup
 
 from moe_dist.redaction import hide_secrets
 
-from ..console import duration
+from ..console import duration, quantity
 from .documents import shown
 from .plots import COLOURS
-from .report_text import quantity
 from .run_summary import ModelView, RunView, quality
 from .svg import Dot, Line, Span, heat_map, line_chart, scatter, spans
 

@@ -11,6 +11,7 @@ from moe_dist.data.retention import ratio, why_no_ratio
 from ..chain.stage import StageResult
 from ..console import signed
 from ..stages import evaluate
+from .pays import judge_speed, speed_metrics
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -44,6 +45,7 @@ RESERVED_LABELS = frozenset(
         "differences",
         "imitation_differences",
         "verdicts",
+        "pays",
         evaluate.TEACHER,
         evaluate.STUDENT,
     }
@@ -85,6 +87,7 @@ def build_report(
         "seq_len": measured["seq_len"],
         "num_threads": measured["num_threads"],
         "other_work": measured["other_work"],
+        "pays": judge_speed(models, measured["speeds"], required=config.evaluate.require_speedup),
         "retention": models[evaluate.STUDENT]["retention"],
         "seconds": {key: round(result.seconds, 2) for key, result in results.items()},
         "training": {
@@ -228,7 +231,7 @@ def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
                 chosen[f"{name}/{measure}"] = value
         for size, value in entry["latency_ms"].items():
             chosen[f"{name}/latency_ms_batch_{size}"] = value
-    return chosen
+    return chosen | speed_metrics(report, model_names(report))
 
 
 def model_names(report: Mapping[str, Any]) -> list[str]:

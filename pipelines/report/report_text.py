@@ -10,10 +10,11 @@ from rich.table import Table
 
 from moe_dist.redaction import hide_secrets
 
-from ..console import UNDEFINED, duration
+from ..console import UNDEFINED, duration, quantity
 from ..markdown import markdown_table
 from ..stages import evaluate
 from .nearness import MAX_SAMPLES, MEASURES, drift_lines, imitation_lines
+from .pays import forms_table
 from .report import directed, is_higher_better, metric_key, model_names, unit_of, verdict
 
 MAX_SPREAD = 0.5
@@ -34,12 +35,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
-        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models "
-        "timed in turn in one process, and in brackets what a tenth of the passes kept to.",
+        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models as "
+        "they were trained (eager, float32) and timed in turn in one process, and in brackets what "
+        "a tenth of the passes kept to.",
         "",
         *(f"**{sentence[:1].upper()}{sentence[1:]}.**\n" for sentence in latency_lines(report)),
         *(f"- {sentence}." for sentence in [*undefined_lines(report), *verdict_lines(report)]),
         "",
+        *_markdown_forms(report),
         *_markdown_gates(report),
         *_markdown_imitation(report),
         f"Intervals are from a paired bootstrap over the dev {unit_of(report)}s. One training run "
@@ -55,6 +58,28 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["mlflow"]["run_id"]:
         lines += [f"MLflow run: `{report['mlflow']['run_id']}`", ""]
     return hide_secrets("\n".join(lines))
+
+
+def _markdown_forms(report: Mapping[str, Any]) -> list[str]:
+    """Each model's fastest form, and whether the student pays."""
+    left_out = [f"not counted as a fastest form: {line}" for line in report["pays"]["left_out"]]
+    return [
+        *markdown_table(*forms_table(report)),
+        "",
+        "Each model in the form in which it is fastest on this machine, timed in turn; ms is what "
+        "a tenth of the passes kept to, and in brackets below is the same ratio for each half of "
+        "the passes. Forms are left out whose answers to random texts lie further than "
+        f"{report['pays']['tolerance']:g} of their length from those of eager-fp32.",
+        "",
+        *(f"- {sentence}." for sentence in [*pays_lines(report), *left_out]),
+        "",
+    ]
+
+
+def pays_lines(report: Mapping[str, Any]) -> list[str]:
+    """Say whether the student pays, and what would."""
+    pays = report["pays"]
+    return [pays["line"], *pays["advice"]]
 
 
 def _markdown_gates(report: Mapping[str, Any]) -> list[str]:
@@ -165,7 +190,7 @@ def _task_row(report: Mapping[str, Any], task: str) -> list[str]:
 
 
 def to_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Draw the models' table, that of the tasks where there are several, and the stages'."""
+    """Draw tables: models, tasks where there are several, fastest forms, and stages."""
     models = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, heading in enumerate(_headings(report)):
         models.add_column(heading, justify="left" if position == 0 else "right")
@@ -179,6 +204,14 @@ def to_tables(report: Mapping[str, Any]) -> list[Table]:
         for task in report["tasks"]:
             tasks.add_row(*_task_row(report, task))
         tables.append(tasks)
+    forms = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings, rows = forms_table(report)
+    for heading in headings:
+        is_text = heading == "model" or "form" in heading
+        forms.add_column(heading, justify="left" if is_text else "right")
+    for row in rows:
+        forms.add_row(*row, style="bold" if row[0] == evaluate.STUDENT else "")
+    tables.append(forms)
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     stages.add_column("stage")
     stages.add_column("time", justify="right")
@@ -269,14 +302,6 @@ def _row(report: Mapping[str, Any], name: str) -> list[str]:
             for size, value in entry["latency_ms"].items()
         ),
     ]
-
-
-def quantity(count: float) -> str:
-    """Write a count with a unit prefix, for example `22.7 M`."""
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {prefix}"
-    return f"{count:.0f}"
 
 
 def _value(value: float | None) -> str:

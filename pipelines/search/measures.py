@@ -6,7 +6,7 @@ import math
 
 from moe_dist.config.search_section import COSTS
 
-from ..report.report_text import quantity
+from ..console import quantity
 
 
 def shown(measure: str, value: float) -> str:

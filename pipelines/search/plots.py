@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.config.search_space import is_number
 from moe_dist.search.trials import BASELINE, Trial, finished_front
 
+from ..console import quantity
 from ..report.plots import COLOURS, FAINT, INK, new_figure, plot_style, save_figure
-from ..report.report_text import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

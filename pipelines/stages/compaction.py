@@ -17,8 +17,7 @@ from moe_dist.data.retention import ratio, why_no_ratio
 from moe_dist.errors import MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
-from ..console import UNDEFINED
-from ..report.report_text import quantity
+from ..console import UNDEFINED, quantity
 from .compact_settings import CompactSettings
 from .compaction_checks import check_compaction
 

@@ -13,6 +13,7 @@ from . import adapt, finetune_teacher, shrink
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.jobs.distill import DistillJob
     from moe_dist.tracking import TrackedRun
 
 NAME = "distill"
@@ -26,24 +27,10 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     """
     teacher = inputs.result(finetune_teacher.NAME)
     student = inputs.result(adapt.NAME)
-    address = inputs.workspace.files.address
-    origin: dict[str, Any] = {}
-    if config.student.is_smaller:
-        details = inputs.result(shrink.NAME).details
-        origin = {key: details[key] for key in ("layers", "hidden_ids")}
 
     def work(stage: StageWork) -> StageOutcome:
-        from moe_dist.jobs.distill import DistillJob
-
-        job = DistillJob.of(
-            config,
-            address(stage.directory),
-            student=address(student.outputs["model"]),
-            teacher=address(teacher.outputs["model"]),
-            **origin,
-        )
         return run_training(
-            job,
+            distill_job(config, inputs, inputs.workspace.files.address(stage.directory)),
             config=config,
             work=stage,
             workspace=inputs.workspace,
@@ -55,7 +42,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         settings={
             **training_settings(config, config.train),
             "distill": settings_of_kind(config.distill),
-            **origin,
+            **_origin(config, inputs),
         },
         input_digests={
             "data": inputs.workspace.rows.distill_digest,
@@ -67,3 +54,25 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         work=work,
         scratch=TRAINING_SCRATCH,
     )
+
+
+def distill_job(config: RunConfig, inputs: StageInputs, stage_dir: str) -> DistillJob:
+    """Give the job that trains the student, in a directory for what it writes."""
+    from moe_dist.jobs.distill import DistillJob
+
+    address = inputs.workspace.files.address
+    return DistillJob.of(
+        config,
+        stage_dir,
+        student=address(inputs.result(adapt.NAME).outputs["model"]),
+        teacher=address(inputs.result(finetune_teacher.NAME).outputs["model"]),
+        **_origin(config, inputs),
+    )
+
+
+def _origin(config: RunConfig, inputs: StageInputs) -> dict[str, Any]:
+    """Give what a smaller student was cut from its teacher by."""
+    if not config.student.is_smaller:
+        return {}
+    details = inputs.result(shrink.NAME).details
+    return {key: details[key] for key in ("layers", "hidden_ids")}

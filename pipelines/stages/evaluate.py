@@ -17,7 +17,11 @@ from ..report.cost import (
     LATENCY_REPEATS,
     LATENCY_ROUNDS,
     LATENCY_SEQ_LEN,
+    count_reads,
+    describe_other_work,
+    form_settings,
     measure_cost,
+    measure_forms,
 )
 from ..report.nearness import (
     MAX_SAMPLES,
@@ -94,9 +98,14 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         with watch_other_work() as other_work:
             for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
                 entries[name] |= cost
-            beside = other_work()
+            beside = describe_other_work(other_work())
+        finals = final_models(loaded)
+        forms, speeds = measure_forms(finals, STUDENT, seq_len, stage)
+        for further in (forms, count_reads(finals, loads, seq_len)):
+            for name, cost in further.items():
+                entries[name] |= cost
         main_metric = workspace.rows.main_metric
-        write_as_measured(final_models(loaded), models, workspace, stage.directory)
+        write_as_measured(finals, models, workspace, stage.directory)
         metrics = {
             f"{name}/{metric}": value
             for name, entry in entries.items()
@@ -129,11 +138,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 },
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
-                "other_work": {
-                    "num_cores": beside.num_cores,
-                    "busy_cores": round(beside.busy_cores, 2),
-                    "disturbs": beside.disturbs(answers.num_threads),
-                },
+                "other_work": beside,
+                "speeds": speeds,
             }
             | describe_classes(answers)
             | describe_tasks(answers, STUDENT, config.seed),
@@ -146,6 +152,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "seed": config.seed,
             "max_length": config.model.max_length,
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
+            "forms": form_settings(),
             "imitation": [*MEASURES, MAX_SAMPLES],
             "metric_rules": METRIC_RULES,
         },

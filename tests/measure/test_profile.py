@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.errors import ConversionError
-from moe_dist.measure.profile import count_parameters, flops_per_token
+from moe_dist.measure.profile import count_parameters, expert_reads, flops_per_token
 from moe_dist.router_spec import RouterSpec
+from tests.conversion.dense_models import tiny_model
+from tests.inference.moe_students import even, student
 
 SEQ_LEN = 16
 # Small, but with FFNs, attention and head all large enough to show up in 2 %.
@@ -255,3 +257,45 @@ def test_tied_shared_neurons_are_always_active() -> None:
 def test_unknown_architecture_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"Linear cannot be counted.*\n.*bert"):
         flops_per_token(nn.Linear(2, 2), 8)
+
+
+@pytest.mark.parametrize(
+    ("router", "top_k", "distinct"),
+    [
+        ("hash_random", 1, 4 * (1 - 0.75**3)),
+        ("token_gate", 2, 4 * (1 - 0.5**3)),
+        ("sentence_gate", 2, 2),
+        ("merged_sequence", 2, 2),
+    ],
+)
+def test_experts_that_a_text_reads(router: str, top_k: int, distinct: float) -> None:
+    options: dict[str, Any] = {"router": router, "top_k": top_k}
+    if router.startswith("merged"):
+        options |= {"method": "full_copy", "expert_size": 32, "num_shared": 0}
+    model = student(**options)
+    reads = expert_reads(model, 3)
+    assert reads is not None
+    assert reads.distinct == pytest.approx(distinct)
+    assert (reads.num_experts, reads.top_k, reads.num_tokens) == (4, top_k, 3)
+    assert reads.once == (router in ("sentence_gate", "merged_sequence"))
+    held = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
+    assert reads.weights_held == held
+    assert reads.weights_read == pytest.approx(held * distinct / 4)
+    assert reads.weights_of_one_choice == held * top_k / 4
+
+
+def test_experts_that_are_read_by_their_measured_loads() -> None:
+    model = student(router="token_gate")
+    reads = expert_reads(model, 3, even(model, 0.5, 0.5, 0.0, 0.0))
+    assert reads is not None and reads.distinct == pytest.approx(2 * (1 - 0.5**3))
+    # One token reads one, whichever it is.
+    alone = expert_reads(model, 1, even(model, 0.5, 0.5, 0.0, 0.0))
+    assert alone is not None and alone.distinct == 1
+    assert expert_reads(tiny_model("bert"), 3) is None
+
+
+def test_a_decoder_reads_anew_for_each_segment() -> None:
+    options: dict[str, Any] = {"method": "full_copy", "expert_size": 32, "num_shared": 0}
+    model = student("gpt2", router="merged_sequence", segment_length=4, **options)
+    reads = expert_reads(model, 10)
+    assert reads is not None and reads.distinct == pytest.approx(4 * (1 - 0.75**3))

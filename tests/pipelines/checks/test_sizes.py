@@ -46,6 +46,40 @@ def test_parameters_equal_those_of_a_converted_model(
     assert not sizes.unknown
 
 
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        (
+            "hash_random",
+            "2.0 of 2 in each layer by a text of 16 tokens, since hash_random chooses for each "
+            "token (taken to be used evenly): 1.1 k of 1.1 k expert weights; a router that chooses "
+            "once for a text (sentence_gate, task_gate) reads 560",
+        ),
+        (
+            "sentence_gate",
+            "1 of 2 in each layer, since sentence_gate chooses once for a text: 560 of 1.1 k "
+            "expert weights",
+        ),
+    ],
+)
+def test_a_dry_run_says_what_a_router_reads_at_batch_1(
+    write_recipe: Write, tiny_settings: dict[str, Any], router: str, said: str
+) -> None:
+    # Experts of 8 private neurons beside 8 shared ones, in two layers of width 16: 2 · 2 · (2 ·
+    # 16 · 8 + 8 + 16) weights.
+    tiny_settings["moe"] |= {"router": router, "tie_shared": True}
+    tiny_settings["compare"] = ["dense"]
+    tiny_settings["evaluate"] = {"require_speedup": 3}
+    config = load_config(write_recipe(tiny_settings))
+    facts = dict(derive_sizes(config, Workspace(config, Console(quiet=True))).facts)
+    assert facts["experts read at batch 1"] == said
+    assert "experts read at batch 1, dense" not in facts
+    assert facts["speed-up that is required"].startswith("3 ×; FLOPs say 1.")
+    assert facts["speed-up that is required"].endswith(
+        "so it can hardly be had: smaller experts, or a smaller student"
+    )
+
+
 def test_recomputation_that_a_family_lacks_is_refused(
     write_recipe: Write, tiny_settings: dict[str, Any]
 ) -> None:

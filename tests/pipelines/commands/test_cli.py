@@ -79,6 +79,48 @@ def test_empty_directories_that_were_there_before_stay(
     assert {path for path in tmp_path.rglob("*") if path.is_dir()} == before
 
 
+def test_a_required_speedup_ends_with_an_error_after_all_is_written(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    recipe = write_recipe(tiny_settings)
+    missed = run("compress", recipe, "--require-speedup", "1000")
+    assert missed.exit_code == 1
+    (line,) = [line for line in missed.output.splitlines() if line.startswith("error: ")]
+    assert " 1000 × as fast as its teacher" in line
+    assert "Traceback" not in missed.output
+    report = json.loads((tmp_path / "outputs/tiny/report.json").read_text())
+    assert report["pays"]["required"] == 1000
+    assert report["pays"]["line"] in missed.output
+    assert (
+        report["student"]["fastest"]["1"]["form"]
+        in (tmp_path / "outputs/tiny/report.md").read_text()
+    )
+    assert report["student"]["expert_reads"]["num_experts"] == 2
+    # Nothing is measured anew for another requirement, and none is an error no more.
+    again = run("evaluate", recipe)
+    assert again.exit_code == 0
+    assert "evaluate: already finished" in again.output
+    assert "meets" in json.loads((tmp_path / "outputs/tiny/report.json").read_text())["pays"]
+    capfd.readouterr()
+    events = run("compress", recipe, "--json", "--set", "evaluate.require_speedup=1000")
+    assert events.exit_code == 1
+    kinds = [json.loads(one)["event"] for one in capfd.readouterr().out.splitlines()]
+    assert kinds[-2:] == ["report", "error"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_required_speedup_that_is_no_speed_is_refused(
+    write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, value: str
+) -> None:
+    result = run("compress", write_recipe(tiny_settings), "--require-speedup", value)
+    assert result.exit_code == 2
+    assert "evaluate.require_speedup" in result.output
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("command", ["compress", "distill"])
 def test_experts_that_do_not_fit_the_model_are_found_before_training(
     write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path, command: str

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipelines.chain.stage import StageResult
+from pipelines.console import quantity
 from pipelines.report.report import build_report, headline_metrics, verdict
 from pipelines.report.report_text import (
     latency_lines,
     nearness_lines,
-    quantity,
     to_markdown,
     to_tables,
     verdict_lines,
@@ -31,10 +31,34 @@ def entry(accuracy: float, ffn: float, before: float | None = None) -> dict[str,
         "latency_ms": {"1": 4.2, "32": 101.0},
         "latency_low_ms": {"1": 4.1, "32": 99.0},
         "latency_spread": {"1": 0.1, "32": 0.05},
+        "fastest": {
+            size: {"form": "lean-bf16", "latency_low_ms": 2.0, "latency_spread": 0.1}
+            for size in ("1", "32")
+        },
     }
     if before is not None:
         made["metrics_before_distillation"] = {"accuracy": before}
     return made
+
+
+def speeds(*others: str) -> dict[str, Any]:
+    """What was measured of the student's speed against others."""
+    level = {size: {"value": 1.0, "low": 1.0, "high": 1.0} for size in ("1", "32")}
+    return {
+        "speedups": dict.fromkeys(others, level),
+        "left_out": ["onnx-int8 of student: no onnxruntime"],
+        "tolerance": 0.05,
+        "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+    }
+
+
+def recipe(name: str, *compare: str) -> Any:
+    return SimpleNamespace(
+        name=name,
+        compare={label: {} for label in compare},
+        tracking=SimpleNamespace(experiment="moe-dist"),
+        evaluate=SimpleNamespace(require_speedup=None),
+    )
 
 
 def result(stage: str, details: dict[str, Any] | None = None) -> StageResult:
@@ -43,11 +67,7 @@ def result(stage: str, details: dict[str, Any] | None = None) -> StageResult:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    config: Any = SimpleNamespace(
-        name="demo",
-        compare={"dense": {}},
-        tracking=SimpleNamespace(experiment="moe-dist"),
-    )
+    config = recipe("demo", "dense")
     difference = {"metric": "accuracy", "difference": 0.01, "low": -0.02, "high": 0.03}
     details = {
         "main_metric": "accuracy",
@@ -55,6 +75,7 @@ def report() -> dict[str, Any]:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher", "dense"),
         "models": {
             "teacher": entry(0.8, 4e6),
             "student": entry(0.79, 1e6, before=0.7),
@@ -95,6 +116,9 @@ def test_markdown_names_every_model_and_the_verdict(report: dict[str, Any]) -> N
         "cannot be told apart",
         "-0.0200 to +0.0300",
         "× 0.250",
+        "| student | lean-bf16 | 2.00 | 1.00 | lean-bf16 | 2.00 | 1.00 |",
+        "- student pays; each model in its fastest form",
+        "not counted as a fastest form: onnx-int8 of student: no onnxruntime.",
     ):
         assert piece in text
 
@@ -164,7 +188,8 @@ def test_a_warning_of_a_small_drift_shows_that_it_is_not_0(report: dict[str, Any
 
 
 def test_the_console_table_has_a_row_for_each_model(report: dict[str, Any]) -> None:
-    models, stages = to_tables(report)
+    models, forms, stages = to_tables(report)
+    assert forms.row_count == 3
     assert models.row_count == 3
     assert stages.row_count == len(report["seconds"]) + 1
 
@@ -220,9 +245,7 @@ def test_where_lower_is_better_less_wins(low: float, high: float, claim: str) ->
 
 def language_report() -> dict[str, Any]:
     """A report on perplexity."""
-    config: Any = SimpleNamespace(
-        name="lm", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("lm")
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
     for name, value in (("teacher", 20.0), ("student", 25.0)):
         models[name]["metrics"] = {"perplexity": value}
@@ -237,6 +260,7 @@ def language_report() -> dict[str, Any]:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {
             "teacher": {"metric": "perplexity", "difference": 5.0, "low": 4.0, "high": 6.0}
@@ -259,9 +283,7 @@ def test_a_report_on_perplexity_knows_that_lower_is_better() -> None:
 
 def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
-    config: Any = SimpleNamespace(
-        name="two", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("two")
     keys = ("mean", "a/perplexity", "b/perplexity")
     models["teacher"]["metrics"] = dict(zip(keys, (15.0, 10.0, 20.0), strict=True))
     models["student"]["metrics"] = dict(zip(keys, (30.0, 20.0, 40.0), strict=True))
@@ -281,6 +303,7 @@ def test_retention_of_several_tasks_goes_by_each_ones_direction() -> None:
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {"teacher": difference | {"metric": "mean"}},
         "tasks": {"a": about, "b": about},
@@ -302,9 +325,7 @@ def test_the_verdict_on_the_teacher_comes_last(report: dict[str, Any]) -> None:
 
 def undefined_report(teacher: float | None, student: float | None) -> dict[str, Any]:
     """A report on one metric of two classes, None where it is undefined."""
-    config: Any = SimpleNamespace(
-        name="odd", compare={}, tracking=SimpleNamespace(experiment="moe-dist")
-    )
+    config = recipe("odd")
     models = {"teacher": entry(0.8, 4e6), "student": entry(0.79, 1e6, before=0.7)}
     for name, value in (("teacher", teacher), ("student", student)):
         models[name]["metrics"] = {"f1": value}
@@ -320,6 +341,7 @@ def undefined_report(teacher: float | None, student: float | None) -> dict[str, 
         "seq_len": 64,
         "num_threads": 2,
         "other_work": {"num_cores": 4, "busy_cores": 0.2, "disturbs": False},
+        "speeds": speeds("teacher"),
         "models": models,
         "differences": {"teacher": gap | {"undefined": "f1 of ok of student is undefined: x"}},
         "data": {"name": "cards", "digest": "d"},
