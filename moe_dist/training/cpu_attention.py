@@ -9,6 +9,7 @@ Shapes: B texts, H heads, Q queries, S keys, W width of a head.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,16 +26,28 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def half_attention() -> Iterator[None]:
     """Let all transformers models of this process attend so, where they learn in bfloat16 on a CPU.
 
-    It is for models with `sdpa` attention, which is transformers' own choice. What it does not take
-    (dropout, a mask that learns, a cache, other dtypes and devices) is done as before.
+    It is for models with `sdpa` attention, transformers' own choice; where somebody has put another
+    function in its place, that one stays. What it does not take (dropout, a mask that learns, a
+    cache, other dtypes and devices) is done as before.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    with _lock:
+        _users.append(None)
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with _lock:
+            _users.pop()
+            if not _users and ALL_ATTENTION_FUNCTIONS["sdpa"] is attend:
+                del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+_lock = threading.Lock()
+_users: list[None] = []
 
 
 def attend(
@@ -79,12 +92,26 @@ def _learns_in_half(query: Tensor, key: Tensor, value: Tensor) -> bool:
     is_half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     if not is_half and any(tensor.dtype is not torch.bfloat16 for tensor in given):
         return False
-    is_plain = all(one.device.type == "cpu" and one.dim() == 4 and one.numel() for one in given)
-    return is_plain and query.shape[-1] == value.shape[-1]
+    if any(tensor.dtype not in (torch.bfloat16, torch.float32) for tensor in given):
+        return False
+    # What the kernel takes for granted, and what torch itself looks at before it.
+    is_plain = all(
+        one.device.type == "cpu" and one.dim() == 4 and one.numel() and one.stride(-1) == 1
+        for one in given
+    )
+    return (
+        is_plain
+        and key.shape == value.shape
+        and (query.shape[0], query.shape[-1]) == (key.shape[0], key.shape[-1])
+        and query.shape[1] % key.shape[1] == 0
+    )
 
 
 def _is_fixed(mask: Tensor | None) -> bool:
-    return mask is None or (not mask.requires_grad and mask.dim() in (2, 4))
+    if mask is None:
+        return True
+    is_added = mask.dtype is torch.bool or mask.is_floating_point()
+    return is_added and not mask.requires_grad and mask.dim() in (2, 4)
 
 
 def _added(mask: Tensor | None) -> Tensor | None:
@@ -109,18 +136,19 @@ class _HalfAttention(torch.autograd.Function):
         out_BHQW, logsumexp = _flash(
             *(query_BHQW, key_BHSW, value_BHSW, 0.0, is_causal), attn_mask=half, scale=scale
         )
-        ctx.save_for_backward(query_BHQW, key_BHSW, value_BHSW, mask, out_BHQW, logsumexp)
+        # The same mask, rounded: probabilities come out of it and of logsumexp again.
+        ctx.save_for_backward(query_BHQW, key_BHSW, value_BHSW, half, out_BHQW, logsumexp)
         ctx.is_causal, ctx.scale = is_causal, scale
         return out_BHQW
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHQW: Tensor) -> tuple[Tensor | None, ...]:
-        *halves, mask, out_BHQW, logsumexp = ctx.saved_tensors
+        *halves, half, out_BHQW, logsumexp = ctx.saved_tensors
         grads = _flash_backward(
             *(tensor.float() for tensor in (grad_BHQW, *halves, out_BHQW)),
             *(logsumexp, 0.0, ctx.is_causal),
-            attn_mask=None if mask is None else mask.float(),
+            attn_mask=None if half is None else half.float(),
             scale=ctx.scale,
         )
         return (*(grad.to(torch.bfloat16) for grad in grads), None, None, None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.bert.modeling_bert import BertSelfOutput
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError
@@ -55,8 +57,8 @@ def error(model: Any, lean: Any, **inputs: Any) -> float:
 
 
 def wide(**options: Any) -> Any:
-    """A BERT whose widths are no multiples of a block: three heads of 20, 132 neurons."""
-    sizes = {"hidden_size": 60, "num_attention_heads": 3, "intermediate_size": 132}
+    """A BERT whose widths are no multiples of a block: three heads of 20, 130 neurons."""
+    sizes = {"hidden_size": 60, "num_attention_heads": 3, "intermediate_size": 130}
     return tiny_model("bert", **sizes, max_position_embeddings=80, **options).eval()
 
 
@@ -184,6 +186,11 @@ def test_a_model_that_was_asked_for_hidden_states_before() -> None:
     assert error(model, prepare(model, "fp32"), **token_batch()) < 1e-5
 
 
+class _Tripled(BertSelfOutput):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 3 * super().forward(*args, **kwargs)
+
+
 def test_other_models_keep_their_blocks() -> None:
     for family, said in (("mpnet", "only encoders of the BERT kind"), ("llama", "only encoders")):
         with pytest.raises(ConversionError, match=said):
@@ -192,8 +199,16 @@ def test_other_models_keep_their_blocks() -> None:
     hooked.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
     decoder = tiny_model("bert", is_decoder=True)
     relu_like = tiny_model("bert", hidden_act="mish")
+    with_partial = tiny_model("bert")
+    with_partial.bert.encoder.layer[1].register_forward_hook(functools.partial(print, end=""))
+    changed = tiny_model("bert")
+    changed.bert.encoder.layer[0].attention.output.__class__ = _Tripled
+    odd = tiny_model("bert", hidden_size=18)
     for model, said in (
         (hooked, "a block has hooks"),
+        (with_partial, "a block has hooks"),
+        (changed, "a block holds a _Tripled"),
+        (odd, "widths of 18 are no multiples of 4"),
         (decoder, "the model is a decoder"),
         (relu_like, "its activation is not known"),
     ):
@@ -228,7 +243,11 @@ def test_wrong_inputs_end_in_an_error() -> None:
     for wrong in (hidden[..., :8], hidden[0], hidden.long()):
         with pytest.raises((RuntimeError, IndexError)):
             encoder.attention_half(0, wrong, None)
-    for mask in (torch.ones(2, 1, 5, 4).bool(), torch.ones(2, 5).bool()):
+    for mask in (
+        torch.ones(2, 1, 5, 4).bool(),
+        torch.ones(2, 5).bool(),
+        torch.ones(2, 1, 5, 5).long(),
+    ):
         with pytest.raises((RuntimeError, IndexError)):
             encoder.attention_half(0, hidden, mask)
     with pytest.raises(RuntimeError, match="several experts, and no ids"):

@@ -62,7 +62,21 @@ def masks() -> dict[str, Any]:
         "padding": {"mask": padded.expand(2, 1, 9, 9)},
         "bools": {"mask": torch.ones(9, 9).tril().bool()},
         "numbers": {"mask": torch.linspace(-2, 2, 81).view(1, 1, 9, 9).double()},
+        "numbers that bfloat16 rounds": {"mask": torch.full((1, 1, 9, 9), 100.3).double()},
     }
+
+
+def test_a_mask_that_is_rounded(taken: list[int]) -> None:
+    """As float32 under autocast: what is added in the backward pass is what was added before."""
+    given = [tensors(seed=seed) for seed in range(3)]
+    mask = torch.full((1, 1, 9, 9), 100.3)
+    mask[..., 4:] = -1e9
+    true = results(given, torch.float64, sdpa_attention_forward, mask=mask.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(given, torch.float32, attend, mask=mask)
+    assert len(taken) == 1
+    for own, right in zip(found, true, strict=True):
+        assert float((own - right).norm()) < 0.02 * float(right.norm())
 
 
 @pytest.mark.parametrize("name", masks())
@@ -98,6 +112,19 @@ def test_what_is_left_to_torch(taken: list[int]) -> None:
     ):
         results(given, dtype, attend, **options)
     halves = [tensor.bfloat16().requires_grad_() for tensor in given]
+    turned = torch.randn(2, 4, 16, 9).bfloat16().transpose(-1, -2).requires_grad_()
+    one = [tensor[:1] for tensor in halves]
+    for strange in ([turned] * 3, [halves[0], *one[1:]], [one[0], *halves[1:]]):
+        expected = sdpa_attention_forward(torch.nn.Module(), *strange, None, is_causal=False)[0]
+        found = attend(torch.nn.Module(), *strange, None, is_causal=False)[0]
+        assert torch.equal(found, expected)
+        found.sum().backward()
+    for wrong in (
+        [tensors(6).bfloat16().requires_grad_(), *halves[1:]],
+        [*halves, torch.ones(2, 1, 9, 9, dtype=torch.int64)],
+    ):
+        with pytest.raises(RuntimeError):
+            attend(torch.nn.Module(), *wrong[:3], wrong[3] if len(wrong) > 3 else None)
     bias = torch.zeros(1, 1, 9, 9, dtype=torch.bfloat16, requires_grad=True)
     attend(torch.nn.Module(), *halves, bias)[0].sum().backward()
     assert bias.grad is not None
@@ -140,3 +167,20 @@ def test_models_under_autocast(family: str, checkpointing: bool, taken: list[int
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     plain, found = gradients
     assert float((found - plain).norm()) < 0.03 * float(plain.norm())
+
+
+def test_trainings_within_one_another_and_what_others_put_there() -> None:
+    with half_attention(), half_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = mine
+    try:
+        with half_attention():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]

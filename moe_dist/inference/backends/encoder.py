@@ -191,9 +191,11 @@ def _read(block: nn.Module, names: BlockNames, family: FamilySpec) -> _Content:
     for module in block.modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # Transformers leaves its own where hidden states were once asked for.
-        own = [hook for hook in hooks if "output_capturing_hook" not in hook.__qualname__]
+        own = [hook for hook in hooks if "output_capturing_hook" not in _name(hook)]
         if own or "forward" in vars(module):
             raise _Unsuited("a block has hooks, or a forward of its own")
+        if type(module).__module__.partition(".")[0] not in ("torch", "transformers", "moe_dist"):
+            raise _Unsuited(f"a block holds a {type(module).__name__}, which is not its family's")
     roles = ("query", "key", "value", "attention_out")
     linears = {role: _linear(block, getattr(names, role)) for role in roles}
     norms = (_norm(block, names.attention_norm), _norm(block, names.out_norm))
@@ -201,7 +203,7 @@ def _read(block: nn.Module, names: BlockNames, family: FamilySpec) -> _Content:
     if layer is None:
         dense = _Network(*_linear(block, family.linear_in), *_linear(block, family.linear_out))
         activation: Any = block.get_submodule(family.activation)
-        experts, shared, router = [dense], [], None
+        experts, shared, router = [dense.rounded()], [], None
     else:
         activation, router = layer.experts.activation, layer.router
         experts = _networks(layer.experts)
@@ -209,13 +211,22 @@ def _read(block: nn.Module, names: BlockNames, family: FamilySpec) -> _Content:
     number = native_activation(activation)
     if number is None:
         raise _Unsuited("its activation is not known there")
+    widths = [weight_OI.shape[1] for weight_OI, _ in linears.values()]
+    if any(width % 4 for width in widths):
+        raise _Unsuited(
+            f"widths of {', '.join(map(str, sorted(set(widths))))} are no multiples of 4"
+        )
     return _Content(linears, norms, experts, shared, router, number)
+
+
+def _name(hook: object) -> str:
+    return str(getattr(hook, "__qualname__", ""))
 
 
 def _linear(block: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     linear: Any = block.get_submodule(path)
-    if type(linear) is not nn.Linear or linear.in_features % 4:
-        raise _Unsuited(f"{path} is no plain linear layer, or its width no multiple of 4")
+    if type(linear) is not nn.Linear:
+        raise _Unsuited(f"{path} is no plain linear layer")
     return linear.weight, linear.bias
 
 

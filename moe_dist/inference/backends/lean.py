@@ -7,6 +7,7 @@ recorded. The rest is the architecture's own code, so every family has this form
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_state
 from moe_dist.moe.dispatch import LocalDispatcher
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import remove_routing_hooks
+
+log = logging.getLogger(__name__)
 
 
 class Lean:
@@ -47,6 +50,8 @@ class Lean:
                 f"there is no lean form of this model in {precision}: {obstacle}",
                 remedy="use lean-bf16, or onnx-int8",
             )
+        if obstacle:
+            log.info("blocks keep the architecture's own code: %s", obstacle)
         _replace(lean, dtype)
         lean.eval()
         own = [m for m in lean.modules() if isinstance(m, RoutedFFN | NativeBlocks)]

@@ -116,6 +116,11 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    faults = [line for line in said.splitlines() if "error" in line.lower()]
-    return " ".join((faults or said.splitlines() or [type(error).__name__])[0].split())
+    said = getattr(error, "stderr", None) or ""
+    if isinstance(said, bytes):
+        said = said.decode(errors="replace")
+    if not said.strip() and isinstance(error, subprocess.CalledProcessError):
+        return f"the compiler failed with status {error.returncode} and said nothing"
+    lines = (said.strip() or str(error)).splitlines() or [type(error).__name__]
+    faults = [line for line in lines if "error" in line.lower()]
+    return " ".join((faults or lines)[0].split())

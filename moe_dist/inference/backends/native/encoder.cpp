@@ -140,7 +140,10 @@ class Encoder : public torch::CustomClassHolder {
 
   MaybeTensor prepared(const MaybeTensor& mask) const {
     if (!mask || mask->scalar_type() == at::kBool) return mask;
-    return mask->to(attention_type());
+    TORCH_CHECK(mask->is_floating_point(), "a mask is of bools, or of numbers that are added");
+    // The lowest float32 is infinite in bfloat16, and a row of those has no mean.
+    const double lowest = attention_type() == at::kFloat ? -3.4028234663852886e38 : -3.38e38;
+    return mask->clamp_min(lowest).to(attention_type());
   }
 
   Tensor attend(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {

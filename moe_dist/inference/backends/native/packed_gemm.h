@@ -88,11 +88,11 @@ inline Rows encode(const Tensor& x, Precision precision) {
   return rows;
 }
 
-// The rows that `order` names, one after the other.
+// The rows that `order` names, one after the other; with room for a part that begins anywhere.
 inline Rows gather(const Rows& rows, const std::vector<int64_t>& order) {
   const int64_t S = order.size(), K = rows.codes.size(1);
   const size_t bytes = K * rows.codes.element_size();
-  Rows out{matrix(S, K, rows.codes.scalar_type()), {}, {}};
+  Rows out{matrix(S + 15, K, rows.codes.scalar_type()).narrow(0, 0, S), {}, {}};
   const char* from = static_cast<const char*>(rows.codes.const_data_ptr());
   char* to = static_cast<char*>(out.codes.data_ptr());
   for (int64_t s = 0; s < S; ++s) std::memcpy(to + s * bytes, from + order[s] * bytes, bytes);
@@ -150,7 +150,11 @@ struct Linear {
   // out[t, n] = activation(x W + bias), as float32 or bfloat16, with `stride` between rows.
   template <typename Out>
   void apply(const Rows& rows, Out* out, int64_t stride, int64_t activation = -1) const {
-    TORCH_CHECK(rows.codes.size(1) == K, "rows of ", rows.codes.size(1), " for a width of ", K);
+    const Tensor& codes = rows.codes;
+    TORCH_CHECK(codes.size(1) == K && codes.is_contiguous(), "rows of ", codes.sizes(), " for ", K);
+    const int64_t read = codes.storage_offset() + rounded_rows(codes.size(0)) * K;
+    TORCH_CHECK(static_cast<int64_t>(codes.storage().nbytes()) >= read * codes.element_size(),
+                "rows without room to be rounded up");
     with_activation(activation, [&](auto activate) {
       if (precision == Precision::kFloat)
         run<float, float, float>(rows, out, stride, activate);
