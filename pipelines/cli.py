@@ -25,6 +25,7 @@ from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
 from .commands.run_command import run_until
 from .commands.search import register as register_search
+from .commands.serve import register as register_serve
 from .commands.students import register as register_students
 
 app = typer.Typer(
@@ -358,6 +359,7 @@ register_students(app, benchmark_app)
 register_merging(benchmark_app)
 register_inference(benchmark_app)
 register_search(app, benchmark_app)
+register_serve(app, benchmark_app)
 
 
 def main() -> None:
