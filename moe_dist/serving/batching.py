@@ -124,7 +124,7 @@ class BatchQueue:
     on_batch: Callable[[BatchFacts], None] = lambda facts: None
     _waiting: list[WaitingText] = field(default_factory=list)
     _worker: asyncio.Task[None] | None = None
-    _grown: asyncio.Event = field(default_factory=asyncio.Event)
+    _grown: asyncio.Event | None = None
     _call_began: float | None = None
     _last_answer: float | None = None
 
@@ -133,7 +133,8 @@ class BatchQueue:
         loop = asyncio.get_running_loop()
         texts = [WaitingText(parts, tokens, loop.create_future()) for parts, tokens in rows]
         self._waiting += texts
-        self._grown.set()
+        if self._grown is not None:
+            self._grown.set()
         if texts and (self._worker is None or self._worker.done()):
             self._worker = loop.create_task(self._work())
         try:
@@ -157,19 +158,22 @@ class BatchQueue:
         return self._last_answer is not None and time.monotonic() - self._last_answer <= seconds
 
     async def _work(self) -> None:
-        was_idle = True
-        while self._waiting:
-            if was_idle and self.max_wait_s > 0:
+        try:
+            if self.max_wait_s > 0:
                 await self._wait_for_more()
-            was_idle = False
-            batch = self._next_batch()
-            if batch:
-                await self._call(batch)
+            while self._waiting:
+                await self._call(self._next_batch())
+        except BaseException as fault:
+            # Nobody may wait for an answer that will not come.
+            for text in self._waiting:
+                if not text.answer.done():
+                    text.answer.set_exception(RuntimeError(f"the queue ended: {fault!r}"))
+            raise
 
     async def _wait_for_more(self) -> None:
         end = time.monotonic() + self.max_wait_s
         while len(self._waiting) < self.max_batch_size:
-            self._grown.clear()
+            self._grown = asyncio.Event()
             try:
                 await asyncio.wait_for(self._grown.wait(), end - time.monotonic())
             except TimeoutError:
@@ -177,8 +181,6 @@ class BatchQueue:
 
     def _next_batch(self) -> list[WaitingText]:
         """Take the batch out that has the oldest text in it."""
-        if not self._waiting:
-            return []
         width = len(self._waiting[0].parts)
         alike = [text for text in self._waiting if len(text.parts) == width]
         looked_at = alike[: _PLANNED_BATCHES * self.max_batch_size]

@@ -131,6 +131,7 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
 
     from .deployment import APP_NAME, build
 
+    check_directory(settings.directory, must_exist=False)
     current = settings.model_copy(update={"version": model_version(settings.directory)})
     try:
         serve.run(build(current.model_dump()), name=APP_NAME, route_prefix="/")
