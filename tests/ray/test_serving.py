@@ -114,7 +114,7 @@ class Clients(threading.Thread):
 def server(tmp_path: Path) -> Iterator[Server]:
     pytest.importorskip("ray.serve")
     save_tiny(tmp_path / "model")
-    limits = ("--max-length", "12", "--max-ongoing", "3", "--max-queued", "3")
+    limits = ("--max-length", "12", "--max-ongoing", "4", "--max-queued", "8")
     server = Server(tmp_path / "model", "--form", "lean-fp32", *limits)
     try:
         yield server
