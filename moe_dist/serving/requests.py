@@ -102,10 +102,12 @@ def parse_inputs(body: bytes, max_texts: int) -> Any:
     """Read `{"inputs": ...}`: texts, pairs, or rows or columns by name; see `read_inputs`."""
     try:
         document = json.loads(body)
-    except (ValueError, RecursionError) as fault:
-        said = fault.msg if isinstance(fault, json.JSONDecodeError) else "it cannot be read"
-        where = f" (line {fault.lineno}, column {fault.colno})" if hasattr(fault, "lineno") else ""
-        raise RequestFault(400, f"the body is no JSON: {said}{where}; {EXAMPLE}") from None
+    except json.JSONDecodeError as fault:
+        said = f"{fault.msg} (line {fault.lineno}, column {fault.colno})"
+        raise RequestFault(400, f"the body is no JSON: {said}; {EXAMPLE}") from None
+    except (ValueError, RecursionError):
+        # Bytes that are no text, numbers of thousands of digits, lists in lists without end.
+        raise RequestFault(400, f"the body is no JSON that can be read; {EXAMPLE}") from None
     if not isinstance(document, dict) or set(document) != {"inputs"}:
         found = ", ".join(sorted(document)) if isinstance(document, dict) else "no object"
         raise RequestFault(

@@ -186,7 +186,7 @@ def test_pairs_and_single_texts_are_not_mixed() -> None:
         single = asyncio.create_task(own.submit(rows("c")))
         await asyncio.sleep(0.02)
         calls.may_answer.set()
-        return await asyncio.gather(first, pair, single)
+        return list(await asyncio.gather(first, pair, single))
 
     found = asyncio.run(act())
     assert [own[0]["said"] for own in found] == ["first", "a b", "c"]
