@@ -103,6 +103,16 @@ class ServingSession:
         """
         return deploy(self._settings)
 
+    @property
+    def variables(self) -> str:
+        """What another process needs in its environment to reach this Ray."""
+        import ray
+
+        # Ray asks for the token of ~/.ray where it was started here.
+        mode = os.environ.get("RAY_AUTH_MODE", "" if self._joined else "token")
+        address = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
+        return f"RAY_AUTH_MODE={mode} {address}" if mode else address
+
     def _start_serve(self) -> None:
         from ray import serve
 
@@ -201,13 +211,6 @@ def model_version(directory: str) -> str:
 def usual_threads(replicas: int) -> int:
     """Share the cores of this machine out, but for one, which HTTP needs."""
     return max(1, (available_cpus() - 1) // replicas)
-
-
-def ray_address() -> str:
-    """Where the Ray of this process is, for `RAY_ADDRESS` of other ones."""
-    import ray
-
-    return str(ray.get_runtime_context().gcs_address)
 
 
 @contextmanager

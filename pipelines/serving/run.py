@@ -11,7 +11,6 @@ from moe_dist.errors import MoeDistError
 from moe_dist.serving.session import (
     Endpoint,
     ServingSession,
-    ray_address,
     reload_running,
     until_stopped,
 )
@@ -55,10 +54,7 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
         _say(console, own.deploy())
         host, port = serving.endpoint.host, serving.endpoint.port
         console.result(f"answering at http://{host}:{port}/predict; ctrl-C stops")
-        address = ray_address()
-        console.note(
-            f"another model in its place: RAY_ADDRESS={address} moe-dist serve DIR --reload"
-        )
+        console.note(f"another model in its place: {own.variables} moe-dist serve DIR --reload")
         while wait():
             console.note(f"loading {settings.directory} anew")
             try:
