@@ -41,9 +41,13 @@ def free_port() -> int:
 class Server:
     """The command, and what it has said."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    model = ("--form", "lean-fp32", "--max-length", "12")
+    limits = ("--max-ongoing", "4", "--max-queued", "8")
+
+    def __init__(self, directory: Path) -> None:
         self.port, self.metrics_port = free_port(), free_port()
-        arguments = ["--port", str(self.port), "--metrics-port", str(self.metrics_port), *options]
+        arguments = ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        arguments += [*self.model, *self.limits]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", "serve", str(directory), *arguments],
@@ -84,6 +88,19 @@ class Server:
         except urllib.error.HTTPError as fault:
             return fault.code, json.loads(fault.read())
 
+    def reload_with(self, directory: Path) -> None:
+        """Give the command again, as the server said."""
+        self.wait_for("another model in its place: ")
+        line = next(one for one in self.said if "another model in its place: " in one)
+        words = line.partition(": ")[2].split()
+        variables = dict(word.split("=") for word in words if "=" in word)
+        subprocess.run(
+            [sys.executable, "-m", "pipelines", "serve", str(directory), "--reload", *self.model],
+            env=os.environ | variables,
+            check=True,
+            timeout=START_TIMEOUT_S,
+        )
+
     def version(self) -> str:
         return str(self.ask(path="/health")[1]["version"])
 
@@ -114,8 +131,7 @@ class Clients(threading.Thread):
 def server(tmp_path: Path) -> Iterator[Server]:
     pytest.importorskip("ray.serve")
     save_tiny(tmp_path / "model")
-    limits = ("--max-length", "12", "--max-ongoing", "4", "--max-queued", "8")
-    server = Server(tmp_path / "model", "--form", "lean-fp32", *limits)
+    server = Server(tmp_path / "model")
     try:
         yield server
     finally:
@@ -163,19 +179,18 @@ def test_a_server_from_start_to_end(server: Server, tmp_path: Path) -> None:
     assert {status for status, _ in statuses} == {200, 503}
     assert set(refused) == {"1"}
 
-    # The same directory, written again: no request is lost, and the answers are the new model's.
+    # Another model by another process: no request is lost, and the answers are the new one's.
+    other = save_tiny(tmp_path / "other", seed=1)
     before = server.version()
     clients = Clients(server)
-    save_tiny(directory, seed=1)
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("^serving ", times=2)
+    server.reload_with(other)
     load = clients.stop()
     assert load.num_texts > 0 and not load.faults, load.faults
     assert server.version() != before
     own = [row["score"] for row in server.ask({"inputs": TEXTS})[1]["predictions"]]
-    assert own == pytest.approx(scores(directory), abs=1e-5)
+    assert own == pytest.approx(scores(other), abs=1e-5)
 
-    # One that is damaged is not taken, and what was served goes on.
+    # The own directory again, which is damaged: refused, and what was served goes on.
     before = server.version()
     (directory / MANIFEST).write_text("{}")
     server.process.send_signal(signal.SIGHUP)
