@@ -10,10 +10,10 @@ import torch
 from ray import serve
 from ray.serve import metrics
 
-from .batching import BatchFacts
-from .requests import HttpRequest
-from .service import TextService, load_choice
-from .settings import ServingSettings
+from moe_dist.serving.batching import BatchFacts
+from moe_dist.serving.requests import HttpRequest
+from moe_dist.serving.service import TextService, load_choice
+from moe_dist.serving.settings import ServingSettings
 
 APP_NAME = "moe-dist"
 DEPLOYMENT = "model"

@@ -14,11 +14,10 @@ from moe_dist.conversion.families import position_limit
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.inference.serving import MAX_LENGTH, TextModel
-
-from .batching import Answer, BatchFacts, BatchQueue
-from .requests import HttpAnswer, HttpRequest, RequestFault, read_inputs
-from .settings import ServingSettings
-from .speed import FormChoice, choose_form, probe_texts
+from moe_dist.serving.batching import Answer, BatchFacts, BatchQueue
+from moe_dist.serving.requests import HttpAnswer, HttpRequest, RequestFault, read_inputs
+from moe_dist.serving.settings import ServingSettings
+from moe_dist.serving.speed import FormChoice, choose_form, probe_texts
 
 PATHS = {"/predict": ("POST",), "/health": ("GET", "HEAD")}
 FRESH_S = 1.0

@@ -17,10 +17,9 @@ from typing import Any
 from moe_dist.digests import file_digest
 from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
 from moe_dist.inference.saving import MANIFEST, verify_model
+from moe_dist.serving.settings import ServingSettings
 from moe_dist.uris import is_uri
 from moe_dist.workers.ray_session import RaySession, available_cpus
-
-from .settings import ServingSettings
 
 Say = Callable[[str], None]
 _ASK_TIMEOUT_S = 60.0
@@ -86,7 +85,7 @@ class ServingSession:
         """Take the model off, once what was taken is answered; then Ray, if it was started here."""
         from ray import serve
 
-        from .deployment import APP_NAME
+        from moe_dist.serving.deployment import APP_NAME
 
         with suppress(Exception):
             serve.delete(APP_NAME)
@@ -139,7 +138,7 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
     """Put a model in the place of the one that is served, see `ServingSession.deploy`."""
     from ray import serve
 
-    from .deployment import APP_NAME, build
+    from moe_dist.serving.deployment import APP_NAME, build
 
     check_directory(settings.directory, must_exist=False)
     current = settings.model_copy(update={"version": model_version(settings.directory)})
@@ -157,7 +156,7 @@ def ask_replica() -> dict[str, Any]:
     """What a replica reports, see `TextService.report`."""
     from ray import serve
 
-    from .deployment import APP_NAME
+    from moe_dist.serving.deployment import APP_NAME
 
     handle = serve.get_app_handle(APP_NAME)
     found: dict[str, Any] = handle.report.remote().result(timeout_s=_ASK_TIMEOUT_S)
@@ -172,7 +171,7 @@ def reload_running(settings: ServingSettings) -> dict[str, Any]:
     """
     from ray import serve
 
-    from .deployment import APP_NAME
+    from moe_dist.serving.deployment import APP_NAME
 
     if not os.environ.get("RAY_ADDRESS"):
         raise MissingInputError(

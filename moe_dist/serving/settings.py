@@ -7,8 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_dist.errors import ConfigError
-
-from .requests import RequestLimits
+from moe_dist.serving.requests import RequestLimits
 
 
 class ServingSettings(BaseModel):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends import ALL_FORMS, Form
 from moe_dist.inference.serving import TextModel
-
-from .batching import CallCost
+from moe_dist.serving.batching import CallCost
 
 AUTO = "auto"
 SHORT, LONG, MANY = (1, 16), (1, 128), (8, 128)

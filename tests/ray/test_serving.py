@@ -223,9 +223,15 @@ async def burst(url: str, number: int) -> list[tuple[int, str | None]]:
 
 def wait_for_metrics(url: str) -> None:
     """Ray sends them every ten seconds."""
-    names = ("moe_dist_texts_total", "moe_dist_padding_tokens_total", "moe_dist_batch_size_bucket")
-    names += ("serve_num_http_requests_total", "serve_http_request_latency_ms_bucket")
-    names += ("moe_dist_truncated_texts_total", "serve_num_http_error_requests_total")
+    names = (
+        "moe_dist_texts_total",
+        "moe_dist_padding_tokens_total",
+        "moe_dist_truncated_texts_total",
+        "moe_dist_batch_size_bucket",
+        "serve_num_http_requests_total",
+        "serve_num_http_error_requests_total",
+        "serve_http_request_latency_ms_bucket",
+    )
     end = time.monotonic() + 40
     while True:
         with urllib.request.urlopen(url, timeout=20) as answer:

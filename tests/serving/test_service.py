@@ -53,7 +53,8 @@ def test_answers_are_those_of_the_model(service: TextService, directory: Path) -
 
 
 def test_no_texts_have_no_answers_as_with_mlflow(service: TextService) -> None:
-    for inputs in ([], {"text": []}):
+    some: list[Any] = [[], {"text": []}]
+    for inputs in some:
         found = ask(service, {"inputs": inputs})
         assert (found.status, found.content) == (200, {"predictions": []})
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -102,12 +103,13 @@ def test_offline_all_ways_to_make_batches_are_timed(
 ) -> None:
     """And what is sent are texts of the lengths that were drawn."""
     directory = save_tiny(tmp_path / "model")
-    monkeypatch.setattr(serving, "_serve", lambda *args: args)
+    told: list[Any] = []
+    monkeypatch.setattr(serving, "_serve", lambda *args: told.extend(args))
     benchmark = ServingBenchmark(
         str(directory), form="eager-fp32", num_requests=30, num_texts=2, max_tokens=20
     )
-    found = serving.run(benchmark, Console(quiet=True))
-    _, settings, reason, offline, requests, _ = found  # type: ignore[misc]
+    serving.run(benchmark, Console(quiet=True))
+    _, settings, reason, offline, requests, _ = told
     assert settings.form == "eager-fp32" and "eager-fp32, as asked" in reason
     assert offline.best > 0 and offline.alone > 0 and "batches" in offline.batches
     assert len(requests) == 30 and {len(own) for own in requests} == {2}
