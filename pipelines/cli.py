@@ -28,6 +28,7 @@ from .commands.merging import register as register_merging
 from .commands.profile import register as register_profile
 from .commands.run_command import run_until
 from .commands.search import register as register_search
+from .commands.serve import register as register_serve
 from .commands.students import register as register_students
 
 app = typer.Typer(
@@ -389,6 +390,7 @@ register_students(app, benchmark_app)
 register_merging(benchmark_app)
 register_inference(benchmark_app)
 register_search(app, benchmark_app)
+register_serve(app, benchmark_app)
 
 
 def main() -> None:

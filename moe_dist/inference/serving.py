@@ -5,7 +5,10 @@ MLflow's description of a logged model names this module; `_load_pyfunc` is the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +19,7 @@ from moe_dist.conversion.heads import answered_kind, chosen_head
 from moe_dist.errors import DataError
 from moe_dist.inference.backends import ORACLE, Form
 from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.tasks import TaskKind
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
@@ -66,24 +70,38 @@ class TextModel:
         """
         import pandas
 
-        names = list(answered_kind(self._model).text_columns)
-        if names and set(names) <= set(getattr(model_input, "columns", ())):
+        columns = self.columns(model_input)
+        num_texts = len(columns[0])
+        rows: list[dict[str, Any]] = []
+        for first in range(0, num_texts, BATCH_SIZE):
+            rows += self.answers([column[first : first + BATCH_SIZE] for column in columns])
+        names = list(self.kind.served_columns)
+        return pandas.DataFrame(rows, columns=None if rows else names)
+
+    @property
+    def kind(self) -> TaskKind:
+        """What kind of task it answers."""
+        return answered_kind(self._model)
+
+    def columns(self, model_input: Any) -> list[list[str]]:
+        """Bring what `predict` takes, or a mapping of columns by name, into columns of texts."""
+        names = list(self.kind.text_columns)
+        if isinstance(model_input, Mapping):
+            own = names if names and set(names) <= set(model_input) else list(model_input)
+            model_input = list(zip(*(model_input[name] for name in own), strict=True))
+        elif names and set(names) <= set(getattr(model_input, "columns", ())):
             model_input = model_input[names]
         columns = text_columns(model_input)
-        if len(columns) > 1 and not answered_kind(self._model).reads_pairs:
+        if len(columns) > 1 and not self.kind.reads_pairs:
             raise DataError(
                 "the model reads one column of texts, and there are two",
                 remedy='send for example {"inputs": ["a fine film", "a dull one"]}',
             )
-        num_texts = len(columns[0])
-        rows: list[dict[str, Any]] = []
-        for first in range(0, num_texts, BATCH_SIZE):
-            rows += self._answers([column[first : first + BATCH_SIZE] for column in columns])
-        names = list(answered_kind(self._model).served_columns)
-        return pandas.DataFrame(rows, columns=None if rows else names)
+        return columns
 
-    def _answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        return answered_kind(self._model).serve(
+    def answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Answer the texts of one batch; they are padded to the longest."""
+        return self.kind.serve(
             self._model,
             self._tokenizer,
             columns,
@@ -93,12 +111,32 @@ class TextModel:
             calibration=self._calibration,
         )
 
+    def lengths(self, columns: Sequence[Sequence[str]]) -> list[int]:
+        """Count the tokens of each text before any is cut; also while `answers` runs elsewhere."""
+        return self.kind.served_lengths(self._counter, columns, self._options)
+
+    @cached_property
+    def _counter(self) -> Any:
+        """A tokenizer of its own, since one cannot be used by two threads at once."""
+        return copy.deepcopy(self._tokenizer)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens after which a text is cut; None where all of it is read."""
+        return self.kind.served_limit(self._model, self._max_length)
+
+    def in_form(self, form: Form) -> TextModel:
+        """The same with its model prepared, see `moe_dist.inference.backends`."""
+        own = copy.copy(self)
+        own._model = form.prepare(self._model)
+        return own
+
     def _labels(self) -> list[str]:
         """The classes in the order of their ids; none where there are none."""
         head = chosen_head(self._model)
         if head is not None:
             return list(head.label_names or ())
-        if not answered_kind(self._model).has_classes:
+        if not self.kind.has_classes:
             return []
         config = self._model.config
         return [str(config.id2label[index]) for index in range(config.num_labels)]
@@ -114,7 +152,8 @@ def text_columns(model_input: Any) -> list[list[str]]:
     else:
         entries = model_input.tolist() if hasattr(model_input, "tolist") else list(model_input)
         rows = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
-        columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]]
+        # Rows of different lengths make columns that are no texts.
+        columns = [list(column) for column in zip_longest(*rows)] if rows else [[]]
     if not 1 <= len(columns) <= 2 or not all(isinstance(t, str) for c in columns for t in c):
         raise DataError(
             "the model reads one or two columns of texts",
@@ -132,11 +171,11 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Te
     settings = model_config or {}
     form = Form.parse(str(settings.get("form") or ORACLE))
     device = "cuda" if torch.cuda.is_available() and form == ORACLE else "cpu"
-    model = load_model(Path(path), device, task=settings.get("task"))
-    return TextModel(
-        model if form == ORACLE else form.prepare(model),
+    model = TextModel(
+        load_model(Path(path), device, task=settings.get("task")),
         load_tokenizer(Path(path)),
         max_length=int(settings.get("max_length", MAX_LENGTH)),
         options=settings.get("options") or {},
         calibration=settings.get("calibration"),
     )
+    return model if form == ORACLE else model.in_form(form)

@@ -143,8 +143,7 @@ class CausalLM(TokenKind):
         Of a long text the last tokens are read, behind its begin token where it has one, so many
         that the model has positions for all that it writes.
         """
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        limit = max(1, min(max_length, positions - NUM_SERVED_TOKENS))
+        limit = self.served_limit(model, max_length)
         ids = tokenise(tokenizer, columns[0], max_length=None)["input_ids"]
         prompts = [_last(own, limit, tokenizer.bos_token_id) or [_end_id(tokenizer)] for own in ids]
         width = max(map(len, prompts))
@@ -168,6 +167,11 @@ class CausalLM(TokenKind):
             )
         texts = tokenizer.batch_decode(written_BL[:, width:], skip_special_tokens=True)
         return [{"text": text} for text in texts]
+
+    def served_limit(self, model: Any, max_length: int) -> int:
+        """Leave room for what is written behind the text."""
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        return max(1, min(max_length, positions - NUM_SERVED_TOKENS))
 
     def figures(self, answered: Answered) -> Figures:
         """Add the windows of each document up; see `tokens` for words and bytes."""

@@ -393,6 +393,19 @@ class TaskKind(ABC):
             A value by column for each text.
         """
 
+    def served_lengths(
+        self,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """Count the tokens of each text that `serve` is given, before anything is cut."""
+        return list(map(len, tokenise(tokenizer, *columns, max_length=None)["input_ids"]))
+
+    def served_limit(self, model: Any, max_length: int) -> int | None:
+        """Say after how many tokens `serve` cuts a text; None where it reads all of them."""
+        return max_length
+
     def said(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """What stands beside labels in a file of answers, (M,): the first of the values."""
         return values[:, 0]

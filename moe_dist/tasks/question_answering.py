@@ -232,6 +232,9 @@ class QuestionAnswering(TaskKind):
             for text, gap in zip(best.given(calibration), best.gaps.tolist(), strict=True)
         ]
 
+    def served_limit(self, model: Any, max_length: int) -> None:
+        """A long context is read in windows, and a question that is too long is refused."""
+
 
 def _batches(
     made: TokenRows, pad_token_id: int, device: torch.device

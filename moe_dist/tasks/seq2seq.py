@@ -207,13 +207,20 @@ class Seq2Seq(TokenKind):
         calibration: float | None = None,
     ) -> list[dict[str, Any]]:
         """The text that a search writes for each source; see `TaskKind.serve`."""
-        pair = columns[1] if len(columns) > 1 else None
-        sources = join_sources(columns[0], pair, _options(options).source_prefix)
-        tokens = tokenise(tokenizer, sources, max_length=max_length)
+        tokens = tokenise(tokenizer, _sources(columns, options), max_length=max_length)
         encoded = pad(tokenizer, tokens).to(model.device)
         with torch.no_grad():
             ids_NL = self.answer(model, encoded, options).long().cpu().numpy()
         return [{"text": text} for text in read_texts(tokenizer, ids_NL)]
+
+    def served_lengths(
+        self,
+        tokenizer: Any,
+        columns: Sequence[Sequence[str]],
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """Count the tokens of each source, its prefix among them."""
+        return super().served_lengths(tokenizer, [_sources(columns, options)])
 
     def remarks(self, values: NDArray[np.float32], options: Mapping[str, Any]) -> list[str]:
         """Say how many outputs were cut."""
@@ -285,6 +292,11 @@ def _num_ranks() -> int:
 
 def _options(options: Mapping[str, Any]) -> Seq2SeqOptions:
     return Seq2SeqOptions(**{name: options[name] for name in OPTION_NAMES if name in options})
+
+
+def _sources(columns: Sequence[Sequence[str]], options: Mapping[str, Any]) -> list[str]:
+    pair = columns[1] if len(columns) > 1 else None
+    return join_sources(columns[0], pair, _options(options).source_prefix)
 
 
 def join_sources(

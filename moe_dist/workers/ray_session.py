@@ -30,10 +30,20 @@ class RaySession:
     Args:
         dashboard: start Ray's dashboard too. Training does without and starts faster; nested Ray
             Tune trials need it, or Ray never gives their worker slots back.
+        num_cpus: of a Ray that is started here; those that this process may use if None.
+        metrics_port: where it shows its metrics; a free one if None.
     """
 
-    def __init__(self, *, dashboard: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        dashboard: bool = False,
+        num_cpus: int | None = None,
+        metrics_port: int | None = None,
+    ) -> None:
         self._dashboard = dashboard
+        self._num_cpus = num_cpus
+        self._metrics_port = metrics_port
         self._started = False
 
     def __enter__(self) -> RaySession:
@@ -107,10 +117,11 @@ class RaySession:
         with _python_path():
             ray.init(
                 address="local",
-                num_cpus=available_cpus(),
+                num_cpus=self._num_cpus or available_cpus(),
                 include_dashboard=self._dashboard,
                 dashboard_host="127.0.0.1",
                 object_store_memory=_OBJECT_STORE_BYTES,
+                _metrics_export_port=self._metrics_port,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )

@@ -6,6 +6,7 @@ The operator's own schema is in no registry we can use, so its fields are listed
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 import shlex
@@ -42,6 +43,11 @@ JOB_FIELDS = frozenset(
     "rayClusterSpec runtimeEnvYAML shutdownAfterJobFinishes submissionMode submitterConfig "
     "submitterPodTemplate suspend ttlSecondsAfterFinished".split()
 )
+SERVICE_FIELDS = frozenset(
+    "deploymentUnhealthySecondThreshold excludeHeadPodFromServeSvc managedBy "
+    "rayClusterConfig rayClusterDeletionDelaySeconds serveConfigV2 serveService "
+    "serviceUnhealthySecondThreshold suspend upgradeStrategy".split()
+)
 POD_FIELDS = frozenset(
     "automountServiceAccountToken containers securityContext volumes nodeSelector tolerations "
     "serviceAccountName imagePullSecrets".split()
@@ -59,6 +65,7 @@ def load(name: str) -> list[dict[str, Any]]:
 def cluster_specs() -> Iterator[dict[str, Any]]:
     yield load("ray_cluster.yaml")[0]["spec"]
     yield load("ray_job.yaml")[0]["spec"]["rayClusterSpec"]
+    yield load("ray_service.yaml")[0]["spec"]["rayClusterConfig"]
 
 
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,7 +81,12 @@ def pinned_ray() -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ray_cluster.yaml", "RayCluster"), ("ray_job.yaml", "RayJob")]
+    ("name", "kind"),
+    [
+        ("ray_cluster.yaml", "RayCluster"),
+        ("ray_job.yaml", "RayJob"),
+        ("ray_service.yaml", "RayService"),
+    ],
 )
 def test_each_file_begins_with_its_resource(name: str, kind: str) -> None:
     manifest = load(name)[0]
@@ -85,6 +97,7 @@ def test_each_file_begins_with_its_resource(name: str, kind: str) -> None:
 
 def test_the_fields_are_those_of_the_operator() -> None:
     assert load("ray_job.yaml")[0]["spec"].keys() <= JOB_FIELDS
+    assert load("ray_service.yaml")[0]["spec"].keys() <= SERVICE_FIELDS
     for spec in cluster_specs():
         assert spec.keys() <= CLUSTER_FIELDS
         assert spec["headGroupSpec"].keys() <= HEAD_FIELDS
@@ -133,12 +146,27 @@ def test_tokens_are_on_and_nothing_is_reached_from_outside() -> None:
         assert spec["authOptions"] == {"mode": "token"}
         assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
         assert not spec["headGroupSpec"].get("enableIngress")
-    policy = load("ray_cluster.yaml")[1]
-    assert policy["kind"] == "NetworkPolicy"
-    label = policy["spec"]["podSelector"]["matchLabels"]
-    spec = load("ray_cluster.yaml")[0]["spec"]
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        assert label.items() <= group["template"]["metadata"]["labels"].items()
+    for name, key in (("ray_cluster.yaml", None), ("ray_service.yaml", "rayClusterConfig")):
+        manifest, policy = load(name)
+        assert policy["kind"] == "NetworkPolicy"
+        label = policy["spec"]["podSelector"]["matchLabels"]
+        spec = manifest["spec"] if key is None else manifest["spec"][key]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert label.items() <= group["template"]["metadata"]["labels"].items()
+
+
+def test_only_answers_and_metrics_are_for_everybody() -> None:
+    service, policy = load("ray_service.yaml")
+    others, everybody = policy["spec"]["ingress"]
+    assert "ports" not in others and "from" not in everybody
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    spec = service["spec"]["rayClusterConfig"]
+    shown = {
+        int(group["rayStartParams"]["metrics-export-port"])
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    }
+    open_ports = {port["port"] for port in everybody["ports"]}
+    assert open_ports == {config["http_options"]["port"], *shown}
 
 
 def test_the_job_runs_a_recipe_whose_results_last() -> None:
@@ -157,3 +185,23 @@ def test_the_job_runs_a_recipe_whose_results_last() -> None:
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     assert config.parallel.num_workers == group["maxReplicas"]
     assert "env_vars" in yaml.safe_load(job["runtimeEnvYAML"])
+
+
+def test_the_service_is_one_that_serve_takes() -> None:
+    """Serve's own schema, and ours of the application's arguments."""
+    from moe_dist.serving.settings import ServingSettings
+
+    schema = pytest.importorskip("ray.serve.schema")
+    service = load("ray_service.yaml")[0]["spec"]
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    settings = ServingSettings.of(**application.args)
+    assert settings.directory.startswith("/shared/")
+    # A second set of replicas has room while a model is loaded anew.
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    cpus = int(container["resources"]["requests"]["cpu"]) * group["replicas"]
+    assert cpus >= 2 * settings.threads * settings.replicas
+    assert int(container["resources"]["requests"]["cpu"]) >= settings.threads

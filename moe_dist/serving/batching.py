@@ -1,0 +1,219 @@
+"""Texts of many requests in one call of the model, those of like length together.
+
+What a call costs is measured (`CallCost`), so that padding is weighed against one more call, and no
+lengths of buckets need to be chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+Answer = Mapping[str, Any]
+Answerer = Callable[[list[list[str]]], Sequence[Answer]]
+"""Takes one or two columns of texts, and answers each row."""
+
+_PLANNED_BATCHES = 4
+"""As many full batches of the oldest texts are looked at together: planning stays quick."""
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """What a call of the model costs, in tokens.
+
+    Args:
+        overhead_tokens: what a call costs whatever it reads, in the time of so many tokens.
+    """
+
+    overhead_tokens: float
+
+    def of(self, num_texts: int, num_tokens: int) -> float:
+        """Cost of a call with texts padded to `num_tokens` each."""
+        return self.overhead_tokens + num_texts * num_tokens
+
+
+def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) -> list[list[int]]:
+    """Split texts into batches that cost least together.
+
+    The cheapest batches are runs of the texts in the order of their lengths; dynamic programming
+    finds where one ends and the next begins.
+
+    Args:
+        lengths: tokens of each text.
+        max_batch_size: texts of a batch at most.
+        cost: of a call.
+
+    Returns:
+        Batches of places in `lengths`, the shortest texts first.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    least = [0.0]
+    begins = [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        options = [
+            (least[begin] + cost.of(end - begin, longest), begin)
+            for begin in range(max(0, end - max_batch_size), end)
+        ]
+        best, begin = min(options)
+        least.append(best)
+        begins.append(begin)
+    batches = []
+    end = len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]
+
+
+@dataclass(eq=False)
+class WaitingText:
+    """A text, or a pair, that waits for its answer.
+
+    Args:
+        parts: the text, or the two of a pair.
+        num_tokens: that the model reads of it.
+        answer: where its answer comes.
+    """
+
+    parts: tuple[str, ...]
+    num_tokens: int
+    answer: asyncio.Future[Answer]
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """What a call of the model had to read.
+
+    Attributes:
+        num_texts: rows.
+        num_tokens: of the texts.
+        num_padded: positions beside them.
+    """
+
+    num_texts: int
+    num_tokens: int
+    num_padded: int
+
+
+@dataclass
+class BatchQueue:
+    """Collects texts while the model works, and hands it the next batch; one call at a time.
+
+    The oldest text is always in the next batch, so that none waits for ever. A text that cannot be
+    answered fails alone.
+
+    Args:
+        answer: called in `executor`.
+        executor: with one thread, since the model uses all of its cores in a call.
+        cost: of a call.
+        max_batch_size: texts of a call at most.
+        max_wait_s: how long an idle model waits for more texts than the first one.
+        on_batch: told of each call that succeeded.
+    """
+
+    answer: Answerer
+    executor: Executor
+    cost: CallCost
+    max_batch_size: int
+    max_wait_s: float
+    on_batch: Callable[[BatchFacts], None] = lambda facts: None
+    _waiting: list[WaitingText] = field(default_factory=list)
+    _worker: asyncio.Task[None] | None = None
+    _grown: asyncio.Event | None = None
+    _call_began: float | None = None
+    _last_answer: float | None = None
+
+    async def submit(self, rows: Sequence[tuple[tuple[str, ...], int]]) -> list[Answer]:
+        """Answer texts, given with the tokens of each; raises what the first that failed raised."""
+        loop = asyncio.get_running_loop()
+        texts = [WaitingText(parts, tokens, loop.create_future()) for parts, tokens in rows]
+        self._waiting += texts
+        if self._grown is not None:
+            self._grown.set()
+        if texts and (self._worker is None or self._worker.done()):
+            self._worker = loop.create_task(self._work())
+        try:
+            found = await asyncio.gather(*(text.answer for text in texts), return_exceptions=True)
+        finally:
+            # Whoever left does not want its texts read.
+            gone = {id(text) for text in texts}
+            self._waiting = [text for text in self._waiting if id(text) not in gone]
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return [one for one in found if not isinstance(one, BaseException)]
+
+    @property
+    def call_s(self) -> float:
+        """Seconds since the call that runs now began; 0 if none does."""
+        return 0.0 if self._call_began is None else time.monotonic() - self._call_began
+
+    def answered_within(self, seconds: float) -> bool:
+        """Tell whether the model has answered lately."""
+        return self._last_answer is not None and time.monotonic() - self._last_answer <= seconds
+
+    async def _work(self) -> None:
+        try:
+            if self.max_wait_s > 0:
+                await self._wait_for_more()
+            while self._waiting:
+                await self._call(self._next_batch())
+        except BaseException as fault:
+            # Nobody may wait for an answer that will not come.
+            for text in self._waiting:
+                if not text.answer.done():
+                    text.answer.set_exception(RuntimeError(f"the queue ended: {fault!r}"))
+            raise
+
+    async def _wait_for_more(self) -> None:
+        end = time.monotonic() + self.max_wait_s
+        while len(self._waiting) < self.max_batch_size:
+            self._grown = asyncio.Event()
+            try:
+                await asyncio.wait_for(self._grown.wait(), end - time.monotonic())
+            except TimeoutError:
+                return
+
+    def _next_batch(self) -> list[WaitingText]:
+        """Take the batch out that has the oldest text in it."""
+        width = len(self._waiting[0].parts)
+        alike = [text for text in self._waiting if len(text.parts) == width]
+        looked_at = alike[: _PLANNED_BATCHES * self.max_batch_size]
+        batches = plan_batches(
+            [text.num_tokens for text in looked_at], self.max_batch_size, self.cost
+        )
+        batch = [looked_at[place] for place in next(own for own in batches if 0 in own)]
+        taken = {id(text) for text in batch}
+        self._waiting = [text for text in self._waiting if id(text) not in taken]
+        return batch
+
+    async def _call(self, batch: Sequence[WaitingText]) -> None:
+        columns = [list(column) for column in zip(*(text.parts for text in batch), strict=True)]
+        self._call_began = time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            answers = await loop.run_in_executor(self.executor, self.answer, columns)
+        except Exception as fault:
+            if len(batch) > 1:
+                for text in batch:
+                    await self._call([text])
+            elif not batch[0].answer.done():
+                batch[0].answer.set_exception(fault)
+            return
+        finally:
+            self._call_began = None
+        self._last_answer = time.monotonic()
+        for text, answer in zip(batch, answers, strict=True):
+            if not text.answer.done():
+                text.answer.set_result(answer)
+        self.on_batch(_facts(batch))
+
+
+def _facts(batch: Sequence[WaitingText]) -> BatchFacts:
+    lengths = [text.num_tokens for text in batch]
+    return BatchFacts(len(batch), sum(lengths), len(batch) * max(lengths) - sum(lengths))

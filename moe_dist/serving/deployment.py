@@ -1,0 +1,116 @@
+"""The deployment of Ray Serve: a `TextService` in each replica, and what Serve does not count."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+from ray import serve
+from ray.serve import metrics
+
+from moe_dist.serving.batching import BatchFacts
+from moe_dist.serving.requests import HttpRequest
+from moe_dist.serving.service import TextService, load_choice
+from moe_dist.serving.settings import ServingSettings
+
+APP_NAME = "moe-dist"
+DEPLOYMENT = "model"
+DRAIN_S = 60.0
+"""A replica that is to go has so long for the requests that it has taken."""
+RETRY_AFTER_S = 1.0
+_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+
+log = logging.getLogger("ray.serve")
+
+
+class Counters:
+    """What Serve cannot know: texts, tokens, padding and batches of the model's calls."""
+
+    def __init__(self) -> None:
+        self._texts = metrics.Counter("moe_dist_texts", "Texts, or pairs, that were answered.")
+        self._tokens = metrics.Counter("moe_dist_tokens", "Tokens that the model has read.")
+        self._padding = metrics.Counter(
+            "moe_dist_padding_tokens", "Positions of batches that held no token."
+        )
+        self._cut = metrics.Counter("moe_dist_truncated_texts", "Texts that were cut.")
+        self._sizes = metrics.Histogram(
+            "moe_dist_batch_size", "Texts in a call of the model.", boundaries=_BATCH_SIZES
+        )
+
+    def count_batch(self, facts: BatchFacts) -> None:
+        """Count one call of the model."""
+        self._texts.inc(facts.num_texts)
+        self._tokens.inc(facts.num_tokens)
+        if facts.num_padded:
+            self._padding.inc(facts.num_padded)
+        self._sizes.observe(facts.num_texts)
+
+    def count_cut(self, num_texts: int) -> None:
+        """Count texts that were cut."""
+        self._cut.inc(num_texts)
+
+
+class ServedModel:
+    """A replica."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        counters = Counters()
+        settings = ServingSettings.of(**values)
+        torch.set_num_threads(settings.threads)
+        self._service = TextService(
+            load_choice(settings),
+            settings,
+            on_batch=counters.count_batch,
+            on_cut=counters.count_cut,
+        )
+        log.info("serving %s", self._service.report()["reason"])
+
+    async def __call__(self, request: Any) -> Any:
+        """Answer a request of HTTP (one of starlette, with its answer)."""
+        from starlette.responses import Response
+
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        answer = await self._service.handle(
+            HttpRequest(request.method, path, request.headers, request.stream())
+        )
+        return Response(
+            json.dumps(answer.content, ensure_ascii=False),
+            status_code=answer.status,
+            headers=dict(answer.headers),
+            media_type="application/json",
+        )
+
+    async def report(self) -> dict[str, Any]:
+        """Say what is served, why so, and what it has read; see `TextService.report`."""
+        return self._service.report()
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica that hangs."""
+        self._service.check()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Make the application; the `import_path` of a Serve configuration, whose `args` these are.
+
+    They are those of `ServingSettings`; what does not fit is a ConfigError.
+    """
+    settings = ServingSettings.of(**args)
+    deployment = serve.deployment(
+        ServedModel,
+        name=DEPLOYMENT,
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.threads},
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},
+        # New replicas answer before old ones go, and old ones finish what they have taken.
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        # What a replica cannot load now it cannot load a second later.
+        max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(settings.model_dump(mode="json"))

@@ -1,0 +1,177 @@
+"""A model behind HTTP: what each request is answered with. Whoever runs it brings the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from moe_dist.conversion.families import position_limit
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.inference.saving import load_model, load_tokenizer
+from moe_dist.inference.serving import MAX_LENGTH, TextModel
+from moe_dist.serving.batching import Answer, BatchFacts, BatchQueue
+from moe_dist.serving.requests import HttpAnswer, HttpRequest, RequestFault, read_inputs
+from moe_dist.serving.settings import ServingSettings
+from moe_dist.serving.speed import FormChoice, choose_form, probe_texts
+
+PATHS = {"/predict": ("POST",), "/health": ("GET", "HEAD")}
+FRESH_S = 1.0
+"""An answer so long ago shows that the model answers."""
+PROBE_TIMEOUT_S = 10.0
+STUCK_S = 600.0
+"""A call of the model that takes longer will not end."""
+
+log = logging.getLogger(__name__)
+
+
+class TextService:
+    """Answers requests to one model.
+
+    Args:
+        choice: the model in its form.
+        settings: how it is served.
+        on_batch: told of each call of the model.
+        on_cut: told how many texts of a request were cut.
+    """
+
+    def __init__(
+        self,
+        choice: FormChoice,
+        settings: ServingSettings,
+        *,
+        on_batch: Callable[[BatchFacts], None] = lambda facts: None,
+        on_cut: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self._choice = choice
+        self._model = choice.model
+        self._settings = settings
+        self._on_cut = on_cut
+        self._on_batch = on_batch
+        self._done = {"calls": 0, "texts": 0, "tokens": 0, "padding": 0}
+        self._queue = BatchQueue(
+            self._model.answers,
+            # OpenMP asks each thread for its own number of threads.
+            ThreadPoolExecutor(1, "model", torch.set_num_threads, (settings.threads,)),
+            choice.cost,
+            settings.max_batch_size,
+            settings.max_wait_ms / 1e3,
+            self._count,
+        )
+        self._probe = [column[0] for column in probe_texts(self._model, 1, 4)]
+
+    async def handle(self, request: HttpRequest) -> HttpAnswer:
+        """Answer any request; nothing is raised, and no answer tells of the program's inside."""
+        try:
+            methods = PATHS.get(request.path)
+            if methods is None:
+                known = ", ".join(f"{own[0]} {path}" for path, own in PATHS.items())
+                raise RequestFault(404, f"there is nothing at {request.path[:100]}; use {known}")
+            if request.method not in methods:
+                raise RequestFault(
+                    405,
+                    f"{request.path} takes {methods[0]}, not {request.method}",
+                    {"Allow": ", ".join(methods)},
+                )
+            if request.path == "/health":
+                return await self._health()
+            return await self._predict(request)
+        except RequestFault as fault:
+            return HttpAnswer(fault.status, {"error": fault.message}, fault.headers)
+        except MoeDistError as fault:
+            said = f"{fault.message}; {fault.remedy}" if fault.remedy else fault.message
+            return HttpAnswer(400, {"error": said})
+        except Exception:
+            log.exception("a request could not be answered")
+            return HttpAnswer(
+                500, {"error": "the model failed on this request; the replica's log says why"}
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Say what is served, in plain values."""
+        return {
+            "form": self._choice.form,
+            "max_length": self._model.limit,
+            "task": self._model.kind.name,
+            "version": self._settings.version,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Say also why in this form, and what was read: `calls`, `texts`, `tokens`, `padding`."""
+        return {**self.describe(), "reason": self._choice.reason, "done": dict(self._done)}
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the model hangs."""
+        if self._queue.call_s > STUCK_S:
+            raise RuntimeError(f"a call of the model runs for {self._queue.call_s:.0f} s")
+
+    def _count(self, facts: BatchFacts) -> None:
+        for name, number in zip(
+            self._done, (1, facts.num_texts, facts.num_tokens, facts.num_padded), strict=True
+        ):
+            self._done[name] += number
+        self._on_batch(facts)
+
+    async def _health(self) -> HttpAnswer:
+        if not self._queue.answered_within(FRESH_S):
+            try:
+                await asyncio.wait_for(
+                    self._answer([[text] for text in self._probe]), PROBE_TIMEOUT_S
+                )
+            except TimeoutError:
+                raise RequestFault(
+                    503,
+                    f"the model has given no answer for {PROBE_TIMEOUT_S:.0f} s",
+                    {"Retry-After": "5"},
+                ) from None
+        return HttpAnswer(200, {"status": "ok", **self.describe()})
+
+    async def _predict(self, request: HttpRequest) -> HttpAnswer:
+        columns = self._model.columns(await read_inputs(request, self._settings.limits))
+        limit = self._model.limit
+        lengths = self._model.lengths(columns) if columns[0] else []
+        cut = [row for row, length in enumerate(lengths) if limit is not None and length > limit]
+        content: dict[str, Any] = {"predictions": await self._answer(columns, lengths)}
+        if cut:
+            self._on_cut(len(cut))
+            content["truncated"] = {"max_length": limit, "rows": cut}
+        return HttpAnswer(200, content)
+
+    async def _answer(
+        self, columns: Sequence[Sequence[str]], lengths: Sequence[int] | None = None
+    ) -> list[Answer]:
+        if lengths is None:
+            lengths = self._model.lengths(columns)
+        limit = self._model.limit
+        rows = zip(*columns, strict=True)
+        read = [length if limit is None else min(length, limit) for length in lengths]
+        return await self._queue.submit(list(zip(rows, read, strict=True)))
+
+
+def load_choice(settings: ServingSettings) -> FormChoice:
+    """Load a model and choose its form; what does not fit is a MoeDistError."""
+    model = load_model(settings.directory, task=settings.task)
+    text_model = TextModel(
+        model,
+        load_tokenizer(settings.directory),
+        max_length=_max_length(settings, position_limit(model)),
+        options=settings.options,
+        calibration=settings.calibration,
+    )
+    return choose_form(text_model, settings.form)
+
+
+def _max_length(settings: ServingSettings, positions: int | None) -> int:
+    wanted = settings.max_length
+    if wanted is None:
+        return MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
+    if positions is not None and wanted > positions:
+        raise ConfigError(
+            [f"max_length: the model reads at most {positions} tokens, and it is {wanted}"],
+            source="serve",
+        )
+    return wanted

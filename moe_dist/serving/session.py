@@ -1,0 +1,267 @@
+"""Serve a model on Ray, here or on a cluster; reload and stop it without losing a request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from moe_dist.digests import file_digest
+from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
+from moe_dist.inference.saving import MANIFEST, verify_model
+from moe_dist.serving.settings import ServingSettings
+from moe_dist.uris import is_uri
+from moe_dist.workers.ray_session import RaySession, available_cpus
+
+Say = Callable[[str], None]
+_ASK_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests come in.
+
+    Args:
+        host: of the network interface.
+        port: of HTTP.
+        metrics_port: of Prometheus's texts, of a Ray that is started here; None leaves it to Ray.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    metrics_port: int | None = None
+
+
+class ServingSession:
+    """A model on Ray Serve, in a `with` block; leaving it takes the model off again.
+
+    Joins the cluster that `RAY_ADDRESS` names, else starts Ray on this machine.
+
+    Args:
+        settings: of the model.
+        endpoint: of HTTP.
+        say: shows a line.
+    """
+
+    def __init__(self, settings: ServingSettings, endpoint: Endpoint, say: Say) -> None:
+        self._settings = settings
+        self._endpoint = endpoint
+        self._say = say
+        self._joined = bool(os.environ.get("RAY_ADDRESS"))
+        cpus = settings.threads * settings.replicas
+        self._ray = RaySession(
+            # A second set of replicas while a model is loaded anew; processes share the cores.
+            num_cpus=2 * cpus,
+            metrics_port=endpoint.metrics_port,
+        )
+
+    def __enter__(self) -> ServingSession:
+        """Start Ray and Serve; nothing is served yet."""
+        check_directory(self._settings.directory, must_exist=not self._joined)
+        if not self._joined:
+            _prepare_environment()
+        self._ray.connect()
+        _quieten_serve()
+        try:
+            self._start_serve()
+        except BaseException:
+            self._ray.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish the requests that were taken, and stop."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the model off, once what was taken is answered; then Ray, if it was started here."""
+        from ray import serve
+
+        from moe_dist.serving.deployment import APP_NAME
+
+        with suppress(Exception):
+            serve.delete(APP_NAME)
+        self._ray.close()
+
+    def deploy(self) -> dict[str, Any]:
+        """Serve the model, or the newest in its directory; what served before goes on until then.
+
+        Returns:
+            What a replica says of itself.
+
+        Raises:
+            ClusterError: if no replica could load it; what served before still does.
+        """
+        return deploy(self._settings)
+
+    @property
+    def variables(self) -> str:
+        """What another process needs in its environment to reach this Ray."""
+        import ray
+
+        # Ray asks for the token of ~/.ray where it was started here.
+        mode = os.environ.get("RAY_AUTH_MODE", "" if self._joined else "token")
+        address = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
+        return f"RAY_AUTH_MODE={mode} {address}" if mode else address
+
+    def _start_serve(self) -> None:
+        from ray import serve
+
+        running = bool(serve.status().proxies)
+        if running:
+            self._say(
+                "Serve runs there already: --host and --port are those that it was started with"
+            )
+            return
+        try:
+            serve.start(
+                http_options={"host": self._endpoint.host, "port": self._endpoint.port},
+                logging_config={"enable_access_log": False},
+            )
+        except Exception as fault:
+            raise ClusterError(
+                f"no HTTP server could be started at {self._endpoint.host}:{self._endpoint.port}: "
+                f"{_last_line(fault)}",
+                remedy="choose another --port or --host, or stop what listens there",
+            ) from None
+
+
+def deploy(settings: ServingSettings) -> dict[str, Any]:
+    """Put a model in the place of the one that is served, see `ServingSession.deploy`."""
+    from ray import serve
+
+    from moe_dist.serving.deployment import APP_NAME, build
+
+    check_directory(settings.directory, must_exist=False)
+    current = settings.model_copy(update={"version": model_version(settings.directory)})
+    try:
+        serve.run(build(current.model_dump()), name=APP_NAME, route_prefix="/")
+        return ask_replica()
+    except Exception as fault:
+        raise ClusterError(
+            f"the model could not be served: {_last_line(fault)}",
+            remedy="mend that and give the command again; what was served before still is",
+        ) from None
+
+
+def ask_replica() -> dict[str, Any]:
+    """What a replica reports, see `TextService.report`."""
+    from ray import serve
+
+    from moe_dist.serving.deployment import APP_NAME
+
+    handle = serve.get_app_handle(APP_NAME)
+    found: dict[str, Any] = handle.report.remote().result(timeout_s=_ASK_TIMEOUT_S)
+    return found
+
+
+def reload_running(settings: ServingSettings) -> dict[str, Any]:
+    """Put a model in the place of the one that a running Serve answers with, and leave.
+
+    The cluster is the one that `RAY_ADDRESS` names; where nothing is served it is a
+    MissingInputError.
+    """
+    from ray import serve
+
+    from moe_dist.serving.deployment import APP_NAME
+
+    if not os.environ.get("RAY_ADDRESS"):
+        raise MissingInputError(
+            "there is no RAY_ADDRESS to say where the model is served",
+            remedy="set it to what `moe-dist serve` printed when it started",
+        )
+    check_directory(settings.directory, must_exist=False)
+    with RaySession() as session:
+        session.connect()
+        _quieten_serve()
+        try:
+            if APP_NAME not in serve.status().applications:
+                raise MissingInputError(
+                    "no model is served there, so that none can be replaced",
+                    remedy="leave --reload out to serve this one",
+                )
+            return deploy(settings)
+        finally:
+            session.close()
+
+
+def check_directory(directory: str, *, must_exist: bool) -> None:
+    """Check every file of a model before anything starts; one that is elsewhere is left to Ray."""
+    if not is_uri(directory) and (must_exist or Path(directory).is_dir()):
+        verify_model(directory)
+
+
+def model_version(directory: str) -> str:
+    """Tell one state of a directory from another; empty where it is not on this machine."""
+    manifest = Path(directory) / MANIFEST
+    with suppress(OSError):
+        return file_digest(manifest)[:12]
+    return ""
+
+
+def usual_threads(replicas: int) -> int:
+    """Share the cores of this machine out, but for one, which HTTP needs."""
+    return max(1, (available_cpus() - 1) // replicas)
+
+
+@contextmanager
+def until_stopped() -> Iterator[Callable[[], bool]]:
+    """Give a function that waits for a signal: True for SIGHUP, False for SIGTERM and ctrl-C.
+
+    Signals that come while nobody waits count for the next time. Handlers are those from before
+    when the block ends.
+    """
+    wake = threading.Event()
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        wake.set()
+
+    def wait() -> bool:
+        while not asked:
+            # Short, since a signal is handled between two steps of the main thread.
+            wake.wait(0.5)
+        wake.clear()
+        return asked.pop(0) == signal.SIGHUP
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield wait
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare_environment() -> None:
+    """Let the processes of a Ray that is started here do less for each request."""
+    for name, value in (
+        # The model has a thread of its own already.
+        ("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0"),
+        ("RAY_SERVE_LOG_TO_STDERR", "0"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _quieten_serve() -> None:
+    """Leave what Serve tells of each step to its log files."""
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
+def _last_line(fault: BaseException) -> str:
+    """What a replica's own error said, out of the report that Serve makes of it."""
+    if isinstance(fault, MoeDistError):
+        return fault.message
+    text = str(fault)
+    own = re.findall(r"moe_dist\.errors\.\w+: (.+)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return str(own[-1]) if own else (lines or [type(fault).__name__])[-1]

@@ -1,0 +1,127 @@
+"""The form in which a model answers fastest on this machine, and what a call of it costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_dist.errors import ConversionError
+from moe_dist.inference.backends import ALL_FORMS, Form
+from moe_dist.inference.serving import TextModel
+from moe_dist.serving.batching import CallCost
+
+AUTO = "auto"
+SHORT, LONG, MANY = (1, 16), (1, 128), (8, 128)
+"""Texts and tokens of the calls that are timed; fewer tokens where the model reads fewer."""
+SHAPES = (SHORT, LONG, MANY)
+NUM_ROUNDS = 4
+BUDGET_S = 20.0
+_MOST_OVERHEAD = 1e6
+_WORDS = "the film was good and the food was not "
+
+
+@dataclass(frozen=True)
+class FormChoice:
+    """A model in the form that it is served in.
+
+    Attributes:
+        model: prepared.
+        form: as it is written.
+        cost: of a call.
+        reason: why this form, in a line.
+    """
+
+    model: TextModel
+    form: str
+    cost: CallCost
+    reason: str
+
+
+def choose_form(model: TextModel, wanted: str) -> FormChoice:
+    """Bring a model into a form, or into the fastest one it has here for `auto`.
+
+    All are timed in turn, so that a busy machine slows all alike; the least time of each counts.
+    The fastest has the least product of its times.
+
+    Args:
+        model: as it was trained, on the CPU.
+        wanted: a form such as `lean-bf16`, or `auto`.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ConversionError: if there is no such form, or the model does not have it.
+    """
+    forms = ALL_FORMS if wanted == AUTO else (Form.parse(wanted),)
+    prepared: dict[str, TextModel] = {}
+    refused = []
+    for form in forms:
+        try:
+            prepared[str(form)] = model.in_form(form)
+        except ConversionError as fault:
+            if wanted != AUTO:
+                raise
+            refused.append(f"{form} is not there ({fault.message})")
+    times = time_forms(prepared)
+    best = min(times, key=lambda name: math.prod(times[name].values()))
+    said = [f"{name} {_spoken(own)}" for name, own in times.items()]
+    why = "the fastest here" if wanted == AUTO else "as asked"
+    reason = f"{best}, {why}; ms for 1 short, 1 long, 8 long texts: " + "; ".join(said + refused)
+    return FormChoice(prepared[best], best, call_cost(times[best]), reason)
+
+
+def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[tuple[int, int], float]]:
+    """Seconds that each model takes for a call of each shape; the least of some rounds."""
+    some = next(iter(models.values()))
+    columns = {shape: probe_texts(some, *shape) for shape in SHAPES}
+    found = {name: dict.fromkeys(SHAPES, math.inf) for name in models}
+    begin = time.monotonic()
+    for done in range(NUM_ROUNDS):
+        if done > 0 and time.monotonic() - begin > BUDGET_S:
+            break
+        for name, model in models.items():
+            for shape in SHAPES:
+                start = time.perf_counter()
+                model.answers(columns[shape])
+                took = time.perf_counter() - start
+                found[name][shape] = min(found[name][shape], took)
+    return found
+
+
+def probe_texts(model: TextModel, num_texts: int, num_tokens: int) -> list[list[str]]:
+    """Make texts of about as many tokens, or of as many as the model reads if these are fewer."""
+    wanted = min(num_tokens, model.limit or num_tokens)
+    return texts_of_lengths(model, [wanted] * num_texts)
+
+
+def texts_of_lengths(model: TextModel, lengths: Sequence[int]) -> list[list[str]]:
+    """Make texts of about as many tokens each, in as many columns as the model reads."""
+    words = _WORDS.split()
+
+    def text(num_words: int) -> str:
+        return " ".join(words[place % len(words)] for place in range(num_words))
+
+    def columns(texts: list[str]) -> list[list[str]]:
+        own = len(model.kind.text_columns) if model.kind.reads_pairs else 1
+        return [*([words[0]] * len(texts) for _ in range(own - 1)), texts]
+
+    some, more = model.lengths(columns([text(1), text(1 + len(words))]))
+    by_word = max((more - some) / len(words), 1e-3)
+    return columns([text(max(1, 1 + round((wanted - some) / by_word))) for wanted in lengths])
+
+
+def call_cost(times: Mapping[tuple[int, int], float]) -> CallCost:
+    """Fit what a call costs beside its tokens, from the shortest and the longest one."""
+    small, large = (texts * tokens for texts, tokens in (SHORT, MANY))
+    per_token = (times[MANY] - times[SHORT]) / (large - small)
+    overhead = times[SHORT] - per_token * small
+    if per_token <= 0 or overhead > per_token * _MOST_OVERHEAD:
+        return CallCost(_MOST_OVERHEAD)
+    return CallCost(max(0.0, overhead / per_token))
+
+
+def _spoken(times: Mapping[tuple[int, int], float]) -> str:
+    return "/".join(f"{times[shape] * 1e3:.1f}" for shape in SHAPES)

@@ -1,0 +1,1 @@
+"""Serving a model from the command line."""

@@ -1,0 +1,82 @@
+"""Serve a model until it is told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import MoeDistError
+from moe_dist.serving.session import (
+    Endpoint,
+    ServingSession,
+    reload_running,
+    until_stopped,
+)
+from moe_dist.serving.settings import ServingSettings
+from moe_dist.uris import is_uri
+
+from ..console import Console
+from .recipe_settings import recipe_settings
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What to serve, and where.
+
+    Args:
+        directory: of the model.
+        values: of `ServingSettings`, beside those that a recipe says.
+        max_length: tokens after which a text is cut; None for the recipe's.
+        endpoint: of HTTP.
+    """
+
+    directory: str
+    values: Mapping[str, Any]
+    max_length: int | None = None
+    endpoint: Endpoint = field(default_factory=Endpoint)
+
+
+def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
+    """Serve a model until SIGTERM or ctrl-C; SIGHUP loads its directory anew.
+
+    Args:
+        serving: what, and where.
+        console: shows what happens.
+        reload: put the model in the place of one that is served already, and return.
+    """
+    settings = serving_settings(serving, console)
+    if reload:
+        _say(console, reload_running(settings))
+        return
+    with until_stopped() as wait, ServingSession(settings, serving.endpoint, console.note) as own:
+        _say(console, own.deploy())
+        host, port = serving.endpoint.host, serving.endpoint.port
+        console.result(f"answering at http://{host}:{port}/predict; ctrl-C stops")
+        console.note(f"another model in its place: {own.variables} moe-dist serve DIR --reload")
+        while wait():
+            console.note(f"loading {settings.directory} anew")
+            try:
+                _say(console, own.deploy())
+            except MoeDistError as fault:
+                console.warn(str(fault))
+        console.note("stopping, once what was taken is answered")
+
+
+def serving_settings(serving: Serving, console: Console) -> ServingSettings:
+    """Join what is asked with what the model's recipe says; faults are a ConfigError."""
+    found, source = recipe_settings(serving.directory, serving.values.get("task"))
+    console.note(source)
+    if serving.max_length is not None:
+        found["max_length"] = serving.max_length
+    place = serving.directory
+    directory = place if is_uri(place) else str(Path(place).absolute())
+    return ServingSettings.of(directory=directory, **serving.values, **found)
+
+
+def _say(console: Console, found: Mapping[str, Any]) -> None:
+    console.note(found["reason"])
+    limit = found["max_length"]
+    cut = "no text is cut" if limit is None else f"texts are cut after {limit} tokens"
+    console.note(f"serving {found['task']}, version {found['version'] or 'unknown'}; {cut}")

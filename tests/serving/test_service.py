@@ -1,0 +1,213 @@
+"""A service without a server: answers as the model's own, limits, cut texts, health."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import BertForQuestionAnswering
+
+from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.inference.serving import TextModel, _load_pyfunc
+from moe_dist.serving import service as service_module
+from moe_dist.serving.batching import BatchFacts
+from moe_dist.serving.service import TextService, load_choice
+from moe_dist.serving.settings import ServingSettings
+from tests.serving.tiny_service import NUM_POSITIONS, ask, save_tiny, send
+
+TEXTS = ["the film was good", "dull", "the film was good and the film was bad", ""]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("served") / "model")
+
+
+def make(directory: Path, **changes: Any) -> TextService:
+    hooks = {name: changes.pop(name) for name in ("on_batch", "on_cut") if name in changes}
+    values = {"directory": str(directory), "form": "eager-fp32", "max_texts": 8} | changes
+    settings = ServingSettings.of(**values)
+    return TextService(load_choice(settings), settings, **hooks)
+
+
+@pytest.fixture(scope="module")
+def service(directory: Path) -> TextService:
+    return make(directory)
+
+
+def test_answers_are_those_of_the_model(service: TextService, directory: Path) -> None:
+    expected = _load_pyfunc(str(directory), {"max_length": NUM_POSITIONS}).predict(TEXTS)
+    found = ask(service, {"inputs": TEXTS})
+    assert found.status == 200 and set(found.content) == {"predictions"}
+    rows = json.loads(json.dumps(found.content))["predictions"]
+    for row, own in zip(rows, expected.to_dict("records"), strict=True):
+        assert row["label"] == own["label"]
+        assert row["scores"] == pytest.approx(own["scores"], abs=1e-6)
+    assert np.ptp([row["score"] for row in rows]) > 1e-3
+
+
+def test_no_texts_have_no_answers_as_with_mlflow(service: TextService) -> None:
+    some: list[Any] = [[], {"text": []}]
+    for inputs in some:
+        found = ask(service, {"inputs": inputs})
+        assert (found.status, found.content) == (200, {"predictions": []})
+
+
+def test_texts_that_are_cut_are_named(directory: Path) -> None:
+    cut: list[int] = []
+    service = make(directory, max_length=6, on_cut=cut.append)
+    # With the two special tokens, four words are read.
+    texts = ["the film was good", "the film was good and dull", "dull"]
+    found = ask(service, {"inputs": texts})
+    assert found.content["truncated"] == {"max_length": 6, "rows": [1]}
+    first, second, _ = found.content["predictions"]
+    assert first["score"] == pytest.approx(second["score"], abs=1e-6)
+    assert cut == [1]
+    assert "truncated" not in ask(service, {"inputs": texts[:1]}).content
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "said"),
+    [
+        ({"path": "/nothing"}, 404, "there is nothing at /nothing; use POST /predict, GET /health"),
+        ({"path": "/"}, 404, "there is nothing at /"),
+        ({"method": "GET"}, 405, "/predict takes POST, not GET"),
+        ({"path": "/health"}, 405, "/health takes GET, not POST"),
+        ({"kind": None}, 415, "Content-Type"),
+        ({"raw": b"{"}, 400, "no JSON"),
+        ({"content": {"inputs": ["a"] * 9}}, 413, "has 9 texts, and a request may have 8"),
+        ({"content": {"inputs": [["a", "b", "c"]]}}, 400, "one or two columns of texts"),
+        ({"content": {"inputs": ["a", ["b", "c"]]}}, 400, "one or two columns of texts"),
+        ({"content": {"inputs": [[]]}}, 400, "one or two columns of texts"),
+    ],
+)
+def test_what_is_refused(
+    service: TextService, request_: dict[str, Any], status: int, said: str
+) -> None:
+    found = ask(service, request_.pop("content", {"inputs": ["the"]}), **request_)
+    assert found.status == status
+    assert set(found.content) == {"error"} and said in found.content["error"]
+    if status == 405:
+        assert found.headers["Allow"].split(", ")[0] in ("POST", "GET")
+
+
+def test_a_fault_of_the_model_shows_nothing_of_the_program(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make(directory)
+    whole = TextModel.answers
+
+    def fail(self: TextModel, columns: Any) -> Any:
+        if "bad" in columns[0]:
+            raise RuntimeError(f"secret of {columns}")
+        return whole(self, columns)
+
+    # The queue holds the method as it was.
+    monkeypatch.setattr(service._queue, "answer", lambda columns: fail(service._model, columns))
+    with caplog.at_level(logging.ERROR):
+        found = ask(service, {"inputs": ["the", "bad"]})
+    assert found.status == 500 and "secret" not in json.dumps(found.content)
+    assert "secret of" in caplog.text
+    assert ask(service, {"inputs": ["the"]}).status == 200
+
+
+def test_questions_read_all_of_a_long_context_in_any_order_of_columns(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model", BertForQuestionAnswering)
+    service = make(directory, max_length=10, options={"stride": 2})
+    contexts = ["the film was good", "the film was good and the film was bad and dull"]
+    pairs = [["film", context] for context in contexts]
+    rows = [{"context": context, "question": "film"} for context in contexts]
+    columns = {"context": contexts, "question": ["film"] * 2}
+    settings = {"max_length": 10, "options": {"stride": 2}}
+    expected = _load_pyfunc(str(directory), settings).predict(pairs)["score"].tolist()
+    for inputs in (pairs, rows, columns):
+        found = ask(service, {"inputs": inputs})
+        assert found.status == 200 and set(found.content) == {"predictions"}
+        scores = [row["score"] for row in found.content["predictions"]]
+        assert scores == pytest.approx(expected, abs=1e-5)
+    assert service.describe()["max_length"] is None
+    # What only the model can refuse comes back by its request alone.
+    found = ask(service, {"inputs": ["film"]})
+    assert found.status == 400 and "question and a context" in found.content["error"]
+    found = ask(service, {"inputs": [["film " * 9, "the film was good and dull"]]})
+    assert found.status == 400 and "leaves" in found.content["error"]
+
+
+def test_health_is_there_only_while_the_model_answers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make(directory)
+    found = ask(service, path="/health", method="GET")
+    assert found.status == 200
+    assert found.content == {"status": "ok", **service.describe()}
+    assert ask(service, path="/health", method="HEAD").status == 200
+
+    hold = threading.Event()
+    monkeypatch.setattr(service_module, "PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(service_module, "FRESH_S", -1.0)
+    monkeypatch.setattr(service._queue, "answer", lambda columns: hold.wait(20))
+    found = ask(service, path="/health", method="GET")
+    hold.set()
+    assert found.status == 503 and "no answer" in found.content["error"]
+    assert found.headers["Retry-After"] == "5"
+
+
+def test_a_replica_whose_call_never_ends_is_not_healthy(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make(directory)
+    service.check()
+    monkeypatch.setattr(service_module, "STUCK_S", -1.0)
+    with pytest.raises(RuntimeError, match="a call of the model runs"):
+        service.check()
+
+
+def test_requests_at_once_share_calls_and_are_counted(directory: Path) -> None:
+    facts: list[BatchFacts] = []
+    service = make(directory, on_batch=facts.append, max_wait_ms=500, max_batch_size=4)
+
+    async def act() -> list[Any]:
+        sends = (send(service, {"inputs": [text]}) for text in TEXTS)
+        return await asyncio.gather(*sends)
+
+    found = asyncio.run(act())
+    assert [one.status for one in found] == [200] * 4
+    assert len(facts) < 4 and sum(one.num_texts for one in facts) == 4
+    assert sum(one.num_tokens for one in facts) == 6 + 3 + 11 + 2
+    done = service.report()["done"]
+    assert (done["texts"], done["tokens"], done["calls"]) == (4, 22, len(facts))
+    assert done["padding"] == sum(one.num_padded for one in facts)
+
+
+def test_a_length_that_the_model_cannot_read_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="reads at most 24 tokens, and it is 25"):
+        make(directory, max_length=25)
+    assert make(directory).describe()["max_length"] == NUM_POSITIONS
+
+
+def test_forms(directory: Path) -> None:
+    with pytest.raises(ConversionError, match="'fast' is not one of"):
+        make(directory, form="fast-fp32")
+    reason = make(directory, form="auto").report()["reason"]
+    assert "the fastest here; ms for 1 short, 1 long, 8 long texts: eager-fp32 " in reason
+    chosen = reason.split(",")[0]
+    times = {
+        name: [float(part) for part in own.split("/")]
+        for name, own in (one.split() for one in reason.split("texts: ")[1].split("; "))
+    }
+    assert chosen in times and {"eager-fp32", "lean-bf16"} <= set(times)
+    assert np.prod(times[chosen]) <= 1.2 * min(map(np.prod, times.values()))
+
+
+def test_all_faults_of_settings_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as fault:
+        ServingSettings.of(directory="", threads=0, replicas=0, max_wait_ms=-1, speed=3)
+    text = str(fault.value)
+    for name in ("directory", "threads", "replicas", "max_wait_ms", "speed"):
+        assert name in text
