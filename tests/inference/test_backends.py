@@ -17,7 +17,8 @@ from moe_dist.data.cache import build_once
 from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError
 from moe_dist.inference import load_model, save_model
-from moe_dist.inference.backends import ALL_FORMS, DTYPES, Form, native
+from moe_dist.inference.backends import ALL_FORMS, Form, native
+from moe_dist.inference.backends.eager import DTYPES
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN
 from moe_dist.moe.layer import moe_layers

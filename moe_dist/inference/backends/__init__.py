@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.inference.backends.eager import Eager
@@ -18,9 +16,11 @@ from moe_dist.inference.backends.lean import Lean
 
 
 class Backend(Protocol):
-    """How a model is brought into a form."""
+    """How a model is brought into a form, in the precisions that it has."""
 
-    def prepare(self, model: Any, dtype: torch.dtype) -> Any:
+    precisions: tuple[str, ...]
+
+    def prepare(self, model: Any, precision: str) -> Any:
         """Make a copy, in eval mode, whose `forward` takes and gives what the model's own does.
 
         What a backend does not take is a ConversionError with the reason.
@@ -29,27 +29,26 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean()}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Form:
-    """A backend by its name in `BACKENDS`, and a precision by its name in `DTYPES`.
-
-    What is neither is a ConversionError.
-    """
+    """A backend by its name in `BACKENDS`, and one of its precisions; else a ConversionError."""
 
     backend: str = "eager"
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
         """See that both exist."""
-        for given, known in ((self.backend, BACKENDS), (self.precision, DTYPES)):
-            if given not in known:
-                raise ConversionError(
-                    f"there is no form {self}: {given!r} is not one of {', '.join(known)}",
-                    remedy="write for example eager-fp32 or lean-bf16",
-                )
+        self._find(self.backend, tuple(BACKENDS))
+        self._find(self.precision, BACKENDS[self.backend].precisions)
+
+    def _find(self, given: str, known: tuple[str, ...]) -> None:
+        if given not in known:
+            raise ConversionError(
+                f"there is no form {self}: {given!r} is not one of {', '.join(known)}",
+                remedy="write for example eager-fp32 or lean-bf16",
+            )
 
     @classmethod
     def parse(cls, text: str) -> Form:
@@ -64,8 +63,10 @@ class Form:
     def prepare(self, model: Any) -> Any:
         """Bring a model on the CPU into this form, see `Backend.prepare`."""
         refuse_prepared(model)
-        return BACKENDS[self.backend].prepare(model, DTYPES[self.precision])
+        return BACKENDS[self.backend].prepare(model, self.precision)
 
 
 ORACLE = Form()
-ALL_FORMS = tuple(Form(backend, precision) for backend in BACKENDS for precision in DTYPES)
+ALL_FORMS = tuple(
+    Form(name, precision) for name, backend in BACKENDS.items() for precision in backend.precisions
+)

@@ -10,15 +10,21 @@ from torch import nn
 
 from moe_dist.moe.layer import MoELayer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Eager:
     """Plain torch; weights are of the precision, so that none is cast in a call."""
 
-    def prepare(self, model: Any, dtype: torch.dtype) -> Any:
+    precisions = tuple(DTYPES)
+
+    def prepare(self, model: Any, precision: str) -> Any:
         """Copy the model and cast its weights, those of routers apart."""
         own = copy.deepcopy(model).eval().requires_grad_(False)
         routers = [module.router for module in own.modules() if isinstance(module, MoELayer)]
-        cast_weights(own, dtype, apart=nn.ModuleList(r for r in routers if r is not None))
+        cast_weights(
+            own, DTYPES[precision], apart=nn.ModuleList(r for r in routers if r is not None)
+        )
         return own
 
 

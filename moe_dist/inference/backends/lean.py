@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_as_a_whole
-from moe_dist.inference.backends.eager import cast_weights
+from moe_dist.inference.backends.eager import DTYPES, cast_weights
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
@@ -26,8 +26,11 @@ from moe_dist.moe.routing import remove_routing_hooks
 class Lean:
     """Packed weights, one call for each routed network; cannot learn or be saved."""
 
-    def prepare(self, model: Any, dtype: torch.dtype) -> Any:
+    precisions = tuple(DTYPES)
+
+    def prepare(self, model: Any, precision: str) -> Any:
         """Copy the model and replace its layers; a ConversionError where one has no such form."""
+        dtype = DTYPES[precision]
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
