@@ -13,6 +13,7 @@ from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.inference.backends.eager import Eager
 from moe_dist.inference.backends.lean import Lean
+from moe_dist.inference.backends.onnx import Onnx
 
 
 class Backend(Protocol):
@@ -28,7 +29,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean()}
+BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean(), "onnx": Onnx()}
 
 
 @dataclass(frozen=True)
