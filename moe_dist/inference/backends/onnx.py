@@ -8,7 +8,7 @@ from typing import Any
 class Onnx:
     """Answers alone: no cache, no hidden states of layers; merged experts have no such form."""
 
-    precisions = ("fp32", "int8")
+    precisions: tuple[str, ...] = ("fp32", "int8")
 
     def prepare(self, model: Any, precision: str) -> Any:
         """Write and load the graph; it has as many threads as torch has at that moment."""

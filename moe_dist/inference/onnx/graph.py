@@ -85,7 +85,7 @@ def write_graph(model: Any, path: Path) -> GraphSpec:
     inputs = _input_names(own)
     example = _example(own, inputs)
     traced = _Traced(own, inputs)
-    with torch.no_grad():
+    with _clear_errors(own), torch.no_grad():
         output = traced.output(*example.values())
     outputs = [name for name, value in output.items() if isinstance(value, Tensor)]
     traced.outputs = tuple(outputs)
@@ -108,7 +108,7 @@ class _Traced(nn.Module):
         self.pooling: SentencePooling | None = None
 
     def output(self, *tensors: Tensor) -> Any:
-        given = dict(zip(self.inputs, tensors, strict=True))
+        given: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
         context = RoutingContext(task_ids=given.pop(TASK_IDS, None))
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             given["use_cache"] = False
@@ -177,6 +177,9 @@ def _input_names(model: Any) -> list[str]:
 def _example(model: Any, names: list[str]) -> dict[str, Tensor]:
     """Texts to trace with: what they are decides nothing, and no size of theirs is 1."""
     ids_BS = torch.full(_EXAMPLE_SIZE, model.config.vocab_size - 1)
+    end = ending_token(model)
+    if end is not None:
+        ids_BS[:, -1] = end
     values = {
         "input_ids": ids_BS,
         "attention_mask": torch.ones_like(ids_BS),
@@ -186,27 +189,26 @@ def _example(model: Any, names: list[str]) -> dict[str, Tensor]:
     return {name: values[name] for name in names}
 
 
+def ending_token(model: Any) -> int | None:
+    """The token that a text must end with, where a classifier with two stacks reads its answer."""
+    end = model.config.eos_token_id
+    return end if model.config.is_encoder_decoder and isinstance(end, int) else None
+
+
 def _write(traced: _Traced, example: dict[str, Tensor], outputs: list[str], path: Path) -> None:
     free = torch.export.Dim.DYNAMIC
     sizes = tuple(dict.fromkeys(range(one.dim()), free) for one in example.values())
-    try:
-        with quiet_exporters(), torch.no_grad():
-            program = torch.onnx.export(
-                traced,
-                tuple(example.values()),
-                dynamo=True,
-                dynamic_shapes=(sizes,),
-                input_names=list(example),
-                output_names=outputs,
-                opset_version=OPSET,
-                verbose=False,
-            )
-    # Whatever an architecture does that cannot be traced: torch has no one error for it.
-    except Exception as error:
-        raise ConversionError(
-            f"torch cannot write {type(traced.model).__name__} as an ONNX graph: {_reason(error)}",
-            remedy="use the eager or the lean form",
-        ) from error
+    with _clear_errors(traced.model), quiet_exporters(), torch.no_grad():
+        program = torch.onnx.export(
+            traced,
+            tuple(example.values()),
+            dynamo=True,
+            dynamic_shapes=(sizes,),
+            input_names=list(example),
+            output_names=outputs,
+            opset_version=OPSET,
+            verbose=False,
+        )
     assert program is not None
     _remove_paths(program.model)
     num_bytes = sum(one.numel() * one.element_size() for one in traced.parameters())
@@ -225,6 +227,18 @@ def _remove_paths(model: Any) -> None:
                 value.metadata_props.clear()
         for value in (*graph.inputs, *graph.initializers.values()):
             value.metadata_props.clear()
+
+
+@contextmanager
+def _clear_errors(model: Any) -> Iterator[None]:
+    try:
+        yield
+    # Whatever an architecture does that cannot be traced: torch has no one error for it.
+    except Exception as error:
+        raise ConversionError(
+            f"torch cannot write {type(model).__name__} as an ONNX graph: {_reason(error)}",
+            remedy="use the eager or the lean form",
+        ) from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A graph that keeps the experts, the batch or the length of its example is found 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.conversion.families import position_limit
-from moe_dist.conversion.heads import read_heads
+from moe_dist.errors import ConversionError
+from moe_dist.inference.onnx.graph import ending_token
 from moe_dist.moe.routing import CHOSEN_TASK, use_task
 
+TOLERANCE = 1e-4
+"""Largest difference of float32 outputs, as a part of the largest, that rounding may explain."""
 _SHAPES = ((1, 1), (1, 9), (5, 17), (3, 40))
 """Texts and tokens: one token, other batches and other lengths than the example's."""
 
@@ -33,6 +37,18 @@ class Nearness:
     mean: float
 
 
+def check_nearness(model: Any, other: Any) -> Nearness:
+    """Measure, of a graph in float32; one that computes something else is a ConversionError."""
+    own = model if model.dtype is torch.float32 else copy.deepcopy(model).float()
+    nearness = measure_nearness(own, other)
+    if not nearness.largest <= TOLERANCE:
+        raise ConversionError(
+            f"the graph's outputs differ from the model's by {nearness.largest:.1e} of the largest",
+            remedy="use the eager or the lean form, and report this: both should compute the same",
+        )
+    return nearness
+
+
 def measure_nearness(model: Any, other: Any) -> Nearness:
     """Compare two models of the same arguments on random tokens, with padding."""
     parts = [
@@ -48,7 +64,8 @@ def trial_batches(model: Any) -> Iterator[dict[str, Tensor]]:
     """Random tokens, none of them padding, of texts that end at different places."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    usual = [i for i in range(int(config.vocab_size)) if i != config.pad_token_id]
+    special = (config.pad_token_id, config.eos_token_id)
+    usual = [i for i in range(int(config.vocab_size)) if i not in special]
     for num_texts, length in _SHAPES:
         length = min(length, position_limit(model) or length)
         chosen = torch.randint(len(usual), (num_texts, length), generator=generator)
@@ -56,13 +73,16 @@ def trial_batches(model: Any) -> Iterator[dict[str, Tensor]]:
         lengths[0] = length
         mask = (torch.arange(length) < lengths).long()
         ids = torch.tensor(usual)[chosen] * mask + (config.pad_token_id or 0) * (1 - mask)
+        end = ending_token(model)
+        if end is not None:
+            ids = ids.scatter(1, mask.sum(dim=1, keepdim=True) - 1, end)
         yield {"input_ids": ids, "attention_mask": mask}
 
 
 def _both(model: Any, other: Any, batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     real_BS = batch["attention_mask"].bool()
-    names_task = read_heads(model) and getattr(model, CHOSEN_TASK, None) is None
-    with torch.no_grad(), use_task(0 if names_task else None):
+    # The first of several tasks, where none was chosen; others make nothing of it.
+    with torch.no_grad(), use_task(0 if getattr(model, CHOSEN_TASK, None) is None else None):
         expected, found = model(**batch), other(**batch)
     for name, values in found.items():
         own = expected[name].float()

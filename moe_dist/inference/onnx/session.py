@@ -15,6 +15,7 @@ from moe_dist.conversion.heads import asked_rows, read_heads
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.inference.onnx.graph import TASK_IDS, GraphSpec, write_graph
+from moe_dist.inference.onnx.nearness import check_nearness
 from moe_dist.inference.onnx.weights import quantize
 from moe_dist.moe.routing import CHOSEN_TASK, current_context
 
@@ -24,10 +25,12 @@ def onnx_model(model: Any, precision: str) -> OnnxModel:
     with tempfile.TemporaryDirectory(prefix="moe-dist-onnx-") as scratch:
         path = Path(scratch) / "model.onnx"
         spec = write_graph(model, path)
-        if precision == "int8":
-            source, path = path, path.with_name("int8.onnx")
-            quantize(source, path)
-        return open_graph(model, path, spec)
+        found = open_graph(model, path, spec)
+        check_nearness(model, found)
+        if precision == "fp32":
+            return found
+        quantize(path, path.with_name("int8.onnx"))
+        return open_graph(model, path.with_name("int8.onnx"), spec)
 
 
 def open_graph(model: Any, path: Path, spec: GraphSpec) -> OnnxModel:

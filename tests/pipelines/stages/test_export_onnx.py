@@ -17,6 +17,7 @@ from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.errors import ConversionError
 from moe_dist.inference import load_model, load_tokenizer, save_model
 from moe_dist.inference.onnx import directory as onnx_directory
+from moe_dist.inference.onnx import nearness
 from moe_dist.inference.onnx.nearness import Nearness
 from moe_dist.inference.sentence_directory import SentencePooling
 from pipelines.cli import app
@@ -161,7 +162,7 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
     )
     monkeypatch.setattr(onnx_directory, "open_graph", lambda *given: None)
     monkeypatch.setattr(
-        onnx_directory, "measure_nearness", lambda *given: Nearness(largest=0.3, mean=0.1)
+        nearness, "measure_nearness", lambda *given: Nearness(largest=0.3, mean=0.1)
     )
     with pytest.raises(ConversionError, match=r"differ from the model's by 3\.0e-01"):
         onnx_directory.write_onnx(load_model(source), load_tokenizer(source), "fp32", tmp_path)
