@@ -105,6 +105,14 @@ def install_heads(model: nn.Module) -> None:
     model.register_forward_hook(_keep_own_logits)
 
 
+def uninstall_heads(model: nn.Module) -> None:
+    """Undo `install_heads`: a forward call then gives the logits of all tasks, side by side."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_check_call, _keep_own_logits)]:
+            del hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def choose_task(model: nn.Module, name: str) -> None:
     """Use a model for one of its tasks from now on, where no `use_task` says otherwise."""
     index = task_index(model, name)
@@ -176,8 +184,13 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
+def asked_rows(model: nn.Module) -> slice:
+    """Say which columns of the logits are those of the task that a forward call now answers."""
+    return head_rows(read_heads(model), _asked_task(model))
+
+
 def _keep_own_logits(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    rows = head_rows(read_heads(model), _asked_task(model))
+    rows = asked_rows(model)
     if isinstance(output, tuple):
         return (output[0][..., rows], *output[1:])
     output.logits = output.logits[..., rows]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends import ALL_FORMS, ORACLE
+from moe_dist.inference.backends import QUICK_FORMS, ORACLE
 from moe_dist.measure.latency import (
     Latency,
     OtherWork,
@@ -130,7 +130,7 @@ def find_fastest(
     *,
     batch_sizes: Sequence[int],
     seq_len: int,
-    forms: Sequence[AnyForm] = ALL_FORMS,
+    forms: Sequence[AnyForm] = QUICK_FORMS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FastestForms:
     """Time models on random tokens without padding, each in the form in which it is fastest.

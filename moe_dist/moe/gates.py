@@ -208,10 +208,18 @@ def repeated(routing: Routing, times: int) -> Routing:
     assert routing.logits is not None
     return replace(
         routing,
-        expert_ids=routing.expert_ids.repeat_interleave(times, dim=0),
-        expert_weights=routing.expert_weights.repeat_interleave(times, dim=0),
-        logits=routing.logits.repeat_interleave(times, dim=0),
+        expert_ids=repeat_rows(routing.expert_ids, times),
+        expert_weights=repeat_rows(routing.expert_weights, times),
+        logits=repeat_rows(routing.logits, times),
     )
+
+
+def repeat_rows(rows_BK: Tensor, times: int) -> Tensor:
+    """Give each row so many times: (B * times, K).
+
+    `repeat_interleave` by a length that is not known yet comes out wrong of torch's ONNX exporter.
+    """
+    return rows_BK.unsqueeze(1).expand(-1, times, -1).flatten(0, 1)
 
 
 def sentence_mask(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
-from moe_dist.moe.gates import Gate, random_start, repeated
+from moe_dist.moe.gates import Gate, random_start, repeat_rows, repeated
 from moe_dist.moe.hash_router import TableRouter
 from moe_dist.moe.routing import Routing, RoutingContext
 
@@ -85,7 +85,7 @@ class TaskTable(TableRouter):
         """Look up the experts of each sample's task: equal weights, no logits."""
         tasks_B = read_task_ids(hidden_TD, context, self.table.shape[0])
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
-        return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
+        return self.look_up(repeat_rows(tasks_B.unsqueeze(1), length).squeeze(1), hidden_TD)
 
 
 def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:
@@ -118,9 +118,9 @@ def read_task_ids(
             f"{router} has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
             remedy="give one task id for each sample of the batch",
         )
-    if tasks_B.device.type == "cpu" and not 0 <= int(tasks_B.min()) <= int(tasks_B.max()) < (
-        num_tasks
-    ):
+    # An export knows no values.
+    is_known = tasks_B.device.type == "cpu" and not torch.compiler.is_exporting()
+    if is_known and not 0 <= int(tasks_B.min()) <= int(tasks_B.max()) < num_tasks:
         raise MissingInputError(
             f"task ids {sorted(set(tasks_B.tolist()))} are not all among the {num_tasks} tasks of "
             "this model",

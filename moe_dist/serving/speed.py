@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends import ALL_FORMS, Form
+from moe_dist.inference.backends import QUICK_FORMS, Form
 from moe_dist.inference.serving import TextModel
 from moe_dist.serving.batching import CallCost
 
@@ -55,7 +55,7 @@ def choose_form(model: TextModel, wanted: str) -> FormChoice:
     Raises:
         ConversionError: if there is no such form, or the model does not have it.
     """
-    forms = ALL_FORMS if wanted == AUTO else (Form.parse(wanted),)
+    forms = QUICK_FORMS if wanted == AUTO else (Form.parse(wanted),)
     prepared: dict[str, TextModel] = {}
     refused = []
     for form in forms:

@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from moe_dist.conversion.families import position_limit
-from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.errors import ConfigError, ConversionError, MissingInputError
 from moe_dist.inference import load_model
-from moe_dist.inference.backends import ALL_FORMS, ORACLE, Form
+from moe_dist.inference.backends import QUICK_FORMS, ORACLE, Form
 from moe_dist.measure.latency import (
     Latency,
     OtherWork,
@@ -55,7 +55,7 @@ class InferenceBenchmark:
     directories: Mapping[str, Path] = field(default_factory=dict)
     random: RandomModels | None = None
     shapes: tuple[tuple[int, int], ...] = SHAPES
-    forms: tuple[Form, ...] = ALL_FORMS
+    forms: tuple[Form, ...] = QUICK_FORMS
     num_rounds: int = 15
     num_threads: int | None = None
 
@@ -142,19 +142,29 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
             )
     if faults:
         raise ConfigError(faults, source="benchmark inference")
+    # Sessions of ONNX Runtime keep the threads that they are made with.
+    with cpu_threads(settings.num_threads):
+        prepared, refused = _prepare(models, settings.forms)
+        num_threads = torch.get_num_threads()
+        with watch_other_work() as look:
+            timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
+            work = look()
+    return InferenceReport(tuple(timings), tuple(refused), num_threads, _busy(work, num_threads))
+
+
+def _prepare(
+    models: Mapping[str, Any], forms: Sequence[Form]
+) -> tuple[dict[tuple[str, Form], Any], list[str]]:
+    """Bring each model into each form; what it does not have is said with the reason."""
     prepared: dict[tuple[str, Form], Any] = {}
     refused = []
     for name, model in models.items():
-        for form in dict.fromkeys((ORACLE, *settings.forms)):
+        for form in dict.fromkeys((ORACLE, *forms)):
             try:
                 prepared[name, form] = form.prepare(model)
-            except ConversionError as error:
+            except (ConversionError, MissingInputError) as error:
                 refused.append(f"{name}, {form}: {error.message}")
-    with watch_other_work() as look, cpu_threads(settings.num_threads):
-        num_threads = torch.get_num_threads()
-        timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
-        work = look()
-    return InferenceReport(tuple(timings), tuple(refused), num_threads, _busy(work, num_threads))
+    return prepared, refused
 
 
 def _load(settings: InferenceBenchmark) -> dict[str, Any]:

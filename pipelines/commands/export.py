@@ -1,13 +1,31 @@
-"""The command `export`: a plain dense model of one task."""
+"""The command `export`: a plain dense model of one task, or a graph for ONNX Runtime."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .command_line import Debug, Overrides, Quiet, clean_errors, quieten_libraries, shown_warnings
+
+if TYPE_CHECKING:
+    from ..console import Console
+
+
+class Format(StrEnum):
+    """What a model is written as."""
+
+    HF = "hf"
+    ONNX = "onnx"
+
+
+class Precision(StrEnum):
+    """Of the weights of a graph."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +58,16 @@ def export(
             help="Take the average of all experts, which is another model, and measure both.",
         ),
     ] = False,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="A dense model for transformers, or a graph for ONNX Runtime, with all experts."
+        ),
+    ] = Format.HF,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the graph's weights; fp32 if not given.", show_default=False),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -50,7 +78,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Take one task's sub-network out of a model, as a plain dense Hugging Face model."""
+    """Take one task's sub-network out of a model, or write the model for ONNX Runtime."""
     with clean_errors(debug=debug):
         quieten_libraries()
         from moe_dist.config import load_config
@@ -72,6 +100,21 @@ def export(
         way: Way = "fold" if fold else "average" if average else "extract"
         console = Console(quiet=quiet)
         source = directory.absolute()
+        if format is Format.ONNX:
+            if fold or average:
+                raise ConfigError(
+                    [
+                        "--fold and --average make dense models; export such a one first, and then "
+                        "that with --format onnx."
+                    ],
+                    source="export",
+                )
+            _export_graph(source, task, output, (precision or Precision.FP32).value, console)
+            return
+        if precision is not None:
+            raise ConfigError(
+                ["--precision is that of --format onnx; leave it out."], source="export"
+            )
         config = None
         if average:
             path = recipe or find_recipe(source, "the average is measured on dev rows")
@@ -91,3 +134,28 @@ def export(
                 f"dev {title}: {value:.4f}, and {found.metrics['model'][name]:.4f} of the model"
             )
         console.result(f"model: {found.directory}")
+
+
+def _export_graph(
+    source: Path, task: str | None, output: Path | None, precision: str, console: Console
+) -> None:
+    from ..stages.export_onnx import default_graph_output, export_graph
+
+    place = (output or default_graph_output(source, task, precision)).absolute()
+    with shown_warnings(console):
+        found = export_graph(source, task, place, precision)
+    facts, weights = found.facts, found.facts.bytes
+    console.result(
+        f"{facts.task}, reads {', '.join(facts.spec.inputs)}, gives "
+        f"{', '.join(facts.spec.outputs)}; {found.num_bytes / 1e6:.1f} MB"
+    )
+    console.result(
+        f"weights: {weights.int8 / 1e6:.2f} MB in int8 ({weights.share_int8:.1%}), "
+        f"{weights.fp32 / 1e6:.2f} MB in float32, {weights.integers / 1e6:.2f} MB of whole numbers"
+    )
+    console.result(
+        f"answers differ by at most {facts.nearness.largest:.1e} of the largest from the model's "
+        f"own, {facts.nearness.mean:.1e} on average, on random tokens in other shapes than the "
+        "example's"
+    )
+    console.result(f"graph: {found.directory}")

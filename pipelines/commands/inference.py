@@ -60,7 +60,7 @@ def benchmark_inference(
     with clean_errors(debug=debug):
         quieten_libraries()
         from moe_dist.errors import ConfigError
-        from moe_dist.inference.backends import ALL_FORMS, Form
+        from moe_dist.inference.backends import QUICK_FORMS, Form
 
         from ..benchmarks.inference import SHAPES, InferenceBenchmark, main, named_directories
         from ..benchmarks.models import RandomModels
@@ -88,7 +88,7 @@ def benchmark_inference(
                 shapes=tuple(parse_shape(text, "benchmark inference") for text in shape)
                 if shape
                 else SHAPES,
-                forms=tuple(Form.parse(text) for text in form) if form else ALL_FORMS,
+                forms=tuple(Form.parse(text) for text in form) if form else QUICK_FORMS,
                 num_rounds=rounds,
                 num_threads=threads,
             ),

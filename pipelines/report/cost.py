@@ -147,10 +147,10 @@ def count_reads(
 
 def form_settings() -> list[Any]:
     """What the figures of fastest forms depend on, for the stage's fingerprint."""
-    from moe_dist.inference.backends import ALL_FORMS
+    from moe_dist.inference.backends import QUICK_FORMS
     from moe_dist.measure.fastest import TOLERANCE
 
-    return [[str(form) for form in ALL_FORMS], TOLERANCE, FORM_ROUNDS]
+    return [[str(form) for form in QUICK_FORMS], TOLERANCE, FORM_ROUNDS]
 
 
 def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from moe_dist.data.cache import build_once
 from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError
 from moe_dist.inference import load_model, save_model
-from moe_dist.inference.backends import ALL_FORMS, Form, native
+from moe_dist.inference.backends import QUICK_FORMS, Form, native
 from moe_dist.inference.backends.eager import DTYPES
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN
@@ -35,7 +35,7 @@ from tests.conversion.dense_models import (
 from tests.inference.moe_students import student
 
 ROUTERS = ("token_gate", "sentence_gate", "task_gate", "hash_random", "hash_balanced")
-every_form = pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+every_form = pytest.mark.parametrize("form", QUICK_FORMS, ids=str)
 
 
 def routed(family: str = "bert", **options: Any) -> Any:

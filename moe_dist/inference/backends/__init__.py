@@ -13,12 +13,19 @@ from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_prepared
 from moe_dist.inference.backends.eager import Eager
 from moe_dist.inference.backends.lean import Lean
+from moe_dist.inference.backends.onnx import Onnx
 
 
 class Backend(Protocol):
-    """How a model is brought into a form, in the precisions that it has."""
+    """How a model is brought into a form, in the precisions that it has.
+
+    Attributes:
+        precisions: names of them.
+        is_quick: whether it takes a second or two, and not a minute; others have to be asked for.
+    """
 
     precisions: tuple[str, ...]
+    is_quick: bool
 
     def prepare(self, model: Any, precision: str) -> Any:
         """Make a copy, in eval mode, whose `forward` takes and gives what the model's own does.
@@ -28,7 +35,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean()}
+BACKENDS: dict[str, Backend] = {"eager": Eager(), "lean": Lean(), "onnx": Onnx()}
 
 
 @dataclass(frozen=True)
@@ -70,3 +77,5 @@ ORACLE = Form()
 ALL_FORMS = tuple(
     Form(name, precision) for name, backend in BACKENDS.items() for precision in backend.precisions
 )
+QUICK_FORMS = tuple(form for form in ALL_FORMS if BACKENDS[form.backend].is_quick)
+"""What is tried where nobody has said which forms."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,31 @@ _REMEDY = "use the model that it was prepared from, and prepare it again afterwa
 
 
 class AnswersOnly(nn.Module):
-    """A layer whose weights are packed: it cannot learn, be saved, copied, cast or moved."""
+    """What answers and no more: it cannot learn, be saved, copied, cast or moved."""
+
+    form: ClassVar[str] = "lean"
 
     def train(self, mode: bool = True) -> AnswersOnly:
         """Refuse to learn; `eval` changes nothing."""
         if mode:
-            _refuse("learn")
+            _refuse("learn", self.form)
         super().train(mode)
         return self
 
     def check_input(self, hidden: Tensor) -> None:
         """Refuse an input that wants a gradient."""
         if hidden.requires_grad and torch.is_grad_enabled():
-            _refuse("give gradients")
+            _refuse("give gradients", self.form)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("be saved")
+        _refuse("be saved", self.form)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
-        _refuse("be cast or moved")
+        _refuse("be cast or moved", self.form)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be copied or pickled."""
-        _refuse("be copied")
+        _refuse("be copied", self.form)
 
 
 def refuse_as_a_whole(model: nn.Module) -> None:
@@ -56,9 +58,10 @@ def refuse_as_a_whole(model: nn.Module) -> None:
 
 def refuse_prepared(model: nn.Module) -> None:
     """See that a model has not been prepared before; else a ConversionError."""
-    if any(isinstance(module, AnswersOnly) for module in model.modules()):
-        _refuse("be prepared twice")
+    for module in model.modules():
+        if isinstance(module, AnswersOnly):
+            _refuse("be prepared twice", module.form)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ConversionError(f"a model in its lean form cannot {what}", remedy=_REMEDY)
+def _refuse(what: str, form: str = AnswersOnly.form) -> NoReturn:
+    raise ConversionError(f"a model in its {form} form cannot {what}", remedy=_REMEDY)

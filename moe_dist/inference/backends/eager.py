@@ -17,6 +17,7 @@ class Eager:
     """Plain torch; weights are of the precision, so that none is cast in a call."""
 
     precisions = tuple(DTYPES)
+    is_quick = True
 
     def prepare(self, model: Any, precision: str) -> Any:
         """Copy the model and cast its weights, those of routers apart."""

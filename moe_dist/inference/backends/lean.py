@@ -35,6 +35,7 @@ class Lean:
     """Packed weights, one call for each routed network; cannot learn or be saved."""
 
     precisions = tuple(PRECISIONS)
+    is_quick = True
 
     def prepare(self, model: Any, precision: str) -> Any:
         """Copy the model and replace its layers; a ConversionError where one has no such form."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.inference import save_model
-from moe_dist.inference.backends import ALL_FORMS
+from moe_dist.inference.backends import QUICK_FORMS, Form
+from pipelines.benchmarks.inference import InferenceBenchmark
+from pipelines.benchmarks.inference import run as run_benchmark
 from pipelines.cli import app
 from tests.conversion.dense_models import tiny_model
 from tests.inference.moe_students import student
@@ -39,7 +43,8 @@ def test_every_form_of_every_model_is_timed_and_compared(models: Path, tmp_path:
     report = json.loads((tmp_path / "inference.json").read_text())
     timings = report["timings"]
     keys = {(one["model"], one["form"], tuple(one["shape"])) for one in timings}
-    forms = [str(form) for form in ALL_FORMS if not any(str(form) in r for r in report["refused"])]
+    refused = " ".join(report["refused"])
+    forms = [str(form) for form in QUICK_FORMS if str(form) not in refused]
     assert {"eager-fp32", "eager-bf16", "lean-fp32", "lean-bf16"} <= set(forms)
     assert keys == {
         (model, form, shape)
@@ -56,6 +61,26 @@ def test_every_form_of_every_model_is_timed_and_compared(models: Path, tmp_path:
         assert one["error"] <= {"fp32": 1e-5, "bf16": 0.1, "int8": 0.2}[form[-4:]]
         assert (one["error"] == 0) == (form == "eager-fp32") or form == "lean-fp32"
     assert "| lean-bf16 |" in (tmp_path / "inference.md").read_text()
+
+
+def test_forms_are_made_with_the_threads_that_they_are_timed_with(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session of ONNX Runtime keeps those that torch has when it is made."""
+    threads = []
+
+    def prepare(form: Form, model: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return model
+
+    monkeypatch.setattr(Form, "prepare", prepare)
+    wanted = torch.get_num_threads() + 1
+    settings = InferenceBenchmark(
+        {"student": models / "distill/model"}, shapes=((1, 4),), num_rounds=1, num_threads=wanted
+    )
+    assert settings.forms == QUICK_FORMS
+    run_benchmark(settings)
+    assert threads == [wanted] * len(QUICK_FORMS)
 
 
 def test_only_the_forms_that_are_asked_for(models: Path) -> None:

@@ -1,0 +1,187 @@
+"""A graph in ONNX Runtime, with the `forward` of the model that it was made of."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.conversion.heads import asked_rows, read_heads
+from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.inference.backends.answers_only import AnswersOnly
+from moe_dist.inference.onnx.graph import TASK_IDS, GraphSpec, write_graph
+from moe_dist.inference.onnx.nearness import check_nearness
+from moe_dist.inference.onnx.weights import quantize
+from moe_dist.moe.routing import CHOSEN_TASK, current_context
+
+
+def onnx_model(model: Any, precision: str) -> OnnxModel:
+    """Bring a model on the CPU into ONNX Runtime; what has no such form is a ConversionError."""
+    with tempfile.TemporaryDirectory(prefix="moe-dist-onnx-") as scratch:
+        path = Path(scratch) / "model.onnx"
+        spec = write_graph(model, path)
+        found = open_graph(model, path, spec)
+        check_nearness(model, found)
+        if precision == "fp32":
+            return found
+        quantize(path, path.with_name("int8.onnx"))
+        return open_graph(model, path.with_name("int8.onnx"), spec)
+
+
+def open_graph(model: Any, path: Path, spec: GraphSpec) -> OnnxModel:
+    """Load a graph; sessions have as many threads as torch has now."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # Threads that wait for more work would hold up whatever runs next on their cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return _class_like(type(model))(model, session, spec)
+
+
+class OnnxModel(AnswersOnly):
+    """In the place of a model: its configuration and its `forward`, answered by ONNX Runtime.
+
+    Args:
+        model: that the graph was made of; it is not kept.
+        session: of ONNX Runtime.
+        spec: what the graph reads and gives.
+    """
+
+    form: ClassVar[str] = "ONNX"
+
+    def __init__(self, model: Any, session: Any, spec: GraphSpec) -> None:
+        super().__init__()
+        self.config = model.config
+        self._session = session
+        self._spec = spec
+        chosen = getattr(model, CHOSEN_TASK, None)
+        if chosen is not None:
+            setattr(self, CHOSEN_TASK, chosen)
+        # Architectures, and whoever times them, ask for the device and dtype of the weights.
+        self._placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self._placeholder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the outputs."""
+        return self._placeholder.dtype
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to be saved, as its state is."""
+        self.state_dict()
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a graph has no key-value cache."""
+        raise ConversionError(
+            "the ONNX form gives the logits of a pass, and has no cache to write texts with",
+            remedy="use the eager or the lean form",
+        )
+
+    def answer(self, given: Mapping[str, Any]) -> Any:
+        """Run the graph on the arguments of a forward call, by name."""
+        inputs = self._inputs(given)
+        names = [name for name in self._spec.outputs if name in self._own_outputs]
+        feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
+        arrays = self._session.run(names, feed)
+        found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        if read_heads(self) and getattr(self, CHOSEN_TASK, None) is None:
+            found["logits"] = found["logits"][..., asked_rows(self)]
+        output = self._spec.output_class(**found)
+        return output if given.get("return_dict") is not False else output.to_tuple()
+
+    @property
+    def _own_outputs(self) -> set[str]:
+        return set(inspect.signature(self._spec.output_class).parameters)
+
+    def _inputs(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Bring a call's arguments into what the graph reads, or say what it does not take."""
+        known = (*self._spec.inputs, "token_type_ids", "return_dict")
+        strange = [
+            name
+            for name, value in given.items()
+            if value is not None and value is not False and name not in known
+        ]
+        ids = given.get("input_ids")
+        if strange or ids is None:
+            wrong = f"was given {', '.join(strange)}" if strange else "was given no input_ids"
+            raise MissingInputError(
+                f"the ONNX form of {type(self).__name__} reads {', '.join(self._spec.inputs)}, "
+                f"and {wrong}",
+                remedy="leave out what it does not read, or use the eager form",
+            )
+        mask = given.get("attention_mask")
+        kinds = given.get("token_type_ids")
+        if mask is not None and mask.shape != ids.shape:
+            raise MissingInputError(
+                f"the ONNX form takes an attention_mask of the shape {tuple(ids.shape)} of the "
+                f"input_ids, and was given {tuple(mask.shape)}",
+                remedy="give one number for each token, or use the eager form",
+            )
+        if "token_type_ids" not in self._spec.inputs and kinds is not None:
+            self._check_kinds(kinds)
+        values = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else mask,
+            "token_type_ids": torch.zeros_like(ids) if kinds is None else kinds,
+        }
+        values |= self._tasks(len(ids))
+        return {name: values[name].long() for name in self._spec.inputs}
+
+    def _check_kinds(self, kinds: Tensor) -> None:
+        """See that kinds of texts, of which the model knows one or none, say nothing."""
+        num_kinds = getattr(self.config, "type_vocab_size", None)
+        if num_kinds is None or (num_kinds and bool(kinds.any())):
+            raise MissingInputError(
+                f"{type(self).__name__} tells no kinds of texts apart in the ONNX form",
+                remedy="leave token_type_ids out",
+            )
+
+    def _tasks(self, num_samples: int) -> dict[str, Tensor]:
+        """The task of each sample, where one was named: that which was chosen, and no other."""
+        context = current_context()
+        task_ids = None if context is None else context.task_ids
+        chosen = getattr(self, CHOSEN_TASK, None)
+        if chosen is not None and task_ids is not None and bool((task_ids != chosen).any()):
+            raise MissingInputError(
+                f"the graph was made for the task {chosen}, and this call names "
+                f"{sorted(set(task_ids.tolist()))}",
+                remedy="load the model without a task, or for the task that is wanted",
+            )
+        if TASK_IDS not in self._spec.inputs:
+            return {}
+        if task_ids is None:
+            raise MissingInputError(
+                "the routers choose by the task, and this forward call names none",
+                remedy="load the model with load_model(directory, task=NAME), or call it inside "
+                "use_task(NUMBER)",
+            )
+        return {TASK_IDS: task_ids.reshape(-1).expand(num_samples)}
+
+
+def _class_like(kind: type[Any]) -> type[OnnxModel]:
+    """A subclass with the name, by which kinds of tasks know a model, and the arguments of it."""
+    signature = inspect.signature(kind.forward)
+
+    def forward(self: OnnxModel, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = dict(list(bound.items())[1:])
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        return self.answer(given)
+
+    vars(forward)["__signature__"] = signature
+    return type(kind.__name__, (OnnxModel,), {"forward": forward, "__module__": __name__})

@@ -1,0 +1,81 @@
+"""export --format onnx: a model as a graph for ONNX Runtime, with what readers must know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_dist.errors import MoeDistError
+from moe_dist.whole_files import whole_directory
+
+from ..chain.stage_recovery import stage_of
+from ..report.model_card import model_card
+
+if TYPE_CHECKING:
+    from moe_dist.inference.onnx.directory import OnnxFacts
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """What was written.
+
+    Attributes:
+        directory: of the graph.
+        facts: what it is, and how far it lies from the model.
+        num_bytes: of all files.
+    """
+
+    directory: Path
+    facts: OnnxFacts
+    num_bytes: int
+
+
+def default_graph_output(directory: Path, task: str | None, precision: str) -> Path:
+    """Choose a place for the graph: beside the model's directory, or its stage."""
+    stage = stage_of(directory)
+    beside = directory.parent if stage is None else stage.parent
+    return beside / "-".join(["export", *([task] if task else []), "onnx", precision])
+
+
+def export_graph(directory: Path, task: str | None, output: Path, precision: str) -> ExportedGraph:
+    """Write a model as an ONNX graph, for one task.
+
+    Args:
+        directory: of a model, dense or with experts.
+        task: its name; None for a model of one task.
+        output: where the graph goes.
+        precision: "fp32" or "int8".
+
+    Returns:
+        What was written.
+
+    Raises:
+        MoeDistError: if the output is there already, or the model has no such graph.
+    """
+    from moe_dist.conversion.extract import extract_task
+    from moe_dist.inference import load_model, load_tokenizer
+    from moe_dist.inference.onnx.directory import write_onnx
+    from moe_dist.inference.onnx.graph import require_onnx
+    from moe_dist.router_spec import router_facts
+
+    require_onnx()
+    if output.exists() and any(output.iterdir() if output.is_dir() else (output,)):
+        raise MoeDistError(
+            f"{output} is there already.", remedy="remove it, or choose another with --output."
+        )
+    tokenizer = load_tokenizer(directory)
+    model = load_model(directory, task=task)
+    moe = getattr(model.config, "moe", None)
+    if moe and moe["num_experts"] > 1 and not router_facts(moe["router"]).merges:
+        by_task = router_facts(moe["router"]).chooses_by == "task"
+        # The other experts of such a router are never used for the task.
+        model = extract_task(model, task) if by_task else model
+    with whole_directory(output) as unfinished:
+        facts = write_onnx(model, tokenizer, precision, unfinished)
+        num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
+        card = model_card(directory, task, model, facts, num_bytes)
+        (unfinished / CARD).write_text(card, encoding="utf-8")
+    return ExportedGraph(output, facts, num_bytes)

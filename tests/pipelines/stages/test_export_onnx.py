@@ -1,0 +1,183 @@
+"""`moe-dist export --format onnx`: a directory that answers without torch, and its card."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.heads import TaskHead, set_heads
+from moe_dist.errors import ConversionError
+from moe_dist.inference import load_model, load_tokenizer, save_model
+from moe_dist.inference.onnx import directory as onnx_directory
+from moe_dist.inference.onnx import nearness
+from moe_dist.inference.onnx.nearness import Nearness
+from moe_dist.inference.sentence_directory import SentencePooling
+from pipelines.cli import app
+from tests.conversion.dense_models import random_scores
+from tests.inference.start_models import WORDS, build_model, write_tokenizer
+
+TEXTS = [WORDS[0], " ".join(WORDS[3:12]), " ".join(WORDS[-5:])]
+INT8_TOLERANCE = 0.2
+"""Of the largest output of a random model of 16 wide, where experts are chosen alike."""
+
+READER = """
+import importlib.abc, json, sys
+import numpy as np
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "moe_dist", "onnx"):
+            raise ImportError(name + " is not needed here")
+
+sys.meta_path.insert(0, Blocked())
+texts = json.loads(sys.argv[1])
+source = open("README.md").read().partition("```python")[2].partition("```")[0]
+source = source.replace('["a fine film", "a dull one, and far too long"]', "texts")
+exec(source)
+print(json.dumps({name: value.tolist() for name, value in answers.items()}))
+"""
+
+
+def write_student(place: Path, kind: str, **changes: Any) -> Path:
+    """A student of three experts by token kinds, in a run's directory without a report."""
+    write_tokenizer(place / "tokenizer", "bert")
+    torch.manual_seed(0)
+    dense = build_model("bert", kind, num_hidden_layers=1, **changes)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if "Norm" not in name:
+                parameter.normal_(std=0.25)
+    if changes.get("num_labels") == 5:
+        set_heads(dense, [TaskHead("a", ("no", "yes")), TaskHead("b", ("x", "y", "z"))])
+    plan = plan_partition(
+        random_scores(dense), num_experts=3, expert_size=12, num_shared_neurons=6, tie_shared=True
+    )
+    student = dense_to_moe(dense, plan, router="hash_random")
+    return save_model(student, place / "model", load_tokenizer(place / "tokenizer"))
+
+
+def export(*arguments: str) -> str:
+    result = CliRunner().invoke(
+        app, ["export", *arguments, "--format", "onnx"], env={"COLUMNS": "250"}
+    )
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def read_elsewhere(place: Path) -> dict[str, torch.Tensor]:
+    """Answer by the card's own lines, in a process that has ONNX Runtime and tokenizers alone."""
+    found = subprocess.run(
+        [sys.executable, "-I", "-c", READER, json.dumps(TEXTS)],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return {name: torch.tensor(value) for name, value in json.loads(found.stdout).items()}
+
+
+def encoded(source: Path) -> dict[str, torch.Tensor]:
+    return dict(load_tokenizer(source)(TEXTS, padding=True, return_tensors="pt"))
+
+
+def test_a_task_of_several_answers_without_torch(tmp_path: Path) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification", num_labels=5)
+    output = export(str(source), "--task", "b")
+    place = tmp_path / "export-b-onnx-fp32"
+    assert f"graph: {place}" in output
+    assert "0.00 MB in int8 (0.0%)" in output
+    assert "in other shapes than the example's" in output
+    found = read_elsewhere(place)
+    with torch.no_grad():
+        expected = load_model(source, task="b")(**encoded(source)).logits
+    assert found.keys() == {"logits"}
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)
+    facts = json.loads((place / "onnx.json").read_text())
+    assert facts["labels"] == ["x", "y", "z"]
+    assert facts["task"] == "classification"
+    config = json.loads((place / "config.json").read_text())
+    assert config["id2label"] == {"0": "x", "1": "y", "2": "z"}
+    assert config["model_type"] == "bert"
+    card = (place / "README.md").read_text()
+    assert "Classes, in the order of the outputs: x, y, z." in card
+    assert "3 experts, router hash_random" in card
+    assert "| licence | not known here |" in card
+    assert str(tmp_path) not in card
+
+
+def test_int8_vectors_of_texts_and_what_the_run_knows(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    source = write_student(
+        run / "distill", "Model", sentence_pooling="mean", sentence_normalised=True
+    )
+    (run / "distill" / "stage.json").write_text(json.dumps({"stage": "distill", "label": ""}))
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (run / "recipe.yaml").write_text(f"model:\n  teacher: {start}\n")
+    figures = {"metrics": {"mrr": 0.5}, "flops_per_token": 2e6, "latency_low_ms": {"1": 3.0}}
+    report = {"name": "vectors", "student": figures, "metric_titles": {"mrr": "MRR"}}
+    report |= {"data": {"name": "pairs.jsonl", "summaries": {"": {"figures": "9 to train"}}}}
+    (run / "report.json").write_text(json.dumps(report | {"seq_len": 128, "num_threads": 1}))
+    output = export(str(source), "--precision", "int8")
+    place = run / "export-onnx-int8"
+    assert f"graph: {place}" in output
+    found = read_elsewhere(place)
+    batch = encoded(source)
+    model = load_model(source)
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    pooling = SentencePooling.of(model.config)
+    assert pooling is not None
+    expected = pooling.vectors(hidden, batch["attention_mask"])
+    difference = (found["sentence_embedding"] - expected).abs().max() / expected.abs().max()
+    assert 0 < float(difference) < INT8_TOLERANCE
+    facts = json.loads((place / "onnx.json").read_text())
+    assert facts["precision"] == "int8"
+    sizes = facts["bytes"]
+    assert sizes["int8"] >= sum(one.numel() for one in model.parameters() if one.dim() > 1)
+    card = (place / "README.md").read_text()
+    for said in (
+        "# vectors (ONNX, int8)", "MRR 0.5000", "pairs.jsonl: 9 to train", "2.0 M", "3.0 ms for 1",
+        "apache-2.0", "in int8, tables of embeddings too",
+    ):  # fmt: skip
+        assert said in card, said
+
+
+def test_a_graph_that_answers_otherwise_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification")
+    monkeypatch.setattr(
+        onnx_directory, "write_graph", lambda model, path: path.write_bytes(b"") and None
+    )
+    monkeypatch.setattr(onnx_directory, "open_graph", lambda *given: None)
+    monkeypatch.setattr(
+        nearness, "measure_nearness", lambda *given: Nearness(largest=0.3, mean=0.1)
+    )
+    with pytest.raises(ConversionError, match=r"differ from the model's by 3\.0e-01"):
+        onnx_directory.write_onnx(load_model(source), load_tokenizer(source), "fp32", tmp_path)
+
+
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification", num_labels=5)
+    for options, said in (
+        (["--format", "onnx", "--fold"], "--fold and --average make dense models"),
+        (["--format", "onnx", "--average"], "--fold and --average make dense models"),
+        (["--format", "onnx", "--recipe", "r.yaml"], "leave them out"),
+        (["--precision", "int8"], "--precision is that of --format onnx"),
+        (["--format", "onnx"], "the model answers several tasks (a, b)"),
+    ):
+        result = CliRunner().invoke(app, ["export", str(source), *options], env={"COLUMNS": "250"})
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.split()), result.output
+    assert not list(tmp_path.glob("export*"))
