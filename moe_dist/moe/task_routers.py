@@ -12,6 +12,7 @@ from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.gates import Gate, random_start, repeated
 from moe_dist.moe.hash_router import TableRouter
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext
 
 # Above the random start of a task's scores, so that tasks begin spread over the experts.
@@ -111,8 +112,8 @@ def read_task_ids(
                 remedy="run the model inside use_context(RoutingContext(task_ids=...)), one id "
                 "for each sample",
             )
-        given = torch.zeros(1, dtype=torch.int64)
-    tasks_B = given.reshape(-1).to(hidden_TD.device)
+        given = torch.zeros(1, dtype=torch.int64, device="cpu")
+    tasks_B = given.reshape(-1)
     if tasks_B.numel() == 0 or num_tokens % tasks_B.numel():
         raise MissingInputError(
             f"{router} has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",
@@ -126,4 +127,4 @@ def read_task_ids(
             "this model",
             remedy=f"number the tasks from 0 to {num_tasks - 1}",
         )
-    return tasks_B
+    return bring(tasks_B, hidden_TD.device)

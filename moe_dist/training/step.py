@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from moe_dist.conversion.attention import record_attention
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import hidden_stacks
-from moe_dist.losses.router import noisy_load, router_entropy, router_z_loss, token_entropy
+from moe_dist.losses.router import (
+    noisy_load,
+    router_entropy,
+    router_z_loss,
+    token_entropy,
+    without_padding,
+)
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.tasks import TaskKind
@@ -194,8 +200,12 @@ def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
 
 
 def _probability_sum(entry: LayerRouting) -> GateSum:
-    logits_TE, ids_TK = _real_tokens(entry)
-    return GateSum(logits_TE.float().softmax(dim=-1).sum(dim=0), ids_TK.shape[1])
+    routing, mask_T = entry.routing, entry.mask_T
+    assert routing.logits is not None
+    probability_TE = without_padding(routing.logits, mask_T).float().softmax(dim=-1)
+    if mask_T is not None:
+        probability_TE = probability_TE * mask_T.reshape(-1, 1)
+    return GateSum(probability_TE.sum(dim=0), routing.expert_ids.shape[1])
 
 
 def _merge_sum(entry: LayerRouting) -> GateSum:
@@ -271,22 +281,26 @@ def _router_terms(
     entropy: bool,
 ) -> dict[str, LossTerm]:
     """Router losses: mean over layers, weighed by tokens so that micro-batches count by size."""
-    wanted: dict[str, Callable[[Tensor], Tensor]] = {}
+    wanted: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {}
     if z_loss:
         wanted["z_loss"] = router_z_loss
     if entropy:
         wanted["router_entropy"] = router_entropy
-    learned = [entry for entry in record.entries if entry.routing.logits is not None]
+    learned = [
+        (entry, entry.routing.logits)
+        for entry in record.entries
+        if entry.routing.logits is not None
+    ]
     if not learned or not wanted:
         return {}
-    real = [_real_tokens(entry)[0] for entry in learned]
     # A decoder that writes has tokens of its own; they are what its layers' means are over.
-    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry in learned]
+    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry, _ in learned]
     terms = {}
     for name, loss in wanted.items():
-        means_L = torch.stack([loss(logits_TE) for logits_TE in real]) / len(learned)
+        means = [loss(logits_TE, entry.mask_T) / len(learned) for entry, logits_TE in learned]
+        none = means[0].new_zeros(())
         read, written = (
-            means_L[[index for index, own in enumerate(is_written) if own == which]].sum()
+            sum((mean for mean, own in zip(means, is_written, strict=True) if own is which), none)
             for which in (False, True)
         )
         more = (
@@ -294,12 +308,3 @@ def _router_terms(
         )
         terms[name] = LossTerm(read * batch["attention_mask"].sum(), "tokens", more)
     return terms
-
-
-def _real_tokens(entry: LayerRouting) -> tuple[Tensor, Tensor]:
-    logits_TE, ids_TK = entry.routing.logits, entry.routing.expert_ids
-    assert logits_TE is not None
-    if entry.mask_T is None:
-        return logits_TE, ids_TK
-    mask_T = entry.mask_T.bool()
-    return logits_TE[mask_T], ids_TK[mask_T]
