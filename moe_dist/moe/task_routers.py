@@ -62,7 +62,7 @@ class TaskGate(Gate):
 
         Tasks that are missing or unknown are a MissingInputError.
         """
-        tasks_B = read_task_ids(hidden_TD, context, self.num_tasks)
+        tasks_B = bring(read_task_ids(hidden_TD, context, self.num_tasks), hidden_TD.device)
         if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
             # Each sample draws its own noise, though their task is named once.
             tasks_B = tasks_B.expand(context.sample_ids.numel())
@@ -84,7 +84,7 @@ class TaskTable(TableRouter):
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Look up the experts of each sample's task: equal weights, no logits."""
-        tasks_B = read_task_ids(hidden_TD, context, self.table.shape[0])
+        tasks_B = bring(read_task_ids(hidden_TD, context, self.table.shape[0]), hidden_TD.device)
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         return self.look_up(tasks_B.repeat_interleave(length), hidden_TD)
 
@@ -102,7 +102,10 @@ def read_task_ids(
     *,
     router: str = "task_gate",
 ) -> Tensor:
-    """Give the tasks of the samples, or the one of all; bad ones are a MissingInputError."""
+    """Give the tasks of the samples, or the one of all, where the context has them.
+
+    Bad ones are a MissingInputError, of those on a device their number alone.
+    """
     num_tokens = hidden_TD.shape[0]
     given = None if context is None else context.task_ids
     if given is None:
@@ -127,4 +130,4 @@ def read_task_ids(
             "this model",
             remedy=f"number the tasks from 0 to {num_tasks - 1}",
         )
-    return bring(tasks_B, hidden_TD.device)
+    return tasks_B

@@ -149,7 +149,7 @@ class Adversary(nn.Module):
     def _gradients(
         self, student_BN: Tensor, teacher_BN: Tensor, num_samples: int
     ) -> tuple[list[Tensor], Tensor]:
-        """Gradients and figures of the step, the last whether all are finite; alike on each rank."""
+        """Gradients and figures of the step, the last whether all are finite; on all ranks."""
         with torch.enable_grad():
             leaves = [tensor.clone().requires_grad_() for tensor in self._weights().tensors()]
             weights = self._effective(DiscriminatorWeights(*leaves))

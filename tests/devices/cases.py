@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from moe_dist.moe import Experts, MergedLayer, MoELayer, RoutingContext, build_router, use_context
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.routing import record_routing, use_samples
+from moe_dist.moe.routing import record_routing
 from moe_dist.router_spec import RouterSpec, router_facts
 
 D_MODEL, EXPERT_SIZE, NUM_EXPERTS, VOCAB_SIZE, NUM_TASKS = 16, 16, 4, 50, 2
 PRECISIONS = ("fp32", "bf16")
+OLDER = " on an older device"
+"""Ends the name of a case whose accelerator has no kernel for groups."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def layer_case(
-    router: str, precision: str, device: torch.device, *, expert_size: int = EXPERT_SIZE, **options: Any
+    router: str,
+    precision: str,
+    device: torch.device,
+    *,
+    expert_size: int = EXPERT_SIZE,
+    **options: Any,
 ) -> Prepared:
     """One layer in training, over padded sentences, with shared neurons and noise."""
     torch.manual_seed(0)
@@ -115,6 +122,7 @@ def _layer_cases() -> dict[str, Case]:
         found[f"layer token_gate, no neurons, {precision}"] = partial(
             layer_case, "token_gate", precision, expert_size=0
         )
+    found["layer token_gate, top 2, bf16" + OLDER] = partial(layer_case, "token_gate", "bf16")
     return found
 
 
@@ -125,13 +133,13 @@ def objective_case(objective: str, precision: str, device: torch.device) -> Prep
     from moe_dist.training.balance import balance_term, made_choices, sum_choices
     from moe_dist.training.companion import build_companion
     from moe_dist.training.objectives import OBJECTIVES, ObjectiveSettings, pair_states
-    from moe_dist.training.step import distill_terms, expert_counts, freeze, routing_sums
-    from tests.training.tiny import tiny_batch, tiny_bert, tiny_student
+    from moe_dist.training.step import distill_terms, freeze
+    from tests.training.tiny import tiny_batch, tiny_bert
 
     is_router = objective == "router"
     dense = tiny_bert(dropout=0.0)
     if is_router:
-        plan, layers, student = None, range(2), tiny_student(dense, capacity_factor=1.0)
+        plan, layers, student = None, range(2), _student(dense, capacity_factor=1.0)
         own = {"hidden_weight": 1.0}
     else:
         plan = plan_shrink(
@@ -175,8 +183,21 @@ def objective_case(objective: str, precision: str, device: torch.device) -> Prep
     return Prepared(forward, tuple(student.parameters()))
 
 
+def _student(dense: Any, **options: Any) -> Any:
+    """Split a tiny BERT into experts whose widths the kernels of accelerators take."""
+    from moe_dist.conversion import dense_to_moe, plan_partition
+
+    plan = plan_partition(
+        [torch.arange(32.0)] * 2,
+        num_experts=NUM_EXPERTS,
+        expert_size=8,
+        num_shared_neurons=0,
+    )
+    return dense_to_moe(dense, plan, router="token_gate", **options)
+
+
 def adversary_case(regularizer: str, device: torch.device) -> Prepared:
-    """The discriminator's own step, after the student's loss."""
+    """The student's loss and its gradient, and then the discriminator's own step."""
     from moe_dist.training.adversary import Adversary
 
     adversary = Adversary(6, regularizer=regularizer, learning_rate=1e-2, seed=3).to(device)
@@ -185,22 +206,23 @@ def adversary_case(regularizer: str, device: torch.device) -> Prepared:
     student = student.clone().requires_grad_()
 
     def forward() -> Tensor:
-        loss = adversary.student_loss(student, teacher)
-        adversary.update(8)
-        return loss
+        adversary.student_loss(student, teacher).backward()
+        loss = adversary.update(8)["adversarial/discriminator_loss"]
+        return torch.tensor([loss, *student.grad.sum(dim=0).tolist()])
 
-    return Prepared(forward, (student,))
+    return Prepared(forward)
 
 
 def family_case(family: str, router: str, precision: str, device: torch.device) -> Prepared:
     """A whole student of a family, by its own head's loss."""
     from moe_dist.conversion import dense_to_moe, plan_partition
+    from moe_dist.conversion.families import half_fault
     from tests.conversion.dense_models import labelled_batch, random_scores, tiny_model
 
     dense = tiny_model(family)
-    plan = plan_partition(
-        random_scores(dense), num_experts=4, expert_size=8, num_shared_neurons=8
-    )
+    if half_fault(dense):
+        precision = "fp32"
+    plan = plan_partition(random_scores(dense), num_experts=4, expert_size=8, num_shared_neurons=8)
     student = dense_to_moe(dense, plan, router=router, seed=1)
     batch = {name: column.to(device) for name, column in labelled_batch(student).items()}
     student = student.to(device).eval()
@@ -212,29 +234,82 @@ def family_case(family: str, router: str, precision: str, device: torch.device) 
     return Prepared(forward, tuple(student.parameters()))
 
 
+def kind_case(kind: str, precision: str, device: torch.device) -> Prepared:
+    """A step of distillation of a kind of task, with its own loss where it has one."""
+    from moe_dist.conversion import dense_to_moe, plan_partition
+    from moe_dist.tasks import TASK_KINDS
+    from moe_dist.training.step import distill_terms, freeze
+    from tests.conversion.dense_models import random_scores, tiny_model, token_batch
+
+    family, head = _MODELS[kind]
+    changes: dict[str, Any] = {"num_labels": 1} if kind == "regression" else {}
+    dense = tiny_model(family, head, **changes)
+    names = ("no", "yes") if kind == "classification" else None
+    for name, value in TASK_KINDS[kind].model_settings(names).items():
+        setattr(dense.config, name, value)
+    plan = plan_partition(random_scores(dense), num_experts=4, expert_size=8, num_shared_neurons=8)
+    student = dense_to_moe(dense, plan, router="token_gate", seed=1).to(device).train()
+    teacher = freeze(dense).to(device)
+    host = token_batch()
+    ids, mask = host["input_ids"], host["attention_mask"]
+    has_target = mask.roll(-1, dims=1) * mask
+    has_target[:, -1] = 0
+    labels = {
+        "regression": torch.tensor([0.5, 1.0, -1.0, 0.0]),
+        "question_answering": torch.tensor([[1, 2], [0, 0], [0, 1], [1, 1]]),
+    }
+    host |= {
+        "labels": labels.get(kind, torch.tensor([0, 1, 1, 0])),
+        "next_ids": (ids.roll(-1, dims=1) + 1) * has_target,
+        "targets": ids.masked_fill(mask == 0, -100),
+        "num_targets": has_target.sum(dim=1),
+    }
+    batch = {name: column.to(device) for name, column in host.items()}
+
+    def forward() -> Tensor:
+        with autocast(precision, device):
+            computed = distill_terms(
+                student, teacher, batch, z_loss=True, with_task=kind != "embedding"
+            )
+        return torch.stack([term.sum for term in computed.terms.values()]).sum()
+
+    return Prepared(forward, tuple(student.parameters()))
+
+
+_MODELS = {
+    "classification": ("bert", "ForSequenceClassification"),
+    "regression": ("bert", "ForSequenceClassification"),
+    "embedding": ("bert", "Model"),
+    "causal_lm": ("llama", "ForCausalLM"),
+    "question_answering": ("roberta", "ForQuestionAnswering"),
+    "seq2seq": ("t5", "ForConditionalGeneration"),
+}
+
+
 def step_case(precision: str, device: torch.device) -> Prepared:
     """Two steps of the loop, from batches in host memory to the log's line."""
     from moe_dist.distributed.engine import build_engine
     from moe_dist.losses.total import LossWeight
     from moe_dist.training.loop import LoopSettings, train
     from moe_dist.training.step import distill_terms, freeze
-    from tests.training.tiny import tiny_batches, tiny_bert, tiny_student
+    from tests.training.tiny import tiny_batches, tiny_bert
 
     dense = tiny_bert(dropout=0.0)
-    student = tiny_student(dense, gate_noise=0.1)
+    student = _student(dense, gate_noise=0.1)
     teacher = freeze(dense).to(device)
     names = ("task", "prediction_kl", "hidden_mse", "load_balancing", "z_loss")
 
+    engine = build_engine(
+        student,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        num_steps=2,
+        precision=precision,
+        device=device,
+    )
+
     def forward() -> Tensor:
-        engine = build_engine(
-            student,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            num_steps=2,
-            precision=precision,
-            device=device,
-        )
-        losses = []
+        losses: list[float] = []
         train(
             engine,
             tiny_batches(),
@@ -255,6 +330,7 @@ def job_case(name: str, device: torch.device) -> Prepared:
     from moe_dist.conversion import dense_to_moe, plan_partition
     from moe_dist.inference.saving import load_model, load_tokenizer, save_model
     from moe_dist.jobs import fit_outputs, importance, predict
+    from moe_dist.training import hardware
     from tests.training.tiny_task import job_fields
 
     scratch = tempfile.TemporaryDirectory(prefix="moe-dist-device-")
@@ -263,7 +339,9 @@ def job_case(name: str, device: torch.device) -> Prepared:
     teacher = root / "teacher"
     dense = _classifier(root / "bert")
     save_model(dense, teacher, tokenizer=load_tokenizer(root / "bert"))
-    plan = plan_partition([torch.arange(32.0)] * 2, num_experts=4, expert_size=8)
+    plan = plan_partition(
+        [torch.arange(32.0)] * 2, num_experts=4, expert_size=8, num_shared_neurons=0
+    )
     student = root / "student"
     save_model(
         dense_to_moe(load_model(teacher), plan, router="token_gate"),
@@ -288,11 +366,11 @@ def job_case(name: str, device: torch.device) -> Prepared:
         return torch.zeros(())
 
     def on_device() -> Tensor:
-        where = (predict, importance, fit_outputs)
-        with mock.patch.multiple(where[0], pick_device=lambda _: device):
-            with mock.patch.multiple(where[1], pick_device=lambda _: device):
-                with mock.patch.multiple(where[2], pick_device=lambda _: device):
-                    return forward()
+        with ExitStack() as stack:
+            for module in (predict, importance, fit_outputs):
+                stack.enter_context(mock.patch.object(module, "pick_device", return_value=device))
+            stack.enter_context(mock.patch.object(hardware, "_is_fast_at_bf16", return_value=True))
+            return forward()
 
     return Prepared(on_device)
 
@@ -302,6 +380,68 @@ def _classifier(directory: Path) -> Any:
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2).eval()
+
+
+class _Faulty(nn.Module):
+    """A layer with one fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Multiply, and do the wrong thing beside it."""
+        out_TD = hidden_TD * self.weight
+        ids_T = torch.zeros(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
+        if self.fault == "tensor of the host":
+            out_TD = out_TD + torch.ones(4)
+        elif self.fault == "value":
+            out_TD = out_TD * (1.0 if float(out_TD.sum()) > 0 else -1.0)
+        elif self.fault == "list":
+            out_TD = out_TD * len(ids_T.tolist())
+        elif self.fault == "bincount":
+            out_TD = out_TD * torch.bincount(ids_T, minlength=4)
+        elif self.fault == "mask":
+            out_TD = out_TD[ids_T == 0]
+        elif self.fault == "index of the host":
+            out_TD = out_TD[torch.zeros(3, dtype=torch.int64)]
+        elif self.fault == "copy":
+            out_TD = out_TD * torch.ones(4).to(out_TD.device)
+        elif self.fault == "repeats":
+            out_TD = out_TD.repeat_interleave(ids_T + 2, dim=0)
+        elif self.fault == "backward":
+            out_TD.register_hook(lambda gradient: gradient * float(gradient.sum() != 0))
+        elif self.fault == "other values":
+            out_TD = out_TD + (hidden_TD.device.type != "cpu")
+        return out_TD
+
+
+def _faulty_case(fault: str, device: torch.device) -> Prepared:
+    layer = _Faulty(fault).to(device)
+    hidden = torch.arange(12.0).view(3, 4).to(device)
+    return Prepared(lambda: layer(hidden).sum(), (layer.weight,))
+
+
+FAULTS: dict[str, tuple[int, int]] = {
+    "none": (0, 0),
+    "value": (1, 0),
+    "list": (1, 0),
+    "bincount": (1, 0),
+    "mask": (1, 1),
+    "index of the host": (1, 1),
+    "copy": (1, 0),
+    "repeats": (1, 0),
+    "backward": (0, 1),
+}
+"""Deliberately wrong layers, and the waits that must be found in forward and backward."""
+LOUD_FAULTS = {"tensor of the host": "WrongDeviceError", "other values": "is off by"}
+"""Others, and what must be said of them."""
+
+
+def faulty_cases() -> dict[str, Case]:
+    """Name the cases that prove that a fault is found."""
+    return {f"fault: {name}": partial(_faulty_case, name) for name in (*FAULTS, *LOUD_FAULTS)}
 
 
 def all_cases() -> dict[str, Case]:
@@ -319,9 +459,11 @@ def all_cases() -> dict[str, Case]:
             found[f"family {family}, {precision}"] = partial(
                 family_case, family, "token_gate", precision
             )
+        for kind in _MODELS:
+            found[f"kind of task {kind}, {precision}"] = partial(kind_case, kind, precision)
         found[f"two steps, {precision}"] = partial(step_case, precision)
     for regularizer in ("spectral", "r1"):
         found[f"adversary {regularizer}"] = partial(adversary_case, regularizer)
-    for name in ("predict", "score-importance", "fit-outputs"):
-        found[f"job {name}"] = partial(job_case, name)
+    for name, precision in (("predict", ", bf16"), ("score-importance", ""), ("fit-outputs", "")):
+        found[f"job {name}{precision}"] = partial(job_case, name)
     return found

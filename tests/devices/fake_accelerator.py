@@ -1,4 +1,4 @@
-"""An accelerator that is not there: tensors that say `fakegpu`, compute on the CPU, and are watched.
+"""An accelerator that is not there: its tensors compute on the CPU, and are watched.
 
 Values are real, and so are gradients and shapes that depend on data. What would fail on a GPU
 raises here (operands on two devices), and what would make the host wait for the device is counted.
@@ -146,7 +146,8 @@ def accelerator() -> Iterator[Watch]:
     # What `torch.tensor` makes becomes visible before it is copied to a device.
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with Watch() as watch:
+        # One thread, whose settings are those of this block.
+        with torch.autograd.set_multithreading_enabled(False), Watch() as watch:
             yield watch
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
@@ -155,6 +156,8 @@ def accelerator() -> Iterator[Watch]:
 def set_up() -> torch.device:
     """Tell torch of the accelerator and of its autocast, once in a process, and name it."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    # As on devices of torch's own, weights that are tied stay so when a model is moved.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     others = torch.library.Library("_", "IMPL")
     others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     library = torch.library.Library("aten", "IMPL")
@@ -216,14 +219,11 @@ def _waits(
 
 
 def _place() -> str:
-    """Name the innermost line of ours, or of whoever else is not torch."""
+    """Name the innermost line that is not torch's."""
     frames = [
         frame
         for frame in traceback.extract_stack()[:-2]
         if "/torch/" not in frame.filename and "/devices/fake_accelerator" not in frame.filename
     ]
-    ours = [frame for frame in frames if "/moe_dist/" in frame.filename]
-    if not frames:
-        return "autograd"
-    last = (ours or frames)[-1]
+    last = frames[-1]
     return f"{'/'.join(last.filename.split('/')[-2:])}:{last.lineno}"
