@@ -7,7 +7,7 @@ and if its answer has a graph, differentiated.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -138,8 +138,9 @@ def objective_case(objective: str, precision: str, device: torch.device) -> Prep
 
     is_router = objective == "router"
     dense = tiny_bert(dropout=0.0)
+    layers: Sequence[int] = range(2)
     if is_router:
-        plan, layers, student = None, range(2), _student(dense, capacity_factor=1.0)
+        plan, student = None, _student(dense, capacity_factor=1.0)
         own = {"hidden_weight": 1.0}
     else:
         plan = plan_shrink(

@@ -50,7 +50,7 @@ class FakeTensor(Tensor):
     """A tensor whose numbers lie in `on_host`."""
 
     on_host: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, on_host: Tensor) -> FakeTensor:
@@ -66,7 +66,7 @@ class FakeTensor(Tensor):
         made.on_host = on_host
         return made
 
-    def __repr__(self, *, tensor_contents: None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Show the numbers without a wait."""
         return f"{NAME} {self.on_host!r}"
 
@@ -75,7 +75,9 @@ class FakeTensor(Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuse what nobody watches."""
         raise AssertionError(f"{func} on {NAME} outside an `accelerator` block")
 
