@@ -20,7 +20,9 @@ from torch import Tensor
 
 from moe_dist.moe import grouped_linear
 from tests.devices import fake_accelerator
-from tests.devices.cases import OLDER, Case, all_cases, faulty_cases
+from tests.devices.cases import all_cases
+from tests.devices.layer_cases import faulty_cases
+from tests.devices.prepared import OLDER, Case
 
 TABLE = Path(__file__).with_name("waits.json")
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.devices.cases import FAULTS, LOUD_FAULTS, OLDER, all_cases, faulty_cases
+from tests.devices.cases import all_cases
+from tests.devices.layer_cases import FAULTS, LOUD_FAULTS, faulty_cases
+from tests.devices.prepared import OLDER
 from tests.devices.run_cases import TABLE
 
 # Half a minute of one quiet core, all in the first test's fixture.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 WAITS: dict[str, list[int]] = json.loads(TABLE.read_text(encoding="utf-8"))
 CASES = list(all_cases())
 
@@ -28,7 +30,7 @@ def results() -> dict[str, dict[str, Any]]:
         [sys.executable, "-m", "tests.devices.run_cases"],
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=880,
         check=False,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

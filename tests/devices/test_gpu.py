@@ -12,7 +12,9 @@ import torch
 
 from moe_dist.moe import grouped_linear
 from moe_dist.moe.on_device import has_grouped_products
-from tests.devices.cases import OLDER, all_cases, layer_case
+from tests.devices.cases import all_cases
+from tests.devices.layer_cases import layer_case
+from tests.devices.prepared import OLDER
 from tests.devices.run_cases import compare, run_case
 
 pytestmark = pytest.mark.gpu
