@@ -185,19 +185,19 @@ class TokenGroups:
         """Sort the tokens of a layer."""
         by_linear, group_T = merges.by_linear, merges.group_T
         num_groups = next(iter(by_linear.values())).expert_ids.shape[0]
+        ids = [routing.expert_ids.flatten() for routing in by_linear.values()]
+        is_unsorted = (group_T[1:] < group_T[:-1]).any().view(1)
         # An accelerator is read once for all that the host must know of a layer.
-        facts = [
-            (group_T[1:] < group_T[:-1]).any().view(1),
-            *(_num_used(routing.expert_ids) for routing in by_linear.values()),
-            count_ids(group_T, num_groups),
-        ]
-        is_unsorted, *numbers = torch.cat(facts).tolist()
+        facts = torch.cat([is_unsorted, count_ids(group_T, num_groups), *ids]).tolist()
         order_T = None
-        if is_unsorted:
+        if facts[0]:
             order_T = group_T.argsort(stable=True)
             group_T = group_T[order_T]
-        num_used = dict(zip(by_linear, numbers, strict=False))
-        return cls(by_linear, group_T, numbers[len(by_linear) :], num_used, order_T)
+        num_used, start = {}, 1 + num_groups
+        for name, own in zip(by_linear, ids, strict=True):
+            num_used[name] = len(set(facts[start : start + len(own)]))
+            start += len(own)
+        return cls(by_linear, group_T, facts[1 : 1 + num_groups], num_used, order_T)
 
     @property
     def num_filled(self) -> int:
@@ -219,12 +219,6 @@ class TokenGroups:
     def spread(self, bias_GO: Tensor, dtype: torch.dtype) -> Tensor:
         """Give each sorted token its group's row."""
         return bias_GO.to(dtype).index_select(0, self.group_T)
-
-
-def _num_used(ids_GK: Tensor) -> Tensor:
-    """Count the experts that occur: (1,) int64."""
-    sorted_ids = ids_GK.flatten().sort().values
-    return (sorted_ids[1:] != sorted_ids[:-1]).sum().view(1) + min(1, len(sorted_ids))
 
 
 def _merged_bias(bias_EO: Tensor, routing: Routing) -> Tensor:

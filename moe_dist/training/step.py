@@ -18,6 +18,7 @@ from moe_dist.losses.router import (
     router_entropy,
     router_z_loss,
     token_entropy,
+    token_weights,
     without_padding,
 )
 from moe_dist.losses.total import LossTerm
@@ -200,12 +201,11 @@ def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
 
 
 def _probability_sum(entry: LayerRouting) -> GateSum:
-    routing, mask_T = entry.routing, entry.mask_T
-    assert routing.logits is not None
-    probability_TE = without_padding(routing.logits, mask_T).float().softmax(dim=-1)
-    if mask_T is not None:
-        probability_TE = probability_TE * mask_T.reshape(-1, 1)
-    return GateSum(probability_TE.sum(dim=0), routing.expert_ids.shape[1])
+    logits_TE, real_T = _real_tokens(entry)
+    probability_TE = logits_TE.float().softmax(dim=-1)
+    if real_T is not None:
+        probability_TE = probability_TE * real_T[:, None]
+    return GateSum(probability_TE.sum(dim=0), entry.routing.expert_ids.shape[1])
 
 
 def _merge_sum(entry: LayerRouting) -> GateSum:
@@ -223,6 +223,21 @@ def _merge_sum(entry: LayerRouting) -> GateSum:
     else:
         load_E = (noisy_load(clean_GE, scores_GE, std_GE, top_k) * real_G1).sum(dim=0)
     return GateSum(_by_expert(routing.expert_ids, weights_GK, entry.num_experts), top_k, load_E)
+
+
+def _real_tokens(entry: LayerRouting) -> tuple[Tensor, Tensor | None]:
+    """Give the logits of real tokens and None.
+
+    On an accelerator those of all, padding's 0, and (T,) float32 which are real: how many there
+    are the host does not know, and would have to wait for.
+    """
+    logits_TE, mask_T = entry.routing.logits, entry.mask_T
+    assert logits_TE is not None
+    if mask_T is None:
+        return logits_TE, None
+    if logits_TE.device.type == "cpu":
+        return logits_TE[mask_T.bool()], None
+    return without_padding(logits_TE, mask_T), mask_T.float()
 
 
 def _added(one: GateSum, other: GateSum) -> GateSum:
@@ -286,18 +301,18 @@ def _router_terms(
         wanted["z_loss"] = router_z_loss
     if entropy:
         wanted["router_entropy"] = router_entropy
-    learned = [
-        (entry, entry.routing.logits)
-        for entry in record.entries
-        if entry.routing.logits is not None
-    ]
+    learned = [entry for entry in record.entries if entry.routing.logits is not None]
     if not learned or not wanted:
         return {}
+    given = [
+        (logits_TE, None if real_T is None else token_weights(real_T))
+        for logits_TE, real_T in map(_real_tokens, learned)
+    ]
     # A decoder that writes has tokens of its own; they are what its layers' means are over.
-    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry, _ in learned]
+    is_written = [kind.writes and "decoder" in entry.name.split(".") for entry in learned]
     terms = {}
     for name, loss in wanted.items():
-        means = [loss(logits_TE, entry.mask_T) / len(learned) for entry, logits_TE in learned]
+        means = [loss(logits_TE, weights_T) / len(learned) for logits_TE, weights_T in given]
         none = means[0].new_zeros(())
         read, written = (
             sum((mean for mean, own in zip(means, is_written, strict=True) if own is which), none)

@@ -116,7 +116,10 @@ class Watch(TorchDispatchMode):
         def wrapped(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return known[id(leaf)] if id(leaf) in known else FakeTensor(leaf)
+            same = known.get(id(leaf))
+            if same is not None and same.shape != leaf.shape:
+                raise NotImplementedError(f"{func} changes a shape in place; {NAME} cannot")
+            return FakeTensor(leaf) if same is None else same
 
         return tree_map(wrapped, found)
 
