@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test test-full test-chaos check format docs clean
+.PHONY: help setup demo test test-full test-chaos test-gpu check format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test-full: $(STAMP) ## all tests
 
 test-chaos: $(STAMP) ## hurt runs in a dozen ways, 40 times; all kinds only as root
 	$(BIN)/python -m tests.chaos --faults 40 --seed 0
+
+test-gpu: $(STAMP) ## the tests that need a GPU, and a page of its figures; without one nothing
+	$(BIN)/python -m pytest -q -rs -m gpu
+	$(BIN)/moe-dist benchmark gpu
 
 check: $(STAMP) ## format, lint, types, import contracts, docstrings
 	$(BIN)/ruff format --check .

@@ -251,6 +251,20 @@ def benchmark_layer(
         )
 
 
+@benchmark_app.command("gpu")
+def benchmark_gpu(
+    tokens: Annotated[int, typer.Option(help="Tokens of a layer's call.")] = 4096,
+    repeats: Annotated[int, typer.Option(help="Timed calls, and timed steps.")] = 20,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/results/gpu.md"),
+    debug: Debug = False,
+) -> None:
+    """Measure layers, waits and steps on this machine's GPU, and write a page of it."""
+    with clean_errors(debug=debug):
+        from .benchmarks.gpu import GpuBenchmark, main
+
+        main(GpuBenchmark(num_tokens=tokens, num_repeats=repeats, out=out))
+
+
 @benchmark_app.command("importance")
 def benchmark_importance(
     mean_tokens: Annotated[

@@ -26,6 +26,7 @@ __all__ = [
     "find_attention",
     "find_slots",
     "find_stacks",
+    "half_fault",
     "is_a",
     "known_family",
     "position_limit",
@@ -148,6 +149,12 @@ def known_family(model: nn.Module) -> FamilySpec | None:
     """Find the family of a model, dense or converted; None if the architecture is not known."""
     config: Any = getattr(model, "config", None)
     return FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix("moe_"))
+
+
+def half_fault(model: nn.Module) -> str:
+    """Say why a model cannot compute in bfloat16; empty where it can."""
+    spec = known_family(model)
+    return "" if spec is None else spec.no_bf16
 
 
 def family_of(model: nn.Module) -> FamilySpec:

@@ -46,6 +46,7 @@ class FamilySpec:
         no_attention: why scores cannot be read that way, where they cannot.
         size_keys: configuration entries that hold F.
         task_head: in a sequence classifier the path of the linear layer that gives the logits.
+        no_bf16: why it cannot compute in bfloat16, where it cannot.
         pad_position: what position padding has, where a text's own begin behind it: a number, or
             the configuration entry that holds it; None where they begin at 0.
     """
@@ -76,6 +77,7 @@ class FamilySpec:
     no_attention: str = ""
     size_keys: tuple[str, ...] = ()
     task_head: str = ""
+    no_bf16: str = ""
     pad_position: int | str | None = None
 
     @property
@@ -118,6 +120,7 @@ def _bert_kind(
     attention: str = "",
     attention_out: str = "attention.output",
     no_attention: str = "",
+    no_bf16: str = "",
     multiple_choice: bool = True,
     mixes_after_attention: bool = False,
     pad_position: int | str | None = None,
@@ -141,6 +144,7 @@ def _bert_kind(
         attention=attention or f"{name}SelfAttention",
         attention_width="all_head_size",
         no_attention=no_attention,
+        no_bf16=no_bf16,
         size_keys=("intermediate_size",),
         task_head=task_head,
         pad_position=pad_position,
@@ -199,6 +203,7 @@ _ROWS = (
         task_head="classifier",
         attention="DisentangledSelfAttention",
         no_attention=_ADDS_PLACES,
+        no_bf16="DeBERTa masks attention with a number that bfloat16 does not hold",
         multiple_choice=False,
     ),
     _bert_kind(

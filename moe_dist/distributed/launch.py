@@ -43,9 +43,13 @@ def training_device() -> torch.device:
         use_gpu = torch.cuda.is_available()
     if not use_gpu:
         return torch.device("cpu")
+    return torch.device("cuda", _own_gpu())
+
+
+def _own_gpu() -> int:
+    """Number this process's GPU among those it sees, which may be its own alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    index = local_rank if local_rank < torch.cuda.device_count() else 0
-    return torch.device("cuda", index)
+    return local_rank if local_rank < torch.cuda.device_count() else 0
 
 
 def ensure_process_group() -> None:
@@ -58,7 +62,7 @@ def ensure_process_group() -> None:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     else:

@@ -17,6 +17,7 @@ from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.merge import Merges, TokenGroups, stacked_merges
 from moe_dist.moe.merge_gates import TaskMergeGate
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import RoutingContext
 
 
@@ -39,7 +40,7 @@ def decide_over_group(
         )
     tasks_B = gate.tasks_of(hidden_TD, context)
     present_N = torch.zeros(gate.num_tasks, dtype=torch.int32, device=hidden_TD.device)
-    present_N[tasks_B] = 1
+    present_N[bring(tasks_B, hidden_TD.device)] = 1
     with collective("exchange of tasks"):
         dist.all_reduce(present_N, op=dist.ReduceOp.MAX, group=group)
     return gate.for_tasks(present_N.nonzero().flatten(), tasks_B, hidden_TD, context)

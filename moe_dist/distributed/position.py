@@ -7,11 +7,17 @@ one or two microseconds; the watchdog (`moe_dist.distributed.watchdog`) reads it
     begin_step(7)
     with collective("gradient reduction"):
         dist.all_reduce(...)
+
+With NCCL such a call returns as soon as the GPU was told of it, and the host waits somewhere else
+for what it gives. So what the GPU has not got through yet counts as where the process is
+(`follow_device`).
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from types import TracebackType
@@ -54,14 +60,45 @@ class _Here:
     def __init__(self) -> None:
         self.position = Position(since=time.monotonic())
         self.on_phase: Callable[[str], None] | None = None
+        self.mark: Callable[[], Callable[[], bool]] | None = None
+        self._queued: deque[tuple[str, int, Callable[[], bool]]] = deque()
+        self._lock = threading.Lock()
+
+    def queue(self, name: str, number: int) -> None:
+        """Note a collective that the GPU was told of."""
+        if self.mark is not None:
+            is_done = self.mark()
+            self.oldest()
+            self._queued.append((name, number, is_done))
+
+    def oldest(self) -> tuple[str, int] | None:
+        """Name the first collective that the GPU has not got through."""
+        with self._lock:
+            while self._queued:
+                name, number, is_done = self._queued[0]
+                if not is_done():
+                    return name, number
+                self._queued.popleft()
+        return None
+
+    def forget(self) -> None:
+        with self._lock:
+            self._queued.clear()
 
 
 _here = _Here()
 
 
 def current_position() -> Position:
-    """Return where this process is: the position of the last mark."""
-    return _here.position
+    """Return where this process is: the position of the last mark.
+
+    While it computes, or waits for its GPU, with the collective that the GPU is in, if any.
+    """
+    position = _here.position
+    oldest = None if position.collective else _here.oldest()
+    if oldest is None:
+        return position
+    return position._replace(collective=oldest[0], number=oldest[1])
 
 
 def enter_phase(phase: str) -> None:
@@ -95,6 +132,17 @@ def follow_phases(on_phase: Callable[[str], None] | None) -> None:
     """
     _here.position = Position(since=time.monotonic())
     _here.on_phase = on_phase
+    _here.forget()
+
+
+def follow_device(mark: Callable[[], Callable[[], bool]] | None) -> None:
+    """Follow collectives until the GPU is through with them.
+
+    `mark` is called at the end of each, and gives a function that tells whether the GPU has got
+    there (`moe_dist.distributed.device_queue`); None believes each done when its call returns.
+    """
+    _here.mark = mark
+    _here.forget()
 
 
 def mark_calls(owner: Any, method: str, name: str) -> None:
@@ -137,6 +185,7 @@ class collective:
         """Go on with what was done before; a failed collective stays marked, for the message."""
         if kind is None:
             left, before = _here.position, self._before
+            _here.queue(self._name, left.number)
             _here.position = Position(
                 before.phase, before.step, before.collective, left.number, time.monotonic()
             )

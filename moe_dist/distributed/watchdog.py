@@ -132,7 +132,7 @@ class Watchdog:
                 self._missing_since.clear()
                 continue
             stall = judge(self._look(position, waited_s), step_timeout_s=self._limit_s)
-            if stall is None or current_position() is not position or self._done.is_set():
+            if stall is None or current_position() != position or self._done.is_set():
                 continue
             self._leave_word(stall)
             self._kill(stall.lost)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.families import half_fault
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
@@ -33,7 +34,12 @@ from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.cpu_attention import half_attention
-from moe_dist.training.hardware import peak_memory_gib, pick_device, pick_precision
+from moe_dist.training.hardware import (
+    peak_device_memory_gib,
+    peak_memory_gib,
+    pick_device,
+    pick_precision,
+)
 from moe_dist.training.loop import (
     ComputeTerms,
     LoopSettings,
@@ -79,8 +85,8 @@ def train_model(
     Returns:
         ``metrics`` of the measured split, ``train`` (the last line of the metric log),
         ``expert_load`` by layer (of at most `MAX_LOGGED_EXPERTS` experts), ``num_steps``,
-        ``resumed_from``, ``seconds``, ``peak_memory_gib`` (all ranks) and ``model`` (the
-        directory).
+        ``resumed_from``, ``seconds``, ``peak_memory_gib`` (all ranks), on GPUs
+        ``peak_device_memory_gib`` (of the fullest) and ``model`` (the directory).
     """
     section, parallel = job.train, job.parallel
     stage_dir = Path(job.stage_dir)
@@ -108,7 +114,7 @@ def train_model(
         expert_learning_rate_scale=section.expert_learning_rate_scale,
         zero_stage=parallel.zero_stage,
         ep_size=ep_size,
-        precision=pick_precision(section.precision, device),
+        precision=pick_precision(section.precision, device, half_fault(model)),
         micro_batches_per_step=section.accumulation,
         max_grad_norm=section.max_grad_norm,
         device=device,
@@ -117,7 +123,7 @@ def train_model(
     loads: dict[str, list[float]] = {}
     split = job.eval_split
 
-    # In fp32 whatever the steps are computed in, as `evaluate` and users do.
+    # In the precision of `evaluate` and of users, whatever the steps are computed in.
     answer = partial(
         predict,
         engine.module,
@@ -221,6 +227,7 @@ def _summary(result: TrainResult, split: Split, device: torch.device) -> dict[st
         if name.startswith(load_prefix):
             layer = name.removeprefix(load_prefix).rpartition("/")[0]
             loads.setdefault(layer, []).append(share)
+    device_memory = peak_device_memory_gib(device)
     return {
         "metrics": {
             name.removeprefix(prefix): value
@@ -233,6 +240,7 @@ def _summary(result: TrainResult, split: Split, device: torch.device) -> dict[st
         "resumed_from": result.resumed_from,
         "seconds": result.seconds,
         "peak_memory_gib": float(sum_over_ranks(memory)),
+        **({} if device_memory is None else {"peak_device_memory_gib": device_memory}),
     }
 
 

@@ -87,24 +87,43 @@ def noisy_load(clean_GE: Tensor, noisy_GE: Tensor, std_GE: Tensor, top_k: int) -
     return torch.special.ndtr((clean_GE - threshold_GE) / std_GE)
 
 
-def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens (padding removed, at least one) of ``logsumexp²``: keeps the softmax stable.
+def router_z_loss(logits_TE: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens, at least one, of ``logsumexp²``: keeps the softmax stable.
 
-    Source: ST-MoE, arXiv:2202.08906.
+    `weights_T` are `token_weights`; None if no token is padding. Source: ST-MoE, arXiv:2202.08906.
     """
     if logits_TE.shape[0] == 0:
         raise ValueError("the z-loss needs at least one token that is not padding")
-    return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()
+    return _mean(torch.logsumexp(logits_TE.float(), dim=-1).square(), weights_T)
 
 
-def router_entropy(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens (padding removed, at least one) of the routing's entropy, 0 to log(E) nats.
+def router_entropy(logits_TE: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens, at least one, of the routing's entropy, 0 to log(E) nats.
 
     It makes choices sharp and says nothing of the load: it goes with `load_balancing_loss`.
+    `weights_T` are `token_weights`; None if no token is padding.
     """
     if logits_TE.shape[0] == 0:
         raise ValueError("the entropy needs at least one token that is not padding")
-    return token_entropy(logits_TE).mean()
+    return _mean(token_entropy(logits_TE), weights_T)
+
+
+def without_padding(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Set padding to 0, so that whatever it holds reaches no sum and no gradient.
+
+    Taking the real rows out would keep the host waiting for their number.
+    """
+    return logits_TE if mask_T is None else logits_TE.masked_fill(~mask_T.bool()[:, None], 0.0)
+
+
+def token_weights(mask_T: Tensor) -> Tensor:
+    """Weigh tokens for a mean over the real ones: (T,) float32, padding 0."""
+    real_T = mask_T.float()
+    return real_T / real_T.sum().clamp(min=1)
+
+
+def _mean(values_T: Tensor, weights_T: Tensor | None) -> Tensor:
+    return values_T.mean() if weights_T is None else (values_T * weights_T).sum()
 
 
 def token_entropy(logits_TE: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.distributed.position import advancing
 from moe_dist.moe.routing import record_routing
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
+from moe_dist.training.hardware import answering
 from moe_dist.training.step import expert_counts, routing_sums
 from moe_dist.training.transfer import ahead
 
@@ -43,7 +45,9 @@ def predict(
     device: torch.device,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Predictions:
-    """Run a model in fp32 over a data set, each rank its share; collective.
+    """Run a model over a data set, each rank its share; collective.
+
+    It computes in fp32, on a GPU that is fast at it in bf16 (`answering`).
 
     `eval_batches` gives every rank equally many batches, since with experts on several ranks a
     forward is a meeting of all; what it repeats for that counts once. Of a kind of task that
@@ -61,7 +65,7 @@ def predict(
     Returns:
         All predictions, on every rank.
     """
-    kind = answered_kind(model)
+    kind, fault = answered_kind(model), half_fault(model)
     was_training = model.training
     model.eval()
     sums_NC: Tensor | None = None
@@ -77,10 +81,10 @@ def predict(
     try:
         with torch.no_grad():
             for batch in advancing(ahead(batches, device)):
-                with record_routing() as record:
+                with answering(device, fault), record_routing() as record:
                     answers_BC = kind.answer(model, batch, options).float()
                 if kind.writes:
-                    with record_routing() as record:
+                    with answering(device, fault), record_routing() as record:
                         kind.run(model, batch)
                 if sums_NC is None:
                     sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends import QUICK_FORMS, ORACLE
+from moe_dist.inference.backends import ORACLE, QUICK_FORMS
 from moe_dist.measure.latency import (
     Latency,
     OtherWork,

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,8 +16,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.heads import read_heads
 from moe_dist.moe.routing import use_task
+from moe_dist.training.hardware import answering
 
 AnyName = TypeVar("AnyName", bound=Hashable)
 
@@ -120,6 +122,7 @@ def measure_in_turn(
     seq_len: int,
     threads: int | None = None,
     seed: int = 0,
+    half_on_gpus: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[AnyName, dict[int, Latency]]:
     """Time forward passes on random tokens without padding, where the models are.
@@ -133,6 +136,8 @@ def measure_in_turn(
         seq_len: tokens in a sequence (for a decoder of an encoder-decoder as well).
         threads: CPU threads of torch, restored afterwards; None leaves them.
         seed: of the tokens.
+        half_on_gpus: on a GPU compute as answers are given (`answering`), and not in the models'
+            own precision.
         progress: called after each round with the rounds made and the most there will be.
 
     Returns:
@@ -146,7 +151,9 @@ def measure_in_turn(
         for name, model in models.items():
             with _eval_mode(model), _num_threads(threads), torch.inference_mode(), any_task(model):
                 for size in batch_sizes:
-                    found[name][size] += _time_passes(model, size, seq_len, rounds, seed)
+                    found[name][size] += _time_passes(
+                        model, size, seq_len, rounds, seed=seed, half_on_gpus=half_on_gpus
+                    )
         progress(done + 1, rounds.most)
     return {
         name: {size: Latency(tuple(times)) for size, times in by_size.items()}
@@ -175,13 +182,20 @@ def _busy_s() -> float:
 
 
 def _time_passes(
-    model: nn.Module, batch_size: int, seq_len: int, rounds: Rounds, seed: int
+    model: nn.Module,
+    batch_size: int,
+    seq_len: int,
+    rounds: Rounds,
+    *,
+    seed: int,
+    half_on_gpus: bool,
 ) -> list[float]:
     device = next(model.parameters()).device
     batch = random_batch(model, batch_size, seq_len, device=device, seed=seed)
-    for _ in range(rounds.num_warmups):
-        model(**batch)
-    return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
+    with answering(device, half_fault(model)) if half_on_gpus else nullcontext():
+        for _ in range(rounds.num_warmups):
+            model(**batch)
+        return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
 
 
 def any_task(model: nn.Module) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConversionError
+from moe_dist.moe.on_device import count_ids
 from moe_dist.moe.routing import Routing
 from moe_dist.router_spec import DropPolicy, RouterSpec
 
@@ -83,7 +84,7 @@ class Capacity:
         by_expert = slot_ids[priority].argsort(stable=True)
         order = priority[by_expert]
         sorted_ids = slot_ids[order]
-        counts = torch.bincount(slot_ids, minlength=num_experts + 1)
+        counts = count_ids(slot_ids, num_experts + 1)
         starts = counts.cumsum(0) - counts
         places = torch.arange(order.numel(), device=order.device) - starts[sorted_ids]
         kept = torch.empty_like(order, dtype=torch.bool)

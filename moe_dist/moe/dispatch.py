@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.experts import Experts, compute_dtype
+from moe_dist.moe.on_device import count_ids
 from moe_dist.moe.routing import Routing
 
 
@@ -50,7 +51,10 @@ class LocalDispatcher:
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Give the (T, D) weighted sums, in `compute_dtype` of the input."""
-        order = sort_slots(routing.expert_ids, experts.num_experts, routing.kept)
+        # An accelerator computes what is not kept too, with weight 0: how many rows are left is
+        # known to the device alone, and the host would have to ask.
+        kept_TK = routing.kept if hidden_TD.device.type == "cpu" else None
+        order = sort_slots(routing.expert_ids, experts.num_experts, kept_TK)
         sorted_SD = permute(hidden_TD.to(compute_dtype(hidden_TD)), order)
         return unpermute(experts(sorted_SD, order.tokens_per_expert_E), routing, order)
 
@@ -75,7 +79,7 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int, kept_TK: Tensor | None =
     positions = torch.empty_like(slots)
     positions[slots] = torch.arange(slots.numel(), device=slots.device)
     positions_TK = positions.view(expert_ids_TK.shape)
-    tokens_per_expert_E = torch.bincount(expert_ids, minlength=num_experts)[:num_experts]
+    tokens_per_expert_E = count_ids(expert_ids, num_experts + 1)[:num_experts]
     if kept_TK is not None:
         slots = slots[: int(tokens_per_expert_E.sum())]
         positions_TK = positions_TK * kept_TK

@@ -20,6 +20,7 @@ from moe_dist.moe.grouped_linear import (
     group_rows,
     grouped_linear,
 )
+from moe_dist.moe.on_device import bring
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -191,7 +192,7 @@ def _bias_only(rows_TD: Tensor, b_out: _Weight | None, tokens_per_expert_E: Tens
     if b_out is None:
         return torch.zeros_like(rows_TD)
     b_out_ED = b_out.value
-    counts_E = tokens_per_expert_E.to(rows_TD.device)
+    counts_E = bring(tokens_per_expert_E, rows_TD.device)
     experts_E = torch.arange(b_out_ED.shape[0], device=rows_TD.device)
     expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TD.shape[0])
     return F.embedding(expert_of_row_T, b_out_ED)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.noise import normal_rows, uniform_rows
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext, check_padding_is_known
 from moe_dist.router_spec import GateScale
 
@@ -240,4 +241,4 @@ def sentence_mask(
             "context_fn=checkpoint_context_fn",
         )
     mask_BS = torch.ones_like(known, dtype=torch.bool) if mask is None else mask
-    return mask_BS.to(hidden_TD.device)
+    return bring(mask_BS, hidden_TD.device)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.moe.on_device import bring, has_grouped_products
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -75,20 +77,28 @@ class GradientSum:
             else:
                 torch.mm(grad_OT, group_TI, out=self._sum_EOI[expert])
         self._written.update(expert for expert, _ in rows_of_experts)
-        return self._hand_out(set(range(weight_EOI.shape[0])) - self._written)
+        return self._hand_out()
 
     def add_stack(self, grad_EOI: Tensor) -> Tensor | None:
         """Add one product's share as `add_groups` does, but whole; it may be changed later."""
-        self._sum_EOI = grad_EOI if self._sum_EOI is None else self._sum_EOI.add_(grad_EOI)
-        return self._hand_out(set())
+        if self._sum_EOI is None:
+            self._sum_EOI = grad_EOI
+        else:
+            self._clear_unwritten()
+            self._sum_EOI.add_(grad_EOI)
+        self._written = set(range(grad_EOI.shape[0]))
+        return self._hand_out()
 
-    def _hand_out(self, unused: set[int]) -> Tensor | None:
+    def _clear_unwritten(self) -> None:
+        assert self._sum_EOI is not None
+        for expert in set(range(self._sum_EOI.shape[0])) - self._written:
+            self._sum_EOI[expert].zero_()
+
+    def _hand_out(self) -> Tensor | None:
         self._pending -= 1
         if self._pending:
             return None
-        assert self._sum_EOI is not None
-        for expert in unused:
-            self._sum_EOI[expert].zero_()
+        self._clear_unwritten()
         total_EOI, self._sum_EOI = self._sum_EOI, None
         # A graph may be differentiated again.
         self._pending, self._written = self.num_products, set()
@@ -97,11 +107,13 @@ class GradientSum:
 
 def group_rows(tokens_per_expert_E: Tensor, rows_TI: Tensor, *, on_device: bool) -> Groups:
     """Turn counts into group boundaries; with `on_device` the host need not wait for the counts."""
+    if not rows_TI.shape[0]:
+        return Groups([0] * tokens_per_expert_E.shape[0])
     if not on_device:
         sizes = tokens_per_expert_E.tolist()
         assert sum(sizes) == rows_TI.shape[0], "tokens_per_expert does not sum to the rows"
         return Groups(sizes)
-    counts_E = tokens_per_expert_E.to(rows_TI.device)
+    counts_E = bring(tokens_per_expert_E, rows_TI.device)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     experts_E = torch.arange(counts_E.shape[0], device=counts_E.device)
     expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TI.shape[0])
@@ -114,7 +126,8 @@ def can_use_grouped_mm(rows_TI: Tensor, weight_EOI: Tensor) -> bool:
     On CPU the loop is as fast and fuses the bias, so grouped_mm serves accelerators only.
     """
     aligned = all(width * rows_TI.element_size() % 16 == 0 for width in weight_EOI.shape[1:])
-    return rows_TI.is_cuda and rows_TI.dtype is torch.bfloat16 and aligned
+    is_half = rows_TI.dtype is torch.bfloat16
+    return is_half and aligned and has_grouped_products(rows_TI.device)
 
 
 def grouped_linear(
@@ -251,7 +264,11 @@ def _backward_on_device(
     grad_rows_TI = F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
     grad_weight_EOI = None
     if needs[1]:
+        assert groups.ends_E is not None
         own_EOI = F.grouped_mm(grad_TO.t(), rows_TI.contiguous(), offs=groups.ends_E)
+        # On Blackwell the kernel leaves what it finds in memory where a group has no rows.
+        starts_E = F.pad(groups.ends_E[:-1], (1, 0))
+        own_EOI.masked_fill_((groups.ends_E == starts_E).view(-1, 1, 1), 0.0)
         grad_weight_EOI = weight_grad.add_stack(own_EOI)
     grad_bias_EO = None
     if needs[2]:

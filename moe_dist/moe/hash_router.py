@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.moe.experts import compute_dtype
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext
 
 
@@ -89,7 +90,7 @@ class HashRouter(TableRouter):
                 f"hash routing has {token_ids.numel()} token ids for {num_tokens} tokens",
                 remedy="set chunk_size_feed_forward=0 and pass input_ids for every token",
             )
-        ids_T = token_ids.reshape(-1).to(self.table.device)
+        ids_T = bring(token_ids.reshape(-1), self.table.device)
         # An export knows no values.
         is_known = ids_T.device.type == "cpu" and not torch.compiler.is_exporting()
         if is_known and num_tokens and int(ids_T.min()) < 0:

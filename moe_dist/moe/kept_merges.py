@@ -84,7 +84,7 @@ def merge_and_keep(
 
 def _latest(merges: Merges, asked: Tensor) -> KeptMerge:
     groups = TokenGroups.of(merges.joined())
-    num_used = min(len(torch.unique(one.expert_ids)) for one in groups.by_linear.values())
+    num_used = min(groups.num_used.values())
     return KeptMerge(
         asked,
         _num_groups(merges.by_linear),

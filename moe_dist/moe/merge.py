@@ -20,6 +20,7 @@ from moe_dist.moe.dispatch import permute, sort_slots, unpermute
 from moe_dist.moe.experts import Experts, compute_dtype
 from moe_dist.moe.grouped_linear import can_use_grouped_mm, group_rows, grouped_linear
 from moe_dist.moe.merged_linear import OWN_MERGE_COST, merged_linear
+from moe_dist.moe.on_device import count_ids
 from moe_dist.moe.routing import Routing
 
 MERGE_COST = 4.0
@@ -103,8 +104,7 @@ def merge_experts(experts: Experts, hidden_TD: Tensor, merges: Merges) -> Tensor
         if weight is None:
             empty_TO = rows_TI.new_zeros(rows_TI.shape[0], experts.d_model)
             return empty_TO if bias is None else groups.spread(_merged_bias(bias, routing), dtype)
-        ids_GK = routing.expert_ids
-        num_used = len(torch.unique(ids_GK))
+        ids_GK, num_used = routing.expert_ids, groups.num_used[name]
         if applying_is_cheaper(len(rows_TI), groups.num_filled, ids_GK.shape[1], num_used):
             return _apply_experts(rows_TI, weight, bias, routing, groups.group_T)
         out_TO = merged_linear(rows_TI, weight, ids_GK, routing.expert_weights, groups.sizes)
@@ -170,12 +170,14 @@ class TokenGroups:
         by_linear: as in `Merges`.
         group_T: groups of the sorted tokens.
         sizes: tokens of each group, on the host.
+        num_used: by linear layer, how many experts all groups use together.
         order_T: where each sorted token was; None if they were sorted.
     """
 
     by_linear: Mapping[str, Routing]
     group_T: Tensor
     sizes: list[int]
+    num_used: Mapping[str, int]
     order_T: Tensor | None
 
     @classmethod
@@ -183,12 +185,19 @@ class TokenGroups:
         """Sort the tokens of a layer."""
         by_linear, group_T = merges.by_linear, merges.group_T
         num_groups = next(iter(by_linear.values())).expert_ids.shape[0]
+        ids = [routing.expert_ids.flatten() for routing in by_linear.values()]
+        is_unsorted = (group_T[1:] < group_T[:-1]).any().view(1)
+        # An accelerator is read once for all that the host must know of a layer.
+        facts = torch.cat([is_unsorted, count_ids(group_T, num_groups), *ids]).tolist()
         order_T = None
-        if bool((group_T[1:] < group_T[:-1]).any()):
+        if facts[0]:
             order_T = group_T.argsort(stable=True)
             group_T = group_T[order_T]
-        sizes = torch.bincount(group_T, minlength=num_groups).tolist()
-        return cls(by_linear, group_T, sizes, order_T)
+        num_used, start = {}, 1 + num_groups
+        for name, own in zip(by_linear, ids, strict=True):
+            num_used[name] = len(set(facts[start : start + len(own)]))
+            start += len(own)
+        return cls(by_linear, group_T, facts[1 : 1 + num_groups], num_used, order_T)
 
     @property
     def num_filled(self) -> int:

@@ -19,6 +19,7 @@ from moe_dist.errors import MissingInputError
 from moe_dist.moe.gates import sentence_mask
 from moe_dist.moe.merge import Merges
 from moe_dist.moe.noisy_top_k import NoisyTopK
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext
 from moe_dist.moe.segments import cut_into_segments
 from moe_dist.moe.task_routers import read_task_ids
@@ -127,7 +128,7 @@ class TaskMergeGate(MergeGate):
         return self.for_tasks(torch.unique(tasks_B), tasks_B, hidden_TD, context)
 
     def tasks_of(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
-        """Read the task of each sample, (B,), or the one of all."""
+        """Read the task of each sample, (B,), or the one of all, where the context has them."""
         return read_task_ids(hidden_TD, context, self.num_tasks, router="merged_task")
 
     def for_tasks(
@@ -138,6 +139,7 @@ class TaskMergeGate(MergeGate):
         context: RoutingContext | None,
     ) -> Merges:
         """Merge for tasks in ascending order, among them those of the samples."""
+        tasks_G, tasks_B = (bring(tasks, hidden_TD.device) for tasks in (tasks_G, tasks_B))
         drawn = RoutingContext(
             sample_ids=tasks_G, noise_seed=None if context is None else context.noise_seed
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.grouped_linear import multiply_rows, rows_of_group
+from moe_dist.moe.on_device import bring
 
 OWN_MERGE_COST = 8
 """How much more than in one product for all groups it costs where each adds up its own experts."""
@@ -115,7 +116,7 @@ def _parts(
         start += size
     for first in range(0, len(found), GROUPS_AT_ONCE):
         chosen = found[first : first + GROUPS_AT_ONCE]
-        which = torch.tensor([group for group, _ in chosen], device=ids_GK.device)
+        which = bring(torch.tensor([group for group, _ in chosen], device="cpu"), ids_GK.device)
         mix = _Mix(ids_GK[which], weights_GK[which], num_experts, weight_EOI.dtype)
         step = _neurons_at_once(num_neurons, len(chosen) * width * weight_EOI.element_size())
         for neuron in range(0, num_neurons, step):

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import RoutingContext
 
 # Odd constants of SplitMix64 and of xxHash, as signed 64-bit integers.
@@ -73,14 +74,14 @@ def _row_keys(num_rows: int, context: RoutingContext, device: torch.device) -> T
     if samples_B is None:
         num_samples = num_rows if inputs is None or inputs.dim() != 2 else len(inputs)
         samples_B = torch.arange(num_samples, device="cpu")
-    keys_B = _mixed(samples_B.to(device) + 1)
+    keys_B = _mixed(bring(samples_B, device) + 1)
     length = num_rows // max(1, len(keys_B))
     if length * len(keys_B) != num_rows:
         keys_B, length = _mixed(torch.arange(1, num_rows + 1, device=device)), 1
     # A row of a whole sample has the place of a first token.
     places_BS = torch.arange(1, length + 1, device=device).expand(len(keys_B), length)
     if context.mask is not None and context.mask.shape == places_BS.shape:
-        places_BS = context.mask.to(device).cumsum(1)
+        places_BS = bring(context.mask, device).cumsum(1)
     return _mixed(keys_B.unsqueeze(1) + places_BS * _STEP).reshape(-1)
 
 

@@ -12,6 +12,7 @@ from moe_dist.errors import MissingInputError
 from moe_dist.moe.experts import compute_dtype
 from moe_dist.moe.gates import Gate, random_start, repeat_rows, repeated
 from moe_dist.moe.hash_router import TableRouter
+from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext
 
 # Above the random start of a task's scores, so that tasks begin spread over the experts.
@@ -61,7 +62,7 @@ class TaskGate(Gate):
 
         Tasks that are missing or unknown are a MissingInputError.
         """
-        tasks_B = read_task_ids(hidden_TD, context, self.num_tasks)
+        tasks_B = bring(read_task_ids(hidden_TD, context, self.num_tasks), hidden_TD.device)
         if tasks_B.numel() == 1 and context is not None and context.sample_ids is not None:
             # Each sample draws its own noise, though their task is named once.
             tasks_B = tasks_B.expand(context.sample_ids.numel())
@@ -83,7 +84,7 @@ class TaskTable(TableRouter):
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Look up the experts of each sample's task: equal weights, no logits."""
-        tasks_B = read_task_ids(hidden_TD, context, self.table.shape[0])
+        tasks_B = bring(read_task_ids(hidden_TD, context, self.table.shape[0]), hidden_TD.device)
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
         return self.look_up(repeat_rows(tasks_B.unsqueeze(1), length).squeeze(1), hidden_TD)
 
@@ -101,7 +102,10 @@ def read_task_ids(
     *,
     router: str = "task_gate",
 ) -> Tensor:
-    """Give the tasks of the samples, or the one of all; bad ones are a MissingInputError."""
+    """Give the tasks of the samples, or the one of all, where the context has them.
+
+    Bad ones are a MissingInputError, of those on a device their number alone.
+    """
     num_tokens = hidden_TD.shape[0]
     given = None if context is None else context.task_ids
     if given is None:
@@ -111,8 +115,8 @@ def read_task_ids(
                 remedy="run the model inside use_context(RoutingContext(task_ids=...)), one id "
                 "for each sample",
             )
-        given = torch.zeros(1, dtype=torch.int64)
-    tasks_B = given.reshape(-1).to(hidden_TD.device)
+        given = torch.zeros(1, dtype=torch.int64, device="cpu")
+    tasks_B = given.reshape(-1)
     if tasks_B.numel() == 0 or num_tokens % tasks_B.numel():
         raise MissingInputError(
             f"{router} has the tasks of {tasks_B.numel()} samples for {num_tokens} tokens",

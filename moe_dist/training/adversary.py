@@ -11,6 +11,7 @@ Shapes: B batch, N features of a sample, H hidden units.
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
@@ -109,25 +110,27 @@ class Adversary(nn.Module):
             teacher and student, the student's smoothed loss, and whether it is on.
         """
         seen, self._seen = self._seen, []
-        if float(self.active) == 0.0 or not seen:
-            return {"adversarial/active": float(self.active)}
+        # An accelerator is read twice a step, here and below, since each read waits for it.
+        active, steps, smoothed = torch.cat([self.active, self.steps, self.fooling]).tolist()
+        if active == 0.0 or not seen:
+            return {"adversarial/active": active}
         student_BN = torch.cat([student for student, _ in seen])
         teacher_BN = torch.cat([teacher for _, teacher in seen])
         gradients, facts = self._gradients(student_BN, teacher_BN, num_samples)
-        loss, right_teacher, right_student, fooling = facts.tolist()
-        self.fooling.mul_(SMOOTHING).add_((1 - SMOOTHING) * fooling)
-        sound = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-        sound = sound and bool(torch.isfinite(facts).all())
-        if sound and float(self.fooling) <= MAX_FOOLING_LOSS:
-            self._step(gradients)
+        loss, right_teacher, right_student, fooling, sound = facts.tolist()
+        smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * fooling
+        if sound and smoothed <= MAX_FOOLING_LOSS:
+            self.fooling.fill_(smoothed)
+            self._step(gradients, steps)
         else:
-            self._switch_off()
+            active, smoothed = 0.0, smoothed if math.isfinite(smoothed) else 0.0
+            self._switch_off(smoothed)
         return {
             "adversarial/discriminator_loss": loss,
             "adversarial/right_about_teacher": right_teacher,
             "adversarial/right_about_student": right_student,
-            "adversarial/student_loss_smoothed": float(self.fooling),
-            "adversarial/active": float(self.active),
+            "adversarial/student_loss_smoothed": smoothed,
+            "adversarial/active": active,
         }
 
     def _weights(self) -> DiscriminatorWeights:
@@ -146,7 +149,7 @@ class Adversary(nn.Module):
     def _gradients(
         self, student_BN: Tensor, teacher_BN: Tensor, num_samples: int
     ) -> tuple[list[Tensor], Tensor]:
-        """Gradients and figures of the step, the same on every rank."""
+        """Gradients and figures of the step, the last whether all are finite; on all ranks."""
         with torch.enable_grad():
             leaves = [tensor.clone().requires_grad_() for tensor in self._weights().tensors()]
             weights = self._effective(DiscriminatorWeights(*leaves))
@@ -168,15 +171,16 @@ class Adversary(nn.Module):
         flat = sum_over_ranks(flat) / num_samples
         parts = flat.split([*(gradient.numel() for gradient in own), facts.numel()])
         gradients = [part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=False)]
-        return gradients, parts[-1]
+        sound = torch.isfinite(flat).all().to(flat.dtype)
+        return gradients, torch.cat([parts[-1], sound.view(1)])
 
-    def _step(self, gradients: list[Tensor]) -> None:
+    def _step(self, gradients: list[Tensor], steps: float) -> None:
         with torch.no_grad():
             weights = self._weights()
             self.left_in.copy_(power_iteration(weights.w_in, self.left_in))
             self.left_out.copy_(power_iteration(weights.w_out, self.left_out))
-            # `adam` counts for each tensor; they all take the same steps.
-            counts = [self.steps[0].clone() for _ in gradients]
+            # `adam` counts for each tensor, and reads the counts; they all take the same steps.
+            counts = [torch.tensor(steps, device="cpu") for _ in gradients]
             adam(
                 weights.tensors(),
                 gradients,
@@ -195,10 +199,10 @@ class Adversary(nn.Module):
             )
             self.steps.add_(1)
 
-    def _switch_off(self) -> None:
+    def _switch_off(self, smoothed: float) -> None:
         self.active.zero_()
         # What is saved and logged stays finite.
-        self.fooling.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        self.fooling.fill_(smoothed)
         if own_rank() == 0:
             logger.warning(
                 "the discriminator diverged and is switched off; the student goes on with its "

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import resource
 import sys
-from contextlib import suppress
-from typing import Literal
+from contextlib import AbstractContextManager, suppress
 
 import torch
 
 from moe_dist.distributed.launch import training_device
-from moe_dist.errors import ClusterError
-from moe_dist.training.collectives import max_over_ranks
+from moe_dist.distributed.update import Precision, precision_context
+from moe_dist.errors import ClusterError, TrainingError
+from moe_dist.training.collectives import max_over_ranks, own_rank
 
-Precision = Literal["fp32", "bf16"]
+logger = logging.getLogger(__name__)
 
 
 def pick_device(use_gpu: bool | str = "auto") -> torch.device:
@@ -32,12 +33,41 @@ def pick_device(use_gpu: bool | str = "auto") -> torch.device:
     return training_device()
 
 
-def pick_precision(precision: str, device: torch.device) -> Precision:
-    """Turn ``auto`` into what every worker is fast at; collective."""
+def pick_precision(precision: str, device: torch.device, fault: str = "") -> Precision:
+    """Turn ``auto`` into what every worker is fast at; collective.
+
+    `fault` says why the model cannot compute in bf16 (`half_fault`): then that is a TrainingError,
+    and ``auto`` is fp32.
+    """
+    if precision == "bf16" and fault:
+        raise TrainingError(
+            f"train.precision=bf16, and {fault}", remedy="set train.precision=fp32 or auto"
+        )
     if precision in ("fp32", "bf16"):
         return "bf16" if precision == "bf16" else "fp32"
     slow = max_over_ranks(0 if _is_fast_at_bf16(device) else 1, device)
-    return "fp32" if slow else "bf16"
+    if fault and not slow and own_rank() == 0:
+        logger.warning("train.precision=auto computes in fp32: %s", fault)
+    return "fp32" if slow or fault else "bf16"
+
+
+def answering(device: torch.device, fault: str = "") -> AbstractContextManager[object]:
+    """Compute as answers are given: in bf16 on a GPU that is fast at it, on a CPU in fp32.
+
+    `fault` is that of `pick_precision`.
+    """
+    is_half = device.type != "cpu" and _is_fast_at_bf16(device) and not fault
+    return precision_context("bf16" if is_half else "fp32", device)
+
+
+def peak_device_memory_gib(device: torch.device) -> float | None:
+    """Return the most that tensors have taken on the fullest rank's GPU, in GiB; collective.
+
+    None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    return max_over_ranks(torch.cuda.max_memory_allocated(device), device) / 1024**3
 
 
 def peak_memory_gib() -> float:
@@ -53,7 +83,7 @@ def return_free_memory() -> None:
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
+    if device.type != "cpu":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # Without such instructions bf16 on a CPU is emulated, several times slower than fp32.
     capabilities = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from moe_dist.conversion.attention import record_attention
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.conversion.hidden_states import hidden_stacks
-from moe_dist.losses.router import noisy_load, router_entropy, router_z_loss, token_entropy
+from moe_dist.losses.router import (
+    noisy_load,
+    router_entropy,
+    router_z_loss,
+    token_entropy,
+    token_weights,
+    without_padding,
+)
 from moe_dist.losses.total import LossTerm
 from moe_dist.moe.routing import LayerRouting, RoutingRecord, record_routing
 from moe_dist.tasks import TaskKind
@@ -195,8 +202,11 @@ def gate_sums(record: RoutingRecord) -> dict[str, GateSum]:
 
 
 def _probability_sum(entry: LayerRouting) -> GateSum:
-    logits_TE, ids_TK = _real_tokens(entry)
-    return GateSum(logits_TE.float().softmax(dim=-1).sum(dim=0), ids_TK.shape[1])
+    logits_TE, real_T = _real_tokens(entry)
+    probability_TE = logits_TE.float().softmax(dim=-1)
+    if real_T is not None:
+        probability_TE = probability_TE * real_T[:, None]
+    return GateSum(probability_TE.sum(dim=0), entry.routing.expert_ids.shape[1])
 
 
 def _merge_sum(entry: LayerRouting) -> GateSum:
@@ -214,6 +224,21 @@ def _merge_sum(entry: LayerRouting) -> GateSum:
     else:
         load_E = (noisy_load(clean_GE, scores_GE, std_GE, top_k) * real_G1).sum(dim=0)
     return GateSum(_by_expert(routing.expert_ids, weights_GK, entry.num_experts), top_k, load_E)
+
+
+def _real_tokens(entry: LayerRouting) -> tuple[Tensor, Tensor | None]:
+    """Give the logits of real tokens and None.
+
+    On an accelerator those of all, padding's 0, and (T,) float32 which are real: how many there
+    are the host does not know, and would have to wait for.
+    """
+    logits_TE, mask_T = entry.routing.logits, entry.mask_T
+    assert logits_TE is not None
+    if mask_T is None:
+        return logits_TE, None
+    if logits_TE.device.type == "cpu":
+        return logits_TE[mask_T.bool()], None
+    return without_padding(logits_TE, mask_T), mask_T.float()
 
 
 def _added(one: GateSum, other: GateSum) -> GateSum:
@@ -272,7 +297,7 @@ def _router_terms(
     entropy: bool,
 ) -> dict[str, LossTerm]:
     """Router losses: mean over layers, weighed by tokens so that micro-batches count by size."""
-    wanted: dict[str, Callable[[Tensor], Tensor]] = {}
+    wanted: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {}
     if z_loss:
         wanted["z_loss"] = router_z_loss
     if entropy:
@@ -280,14 +305,18 @@ def _router_terms(
     learned = [entry for entry in record.entries if entry.routing.logits is not None]
     if not learned or not wanted:
         return {}
-    real = [_real_tokens(entry)[0] for entry in learned]
+    given = [
+        (logits_TE, None if real_T is None else token_weights(real_T))
+        for logits_TE, real_T in map(_real_tokens, learned)
+    ]
     # A decoder that writes has tokens of its own; they are what its layers' means are over.
     is_written = [kind.writes and "decoder" in entry.name.split(".") for entry in learned]
     terms = {}
     for name, loss in wanted.items():
-        means_L = torch.stack([loss(logits_TE) for logits_TE in real]) / len(learned)
+        means = [loss(logits_TE, weights_T) / len(learned) for logits_TE, weights_T in given]
+        none = means[0].new_zeros(())
         read, written = (
-            means_L[[index for index, own in enumerate(is_written) if own == which]].sum()
+            sum((mean for mean, own in zip(means, is_written, strict=True) if own is which), none)
             for which in (False, True)
         )
         more = (
@@ -295,12 +324,3 @@ def _router_terms(
         )
         terms[name] = LossTerm(read * batch["attention_mask"].sum(), "tokens", more)
     return terms
-
-
-def _real_tokens(entry: LayerRouting) -> tuple[Tensor, Tensor]:
-    logits_TE, ids_TK = entry.routing.logits, entry.routing.expert_ids
-    assert logits_TE is not None
-    if entry.mask_T is None:
-        return logits_TE, ids_TK
-    mask_T = entry.mask_T.bool()
-    return logits_TE[mask_T], ids_TK[mask_T]

@@ -50,8 +50,9 @@ def run_worker(config: dict[str, Any]) -> Any:
 def _run(config: dict[str, Any], records: Records) -> Any:
     import torch
 
+    from moe_dist.distributed.device_queue import mark_of_queue
     from moe_dist.distributed.peers import Listener, meet, own_address, own_peer
-    from moe_dist.distributed.position import follow_phases
+    from moe_dist.distributed.position import follow_device, follow_phases
     from moe_dist.distributed.watchdog import Watchdog
     from moe_dist.workers.attempts import PhaseNotes, next_attempt, note_attempt, note_fault
     from moe_dist.workers.remote_stage import local_stage
@@ -77,6 +78,7 @@ def _run(config: dict[str, Any], records: Records) -> Any:
     # Noted inside too, since to upload what a failed job leaves may take long.
     with warnings, _noting_stop(records), stage as job, _noting_stop(records):
         follow_phases(PhaseNotes(records.directory, roster.attempt) if is_first else None)
+        follow_device(mark_of_queue())
         with watchdog:
             try:
                 return config["work"](job)

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_dist.conversion.families import position_limit
 from moe_dist.errors import ConfigError, ConversionError, MissingInputError
 from moe_dist.inference import load_model
-from moe_dist.inference.backends import QUICK_FORMS, ORACLE, Form
+from moe_dist.inference.backends import ORACLE, QUICK_FORMS, Form
 from moe_dist.measure.latency import (
     Latency,
     OtherWork,

@@ -30,8 +30,8 @@ RAY_DIRECTORY = "ray"
 MAX_TAG_LENGTH = 5000
 TRAINING_SCRATCH = ("checkpoints",)
 """Where a training job can continue from; three times its model each, and of no use afterwards."""
-TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib")
-"""What a training stage keeps of its job's summary, beside the metrics."""
+TRAINING_FACTS = ("num_steps", "resumed_from", "peak_memory_gib", "peak_device_memory_gib")
+"""What a training stage keeps of its job's summary, beside the metrics; the last is of GPUs."""
 
 
 def run_job(
@@ -131,7 +131,7 @@ def run_training(
     return StageOutcome(
         outputs={"model": work.directory / "model"},
         metrics=result["metrics"],
-        details={key: result[key] for key in TRAINING_FACTS},
+        details={key: result[key] for key in TRAINING_FACTS if key in result},
         plots=plots,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.distributed.device_queue import mark_of_queue
 from moe_dist.distributed.peers import Answer, Health, Listener, Peer, ask, own_peer
 from moe_dist.distributed.position import (
     FINISHED,
@@ -22,10 +23,11 @@ from moe_dist.distributed.position import (
     collective,
     current_position,
     enter_phase,
+    follow_device,
     follow_phases,
     mark_calls,
 )
-from moe_dist.distributed.stall import GroupState, judge
+from moe_dist.distributed.stall import GroupState, Stall, judge
 from moe_dist.distributed.watchdog import EXIT_CODE, group_timeout_s
 from tests.distributed.watched import BAD_RANK, run_rank
 
@@ -149,6 +151,48 @@ def test_marks_nest_and_cost_little() -> None:
         with collective("sum"):
             pass
     assert time.perf_counter() - start < 0.1  # 2 µs each on a quiet machine
+
+
+def test_a_collective_lasts_until_the_gpu_is_through_with_it() -> None:
+    is_through: dict[int, bool] = {}
+
+    def mark() -> Callable[[], bool]:
+        number = len(is_through)
+        is_through[number] = False
+        return lambda: is_through[number]
+
+    follow_phases(None)
+    enter_phase(TRAINING)
+    begin_step(4)
+    follow_device(mark)
+    try:
+        # As with NCCL: the calls return at once, and then the host waits for the loss.
+        for name in ("reduction", "norm"):
+            with collective(name):
+                pass
+        here = current_position()
+        assert str(here) == "reduction (number 1) of training, step 4"
+        assert here == current_position() and judge_alone(here) is not None
+        is_through[0] = True
+        assert current_position().collective == "norm"
+        with collective("counts"):
+            assert current_position().collective == "counts"
+        is_through.update(dict.fromkeys(is_through, True))
+        assert str(current_position()) == "training, step 4"
+    finally:
+        follow_device(None)
+    with collective("sum"):
+        pass
+    assert not current_position().collective
+
+
+def judge_alone(position: Position) -> Stall | None:
+    """What a rank says that waits in a collective while another one computes for too long."""
+    return judge(group(11, position, alive(TRAINING, "", 11)), step_timeout_s=10)
+
+
+def test_gloo_needs_no_marks() -> None:
+    assert mark_of_queue() is None
 
 
 def group(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_dist.losses.router import (
     load_balancing_loss,
@@ -13,7 +15,9 @@ from moe_dist.losses.router import (
     router_entropy,
     router_z_loss,
     squared_variation,
+    token_weights,
     variation_of_part,
+    without_padding,
 )
 
 
@@ -152,3 +156,16 @@ def test_parts_of_a_merged_step_add_up_with_the_gradient_of_the_whole() -> None:
     assert float(value) == pytest.approx(float(whole), rel=1e-6)
     (found,) = torch.autograd.grad(value, weights)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss", [router_z_loss, router_entropy])
+def test_padding_reaches_neither_a_mean_nor_a_gradient(loss: Callable[..., Tensor]) -> None:
+    mask = torch.tensor([True, False, True])
+    logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [0.5, -3.0]], requires_grad=True)
+    found = loss(without_padding(logits, mask), token_weights(mask))
+    expected = loss(logits[mask])
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    own, other = (torch.autograd.grad(one, logits)[0] for one in (found, expected))
+    torch.testing.assert_close(own, other)
+    none = torch.zeros(3, dtype=torch.bool)
+    assert float(loss(without_padding(logits, none), token_weights(none)).detach()) == 0.0

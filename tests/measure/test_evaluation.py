@@ -68,6 +68,16 @@ def test_gates_tell_how_undecided_they_are() -> None:
     assert answers.routing_sums == {}
 
 
+def test_a_gpu_answers_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        evaluation, "answering", lambda device, fault: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    model, seen = tiny_bert(), list[torch.dtype]()
+    model.classifier.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    answers = predict(model, tiny_data(5), batch_size=4, pad_token_id=PAD, device=CPU).answers
+    assert set(seen) == {torch.bfloat16} and answers.dtype is torch.float32
+
+
 def test_the_mode_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert()
 

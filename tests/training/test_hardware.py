@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.errors import ClusterError
+from moe_dist.conversion.families import half_fault
+from moe_dist.distributed import launch
+from moe_dist.errors import ClusterError, TrainingError
 from moe_dist.training import hardware
 from moe_dist.training.hardware import (
+    peak_device_memory_gib,
     peak_memory_gib,
     pick_device,
     pick_precision,
@@ -18,6 +21,7 @@ from moe_dist.training.hardware import (
 )
 from moe_dist.training.metric_window import LogWindow, load_imbalance
 from moe_dist.training.transfer import ahead, prepared
+from tests.conversion.dense_models import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -29,6 +33,60 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         assert pick_precision("auto", CPU) == expected
         assert pick_precision("fp32", CPU) == "fp32"
         assert pick_precision("bf16", CPU) == "bf16"
+
+
+def test_a_model_that_cannot_compute_in_bf16_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "_is_fast_at_bf16", lambda device: True)
+    assert pick_precision("auto", CPU, "it overflows") == "fp32"
+    assert "computes in fp32: it overflows" in caplog.text
+    assert pick_precision("fp32", CPU, "it overflows") == "fp32"
+    with pytest.raises(TrainingError, match="it overflows"):
+        pick_precision("bf16", CPU, "it overflows")
+
+
+def test_models_of_deberta_are_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "bfloat16" in half_fault(tiny_model("deberta"))
+    assert not half_fault(tiny_model("deberta-v2")) and not half_fault(torch.nn.Linear(1, 1))
+
+
+def test_answers_are_in_half_precision_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    chosen: list[str] = []
+    monkeypatch.setattr(
+        hardware, "precision_context", lambda precision, device: chosen.append(precision)
+    )
+    gpu = torch.device("cuda", 0)
+    hardware.answering(CPU)
+    hardware.answering(gpu)
+    hardware.answering(gpu, "it overflows")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    hardware.answering(gpu)
+    assert chosen == ["fp32", "bf16", "fp32", "fp32"]
+
+
+def test_memory_of_a_gpu_is_what_tensors_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert peak_device_memory_gib(CPU) is None
+    assert peak_device_memory_gib(torch.device("cuda", 0)) == 1.5
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(1, 0), (4, 2)])
+def test_a_process_takes_a_gpu_that_it_sees(
+    visible: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch.dist, "init_process_group", lambda *_, **__: None)
+    assert launch.training_device() == torch.device("cuda", expected)
+    launch.ensure_process_group()
+    assert chosen == [expected]
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
