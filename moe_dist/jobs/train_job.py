@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.families import half_fault
+from moe_dist.conversion.half_attention import half_attention
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
@@ -33,7 +34,6 @@ from moe_dist.moe.routing import checkpoint_context_fn
 from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
-from moe_dist.training.cpu_attention import half_attention
 from moe_dist.training.hardware import (
     peak_device_memory_gib,
     peak_memory_gib,

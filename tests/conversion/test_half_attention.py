@@ -11,25 +11,28 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moe_dist.conversion import half_attention as module_of_it
+from moe_dist.conversion.half_attention import attend as typed_attend
+from moe_dist.conversion.half_attention import half_attention
 from moe_dist.moe.routing import checkpoint_context_fn
-from moe_dist.training import cpu_attention
-from moe_dist.training.cpu_attention import attend, half_attention
 from tests.conversion.dense_models import tiny_model, token_batch
 from tests.inference.moe_students import student
+
+attend: Any = typed_attend
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often torch's slow backward pass was gone round."""
     calls: list[int] = []
-    own = cpu_attention._flash_backward
+    own = module_of_it._flash_backward
 
     def count(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         assert {args[i].dtype for i in range(5)} == {torch.float32}
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(cpu_attention, "_flash_backward", count)
+    monkeypatch.setattr(module_of_it, "_flash_backward", count)
     return calls
 
 
@@ -45,7 +48,7 @@ def results(given: list[Tensor], dtype: torch.dtype, how: Any, **options: Any) -
     mask = options.pop("mask", None)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(dtype)
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.num_key_value_groups = leaves[0].shape[1] // leaves[1].shape[1]
     out, _ = how(module, *leaves, mask, **({"is_causal": False} | options))
     (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype)).sum().backward()
