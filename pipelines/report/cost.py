@@ -78,8 +78,9 @@ def measure_forms(
         For each model `fastest` by batch size. And for all of them `speedups`, the student's over
         each other's by batch size, `left_out`, `tolerance` and `other_work`.
     """
-    from moe_dist.measure.fastest import TOLERANCE, Speedup, find_fastest
+    from moe_dist.measure.fastest import Speedup, find_fastest
     from moe_dist.measure.latency import Rounds
+    from moe_dist.measure.screening import TOLERANCE
 
     found = find_fastest(
         loaded,
@@ -148,7 +149,7 @@ def count_reads(
 def form_settings() -> list[Any]:
     """What the figures of fastest forms depend on, for the stage's fingerprint."""
     from moe_dist.inference.backends import QUICK_FORMS
-    from moe_dist.measure.fastest import TOLERANCE
+    from moe_dist.measure.screening import TOLERANCE
 
     return [[str(form) for form in QUICK_FORMS], TOLERANCE, FORM_ROUNDS]
 
