@@ -149,11 +149,14 @@ def describe_timing(loaded: Mapping[str, Any], seq_len: int, forms: str) -> dict
     """
     import torch
 
+    from moe_dist.tasks import model_kind
+
+    kinds = [model_kind(model) for model in loaded.values()]
     return {
         "seq_len": seq_len,
         "num_threads": torch.get_num_threads(),
         "forms": forms,
-        "writes": any(model.can_generate() for model in loaded.values()),
+        "writes": any(kind.writes or kind.auto_class == "AutoModelForCausalLM" for kind in kinds),
     }
 
 
