@@ -65,6 +65,6 @@ def test_the_search_for_forms_can_be_turned_off(models: dict[str, Any]) -> None:
 
 def test_models_that_write_are_known(models: dict[str, Any]) -> None:
     assert not describe_timing(models, 8, "auto")["writes"]
-    assert not describe_timing({"": tiny_model("t5").eval()}, 8, "auto")["writes"]
+    assert describe_timing({"": tiny_model("t5")}, 8, "auto")["writes"]
     config = GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1)
     assert describe_timing({"": GPT2LMHeadModel(config)}, 8, "auto")["writes"]
