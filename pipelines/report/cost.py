@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_dist.measure.latency import Latency, OtherWork, Rounds
+    from moe_dist.tasks import TaskKind
 
     from ..chain.stage import StageWork
 
@@ -142,16 +143,14 @@ def measure_forms(
     }
 
 
-def describe_timing(loaded: Mapping[str, Any], seq_len: int, forms: str) -> dict[str, Any]:
+def describe_timing(kinds: Iterable[TaskKind], seq_len: int, forms: str) -> dict[str, Any]:
     """Say what is timed: `seq_len`, `num_threads`, `forms` as in the recipe, and `writes`.
 
-    The last is whether the models write texts, token by token, of which one pass says little.
+    The last is whether models of these kinds of tasks write texts, token by token, of which one
+    pass says little.
     """
     import torch
 
-    from moe_dist.tasks import model_kind
-
-    kinds = [model_kind(model) for model in loaded.values()]
     return {
         "seq_len": seq_len,
         "num_threads": torch.get_num_threads(),

@@ -100,7 +100,8 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             costs = measure_cost(final_models(loaded), seq_len, stage)
             beside = describe_other_work(other_work())
         finals = final_models(loaded)
-        timing = describe_timing(finals, seq_len, config.evaluate.forms)
+        kinds = [part.task.task_kind for part in workspace.rows.parts.values()]
+        timing = describe_timing(kinds, seq_len, config.evaluate.forms)
         forms, speeds = measure_forms(finals, STUDENT, stage, costs, timing)
         for further in (costs, forms, count_reads(finals, loads, seq_len)):
             for name, cost in further.items():

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
 
+from moe_dist.tasks import TASK_KINDS
 from pipelines.report.cost import describe_timing, form_settings, measure_forms
 from tests.conversion.dense_models import tiny_model
 
@@ -39,7 +39,7 @@ def test_what_was_timed_before_is_taken_where_nothing_can_be_timed(
     models["student"].register_forward_pre_hook(fail)
     costs = {"teacher": cost(10.0, 90.0), "student": cost(5.0, 100.0)}
     said: list[str] = []
-    timing = describe_timing(models, 8, "auto")
+    timing = describe_timing([], 8, "auto")
     entries, speeds = measure_forms(models, "student", stage(said), costs, timing)
     assert entries["student"]["fastest"]["32"] == {
         "form": "eager-fp32",
@@ -55,7 +55,7 @@ def test_what_was_timed_before_is_taken_where_nothing_can_be_timed(
 
 def test_the_search_for_forms_can_be_turned_off(models: dict[str, Any]) -> None:
     said: list[str] = []
-    timing = describe_timing(models, 8, "eager")
+    timing = describe_timing([], 8, "eager")
     entries, speeds = measure_forms(models, "student", stage(said), {}, timing)
     forms = {one["form"] for entry in entries.values() for one in entry["fastest"].values()}
     assert forms == {"eager-fp32"}
@@ -63,8 +63,15 @@ def test_the_search_for_forms_can_be_turned_off(models: dict[str, Any]) -> None:
     assert form_settings("eager") != form_settings("auto")
 
 
-def test_models_that_write_are_known(models: dict[str, Any]) -> None:
-    assert not describe_timing(models, 8, "auto")["writes"]
-    assert describe_timing({"": tiny_model("t5")}, 8, "auto")["writes"]
-    config = GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1)
-    assert describe_timing({"": GPT2LMHeadModel(config)}, 8, "auto")["writes"]
+@pytest.mark.parametrize(
+    ("kinds", "writes"),
+    [
+        (("classification", "regression"), False),
+        (("causal_lm",), True),
+        (("classification", "seq2seq"), True),
+    ],
+)
+def test_kinds_that_write_are_known(kinds: tuple[str, ...], writes: bool) -> None:
+    timing = describe_timing([TASK_KINDS[kind] for kind in kinds], 8, "auto")
+    assert timing["writes"] is writes
+    assert (timing["seq_len"], timing["forms"]) == (8, "auto")
