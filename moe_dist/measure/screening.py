@@ -98,11 +98,7 @@ class Screening:
         return Candidate(str(ORACLE), self._model, 0.0, self._expected[size][1])
 
     def try_form(self, form: AnyForm) -> str:
-        """Prepare a form, compare its answers, and time it where it may be the fastest.
-
-        Returns:
-            Nothing, or why it is left out.
-        """
+        """Prepare, compare and time a form; give nothing, or why it is left out."""
         try:
             found = self._try(form)
         except ConversionError as fault:

@@ -9,13 +9,7 @@ from contextlib import contextmanager
 def below_one(settings: object, *names: str, called: Mapping[str, str] | None = None) -> list[str]:
     """Name each size below 1, with which there would be nothing to measure.
 
-    Args:
-        settings: that have them.
-        names: of the sizes.
-        called: what messages call them, where that is another name.
-
-    Returns:
-        A message for each.
+    `called` has the names that messages use, where they are others than the fields'.
     """
     shown = called or {}
     return [
