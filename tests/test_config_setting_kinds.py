@@ -42,6 +42,7 @@ OTHER_VALUES = {
     "parallel.max_failures": "9",
     "parallel.wait_s": "9",
     "evaluate.require_speedup": "1.5",
+    "evaluate.forms": "eager",
     "tracking.enabled": "true",
     "tracking.uri": "sqlite:///other.db",
     "tracking.experiment": "other",

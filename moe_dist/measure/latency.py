@@ -161,18 +161,41 @@ def measure_in_turn(
     }
 
 
+class WorkWatch:
+    """Adds up what other processes do while it looks."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._sums = np.zeros(2)
+        self._begin: np.ndarray | None = None
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look on while the block lasts."""
+        self._begin = self._now()
+        try:
+            yield
+        finally:
+            self._sums += self._now() - self._begin
+            self._begin = None
+
+    def found(self) -> OtherWork:
+        """Say what was seen so far."""
+        now = 0.0 if self._begin is None else self._now() - self._begin
+        passed_s, theirs_s = self._sums + now
+        return OtherWork(psutil.cpu_count() or 1, max(0.0, float(theirs_s / max(passed_s, 1e-9))))
+
+    def _now(self) -> np.ndarray:
+        """Seconds of the clock, and those for which others have worked."""
+        return np.array([time.monotonic(), _busy_s() - sum(self._process.cpu_times()[:2])])
+
+
 @contextmanager
 def watch_other_work() -> Iterator[Callable[[], OtherWork]]:
     """Give a function that says what other processes have done since."""
-    own = psutil.Process()
-    begin, others, mine = time.monotonic(), _busy_s(), sum(own.cpu_times()[:2])
-
-    def look() -> OtherWork:
-        passed_s = max(time.monotonic() - begin, 1e-9)
-        theirs = _busy_s() - others - (sum(own.cpu_times()[:2]) - mine)
-        return OtherWork(psutil.cpu_count() or 1, max(0.0, theirs / passed_s))
-
-    yield look
+    watch = WorkWatch()
+    with watch.looking():
+        yield watch.found
 
 
 def _busy_s() -> float:

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_dist.conversion.families import find_slots, is_a, known_family
 from moe_dist.errors import ConversionError
+from moe_dist.inference.backends.encoder import NativeBlocks
 from moe_dist.inference.backends.routed_ffn import RoutedFFN
 from moe_dist.measure.latency import wait_for
 from moe_dist.moe.layer import MoELayer
@@ -138,7 +139,16 @@ def self_times(ranges: Iterable[tuple[str, float, float]]) -> dict[str, float]:
 
 def _parts_of(module: nn.Module, name: str, is_dense_ffn: bool) -> Iterator[tuple[nn.Module, str]]:
     lower = name.lower()
-    if isinstance(module, RoutedFFN):
+    if isinstance(module, NativeBlocks):
+        routers = [one for one in module.routers if not isinstance(one, nn.Identity)]
+        if not routers:
+            yield module, "attention and feed-forward"
+        elif module.is_one_call:
+            yield module, "attention, router and experts"
+        else:
+            yield module, "attention and experts"
+            yield from ((one, "router") for one in routers)
+    elif isinstance(module, RoutedFFN):
         has_router = module.router is not None
         yield module, "dispatch and experts" if has_router else FEED_FORWARD
         if isinstance(module.router, nn.Module):

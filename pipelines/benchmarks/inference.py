@@ -39,6 +39,10 @@ from .sizes import below_one, cpu_threads
 SHAPES = ((1, 16), (1, 64), (1, 128), (32, 64))
 
 
+OPTIONS = {"num_rounds": "--rounds", "num_threads": "--threads"}
+"""What the command calls fields of `InferenceBenchmark`."""
+
+
 @dataclass(frozen=True)
 class InferenceBenchmark:
     """What to time.
@@ -123,9 +127,9 @@ class InferenceReport:
 
 def run(settings: InferenceBenchmark) -> InferenceReport:
     """Load, bring into forms, and time. A ConfigError if a setting does not fit."""
-    faults = below_one(settings, "num_rounds")
+    faults = below_one(settings, "num_rounds", called=OPTIONS)
     if settings.num_threads is not None:
-        faults += below_one(settings, "num_threads")
+        faults += below_one(settings, "num_threads", called=OPTIONS)
     faults += [f"shape {b} × {s} has nothing in it" for b, s in settings.shapes if min(b, s) < 1]
     if settings.random is not None:
         faults += settings.random.faults()

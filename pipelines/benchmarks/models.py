@@ -9,6 +9,17 @@ import torch
 
 from .sizes import below_one
 
+OPTIONS = {
+    "d_model": "--d-model",
+    "num_layers": "--layers",
+    "num_neurons": "--neurons",
+    "num_experts": "--experts",
+    "expert_size": "--expert-size",
+    "top_k": "--top-k",
+    "router": "--router",
+}
+"""What a command calls the fields of `RandomModels`."""
+
 
 @dataclass(frozen=True)
 class RandomModels:
@@ -35,18 +46,18 @@ class RandomModels:
     def faults(self) -> list[str]:
         """Say what does not fit."""
         sizes = ("d_model", "num_layers", "num_neurons", "num_experts", "expert_size", "top_k")
-        found = below_one(self, *sizes)
+        found = below_one(self, *sizes, called=OPTIONS)
         if not found and self.d_model % 32:
-            found.append(f"d_model {self.d_model} is no multiple of 32, the width of a head")
+            found.append(f"--d-model {self.d_model} is no multiple of 32, the width of a head")
         if self.num_experts * self.expert_size > self.num_neurons:
             found.append(
-                f"{self.num_experts} experts of {self.expert_size} are more than "
-                f"{self.num_neurons} neurons"
+                f"--experts {self.num_experts} of --expert-size {self.expert_size} are more than "
+                f"--neurons {self.num_neurons}"
             )
         if self.top_k > self.num_experts:
-            found.append(f"top_k {self.top_k} of {self.num_experts} experts")
+            found.append(f"--top-k {self.top_k} is more than --experts {self.num_experts}")
         if self.router not in FREE_ROUTERS:
-            found.append(f"router {self.router!r} is not one of {', '.join(FREE_ROUTERS)}")
+            found.append(f"--router {self.router} is not one of {', '.join(FREE_ROUTERS)}")
         return found
 
     def build(self) -> dict[str, Any]:

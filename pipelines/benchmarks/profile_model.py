@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_dist.conversion.families import position_limit
@@ -176,7 +177,9 @@ def operator_shares(profiler: Any, number: int, *, on_gpu: bool = False) -> tupl
     times: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for one in profiler.key_averages():
-        if not one.key.startswith((PREFIX, "ProfilerStep")):
+        # A GPU's kernels stand there once more, beside the operators that launch them.
+        is_operator = one.device_type == DeviceType.CPU
+        if is_operator and not one.key.startswith((PREFIX, "ProfilerStep")):
             times[one.key] += getattr(one, figure) / 1e3 / number
             calls[one.key] += one.count
     found = shares(times, {name: count / number for name, count in calls.items()})

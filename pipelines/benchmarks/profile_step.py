@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_dist.errors import ConfigError
@@ -102,6 +103,7 @@ def run(
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
     times, calls, step_ms = step_parts(profiler.events())
+    on_gpu = pick_device(config.parallel.use_gpu).type == "cuda"
     remarks = [*_differences(config), *_doubts(work.disturbs(threads), work)]
     return StepProfile(
         name=config.name,
@@ -110,7 +112,7 @@ def run(
         num_threads=threads,
         step_ms=statistics.median(step_ms),
         parts=shares(times, calls),
-        operators=operator_shares(profiler, NUM_WARMUPS + num_steps),
+        operators=operator_shares(profiler, NUM_WARMUPS + num_steps, on_gpu=on_gpu),
         remarks=tuple(remarks),
     )
 
@@ -130,13 +132,16 @@ def alone(config: RunConfig, num_steps: int) -> RunConfig:
 def step_parts(events: Any) -> tuple[dict[str, float], dict[str, float], list[float]]:
     """Read a profiler's events: each part's mean time and calls in a step, and all steps' times.
 
-    Steps that warm up are left out. The gradients of embedding tables are a part of their own,
-    taken out of the backward pass that they are in.
+    Times are of the CPU, where on a GPU work is only launched. Steps that warm up are left out. The
+    gradients of embedding tables are a part of their own, taken out of the backward pass that they
+    are in.
     """
     spans = [
         (one.name.removeprefix(PREFIX), one.time_range.start / 1e3, one.time_range.end / 1e3)
         for one in events
-        if one.name.startswith(PREFIX) or one.name == _EMBEDDING_BACKWARD
+        # A GPU's timeline repeats the ranges, each as long as its kernels take there.
+        if one.device_type == DeviceType.CPU
+        and (one.name.startswith(PREFIX) or one.name == _EMBEDDING_BACKWARD)
     ]
     steps = sorted(span[1:] for span in spans if span[0] == STEP)[NUM_WARMUPS:]
     own = [
@@ -160,9 +165,12 @@ def check_steps(workspace: Workspace, num_steps: int, num_threads: int | None) -
         f"{name} is {value}; it must be at least 1" for name, value in numbers.items() if value < 1
     ]
     if not faults:
-        epochs = config.train.num_epochs
-        planned = workspace.num_steps(config.train, "distilled") if epochs else 0
-        if planned < NUM_WARMUPS + num_steps:
+        planned = 0
+        if config.train.num_epochs:
+            planned = workspace.num_steps(config.train, "distilled")
+        else:
+            faults.append("this recipe does not train its student; set train.num_epochs above 0")
+        if not faults and planned < NUM_WARMUPS + num_steps:
             faults.append(
                 f"the recipe trains {planned} steps, and {NUM_WARMUPS} that warm up and "
                 f"{num_steps} to look at are wanted; give --steps less or train.num_epochs more"

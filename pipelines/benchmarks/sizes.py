@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
-def below_one(settings: object, *names: str) -> list[str]:
-    """Name each size below 1, with which there would be nothing to measure."""
+def below_one(settings: object, *names: str, called: Mapping[str, str] | None = None) -> list[str]:
+    """Name each size below 1, with which there would be nothing to measure.
+
+    `called` has the names that messages use, where they are others than the fields'.
+    """
+    shown = called or {}
     return [
-        f"{name} is {getattr(settings, name)}; it must be at least 1"
+        f"{shown.get(name, name)} is {getattr(settings, name)}; it must be at least 1"
         for name in names
         if getattr(settings, name) < 1
     ]

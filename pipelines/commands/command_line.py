@@ -23,6 +23,8 @@ from moe_dist.errors import (
 from moe_dist.redaction import hide_secrets
 
 if TYPE_CHECKING:
+    from moe_dist.config import RunConfig
+
     from ..console import Console
 
 EXIT_FAILURE = 1
@@ -56,6 +58,12 @@ AsJson = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def note_unread_speedup(config: RunConfig, command: str, console: Console) -> None:
+    """Say that a command does not look at the speed-up that a recipe requires."""
+    if config.evaluate.require_speedup is not None:
+        console.warn(f"{command} does not look at {REQUIRE_SPEEDUP}; compress and evaluate do")
 
 
 def quieten_libraries() -> None:

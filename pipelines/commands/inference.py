@@ -63,7 +63,7 @@ def benchmark_inference(
         from moe_dist.inference.backends import QUICK_FORMS, Form
 
         from ..benchmarks.inference import SHAPES, InferenceBenchmark, main, named_directories
-        from ..benchmarks.models import RandomModels
+        from ..benchmarks.models import OPTIONS, RandomModels
         from .shapes import parse_shape
 
         sizes = {
@@ -78,7 +78,7 @@ def benchmark_inference(
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         if given and not random:
             raise ConfigError(
-                [f"{name} says what --random draws; leave it out." for name in given],
+                [f"{OPTIONS[name]} says what --random draws; leave it out." for name in given],
                 source="benchmark inference",
             )
         main(

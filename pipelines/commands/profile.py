@@ -46,9 +46,14 @@ def profile(
     """Show where a model's pass, or a recipe's distillation step, spends its time."""
     with clean_errors(debug=debug):
         quieten_libraries()
+        from moe_dist.errors import ConfigError
+
         from ..benchmarks.profile_tables import check_output
 
         check_output(output)
+        if not subject.exists():
+            fault = f"{subject} does not exist; give a model's directory or a recipe"
+            raise ConfigError([fault], source="profile")
         if subject.is_dir():
             _refuse({"--steps": steps, "--set": overrides}, "a recipe")
             _profile_model(subject, shape, form, passes, threads, output)

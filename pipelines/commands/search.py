@@ -16,6 +16,7 @@ from .command_line import (
     Quiet,
     Recipe,
     clean_errors,
+    note_unread_speedup,
     quieten_libraries,
 )
 from .run_command import open_console
@@ -115,6 +116,7 @@ def _check_and_search(
     from ..checks.cluster_package import cluster_module
 
     config = _load(recipe, overrides, space)
+    note_unread_speedup(config, "search", console)
     goals, minimize = _goals(goal, minimize, config)
     if goals:
         from ..search.frontier import goal_config

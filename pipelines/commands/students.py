@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .command_line import Debug, Overrides, Quiet, clean_errors, quieten_libraries, shown_warnings
+from .command_line import (
+    Debug,
+    Overrides,
+    Quiet,
+    clean_errors,
+    note_unread_speedup,
+    quieten_libraries,
+    shown_warnings,
+)
 
 
 def register(app: typer.Typer, benchmark_app: typer.Typer) -> None:
@@ -83,6 +91,7 @@ def compact(
         chosen: Any = method
         config = load_config(recipe or find_recipe(directory), overrides or ())
         console = Console(quiet=quiet)
+        note_unread_speedup(config, "compact", console)
         source = directory.absolute()
         above = stage_of(source) or source.parent
         beside = above.parent / _name(num_experts, expert_size)

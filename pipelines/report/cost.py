@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_dist.measure.latency import Latency, OtherWork, Rounds
+    from moe_dist.tasks import TaskKind
 
     from ..chain.stage import StageWork
 
@@ -21,6 +22,9 @@ FORM_ROUNDS = 10
 MIN_FORM_ROUNDS = 3
 FORM_BUDGET_S = 3.0
 """For each batch size; there are further figures to time a model by, so this may be short."""
+
+FORM_RULES = 2
+"""Raised when what is found of forms is written otherwise."""
 
 
 def measure_cost(
@@ -64,30 +68,45 @@ def measure_cost(
 
 
 def measure_forms(
-    loaded: Mapping[str, Any], student: str, seq_len: int, stage: StageWork
+    loaded: Mapping[str, Any],
+    student: str,
+    stage: StageWork,
+    costs: Mapping[str, Mapping[str, Any]],
+    timed: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Time all models once more, each in its fastest form.
 
     Args:
         loaded: model by name.
         student: the one whose speed counts.
-        seq_len: tokens per sequence.
         stage: the stage that asks; it says which forms are left out.
+        costs: of each model by `measure_cost`, which are taken where this fails.
+        timed: as by `describe_timing`.
 
     Returns:
         For each model `fastest` by batch size. And for all of them `speedups`, the student's over
-        each other's by batch size, `left_out`, `tolerance` and `other_work`.
+        each other's by batch size, `left_out`, `tolerance`, `other_work`, `timed`, and `failed`,
+        why nothing was measured, or None.
     """
-    from moe_dist.measure.fastest import TOLERANCE, Speedup, find_fastest
+    from moe_dist.inference.backends import QUICK_FORMS
+    from moe_dist.measure.fastest import Speedup, find_fastest
     from moe_dist.measure.latency import Rounds
+    from moe_dist.measure.screening import TOLERANCE
 
-    found = find_fastest(
-        loaded,
-        Rounds(FORM_ROUNDS, MIN_FORM_ROUNDS, FORM_BUDGET_S, LATENCY_REPEATS, num_warmups=1),
-        batch_sizes=LATENCY_BATCH_SIZES,
-        seq_len=seq_len,
-        progress=stage.console.progress,
-    )
+    try:
+        found = find_fastest(
+            loaded,
+            Rounds(FORM_ROUNDS, MIN_FORM_ROUNDS, FORM_BUDGET_S, LATENCY_REPEATS, num_warmups=1),
+            batch_sizes=LATENCY_BATCH_SIZES,
+            seq_len=timed["seq_len"],
+            forms=() if timed["forms"] == "eager" else QUICK_FORMS,
+            progress=stage.console.progress,
+        )
+    except Exception as fault:
+        # Whether a student pays is an extra; quality and cost must not be lost by it.
+        why = (str(fault).splitlines() or [type(fault).__name__])[0]
+        stage.console.warn(f"the fastest forms could not be timed: {why}")
+        return _as_timed_before(costs, student, why, timed)
     for line in found.left_out:
         stage.console.note(f"not counted as a fastest form: {line}")
     entries: dict[str, dict[str, Any]] = {
@@ -119,6 +138,61 @@ def measure_forms(
         "left_out": list(found.left_out),
         "tolerance": TOLERANCE,
         "other_work": describe_other_work(found.other_work),
+        "timed": dict(timed),
+        "failed": None,
+    }
+
+
+def describe_timing(kinds: Iterable[TaskKind], seq_len: int, forms: str) -> dict[str, Any]:
+    """Say what is timed: `seq_len`, `num_threads`, `forms` as in the recipe, and `writes`.
+
+    The last is whether models of these kinds of tasks write texts, token by token, of which one
+    pass says little.
+    """
+    import torch
+
+    return {
+        "seq_len": seq_len,
+        "num_threads": torch.get_num_threads(),
+        "forms": forms,
+        "writes": any(kind.writes or kind.auto_class == "AutoModelForCausalLM" for kind in kinds),
+    }
+
+
+def _as_timed_before(
+    costs: Mapping[str, Mapping[str, Any]], student: str, why: str, timed: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Give what `measure_cost` found in the place of `measure_forms`, with the reason."""
+    from moe_dist.inference.backends import ORACLE
+    from moe_dist.measure.screening import TOLERANCE
+
+    figures = ("latency_ms", "latency_low_ms", "latency_spread")
+    entries: dict[str, dict[str, Any]] = {
+        name: {
+            "fastest": {
+                size: {"form": str(ORACLE), "error": 0.0}
+                | {figure: cost[figure][size] for figure in figures}
+                for size in cost["latency_low_ms"]
+            }
+        }
+        for name, cost in costs.items()
+    }
+    own = costs[student]["latency_low_ms"]
+    speedups = {
+        name: {
+            size: dict.fromkeys(("value", "low", "high"), low_ms / own[size]) | {"half": 0}
+            for size, low_ms in cost["latency_low_ms"].items()
+        }
+        for name, cost in costs.items()
+        if name != student
+    }
+    return entries, {
+        "speedups": speedups,
+        "left_out": [],
+        "tolerance": TOLERANCE,
+        "other_work": None,
+        "timed": dict(timed),
+        "failed": why,
     }
 
 
@@ -145,12 +219,12 @@ def count_reads(
     }
 
 
-def form_settings() -> list[Any]:
+def form_settings(forms: str) -> list[Any]:
     """What the figures of fastest forms depend on, for the stage's fingerprint."""
     from moe_dist.inference.backends import QUICK_FORMS
-    from moe_dist.measure.fastest import TOLERANCE
+    from moe_dist.measure.screening import TOLERANCE
 
-    return [[str(form) for form in QUICK_FORMS], TOLERANCE, FORM_ROUNDS]
+    return [[str(form) for form in QUICK_FORMS], TOLERANCE, FORM_ROUNDS, FORM_RULES, forms]
 
 
 def _by_size(timed: Mapping[int, Latency], figure: str) -> dict[str, float]:

@@ -12,6 +12,11 @@ from ..stages import evaluate
 
 ORACLE = "eager-fp32"
 """The form in which a model is trained and loaded."""
+MARGIN = 0.03
+"""What lies nearer to a bound cannot be told: two identical models differ by as much."""
+MARGIN_OF_FEW = 0.1
+"""The same where each half has fewer than `FEW` passes, as of models whose passes take long."""
+FEW = 3
 
 
 def judge_speed(
@@ -49,25 +54,46 @@ def judge_speed(
 def verdicts(speeds: Mapping[str, Any], least: float) -> dict[str, bool | None]:
     """Say, by batch size, whether the student is so many times as fast as its teacher.
 
-    None where it cannot be told: other work disturbed, or each half of the passes says otherwise.
+    None where it cannot be told, see `why_unknown`.
     """
-    found: dict[str, bool | None] = {}
-    for size, one in speeds["speedups"][evaluate.TEACHER].items():
-        decided = one["low"] >= least or one["high"] < least
-        can_tell = decided and not speeds["other_work"]["disturbs"]
-        found[size] = one["low"] >= least if can_tell else None
-    return found
+    is_blind = bool(speeds["failed"]) or speeds["other_work"]["disturbs"]
+    return {
+        size: None if is_blind else _verdict(one, least)
+        for size, one in speeds["speedups"][evaluate.TEACHER].items()
+    }
 
 
-def why_unknown(speeds: Mapping[str, Any]) -> str:
-    """Say why a speed cannot be told."""
+def why_unknown(speeds: Mapping[str, Any], least: float) -> str:
+    """Say why it cannot be told whether the student is so many times as fast as its teacher."""
+    if speeds["failed"]:
+        return f"timing the fastest forms failed: {speeds['failed']}"
     other = speeds["other_work"]
     if other["disturbs"]:
         return (
             f"other work kept {other['busy_cores']:.1f} of {other['num_cores']} cores busy "
             "meanwhile"
         )
-    return "the first and the second half of the passes disagree"
+    found = speeds["speedups"][evaluate.TEACHER].values()
+    reasons = [_doubt(one, least) for one in found if _verdict(one, least) is None]
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def _verdict(one: Mapping[str, Any], least: float) -> bool | None:
+    margin = _margin(one)
+    if one["low"] >= least * (1 + margin):
+        return True
+    return False if one["high"] < least * (1 - margin) else None
+
+
+def _doubt(one: Mapping[str, Any], least: float) -> str:
+    if one["low"] < least <= one["high"]:
+        return "the first and the second half of the passes disagree"
+    few = f", and there are fewer than {FEW} passes in a half" * (one["half"] < FEW)
+    return f"it lies within {_margin(one):.0%} of {least:g} ×{few}"
+
+
+def _margin(one: Mapping[str, Any]) -> float:
+    return MARGIN if one["half"] >= FEW else MARGIN_OF_FEW
 
 
 def check_requirement(report: Mapping[str, Any], path: str, evaluated: str) -> None:
@@ -90,7 +116,8 @@ def check_requirement(report: Mapping[str, Any], path: str, evaluated: str) -> N
     if False not in pays["meets"].values():
         raise MoeDistError(
             f"could not tell whether {evaluate.STUDENT} is {wanted}, as evaluate.require_speedup "
-            f"asks: {why_unknown(pays)} ({shown}). All results are written: {path}",
+            f"asks: {why_unknown(pays, pays['required'])} ({shown}). All results are written: "
+            f"{path}",
             remedy=f"remove {evaluated} and start the same command again on an idle machine; only "
             "the stage evaluate is done again.",
         )
@@ -176,14 +203,27 @@ def _line(
     no = [size for size, verdict in pays.items() if verdict is False]
     if unknown:
         head = f"cannot tell whether {student} pays at batch {_joined(unknown)}, since "
-        head += why_unknown(speeds)
+        head += why_unknown(speeds, 1.0)
     elif yes and no:
         head = f"{student} pays at batch {_joined(yes)} and not at {_joined(no)}"
     else:
         head = f"{student} pays" if yes else f"{student} does not pay"
-    return f"{head}; each model in its fastest form: " + "; ".join(
+    return f"{head}; each model {_timed(speeds)}: " + "; ".join(
         _at_size(models, speeds, size) for size in pays
     )
+
+
+def _timed(speeds: Mapping[str, Any]) -> str:
+    """Say in which form, and on what, models were timed."""
+    timed = speeds["timed"]
+    form = "in its fastest form"
+    if timed["forms"] == "eager":
+        form = f"in {ORACLE} alone, as evaluate.forms says"
+    elif speeds["failed"]:
+        form = f"in {ORACLE}, as timed for its latency"
+    threads = f"{timed['num_threads']} thread{'s' * (timed['num_threads'] != 1)}"
+    passes = " (one forward pass; writing is not timed)" * timed["writes"]
+    return f"{form}, on random texts of {timed['seq_len']} tokens, {threads}{passes}"
 
 
 def _at_size(models: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, Any], size: str) -> str:

@@ -19,6 +19,7 @@ from ..report.cost import (
     LATENCY_SEQ_LEN,
     count_reads,
     describe_other_work,
+    describe_timing,
     form_settings,
     measure_cost,
     measure_forms,
@@ -96,12 +97,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         for name, found in near.items():
             entries[name] |= found
         with watch_other_work() as other_work:
-            for name, cost in measure_cost(final_models(loaded), seq_len, stage).items():
-                entries[name] |= cost
+            costs = measure_cost(final_models(loaded), seq_len, stage)
             beside = describe_other_work(other_work())
         finals = final_models(loaded)
-        forms, speeds = measure_forms(finals, STUDENT, seq_len, stage)
-        for further in (forms, count_reads(finals, loads, seq_len)):
+        kinds = [part.task.task_kind for part in workspace.rows.parts.values()]
+        timing = describe_timing(kinds, seq_len, config.evaluate.forms)
+        forms, speeds = measure_forms(finals, STUDENT, stage, costs, timing)
+        for further in (costs, forms, count_reads(finals, loads, seq_len)):
             for name, cost in further.items():
                 entries[name] |= cost
         main_metric = workspace.rows.main_metric
@@ -139,7 +141,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                 "expert_loads": loads,
                 "num_threads": answers.num_threads,
                 "other_work": beside,
-                "speeds": speeds,
+                "speeds": speeds | {"other_work": speeds["other_work"] or beside},
             }
             | describe_classes(answers)
             | describe_tasks(answers, STUDENT, config.seed),
@@ -152,7 +154,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "seed": config.seed,
             "max_length": config.model.max_length,
             "latency": [LATENCY_BATCH_SIZES, seq_len, LATENCY_ROUNDS, LATENCY_REPEATS],
-            "forms": form_settings(),
+            "forms": form_settings(config.evaluate.forms),
             "imitation": [*MEASURES, MAX_SAMPLES],
             "metric_rules": METRIC_RULES,
         },

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from moe_dist.inference.backends import Form
+from moe_dist.inference.backends.encoder import PRECISIONS
+from moe_dist.inference.backends.native import load_operators
 from moe_dist.measure.latency import random_batch
 from moe_dist.measure.parts import find_parts, self_times, timed_parts
 from moe_dist.moe.layer import moe_layers
@@ -20,6 +22,10 @@ from tests.inference.moe_students import student
 
 def count(model: Any) -> Counter[str]:
     return Counter(name for _, name in find_parts(model))
+
+
+def _has_native_blocks() -> bool:
+    return load_operators() and bool(torch.ops.moe_dist.multiplies(PRECISIONS["fp32"]))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama", "t5", "modernbert"])
@@ -41,9 +47,31 @@ def test_students_have_routers_and_experts(family: str) -> None:
 
 
 def test_a_lean_student_has_one_part_for_dispatch_and_experts() -> None:
-    parts = count(Form("lean", "fp32").prepare(student(router="hash_random")))
+    parts = count(Form("lean", "fp32").prepare(student("gpt2", router="hash_random")))
     assert parts["dispatch and experts"] == parts["router"] == 2
-    assert count(Form("lean", "fp32").prepare(tiny_model("bert")))["feed-forward"] > 0
+    assert count(Form("lean", "fp32").prepare(tiny_model("gpt2")))["feed-forward"] > 0
+
+
+@pytest.mark.skipif(not _has_native_blocks(), reason="not on this processor")
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        ("", {"attention and feed-forward": 1}),
+        ("token_gate", {"attention, router and experts": 1}),
+        ("hash_random", {"attention and experts": 1, "router": 2}),
+    ],
+)
+def test_blocks_that_are_one_native_object_are_one_part(
+    router: str, expected: dict[str, int]
+) -> None:
+    model = student(router=router) if router else tiny_model("bert")
+    lean = Form("lean", "fp32").prepare(model.eval())
+    with timed_parts(lean) as timer, torch.inference_mode():
+        lean(**random_batch(lean, 1, 8))
+    parts = dict(timer.calls)
+    assert parts.pop("rest") == parts.pop("embeddings") == 1
+    parts.pop("head")
+    assert parts == expected
 
 
 def test_each_part_is_timed_without_those_inside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,20 +75,23 @@ class NativeBlocks(AnswersOnly):
     Args:
         encoder: made in C++, with all weights.
         routers: of the layers; None where a layer routes nothing.
+
+    Attributes:
+        is_one_call: whether the native code routes by itself, so that no router is called.
     """
 
     def __init__(self, encoder: Any, routers: list[nn.Module | None]) -> None:
         super().__init__()
         self._encoder = encoder
         self.routers = nn.ModuleList(nn.Identity() if r is None else r for r in routers)
-        self._is_one_call = all(r is None or takes_the_best(r) for r in routers)
+        self.is_one_call = all(r is None or takes_the_best(r) for r in routers)
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """Apply all blocks, as the model applies them one by one."""
         self.check_input(hidden)
-        if self._is_one_call:
+        if self.is_one_call:
             out: Tensor = self._encoder.forward(hidden, attention_mask)
             return out
         now = hidden

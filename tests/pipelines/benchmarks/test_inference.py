@@ -110,8 +110,8 @@ def test_bad_input_is_one_clear_error(models: Path) -> None:
         ((place, "--shape", "0x16"), "has nothing in it"),
         ((place, place), "two models are called distill"),
         ((str(models / "nothing"),), "is no directory"),
-        ((place, "--rounds", "0"), "num_rounds is 0"),
-        ((place, "--threads", "0"), "num_threads is 0"),
+        ((place, "--rounds", "0"), "--rounds is 0"),
+        ((place, "--threads", "0"), "--threads is 0"),
         ((place, "--shape", "1x25"), "reads at most 24"),
         (("=" + place,), "is no directory"),
         (("student=",), "is no directory"),
@@ -137,11 +137,13 @@ def test_models_of_random_weights() -> None:
 def test_random_models_that_cannot_be() -> None:
     code, output = run("--random", "--experts", "8", "--top-k", "9", "--router", "expert_choice")
     assert code == 2
-    assert "8 experts of 768 are more than 3072" in output
-    assert "top_k 9 of 8" in output
-    assert "'expert_choice' is not one of token_gate" in output
+    assert "--experts 8 of --expert-size 768 are more than --neurons 3072" in output
+    assert "--top-k 9 is more than --experts 8" in output
+    assert "--router expert_choice is not one of token_gate" in output
+    assert "--layers is 0; it must be at least 1" in run("--random", "--layers", "0")[1]
+    assert "--d-model 40 is no multiple of 32" in run("--random", "--d-model", "40")[1]
     code, output = run("--experts", "8", "somewhere")
     assert code == 2
-    assert "num_experts says what --random draws" in output
+    assert "--experts says what --random draws" in output
     assert "give directories of models, or --random" in run()[1]
     assert "give directories of models, or --random" in run("--random", ".")[1]

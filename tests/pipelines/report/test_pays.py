@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_dist.errors import MoeDistError
+from moe_dist.measure.fastest import Speedup
+from moe_dist.measure.latency import Latency
 from pipelines.report.pays import (
     check_requirement,
     describe_reads,
@@ -44,8 +48,13 @@ def entry(form: str, *times_ms: float, flops: float = 1e7) -> dict[str, Any]:
     }
 
 
-def speedup(value: float, low: float | None = None, high: float | None = None) -> dict[str, float]:
-    return {"value": value, "low": low or value, "high": high or value}
+def speedup(
+    value: float, low: float | None = None, high: float | None = None, half: int = 10
+) -> dict[str, float]:
+    return {"value": value, "low": low or value, "high": high or value, "half": half}
+
+
+TIMED = {"seq_len": 64, "num_threads": 1, "forms": "auto", "writes": False}
 
 
 def judge(
@@ -53,6 +62,8 @@ def judge(
     at_32: dict[str, float],
     other_work: dict[str, Any] = IDLE,
     required: float | None = None,
+    failed: str | None = None,
+    **timed: Any,
 ) -> dict[str, Any]:
     models = {
         "teacher": entry("lean-fp32", 11.0, 130.0, flops=2e7),
@@ -67,6 +78,8 @@ def judge(
         "left_out": [],
         "tolerance": 0.05,
         "other_work": other_work,
+        "timed": TIMED | timed,
+        "failed": failed,
     }
     return {
         **models,
@@ -81,7 +94,8 @@ def test_a_student_that_pays() -> None:
     assert pays["pays"] == {"1": True, "32": True}
     assert pays["meets"] is pays["required"] is None
     assert pays["line"] == (
-        "student pays; each model in its fastest form: at batch 1 in lean-bf16 1.10 × as fast as "
+        "student pays; each model in its fastest form, on random texts of 64 tokens, 1 thread: at "
+        "batch 1 in lean-bf16 1.10 × as fast as "
         "its teacher in lean-fp32 (1.05 to 1.12), 0.90 × as fast as dense (0.90 to 0.90); at batch "
         "32 in lean-bf16 1.30 × as fast as its teacher in lean-fp32 (1.30 to 1.30), 0.98 × as fast "
         "as dense (0.98 to 0.98)"
@@ -115,6 +129,64 @@ def test_one_that_does_not() -> None:
     pays = judge(speedup(0.8), speedup(0.9))["pays"]
     assert pays["line"].startswith("student does not pay; each model")
     assert not any("larger" in line or "batches" in line for line in pays["advice"])
+
+
+def test_the_line_says_what_was_timed() -> None:
+    line = judge(speedup(1.2), speedup(1.2), forms="eager", num_threads=2, writes=True)["pays"][
+        "line"
+    ]
+    assert line.startswith(
+        "student pays; each model in eager-fp32 alone, as evaluate.forms says, on random texts of "
+        "64 tokens, 2 threads (one forward pass; writing is not timed): at batch 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (speedup(1.02, 1.01, 1.04), None),
+        (speedup(1.05, 1.031, 1.07), True),
+        (speedup(0.98, 0.96, 0.99), None),
+        (speedup(0.95, 0.93, 0.969), False),
+        (speedup(1.05, 1.031, 1.07, half=2), None),
+        (speedup(1.2, 1.11, 1.3, half=2), True),
+        (speedup(0.91, half=1), None),
+        (speedup(0.89, half=1), False),
+    ],
+)
+def test_what_is_near_a_bound_cannot_be_told(found: dict[str, float], verdict: bool | None) -> None:
+    report = judge(found, speedup(1.3))
+    assert report["pays"]["pays"]["1"] is verdict
+    if verdict is None:
+        few = ", and there are fewer than 3 passes in a half" * (found["half"] < 3)
+        near = "10" if few else "3"
+        assert report["pays"]["line"].startswith(
+            "cannot tell whether student pays at batch 1, since it lies within "
+            f"{near}% of 1 ×{few}; each"
+        )
+
+
+def test_identical_models_are_seldom_said_to_differ() -> None:
+    drawn = np.random.default_rng(0)
+    verdicts = []
+    for _ in range(300):
+        teacher, student = (
+            Latency(tuple(10 * (1 + drawn.gamma(2.0, 0.02, size=20)))) for _ in range(2)
+        )
+        found = asdict(Speedup.between(teacher, student))
+        verdicts.append(judge(found, speedup(1.3))["pays"]["pays"]["1"])
+    assert sum(one is not None for one in verdicts) <= 3
+
+
+def test_where_timing_failed_it_cannot_be_told() -> None:
+    report = judge(speedup(2.0), speedup(2.0), failed="a pass failed", required=1.3)
+    assert report["pays"]["pays"] == {"1": None, "32": None}
+    assert report["pays"]["line"].startswith(
+        "cannot tell whether student pays at batch 1 and 32, since timing the fastest forms "
+        "failed: a pass failed; each model in eager-fp32, as timed for its latency, on"
+    )
+    with pytest.raises(MoeDistError, match="timing the fastest forms failed: a pass failed"):
+        check_requirement(report, "report.json", "evaluate")
 
 
 @pytest.mark.parametrize(
