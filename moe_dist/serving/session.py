@@ -6,13 +6,15 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 from moe_dist.digests import file_digest
 from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
@@ -56,6 +58,7 @@ class ServingSession:
         self._endpoint = endpoint
         self._say = say
         self._joined = bool(os.environ.get("RAY_ADDRESS"))
+        self._deployed = False
         cpus = settings.threads * settings.replicas
         self._ray = RaySession(
             # A second set of replicas while a model is loaded anew; processes share the cores.
@@ -67,6 +70,7 @@ class ServingSession:
         """Start Ray and Serve; nothing is served yet."""
         check_directory(self._settings.directory, must_exist=not self._joined)
         if not self._joined:
+            check_ports(self._endpoint)
             _prepare_environment()
         self._ray.connect()
         _quieten_serve()
@@ -82,17 +86,23 @@ class ServingSession:
         self.close()
 
     def close(self) -> None:
-        """Take the model off, once what was taken is answered; then Ray, if it was started here."""
+        """Take off what this session served, once what was taken is answered; then Ray, if own."""
         from ray import serve
 
         from moe_dist.serving.deployment import APP_NAME
 
-        with suppress(Exception):
-            serve.delete(APP_NAME)
-        self._ray.close()
+        try:
+            if self._deployed:
+                with suppress(Exception):
+                    serve.delete(APP_NAME)
+        finally:
+            self._ray.close()
 
-    def deploy(self) -> dict[str, Any]:
+    def deploy(self, settings: ServingSettings | None = None) -> dict[str, Any]:
         """Serve the model, or the newest in its directory; what served before goes on until then.
+
+        Args:
+            settings: in the place of those that the session was made with.
 
         Returns:
             What a replica says of itself.
@@ -100,7 +110,8 @@ class ServingSession:
         Raises:
             ClusterError: if no replica could load it; what served before still does.
         """
-        return deploy(self._settings)
+        self._deployed = True
+        return deploy(settings or self._settings)
 
     @property
     def variables(self) -> str:
@@ -115,8 +126,15 @@ class ServingSession:
     def _start_serve(self) -> None:
         from ray import serve
 
-        running = bool(serve.status().proxies)
-        if running:
+        from moe_dist.serving.deployment import APP_NAME
+
+        status = serve.status()
+        if APP_NAME in status.applications:
+            raise ClusterError(
+                "a model is served there already",
+                remedy="add --reload to put this one in its place",
+            )
+        if status.proxies:
             self._say(
                 "Serve runs there already: --host and --port are those that it was started with"
             )
@@ -144,12 +162,29 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
     current = settings.model_copy(update={"version": model_version(settings.directory)})
     try:
         serve.run(build(current.model_dump()), name=APP_NAME, route_prefix="/")
-        return ask_replica()
     except Exception as fault:
         raise ClusterError(
-            f"the model could not be served: {_last_line(fault)}",
+            f"the model could not be served: {_own_error(_load_report()) or _last_line(fault)}",
             remedy="mend that and give the command again; what was served before still is",
         ) from None
+    try:
+        return ask_replica()
+    except Exception as fault:  # It serves, and has no time for us.
+        return {
+            "reason": f"served; the replica did not say in which form ({_last_line(fault)})",
+            "version": current.version,
+        }
+
+
+def _load_report() -> str:
+    """What Serve says of the deployment; its exception leaves the reason out."""
+    from ray import serve
+
+    from moe_dist.serving.deployment import APP_NAME, DEPLOYMENT
+
+    with suppress(Exception):
+        return str(serve.status().applications[APP_NAME].deployments[DEPLOYMENT].message)
+    return ""
 
 
 def ask_replica() -> dict[str, Any]:
@@ -199,12 +234,33 @@ def check_directory(directory: str, *, must_exist: bool) -> None:
         verify_model(directory)
 
 
+def check_ports(endpoint: Endpoint) -> None:
+    """See that what a Ray that is started here listens on is free, before it starts."""
+    wanted = [("--port", endpoint.host, endpoint.port)]
+    if endpoint.metrics_port is not None:
+        wanted.append(("--metrics-port", "", endpoint.metrics_port))
+    with ExitStack() as held:
+        for option, host, port in wanted:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                held.enter_context(socket.create_server((host, port), family=family))
+            except OSError as fault:
+                raise ClusterError(
+                    f"{option} {port} cannot be listened on{f' at {host}' if host else ''}: "
+                    f"{fault.strerror or fault}",
+                    remedy=f"choose another {option}, or stop what listens there",
+                ) from None
+
+
 def model_version(directory: str) -> str:
-    """Tell one state of a directory from another; empty where it is not on this machine."""
+    """Tell one state of a directory from another; one never seen where it is not on this machine.
+
+    So a reload loads anew whatever may have changed there.
+    """
     manifest = Path(directory) / MANIFEST
     with suppress(OSError):
         return file_digest(manifest)[:12]
-    return ""
+    return f"unknown-{uuid4().hex[:8]}"
 
 
 def usual_threads(replicas: int) -> int:
@@ -216,22 +272,38 @@ def usual_threads(replicas: int) -> int:
 def until_stopped() -> Iterator[Callable[[], bool]]:
     """Give a function that waits for a signal: True for SIGHUP, False for SIGTERM and ctrl-C.
 
-    Signals that come while nobody waits count for the next time. Handlers are those from before
-    when the block ends.
+    A SIGHUP that comes while nobody waits counts for the next time; SIGTERM and ctrl-C end what is
+    done then by a KeyboardInterrupt, and once more if they come again. Handlers are those from
+    before when the block ends.
     """
     wake = threading.Event()
-    asked: list[int] = []
+    reloads: list[int] = []
+    waiting, stopped = False, False
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        nonlocal stopped
+        if number == signal.SIGHUP:
+            reloads.append(number)
+        elif waiting and not stopped:
+            stopped = True
+        else:
+            raise KeyboardInterrupt("requests under way may be without an answer")
         wake.set()
 
     def wait() -> bool:
-        while not asked:
-            # Short, since a signal is handled between two steps of the main thread.
-            wake.wait(0.5)
-        wake.clear()
-        return asked.pop(0) == signal.SIGHUP
+        nonlocal waiting
+        waiting = True
+        try:
+            while not stopped and not reloads:
+                # Short, since a signal is handled between two steps of the main thread.
+                wake.wait(0.5)
+                wake.clear()
+        finally:
+            waiting = False
+        if stopped:
+            return False
+        reloads.pop(0)
+        return True
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in signals}
@@ -262,6 +334,11 @@ def _last_line(fault: BaseException) -> str:
     if isinstance(fault, MoeDistError):
         return fault.message
     text = str(fault)
-    own = re.findall(r"moe_dist\.errors\.\w+: (.+)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return str(own[-1]) if own else (lines or [type(fault).__name__])[-1]
+    return _own_error(text) or (lines or [type(fault).__name__])[-1]
+
+
+def _own_error(report: str) -> str:
+    """The error of this program that a report ends with; empty without one."""
+    own = re.findall(r"moe_dist\.errors\.\w+: (.+)", report)
+    return str(own[-1]) if own else ""

@@ -58,7 +58,8 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
         while wait():
             console.note(f"loading {settings.directory} anew")
             try:
-                _say(console, own.deploy())
+                # The run may have been given another length or threshold meanwhile.
+                _say(console, own.deploy(serving_settings(serving, console)))
             except MoeDistError as fault:
                 console.warn(str(fault))
         console.note("stopping, once what was taken is answered")
@@ -77,6 +78,9 @@ def serving_settings(serving: Serving, console: Console) -> ServingSettings:
 
 def _say(console: Console, found: Mapping[str, Any]) -> None:
     console.note(found["reason"])
+    if "task" not in found:
+        console.note(f"version {found['version']}")
+        return
     limit = found["max_length"]
     cut = "no text is cut" if limit is None else f"texts are cut after {limit} tokens"
-    console.note(f"serving {found['task']}, version {found['version'] or 'unknown'}; {cut}")
+    console.note(f"serving {found['task']}, version {found['version']}; {cut}")
