@@ -1,18 +1,15 @@
-"""Serve a model on Ray, here or on a cluster; reload and stop it without losing a request."""
+"""Serve a model on Ray, here or on a cluster; reload it without losing a request, and stop it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -82,11 +79,14 @@ class ServingSession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the requests that were taken, and stop."""
+        """Finish the requests that replicas took, and stop; those that wait for one are dropped."""
         self.close()
 
     def close(self) -> None:
-        """Take off what this session served, once what was taken is answered; then Ray, if own."""
+        """Take off what this session served, then Ray, if it was started here.
+
+        What a replica has taken is answered; what waits in the queue for one is not.
+        """
         from ray import serve
 
         from moe_dist.serving.deployment import APP_NAME
@@ -266,52 +266,6 @@ def model_version(directory: str) -> str:
 def usual_threads(replicas: int) -> int:
     """Share the cores of this machine out, but for one, which HTTP needs."""
     return max(1, (available_cpus() - 1) // replicas)
-
-
-@contextmanager
-def until_stopped() -> Iterator[Callable[[], bool]]:
-    """Give a function that waits for a signal: True for SIGHUP, False for SIGTERM and ctrl-C.
-
-    A SIGHUP that comes while nobody waits counts for the next time; SIGTERM and ctrl-C end what is
-    done then by a KeyboardInterrupt, and once more if they come again. Handlers are those from
-    before when the block ends.
-    """
-    wake = threading.Event()
-    reloads: list[int] = []
-    waiting, stopped = False, False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        if number == signal.SIGHUP:
-            reloads.append(number)
-        elif waiting and not stopped:
-            stopped = True
-        else:
-            raise KeyboardInterrupt("requests under way may be without an answer")
-        wake.set()
-
-    def wait() -> bool:
-        nonlocal waiting
-        waiting = True
-        try:
-            while not stopped and not reloads:
-                # Short, since a signal is handled between two steps of the main thread.
-                wake.wait(0.5)
-                wake.clear()
-        finally:
-            waiting = False
-        if stopped:
-            return False
-        reloads.pop(0)
-        return True
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in signals}
-    try:
-        yield wait
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare_environment() -> None:

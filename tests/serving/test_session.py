@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +19,6 @@ from moe_dist.serving.session import (
     deploy,
     model_version,
     reload_running,
-    until_stopped,
 )
 from moe_dist.serving.settings import ServingSettings
 from moe_dist.workers.ray_session import RaySession
@@ -67,38 +62,6 @@ def test_the_version_changes_with_the_files(tmp_path: Path) -> None:
     # What cannot be read may have changed: never the same twice, so that it is loaded anew.
     unread = [model_version(place) for place in (str(tmp_path / "none"), "s3://bucket/model") * 2]
     assert len(set(unread)) == 4 and all(own.startswith("unknown-") for own in unread)
-
-
-def test_signals_come_one_by_one_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with until_stopped() as wait:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert [wait(), wait()] == [True, True]
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        assert wait() is False
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def signal_self(number: int) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(20)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_nobody_waits_for_ends_what_is_done(number: int) -> None:
-    with pytest.raises(KeyboardInterrupt), until_stopped():
-        signal_self(number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_what_the_first_began(number: int) -> None:
-    with until_stopped() as wait:
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        assert wait() is False
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt, match="may be without an answer"):
-                signal_self(number)
 
 
 class FakeServe:
