@@ -216,7 +216,7 @@ def test_a_worker_that_is_ended_leaves_nobody_waiting() -> None:
         own._worker.cancel()
         found = await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 20)
         calls.may_answer.set()
-        return found
+        return list(found)
 
     found = asyncio.run(act())
     assert all(isinstance(own, RuntimeError) and "queue ended" in str(own) for own in found)
