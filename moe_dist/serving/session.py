@@ -164,7 +164,7 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
         serve.run(build(current.model_dump()), name=APP_NAME, route_prefix="/")
     except Exception as fault:
         raise ClusterError(
-            f"the model could not be served: {_own_error(_load_report()) or _last_line(fault)}",
+            f"the model could not be served: {_refusal(fault)}",
             remedy="mend that and give the command again; what was served before still is",
         ) from None
     try:
@@ -176,15 +176,17 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
         }
 
 
-def _load_report() -> str:
-    """What Serve says of the deployment; its exception leaves the reason out."""
+def _refusal(fault: Exception) -> str:
+    """Why a model could not be served: Serve's exception leaves it out, its status says it."""
     from ray import serve
 
     from moe_dist.serving.deployment import APP_NAME, DEPLOYMENT
 
-    with suppress(Exception):
-        return str(serve.status().applications[APP_NAME].deployments[DEPLOYMENT].message)
-    return ""
+    report: Any = ""
+    if not isinstance(fault, MoeDistError):
+        with suppress(Exception):
+            report = serve.status().applications[APP_NAME].deployments[DEPLOYMENT].message
+    return _last_line(RuntimeError(report) if report else fault)
 
 
 def ask_replica() -> dict[str, Any]:
@@ -288,11 +290,7 @@ def _last_line(fault: BaseException) -> str:
     if isinstance(fault, MoeDistError):
         return fault.message
     text = str(fault)
+    # A ConfigError has its faults in the lines below.
+    own = re.findall(r"moe_dist\.errors\.\w+: (.+(?:\n +- .+)*)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return _own_error(text) or (lines or [type(fault).__name__])[-1]
-
-
-def _own_error(report: str) -> str:
-    """The error of this program that a report ends with; empty without one."""
-    own = re.findall(r"moe_dist\.errors\.\w+: (.+)", report)
-    return str(own[-1]) if own else ""
+    return " ".join(own[-1].split()) if own else (lines or [type(fault).__name__])[-1]

@@ -159,6 +159,9 @@ def test_a_refused_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     serve.applications["moe-dist"] = state
     with pytest.raises(ClusterError, match="could not be served: the file is damaged"):
         deploy(settings(tmp_path / "m"))
+    state.deployments["model"].message = "Traceback:\nOSError: no memory\n"
+    with pytest.raises(ClusterError, match="could not be served: OSError: no memory"):
+        deploy(settings(tmp_path / "m"))
     state.deployments.clear()
     with pytest.raises(ClusterError, match="could not be served: Deploying application"):
         deploy(settings(tmp_path / "m"))
@@ -205,6 +208,8 @@ def test_of_a_replicas_report_only_its_own_error_is_said() -> None:
     )
     said = _last_line(RuntimeError(report))
     assert said == "there is no form fast-fp32: 'fast' is not one of eager"
+    faults = "x\nmoe_dist.errors.ConfigError: serve: 2 faults\n  - a: so\n  - b: not\nmore"
+    assert _last_line(RuntimeError(faults)) == "serve: 2 faults - a: so - b: not"
     assert _last_line(RuntimeError("one\ntwo\n")) == "two"
     assert _last_line(RuntimeError()) == "RuntimeError"
     assert _last_line(CheckpointError("damaged", remedy="copy again")) == "damaged"
