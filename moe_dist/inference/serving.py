@@ -87,7 +87,7 @@ class TextModel:
         """Bring what `predict` takes, or a mapping of columns by name, into columns of texts."""
         names = list(self.kind.text_columns)
         if isinstance(model_input, Mapping):
-            own = names if names and set(names) <= set(model_input) else list(model_input)
+            own = self._known_columns(list(model_input))
             model_input = list(zip(*(model_input[name] for name in own), strict=True))
         elif names and set(names) <= set(getattr(model_input, "columns", ())):
             model_input = model_input[names]
@@ -98,6 +98,22 @@ class TextModel:
                 remedy='send for example {"inputs": ["a fine film", "a dull one"]}',
             )
         return columns
+
+    def _known_columns(self, given: list[str]) -> list[str]:
+        """Bring names into the order in which they are read; which one is first is not guessed."""
+        names = list(self.kind.text_columns)
+        if names and set(names) != set(given):
+            raise DataError(
+                f"the model reads the columns {', '.join(names)}, and there are "
+                f"{', '.join(given)[:200]}",
+                remedy="name these alone, or send texts or pairs without names",
+            )
+        if not names and len(given) > 1 and self.kind.reads_pairs:
+            raise DataError(
+                "the model does not know its two texts by name, so which is the first is not known",
+                remedy='send pairs, such as {"inputs": [["the first text", "the second"]]}',
+            )
+        return names or given
 
     def answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Answer the texts of one batch; they are padded to the longest."""
@@ -152,8 +168,13 @@ def text_columns(model_input: Any) -> list[list[str]]:
     else:
         entries = model_input.tolist() if hasattr(model_input, "tolist") else list(model_input)
         rows = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
-        # Rows of different lengths make columns that are no texts.
-        columns = [list(column) for column in zip_longest(*rows)] if rows else [[]]
+        if not rows:
+            columns = [[]]
+        elif any(len(row) > 2 for row in rows):
+            columns = []  # Not made: a row of thousands makes thousands of columns.
+        else:
+            # Rows of different lengths make columns that are no texts.
+            columns = [list(column) for column in zip_longest(*rows)]
     if not 1 <= len(columns) <= 2 or not all(isinstance(t, str) for c in columns for t in c):
         raise DataError(
             "the model reads one or two columns of texts",

@@ -7,6 +7,7 @@ lengths of buckets need to be chosen.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -19,6 +20,8 @@ Answerer = Callable[[list[list[str]]], Sequence[Answer]]
 
 _PLANNED_BATCHES = 4
 """As many full batches of the oldest texts are looked at together: planning stays quick."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,7 @@ class BatchQueue:
             while self._waiting:
                 await self._call(self._next_batch())
         except BaseException as fault:
-            # Nobody may wait for an answer that will not come.
-            for text in self._waiting:
-                if not text.answer.done():
-                    text.answer.set_exception(RuntimeError(f"the queue ended: {fault!r}"))
+            _fail(self._waiting, fault)
             raise
 
     async def _wait_for_more(self) -> None:
@@ -193,15 +193,23 @@ class BatchQueue:
         return batch
 
     async def _call(self, batch: Sequence[WaitingText]) -> None:
-        columns = [list(column) for column in zip(*(text.parts for text in batch), strict=True)]
+        """Answer a batch, or fail each of its texts."""
+        try:
+            await self._call_model(batch)
+        except BaseException as fault:
+            _fail(batch, fault)
+            raise
+
+    async def _call_model(self, batch: Sequence[WaitingText]) -> None:
         self._call_began = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            answers = await loop.run_in_executor(self.executor, self.answer, columns)
+            answers = await loop.run_in_executor(self.executor, self._answers, batch)
         except Exception as fault:
             if len(batch) > 1:
-                for text in batch:
-                    await self._call([text])
+                half = len(batch) // 2
+                await self._call_model(batch[:half])
+                await self._call_model(batch[half:])
             elif not batch[0].answer.done():
                 batch[0].answer.set_exception(fault)
             return
@@ -211,7 +219,30 @@ class BatchQueue:
         for text, answer in zip(batch, answers, strict=True):
             if not text.answer.done():
                 text.answer.set_result(answer)
-        self.on_batch(_facts(batch))
+        try:
+            self.on_batch(_facts(batch))
+        except Exception:
+            log.exception("a call of the model could not be counted")
+
+    def _answers(self, batch: Sequence[WaitingText]) -> Sequence[Answer]:
+        """Call the model; runs in the executor, and raises nothing that a future cannot hold."""
+        columns = [list(column) for column in zip(*(text.parts for text in batch), strict=True)]
+        try:
+            answers = self.answer(columns)
+        except BaseException as fault:
+            if isinstance(fault, Exception) and not isinstance(fault, StopIteration):
+                raise
+            raise RuntimeError(f"the model ended with {fault!r}") from fault
+        if len(answers) != len(batch):
+            raise RuntimeError(f"the model gave {len(answers)} answers to {len(batch)} texts")
+        return answers
+
+
+def _fail(texts: Sequence[WaitingText], fault: BaseException) -> None:
+    """Let nobody wait for an answer that will not come."""
+    for text in texts:
+        if not text.answer.done():
+            text.answer.set_exception(RuntimeError(f"the queue ended: {fault!r}"))
 
 
 def _facts(batch: Sequence[WaitingText]) -> BatchFacts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -41,10 +40,13 @@ class Counters:
 
     def count_batch(self, facts: BatchFacts) -> None:
         """Count one call of the model."""
-        self._texts.inc(facts.num_texts)
-        self._tokens.inc(facts.num_tokens)
-        if facts.num_padded:
-            self._padding.inc(facts.num_padded)
+        for counter, number in (
+            (self._texts, facts.num_texts),
+            (self._tokens, facts.num_tokens),
+            (self._padding, facts.num_padded),
+        ):
+            if number:  # Ray takes no 0.
+                counter.inc(number)
         self._sizes.observe(facts.num_texts)
 
     def count_cut(self, num_texts: int) -> None:
@@ -76,7 +78,7 @@ class ServedModel:
             HttpRequest(request.method, path, request.headers, request.stream())
         )
         return Response(
-            json.dumps(answer.content, ensure_ascii=False),
+            answer.body,
             status_code=answer.status,
             headers=dict(answer.headers),
             media_type="application/json",

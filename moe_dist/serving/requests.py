@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_COLUMNS = 2
+BODY_TIMEOUT_S = 10.0
+"""A body that takes longer to come holds a place that others wait for."""
 EXAMPLE = 'send for example {"inputs": ["a fine film", "a dull one"]}'
 
 
@@ -33,10 +37,12 @@ class RequestLimits:
     Args:
         max_texts: texts, or pairs of them.
         max_body_bytes: of its body.
+        max_characters: of one text.
     """
 
     max_texts: int
     max_body_bytes: int
+    max_characters: int
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,23 @@ class HttpAnswer:
 
     Args:
         status: of HTTP.
-        content: the body.
+        content: what it says; a ValueError if a number is not finite.
         headers: beside its length and kind.
+
+    Attributes:
+        body: the content as bytes.
     """
 
     status: int
     content: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Encode it here, so that what cannot be encoded is a fault of the request."""
+        text = json.dumps(self.content, ensure_ascii=False, allow_nan=False)
+        # Halves of surrogate pairs become question marks.
+        object.__setattr__(self, "body", text.encode(errors="replace"))
 
 
 async def read_inputs(request: HttpRequest, limits: RequestLimits) -> Any:
@@ -78,7 +94,16 @@ async def read_inputs(request: HttpRequest, limits: RequestLimits) -> Any:
         raise RequestFault(
             415, f"the body is {kind or 'of no kind'}; send Content-Type: application/json"
         )
-    return parse_inputs(await _read_body(request, limits.max_body_bytes), limits.max_texts)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await _read_body(request, limits.max_body_bytes)
+    except TimeoutError:
+        raise RequestFault(
+            408,
+            f"the body did not come within {BODY_TIMEOUT_S:g} s; send it at once",
+            {"Connection": "close"},
+        ) from None
+    return parse_inputs(body, limits)
 
 
 async def _read_body(request: HttpRequest, max_bytes: int) -> bytes:
@@ -98,7 +123,7 @@ async def _read_body(request: HttpRequest, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_inputs(body: bytes, max_texts: int) -> Any:
+def parse_inputs(body: bytes, limits: RequestLimits) -> Any:
     """Read `{"inputs": ...}`: texts, pairs, or rows or columns by name; see `read_inputs`."""
     try:
         document = json.loads(body)
@@ -119,11 +144,17 @@ def parse_inputs(body: bytes, max_texts: int) -> Any:
         raise RequestFault(400, f"`inputs` is neither a list nor columns by name; {EXAMPLE}")
     inputs = _columns_by_name(inputs)
     rows = next(iter(inputs.values()), []) if isinstance(inputs, dict) else inputs
-    if len(rows) > max_texts:
+    if len(rows) > limits.max_texts:
         raise RequestFault(
-            413, f"`inputs` has {len(rows)} texts, and a request may have {max_texts}; send fewer"
+            413,
+            f"`inputs` has {len(rows)} texts, and a request may have {limits.max_texts}; "
+            "send fewer",
         )
-    _check_texts(list(inputs.values()) if isinstance(inputs, dict) else inputs)
+    if isinstance(inputs, dict):
+        for column in inputs.values():
+            _check_texts([[text] for text in column], limits)
+    else:
+        _check_texts(inputs, limits)
     return inputs
 
 
@@ -143,12 +174,24 @@ def _columns_by_name(inputs: list[Any] | dict[str, Any]) -> list[Any] | dict[str
     return {name: [row[name] for row in inputs] for name in names}
 
 
-def _check_texts(rows: list[Any]) -> None:
-    """See that there are texts and pairs only, and that each is a text of Unicode."""
+def _check_texts(rows: list[Any], limits: RequestLimits) -> None:
+    """See that there are texts and pairs only, and that each is a text of Unicode, not too long."""
     for place, row in enumerate(rows):
+        if isinstance(row, list) and len(row) > MAX_COLUMNS:
+            raise RequestFault(
+                400,
+                f"a row of `inputs` is a text or a pair, for one or two columns of texts, and has "
+                f"{len(row)} at {place}; {EXAMPLE}",
+            )
         for text in row if isinstance(row, list) else [row]:
             if not isinstance(text, str):
                 raise RequestFault(400, f"`inputs` holds what is no text, at {place}; {EXAMPLE}")
+            if len(text) > limits.max_characters:
+                raise RequestFault(
+                    413,
+                    f"a text of `inputs` has {len(text)} characters, and one may have "
+                    f"{limits.max_characters}, at {place}; send a part of it",
+                )
             try:
                 text.encode()
             except UnicodeEncodeError:

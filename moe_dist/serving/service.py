@@ -62,6 +62,8 @@ class TextService:
             settings.max_wait_ms / 1e3,
             self._count,
         )
+        # A long text must not keep the others waiting; the tokenizer is for one thread.
+        self._counting = ThreadPoolExecutor(1, "lengths")
         self._probe = [column[0] for column in probe_texts(self._model, 1, 4)]
 
     async def handle(self, request: HttpRequest) -> HttpAnswer:
@@ -133,7 +135,7 @@ class TextService:
     async def _predict(self, request: HttpRequest) -> HttpAnswer:
         columns = self._model.columns(await read_inputs(request, self._settings.limits))
         limit = self._model.limit
-        lengths = self._model.lengths(columns) if columns[0] else []
+        lengths = await self._lengths(columns) if columns[0] else []
         cut = [row for row, length in enumerate(lengths) if limit is not None and length > limit]
         content: dict[str, Any] = {"predictions": await self._answer(columns, lengths)}
         if cut:
@@ -141,11 +143,15 @@ class TextService:
             content["truncated"] = {"max_length": limit, "rows": cut}
         return HttpAnswer(200, content)
 
+    async def _lengths(self, columns: Sequence[Sequence[str]]) -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._counting, self._model.lengths, columns)
+
     async def _answer(
         self, columns: Sequence[Sequence[str]], lengths: Sequence[int] | None = None
     ) -> list[Answer]:
         if lengths is None:
-            lengths = self._model.lengths(columns)
+            lengths = await self._lengths(columns)
         limit = self._model.limit
         rows = zip(*columns, strict=True)
         read = [length if limit is None else min(length, limit) for length in lengths]

@@ -1,18 +1,17 @@
-"""Serve a model on Ray, here or on a cluster; reload and stop it without losing a request."""
+"""Serve a model on Ray, here or on a cluster; reload it without losing a request, and stop it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 from moe_dist.digests import file_digest
 from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
@@ -56,6 +55,7 @@ class ServingSession:
         self._endpoint = endpoint
         self._say = say
         self._joined = bool(os.environ.get("RAY_ADDRESS"))
+        self._deployed = False
         cpus = settings.threads * settings.replicas
         self._ray = RaySession(
             # A second set of replicas while a model is loaded anew; processes share the cores.
@@ -67,6 +67,7 @@ class ServingSession:
         """Start Ray and Serve; nothing is served yet."""
         check_directory(self._settings.directory, must_exist=not self._joined)
         if not self._joined:
+            check_ports(self._endpoint)
             _prepare_environment()
         self._ray.connect()
         _quieten_serve()
@@ -78,21 +79,30 @@ class ServingSession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the requests that were taken, and stop."""
+        """Finish the requests that replicas took, and stop; those that wait for one are dropped."""
         self.close()
 
     def close(self) -> None:
-        """Take the model off, once what was taken is answered; then Ray, if it was started here."""
+        """Take off what this session served, then Ray, if it was started here.
+
+        What a replica has taken is answered; what waits in the queue for one is not.
+        """
         from ray import serve
 
         from moe_dist.serving.deployment import APP_NAME
 
-        with suppress(Exception):
-            serve.delete(APP_NAME)
-        self._ray.close()
+        try:
+            if self._deployed:
+                with suppress(Exception):
+                    serve.delete(APP_NAME)
+        finally:
+            self._ray.close()
 
-    def deploy(self) -> dict[str, Any]:
+    def deploy(self, settings: ServingSettings | None = None) -> dict[str, Any]:
         """Serve the model, or the newest in its directory; what served before goes on until then.
+
+        Args:
+            settings: in the place of those that the session was made with.
 
         Returns:
             What a replica says of itself.
@@ -100,7 +110,8 @@ class ServingSession:
         Raises:
             ClusterError: if no replica could load it; what served before still does.
         """
-        return deploy(self._settings)
+        self._deployed = True
+        return deploy(settings or self._settings)
 
     @property
     def variables(self) -> str:
@@ -115,8 +126,15 @@ class ServingSession:
     def _start_serve(self) -> None:
         from ray import serve
 
-        running = bool(serve.status().proxies)
-        if running:
+        from moe_dist.serving.deployment import APP_NAME
+
+        status = serve.status()
+        if APP_NAME in status.applications:
+            raise ClusterError(
+                "a model is served there already",
+                remedy="add --reload to put this one in its place",
+            )
+        if status.proxies:
             self._say(
                 "Serve runs there already: --host and --port are those that it was started with"
             )
@@ -144,12 +162,31 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
     current = settings.model_copy(update={"version": model_version(settings.directory)})
     try:
         serve.run(build(current.model_dump()), name=APP_NAME, route_prefix="/")
-        return ask_replica()
     except Exception as fault:
         raise ClusterError(
-            f"the model could not be served: {_last_line(fault)}",
+            f"the model could not be served: {_refusal(fault)}",
             remedy="mend that and give the command again; what was served before still is",
         ) from None
+    try:
+        return ask_replica()
+    except Exception as fault:  # It serves, and has no time for us.
+        return {
+            "reason": f"served; the replica did not say in which form ({_last_line(fault)})",
+            "version": current.version,
+        }
+
+
+def _refusal(fault: Exception) -> str:
+    """Why a model could not be served: Serve's exception leaves it out, its status says it."""
+    from ray import serve
+
+    from moe_dist.serving.deployment import APP_NAME, DEPLOYMENT
+
+    report: Any = ""
+    if not isinstance(fault, MoeDistError):
+        with suppress(Exception):
+            report = serve.status().applications[APP_NAME].deployments[DEPLOYMENT].message
+    return _last_line(RuntimeError(report) if report else fault)
 
 
 def ask_replica() -> dict[str, Any]:
@@ -199,47 +236,38 @@ def check_directory(directory: str, *, must_exist: bool) -> None:
         verify_model(directory)
 
 
+def check_ports(endpoint: Endpoint) -> None:
+    """See that what a Ray that is started here listens on is free, before it starts."""
+    wanted = [("--port", endpoint.host, endpoint.port)]
+    if endpoint.metrics_port is not None:
+        wanted.append(("--metrics-port", "", endpoint.metrics_port))
+    with ExitStack() as held:
+        for option, host, port in wanted:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                held.enter_context(socket.create_server((host, port), family=family))
+            except OSError as fault:
+                raise ClusterError(
+                    f"{option} {port} cannot be listened on{f' at {host}' if host else ''}: "
+                    f"{fault.strerror or fault}",
+                    remedy=f"choose another {option}, or stop what listens there",
+                ) from None
+
+
 def model_version(directory: str) -> str:
-    """Tell one state of a directory from another; empty where it is not on this machine."""
+    """Tell one state of a directory from another; one never seen where it is not on this machine.
+
+    So a reload loads anew whatever may have changed there.
+    """
     manifest = Path(directory) / MANIFEST
     with suppress(OSError):
         return file_digest(manifest)[:12]
-    return ""
+    return f"unknown-{uuid4().hex[:8]}"
 
 
 def usual_threads(replicas: int) -> int:
     """Share the cores of this machine out, but for one, which HTTP needs."""
     return max(1, (available_cpus() - 1) // replicas)
-
-
-@contextmanager
-def until_stopped() -> Iterator[Callable[[], bool]]:
-    """Give a function that waits for a signal: True for SIGHUP, False for SIGTERM and ctrl-C.
-
-    Signals that come while nobody waits count for the next time. Handlers are those from before
-    when the block ends.
-    """
-    wake = threading.Event()
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        wake.set()
-
-    def wait() -> bool:
-        while not asked:
-            # Short, since a signal is handled between two steps of the main thread.
-            wake.wait(0.5)
-        wake.clear()
-        return asked.pop(0) == signal.SIGHUP
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in signals}
-    try:
-        yield wait
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare_environment() -> None:
@@ -262,6 +290,7 @@ def _last_line(fault: BaseException) -> str:
     if isinstance(fault, MoeDistError):
         return fault.message
     text = str(fault)
-    own = re.findall(r"moe_dist\.errors\.\w+: (.+)", text)
+    # A ConfigError has its faults in the lines below.
+    own = re.findall(r"moe_dist\.errors\.\w+: (.+(?:\n +- .+)*)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return str(own[-1]) if own else (lines or [type(fault).__name__])[-1]
+    return " ".join(own[-1].split()) if own else (lines or [type(fault).__name__])[-1]

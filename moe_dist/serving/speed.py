@@ -11,8 +11,8 @@ from moe_dist.errors import ConversionError
 from moe_dist.inference.backends import QUICK_FORMS, Form
 from moe_dist.inference.serving import TextModel
 from moe_dist.serving.batching import CallCost
+from moe_dist.serving.settings import AUTO
 
-AUTO = "auto"
 SHORT, LONG, MANY = (1, 16), (1, 128), (8, 128)
 """Texts and tokens of the calls that are timed; fewer tokens where the model reads fewer."""
 SHAPES = (SHORT, LONG, MANY)

@@ -11,21 +11,31 @@ from .command_line import Debug, Quiet, clean_errors, quieten_libraries, shown_w
 
 DIRECTORY = typer.Argument(metavar="DIR", help="A model's directory.")
 Form = Annotated[
-    str, typer.Option(help="A form such as lean-bf16; auto takes the fastest on this machine.")
+    str,
+    typer.Option(
+        help="A form such as lean-bf16; auto takes the fastest where the replica runs, also int8."
+    ),
 ]
 Task = Annotated[str | None, typer.Option(help="The task; not needed for a model of one task.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads of a replica; if not given, all cores but one, shared out."),
+    typer.Option(
+        min=1, help="CPU threads of a replica; if not given, all cores but one, shared out."
+    ),
 ]
-Replicas = Annotated[int, typer.Option(help="Copies of the model.")]
-MaxBatchSize = Annotated[int, typer.Option(help="Texts in a call of the model at most.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Copies of the model.")]
+MaxBatchSize = Annotated[
+    int, typer.Option(min=1, max=256, help="Texts in a call of the model at most.")
+]
 MaxWait = Annotated[
-    float, typer.Option("--max-wait-ms", help="How long an idle model waits for more texts.")
+    float,
+    typer.Option(
+        "--max-wait-ms", min=0, max=10_000, help="How long an idle model waits for more texts."
+    ),
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(help="Tokens after which a text is cut; those of the recipe, else 512."),
+    typer.Option(min=1, help="Tokens after which a text is cut; those of the recipe, else 512."),
 ]
 
 
@@ -51,11 +61,15 @@ def serve(
     max_batch_size: MaxBatchSize = 32,
     max_wait_ms: MaxWait = 2.0,
     max_length: MaxLength = None,
-    max_texts: Annotated[int, typer.Option(help="Texts of a request at most.")] = 256,
-    max_body_kib: Annotated[int, typer.Option(help="Of a request's body at most.")] = 1024,
-    max_ongoing: Annotated[int, typer.Option(help="Requests that a replica takes at once.")] = 64,
+    max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request at most.")] = 256,
+    max_body_kib: Annotated[int, typer.Option(min=1, help="Of a request's body at most.")] = 1024,
+    max_characters: Annotated[int, typer.Option(min=1, help="Of one text at most.")] = 100_000,
+    max_ongoing: Annotated[
+        int, typer.Option(min=1, help="Requests that a replica takes at once.")
+    ] = 64,
     max_queued: Annotated[
-        int, typer.Option(help="Requests that wait for a replica; more are answered with 503.")
+        int,
+        typer.Option(min=1, help="Requests that wait for a replica; more are answered with 503."),
     ] = 256,
     reload: Annotated[
         bool,
@@ -82,6 +96,7 @@ def serve(
             "max_wait_ms": max_wait_ms,
             "max_texts": max_texts,
             "max_body_bytes": max_body_kib * 1024,
+            "max_characters": max_characters,
             "max_ongoing_requests": max_ongoing,
             "max_queued_requests": max_queued,
         }

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import MoeDistError
-from moe_dist.serving.session import (
-    Endpoint,
-    ServingSession,
-    reload_running,
-    until_stopped,
-)
+from moe_dist.serving.session import Endpoint, ServingSession, reload_running
 from moe_dist.serving.settings import ServingSettings
+from moe_dist.serving.stopping import until_stopped
 from moe_dist.uris import is_uri
 
 from ..console import Console
@@ -39,7 +35,7 @@ class Serving:
 
 
 def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
-    """Serve a model until SIGTERM or ctrl-C; SIGHUP loads its directory anew.
+    """Serve a model until SIGTERM or ctrl-C; SIGHUP loads its directory and settings anew.
 
     Args:
         serving: what, and where.
@@ -58,10 +54,14 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
         while wait():
             console.note(f"loading {settings.directory} anew")
             try:
-                _say(console, own.deploy())
+                # The run may have been given another length or threshold meanwhile.
+                _say(console, own.deploy(serving_settings(serving, console)))
             except MoeDistError as fault:
                 console.warn(str(fault))
-        console.note("stopping, once what was taken is answered")
+        console.note(
+            "stopping, once what replicas took is answered; what waits for one is dropped; "
+            "another ctrl-C stops at once"
+        )
 
 
 def serving_settings(serving: Serving, console: Console) -> ServingSettings:
@@ -77,6 +77,9 @@ def serving_settings(serving: Serving, console: Console) -> ServingSettings:
 
 def _say(console: Console, found: Mapping[str, Any]) -> None:
     console.note(found["reason"])
+    if "task" not in found:
+        console.note(f"version {found['version']}")
+        return
     limit = found["max_length"]
     cut = "no text is cut" if limit is None else f"texts are cut after {limit} tokens"
-    console.note(f"serving {found['task']}, version {found['version'] or 'unknown'}; {cut}")
+    console.note(f"serving {found['task']}, version {found['version']}; {cut}")

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from moe_dist.conversion import dense_to_moe, plan_partition
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, DataError
 from moe_dist.inference import save_model
-from moe_dist.inference.serving import TextModel, _load_pyfunc
+from moe_dist.inference.serving import TextModel, _load_pyfunc, text_columns
 from moe_dist.tasks import TASK_KINDS
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was good [ ] sep mask".split()
@@ -85,3 +85,14 @@ def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column
 def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="'fast' is not one of"):
         _load_pyfunc(str(tmp_path), {"form": "fast-fp32"})
+
+
+def test_rows_of_thousands_are_refused_before_columns_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*rows: Any) -> Any:
+        raise AssertionError(f"{len(rows)} rows are turned into columns")
+
+    monkeypatch.setattr("moe_dist.inference.serving.zip_longest", never)
+    with pytest.raises(DataError, match="one or two columns of texts"):
+        text_columns([[""] * 9_000, "a"])

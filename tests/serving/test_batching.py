@@ -156,6 +156,89 @@ def test_a_bad_text_fails_alone() -> None:
     ]
 
 
+def test_a_bad_text_costs_few_calls() -> None:
+    calls = Calls()
+    calls.may_answer.set()
+
+    async def act() -> list[Any]:
+        own = queue(calls, max_batch_size=32)
+        texts = ["bad!" if place == 11 else f"text{place:02}" for place in range(32)]
+        tasks = [own.submit([((text,), 6)]) for text in texts]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(act())
+    assert [place for place, own in enumerate(found) if isinstance(own, Exception)] == [11]
+    # All, and then both halves of what failed: 1 + 2 * log2(32).
+    assert len(calls.columns) == 11
+
+
+@pytest.mark.parametrize("fault", [SystemExit(3), KeyboardInterrupt(), StopIteration()])
+def test_nobody_waits_for_a_model_that_ended(fault: BaseException) -> None:
+    def end(columns: Any) -> Any:
+        raise fault
+
+    async def act() -> list[Any]:
+        own = BatchQueue(end, ThreadPoolExecutor(1), CallCost(20), 4, 0.0)
+        tasks = [own.submit(rows(text)) for text in ("one", "two", "three")]
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+
+    found = asyncio.run(act())
+    assert len(found) == 3
+    for own in found:
+        assert isinstance(own, RuntimeError) and f"ended with {fault!r}" in str(own)
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_wrong_number_of_answers_is_a_fault(number: int) -> None:
+    async def act() -> Any:
+        answers = [{"said": "a"}] * number
+        own = BatchQueue(lambda columns: answers, ThreadPoolExecutor(1), CallCost(20), 4, 0.0)
+        submit = own.submit([((text,), 3) for text in ("one", "two")])
+        return await asyncio.wait_for(asyncio.gather(submit, return_exceptions=True), 20)
+
+    (found,) = asyncio.run(act())
+    if number == 1:  # Right for each of the halves.
+        assert found == [{"said": "a"}] * 2
+    else:
+        assert isinstance(found, RuntimeError) and f"gave {number} answers to 1 texts" in str(found)
+
+
+def test_a_worker_that_is_ended_leaves_nobody_waiting() -> None:
+    calls = Calls()
+
+    async def act() -> list[Any]:
+        own = queue(calls)
+        first = asyncio.create_task(own.submit(rows("first")))
+        await begun(calls)
+        second = asyncio.create_task(own.submit(rows("second")))
+        await asyncio.sleep(0)
+        assert own._worker is not None
+        own._worker.cancel()
+        found = await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 20)
+        calls.may_answer.set()
+        return list(found)
+
+    found = asyncio.run(act())
+    assert all(isinstance(own, RuntimeError) and "queue ended" in str(own) for own in found)
+
+
+def test_a_fault_in_counting_is_logged_and_the_queue_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = Calls()
+    calls.may_answer.set()
+
+    def fail(facts: BatchFacts) -> None:
+        raise ValueError("no zero")
+
+    async def act() -> list[Any]:
+        own = queue(calls, on_batch=fail)
+        return [await asyncio.wait_for(own.submit(rows(text)), 20) for text in ("one", "two")]
+
+    assert asyncio.run(act()) == [[{"said": "one"}], [{"said": "two"}]]
+    assert "no zero" in caplog.text
+
+
 def test_texts_of_those_who_left_are_not_read() -> None:
     calls = Calls()
 

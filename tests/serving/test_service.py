@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 from transformers import BertForQuestionAnswering
 
 from moe_dist.errors import ConfigError, ConversionError
+from moe_dist.inference.backends import Form
 from moe_dist.inference.serving import TextModel, _load_pyfunc
 from moe_dist.serving import service as service_module
+from moe_dist.serving import speed
 from moe_dist.serving.batching import BatchFacts
 from moe_dist.serving.service import TextService, load_choice
 from moe_dist.serving.settings import ServingSettings
@@ -81,10 +84,14 @@ def test_texts_that_are_cut_are_named(directory: Path) -> None:
         ({"path": "/health"}, 405, "/health takes GET, not POST"),
         ({"kind": None}, 415, "Content-Type"),
         ({"raw": b"{"}, 400, "no JSON"),
+        ({"raw": b'{"\\ud800": 1}'}, 400, "`inputs` alone, and is ?"),
+        ({"content": {"inputs": ["a" * 100_001]}}, 413, "100001 characters"),
         ({"content": {"inputs": ["a"] * 9}}, 413, "has 9 texts, and a request may have 8"),
         ({"content": {"inputs": [["a", "b", "c"]]}}, 400, "one or two columns of texts"),
         ({"content": {"inputs": ["a", ["b", "c"]]}}, 400, "one or two columns of texts"),
         ({"content": {"inputs": [[]]}}, 400, "one or two columns of texts"),
+        # Would make as many columns of all rows.
+        ({"content": {"inputs": [[""] * 250_000, "a"]}}, 400, "one or two columns of texts"),
     ],
 )
 def test_what_is_refused(
@@ -92,7 +99,7 @@ def test_what_is_refused(
 ) -> None:
     found = ask(service, request_.pop("content", {"inputs": ["the"]}), **request_)
     assert found.status == status
-    assert set(found.content) == {"error"} and said in found.content["error"]
+    assert set(found.content) == {"error"} and said in json.loads(found.body)["error"]
     if status == 405:
         assert found.headers["Allow"].split(", ")[0] in ("POST", "GET")
 
@@ -191,23 +198,109 @@ def test_a_length_that_the_model_cannot_read_is_refused(directory: Path) -> None
     assert make(directory).describe()["max_length"] == NUM_POSITIONS
 
 
-def test_forms(directory: Path) -> None:
-    with pytest.raises(ConversionError, match="'fast' is not one of"):
-        make(directory, form="fast-fp32")
-    reason = make(directory, form="auto").report()["reason"]
-    assert "the fastest here; ms for 1 short, 1 long, 8 long texts: eager-fp32 " in reason
-    chosen = reason.split(",")[0]
-    times = {
-        name: [float(part) for part in own.split("/")]
-        for name, own in (one.split() for one in reason.split("texts: ")[1].split("; "))
+def test_the_fastest_form_is_taken_and_all_are_named(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        # Fastest for a short text, and not by the product of all.
+        "eager-fp32": dict(zip(speed.SHAPES, (0.001, 0.010, 0.080), strict=True)),
+        "lean-fp32": dict(zip(speed.SHAPES, (0.002, 0.005, 0.010), strict=True)),
     }
-    assert chosen in times and {"eager-fp32", "lean-bf16"} <= set(times)
-    assert np.prod(times[chosen]) <= 1.2 * min(map(np.prod, times.values()))
+    prepare = Form.prepare
+
+    def prepared(self: Form, model: Any) -> Any:
+        if str(self) not in given:
+            raise ConversionError(f"no {self} here")
+        return prepare(Form(), model)
+
+    monkeypatch.setattr(Form, "prepare", prepared)
+    monkeypatch.setattr(
+        speed, "time_forms", lambda models: {name: given[name] for name in list(models)}
+    )
+    reason = make(directory, form="auto").report()["reason"]
+    assert reason.startswith(
+        "lean-fp32, the fastest here; ms for 1 short, 1 long, 8 long texts: "
+        "eager-fp32 1.0/10.0/80.0; lean-fp32 2.0/5.0/10.0; "
+    )
+    assert "lean-bf16 is not there (no lean-bf16 here)" in reason
+    assert make(directory, form="eager-fp32").report()["reason"].startswith("eager-fp32, as asked")
+
+
+def test_each_form_is_timed_with_each_shape(directory: Path) -> None:
+    model = make(directory)._model
+    ((name, times),) = speed.time_forms({"only": model}).items()
+    assert name == "only" and set(times) == set(speed.SHAPES)
+    assert all(0 < own < math.inf for own in times.values())
+
+
+@pytest.mark.parametrize("form", ["nonsense", "fast-fp32", "lean-fp99", "", "auto-fp32"])
+def test_a_form_that_there_is_not_is_refused_with_the_settings(form: str) -> None:
+    with pytest.raises(ConfigError, match=r"form: .*there is no form .*write for example"):
+        ServingSettings.of(directory="model", form=form)
+
+
+def test_columns_whose_order_is_not_known_are_refused(service: TextService) -> None:
+    assert ask(service, {"inputs": {"anything": ["the film"]}}).status == 200
+    rows = [{"b": "the film", "a": "dull"}]
+    some: list[Any] = [rows, {"b": ["the film"], "a": ["dull"]}]
+    for inputs in some:
+        found = ask(service, {"inputs": inputs})
+        assert found.status == 400 and "which is the first is not known" in found.content["error"]
+
+
+def test_only_the_columns_that_are_read_are_taken(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model", BertForQuestionAnswering)
+    service = make(directory, options={"stride": 2})
+    given = {"question": ["film"], "context": ["the film was good"]}
+    assert ask(service, {"inputs": given}).status == 200
+    for inputs in (given | {"title": ["dull"]}, {"question": ["film"], "\ud800": ["good"]}):
+        found = ask(service, {"inputs": inputs})
+        assert found.status == 400 and "reads the columns question, context" in str(found.content)
+        assert found.body
+
+
+def test_lengths_are_counted_beside_the_loop_by_one_thread(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make(directory)
+    whole, held, began = TextModel.lengths, threading.Event(), threading.Event()
+    threads: list[int] = []
+
+    def slow(self: TextModel, columns: Any) -> list[int]:
+        threads.append(threading.get_ident())
+        began.set()
+        assert held.wait(20)
+        return whole(self, columns)
+
+    monkeypatch.setattr(TextModel, "lengths", slow)
+
+    async def act() -> list[Any]:
+        tasks = [asyncio.create_task(send(service, {"inputs": ["the"]})) for _ in range(2)]
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        # The loop goes on meanwhile.
+        assert (await send(service, path="/nothing")).status == 404
+        held.set()
+        return await asyncio.gather(*tasks)
+
+    assert [found.status for found in asyncio.run(act())] == [200, 200]
+    assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
+
+
+def test_a_number_that_is_not_finite_is_no_answer(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make(directory)
+    monkeypatch.setattr(service._queue, "answer", lambda columns: [{"score": float("nan")}])
+    found = ask(service, {"inputs": ["the"]})
+    assert found.status == 500 and "the model failed" in found.content["error"]
 
 
 def test_all_faults_of_settings_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as fault:
-        ServingSettings.of(directory="", threads=0, replicas=0, max_wait_ms=-1, speed=3)
+        ServingSettings.of(
+            directory="", threads=0, replicas=0, max_wait_ms=-1, speed=3, max_batch_size=257
+        )
     text = str(fault.value)
-    for name in ("directory", "threads", "replicas", "max_wait_ms", "speed"):
+    for name in ("directory", "threads", "replicas", "max_wait_ms", "speed", "max_batch_size"):
         assert name in text
