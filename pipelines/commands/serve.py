@@ -49,7 +49,7 @@ def serve(
     directory: Annotated[str, DIRECTORY],
     form: Form = "auto",
     task: Task = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for everybody.")] = (
+    host: Annotated[str, typer.Option(help="Where to listen; this machine alone if not given.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
