@@ -204,27 +204,29 @@ class Encoder : public torch::CustomClassHolder {
   void apply_one(const Part& part, const Rows& rows, float* to) const {
     const Linear &in = part.network->in, &out = part.network->out;
     const Rows own = slice(rows, part.first, part.count);
-    Tensor inner = matrix(part.count, in.N, code_type(precision_) == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
-    if (inner.scalar_type() == at::kFloat) {
-      in.apply(own, inner.data_ptr<float>(), in.N, activation_);
-      out.apply(encode(inner, precision_), to, out.N);
-    } else {
+    if (precision_ == Precision::kBFloat16) {  // the first product writes what the second reads
+      const Tensor inner = matrix(part.count, in.N, at::kBFloat16);
       in.apply(own, inner.data_ptr<at::BFloat16>(), in.N, activation_);
       out.apply({inner, {}, {}}, to, out.N);
+    } else {
+      const Tensor inner = matrix(part.count, in.N, at::kFloat);
+      in.apply(own, inner.data_ptr<float>(), in.N, activation_);
+      out.apply(encode(inner, precision_), to, out.N);
     }
   }
 
   Tensor feed_forward(const Layer& layer, const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
     const Rows rows = encode(x, precision_);
     const int64_t T = x.size(0);
-    std::vector<Part> shared;
-    if (!layer.shared.empty()) add_parts(layer.shared[0], 0, T, shared);
+    const auto whole = [&](const FeedForward& network) {
+      std::vector<Part> parts;
+      add_parts(network, 0, T, parts);
+      return apply(parts, rows);
+    };
     if (!ids.defined()) {
       TORCH_CHECK(layer.experts.size() == 1, "there are several experts, and no ids");
-      std::vector<Part> parts;
-      add_parts(layer.experts[0], 0, T, parts);
-      Tensor out = apply(parts, rows);
-      if (!shared.empty()) out.add_(apply(shared, rows));
+      const Tensor out = whole(layer.experts[0]);
+      if (!layer.shared.empty()) out.add_(whole(layer.shared[0]));
       return layer.out_norm(out, x);
     }
     TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids are ", ids.sizes(), " for ", T, " tokens");
@@ -245,9 +247,9 @@ class Encoder : public torch::CustomClassHolder {
     std::vector<Part> parts;
     for (int64_t e = 0; e < E; ++e) add_parts(layer.experts[e], starts[e], starts[e + 1], parts);
     const Tensor sorted = apply(parts, gather(rows, tokens));
-    if (K == 1 && !weights && shared.empty()) return layer.out_norm(sorted, x, place.data());
+    if (K == 1 && !weights && layer.shared.empty()) return layer.out_norm(sorted, x, place.data());
     const Tensor out = weighted_sum(sorted, place, K, weights, T);
-    if (!shared.empty()) out.add_(apply(shared, rows));
+    if (!layer.shared.empty()) out.add_(whole(layer.shared[0]));
     return layer.out_norm(out, x);
   }
 
