@@ -121,7 +121,7 @@ class Screening:
             error, firsts = self._compare(prepared)
             if not error <= TOLERANCE:
                 raise ConversionError(
-                    f"its answers are {error:.3f} of their length away from those of {ORACLE}, "
+                    f"its answers are {error:.3g} of their length away from those of {ORACLE}, "
                     f"and at most {TOLERANCE:g} is rounding"
                 )
             return self._passes(form, prepared, error, firsts)
