@@ -176,6 +176,9 @@ def _waits() -> Iterator[list[str]]:
 
 
 def _time_steps(settings: GpuBenchmark, precision: Precision, device: torch.device) -> StepTiming:
+    if device.type == "cuda":
+        # What was measured before took memory of its own.
+        torch.cuda.reset_peak_memory_stats(device)
     dense = random_classifier(
         vocab_size=_VOCAB_SIZE,
         d_model=settings.d_model,
