@@ -22,6 +22,7 @@ from .commands.command_line import (
     shown_warnings,
 )
 from .commands.comparison import register as register_comparison
+from .commands.experts import register as register_experts
 from .commands.export import register as register_export
 from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
@@ -401,6 +402,7 @@ def benchmark_startup(
 
 
 register_students(app, benchmark_app)
+register_experts(benchmark_app)
 register_merging(benchmark_app)
 register_inference(benchmark_app)
 register_search(app, benchmark_app)

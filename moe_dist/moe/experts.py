@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.moe.grouped_ffn import can_use_grouped_ffn, grouped_ffn
 from moe_dist.moe.grouped_linear import (
     GradientSum,
     can_use_grouped_mm,
@@ -161,6 +162,11 @@ class Experts(nn.Module):
             return _bias_only(rows_TD, weights.get("b_out"), tokens_per_expert_E)
         on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.value)
         groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
+        drops = bool(self.dropout) and self.training
+        if not drops and can_use_grouped_ffn(rows_TD, w_in.value, self.activation):
+            values = {name: weight.value for name, weight in weights.items()}
+            sums = {name: one.gradient for name, one in weights.items() if one.gradient is not None}
+            return grouped_ffn(rows_TD, values, self.activation, groups, sums)
 
         def linear(rows: Tensor, suffix: str) -> Tensor:
             weight, bias = weights[f"w_{suffix}"], weights.get(f"b_{suffix}")

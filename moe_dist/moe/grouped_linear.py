@@ -68,15 +68,25 @@ class GradientSum:
         rows_of_experts: list[tuple[int, slice]],
     ) -> Tensor | None:
         """Add one product's share expert by expert: (E, O, I) after the last, before it None."""
+        for expert, rows in rows_of_experts:
+            grad_RO, rows_RI = rows_of_group(grad_TO, rows), rows_of_group(rows_TI, rows)
+            self.add_group(expert, grad_RO, rows_RI, weight_EOI)
+        return self.end_product(weight_EOI)
+
+    def add_group(self, expert: int, grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor) -> None:
+        """Add one expert's part of a product's share, whose end `end_product` tells."""
         if self._sum_EOI is None:
             self._sum_EOI = torch.empty_like(weight_EOI)
-        for expert, rows in rows_of_experts:
-            grad_OT, group_TI = rows_of_group(grad_TO, rows).t(), rows_of_group(rows_TI, rows)
-            if expert in self._written:
-                self._sum_EOI[expert].addmm_(grad_OT, group_TI)
-            else:
-                torch.mm(grad_OT, group_TI, out=self._sum_EOI[expert])
-        self._written.update(expert for expert, _ in rows_of_experts)
+        if expert in self._written:
+            self._sum_EOI[expert].addmm_(grad_RO.t(), rows_RI)
+        else:
+            torch.mm(grad_RO.t(), rows_RI, out=self._sum_EOI[expert])
+            self._written.add(expert)
+
+    def end_product(self, weight_EOI: Tensor) -> Tensor | None:
+        """Give (E, O, I) after the last product, before it None."""
+        if self._sum_EOI is None:
+            self._sum_EOI = torch.empty_like(weight_EOI)
         return self._hand_out()
 
     def add_stack(self, grad_EOI: Tensor) -> Tensor | None:
