@@ -22,6 +22,7 @@ from moe_dist.inference import load_model
 from moe_dist.inference.backends import ORACLE, QUICK_FORMS, Form
 from moe_dist.measure.latency import (
     Latency,
+    OtherWork,
     Rounds,
     any_task,
     measure_in_turn,
@@ -32,7 +33,7 @@ from moe_dist.measure.latency import (
 from ..markdown import markdown_table
 from ..report.report_text import MAX_SPREAD
 from .models import RandomModels
-from .results import busy_line, write_results
+from .results import write_results
 from .sizes import below_one, cpu_threads
 
 SHAPES = ((1, 16), (1, 64), (1, 128), (32, 64))
@@ -152,9 +153,7 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
         with watch_other_work() as look:
             timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
             work = look()
-    return InferenceReport(
-        tuple(timings), tuple(refused), num_threads, busy_line(work, num_threads)
-    )
+    return InferenceReport(tuple(timings), tuple(refused), num_threads, _busy(work, num_threads))
 
 
 def _prepare(
@@ -221,6 +220,15 @@ def _answer(model: Any, shape: tuple[int, int]) -> Tensor:
 
 def _error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _busy(work: OtherWork, num_threads: int) -> str:
+    if not work.disturbs(num_threads):
+        return ""
+    return (
+        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times "
+        "are too high, and ratios a hint"
+    )
 
 
 COLUMNS = (
