@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_attention import half_attention
+from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
@@ -35,6 +36,7 @@ from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.hardware import (
+    keep_free_memory,
     peak_device_memory_gib,
     peak_memory_gib,
     pick_device,
@@ -140,7 +142,8 @@ def train_model(
         metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
 
-    with half_attention():
+    keep_free_memory()
+    with half_attention(), half_blocks(engine.module):
         result = train(
             engine,
             batches,

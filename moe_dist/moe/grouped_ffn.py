@@ -10,7 +10,7 @@ neurons, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.grouped_linear import GradientSum, Groups, multiply_rows, rows_of_group
+from moe_dist.moe.grouped_linear import GradientSum, Groups, rows_of_group, with_next_rows
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ def can_use_grouped_ffn(rows_TD: Tensor, w_in_EFD: Tensor, activation: object) -
 def grouped_ffn(
     rows_TD: Tensor,
     weights: Mapping[str, Tensor],
+    casts: Mapping[str, Tensor],
     activation: Callable[[Tensor], Tensor],
     groups: Groups,
     sums: Mapping[str, GradientSum],
 ) -> Tensor:
-    """Apply each expert to its own rows, of the weights' dtype: (T, D).
+    """Apply each expert to its own rows: (T, D) of their dtype.
 
     Args:
         rows_TD: grouped by expert.
-        weights: by the names of `Experts`.
+        weights: by the names of `Experts`; gradients have their dtypes.
+        casts: the same in the rows' dtype.
         activation: elementwise.
         groups: of the rows.
         sums: by the names of weights, where other products have the same.
@@ -82,8 +84,9 @@ def grouped_ffn(
     into = tuple(name for name in ("in", "gate") if f"w_{name}" in weights)
     plan = _Plan(tuple(weights), activation, groups, sums, keeps, into)
     if keeps:
-        return cast(Tensor, _GroupedFFN.apply(rows_TD, plan, *weights.values()))
-    return _compute(rows_TD, weights, plan)[0]
+        given = (*weights.values(), *(casts[name] for name in plan.names))
+        return cast(Tensor, _GroupedFFN.apply(rows_TD, plan, *given))
+    return _compute(rows_TD, casts, plan)[0]
 
 
 def _compute(
@@ -93,21 +96,35 @@ def _compute(
     out_TD = rows_TD.new_empty(rows_TD.shape[0], weights["w_out"].shape[1])
     kept: list[Tensor] = []
     for expert, rows in plan.groups.rows():
-        group_RD = rows_of_group(rows_TD, rows)
+        group_RD = with_next_rows(rows_TD, rows)
         given = [
             F.linear(group_RD, weights[f"w_{name}"][expert], _bias(weights, name, expert))
             for name in plan.into
         ]
-        multiply_rows(
+        _multiply(
             plan.inner(given),
             weights["w_out"][expert].t(),
             _bias(weights, "out", expert),
-            out_TD[rows],
-            slice(None),
+            out_TD,
+            rows,
         )
         if plan.keeps:
             kept += given
     return out_TD, kept
+
+
+def _multiply(
+    given_RI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, out_TO: Tensor, rows: slice
+) -> None:
+    """Write a product into an expert's rows, and into those of the next ones, whose turn comes."""
+    stop = rows.start + given_RI.shape[0]
+    own_RO = out_TO[rows.start : stop] if stop <= out_TO.shape[0] else None
+    if bias_O is None:
+        found_RO = torch.mm(given_RI, weight_IO, out=own_RO)
+    else:
+        found_RO = torch.addmm(bias_O, given_RI, weight_IO, out=own_RO)
+    if own_RO is None:
+        out_TO[rows] = found_RO[: rows.stop - rows.start]
 
 
 def _bias(weights: Mapping[str, Tensor], name: str, expert: int) -> Tensor | None:
@@ -118,7 +135,8 @@ def _bias(weights: Mapping[str, Tensor], name: str, expert: int) -> Tensor | Non
 class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_TD: Tensor, plan: _Plan, *values: Tensor) -> Tensor:
-        out_TD, kept = _compute(rows_TD, dict(zip(plan.names, values, strict=True)), plan)
+        casts = dict(zip(plan.names, values[len(plan.names) :], strict=True))
+        out_TD, kept = _compute(rows_TD, casts, plan)
         ctx.plan = plan
         ctx.save_for_backward(rows_TD, *values, *kept)
         return out_TD
@@ -128,44 +146,42 @@ class _GroupedFFN(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         rows_TD, *saved = ctx.saved_tensors
-        values, kept = saved[: len(plan.names)], saved[len(plan.names) :]
-        weights = dict(zip(plan.names, values, strict=True))
+        num = len(plan.names)
+        weights = dict(zip(plan.names, saved[:num], strict=True))
+        casts = dict(zip(plan.names, saved[num : 2 * num], strict=True))
         needs_rows, _, *needs_values = ctx.needs_input_grad
-        needs = dict(zip(plan.names, needs_values, strict=True))
-        grads = _Gradients(weights, needs, plan)
+        grads = _Gradients(weights, dict(zip(plan.names, needs_values[:num], strict=True)), plan)
         grad_rows_TD = torch.empty_like(rows_TD) if needs_rows else None
         # The gradient of a sum is expanded, which matrix products do not take.
         grad_TD = grad_TD.contiguous()
-        parts = iter(kept)
+        kept = iter(saved[2 * num :])
         with torch.autocast(grad_TD.device.type, enabled=False):
             for expert, rows in plan.groups.rows():
+                # Zeros where rows are the next expert's, so that these count for nothing.
                 grad_RD = rows_of_group(grad_TD, rows)
-                given = [next(parts).detach().requires_grad_() for _ in plan.into]
+                given = [next(kept).detach().requires_grad_() for _ in plan.into]
                 with torch.enable_grad():
                     inner_RF = plan.inner(given)
                 grads.add("out", expert, grad_RD, inner_RF.detach())
-                inner_grads = torch.autograd.grad(
-                    inner_RF, given, grad_RD @ weights["w_out"][expert]
-                )
-                group_RD = rows_of_group(rows_TD, rows)
-                for name, grad_RF in zip(plan.into, inner_grads, strict=True):
-                    grads.add(name, expert, grad_RF, group_RD)
+                grad_RF = grad_RD @ casts["w_out"][expert]
+                into = torch.autograd.grad(inner_RF, given, grad_RF)
+                group_RD = with_next_rows(rows_TD, rows)
+                for name, own_RF in zip(plan.into, into, strict=True):
+                    grads.add(name, expert, own_RF, group_RD)
                 if grad_rows_TD is not None:
-                    grad_rows_TD[rows] = _back(inner_grads, plan, weights, expert)[
-                        : rows.stop - rows.start
-                    ]
-            return grad_rows_TD, None, *grads.found()
+                    own = [casts[f"w_{name}"][expert] for name in plan.into]
+                    _write_sum(into, own, grad_rows_TD, rows)
+            return grad_rows_TD, None, *grads.found(), *(None for _ in plan.names)
 
 
-def _back(
-    grads_RF: tuple[Tensor, ...], plan: _Plan, weights: Mapping[str, Tensor], expert: int
-) -> Tensor:
-    """The gradient by an expert's rows: (R, D)."""
-    first, *others = plan.into
-    grad_RD = grads_RF[0] @ weights[f"w_{first}"][expert]
-    for name, grad_RF in zip(others, grads_RF[1:], strict=True):
-        grad_RD.addmm_(grad_RF, weights[f"w_{name}"][expert])
-    return grad_RD
+def _write_sum(
+    grads_RF: Sequence[Tensor], weights_FD: Sequence[Tensor], out_TD: Tensor, rows: slice
+) -> None:
+    """Write the gradient by an expert's rows, the sum over the linear layers that read them."""
+    total_RD = torch.mm(grads_RF[0], weights_FD[0])
+    for grad_RF, weight_FD in zip(grads_RF[1:], weights_FD[1:], strict=True):
+        total_RD.addmm_(grad_RF, weight_FD)
+    out_TD[rows] = total_RD[: rows.stop - rows.start]
 
 
 class _Gradients:
