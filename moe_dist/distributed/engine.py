@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.distributed.expert_placement import Order
 from moe_dist.distributed.launch import ensure_process_group, training_device
 from moe_dist.distributed.moments import read_plain_moments, write_plain_moments
 from moe_dist.distributed.parameter_groups import build_adamw, parameter_groups
@@ -121,6 +122,7 @@ def build_engine(
     micro_batches_per_step: int = 1,
     max_grad_norm: float = 1.0,
     device: torch.device | None = None,
+    expert_orders: Mapping[str, Order] | None = None,
 ) -> TrainEngine:
     """Return the engine that fits where this process runs.
 
@@ -144,6 +146,8 @@ def build_engine(
         micro_batches_per_step: accumulation; micro-batches are summed.
         max_grad_norm: global norm to clip to; 0 for none.
         device: where to train; where this process can, if not given.
+        expert_orders: by dotted name of a layer, which ranks hold which experts; see
+            `expert_placement`. Consecutive ones if not given.
 
     Returns:
         A `TrainEngine`.
@@ -174,7 +178,7 @@ def build_engine(
         start_deepspeed()
         from moe_dist.distributed.expert_parallel import parallelize_experts
 
-        parallelize_experts(model, ep_size)
+        parallelize_experts(model, ep_size, expert_orders)
     device = training_device() if device is None else device
     model.to(device)
     groups = parameter_groups(

@@ -137,7 +137,9 @@ class Experts(nn.Module):
         """
         weights = {
             name: _Weight(
-                parameter, _cast(parameter, dtype), GradientSum(num_chunks) if num_chunks > 1 else None
+                parameter,
+                _cast(parameter, dtype),
+                GradientSum(num_chunks) if num_chunks > 1 else None,
             )
             for name, parameter in self.named_parameters(recurse=False)
         }
