@@ -19,8 +19,8 @@ from moe_dist.distributed.scheduled_engine import ScheduledEngine
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
+    clipped,
     fill_missing_gradients,
-    scale_gradients,
     set_rates,
 )
 from moe_dist.errors import ConfigError
@@ -87,9 +87,9 @@ class LocalEngine(ScheduledEngine):
         fill_missing_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = checked_norm(float(torch.nn.utils.get_total_norm(gradients)), self.steps_done)
-        scale_gradients(gradients, norm, self._max_grad_norm)
         set_rates(self.optimizer, self._schedule.factor(self.steps_done))
-        self.optimizer.step()
+        with clipped(self.optimizer, gradients, norm, self._max_grad_norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return norm
