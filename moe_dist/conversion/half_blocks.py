@@ -158,7 +158,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHSW: Tensor) -> tuple[Tensor | None, ...]:
-        return _turn(grad_BHSW, *ctx.saved_tensors, ctx.dtype, backwards=True), None, None
+        cos_B1SW, sin_B1SW = ctx.saved_tensors
+        return _turn(grad_BHSW, cos_B1SW, sin_B1SW, ctx.dtype, backwards=True), None, None
 
 
 def _turn(

@@ -272,5 +272,6 @@ def _make_student(dense: Any, settings: ThroughputBenchmark) -> Any:
     for _, layer in moe_layers(student) if settings.skewed else ():
         # A score that varies more is more often the largest.
         with torch.no_grad():
-            layer.router.gate.weight[settings.num_experts // 2 :] *= 4.0
+            router: Any = layer.router
+            router.gate.weight[settings.num_experts // 2 :] *= 4.0
     return student
