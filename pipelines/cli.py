@@ -364,6 +364,12 @@ def benchmark_throughput(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
     ep_size: Annotated[int, typer.Option(help="1 or 2.")] = 2,
     zero_stage: Annotated[int, typer.Option(help="0, 1 or 2.")] = 0,
+    skewed: Annotated[
+        bool, typer.Option("--skewed", help="Send most tokens to the second half of the experts.")
+    ] = False,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Place experts by number and not by load.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Time two workers against two independent runs on this machine."""
@@ -377,6 +383,8 @@ def benchmark_throughput(
                 num_repeats=repeats,
                 ep_size=ep_size,
                 zero_stage=zero_stage,
+                skewed=skewed,
+                in_order=in_order,
             )
         )
 

@@ -25,7 +25,7 @@ _LLAMA_KIND = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _RMS_NORMS = {"T5LayerNorm", *(f"{name}RMSNorm" for name in _LLAMA_KIND)}
 _ATTENTIONS = {f"{name}Attention" for name in _LLAMA_KIND}
 _LINEAR_READERS = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
-"""Norms of a block of Llama's kind, and what reads them: linear layers alone, unless it is routed."""
+"""Norms of a block of Llama's kind, and what reads them: linear layers alone, if not a router."""
 _ROTATION = "apply_rotary_pos_emb"
 
 
@@ -158,7 +158,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHSW: Tensor) -> tuple[Tensor | None, ...]:
-        return _turn(grad_BHSW, *ctx.saved_tensors, ctx.dtype, backwards=True), None, None
+        cos_B1SW, sin_B1SW = ctx.saved_tensors
+        return _turn(grad_BHSW, cos_B1SW, sin_B1SW, ctx.dtype, backwards=True), None, None
 
 
 def _turn(

@@ -20,7 +20,7 @@ from moe_dist.distributed.gathering import gather_state_dict
 from moe_dist.distributed.position import enter_phase
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
-from moe_dist.jobs.expert_groups import settle_ep_size
+from moe_dist.jobs.expert_groups import settle_ep_size, settle_expert_orders
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
 from moe_dist.jobs.results import (
@@ -106,6 +106,11 @@ def train_model(
     if companion is not None:
         attach(model, companion)
     device = pick_device(parallel.use_gpu)
+    precision = pick_precision(section.precision, device, half_fault(model))
+    checkpoint_dir = stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None
+    orders = settle_expert_orders(
+        model, ep_size, batches.epoch(0), checkpoint_dir, precision=precision, device=device
+    )
     engine = build_engine(
         model,
         learning_rate=section.learning_rate,
@@ -116,10 +121,11 @@ def train_model(
         expert_learning_rate_scale=section.expert_learning_rate_scale,
         zero_stage=parallel.zero_stage,
         ep_size=ep_size,
-        precision=pick_precision(section.precision, device, half_fault(model)),
+        precision=precision,
         micro_batches_per_step=section.accumulation,
         max_grad_norm=section.max_grad_norm,
         device=device,
+        expert_orders=orders,
     )
     mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
@@ -150,7 +156,7 @@ def train_model(
             compute_terms,
             weights_for(settings.num_steps),
             settings=settings,
-            checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None,
+            checkpoint_dir=checkpoint_dir,
             metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
             evaluate=evaluate,
             report=report,

@@ -281,13 +281,16 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(
         ctx: Any, grad_TO: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        rows_TI, *weights = ctx.saved_tensors
+        rows_TI, weight_EOI, cast_EOI = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         # The gradient of a sum is expanded, which matrix products of groups do not take.
         grad_TO = grad_TO.contiguous()
         with torch.autocast(grad_TO.device.type, enabled=False):
             differentiate = _backward_on_device if ctx.groups.sizes is None else _backward_by_group
-            grads = differentiate(grad_TO, rows_TI, *weights, ctx.groups, needs, ctx.weight_grad)
+            grads = differentiate(
+                *(grad_TO, rows_TI, weight_EOI, cast_EOI),
+                *(ctx.groups, needs, ctx.weight_grad),
+            )
         return *grads, None, None, None
 
 

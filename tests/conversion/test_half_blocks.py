@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,7 +24,7 @@ def cached_bytes(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each of the functions was asked."""
     calls = {"_RMSNorm": 0, "_Rotation": 0}
     for name in calls:
@@ -37,7 +36,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             return own(*args)
 
         monkeypatch.setattr(function, "apply", count)
-    yield calls
+    return calls
 
 
 def step(model: Any, *, fast: bool, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
