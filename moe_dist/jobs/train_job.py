@@ -36,6 +36,7 @@ from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.hardware import (
+    begin_peak_device_memory,
     keep_free_memory,
     peak_device_memory_gib,
     peak_memory_gib,
@@ -106,6 +107,7 @@ def train_model(
     if companion is not None:
         attach(model, companion)
     device = pick_device(parallel.use_gpu)
+    begin_peak_device_memory(device)
     precision = pick_precision(section.precision, device, half_fault(model))
     checkpoint_dir = stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None
     orders = settle_expert_orders(
@@ -177,6 +179,7 @@ def keep_model(model: Any, data: AnyJobData, job: TrainJob) -> dict[str, Any]:
     """Measure a model and save it as it is; collective. What is returned is `train_model`'s."""
     begun = time.monotonic()
     device = pick_device(job.parallel.use_gpu)
+    begin_peak_device_memory(device)
     model = model.to(device).eval()
 
     answer = partial(

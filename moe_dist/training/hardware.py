@@ -60,10 +60,16 @@ def answering(device: torch.device, fault: str = "") -> AbstractContextManager[o
     return precision_context("bf16" if is_half else "fp32", device)
 
 
+def begin_peak_device_memory(device: torch.device) -> None:
+    """Count from now on what `peak_device_memory_gib` tells: a process may train many times."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_device_memory_gib(device: torch.device) -> float | None:
     """Return the most that tensors have taken on the fullest rank's GPU, in GiB; collective.
 
-    None on a CPU.
+    Since `begin_peak_device_memory`; None on a CPU.
     """
     if device.type != "cuda":
         return None

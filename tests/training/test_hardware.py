@@ -71,6 +71,11 @@ def test_answers_are_in_half_precision_on_gpus_alone(monkeypatch: pytest.MonkeyP
 
 def test_memory_of_a_gpu_is_what_tensors_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    begun: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begun.append)
+    for device in (CPU, torch.device("cuda", 0)):
+        hardware.begin_peak_device_memory(device)
+    assert begun == [torch.device("cuda", 0)]
     assert peak_device_memory_gib(CPU) is None
     assert peak_device_memory_gib(torch.device("cuda", 0)) == 1.5
 
