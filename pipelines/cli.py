@@ -22,6 +22,7 @@ from .commands.command_line import (
     shown_warnings,
 )
 from .commands.comparison import register as register_comparison
+from .commands.experts import register as register_experts
 from .commands.export import register as register_export
 from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
@@ -363,6 +364,12 @@ def benchmark_throughput(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
     ep_size: Annotated[int, typer.Option(help="1 or 2.")] = 2,
     zero_stage: Annotated[int, typer.Option(help="0, 1 or 2.")] = 0,
+    skewed: Annotated[
+        bool, typer.Option("--skewed", help="Send most tokens to the second half of the experts.")
+    ] = False,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Place experts by number and not by load.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Time two workers against two independent runs on this machine."""
@@ -376,6 +383,8 @@ def benchmark_throughput(
                 num_repeats=repeats,
                 ep_size=ep_size,
                 zero_stage=zero_stage,
+                skewed=skewed,
+                in_order=in_order,
             )
         )
 
@@ -401,6 +410,7 @@ def benchmark_startup(
 
 
 register_students(app, benchmark_app)
+register_experts(benchmark_app)
 register_merging(benchmark_app)
 register_inference(benchmark_app)
 register_search(app, benchmark_app)

@@ -353,7 +353,8 @@ class ParallelConfig(Section):
         le=MAX_WORKERS,
         description="Workers over which one set of experts is spread; it divides the number of "
         "experts and the number of workers. Where `parallel.num_workers` is a pair, it falls to "
-        "the largest that divides the workers at hand.",
+        "the largest that divides the workers at hand. Which experts are whose follows from the "
+        "tokens that they have, so that workers have alike much to do.",
     )
     zero_stage: Literal[0, 1, 2] = Field(
         default=0,

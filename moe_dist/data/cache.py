@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from moe_dist.errors import DataError, is_full_disk
 
@@ -71,9 +74,11 @@ def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
     prefix = f".{final.name}.building-"
     for abandoned in final.parent.glob(f"{prefix}*"):
         # Left by a process that was killed; the age keeps us safe where locks do not work.
-        if time.time() - abandoned.stat().st_mtime > _ABANDONED_AFTER_S:
+        age_s = time.time() - abandoned.stat().st_mtime
+        if age_s > _ABANDONED_AFTER_S or _owner_is_gone(abandoned.name.removeprefix(prefix)):
             shutil.rmtree(abandoned, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    own = f"{prefix}{os.getpid()}-{platform.node()}-"
+    scratch = Path(tempfile.mkdtemp(prefix=own, dir=final.parent))
     try:
         built = scratch / "built"
         built.mkdir()
@@ -83,6 +88,13 @@ def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
         built.rename(final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _owner_is_gone(name: str) -> bool:
+    """Whether a folder was made on this machine by a process that is no more."""
+    number, _, rest = name.partition("-")
+    is_ours = rest.rpartition("-")[0] == platform.node()
+    return is_ours and number.isdecimal() and not psutil.pid_exists(int(number))
 
 
 @contextmanager

@@ -6,6 +6,9 @@ that it receives from other ranks, G ranks of the group, L = E / G experts on ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,18 +31,21 @@ from moe_dist.moe.experts import compute_dtype
 class AllToAllDispatcher:
     """Send each token to the ranks of its experts and bring the results back.
 
-    Every rank of the group holds E / G consecutive experts and may have another number of tokens,
-    zero included: counts are exchanged first, nothing is padded; what `Routing.kept` leaves out
-    is not sent. Tokens whose experts are here never travel; they are multiplied while the others
+    Every rank of the group holds E / G experts and may have another number of tokens, zero
+    included: counts are exchanged first, nothing is padded; what `Routing.kept` leaves out is not
+    sent. Tokens whose experts are here never travel; they are multiplied while the others
     do, one half on the way out and one on the way home. All ranks of the group must call it
     together, equally often.
 
     Args:
         group: the expert-parallel process group.
+        places: where each expert lies among those of all ranks, one rank's behind the other's; in
+            the order of their numbers if None.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, places: Sequence[int] | None = None) -> None:
         self.group = group
+        self._places = None if places is None else torch.tensor(places)
         self.traffic = Traffic()
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -47,6 +53,9 @@ class AllToAllDispatcher:
 
         `experts` is this rank's slice; the (T, D) sums are in `compute_dtype` of the input.
         """
+        if self._places is not None:
+            self._places = self._places.to(routing.expert_ids.device)
+            routing = replace(routing, expert_ids=self._places[routing.expert_ids])
         num_ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         num_experts = num_ranks * experts.num_experts
         order = sort_slots(routing.expert_ids, num_experts, routing.kept)

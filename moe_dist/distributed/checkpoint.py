@@ -27,7 +27,13 @@ from moe_dist.distributed.checkpoint_files import (
 )
 from moe_dist.distributed.checkpoint_writer import CheckpointWriter
 from moe_dist.distributed.engine import TrainEngine
-from moe_dist.distributed.integrity import check_file, check_spread, gather_digests, held_digests
+from moe_dist.distributed.integrity import (
+    check_file,
+    check_spread,
+    gather_digests,
+    held_digests,
+    held_orders,
+)
 from moe_dist.distributed.manifest import check_manifest, read_experts
 from moe_dist.distributed.restore import read_into
 from moe_dist.errors import CheckpointError
@@ -86,7 +92,8 @@ def load_checkpoint(directory: Path, engine: TrainEngine) -> dict[str, Any] | No
     saved = on_every_rank(engine, lambda: read_into(path, engine))
     expected = on_rank_zero(engine, lambda: by_layer(read_experts(path)))
     held = gather_digests(engine, held_digests(engine.module))
-    check_spread(held, expected, ep_size=engine.ep_size)
+    orders = held_orders(engine.module)
+    check_spread(held, expected, ep_size=engine.ep_size, orders=orders)
     return {**saved["state"], "step": saved["step"]}
 
 

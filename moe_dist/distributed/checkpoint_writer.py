@@ -22,6 +22,7 @@ from moe_dist.distributed.checkpoint_files import (
     write_checkpoint,
 )
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.expert_placement import Order
 from moe_dist.distributed.gathering import gather_model, gather_moments, gather_rng
 from moe_dist.distributed.host_memory import HostBuffers
 from moe_dist.distributed.integrity import (
@@ -29,6 +30,7 @@ from moe_dist.distributed.integrity import (
     check_gathered,
     gather_digests,
     held_digests,
+    held_orders,
     stored_digests,
 )
 from moe_dist.distributed.manifest import FORMAT_VERSION
@@ -118,6 +120,7 @@ class CheckpointWriter:
         # Only the first expert group's weights are gathered.
         mine = held_digests(engine.module) if engine.rank < engine.ep_size else {}
         held = gather_digests(engine, mine)[: engine.ep_size]
+        orders = held_orders(engine.module)
         tensors = {
             MODEL_FILE: gather_model(engine, self._model_buffers),
             OPTIMIZER_FILE: gather_moments(engine, self._moment_buffers),
@@ -133,7 +136,7 @@ class CheckpointWriter:
                 "zero_stage": engine.zero_stage,
                 "state": state,
             }
-            self._start(lambda: self._write(step, tensors, sizes, held))
+            self._start(lambda: self._write(step, tensors, sizes, held, orders))
         return time.perf_counter() - started
 
     def wait(self) -> float:
@@ -185,10 +188,11 @@ class CheckpointWriter:
         tensors: dict[str, dict[str, Any]],
         sizes: dict[str, Any],
         held: list[Digests],
+        orders: dict[str, Order],
     ) -> None:
         path = step_directory(self._directory, step)
         stored = stored_digests(tensors[MODEL_FILE], list(held[0]))
-        check_gathered(stored, held)
+        check_gathered(stored, held, orders)
         if self._abandoned is None:
             self._abandoned = self._steps_left_behind()
         write_checkpoint(path, tensors, sizes, numbered(stored))

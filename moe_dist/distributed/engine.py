@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.distributed.expert_placement import Order
 from moe_dist.distributed.launch import ensure_process_group, training_device
 from moe_dist.distributed.moments import read_plain_moments, write_plain_moments
 from moe_dist.distributed.parameter_groups import build_adamw, parameter_groups
@@ -18,8 +19,8 @@ from moe_dist.distributed.scheduled_engine import ScheduledEngine
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
+    clipped,
     fill_missing_gradients,
-    scale_gradients,
     set_rates,
 )
 from moe_dist.errors import ConfigError
@@ -86,9 +87,9 @@ class LocalEngine(ScheduledEngine):
         fill_missing_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = checked_norm(float(torch.nn.utils.get_total_norm(gradients)), self.steps_done)
-        scale_gradients(gradients, norm, self._max_grad_norm)
         set_rates(self.optimizer, self._schedule.factor(self.steps_done))
-        self.optimizer.step()
+        with clipped(self.optimizer, gradients, norm, self._max_grad_norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         return norm
@@ -121,6 +122,7 @@ def build_engine(
     micro_batches_per_step: int = 1,
     max_grad_norm: float = 1.0,
     device: torch.device | None = None,
+    expert_orders: Mapping[str, Order] | None = None,
 ) -> TrainEngine:
     """Return the engine that fits where this process runs.
 
@@ -144,6 +146,8 @@ def build_engine(
         micro_batches_per_step: accumulation; micro-batches are summed.
         max_grad_norm: global norm to clip to; 0 for none.
         device: where to train; where this process can, if not given.
+        expert_orders: by dotted name of a layer, which ranks hold which experts; see
+            `expert_placement`. Consecutive ones if not given.
 
     Returns:
         A `TrainEngine`.
@@ -174,7 +178,7 @@ def build_engine(
         start_deepspeed()
         from moe_dist.distributed.expert_parallel import parallelize_experts
 
-        parallelize_experts(model, ep_size)
+        parallelize_experts(model, ep_size, expert_orders)
     device = training_device() if device is None else device
     model.to(device)
     groups = parameter_groups(

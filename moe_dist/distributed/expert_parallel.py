@@ -6,14 +6,17 @@ Importing this file imports DeepSpeed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moe_dist.distributed.all_to_all import AllToAllDispatcher
+from moe_dist.distributed.expert_placement import Order, places
 from moe_dist.distributed.merged_experts import decide_over_group, merge_over_group
 from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.errors import ConfigError
@@ -30,9 +33,10 @@ class ExpertSlice(nn.Module, ABC):
     Args:
         layer: a whole layer; its modules are taken over and its experts are cut to the slice.
         ep_size: ranks that share one set of experts.
+        order: which experts are whose; in the order of their numbers if None.
     """
 
-    def __init__(self, layer: MoELayer, ep_size: int) -> None:
+    def __init__(self, layer: MoELayer, ep_size: int, order: Order | None = None) -> None:
         nn.Module.__init__(self)
         # Everything the layer is, hooks included, stays; only its experts and dispatch change.
         self.__dict__.update(layer.__dict__)
@@ -40,8 +44,9 @@ class ExpertSlice(nn.Module, ABC):
         self.ep_size = ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.num_local_experts = layer.num_experts // ep_size
+        self.expert_order = order
         experts = cast(Experts, self.experts)
-        _keep_slice(experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name)
+        _keep_slice(experts, dist.get_rank() % ep_size, ep_size, self.expert_group_name, order)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create the expert groups; DeepSpeed calls this."""
@@ -58,7 +63,8 @@ class ExpertParallelMoE(ExpertSlice, MoELayer, MoE):
 
     def join_group(self, group: dist.ProcessGroup) -> None:
         """Dispatch through the group from now on."""
-        self.dispatcher = AllToAllDispatcher(group)
+        order = self.expert_order
+        self.dispatcher = AllToAllDispatcher(group, None if order is None else places(order))
 
 
 class ExpertParallelMergedLayer(ExpertSlice, MergedLayer, MoE):
@@ -102,12 +108,22 @@ def expert_data_group(ep_size: int) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, groups._get_expert_data_parallel_group(name))
 
 
-def parallelize_experts(model: nn.Module, ep_size: int) -> None:
+def parallelize_experts(
+    model: nn.Module, ep_size: int, orders: Mapping[str, Order] | None = None
+) -> None:
     """Cut every MoE layer's experts to slice `rank % ep_size`, in place.
 
     Parameter names stay as they are. With ep_size 1 nothing changes: every rank keeps all experts
-    and they are trained like any other parameter. Layers with one expert stay whole. It is a
-    ConfigError if ep_size does not divide the ranks or the experts of a layer.
+    and they are trained like any other parameter. Layers with one expert stay whole.
+
+    Args:
+        model: a whole model, alike on every rank.
+        ep_size: ranks that share one set of experts.
+        orders: by dotted name of a layer that sends tokens, the order that slices are cut from;
+            others are cut in the order of their numbers.
+
+    Raises:
+        ConfigError: if ep_size does not divide the ranks or the experts of a layer.
     """
     check_ep_size(model, ep_size, dist.get_world_size())
     if ep_size == 1:
@@ -117,7 +133,8 @@ def parallelize_experts(model: nn.Module, ep_size: int) -> None:
             continue
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, attribute, SPREAD[type(layer)](layer, ep_size))
+        order = None if orders is None or layer.merges else orders.get(name)
+        setattr(parent, attribute, SPREAD[type(layer)](layer, ep_size, order))
 
 
 def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:
@@ -156,14 +173,20 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def _keep_slice(experts: Experts, slice_index: int, num_slices: int, group_name: str) -> None:
+def _keep_slice(
+    experts: Experts, slice_index: int, num_slices: int, group_name: str, order: Order | None
+) -> None:
     num_local = experts.num_experts // num_slices
     start = slice_index * num_local
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        local = nn.Parameter(
-            parameter.detach()[start : start + num_local].clone(),
-            requires_grad=parameter.requires_grad,
-        )
+        own = parameter.detach()
+        if order is None:
+            own = own[start : start + num_local].clone()
+        else:
+            ids = torch.tensor(order[start : start + num_local], device=own.device)
+            own = own.index_select(0, ids)
+        local = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        local.expert_order = order  # type: ignore[attr-defined]
         local.allreduce = False  # type: ignore[attr-defined]
         local.group_name = group_name  # type: ignore[attr-defined]
         setattr(experts, name, local)

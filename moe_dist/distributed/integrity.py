@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moe_dist.distributed.engine import TrainEngine
+from moe_dist.distributed.expert_placement import Order, order_of, places
 from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.errors import CheckpointError
 from moe_dist.moe.digests import by_layer, expert_digests
@@ -41,6 +43,16 @@ def held_digests(module: nn.Module) -> Digests:
     return {
         name: expert_digests(dict(layer.experts.named_parameters()))
         for name, layer in moe_layers(module)
+    }
+
+
+def held_orders(module: nn.Module) -> dict[str, Order]:
+    """Give the order in which ranks hold experts, of the layers where it is not that of numbers."""
+    return {
+        name: order
+        for name, layer in moe_layers(module)
+        for order in map(order_of, layer.experts.parameters())
+        if order is not None
     }
 
 
@@ -92,19 +104,22 @@ def check_file(path: Path, experts: Mapping[str, str]) -> None:
     _refuse(faults, str(path), remedy="use another checkpoint")
 
 
-def check_gathered(stored: Digests, held: Sequence[Digests]) -> None:
+def check_gathered(
+    stored: Digests, held: Sequence[Digests], orders: Mapping[str, Order] = MappingProxyType({})
+) -> None:
     """Check gathered experts against those that their owners had.
 
     Args:
         stored: of what was gathered, in global order.
         held: of each rank of the expert group that they came from, taken before.
+        orders: `held_orders`.
 
     Raises:
         CheckpointError: naming each layer's lost, doubled and swapped experts.
     """
     faults = []
     for layer, digests in stored.items():
-        owned = _owned(held, len(digests), layer)
+        owned = _numbered(_owned(held, len(digests), layer), orders.get(layer))
         experts_here = [HeldExpert(o.rank, d) for o, d in zip(owned, digests, strict=True)]
         faults += layer_faults(layer, [owner.digest for owner in owned], experts_here)
     _refuse(
@@ -114,13 +129,20 @@ def check_gathered(stored: Digests, held: Sequence[Digests]) -> None:
     )
 
 
-def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) -> None:
+def check_spread(
+    held: Sequence[Digests],
+    expected: Digests,
+    *,
+    ep_size: int,
+    orders: Mapping[str, Order] = MappingProxyType({}),
+) -> None:
     """Check that each expert group holds every expert once, in its place.
 
     Args:
         held: what each rank holds, in order of the ranks.
         expected: of all experts, in global order.
         ep_size: ranks that share one set of experts; they are consecutive.
+        orders: `held_orders`.
 
     Raises:
         CheckpointError: naming each layer's lost, doubled and swapped experts, and the ranks.
@@ -136,7 +158,7 @@ def check_spread(held: Sequence[Digests], expected: Digests, *, ep_size: int) ->
                 for rank in range(first, min(first + size, len(held)))
                 for digest in held[rank].get(layer, [])
             ]
-            faults += layer_faults(layer, digests, experts_here)
+            faults += layer_faults(layer, digests, _numbered(experts_here, orders.get(layer)))
     _refuse(
         faults,
         "the ranks do not hold the checkpoint's experts",
@@ -187,6 +209,13 @@ def _owned(held: Sequence[Digests], num_experts: int, layer: str) -> list[HeldEx
     """Return one set of a layer's experts, which one rank holds or several share."""
     experts_here = [HeldExpert(rank, d) for rank, of in enumerate(held) for d in of.get(layer, [])]
     return experts_here[:num_experts]
+
+
+def _numbered(experts_here: list[HeldExpert], order: Order | None) -> list[HeldExpert]:
+    """Bring experts from the order in which ranks hold them into that of their numbers."""
+    if order is None or len(experts_here) != len(order):
+        return experts_here
+    return [experts_here[place] for place in places(order)]
 
 
 def _prefix(layer: str) -> str:

@@ -16,7 +16,7 @@ from moe_dist.distributed.checkpoint_files import (
     STATE_FILE,
 )
 from moe_dist.distributed.engine import TrainEngine
-from moe_dist.distributed.gathering import named_state, slice_of
+from moe_dist.distributed.gathering import named_state, own_experts
 from moe_dist.distributed.manifest import read_json
 from moe_dist.distributed.moments import MOMENTS
 from moe_dist.distributed.parameter_groups import is_expert_slice
@@ -97,8 +97,10 @@ def _read_like(file: Any, key: str, like: Tensor, engine: TrainEngine, step_dir:
             f"{step_dir}: {key} has shape {shape}, the model needs {expected}",
             remedy="load it with the model and settings that wrote it, or start in a new directory",
         )
-    value: Tensor = stored[slice_of(engine, like.shape[0])] if is_expert else file.get_tensor(key)
-    return value
+    if not is_expert:
+        whole: Tensor = file.get_tensor(key)
+        return whole
+    return torch.cat([stored[expert : expert + 1] for expert in own_experts(engine, like)])
 
 
 def _restore_rng(step_dir: Path, engine: TrainEngine) -> None:

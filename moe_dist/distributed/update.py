@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -53,6 +54,28 @@ def checked_norm(norm: float, step: int) -> float:
             "warm-up, or train.precision=fp32",
         )
     return norm
+
+
+@contextmanager
+def clipped(
+    optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: float, max_norm: float
+) -> Iterator[None]:
+    """Let an optimizer's step inside the block see gradients that are clipped by their global norm.
+
+    A fused step divides them while it has them: to scale them first is to read and write all once
+    more. A `max_norm` of 0 clips nothing.
+    """
+    if not optimizer.param_groups[0].get("fused"):
+        scale_gradients(gradients, norm, max_norm)
+        yield
+        return
+    if max_norm > 0 and norm > max_norm:
+        scale = torch.tensor((norm + 1e-6) / max_norm, device=gradients[0].device)
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("grad_scale", None)
 
 
 def scale_gradients(gradients: list[Tensor], norm: float, max_norm: float) -> None:

@@ -6,6 +6,7 @@ MLflow's description of a logged model names this module; `_load_pyfunc` is the 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -23,6 +24,10 @@ from moe_dist.tasks import TaskKind
 
 BATCH_SIZE = 32
 MAX_LENGTH = 512
+_MAX_SAID = 200
+"""Characters of names that somebody gave."""
+
+log = logging.getLogger(__name__)
 
 
 class TextModel:
@@ -90,6 +95,13 @@ class TextModel:
             own = self._known_columns(list(model_input))
             model_input = list(zip(*(model_input[name] for name in own), strict=True))
         elif names and set(names) <= set(getattr(model_input, "columns", ())):
+            unread = [str(name) for name in model_input.columns if name not in names]
+            if unread:
+                log.warning(
+                    "the model reads %s; not read: %s",
+                    " and ".join(names),
+                    ", ".join(unread)[:_MAX_SAID],
+                )
             model_input = model_input[names]
         columns = text_columns(model_input)
         if len(columns) > 1 and not self.kind.reads_pairs:
@@ -105,7 +117,7 @@ class TextModel:
         if names and set(names) != set(given):
             raise DataError(
                 f"the model reads the columns {', '.join(names)}, and there are "
-                f"{', '.join(given)[:200]}",
+                f"{', '.join(given)[:_MAX_SAID]}",
                 remedy="name these alone, or send texts or pairs without names",
             )
         if not names and len(given) > 1 and self.kind.reads_pairs:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor, nn
 
 from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
@@ -129,17 +130,18 @@ def distill(
             with_task=section.task_weight > 0,
         )
 
-    return train_model(
-        student,
-        data,
-        compute,
-        partial(distill_weights, section),
-        job,
-        whole_model=job.student,
-        companion=companion,
-        report=report,
-        keep=keep,
-    )
+    with half_blocks(teacher):
+        return train_model(
+            student,
+            data,
+            compute,
+            partial(distill_weights, section),
+            job,
+            whole_model=job.student,
+            companion=companion,
+            report=report,
+            keep=keep,
+        )
 
 
 def distill_weights(section: ObjectivesConfig, num_steps: int) -> StepWeights:

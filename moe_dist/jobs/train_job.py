@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_attention import half_attention
+from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
 from moe_dist.distributed.position import enter_phase
 from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, save_model
-from moe_dist.jobs.expert_groups import settle_ep_size
+from moe_dist.jobs.expert_groups import settle_ep_size, settle_expert_orders
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
 from moe_dist.jobs.results import (
@@ -35,6 +36,8 @@ from moe_dist.timeline import mark
 from moe_dist.training.collectives import own_rank, sum_over_ranks, wait_for_ranks
 from moe_dist.training.companion import Companion, attach, detach
 from moe_dist.training.hardware import (
+    begin_peak_device_memory,
+    keep_free_memory,
     peak_device_memory_gib,
     peak_memory_gib,
     pick_device,
@@ -104,6 +107,12 @@ def train_model(
     if companion is not None:
         attach(model, companion)
     device = pick_device(parallel.use_gpu)
+    begin_peak_device_memory(device)
+    precision = pick_precision(section.precision, device, half_fault(model))
+    checkpoint_dir = stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None
+    orders = settle_expert_orders(
+        model, ep_size, batches.epoch(0), checkpoint_dir, precision=precision, device=device
+    )
     engine = build_engine(
         model,
         learning_rate=section.learning_rate,
@@ -114,10 +123,11 @@ def train_model(
         expert_learning_rate_scale=section.expert_learning_rate_scale,
         zero_stage=parallel.zero_stage,
         ep_size=ep_size,
-        precision=pick_precision(section.precision, device, half_fault(model)),
+        precision=precision,
         micro_batches_per_step=section.accumulation,
         max_grad_norm=section.max_grad_norm,
         device=device,
+        expert_orders=orders,
     )
     mark("engine, DeepSpeed's import included")
     loads: dict[str, list[float]] = {}
@@ -140,14 +150,15 @@ def train_model(
         metrics = {f"{split}/{name}": value for name, value in measured.metrics.items()}
         return metrics | load_metrics(loads)
 
-    with half_attention():
+    keep_free_memory()
+    with half_attention(), half_blocks(engine.module):
         result = train(
             engine,
             batches,
             compute_terms,
             weights_for(settings.num_steps),
             settings=settings,
-            checkpoint_dir=stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None,
+            checkpoint_dir=checkpoint_dir,
             metric_log=MetricLog(stage_dir / METRIC_LOG) if engine.rank == 0 else None,
             evaluate=evaluate,
             report=report,
@@ -168,6 +179,7 @@ def keep_model(model: Any, data: AnyJobData, job: TrainJob) -> dict[str, Any]:
     """Measure a model and save it as it is; collective. What is returned is `train_model`'s."""
     begun = time.monotonic()
     device = pick_device(job.parallel.use_gpu)
+    begin_peak_device_memory(device)
     model = model.to(device).eval()
 
     answer = partial(

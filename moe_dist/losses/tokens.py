@@ -9,9 +9,9 @@ Shapes: T tokens (of a chunk too), D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch.nn import functional
 
 MAX_BYTES = 256 * 2**20
 """What logits, and what is made of them, may take at a time, whatever the number of tokens."""
+CACHED_BYTES = 2**20
+"""What a float32 tensor of logits takes on a CPU, for the next operator to find it in the cache."""
 _LAYERS = 2
 """Times what the weights of the output layer take in float32, if that is more than `MAX_BYTES`."""
-_TENSORS = 6
-"""Tensors of a chunk's size that are held at once, at most: logits of student and teacher,
-probabilities, and what is made of them in turn."""
+_TENSORS = 4
+"""Float32 tensors that are held at once, at most, of the logits that are compared at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +93,12 @@ class _OutputLayer:
     def of(cls, scores: TokenScores) -> _OutputLayer:
         return cls(scores.hidden_TD, scores.weight_VD, scores.bias_V)
 
-    def logits_TV(self, rows: slice) -> Tensor:
-        """Make some tokens' logits, float32; the caller may overwrite them."""
-        return functional.linear(self.hidden_TD[rows], self.weight_VD, self.bias_V).float()
+    def logits_TV(self, rows: slice, out_TV: Tensor | None = None) -> Tensor:
+        """Make some tokens' logits, in `out_TV` if it is given; the caller may overwrite them."""
+        hidden_TD, weight_DV = self.hidden_TD[rows], self.weight_VD.t()
+        if self.bias_V is None:
+            return torch.mm(hidden_TD, weight_DV, out=out_TV)
+        return torch.addmm(self.bias_V, hidden_TD, weight_DV, out=out_TV)
 
 
 _NOTHING = (False, False, False)
@@ -103,21 +107,32 @@ _NOTHING = (False, False, False)
 class _Loss(Protocol):
     """A loss of each token on its own."""
 
-    def values_T(self, logits_TV: Tensor, rows: slice) -> Tensor:
-        """Take a chunk's losses, and leave in `logits_TV` their gradients by it."""
+    num_logits: ClassVar[int]
+    """Tensors of logits that it needs, the student's included."""
+
+    def given(self, rows: slice, out_TV: Tensor | None) -> Tensor:
+        """What tokens are compared with; logits are written into `out_TV`."""
+        ...
+
+    def values_T(self, logits_TV: Tensor, given: Tensor) -> Tensor:
+        """Take losses, and leave in `logits_TV`, float32, their gradients by it."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class _CrossEntropy:
     targets_T: Tensor
+    num_logits: ClassVar[int] = 1
 
-    def values_T(self, logits_TV: Tensor, rows: slice) -> Tensor:
-        chosen_T1 = self.targets_T[rows, None]
+    def given(self, rows: slice, out_TV: Tensor | None) -> Tensor:
+        del out_TV
+        return self.targets_T[rows, None]
+
+    def values_T(self, logits_TV: Tensor, given: Tensor) -> Tensor:
         own_TV = functional.log_softmax(logits_TV, dim=-1)
-        loss_T = -own_TV.gather(1, chosen_T1)[:, 0]
+        loss_T = -own_TV.gather(1, given)[:, 0]
         torch.exp(own_TV, out=logits_TV)
-        logits_TV.scatter_add_(1, chosen_T1, -torch.ones_like(loss_T)[:, None])
+        logits_TV.scatter_add_(1, given, -torch.ones_like(loss_T)[:, None])
         return loss_T
 
 
@@ -125,9 +140,13 @@ class _CrossEntropy:
 class _Divergence:
     teacher: _OutputLayer
     temperature: float
+    num_logits: ClassVar[int] = 2
 
-    def values_T(self, logits_TV: Tensor, rows: slice) -> Tensor:
-        other_TV = self.teacher.logits_TV(rows)
+    def given(self, rows: slice, out_TV: Tensor | None) -> Tensor:
+        return self.teacher.logits_TV(rows, out_TV)
+
+    def values_T(self, logits_TV: Tensor, given: Tensor) -> Tensor:
+        other_TV = given.float()
         if self.temperature != 1.0:
             logits_TV.div_(self.temperature)
             other_TV.div_(self.temperature)
@@ -191,38 +210,57 @@ def _differentiate(
     """Take the losses, (T,), and the gradients of their weighted sum that are wanted.
 
     Gradients are by hidden states (T, D), weights (V, D) and bias (V,), the last two float32.
+    Products are of many tokens at a time, what lies between them of few.
     """
-    whole = (layer.hidden_TD, layer.weight_VD, layer.bias_V)
-    dtypes = (layer.dtype, torch.float32, torch.float32)
-    of_hidden_TD, of_weight_VD, of_bias_V = grads = [
-        torch.zeros_like(one, dtype=dtype) if one is not None and needed else None
-        for one, dtype, needed in zip(whole, dtypes, wanted, strict=True)
-    ]
-    losses_T = torch.zeros(len(layer.hidden_TD), device=layer.hidden_TD.device)
+    num_tokens, vocab_size = len(layer.hidden_TD), len(layer.weight_VD)
+    losses_T = torch.zeros(num_tokens, device=layer.hidden_TD.device)
+    of_hidden_TD = torch.empty_like(layer.hidden_TD) if wanted[0] else None
+    of_weight_VD: Tensor | None = None
+    of_bias_V = losses_T.new_zeros(vocab_size) if wanted[2] else None
+    num_rows, num_cached = _rows_at_a_time(layer)
+    own_TV, *others = (
+        layer.hidden_TD.new_empty(min(num_rows, num_tokens), vocab_size)
+        for _ in range(loss.num_logits)
+    )
     with torch.autocast(layer.hidden_TD.device.type, enabled=False):
-        for rows in _chunks(layer):
-            logits_TV = layer.logits_TV(rows)
-            losses_T[rows] = loss.values_T(logits_TV, rows)
-            if weight_T is not None:
-                logits_TV.mul_(weight_T[rows, None])
-            grad_TV = logits_TV.to(layer.dtype)
+        for start in range(0, num_tokens, num_rows):
+            rows = slice(start, min(start + num_rows, num_tokens))
+            chunk_TV = layer.logits_TV(rows, own_TV[: rows.stop - start])
+            given = loss.given(rows, others[0][: rows.stop - start] if others else None)
+            for first in range(0, len(chunk_TV), num_cached):
+                part = slice(first, first + num_cached)
+                logits_TV = chunk_TV[part].float()
+                part_T = slice(start + first, start + first + len(logits_TV))
+                losses_T[part_T] = loss.values_T(logits_TV, given[part])
+                if weight_T is not None:
+                    logits_TV.mul_(weight_T[part_T, None])
+                if of_bias_V is not None:
+                    of_bias_V += logits_TV.sum(dim=0)
+                if any(wanted) and logits_TV.dtype is not layer.dtype:
+                    chunk_TV[part] = logits_TV
             if of_hidden_TD is not None:
-                of_hidden_TD[rows] = grad_TV @ layer.weight_VD
-            if of_weight_VD is not None:
-                of_weight_VD += grad_TV.T @ layer.hidden_TD[rows]
-            if of_bias_V is not None:
-                of_bias_V += logits_TV.sum(dim=0)
-    return losses_T, grads
+                torch.mm(chunk_TV, layer.weight_VD, out=of_hidden_TD[rows])
+            if wanted[1]:
+                own_VD = chunk_TV.T @ layer.hidden_TD[rows]
+                of_weight_VD = own_VD.float() if of_weight_VD is None else of_weight_VD.add_(own_VD)
+    if wanted[1] and of_weight_VD is None:
+        of_weight_VD = torch.zeros_like(layer.weight_VD, dtype=torch.float32)
+    return losses_T, [of_hidden_TD, of_weight_VD, of_bias_V]
 
 
-def _chunks(layer: _OutputLayer) -> Iterator[slice]:
-    """So many tokens at a time as memory is set for.
+def _rows_at_a_time(layer: _OutputLayer) -> tuple[int, int]:
+    """How many tokens' logits are made at a time, and how many of these are compared at a time.
 
-    A wide layer's are so many at least that the gradient of its weights, to which each chunk adds,
-    is read and written seldom.
+    Those of a wide layer are so many at least that the gradient of its weights, to which each
+    product adds, is read and written seldom. On a CPU few are compared: an operator of many would
+    find nothing in the cache of what the one before it wrote.
     """
-    row_bytes = _TENSORS * len(layer.weight_VD) * torch.float32.itemsize
+    vocab_size, num_tokens = len(layer.weight_VD), len(layer.hidden_TD)
+    row_bytes = vocab_size * torch.float32.itemsize
+    held_bytes = 2 * vocab_size * layer.dtype.itemsize
+    on_cpu = layer.hidden_TD.device.type == "cpu"
     most_bytes = max(MAX_BYTES, _LAYERS * layer.weight_VD.numel() * torch.float32.itemsize)
-    num_rows = max(1, most_bytes // row_bytes)
-    for start in range(0, len(layer.hidden_TD), num_rows):
-        yield slice(start, start + num_rows)
+    num_rows = max(1, most_bytes // (held_bytes if on_cpu else held_bytes + _TENSORS * row_bytes))
+    num_chunks = max(1, -(-num_tokens // num_rows))
+    num_rows = max(1, -(-num_tokens // num_chunks))
+    return num_rows, max(1, CACHED_BYTES // row_bytes) if on_cpu else num_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,16 +21,43 @@ def free_memory(device: torch.device) -> int:
     return free if limit is None else min(free, limit)
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What the files of a version of control groups are called, and the entry of cached pages."""
+
+    most: str
+    used: str
+    stat: str
+    cached: str
+
+
+_VERSIONS = (
+    _Names("memory.max", "memory.current", "memory.stat", "inactive_file "),
+    # Version 1, whose counters are apart; without a limit it names a number beyond all memory.
+    _Names(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file ",
+    ),
+)
+
+
 def _read_limit(group: Path) -> int | None:
-    """Read what a control group leaves free; None where none limits this process."""
+    """Read what control groups leave free; None where none limits this process."""
+    found = (_read_version(group, names) for names in _VERSIONS)
+    return min((free for free in found if free is not None), default=None)
+
+
+def _read_version(group: Path, names: _Names) -> int | None:
     try:
-        most = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
+        most = (group / names.most).read_text().strip()
+        used = int((group / names.used).read_text())
+        lines = (group / names.stat).read_text().splitlines()
         if most == "max":
             return None
         # Files that were read lately are held until memory is wanted.
-        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith(names.cached))
         return max(0, int(most) - used + cached)
     except (OSError, ValueError, IndexError):
         return None

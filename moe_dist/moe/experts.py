@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.moe.grouped_ffn import can_use_grouped_ffn, grouped_ffn
 from moe_dist.moe.grouped_linear import (
     GradientSum,
     can_use_grouped_mm,
@@ -43,10 +44,11 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter in the dtype of the computation, and where its gradients are added up."""
+    """Stacked weights, the same in the dtype of the computation, and where gradients add up."""
 
     value: Tensor
-    gradient: GradientSum | None
+    cast: Tensor
+    gradient: GradientSum | None = None
 
 
 class Experts(nn.Module):
@@ -135,7 +137,11 @@ class Experts(nn.Module):
         end up in one output, or the gradient is never complete.
         """
         weights = {
-            name: _Weight(parameter.to(dtype), GradientSum(num_chunks) if num_chunks > 1 else None)
+            name: _Weight(
+                parameter,
+                _cast(parameter, dtype),
+                GradientSum(num_chunks) if num_chunks > 1 else None,
+            )
             for name, parameter in self.named_parameters(recurse=False)
         }
         return partial(self._compute, weights, dtype)
@@ -145,7 +151,7 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Compute like `forward`, with other stacked weights of any number in place of its own."""
         dtype = compute_dtype(sorted_TD)
-        given = {name: _Weight(value.to(dtype), None) for name, value in weights.items()}
+        given = {name: _Weight(value, _cast(value, dtype)) for name, value in weights.items()}
         return self._compute(given, dtype, sorted_TD, tokens_per_expert_E)
 
     def _compute(
@@ -159,13 +165,24 @@ class Experts(nn.Module):
         w_in = weights.get("w_in")
         if w_in is None:
             return _bias_only(rows_TD, weights.get("b_out"), tokens_per_expert_E)
-        on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.value)
+        on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.cast)
         groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
+        is_fixed = not on_device and not (self.dropout and self.training)
+        if is_fixed and can_use_grouped_ffn(rows_TD, w_in.cast, self.activation):
+            # Casting a bias is a part of the graph, see `_cast`.
+            values = {
+                n: one.value if n.startswith("w_") else one.cast for n, one in weights.items()
+            }
+            casts = {name: weight.cast for name, weight in weights.items()}
+            sums = {name: one.gradient for name, one in weights.items() if one.gradient is not None}
+            return grouped_ffn(rows_TD, values, casts, self.activation, groups, sums)
 
         def linear(rows: Tensor, suffix: str) -> Tensor:
             weight, bias = weights[f"w_{suffix}"], weights.get(f"b_{suffix}")
-            bias_value = None if bias is None else bias.value
-            return grouped_linear(rows, weight.value, bias_value, groups, weight.gradient)
+            bias_value = None if bias is None else bias.cast
+            return grouped_linear(
+                rows, weight.value, bias_value, groups, weight.gradient, weight.cast
+            )
 
         hidden_TF = linear(rows_TD, "in")
         if "w_gate" in weights:
@@ -188,10 +205,15 @@ def _parameter(shape: tuple[int, ...], present: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if present else None
 
 
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring weights to a dtype; products of stacks take their gradients to the weights' own."""
+    return weight.to(dtype) if weight.dim() < 3 else weight.detach().to(dtype)
+
+
 def _bias_only(rows_TD: Tensor, b_out: _Weight | None, tokens_per_expert_E: Tensor) -> Tensor:
     if b_out is None:
         return torch.zeros_like(rows_TD)
-    b_out_ED = b_out.value
+    b_out_ED = b_out.cast
     counts_E = bring(tokens_per_expert_E, rows_TD.device)
     experts_E = torch.arange(b_out_ED.shape[0], device=rows_TD.device)
     expert_of_row_T = torch.repeat_interleave(experts_E, counts_E, output_size=rows_TD.shape[0])

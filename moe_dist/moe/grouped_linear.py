@@ -68,15 +68,37 @@ class GradientSum:
         rows_of_experts: list[tuple[int, slice]],
     ) -> Tensor | None:
         """Add one product's share expert by expert: (E, O, I) after the last, before it None."""
+        for expert, rows in rows_of_experts:
+            grad_RO = rows_of_group(grad_TO, rows)
+            # Beside zeros it does not matter what the next expert's rows are.
+            self.add_group(expert, grad_RO, with_next_rows(rows_TI, rows), weight_EOI)
+        return self.end_product(weight_EOI)
+
+    def add_group(self, expert: int, grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor) -> None:
+        """Add one expert's part of a product's share, whose end `end_product` tells.
+
+        The sum is of the weights' dtype. An expert's share is brought to it while it is in the
+        cache, for the whole stack's would be written and read once more.
+        """
         if self._sum_EOI is None:
             self._sum_EOI = torch.empty_like(weight_EOI)
-        for expert, rows in rows_of_experts:
-            grad_OT, group_TI = rows_of_group(grad_TO, rows).t(), rows_of_group(rows_TI, rows)
-            if expert in self._written:
-                self._sum_EOI[expert].addmm_(grad_OT, group_TI)
+        sum_OI, is_first = self._sum_EOI[expert], expert not in self._written
+        self._written.add(expert)
+        if sum_OI.dtype is not rows_RI.dtype:
+            own_OI = grad_RO.t() @ rows_RI
+            if is_first:
+                sum_OI.copy_(own_OI)
             else:
-                torch.mm(grad_OT, group_TI, out=self._sum_EOI[expert])
-        self._written.update(expert for expert, _ in rows_of_experts)
+                sum_OI.add_(own_OI)
+        elif is_first:
+            torch.mm(grad_RO.t(), rows_RI, out=sum_OI)
+        else:
+            sum_OI.addmm_(grad_RO.t(), rows_RI)
+
+    def end_product(self, weight_EOI: Tensor) -> Tensor | None:
+        """Give (E, O, I) after the last product, before it None."""
+        if self._sum_EOI is None:
+            self._sum_EOI = torch.empty_like(weight_EOI)
         return self._hand_out()
 
     def add_stack(self, grad_EOI: Tensor) -> Tensor | None:
@@ -136,18 +158,29 @@ def grouped_linear(
     bias_EO: Tensor | None,
     groups: Groups,
     weight_grad: GradientSum | None = None,
+    cast_EOI: Tensor | None = None,
 ) -> Tensor:
-    """Apply each expert's linear layer to its own rows (of the weights' dtype): (T, O).
+    """Apply each expert's linear layer to its own rows: (T, O) of their dtype.
 
-    `weight_grad` is shared with the other products of these weights, if there are any.
+    Args:
+        rows_TI: grouped by expert.
+        weight_EOI: weights, of which the gradient has the dtype.
+        bias_EO: of the rows' dtype.
+        groups: where each expert's rows lie.
+        weight_grad: shared with the other products of these weights, if there are any.
+        cast_EOI: the weights in the rows' dtype, where they are at hand.
+
+    Returns:
+        The products.
     """
     if weight_EOI.shape[0] == 1 and weight_grad is None:
         # A view: the gradient of an index would be a second copy of the weights.
-        return F.linear(
-            rows_TI, weight_EOI.squeeze(0), None if bias_EO is None else bias_EO.squeeze(0)
-        )
+        bias_O = None if bias_EO is None else bias_EO.squeeze(0)
+        return F.linear(rows_TI, weight_EOI.squeeze(0).to(rows_TI.dtype), bias_O)
     total = GradientSum() if weight_grad is None else weight_grad
-    return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups, total))
+    if cast_EOI is None:
+        cast_EOI = weight_EOI.detach().to(rows_TI.dtype)
+    return cast(Tensor, _GroupedLinear.apply(rows_TI, weight_EOI, bias_EO, groups, total, cast_EOI))
 
 
 def multiply_rows(
@@ -158,10 +191,39 @@ def multiply_rows(
     out = out_TO[rows]
     if group_TI.shape[0] != out.shape[0]:
         out.copy_(F.linear(group_TI, weight_IO.t(), bias_O)[: out.shape[0]])
-    elif bias_O is None:
-        torch.mm(group_TI, weight_IO, out=out)
     else:
-        torch.addmm(bias_O, group_TI, weight_IO, out=out)
+        _multiply(group_TI, weight_IO, bias_O, out)
+
+
+def _multiply(rows_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> None:
+    if bias_O is None:
+        torch.mm(rows_TI, weight_IO, out=out_TO)
+    else:
+        torch.addmm(bias_O, rows_TI, weight_IO, out=out_TO)
+
+
+def multiply_groups(
+    rows_TI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    out_TO: Tensor,
+    rows_of_experts: list[tuple[int, slice]],
+) -> None:
+    """Apply each expert's linear layer to its group's rows, and write into those of `out_TO`.
+
+    A group that is filled up to a round number takes the next expert's first rows along: what it
+    writes there is written again when that expert's turn comes.
+    """
+    for expert, rows in rows_of_experts:
+        bias_O = None if bias_EO is None else bias_EO[expert]
+        num_rows = rows.stop - rows.start
+        if _needs_round(rows_TI):
+            num_rows += _missing_rows(num_rows)
+        if rows.start + num_rows <= rows_TI.shape[0]:
+            own = slice(rows.start, rows.start + num_rows)
+            _multiply(rows_TI[own], weight_EIO[expert], bias_O, out_TO[own])
+        else:
+            multiply_rows(rows_TI, weight_EIO[expert], bias_O, out_TO, rows)
 
 
 def rows_of_group(rows_TI: Tensor, rows: slice) -> Tensor:
@@ -171,16 +233,28 @@ def rows_of_group(rows_TI: Tensor, rows: slice) -> Tensor:
     rows take to multiply) and keeps a thousand of them, while experts get other numbers each time.
     """
     group_TI = rows_TI[rows]
-    num_rows = group_TI.shape[0]
-    if group_TI.device.type != "cpu" or group_TI.dtype not in (torch.bfloat16, torch.float16):
-        return group_TI
-    missing = -num_rows % _row_step(num_rows)
+    missing = _missing_rows(group_TI.shape[0]) if _needs_round(group_TI) else 0
     return F.pad(group_TI, (0, 0, 0, missing)) if missing else group_TI
 
 
-def _row_step(num_rows: int) -> int:
+def with_next_rows(rows_TI: Tensor, rows: slice) -> Tensor:
+    """Take one expert's rows as `rows_of_group`, but those of the next ones in place of zeros.
+
+    It copies nothing but at the end; what is made of the further rows is not to be read.
+    """
+    stop = rows.stop
+    if _needs_round(rows_TI):
+        stop += _missing_rows(rows.stop - rows.start)
+    return rows_TI[rows.start : stop] if stop <= rows_TI.shape[0] else rows_of_group(rows_TI, rows)
+
+
+def _needs_round(rows_TI: Tensor) -> bool:
+    return rows_TI.device.type == "cpu" and rows_TI.dtype in (torch.bfloat16, torch.float16)
+
+
+def _missing_rows(num_rows: int) -> int:
     """Space round numbers of rows by 16, and from 256 on by an eighth to a sixteenth."""
-    return int(max(16, 2 ** (num_rows.bit_length() - 4)))
+    return -num_rows % int(max(16, 2 ** (num_rows.bit_length() - 4)))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -192,30 +266,32 @@ class _GroupedLinear(torch.autograd.Function):
         bias_EO: Tensor | None,
         groups: Groups,
         weight_grad: GradientSum,
+        cast_EOI: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(rows_TI, weight_EOI)
+        ctx.save_for_backward(rows_TI, weight_EOI, cast_EOI)
         ctx.groups, ctx.weight_grad = groups, weight_grad
         if groups.sizes is None:
-            return _forward_on_device(rows_TI, weight_EOI, bias_EO, groups)
+            return _forward_on_device(rows_TI, cast_EOI, bias_EO, groups)
         out_TO = rows_TI.new_empty(rows_TI.shape[0], weight_EOI.shape[1])
-        for expert, rows in groups.rows():
-            bias_O = None if bias_EO is None else bias_EO[expert]
-            multiply_rows(rows_TI, weight_EOI[expert].t(), bias_O, out_TO, rows)
+        multiply_groups(rows_TI, cast_EOI.transpose(1, 2), bias_EO, out_TO, groups.rows())
         return out_TO
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_TO: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        rows_TI, weight_EOI = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        rows_TI, weight_EOI, cast_EOI = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         # The gradient of a sum is expanded, which matrix products of groups do not take.
         grad_TO = grad_TO.contiguous()
         with torch.autocast(grad_TO.device.type, enabled=False):
             differentiate = _backward_on_device if ctx.groups.sizes is None else _backward_by_group
-            grads = differentiate(grad_TO, rows_TI, weight_EOI, ctx.groups, needs, ctx.weight_grad)
-        return *grads, None, None
+            grads = differentiate(
+                *(grad_TO, rows_TI, weight_EOI, cast_EOI),
+                *(ctx.groups, needs, ctx.weight_grad),
+            )
+        return *grads, None, None, None
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -225,17 +301,18 @@ def _backward_by_group(
     grad_TO: Tensor,
     rows_TI: Tensor,
     weight_EOI: Tensor,
+    cast_EOI: Tensor,
     groups: Groups,
     needs: tuple[bool, ...],
     weight_grad: GradientSum,
 ) -> Grads:
     rows_of_experts = groups.rows()
     grad_rows_TI = torch.empty_like(rows_TI) if needs[0] else None
-    grad_bias_EO = grad_TO.new_zeros(weight_EOI.shape[:2]) if needs[2] else None
-    for expert, rows in rows_of_experts:
-        if grad_rows_TI is not None:
-            multiply_rows(grad_TO, weight_EOI[expert], None, grad_rows_TI, rows)
-        if grad_bias_EO is not None:
+    grad_bias_EO = grad_TO.new_zeros(cast_EOI.shape[:2]) if needs[2] else None
+    if grad_rows_TI is not None:
+        multiply_groups(grad_TO, cast_EOI, None, grad_rows_TI, rows_of_experts)
+    if grad_bias_EO is not None:
+        for expert, rows in rows_of_experts:
             torch.sum(grad_TO[rows], dim=0, out=grad_bias_EO[expert])
     grad_weight_EOI = None
     if needs[1]:
@@ -257,11 +334,12 @@ def _backward_on_device(
     grad_TO: Tensor,
     rows_TI: Tensor,
     weight_EOI: Tensor,
+    cast_EOI: Tensor,
     groups: Groups,
     needs: tuple[bool, ...],
     weight_grad: GradientSum,
 ) -> Grads:
-    grad_rows_TI = F.grouped_mm(grad_TO, weight_EOI, offs=groups.ends_E) if needs[0] else None
+    grad_rows_TI = F.grouped_mm(grad_TO, cast_EOI, offs=groups.ends_E) if needs[0] else None
     grad_weight_EOI = None
     if needs[1]:
         assert groups.ends_E is not None
@@ -269,11 +347,11 @@ def _backward_on_device(
         # On Blackwell the kernel leaves what it finds in memory where a group has no rows.
         starts_E = F.pad(groups.ends_E[:-1], (1, 0))
         own_EOI.masked_fill_((groups.ends_E == starts_E).view(-1, 1, 1), 0.0)
-        grad_weight_EOI = weight_grad.add_stack(own_EOI)
+        grad_weight_EOI = weight_grad.add_stack(own_EOI.to(weight_EOI.dtype))
     grad_bias_EO = None
     if needs[2]:
         assert groups.expert_of_row_T is not None
         # A product with one-hot rows instead of index_add_: no atomics, so it is deterministic.
-        one_hot_TE = F.one_hot(groups.expert_of_row_T, weight_EOI.shape[0]).to(grad_TO.dtype)
+        one_hot_TE = F.one_hot(groups.expert_of_row_T, len(cast_EOI)).to(grad_TO.dtype)
         grad_bias_EO = one_hot_TE.t() @ grad_TO
     return grad_rows_TI, grad_weight_EOI, grad_bias_EO

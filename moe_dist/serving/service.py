@@ -136,6 +136,9 @@ class TextService:
         columns = self._model.columns(await read_inputs(request, self._settings.limits))
         limit = self._model.limit
         lengths = await self._lengths(columns) if columns[0] else []
+        if 0 in lengths and not self._model.kind.reads_nothing:
+            # Here, since a batch of the model holds texts of others.
+            raise RequestFault(400, f"text {lengths.index(0)} has no tokens; leave it out")
         cut = [row for row, length in enumerate(lengths) if limit is not None and length > limit]
         content: dict[str, Any] = {"predictions": await self._answer(columns, lengths)}
         if cut:

@@ -56,6 +56,7 @@ class ServingSession:
         self._say = say
         self._joined = bool(os.environ.get("RAY_ADDRESS"))
         self._deployed = False
+        self._served = False
         cpus = settings.threads * settings.replicas
         self._ray = RaySession(
             # A second set of replicas while a model is loaded anew; processes share the cores.
@@ -111,7 +112,20 @@ class ServingSession:
             ClusterError: if no replica could load it; what served before still does.
         """
         self._deployed = True
-        return deploy(settings or self._settings)
+        found = deploy(settings or self._settings, is_first=not self._served)
+        self._served = True
+        return found
+
+    @property
+    def answers(self) -> bool:
+        """Whether requests are answered, also if `deploy` did not come to its end."""
+        from ray import serve
+
+        from moe_dist.serving.deployment import APP_NAME
+
+        with suppress(Exception):
+            return bool(serve.status().applications[APP_NAME].status == "RUNNING")
+        return False
 
     @property
     def variables(self) -> str:
@@ -152,8 +166,8 @@ class ServingSession:
             ) from None
 
 
-def deploy(settings: ServingSettings) -> dict[str, Any]:
-    """Put a model in the place of the one that is served, see `ServingSession.deploy`."""
+def deploy(settings: ServingSettings, *, is_first: bool = False) -> dict[str, Any]:
+    """Put a model in the place of the one that is served, if any: see `ServingSession.deploy`."""
     from ray import serve
 
     from moe_dist.serving.deployment import APP_NAME, build
@@ -165,7 +179,8 @@ def deploy(settings: ServingSettings) -> dict[str, Any]:
     except Exception as fault:
         raise ClusterError(
             f"the model could not be served: {_refusal(fault)}",
-            remedy="mend that and give the command again; what was served before still is",
+            remedy="mend that and give the command again"
+            + ("" if is_first else "; what was served before still is"),
         ) from None
     try:
         return ask_replica()

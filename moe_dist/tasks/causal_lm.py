@@ -56,6 +56,7 @@ class CausalLM(TokenKind):
     pads_right = False
     reads_pairs = False
     takes_encoders = False
+    reads_nothing = True
     takes_encoder_decoders = False
 
     def owns(self, architecture: str, config: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.errors import DataError
 from moe_dist.tasks.kind import TaskKind
 from moe_dist.tasks.tokens import pad, tokenise
 
@@ -28,8 +29,16 @@ class ForwardKind(TaskKind):
         options: Mapping[str, Any] = MappingProxyType({}),
         calibration: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer each text, cut at `max_length`; see `TaskKind.serve`."""
+        """Answer each text, cut at `max_length`; see `TaskKind.serve`.
+
+        One without tokens, as an empty one is to a tokenizer that adds none, is a DataError.
+        """
         tokens = tokenise(tokenizer, *columns, max_length=max_length)
+        if not all(tokens["input_ids"]):
+            raise DataError(
+                "a text has no tokens, and the model's answer would be about nothing",
+                remedy="leave empty texts out",
+            )
         encoded = pad(tokenizer, tokens).to(model.device)
         with torch.no_grad():
             answers_BC = self.answer(model, encoded, options).float().cpu()

@@ -153,6 +153,7 @@ class TaskKind(ABC):
         takes_encoder_decoders: models with two stacks can answer it.
         served_columns: what `serve` answers with, and what that is: `text`, a `number`,
             `numbers`, or `named numbers`.
+        reads_nothing: it serves a text without tokens, too.
         takes_encoders: models that see later tokens can answer it.
         pads_right: whatever side a start model's tokenizer pads on.
         writes: a decoder writes its answers, token by token; targets are what it is to write.
@@ -181,6 +182,7 @@ class TaskKind(ABC):
     joins_tasks: ClassVar[bool] = False
     takes_encoder_decoders: ClassVar[bool] = True
     served_columns: ClassVar[Mapping[str, str]]
+    reads_nothing: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = True
     pads_right: ClassVar[bool] = True
     writes: ClassVar[bool] = False

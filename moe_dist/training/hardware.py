@@ -60,10 +60,16 @@ def answering(device: torch.device, fault: str = "") -> AbstractContextManager[o
     return precision_context("bf16" if is_half else "fp32", device)
 
 
+def begin_peak_device_memory(device: torch.device) -> None:
+    """Count from now on what `peak_device_memory_gib` tells: a process may train many times."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_device_memory_gib(device: torch.device) -> float | None:
     """Return the most that tensors have taken on the fullest rank's GPU, in GiB; collective.
 
-    None on a CPU.
+    Since `begin_peak_device_memory`; None on a CPU.
     """
     if device.type != "cuda":
         return None
@@ -80,6 +86,20 @@ def return_free_memory() -> None:
     """Hand freed pages back to the system: glibc keeps them, and with many trainings they grow."""
     with suppress(OSError, AttributeError):  # No glibc.
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_free_memory() -> None:
+    """Let glibc keep, up to 2 GiB, what a step's tensors give back, for those of the next step.
+
+    The system would take it and give it again page by page, each of them cleared: a twentieth of a
+    step of many weights. `return_free_memory` hands it back.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h names them
+    with suppress(OSError, AttributeError):  # No glibc.
+        mallopt = ctypes.CDLL(None).mallopt
+        # The most that glibc takes: larger tensors are the system's all the same.
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:

@@ -68,6 +68,8 @@ class Log(Protocol):
         ...
 
 
+EXPERT_LOADS = "expert_loads"
+"""What a checkpoint's state calls each layer's tokens by expert, lately."""
 ComputeTerms = Callable[[nn.Module, Mapping[str, Tensor]], StepTerms]
 StepWeights = Mapping[str, LossWeight]
 
@@ -247,6 +249,7 @@ def train(
                     "window": window.state(),
                     "evaluation": result.evaluation,
                     "train": result.train,
+                    EXPERT_LOADS: window.last_loads,
                 }
                 enter_phase("checkpoint")
                 publish(done, _save(writer, done, state, must_wait=must_wait))
@@ -278,6 +281,7 @@ def _resume(
             remedy="train in another directory, or delete these checkpoints to start again",
         )
     window.restore(state["window"], keeps_sums=engine.rank == 0)
+    window.last_loads = dict(state.get(EXPERT_LOADS, {}))
     return TrainResult(
         num_steps=step,
         resumed_from=step,

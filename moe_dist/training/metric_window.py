@@ -20,6 +20,8 @@ class LogWindow:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.last_loads: dict[str, list[float]] = {}
+        """By layer each expert's tokens in the newest window that was logged."""
         self.clear()
 
     def clear(self) -> None:
@@ -95,6 +97,7 @@ class LogWindow:
             values["perf/step_s"] = self.seconds / self.num_steps
         for layer, count_E in self._reduced(self._loads).items():
             values[f"moe/load_imbalance/{layer}"] = load_imbalance(count_E)
+            self.last_loads[layer] = count_E.tolist()
         for layer, sums in self._reduced(self._routing).items():
             entropy, num_gated, dropped, num_slots = sums.tolist()
             if num_gated:

@@ -23,6 +23,7 @@ from moe_dist.losses.total import CountKind, weighted_total
 from moe_dist.measure.latency import random_batch, wait_for
 from moe_dist.moe import Experts, MoELayer, RoutingContext, build_router, use_context
 from moe_dist.router_spec import ROUTER_FACTS
+from moe_dist.training.hardware import begin_peak_device_memory
 from moe_dist.training.step import distill_terms, freeze
 
 from .layer import LayerBenchmark, LayerTiming
@@ -176,6 +177,8 @@ def _waits() -> Iterator[list[str]]:
 
 
 def _time_steps(settings: GpuBenchmark, precision: Precision, device: torch.device) -> StepTiming:
+    # What was measured before took memory of its own.
+    begin_peak_device_memory(device)
     dense = random_classifier(
         vocab_size=_VOCAB_SIZE,
         d_model=settings.d_model,

@@ -11,9 +11,21 @@ from moe_dist.whole_files import write_json
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from moe_dist.measure.latency import OtherWork
+
 
 def write_results(directory: Path, name: str, report: DataclassInstance, markdown: str) -> None:
     """Write a report as JSON and Markdown files of that name into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / f"{name}.json", asdict(report))
     (directory / f"{name}.md").write_text(markdown, encoding="utf-8")
+
+
+def busy_line(work: OtherWork, num_threads: int) -> str:
+    """Say what other work there was beside so many threads; nothing where it did not disturb."""
+    if not work.disturbs(num_threads):
+        return ""
+    return (
+        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times "
+        "are too high, and ratios a hint"
+    )

@@ -31,7 +31,9 @@ from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.conversion.families import find_slots
 from moe_dist.data.loaders import TrainBatches
 from moe_dist.distributed import TrainEngine, build_engine
+from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.errors import ConfigError
+from moe_dist.jobs.expert_groups import settle_expert_orders
 from moe_dist.losses.total import CountKind, weighted_total
 from moe_dist.training.step import distill_terms, freeze
 
@@ -57,6 +59,8 @@ class ThroughputBenchmark:
         num_experts: of the student.
         expert_size: neurons that each token uses.
         num_shared_neurons: of these, shared by all experts.
+        skewed: gates that send most tokens to the second half of the experts.
+        in_order: hold experts in the order of their numbers, whatever they have to do.
     """
 
     batch_size: int = 32
@@ -68,6 +72,8 @@ class ThroughputBenchmark:
     num_experts: int = 4
     expert_size: int = 384
     num_shared_neurons: int = 256
+    skewed: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,13 +220,23 @@ class _Steps:
             world_size=2,
             rank=rank,
         )
+        ep_size = settings.ep_size if paired else 1
+        orders = settle_expert_orders(
+            student,
+            1 if settings.in_order else ep_size,
+            self._batches.epoch(0),
+            None,
+            precision="fp32",
+            device=torch.device("cpu"),
+        )
         self._engine: TrainEngine = build_engine(
             student,
             learning_rate=1e-4,
             weight_decay=0.01,
             num_steps=10_000,
             zero_stage=settings.zero_stage if paired else 0,
-            ep_size=settings.ep_size if paired else 1,
+            ep_size=ep_size,
+            expert_orders=orders,
         )
         self._engine.module.train()
         self._epoch = 0
@@ -252,4 +268,10 @@ def _make_student(dense: Any, settings: ThroughputBenchmark) -> Any:
         num_shared_neurons=settings.num_shared_neurons,
         tie_shared=True,
     )
-    return dense_to_moe(dense, plan, router="token_gate")
+    student = dense_to_moe(dense, plan, router="token_gate")
+    for _, layer in moe_layers(student) if settings.skewed else ():
+        # A score that varies more is more often the largest.
+        with torch.no_grad():
+            router: Any = layer.router
+            router.gate.weight[settings.num_experts // 2 :] *= 4.0
+    return student

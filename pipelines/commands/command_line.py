@@ -106,11 +106,15 @@ def shown_warnings(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def clean_errors(*, debug: bool) -> Iterator[None]:
+def clean_errors(*, debug: bool, stopped: str = "") -> Iterator[None]:
     """Print a user's error as one message; leave the traceback to --debug.
 
     Of any other error, which is a fault of the program, the traceback is printed. Credentials
     are taken out of all of it. Ends in a typer.Exit with the error's code.
+
+    Args:
+        debug: print the traceback of a user's error.
+        stopped: what holds after ctrl-C, of a command that does not continue.
     """
     try:
         yield
@@ -121,7 +125,7 @@ def clean_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         from ..console import CONTINUES
 
-        typer.echo(f"stopped; {str(stop) or CONTINUES}", err=True)
+        typer.echo(f"stopped; {str(stop) or stopped or CONTINUES}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise

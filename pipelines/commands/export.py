@@ -79,7 +79,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Take one task's sub-network out of a model, or write the model for ONNX Runtime."""
-    with clean_errors(debug=debug):
+    with clean_errors(debug=debug, stopped="nothing was written"):
         quieten_libraries()
         from moe_dist.config import load_config
         from moe_dist.errors import ConfigError

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_dist.measure.fastest import Fastest
     from moe_dist.measure.latency import Latency, OtherWork, Rounds
     from moe_dist.tasks import TaskKind
 
@@ -27,30 +28,37 @@ FORM_RULES = 2
 """Raised when what is found of forms is written otherwise."""
 
 
-def measure_cost(
+def time_eager(
     loaded: Mapping[str, Any], seq_len: int, stage: StageWork
-) -> dict[str, dict[str, Any]]:
-    """Count parameters and FLOPs, and time all models in turn in this process.
-
-    Args:
-        loaded: model by name.
-        seq_len: tokens per sequence.
-        stage: the stage that asks.
-
-    Returns:
-        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token`, and by batch
-        size `latency_ms` (the median), `latency_low_ms` and `latency_spread`.
-    """
+) -> dict[str, dict[int, Latency]]:
+    """Time all models, by name and batch size, in turn in this process, each as it is."""
     from moe_dist.measure.latency import measure_in_turn
-    from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
 
-    timed = measure_in_turn(
+    return measure_in_turn(
         loaded,
         latency_rounds(),
         batch_sizes=LATENCY_BATCH_SIZES,
         seq_len=seq_len,
         progress=stage.console.progress,
     )
+
+
+def describe_cost(
+    loaded: Mapping[str, Any], seq_len: int, eager: Mapping[str, Mapping[int, Latency]]
+) -> dict[str, dict[str, Any]]:
+    """Count parameters and FLOPs, and say what `time_eager` found.
+
+    Args:
+        loaded: model by name.
+        seq_len: tokens per sequence.
+        eager: times by name and batch size.
+
+    Returns:
+        For each model `shape`, `parameters`, `flops_per_token`, `ffn_flops_per_token`, and by batch
+        size `latency_ms` (the median), `latency_low_ms` and `latency_spread`.
+    """
+    from moe_dist.measure.profile import count_parameters, flops_per_token, model_shape
+
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.items():
         parameters = count_parameters(model)
@@ -60,9 +68,9 @@ def measure_cost(
             "parameters": {"total": parameters.total, "active": parameters.active},
             "flops_per_token": flops.total,
             "ffn_flops_per_token": flops.ffn,
-            "latency_ms": _by_size(timed[name], "median_ms"),
-            "latency_low_ms": _by_size(timed[name], "low_ms"),
-            "latency_spread": _by_size(timed[name], "spread"),
+            "latency_ms": _by_size(eager[name], "median_ms"),
+            "latency_low_ms": _by_size(eager[name], "low_ms"),
+            "latency_spread": _by_size(eager[name], "spread"),
         }
     return costs
 
@@ -71,44 +79,60 @@ def measure_forms(
     loaded: Mapping[str, Any],
     student: str,
     stage: StageWork,
-    costs: Mapping[str, Mapping[str, Any]],
+    eager: Mapping[str, Mapping[int, Latency]],
     timed: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Time all models once more, each in its fastest form.
+    """Time all models once more, each in its fastest form, unless one form is to be timed.
 
     Args:
         loaded: model by name.
         student: the one whose speed counts.
         stage: the stage that asks; it says which forms are left out.
-        costs: of each model by `measure_cost`, which are taken where this fails.
+        eager: by `time_eager`, which is taken where this fails, and where there is no other form.
         timed: as by `describe_timing`.
 
     Returns:
         For each model `fastest` by batch size. And for all of them `speedups`, the student's over
-        each other's by batch size, `left_out`, `tolerance`, `other_work`, `timed`, and `failed`,
-        why nothing was measured, or None.
+        each other's by batch size, `left_out`, `tolerance`, `other_work` (None if it is that of
+        `time_eager`), `timed`, and `failed`, why nothing was measured, or None.
     """
-    from moe_dist.inference.backends import QUICK_FORMS
-    from moe_dist.measure.fastest import Speedup, find_fastest
+    from moe_dist.measure.fastest import find_fastest
     from moe_dist.measure.latency import Rounds
-    from moe_dist.measure.screening import TOLERANCE
 
+    if timed["forms"] == "eager":
+        return _described(_as_timed_before(eager), (), student, timed)
     try:
         found = find_fastest(
             loaded,
             Rounds(FORM_ROUNDS, MIN_FORM_ROUNDS, FORM_BUDGET_S, LATENCY_REPEATS, num_warmups=1),
             batch_sizes=LATENCY_BATCH_SIZES,
             seq_len=timed["seq_len"],
-            forms=() if timed["forms"] == "eager" else QUICK_FORMS,
             progress=stage.console.progress,
         )
     except Exception as fault:
         # Whether a student pays is an extra; quality and cost must not be lost by it.
         why = (str(fault).splitlines() or [type(fault).__name__])[0]
         stage.console.warn(f"the fastest forms could not be timed: {why}")
-        return _as_timed_before(costs, student, why, timed)
+        return _described(_as_timed_before(eager), (), student, timed, failed=why)
     for line in found.left_out:
         stage.console.note(f"not counted as a fastest form: {line}")
+    work = describe_other_work(found.other_work)
+    return _described(found.by_model, found.left_out, student, timed, other_work=work)
+
+
+def _described(
+    by_model: Mapping[str, Mapping[int, Fastest]],
+    left_out: Sequence[str],
+    student: str,
+    timed: Mapping[str, Any],
+    *,
+    other_work: Mapping[str, Any] | None = None,
+    failed: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Put what was found into plain values, see `measure_forms`."""
+    from moe_dist.measure.fastest import Speedup
+    from moe_dist.measure.screening import TOLERANCE
+
     entries: dict[str, dict[str, Any]] = {
         name: {
             "fastest": {
@@ -122,24 +146,37 @@ def measure_forms(
                 for size, one in by_size.items()
             }
         }
-        for name, by_size in found.by_model.items()
+        for name, by_size in by_model.items()
     }
-    own = found.by_model[student]
+    own = by_model[student]
     speedups = {
         name: {
             str(size): asdict(Speedup.between(one.latency, own[size].latency))
             for size, one in by_size.items()
         }
-        for name, by_size in found.by_model.items()
+        for name, by_size in by_model.items()
         if name != student
     }
     return entries, {
         "speedups": speedups,
-        "left_out": list(found.left_out),
+        "left_out": list(left_out),
         "tolerance": TOLERANCE,
-        "other_work": describe_other_work(found.other_work),
+        "other_work": other_work,
         "timed": dict(timed),
-        "failed": None,
+        "failed": failed,
+    }
+
+
+def _as_timed_before(
+    eager: Mapping[str, Mapping[int, Latency]],
+) -> dict[str, dict[int, Fastest]]:
+    """Take the eager form for the fastest."""
+    from moe_dist.inference.backends import ORACLE
+    from moe_dist.measure.fastest import Fastest
+
+    return {
+        name: {size: Fastest(str(ORACLE), one, 0.0) for size, one in by_size.items()}
+        for name, by_size in eager.items()
     }
 
 
@@ -156,43 +193,6 @@ def describe_timing(kinds: Iterable[TaskKind], seq_len: int, forms: str) -> dict
         "num_threads": torch.get_num_threads(),
         "forms": forms,
         "writes": any(kind.writes or kind.auto_class == "AutoModelForCausalLM" for kind in kinds),
-    }
-
-
-def _as_timed_before(
-    costs: Mapping[str, Mapping[str, Any]], student: str, why: str, timed: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Give what `measure_cost` found in the place of `measure_forms`, with the reason."""
-    from moe_dist.inference.backends import ORACLE
-    from moe_dist.measure.screening import TOLERANCE
-
-    figures = ("latency_ms", "latency_low_ms", "latency_spread")
-    entries: dict[str, dict[str, Any]] = {
-        name: {
-            "fastest": {
-                size: {"form": str(ORACLE), "error": 0.0}
-                | {figure: cost[figure][size] for figure in figures}
-                for size in cost["latency_low_ms"]
-            }
-        }
-        for name, cost in costs.items()
-    }
-    own = costs[student]["latency_low_ms"]
-    speedups = {
-        name: {
-            size: dict.fromkeys(("value", "low", "high"), low_ms / own[size]) | {"half": 0}
-            for size, low_ms in cost["latency_low_ms"].items()
-        }
-        for name, cost in costs.items()
-        if name != student
-    }
-    return entries, {
-        "speedups": speedups,
-        "left_out": [],
-        "tolerance": TOLERANCE,
-        "other_work": None,
-        "timed": dict(timed),
-        "failed": why,
     }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.errors import MissingInputError
 from moe_dist.redaction import hide_secrets
 
 from ..chain.stage_recovery import FINISHED, stage_of
@@ -40,13 +42,44 @@ answers = dict(zip(facts["outputs"], session.run(list(facts["outputs"]), feed)))
 ```"""
 
 
+@dataclass(frozen=True)
+class RunKnowledge:
+    """What the run of a model says of it; nothing where no run made it.
+
+    Attributes:
+        directory: the model's.
+        report: the run's.
+        recipe: the run's, with all defaults; None where there is none.
+        own: what the report says of this model.
+    """
+
+    directory: Path
+    report: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None
+    own: Mapping[str, Any]
+
+
+def read_run(directory: Path) -> RunKnowledge:
+    """Read what lies in the directory of a model's run, and nowhere else.
+
+    A file there that cannot be read is a MissingInputError.
+    """
+    import yaml
+
+    stage = stage_of(directory.absolute() / "model.safetensors")
+    run = directory.absolute().parent if stage is None else stage.parent
+    report = _read(run / _REPORT, json.loads) or {}
+    recipe = _read(run / _RECIPE, yaml.safe_load)
+    return RunKnowledge(directory, report, recipe, _figures(stage, report))
+
+
 def model_card(
-    directory: Path, task: str | None, model: Any, facts: OnnxFacts, num_bytes: int
+    known: RunKnowledge, task: str | None, model: Any, facts: OnnxFacts, num_bytes: int
 ) -> str:
     """Say of a graph what its model's run knows.
 
     Args:
-        directory: of the model that it was made of.
+        known: of the run.
         task: the one that it answers, of a model of several.
         model: that was exported.
         facts: of the graph.
@@ -55,10 +88,8 @@ def model_card(
     Returns:
         Markdown.
     """
-    report = _read(directory, _REPORT)
-    own = _figures(directory, report)
     lines = [
-        f"# {report.get('name', directory.name)}{f', {task}' if task else ''} "
+        f"# {known.report.get('name', known.directory.name)}{f', {task}' if task else ''} "
         f"(ONNX, {facts.precision})",
         "",
         _what(model, facts),
@@ -67,10 +98,10 @@ def model_card(
         "",
         "| what | value |",
         "|---|---|",
-        *(f"| {what} | {value} |" for what, value in _rows(directory, report, own, task)),
+        *(f"| {what} | {value} |" for what, value in _rows(known, task)),
         f"| stored size | {num_bytes / 1e6:.1f} MB; weights {_weights(facts)} |",
         f"| answers | {_nearness(facts)} |",
-        f"| licence | {_licence(directory)} |",
+        f"| licence | {_licence(known)} |",
     ]
     return hide_secrets("\n".join(lines)) + "\n"
 
@@ -87,10 +118,9 @@ def _what(model: Any, facts: OnnxFacts) -> str:
     )
 
 
-def _rows(
-    directory: Path, report: Mapping[str, Any], own: Mapping[str, Any], task: str | None
-) -> list[tuple[str, str]]:
+def _rows(known: RunKnowledge, task: str | None) -> list[tuple[str, str]]:
     """Figures of the model itself, in float32 by torch; none of them was measured on the graph."""
+    report, own = known.report, known.own
     titles = report.get("metric_titles") or {}
     prefix = f"{task}/" if task else ""
     metrics = {
@@ -112,12 +142,11 @@ def _rows(
     times = own.get("latency_low_ms") or {}
     conditions = f"{report.get('seq_len')} tokens, {report.get('num_threads')} CPU threads"
     latency = ", ".join(f"{ms:.1f} ms for {size}" for size, ms in times.items())
-    recipe = _above(directory, _RECIPE)
     name = report.get("name") or "the run's"
     return [
         ("dev metrics, of the model in float32 before the export", said or _UNKNOWN),
         ("data", f"{source}: {data}" if source else _UNKNOWN),
-        ("recipe", f"{name}, {_RECIPE}" if recipe else _UNKNOWN),
+        ("recipe", f"{name}, {_RECIPE}" if known.recipe is not None else _UNKNOWN),
         ("FLOPs for a token", f"{flops / 1e6:.1f} M" if flops else _UNKNOWN),
         (
             f"latency by torch in float32 ({conditions}; a tenth of passes kept to it)"
@@ -145,26 +174,21 @@ def _nearness(facts: OnnxFacts) -> str:
     )
 
 
-def _figures(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(stage: Path | None, report: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a run's report says of the model of a stage; nothing of one that it does not measure."""
-    stage = stage_of(directory / "model.safetensors")
     if stage is None:
         return {}
-    done = json.loads((stage / FINISHED).read_text(encoding="utf-8"))
+    done = _read(stage / FINISHED, json.loads) or {}
     usual = _NAMES.get(str(done.get("stage")))
     if usual is None:
         return {"metrics": done.get("metrics")}
-    found = report.get(done.get("label") or usual) or {"metrics": done.get("metrics")}
-    return dict(found)
+    found: Mapping[str, Any] | None = report.get(done.get("label") or usual)
+    return found or {"metrics": done.get("metrics")}
 
 
-def _licence(directory: Path) -> str:
+def _licence(known: RunKnowledge) -> str:
     """Of the start model, where its directory says it."""
-    import yaml
-
-    path = _above(directory, _RECIPE)
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
-    start = str((recipe.get("model") or {}).get("teacher") or "")
+    start = str(((known.recipe or {}).get("model") or {}).get("teacher") or "")
     card = Path(start) / "README.md"
     if start and card.is_file():
         found = _LICENCE.search(card.read_text(encoding="utf-8"))
@@ -174,12 +198,20 @@ def _licence(directory: Path) -> str:
     return f"{_UNKNOWN}: that of the start model {name}" if name else _UNKNOWN
 
 
-def _read(directory: Path, name: str) -> dict[str, Any]:
-    path = _above(directory, name)
-    return {} if path is None else dict(json.loads(path.read_text(encoding="utf-8")))
+def _read(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any] | None:
+    """Read entries by name; None where there is no such file."""
+    import yaml
 
-
-def _above(directory: Path, name: str) -> Path | None:
-    """The nearest file of that name above a model."""
-    found = (parent / name for parent in directory.absolute().parents)
-    return next((path for path in found if path.is_file()), None)
+    if not path.is_file():
+        return None
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+    if not isinstance(found, Mapping):
+        why = found if isinstance(found, str) else "it holds no entries by name"
+        raise MissingInputError(
+            f"{path}, which the model card is made of, cannot be read: {why}",
+            remedy="mend it, or move it away: the card then says that it is not known",
+        )
+    return found

@@ -16,6 +16,11 @@ from moe_dist.uris import is_uri
 from ..console import Console
 from .recipe_settings import recipe_settings
 
+_STOPPING = (
+    "stopping, once what replicas took is answered; what waits for one is dropped; another ctrl-C "
+    "stops at once"
+)
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -47,7 +52,8 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
         _say(console, reload_running(settings))
         return
     with until_stopped() as wait, ServingSession(settings, serving.endpoint, console.note) as own:
-        _say(console, own.deploy())
+        if not _has_begun(own, console):
+            return
         host, port = serving.endpoint.host, serving.endpoint.port
         console.result(f"answering at http://{host}:{port}/predict; ctrl-C stops")
         console.note(f"another model in its place: {own.variables} moe-dist serve DIR --reload")
@@ -58,10 +64,22 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
                 _say(console, own.deploy(serving_settings(serving, console)))
             except MoeDistError as fault:
                 console.warn(str(fault))
-        console.note(
-            "stopping, once what replicas took is answered; what waits for one is dropped; "
-            "another ctrl-C stops at once"
-        )
+        console.note(_STOPPING)
+
+
+def _has_begun(own: ServingSession, console: Console) -> bool:
+    """Serve for the first time; False for a signal that comes when requests are answered already.
+
+    One that comes earlier is a KeyboardInterrupt.
+    """
+    try:
+        _say(console, own.deploy())
+    except KeyboardInterrupt:
+        if not own.answers:
+            raise
+        console.note(_STOPPING)
+        return False
+    return True
 
 
 def serving_settings(serving: Serving, console: Console) -> ServingSettings:

@@ -18,11 +18,12 @@ from ..report.cost import (
     LATENCY_ROUNDS,
     LATENCY_SEQ_LEN,
     count_reads,
+    describe_cost,
     describe_other_work,
     describe_timing,
     form_settings,
-    measure_cost,
     measure_forms,
+    time_eager,
 )
 from ..report.nearness import (
     MAX_SAMPLES,
@@ -97,12 +98,13 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
         for name, found in near.items():
             entries[name] |= found
         with watch_other_work() as other_work:
-            costs = measure_cost(final_models(loaded), seq_len, stage)
+            finals = final_models(loaded)
+            eager = time_eager(finals, seq_len, stage)
             beside = describe_other_work(other_work())
-        finals = final_models(loaded)
+        costs = describe_cost(finals, seq_len, eager)
         kinds = [part.task.task_kind for part in workspace.rows.parts.values()]
         timing = describe_timing(kinds, seq_len, config.evaluate.forms)
-        forms, speeds = measure_forms(finals, STUDENT, stage, costs, timing)
+        forms, speeds = measure_forms(finals, STUDENT, stage, eager, timing)
         for further in (costs, forms, count_reads(finals, loads, seq_len)):
             for name, cost in further.items():
                 entries[name] |= cost

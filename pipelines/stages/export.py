@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
-from moe_dist.whole_files import whole_directory, write_json
+from moe_dist.whole_files import write_json
 
 from ..chain.stage_recovery import stage_of
 
@@ -88,12 +88,13 @@ def export_task(
         What was written.
 
     Raises:
-        MoeDistError: if the output is there already, the task is not named, or no dense model
-            does the same.
+        MoeDistError: if the output is there already or cannot be written, the task is not named,
+            or no dense model does the same.
     """
     from moe_dist.conversion.extract import extract_task
     from moe_dist.conversion.families import find_slots
     from moe_dist.inference import load_model, load_tokenizer, save_model
+    from moe_dist.inference.saving import model_directory
 
     if output.exists() and any(output.iterdir() if output.is_dir() else (output,)):
         raise MoeDistError(
@@ -118,7 +119,7 @@ def export_task(
     left_out = _left_out(model) if is_average else ""
     metrics: dict[str, dict[str, float]] = {}
     titles: dict[str, str] = {}
-    with whole_directory(output) as unfinished:
+    with model_directory(output) as unfinished:
         save_model(dense, unfinished, tokenizer=load_tokenizer(directory))
         if config is not None and own is not None:
             before, after = _measure(config, directory), _measure(own, unfinished)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_dist.errors import MoeDistError
-from moe_dist.whole_files import whole_directory
 
 from ..chain.stage_recovery import stage_of
-from ..report.model_card import model_card
+from ..report.model_card import model_card, read_run
 
 if TYPE_CHECKING:
     from moe_dist.inference.onnx.directory import OnnxFacts
@@ -53,12 +52,14 @@ def export_graph(directory: Path, task: str | None, output: Path, precision: str
         What was written.
 
     Raises:
-        MoeDistError: if the output is there already, or the model has no such graph.
+        MoeDistError: if the output is there already or cannot be written, or the model has no
+            such graph.
     """
     from moe_dist.conversion.extract import extract_task
     from moe_dist.inference import load_model, load_tokenizer
     from moe_dist.inference.onnx.directory import write_onnx
     from moe_dist.inference.onnx.graph import require_onnx
+    from moe_dist.inference.saving import model_directory
     from moe_dist.router_spec import router_facts
 
     require_onnx()
@@ -66,16 +67,17 @@ def export_graph(directory: Path, task: str | None, output: Path, precision: str
         raise MoeDistError(
             f"{output} is there already.", remedy="remove it, or choose another with --output."
         )
-    tokenizer = load_tokenizer(directory)
+    known = read_run(directory)
     model = load_model(directory, task=task)
+    tokenizer = load_tokenizer(directory)
     moe = getattr(model.config, "moe", None)
     if moe and moe["num_experts"] > 1 and not router_facts(moe["router"]).merges:
         by_task = router_facts(moe["router"]).chooses_by == "task"
         # The other experts of such a router are never used for the task.
         model = extract_task(model, task) if by_task else model
-    with whole_directory(output) as unfinished:
+    with model_directory(output) as unfinished:
         facts = write_onnx(model, tokenizer, precision, unfinished)
         num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
-        card = model_card(directory, task, model, facts, num_bytes)
+        card = model_card(known, task, model, facts, num_bytes)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return ExportedGraph(output, facts, num_bytes)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,24 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     build_once(tmp_path / "entry", lambda f: (f / "a").touch(), is_good=always)
     assert names(tmp_path) == {"entry", new.name}
+
+
+def test_what_a_process_of_this_machine_left_is_cleared_at_once(tmp_path: Path) -> None:
+    killed = """
+import os, sys
+from pathlib import Path
+from moe_dist.data.cache import build_once
+build_once(Path(sys.argv[1]), lambda folder: os.kill(os.getpid(), 9), is_good=lambda _: False)
+"""
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "entry")], check=False)
+    (left,) = names(tmp_path)
+    assert left.startswith(".entry.building-")
+    elsewhere = ".entry.building-1999999999-another-host-abc"
+    (tmp_path / elsewhere).mkdir()
+    kept = f".entry.building-{os.getpid()}-{left.split('-', 2)[2]}"
+    (tmp_path / kept).mkdir()
+    build_once(tmp_path / "entry", lambda f: (f / "a").touch(), is_good=always)
+    assert names(tmp_path) == {"entry", elsewhere, kept}
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

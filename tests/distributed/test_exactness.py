@@ -27,6 +27,9 @@ CASES = [
     for zero in (0, 1, 2)
     for accumulation in (1, 2)
 ] + [Case(2, 2, 2, clip=0.0), Case(4, 2, 1, clip=0.0)]
+PLACED = [Case(2, 2, 0, is_placed=True), Case(2, 2, 2, is_placed=True)]
+PLACED += [Case(4, 2, 1, is_placed=True), Case(4, 4, 0, 2, is_placed=True)]
+CASES += PLACED
 LOCAL = Case(1, 1, 0)
 # Where a checkpoint was written, and where the run goes on.
 RESUMES = [
@@ -41,6 +44,10 @@ RESUMES = [
     (Case(4, 2, 2), Case(2, 2, 1)),
     (Case(4, 1, 0), Case(2, 2, 0)),
     (Case(4, 4, 1), Case(2, 1, 2)),
+    (PLACED[0], LOCAL),
+    (LOCAL, PLACED[1]),
+    (PLACED[1], Case(4, 2, 1)),
+    (PLACED[3], Case(2, 2, 0)),
 ]
 
 

@@ -19,6 +19,8 @@ LEARNING_RATE = 1e-2
 NUM_STEPS = 10
 # Below every gradient norm of the runs, so that clipping is always active.
 CLIP = 0.05
+ORDERS = {"gated": (3, 0, 2, 1), "hashed": (1, 2, 0, 3)}
+"""Which experts are whose, where they are not held in the order of their numbers."""
 # How one global batch is spread over ranks and micro-batches: never evenly.
 SHARES = {1: [12], 2: [5, 7], 4: [2, 5, 3, 2]}
 
@@ -32,11 +34,13 @@ class Case:
     zero: int
     accumulation: int = 1
     clip: float = CLIP
+    is_placed: bool = False
 
     @property
     def name(self) -> str:
         clipped = "clip" if self.clip else "free"
-        return f"w{self.world}-ep{self.ep}-z{self.zero}-a{self.accumulation}-{clipped}"
+        placed = "-placed" if self.is_placed else ""
+        return f"w{self.world}-ep{self.ep}-z{self.zero}-a{self.accumulation}-{clipped}{placed}"
 
 
 class TinyMoE(nn.Module):
@@ -118,6 +122,7 @@ def make_engine(
         micro_batches_per_step=case.accumulation,
         precision=precision,
         max_grad_norm=case.clip,
+        expert_orders=ORDERS if case.is_placed else None,
     )
 
 

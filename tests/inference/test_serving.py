@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from transformers import (
@@ -16,9 +17,10 @@ from transformers import (
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError, DataError
-from moe_dist.inference import save_model
+from moe_dist.inference import load_tokenizer, save_model
 from moe_dist.inference.serving import TextModel, _load_pyfunc, text_columns
 from moe_dist.tasks import TASK_KINDS
+from tests.inference.start_models import build_model, write_tokenizer
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was good [ ] sep mask".split()
 
@@ -45,6 +47,15 @@ def test_special_tokens_in_a_text_are_text_as_in_training(tmp_path: Path) -> Non
     assert scores[0] == scores[1]
     # Padding beside a longer text changes nothing but rounding.
     assert abs(model.predict(texts[2:])["score"][0] - scores[2]) < 1e-6
+
+
+def test_a_text_without_tokens_has_no_answer(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "gpt2")
+    model = TextModel(build_model("gpt2").eval(), load_tokenizer(tmp_path), max_length=16)
+    for texts in ([""], ["good", ""]):
+        with pytest.raises(DataError, match="a text has no tokens"):
+            model.predict(texts)
+    assert len(model.predict(["good"])) == 1
 
 
 @pytest.mark.parametrize("form", ["lean-fp32", "lean-bf16", "eager-bf16"])
@@ -85,6 +96,22 @@ def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column
 def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="'fast' is not one of"):
         _load_pyfunc(str(tmp_path), {"form": "fast-fp32"})
+
+
+def test_columns_that_are_not_read_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, config = tokenizer_and_config(tmp_path)
+    model = TextModel(BertForQuestionAnswering(config).eval(), tokenizer, max_length=16)
+    first, second = TASK_KINDS["question_answering"].text_columns
+    rows = {second: ["the film was good"], "id": [7], first: ["was"], "source": ["web"]}
+    assert model.columns(pandas.DataFrame(rows)) == [["was"], ["the film was good"]]
+    assert [one.getMessage() for one in caplog.records] == [
+        f"the model reads {first} and {second}; not read: id, source"
+    ]
+    caplog.clear()
+    model.columns(pandas.DataFrame(rows)[[second, first]])
+    assert not caplog.records
 
 
 def test_rows_of_thousands_are_refused_before_columns_are_made(

@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.data.metrics import LabelSpace, compute_metrics
 from moe_dist.inference.saving import load_model
+from moe_dist.jobs import train_job
 from moe_dist.jobs.distill import DistillJob, distill_weights
 from moe_dist.jobs.finetune import FinetuneJob
 from moe_dist.jobs.fit_outputs import FitOutputsJob
@@ -70,6 +71,19 @@ def test_the_teacher_learns_and_is_saved(chain: dict[str, Any]) -> None:
     model = load_model(teacher["model"])
     assert model.config.id2label == {0: "neg", 1: "pos"}
     assert (Path(teacher["model"]) / "tokenizer.json").exists()
+
+
+def test_each_job_counts_its_own_memory_of_a_gpu(
+    chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may do several, one after the other."""
+    begun: list[torch.device] = []
+    monkeypatch.setattr(train_job, "begin_peak_device_memory", begun.append)
+    for num_epochs in (0, 1):
+        train = train_section(num_epochs=num_epochs)
+        models = {"model": chain["teacher"]["model"], "train": train}
+        FinetuneJob(**job_fields(chain["root"], f"again-{num_epochs}", **models)).run()
+    assert [device.type for device in begun] == ["cpu", "cpu"]
 
 
 def test_a_model_is_taken_as_it_is_without_epochs(chain: dict[str, Any]) -> None:

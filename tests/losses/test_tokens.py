@@ -15,6 +15,8 @@ from moe_dist.losses import tokens
 from moe_dist.losses.tokens import TokenScores, token_cross_entropy, token_kl
 
 T, D, V = 23, 6, 40
+HELD = 2
+"""Tensors of a chunk's size that a CPU holds at once."""
 
 
 def scores(seed: int, *, bias: bool = True) -> TokenScores:
@@ -36,9 +38,10 @@ def leaves(own: TokenScores) -> list[Tensor]:
 
 @pytest.fixture(params=[1, 5, 1000])
 def few_rows(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Rows of logits in a chunk."""
+    """Rows of logits in a chunk; two at a time are compared."""
     rows: int = request.param
-    monkeypatch.setattr(tokens, "MAX_BYTES", rows * V * 4 * tokens._TENSORS)
+    monkeypatch.setattr(tokens, "MAX_BYTES", rows * V * 4 * HELD)
+    monkeypatch.setattr(tokens, "CACHED_BYTES", 2 * V * 4)
     monkeypatch.setattr(tokens, "_LAYERS", 0)
     return rows
 
@@ -182,7 +185,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "MAX_BYTES", 3 * V * 4 * tokens._TENSORS)
+    monkeypatch.setattr(tokens, "MAX_BYTES", 3 * V * 4 * HELD)
     own, other = scores(0), scores(1)
     with LargestTensor() as largest:
         loss = token_kl(own, other).sum() + token_cross_entropy(own, torch.zeros(T).long()).sum()
@@ -191,13 +194,46 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     assert largest.num_elements == V * D < T * V
 
 
-@pytest.mark.parametrize(("width", "rows"), [(12, 4), (60, 20)])
+class Float32Logits(TorchDispatchMode):
+    """Finds the most rows of float32 logits that anything gives."""
+
+    num_rows = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, Tensor) and one.dtype is torch.float32 and one.shape[1:] == (V,):
+                self.num_rows = max(self.num_rows, len(one))
+        return made
+
+
+def test_under_autocast_few_logits_are_float32_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CACHED_BYTES", 2 * V * 4)
+    own, other = scores(0, bias=False), scores(1, bias=False)
+    with Float32Logits() as made, torch.autocast("cpu", torch.bfloat16):
+        token_kl(own, other).sum().backward()  # type: ignore[no-untyped-call]
+    assert made.num_rows == 2
+
+
+def test_no_tokens_have_no_loss_and_zeros_for_gradients() -> None:
+    own, other = scores(0), scores(1)
+    none = [TokenScores(one.hidden_TD[:0], one.weight_VD, one.bias_V) for one in (own, other)]
+    found_T = token_kl(*none)
+    assert found_T.shape == (0,)
+    grads = torch.autograd.grad(found_T.sum(), [own.weight_VD, other.bias_V], allow_unused=True)
+    assert float(grads[0].abs().max()) == 0 and grads[1] is None
+
+
+@pytest.mark.parametrize(("width", "rows"), [(4, 4), (20, 12)])
 def test_a_wide_layer_is_added_to_seldom(
     width: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "MAX_BYTES", 4 * V * 4 * tokens._TENSORS)
+    """Chunks of one size: 23 tokens in six of 4, or in two of 12 where 20 have room."""
+    monkeypatch.setattr(tokens, "MAX_BYTES", 4 * V * 4 * HELD)
     layer = tokens._OutputLayer(torch.zeros(T, width), torch.zeros(V, width), None)
-    assert next(tokens._chunks(layer)) == slice(0, rows)
+    assert tokens._rows_at_a_time(layer)[0] == rows
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moe_dist.serving import speed
 from moe_dist.serving.batching import BatchFacts
 from moe_dist.serving.service import TextService, load_choice
 from moe_dist.serving.settings import ServingSettings
+from moe_dist.tasks import TASK_KINDS
 from tests.serving.tiny_service import NUM_POSITIONS, ask, save_tiny, send
 
 TEXTS = ["the film was good", "dull", "the film was good and the film was bad", ""]
@@ -73,6 +74,19 @@ def test_texts_that_are_cut_are_named(directory: Path) -> None:
     assert first["score"] == pytest.approx(second["score"], abs=1e-6)
     assert cut == [1]
     assert "truncated" not in ask(service, {"inputs": texts[:1]}).content
+
+
+def test_a_text_without_tokens_is_refused_by_its_number(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[BatchFacts] = []
+    service = make(directory, on_batch=batches.append)
+    monkeypatch.setattr(TextModel, "lengths", lambda self, columns: [len(t) for t in columns[0]])
+    found = ask(service, {"inputs": ["dull", ""]})
+    assert (found.status, found.content) == (400, {"error": "text 1 has no tokens; leave it out"})
+    assert not batches
+    # A language model begins with its end token then.
+    assert TASK_KINDS["causal_lm"].reads_nothing and not TASK_KINDS["classification"].reads_nothing
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,28 @@ def test_what_another_session_serves_is_neither_replaced_nor_taken_off(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_of_the_first_load_nothing_was_served_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = FakeServe(monkeypatch)
+    monkeypatch.setattr(session_module, "ask_replica", lambda: {"reason": "so"})
+    with ServingSession(settings(tmp_path / "m"), Endpoint(), lambda line: None) as own:
+        serve.fault = RuntimeError("no memory")
+        with pytest.raises(ClusterError) as first:
+            own.deploy()
+        assert not own.answers
+        serve.fault = None
+        own.deploy()
+        serve.applications["moe-dist"] = SimpleNamespace(status="RUNNING")
+        assert own.answers
+        serve.fault = RuntimeError("no memory")
+        with pytest.raises(ClusterError) as second:
+            own.deploy()
+    assert "served before" not in first.value.remedy
+    assert "what was served before still is" in second.value.remedy
+
+
+@pytest.mark.usefixtures("cluster")
 def test_what_a_session_serves_is_taken_off_also_if_the_signal_comes_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,8 +179,9 @@ def test_a_refused_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     told = "Failed to start: ray::x\nmoe_dist.errors.CheckpointError: the file is damaged\n  Remedy"
     state = SimpleNamespace(deployments={"model": SimpleNamespace(message=told)})
     serve.applications["moe-dist"] = state
-    with pytest.raises(ClusterError, match="could not be served: the file is damaged"):
+    with pytest.raises(ClusterError, match="could not be served: the file is damaged") as found:
         deploy(settings(tmp_path / "m"))
+    assert "what was served before still is" in found.value.remedy
     state.deployments["model"].message = "Traceback:\nOSError: no memory\n"
     with pytest.raises(ClusterError, match="could not be served: OSError: no memory"):
         deploy(settings(tmp_path / "m"))

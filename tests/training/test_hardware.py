@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,6 +71,11 @@ def test_answers_are_in_half_precision_on_gpus_alone(monkeypatch: pytest.MonkeyP
 
 def test_memory_of_a_gpu_is_what_tensors_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    begun: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begun.append)
+    for device in (CPU, torch.device("cuda", 0)):
+        hardware.begin_peak_device_memory(device)
+    assert begun == [torch.device("cuda", 0)]
     assert peak_device_memory_gib(CPU) is None
     assert peak_device_memory_gib(torch.device("cuda", 0)) == 1.5
 
@@ -177,3 +184,23 @@ def test_an_engine_trains_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         device=pick_device(False),
     )
     assert engine.device == torch.device("cpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory")
+def test_what_a_step_gives_back_is_there_for_the_next_one() -> None:
+    program = """if True:
+        import resource, sys, torch
+        from moe_dist.training.hardware import keep_free_memory
+        if sys.argv[1] == "keep":
+            keep_free_memory()
+        def step():
+            return [torch.ones(4 * 2**20) for _ in range(10)]
+        step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", program, how])) for how in ("keep", "")
+    )
+    assert kept < 0.2 * returned

@@ -139,7 +139,7 @@ def _write_tokenizer(model: Any, tokenizer: Any, directory: Path) -> int | None:
     max_length = min((int(n) for n in limits if n is not None and n < 10**6), default=None)
     own.no_truncation()
     if max_length is not None:
-        own.enable_truncation(max_length)
+        own.enable_truncation(max_length, direction=tokenizer.truncation_side)
     own.enable_padding(
         direction=tokenizer.padding_side,
         pad_id=tokenizer.pad_token_id or 0,

@@ -130,6 +130,11 @@ class OnnxModel(AnswersOnly):
                 f"input_ids, and was given {tuple(mask.shape)}",
                 remedy="give one number for each token, or use the eager form",
             )
+        if not (ids.shape[1] and (mask is None or bool(mask.any(dim=1).all()))):
+            raise MissingInputError(
+                "a text has no tokens, of which the ONNX form gives other answers than the model",
+                remedy="leave empty texts out, or use the eager form",
+            )
         if "token_type_ids" not in self._spec.inputs and kinds is not None:
             self._check_kinds(kinds)
         values = {

@@ -211,6 +211,12 @@ def test_the_form_refuses_what_a_graph_cannot_do(
             "attention_mask of the shape",
             lambda: onnx(batch["input_ids"], torch.ones(1, 1, 1, 1)),
         ),
+        (MissingInputError, "no tokens", lambda: onnx(torch.ones(1, 0, dtype=torch.int64))),
+        (
+            MissingInputError,
+            "no tokens",
+            lambda: onnx(torch.ones(2, 2).long(), torch.tensor([[1, 1], [0, 0]])),
+        ),
         (ConversionError, "no cache to write", lambda: onnx.generate(**batch)),
         (ConversionError, "ONNX form cannot learn", lambda: onnx.train()),
         (ConversionError, "ONNX form cannot be saved", lambda: save_model(onnx, tmp_path / "m")),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ConversionError
+from pipelines.benchmarks import gpu as gpu_module
 from pipelines.benchmarks.gpu import GpuBenchmark, GpuReport, count_waits, main, run, to_markdown
 from pipelines.benchmarks.layer import LayerTiming
 
@@ -43,6 +46,17 @@ def test_layers_and_steps_are_measured() -> None:
     assert all(step.tokens_per_s > 0 and step.peak_gib is None for step in report.steps)
     with pytest.raises(ConfigError, match="num_repeats is 0"):
         run(GpuBenchmark(num_repeats=0), torch.device("cpu"))
+
+
+def test_the_most_memory_of_steps_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and other steps were measured before, in the same process."""
+    done: list[str] = []
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("reset"))
+    monkeypatch.setattr(gpu_module, "random_classifier", lambda **sizes: done.append("model"))
+    with pytest.raises(ConversionError, match="no feed-forward networks"):
+        gpu_module._time_steps(TINY, "bf16", cast(torch.device, gpu))
+    assert done == ["reset", "model"]
 
 
 def test_the_page_has_every_figure() -> None:

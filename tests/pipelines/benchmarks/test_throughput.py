@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_dist.errors import ConfigError
@@ -29,6 +31,16 @@ def test_both_ways_are_measured() -> None:
     assert alone.ratio == 1
     assert together.ratio > 0
     assert min(together.tokens_per_s, alone.tokens_per_s, together.step_ms, alone.step_ms) > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_skewed_experts_are_placed_by_load(capfd: pytest.CaptureFixture[str]) -> None:
+    run(replace(TINY, skewed=True))
+    assert "placed by load: the busiest of 2 ranks" in capfd.readouterr().err
+    run(replace(TINY, skewed=True, in_order=True))
+    assert "by load" not in capfd.readouterr().err
 
 
 def test_faults_are_listed_together() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,33 @@ def test_sighup_reads_the_settings_of_the_run_again(
     assert [own.max_length for own in deployed if own is not None] == [7, 9]
     said = capsys.readouterr().err
     assert "max_length" in said and "served; it did not say more" in said and "version abc" in said
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_signal_stops_in_order_once_requests_are_answered(
+    answers: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Session:
+        def __init__(self, *_: Any) -> None:
+            self.answers = answers
+
+        def __enter__(self) -> Session:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def deploy(self) -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "ServingSession", Session)
+    monkeypatch.setattr(run_module, "recipe_settings", lambda *_: ({}, "the recipe"))
+    with nullcontext() if answers else pytest.raises(KeyboardInterrupt):
+        run(Serving(str(tmp_path), {}), Console())
+    assert ("stopping, once" in capsys.readouterr().err) is answers
 
 
 @pytest.mark.parametrize(

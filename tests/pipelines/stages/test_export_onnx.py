@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from moe_dist.conversion import dense_to_moe, plan_partition
@@ -21,6 +23,7 @@ from moe_dist.inference.onnx import nearness
 from moe_dist.inference.onnx.nearness import Nearness
 from moe_dist.inference.sentence_directory import SentencePooling
 from pipelines.cli import app
+from pipelines.report.model_card import read_run
 from tests.conversion.dense_models import random_scores
 from tests.inference.start_models import WORDS, build_model, write_tokenizer
 
@@ -166,6 +169,85 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
     )
     with pytest.raises(ConversionError, match=r"differ from the model's by 3\.0e-01"):
         onnx_directory.write_onnx(load_model(source), load_tokenizer(source), "fp32", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "check the path and its permissions"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free space there"),
+    ],
+)
+@pytest.mark.parametrize("format", ["onnx", "hf"])
+def test_what_cannot_be_written_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, fault: OSError, said: str
+) -> None:
+    write_tokenizer(tmp_path / "t", "bert")
+    source = save_model(build_model("bert"), tmp_path / "m", load_tokenizer(tmp_path / "t"))
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("moe_dist.whole_files.tempfile.mkdtemp", fail)
+    monkeypatch.setattr("pipelines.stages.export._compare", lambda *models: (0.0, 1.0))
+    result = CliRunner().invoke(
+        app, ["export", str(source), "--format", format, "--output", str(tmp_path / "o")]
+    )
+    assert result.exit_code == 1
+    assert "cannot write the model to" in result.output and said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx_directory, "write_graph", stop)
+    source = write_student(tmp_path, "ForSequenceClassification")
+    result = CliRunner().invoke(app, ["export", str(source), "--format", "onnx"])
+    assert (result.exit_code, result.output) == (130, "stopped; nothing was written\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("report.json", "{ half", "report.json"),
+        ("recipe.yaml", "a: [", "recipe.yaml"),
+        ("recipe.yaml", "- a\n", "holds no entries by name"),
+    ],
+)
+def test_a_damaged_run_is_said_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, said: str
+) -> None:
+    monkeypatch.setattr(onnx_directory, "write_graph", None)
+    source = write_student(tmp_path, "ForSequenceClassification")
+    (tmp_path / name).write_text(content)
+    result = CliRunner().invoke(
+        app, ["export", str(source), "--format", "onnx"], env={"COLUMNS": "250"}
+    )
+    assert result.exit_code == 2 and said in result.output and "model card" in result.output
+
+
+def test_files_above_a_run_are_none_of_it(tmp_path: Path) -> None:
+    """They may be of any program."""
+    for name in ("report.json", "recipe.yaml"):
+        (tmp_path / name).write_text("[")
+        (tmp_path / "run" / "distill" / "model").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "distill" / "stage.json").write_text("{}")
+    known = read_run(tmp_path / "run" / "distill" / "model")
+    assert (known.report, known.recipe) == ({}, None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizer_cuts_where_the_models_own_does(tmp_path: Path, side: str) -> None:
+    write_tokenizer(tmp_path, "bert")
+    own = load_tokenizer(tmp_path)
+    own.truncation_side, own.model_max_length = side, 6
+    text = " ".join(WORDS[:9])
+    onnx_directory._write_tokenizer(build_model("bert"), own, tmp_path / "graph")
+    alone = Tokenizer.from_file(str(tmp_path / "graph" / "tokenizer.json"))
+    assert alone.encode(text).ids == own(text, truncation=True)["input_ids"]
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
