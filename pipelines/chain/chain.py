@@ -53,6 +53,17 @@ _TRAINING = (finetune_teacher.NAME, distill.NAME)
 _HEAVY_IMPORTS = ("torch", "transformers.modeling_layers", "datasets", "mlflow")
 """What the checks before a start need, and the tracker after them."""
 
+WORKER_IMPORTS = (
+    "moe_dist.jobs.finetune",
+    "moe_dist.jobs.distill",
+    "moe_dist.distributed.deepspeed_import",
+    "moe_dist.distributed.deepspeed_engine",
+    "transformers.modeling_layers",
+    "transformers.models.auto.modeling_auto",
+    "datasets",
+)
+"""What the chain's jobs need on their workers, wherever it is imported; nothing of Ray."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -137,7 +148,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
     tracking = config.tracking
     steps = plan_steps(config, until)
     with ExitStack() as stack:
-        session = stack.enter_context(ray_session())
+        session = stack.enter_context(ray_session(preload=WORKER_IMPORTS))
         try:
             _start_early(workspace, steps, session)
             check_before_start(config, workspace)
