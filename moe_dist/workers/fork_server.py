@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -223,10 +224,14 @@ def main(arguments: Sequence[str]) -> None:
     """Import the modules and serve; in a forked process, be what was asked for."""
     file, *modules = arguments
     with socket.socket(fileno=int(file)) as listener:
+        address = Path(listener.getsockname())
         import_all(modules)
         request = ForkServer(listener, sys.stdin.fileno()).serve()
     if request is not None:
         request.become()
+    else:
+        # Its owner may have been killed.
+        shutil.rmtree(address.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,15 @@ def forked_workers(modules: Sequence[str]) -> ForkedWorkers | None:
     """
     has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "kfd").exists()
     fits = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_ADDRESS
-    if not modules or has_gpu or not fits or not hasattr(os, "pidfd_open"):
+    if not modules or has_gpu or not fits or not _can_follow_processes():
         return None
     return ForkedWorkers(modules)
+
+
+def _can_follow_processes() -> bool:
+    """Tell whether this system has files for processes: Linux has, since 5.3."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True

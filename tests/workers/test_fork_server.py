@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -35,12 +36,12 @@ def server() -> Iterator[ForkedWorkers]:
 
 
 def client(
-    server: ForkedWorkers, script: Path, *arguments: str, **options: object
+    server: ForkedWorkers, script: Path, *arguments: str, **options: Any
 ) -> subprocess.Popen[str]:
     """Start what Ray starts in place of `python SCRIPT ARGUMENT...`."""
     command = [*shlex.split(server.py_executable), str(script), *arguments]
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(piped | options))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -150,8 +151,11 @@ def test_the_server_ends_with_its_owner(tmp_path: Path) -> None:
         "print(ForkedWorkers(()).pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
     assert gone(int(done.stdout))
+    assert list(tmp_path.iterdir()) == []
 
 
 def gone(pid: int) -> bool:
@@ -167,7 +171,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_not_where_nothing_is_preloaded_nor_beside_a_gpu(
+def test_not_where_nothing_is_preloaded_nor_beside_a_gpu_nor_on_an_old_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert forked_workers(()) is None
@@ -179,3 +183,9 @@ def test_not_where_nothing_is_preloaded_nor_beside_a_gpu(
     forked = forked_workers(("colorsys",))
     assert forked is not None
     forked.stop()
+
+    def missing(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", missing)
+    assert forked_workers(("colorsys",)) is None
