@@ -22,6 +22,7 @@ def start_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
+    import moe_dist.distributed.deepspeed_import  # noqa: F401, I001  # before all of DeepSpeed
     import deepspeed.comm
     import deepspeed.ops
     from deepspeed.utils import logger

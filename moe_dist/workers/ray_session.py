@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any
 import moe_dist
 from moe_dist.background import in_background
 from moe_dist.errors import ClusterError
+from moe_dist.workers.forked_workers import ForkedWorkers, forked_workers
 from moe_dist.workers.job_errors import first_line
 
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -32,6 +33,9 @@ class RaySession:
             Tune trials need it, or Ray never gives their worker slots back.
         num_cpus: of a Ray that is started here; those that this process may use if None.
         metrics_port: where it shows its metrics; a free one if None.
+        preload: modules that are imported once for all workers of a Ray that is started here,
+            which are then forked (`moe_dist.workers.fork_server`). A cluster's workers import
+            for themselves.
     """
 
     def __init__(
@@ -40,10 +44,13 @@ class RaySession:
         dashboard: bool = False,
         num_cpus: int | None = None,
         metrics_port: int | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         self._dashboard = dashboard
         self._num_cpus = num_cpus
         self._metrics_port = metrics_port
+        self._preload = tuple(preload)
+        self._forked: ForkedWorkers | None = None
         self._started = False
 
     def __enter__(self) -> RaySession:
@@ -66,6 +73,12 @@ class RaySession:
 
             self._started = False
             ray.shutdown()
+        self._stop_forking()
+
+    def _stop_forking(self) -> None:
+        if self._forked is not None:
+            self._forked.stop()
+            self._forked = None
 
     def connect(self, *, beside: Callable[[], None] | None = None) -> None:
         """Start or join Ray, unless that was done; ClusterError if it does not answer.
@@ -90,6 +103,7 @@ class RaySession:
             with _own_termination():
                 self._init(address)
         except Exception as fault:  # Ray raises a bare one where its raylet starts too slowly.
+            self._stop_forking()
             where = f"the Ray cluster at {address}" if address else "Ray on this machine"
             raise ClusterError(
                 f"{where} could not be {'reached' if address else 'started'}: {first_line(fault)}",
@@ -115,8 +129,10 @@ class RaySession:
             )
             return
         with _python_path():
+            self._forked = forked_workers(self._preload)
             ray.init(
                 address="local",
+                runtime_env=_forked_environment(self._forked),
                 num_cpus=self._num_cpus or available_cpus(),
                 include_dashboard=self._dashboard,
                 dashboard_host="127.0.0.1",
@@ -139,9 +155,9 @@ def available_cpus() -> int:
     return count
 
 
-def ray_session(*, dashboard: bool = False) -> RaySession:
+def ray_session(*, dashboard: bool = False, preload: Sequence[str] = ()) -> RaySession:
     """Open one Ray session, in a `with` block, for a chain of jobs, which are handed it."""
-    return RaySession(dashboard=dashboard)
+    return RaySession(dashboard=dashboard, preload=preload)
 
 
 def _source_root() -> str:
@@ -153,6 +169,10 @@ def _source_environment() -> dict[str, Any] | None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return None
     return {"env_vars": {"PYTHONPATH": _joined_path()}}
+
+
+def _forked_environment(forked: ForkedWorkers | None) -> dict[str, Any] | None:
+    return None if forked is None else {"py_executable": forked.py_executable}
 
 
 def _joined_path() -> str:

@@ -49,6 +49,7 @@ def run_worker(config: dict[str, Any]) -> Any:
 
 def _run(config: dict[str, Any], records: Records) -> Any:
     import torch
+    from threadpoolctl import threadpool_limits
 
     from moe_dist.distributed.device_queue import mark_of_queue
     from moe_dist.distributed.peers import Listener, meet, own_address, own_peer
@@ -58,6 +59,8 @@ def _run(config: dict[str, Any], records: Records) -> Any:
     from moe_dist.workers.remote_stage import local_stage
 
     torch.set_num_threads(config["num_threads"])
+    # NumPy's own threads are settled when it is imported, which a forked worker's parent did.
+    threadpool_limits(config["num_threads"], user_api="blas")
     listener = Listener(own_address())
     own = own_peer(listener)
     roster = meet(own, attempt=next_attempt(records.directory))

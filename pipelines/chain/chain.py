@@ -26,6 +26,7 @@ from ..report.report_text import to_markdown
 from ..stages import adapt, distill, evaluate, finetune_teacher, score_importance, shrink
 from .recording import chain_tags, log_models, metric_tags
 from .stage import StageInputs, StageResult, stage_key
+from .stage_job import placed_here
 from .stage_recovery import FINISHED
 from .workspace import Workspace
 
@@ -52,6 +53,17 @@ PER_STUDENT = (shrink.NAME, adapt.NAME, distill.NAME)
 _TRAINING = (finetune_teacher.NAME, distill.NAME)
 _HEAVY_IMPORTS = ("torch", "transformers.modeling_layers", "datasets", "mlflow")
 """What the checks before a start need, and the tracker after them."""
+
+WORKER_IMPORTS = (
+    "moe_dist.jobs.finetune",
+    "moe_dist.jobs.distill",
+    "moe_dist.distributed.deepspeed_import",
+    "moe_dist.distributed.deepspeed_engine",
+    "transformers.modeling_layers",
+    "transformers.models.auto.modeling_auto",
+    "datasets",
+)
+"""What the chain's jobs need on their workers, wherever it is imported; nothing of Ray."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ def _run_in(workspace: Workspace, until: str) -> ChainResult:
     tracking = config.tracking
     steps = plan_steps(config, until)
     with ExitStack() as stack:
-        session = stack.enter_context(ray_session())
+        session = stack.enter_context(ray_session(preload=WORKER_IMPORTS))
         try:
             _start_early(workspace, steps, session)
             check_before_start(config, workspace)
@@ -193,18 +205,24 @@ def write_shared_recipe(config: RunConfig, root: Path) -> Path:
 
 def _start_early(workspace: Workspace, steps: list[Step], session: RaySession) -> None:
     """Start a local Ray, which mostly waits for its processes, beside the slow imports."""
-    parallel = workspace.config.parallel
-    trains = any(
+    needs_ray = any(
         not (workspace.stage_directory(step.stage, step.label) / FINISHED).exists()
         for step in steps
-        if step.stage in _TRAINING
+        if step.stage in _TRAINING and _runs_on_ray(workspace.config, step)
     )
-    is_elsewhere = "RAY_ADDRESS" in os.environ
-    if not trains or is_elsewhere or runs_here(parallel.launcher, parallel.num_workers):
+    if not needs_ray or "RAY_ADDRESS" in os.environ:
         return
     # The checks come first: what is wrong with Ray is said when a job needs it.
     with suppress(ClusterError):
         session.connect(beside=import_heavy)
+
+
+def _runs_on_ray(config: RunConfig, step: Step) -> bool:
+    """Tell whether a training stage has Ray's workers; a model that is kept is short."""
+    own = config.resolve_comparison(step.label) if step.label else config
+    train = own.teacher_train if step.stage == finetune_teacher.NAME else own.train
+    parallel = (own if train.num_epochs else placed_here(own)).parallel
+    return not runs_here(parallel.launcher, parallel.num_workers)
 
 
 def import_heavy() -> None:

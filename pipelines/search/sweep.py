@@ -26,7 +26,7 @@ from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.workers.cluster_capacity import read_capacity
 from moe_dist.workers.ray_session import RaySession, ray_session
 
-from ..chain.chain import disk_errors, import_heavy, only_one
+from ..chain.chain import WORKER_IMPORTS, disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
 from ..chain.recording import metric_tags, source_tags
 from ..chain.workspace import Workspace
@@ -134,7 +134,8 @@ def _search_in(
     tracking = config.tracking
     directory = workspace.root / SEARCH_DIRECTORY
     with ExitStack() as stack:
-        session = stack.enter_context(ray_session(dashboard=_is_nested(config, dimensions)))
+        is_nested = _is_nested(config, dimensions)
+        session = stack.enter_context(ray_session(dashboard=is_nested, preload=WORKER_IMPORTS))
         try:
             room = _find_room(config, dimensions, session)
             mark("Ray")

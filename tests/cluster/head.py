@@ -95,7 +95,9 @@ def running_mlflow(directory: Path) -> Iterator[str]:
         *("--artifacts-destination", str(directory / "artifacts")),
     ]
     log = directory / "mlflow.log"
-    with _running(command, _clean_environment(), log) as process:
+    # Its jobs score traces, for which it starts more processes, each with all of MLflow.
+    environment = _clean_environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with _running(command, environment, log) as process:
         address = f"http://127.0.0.1:{port}"
         _wait_for(f"{address}/health", "", process, log)
         yield address

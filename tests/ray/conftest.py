@@ -13,6 +13,6 @@ from moe_dist.workers.ray_session import RaySession, ray_session
 def session() -> Iterator[RaySession]:
     """Ray on this machine, connected."""
     pytest.importorskip("ray")
-    with ray_session() as session:
+    with ray_session(preload=("moe_dist.distributed",)) as session:
         session.connect()
         yield session

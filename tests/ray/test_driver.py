@@ -32,7 +32,7 @@ def session() -> Iterator[RaySession]:
     pytest.importorskip("ray")
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two CPUs")
-    with ray_session() as session:
+    with ray_session(preload=("moe_dist.distributed",)) as session:
         yield session
 
 
@@ -67,8 +67,10 @@ def survivor(session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> S
     def job(payload: dict[str, Any]) -> dict[str, Any]:
         import os
         import signal
+        import sys
         from pathlib import Path
 
+        import psutil
         import torch
         import torch.distributed as dist
 
@@ -100,6 +102,10 @@ def survivor(session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> S
             "backend": dist.get_backend(),
             "threads": torch.get_num_threads(),
             "omp": os.environ["OMP_NUM_THREADS"],
+            "parent": psutil.Process(os.getppid()).cmdline()[2:4],
+            "unused": sorted(
+                {"matplotlib", "mlflow", "sklearn", "tensorboardX"} & set(sys.modules)
+            ),
         }
 
     directory = tmp_path_factory.mktemp("survivor")
@@ -117,7 +123,9 @@ def survivor(session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> S
 
 def test_rank_zero_answers_and_all_ranks_take_part(survivor: Survivor) -> None:
     facts = {"rank": 0, "sum": 15.0, "backend": "gloo", "threads": 1, "omp": "1"}
-    assert survivor.result.value == facts | {"first": 4}
+    # Every attempt's workers come from one process, which has imported what they need.
+    origin = {"parent": ["-m", "moe_dist.workers.fork_server"], "unused": []}
+    assert survivor.result.value == facts | origin | {"first": 4}
     assert survivor.num_polls and survivor.result.start_up_s > 0
 
 
@@ -185,10 +193,16 @@ def test_deaths_beyond_the_limit_are_one_error(run: Any) -> None:
 
 def test_fault_of_the_code_is_not_tried_again(run: Any) -> None:
     def job(payload: dict[str, Any]) -> None:
-        payload["missing"]
+        import numpy  # noqa: F401
+        from threadpoolctl import threadpool_info
 
-    with pytest.raises(TrainingError, match="KeyError: 'missing'"):
-        run(job, num_workers=1, max_failures=3)
+        blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        payload["missing", f"NumPy has {blas} threads"]
+
+    # A worker's NumPy has as many threads as the worker has CPUs, though the process that it was
+    # forked from has one.
+    with pytest.raises(TrainingError, match=r"KeyError: \('missing', 'NumPy has \{2\} threads'\)"):
+        run(job, num_workers=1, cpus_per_worker=2, max_failures=3)
 
 
 def test_one_worker_runs_here_without_ray(tmp_path: Path, monkeypatch: Any) -> None:

@@ -69,8 +69,14 @@ def test_a_form_and_no_files(directory: Path, tmp_path: Path) -> None:
 def test_a_step_by_part(write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     tiny_settings["parallel"] = {"num_workers": 2}
     recipe, out = write_recipe(tiny_settings), tmp_path / "out"
+    # The teacher is there by then, so that no workers are started for it.
+    alone = ["finetune-teacher", str(recipe), "--set", "parallel.num_workers=1"]
+    assert CliRunner().invoke(app, alone).exit_code == 0
+    teacher = tmp_path / "outputs/tiny/finetune-teacher/model/model.safetensors"
+    written = teacher.stat().st_mtime_ns
     code, output = run(recipe, "--steps", "3", "--output", out, "--set", "moe.router=token_gate")
     assert code == 0, output
+    assert teacher.stat().st_mtime_ns == written
     report = json.loads((out / "profile.json").read_text())
     assert (report["num_steps"], report["batch_size"]) == (3, 8)
     parts = {one["name"]: one for one in report["parts"]}
