@@ -24,6 +24,7 @@ KINDS = {dotted: kind_of(*field) for dotted, *field in keys_of(RunConfig)}
 # A value that the tiny recipe does not have, for every key that is no learning.
 OTHER_VALUES = {
     "name": "other",
+    "distill.keep_answers_gib": "0",
     "output_dir": "elsewhere",
     "compare": "[dense]",
     "train.gradient_checkpointing": "true",

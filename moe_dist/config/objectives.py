@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from moe_dist.config.sections import (
     LOSS_WEIGHT,
     MAX_LAYERS,
+    PLACEMENT,
     DistillConfig,
     Integer,
     Number,
@@ -30,6 +31,16 @@ LayerChoice = Annotated[Literal["all", "last"] | Integer, BeforeValidator(_count
 class ObjectivesConfig(DistillConfig):
     """The loss that the student is trained on, with all its terms."""
 
+    keep_answers_gib: Number = Field(
+        json_schema_extra=PLACEMENT,
+        default=1.0,
+        ge=0,
+        le=1_000_000,
+        description="Most that frozen teachers' answers to training rows take in the cache, GiB. "
+        "With more than one epoch they are taken once, for classes, numbers and vectors, where no "
+        "loss reads hidden states; later epochs, and other students of the same teacher and rows, "
+        "use them. 0 asks the teacher in every step.",
+    )
     hidden_layers: LayerChoice = Field(
         default="all",
         description="Which layers the losses on hidden states, attention and feature mapping "

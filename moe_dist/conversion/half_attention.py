@@ -62,7 +62,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers' `sdpa` does: (B, H, Q, W) and so on to (B, Q, H, W)."""
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     asked = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(asked) and attention_mask is None and query.shape[2] > 1
@@ -77,10 +77,7 @@ def attend(
             *(module, query, key, value, attention_mask, dropout, scaling, is_causal), **kwargs
         )
         return found
-    times = query.shape[1] // key.shape[1]
-    half = (
-        one.to(torch.bfloat16) for one in (query, repeat_kv(key, times), repeat_kv(value, times))
-    )
+    half = (one.to(torch.bfloat16) for one in (query, key, value))
     out_BHQW = _HalfAttention.apply(*half, _added(attention_mask), causal, scaling)
     return out_BHQW.transpose(1, 2).contiguous(), None
 
@@ -144,11 +141,25 @@ class _HalfAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHQW: Tensor) -> tuple[Tensor | None, ...]:
-        *halves, half, out_BHQW, logsumexp = ctx.saved_tensors
+        query_BHQW, *shared, half, out_BHQW, logsumexp = ctx.saved_tensors
+        times = query_BHQW.shape[1] // shared[0].shape[1]
         grads = _flash_backward(
-            *(tensor.float() for tensor in (grad_BHQW, *halves, out_BHQW)),
-            *(logsumexp, 0.0, ctx.is_causal),
+            *(grad_BHQW.float(), query_BHQW.float()),
+            *(_for_each_head(tensor.float(), times) for tensor in shared),
+            *(out_BHQW.float(), logsumexp, 0.0, ctx.is_causal),
             attn_mask=None if half is None else half.float(),
             scale=ctx.scale,
         )
-        return (*(grad.to(torch.bfloat16) for grad in grads), None, None, None)
+        own, *of_shared = grads
+        summed = (own, *(_over_heads(grad, times) for grad in of_shared))
+        return (*(grad.to(torch.bfloat16) for grad in summed), None, None, None)
+
+
+def _for_each_head(shared: Tensor, times: int) -> Tensor:
+    """Give what several heads share to each of them."""
+    return shared if times == 1 else shared.repeat_interleave(times, dim=1)
+
+
+def _over_heads(grad: Tensor, times: int) -> Tensor:
+    """Add up, in float32, the gradients of what several heads share."""
+    return grad if times == 1 else grad.unflatten(1, (-1, times)).sum(dim=2)

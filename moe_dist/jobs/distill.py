@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor, nn
 
 from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData
+from moe_dist.jobs.teacher_answers import kept_answers
 from moe_dist.jobs.train_job import Report, keep_model, train_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
-from moe_dist.training.hardware import pick_device
+from moe_dist.training.hardware import pick_device, pick_precision
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
     ObjectiveSettings,
@@ -116,6 +118,18 @@ def distill(
         temperature=section.temperature, pairs=pairs, pooling=section.alignment_pooling
     )
 
+    device = pick_device(job.parallel.use_gpu)
+    answers = kept_answers(
+        teacher,
+        data,
+        split=job.TRAINS_ON,
+        objectives=objectives,
+        max_gib=section.keep_answers_gib,
+        train=job.train,
+        precision=pick_precision(job.train.precision, device, half_fault(student)),
+        device=device,
+    )
+
     def compute(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
         return distill_terms(
             model,
@@ -128,6 +142,7 @@ def distill(
             z_loss=section.z_loss_weight > 0,
             entropy=section.entropy_weight > 0,
             with_task=section.task_weight > 0,
+            answers=answers,
         )
 
     with half_blocks(teacher):

@@ -28,6 +28,7 @@ class Classification(ForwardKind):
     prediction_term = "prediction_kl"
     distance = "symmetric KL divergence of the classes' probabilities"
     joins_tasks = True
+    answers_once = True
     served_columns: ClassVar[Mapping[str, str]] = {
         "label": "text",
         "score": "number",

@@ -63,6 +63,7 @@ class Embedding(ForwardKind):
     reads_pairs = False
     takes_encoder_decoders = False
     is_one_a_row = False
+    answers_once = True
     served_columns: ClassVar[Mapping[str, str]] = {"vector": "numbers"}
 
     @property
@@ -238,6 +239,7 @@ class EmbeddingPairs(Embedding):
 
     is_one_a_row = True
     compares_samples = True
+    answers_once = False
 
     def tokens(
         self,

@@ -159,6 +159,8 @@ class TaskKind(ABC):
         writes: a decoder writes its answers, token by token; targets are what it is to write.
         compares_samples: the loss of a sample depends on the others of its micro-batch, so that
             `losses` is given those of all ranks; predictions are one tensor, (B, ...).
+        answers_once: predictions are one tensor, (B, ...), of one size whatever the batch, and a
+            sample's depend on it alone.
     """
 
     name: ClassVar[str]
@@ -187,6 +189,7 @@ class TaskKind(ABC):
     pads_right: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
+    answers_once: ClassVar[bool] = False
 
     @property
     def finetuning(self) -> TaskKind:

@@ -25,6 +25,7 @@ class Regression(ForwardKind):
     prediction_term = "prediction_mse"
     distance = "squared difference of the predictions"
     joins_tasks = True
+    answers_once = True
     served_columns: ClassVar[Mapping[str, str]] = {"value": "number"}
 
     def owns(self, architecture: str, config: Any) -> bool:

@@ -35,6 +35,7 @@ from moe_dist.training.objectives import (
     reads,
 )
 from moe_dist.training.parts import part
+from moe_dist.training.teacher_answers import TeacherAnswers
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def distill_terms(
     z_loss: bool = False,
     entropy: bool = False,
     with_task: bool = True,
+    answers: TeacherAnswers | None = None,
 ) -> StepTerms:
     """Compute the task loss and what pulls the student to the teacher.
 
@@ -116,6 +118,7 @@ def distill_terms(
         z_loss: add the router z-loss.
         entropy: add the router's entropy.
         with_task: compute the task's loss; without it no labels are read.
+        answers: what the teacher says of each sample, if that is known; it is not run then.
 
     Returns:
         Term ``task`` where it is asked for, one for each objective (``prediction_mse`` for
@@ -127,7 +130,10 @@ def distill_terms(
     terms = {"task": _task_term(kind, own.predictions, batch)} if with_task else {}
     if objectives:
         with torch.no_grad(), part("teacher forward"):
-            target = _outputs(teacher, kind, batch, objectives)
+            if answers is None:
+                target = _outputs(teacher, kind, batch, objectives)
+            else:
+                target = ModelOutputs(answers.of_batch(), (), ())
         paired = PairedOutputs(
             own,
             target,

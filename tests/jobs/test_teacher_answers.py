@@ -1,0 +1,168 @@
+"""A teacher is asked once about each row: the same losses, and the next student asks no more."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config.objectives import ObjectivesConfig
+from moe_dist.distributed.launch import spawn_gloo
+from moe_dist.inference.pretrained import load_pretrained
+from moe_dist.inference.saving import load_model, save_model
+from moe_dist.jobs import teacher_answers
+from moe_dist.jobs.distill import DistillJob
+from moe_dist.jobs.results import save_scores
+from moe_dist.metric_log import MetricLog, series
+from moe_dist.training import step
+from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_bert
+
+ONLY_KL = ObjectivesConfig(task_weight=0.0, hidden_weight=0.0, kl_weight=1.0, temperature=2.0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    root = tmp_path_factory.mktemp("answers")
+    write_bert(root / "plain", dropout=0.0)
+    model, tokenizer = load_pretrained(
+        str(root / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
+    )
+    teacher = str(save_model(model, root / "teacher", tokenizer=tokenizer))
+    save_scores([torch.rand(32), torch.rand(32)], root / "score-importance" / "scores.safetensors")
+    return root, {"teacher": teacher, "student": adapt(root, teacher)}
+
+
+@pytest.fixture(autouse=True)
+def cache(models: tuple[Path, dict[str, str]]) -> Path:
+    """Where answers are kept; empty before each test."""
+    folder = models[0] / "cache" / teacher_answers.FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who runs: models in steps, and the teacher before them."""
+    calls: list[str] = []
+    own, take = step._outputs, teacher_answers._take
+
+    def outputs(model: Any, *args: Any) -> Any:
+        calls.append("student" if model.training else "teacher")
+        return own(model, *args)
+
+    def taken(*args: Any) -> Any:
+        calls.append("all rows")
+        return take(*args)
+
+    monkeypatch.setattr(step, "_outputs", outputs)
+    monkeypatch.setattr(teacher_answers, "_take", taken)
+    return calls
+
+
+def job(models: tuple[Path, dict[str, str]], name: str, **changes: Any) -> DistillJob:
+    root, directories = models
+    train = train_section(num_epochs=2, log_every=1, precision="fp32", **changes.pop("train", {}))
+    distill = ONLY_KL.model_copy(update=changes.pop("distill", {}))
+    fields = job_fields(root, name, **directories, train=train, distill=distill)
+    return DistillJob(**(fields | changes))
+
+
+def losses(one: DistillJob) -> list[float]:
+    one.run()
+    return losses_in(one)
+
+
+def losses_in(one: DistillJob) -> list[float]:
+    records = MetricLog(Path(one.stage_dir) / "metrics.jsonl").read()
+    return series(records, "train/loss/prediction_kl")[1]
+
+
+def test_losses_are_those_of_a_teacher_that_is_asked_in_every_step(
+    models: tuple[Path, dict[str, str]], asked: list[str], cache: Path
+) -> None:
+    plain = losses(job(models, "plain-steps", distill={"keep_answers_gib": 0.0}))
+    assert set(asked) == {"student", "teacher"} and not cache.exists()
+    asked.clear()
+    found = losses(job(models, "kept"))
+    assert found == pytest.approx(plain, rel=1e-4) and len(found) > 10
+    assert asked.count("all rows") == 1 and "teacher" not in asked
+    (folder,) = cache.glob("[!.]*")
+    assert [file.name for file in folder.iterdir()] == ["answers.safetensors"]
+    asked.clear()
+    # The next student of the same teacher and rows, even for one epoch.
+    again = losses(job(models, "another", train={"max_steps": 3}, seed=5))
+    assert len(again) == 3 and set(asked) == {"student"}
+
+
+def test_what_was_kept_is_of_this_teacher_and_whole(
+    models: tuple[Path, dict[str, str]], asked: list[str], cache: Path, tmp_path: Path
+) -> None:
+    first = job(models, "first")
+    first.run()
+    (folder,) = cache.glob("[!.]*")
+    (folder / "answers.safetensors").write_bytes(b"half of it")
+    asked.clear()
+    job(models, "damaged").run()
+    assert asked.count("all rows") == 1
+    other = load_model(Path(models[1]["teacher"]))
+    with torch.no_grad():
+        other.classifier.bias += 1.0
+    saved = str(save_model(other, tmp_path / "other", tokenizer=None))
+    asked.clear()
+    job(models, "of another", teacher=saved).run()
+    assert asked.count("all rows") == 1 and len(list(cache.glob("[!.]*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"distill": {"hidden_weight": 1.0}}, "losses read its hidden states"),
+        ({"train": {"max_steps": 2}}, "each row is trained on once"),
+        ({"distill": {"keep_answers_gib": 1e-7}}, "more than distill.keep_answers_gib=1e-07"),
+    ],
+)
+def test_where_answers_are_not_kept_the_log_says_why(
+    models: tuple[Path, dict[str, str]],
+    asked: list[str],
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    one = job(models, reason, **changes)
+    with caplog.at_level(logging.INFO, logger="moe_dist.training"):
+        one.run()
+    (line,) = [said for said in caplog.messages if "teacher is asked" in said]
+    assert reason in line and "teacher" in asked and not cache.exists()
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    values = torch.zeros(2**18)  # 1 MiB
+    for number in range(4):
+        teacher_answers._keep(tmp_path / f"{number}", values, 1.0)
+        stamp = 1000 * (number if number else 99)
+        os.utime(tmp_path / f"{number}", (stamp, stamp))
+    teacher_answers._keep(tmp_path / "new", values, 3.01 / 1024)
+    left = {one.name for one in tmp_path.glob("[!.]*")}
+    assert left == {"new", "0", "3"}
+
+
+def run_ranks(rank: int, world_size: int, one: DistillJob) -> None:
+    one.run()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_two_ranks_share_the_rows_and_their_answers(
+    models: tuple[Path, dict[str, str]], cache: Path
+) -> None:
+    alone = losses(job(models, "alone", distill={"keep_answers_gib": 0.0}))
+    both = job(models, "both", parallel=on_cpu(ep_size=2))
+    spawn_gloo(run_ranks, 2, both)
+    assert losses_in(both) == pytest.approx(alone, rel=1e-4)
+    assert len(list(cache.glob("[!.]*"))) == 1
