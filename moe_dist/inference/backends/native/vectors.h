@@ -35,6 +35,12 @@ inline Vec load_float(const int32_t* from) {
   return at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(from));
 }
 
+inline Vec load_float(const at::BFloat16* from) {
+  Vec out;
+  at::vec::load_fp32_from_bf16(from, out);
+  return out;
+}
+
 // codes = round(x * inverse + zero), in 0 .. 255; the compiler makes vectors of it.
 inline void to_codes(const float* x, int64_t K, float inverse, float zero, uint8_t* codes) {
   for (int64_t k = 0; k < K; ++k) {
@@ -94,6 +100,15 @@ inline void add_norm(const float* a, const float* b, int64_t K, const float* wei
   for (int64_t k = 0; k < K; ++k) squares += (y[k] - mean) * (y[k] - mean);
   const float factor = 1.f / std::sqrt(squares / K + epsilon);
   for (int64_t k = 0; k < K; ++k) y[k] = (y[k] - mean) * factor * weight[k] + bias[k];
+}
+
+// y = x / (root of its mean square) * weight, each K long; y may be x.
+inline void rms_norm(const float* x, int64_t K, const float* weight, float epsilon, float* y) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < K; ++k) squares += x[k] * x[k];
+  const float factor = 1.f / std::sqrt(squares / K + epsilon);
+  for (int64_t k = 0; k < K; ++k) y[k] = x[k] * factor * weight[k];
 }
 
 }  // namespace moe_dist
