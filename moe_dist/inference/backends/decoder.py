@@ -129,7 +129,7 @@ def _choice(router: nn.Module, hidden_BLD: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 def install_native_decoder(model: Any, family: FamilySpec, precision: str) -> None:
-    """Put a `NativeDecoder` in the place of a model's blocks; an UnsuitedError where that cannot be.
+    """Put a `NativeDecoder` in the place of a model's blocks, or raise an UnsuitedError.
 
     The head of a language model is packed, too.
 
@@ -160,8 +160,14 @@ def install_native_decoder(model: Any, family: FamilySpec, precision: str) -> No
 
 @dataclass(frozen=True)
 class _Content:
-    """What the native decoder needs of a block; norms are before attention, before the network, of
-    queries and of keys."""
+    """What the native decoder needs of a block.
+
+    Attributes:
+        linears: of queries, keys, values, and after attention: weight and bias.
+        norms: before attention, before the network, of queries, of keys; the last two may be None.
+        feed_forward: the network.
+        window: tokens that one sees; 0 is all before it.
+    """
 
     linears: list[tuple[Tensor, Tensor | None]]
     norms: list[Any]
@@ -352,10 +358,13 @@ def _check_call(
                 f"{length + new} tokens, those in the cache among them",
                 "pass a mask of all of them",
             )
-    elif position_ids is not None and cache is None and new > 1:
-        if bool((position_ids.diff(dim=1) != 1).any()):
-            raise _refusal("keeps no texts apart that share a row", "give each text its own row")
+        return
+    # The model's own forward takes these for several texts in a row.
+    if position_ids is not None and cache is None and bool((position_ids.diff(dim=1) != 1).any()):
+        raise _refusal("keeps no texts apart that share a row", "give each text its own row")
 
 
 def _refusal(what: str, remedy: str) -> ConversionError:
-    return ConversionError(f"a decoder in its lean form {what}", remedy=f"{remedy}, or use an eager form")
+    return ConversionError(
+        f"a decoder in its lean form {what}", remedy=f"{remedy}, or use an eager form"
+    )

@@ -104,7 +104,7 @@ class NativeEncoder(NativeBlocks):
 
 
 def install_native_encoder(model: Any, family: FamilySpec, precision: str) -> None:
-    """Put a `NativeEncoder` in the place of a model's blocks; an UnsuitedError where that cannot be.
+    """Put a `NativeEncoder` in the place of a model's blocks, or raise an UnsuitedError.
 
     Args:
         model: a copy that is to answer only.

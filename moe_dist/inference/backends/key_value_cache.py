@@ -99,9 +99,7 @@ class RoomyLayer(DynamicLayer):
     def _keep(self, name: str, tokens: Tensor | None) -> None:
         if tokens is not None and tokens.dim() != 4:
             tokens = None  # the base class begins with a tensor of nothing
-        self._rooms[name] = (
-            None if tokens is None else _Room(tokens, tokens.dtype, tokens.shape[2])
-        )
+        self._rooms[name] = None if tokens is None else _Room(tokens, tokens.dtype, tokens.shape[2])
 
 
 def open_cache(cache: Any, num_layers: int) -> list[RoomyLayer]:

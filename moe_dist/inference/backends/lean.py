@@ -16,8 +16,8 @@ from torch import nn
 from moe_dist.conversion.families import known_family
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_as_a_whole
-from moe_dist.inference.backends.eager import DTYPES, cast_weights
 from moe_dist.inference.backends.decoder import LLAMA_KIND, install_native_decoder
+from moe_dist.inference.backends.eager import DTYPES, cast_weights
 from moe_dist.inference.backends.encoder import BLOCKS, install_native_encoder
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.inference.backends.native_blocks import PRECISIONS, NativeBlocks, UnsuitedError

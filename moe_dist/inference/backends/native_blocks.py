@@ -180,7 +180,9 @@ def _networks(experts: Experts, *, is_gated: bool) -> list[Network]:
     if experts.w_in is None or experts.w_out is None:
         raise UnsuitedError("its experts have no neurons")
     if (experts.w_gate is not None) != is_gated:
-        raise UnsuitedError("its experts are gated, and its family's networks are not, or not gated")
+        raise UnsuitedError(
+            "its experts are gated, and its family's networks are not, or not gated"
+        )
     names = ("w_in", "b_in", "w_out", "b_out", "w_gate", "b_gate")
     stacks = [getattr(experts, name) for name in names]
     none = [None] * experts.num_experts

@@ -27,9 +27,9 @@ struct Rows {
 
 constexpr int64_t kBlockN = 64, kBlockM = 64;
 
-// Kernels are made for each number of rows, so there are few numbers; buffers have room for them.
-inline int64_t rounded_rows(int64_t rows) {
-  if (rows > 8) return (rows + 15) / 16 * 16;
+// Kernels are made for each number of rows, so there are few numbers; bfloat16 has tiles from 16 on.
+inline int64_t rounded_rows(int64_t rows, bool by_16) {
+  if (rows > 8 || (by_16 && rows > 2)) return (rows + 15) / 16 * 16;
   return rows > 4 ? 8 : rows > 2 ? 4 : rows;
 }
 
@@ -40,7 +40,7 @@ inline at::ScalarType code_type(Precision precision) {
 
 // A matrix with room for `rounded_rows`; what is beyond T is zero, so that it costs no time.
 inline Tensor matrix(int64_t T, int64_t N, at::ScalarType type) {
-  const int64_t room = rounded_rows(T);
+  const int64_t room = rounded_rows(T, true);
   Tensor out = at::empty({room, N}, at::TensorOptions().dtype(type));
   if (room > T) out.narrow(0, T, room - T).zero_();
   return out.narrow(0, 0, T);
@@ -186,7 +186,7 @@ struct Linear {
   void apply(const Rows& rows, Out* out, int64_t stride, int64_t activation = -1) const {
     const Tensor& codes = rows.codes;
     TORCH_CHECK(codes.size(1) == K && codes.is_contiguous(), "rows of ", codes.sizes(), " for ", K);
-    const int64_t read = codes.storage_offset() + rounded_rows(codes.size(0)) * K;
+    const int64_t read = codes.storage_offset() + rounded_rows(codes.size(0), precision == Precision::kBFloat16) * K;
     TORCH_CHECK(static_cast<int64_t>(codes.storage().nbytes()) >= read * codes.element_size(),
                 "rows without room to be rounded up");
     const int64_t T = codes.size(0), row_blocks = (T + kBlockM - 1) / kBlockM;
@@ -237,7 +237,7 @@ struct Linear {
     const A* rows = static_cast<const A*>(a);
     const B* weights = static_cast<const B*>(packed.const_data_ptr()) + block * kBlockN * K;
     if (multiply_few(T, rows, weights, K / together, c)) return;
-    at::native::cpublas::brgemm(rounded_rows(T), kBlockN, K, K, kBlockN, kBlockN, false, rows,
+    at::native::cpublas::brgemm(rounded_rows(T, std::is_same_v<A, at::BFloat16>), kBlockN, K, K, kBlockN, kBlockN, false, rows,
                                 weights, c, !std::is_same_v<A, float>);
   }
 
