@@ -9,8 +9,10 @@
 namespace moe_dist {
 
 // y = x, rotated by its place, D long.
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t D, float* y) {
+inline void rotate(const float* __restrict x, const float* __restrict cos, const float* __restrict sin,
+                   int64_t D, float* __restrict y) {
   const int64_t half = D / 2;
+#pragma omp simd
   for (int64_t d = 0; d < half; ++d) {
     y[d] = x[d] * cos[d] - x[d + half] * sin[d];
     y[d + half] = x[d + half] * cos[d + half] + x[d] * sin[d + half];
@@ -22,11 +24,17 @@ inline void store_row(const float* from, int64_t D, at::BFloat16* to) { at::vec:
 
 template <typename T>
 float dot(const float* a, const T* b, int64_t D) {
-  Vec sum(0.f);
+  constexpr int64_t kChains = 4;  // one chain of sums would wait for itself
+  Vec sums[kChains] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
   int64_t d = 0;
+  for (; d + kChains * Vec::size() <= D; d += kChains * Vec::size())
+    for (int64_t i = 0; i < kChains; ++i) {
+      const int64_t at = d + i * Vec::size();
+      sums[i] = at::vec::fmadd(Vec::loadu(a + at), load_float(b + at), sums[i]);
+    }
   for (; d + Vec::size() <= D; d += Vec::size())
-    sum = at::vec::fmadd(Vec::loadu(a + d), load_float(b + d), sum);
-  float out = d ? reduce_sum(sum) : 0.f;
+    sums[0] = at::vec::fmadd(Vec::loadu(a + d), load_float(b + d), sums[0]);
+  float out = d ? reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) : 0.f;
   for (; d < D; ++d) out += a[d] * static_cast<float>(b[d]);
   return out;
 }
@@ -104,16 +112,16 @@ class Sight {
   Tensor seen_, pairs_;
 };
 
-// One query of one head, already scaled: keys and values (n, D), of which those from `first` to the
+// One query of one head: keys and values (n, D), of which those from `first` to the
 // query's own, `self`, are looked at. `scores` has room for n numbers.
 template <typename T>
 void attend_one(const float* query, const T* keys, const T* values, int64_t first, int64_t self,
-                const bool* seen, int64_t D, float* scores, float* out) {
+                const bool* seen, int64_t D, float scale, float* scores, float* out) {
   const int64_t count = self + 1 - first;
   float largest = -std::numeric_limits<float>::infinity();
   for (int64_t j = 0; j < count; ++j) {
     const bool is_seen = !seen || seen[first + j] || first + j == self;
-    scores[j] = is_seen ? dot(query, keys + (first + j) * D, D) : -std::numeric_limits<float>::infinity();
+    scores[j] = is_seen ? scale * dot(query, keys + (first + j) * D, D) : -std::numeric_limits<float>::infinity();
     largest = std::max(largest, scores[j]);
   }
   float sum = 0;

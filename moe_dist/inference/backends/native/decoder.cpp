@@ -206,14 +206,16 @@ class Decoder : public torch::CustomClassHolder {
     const auto type = attention_type(precision_);
     Tensor qkv = at::empty({T, heads_.all()}, x.options());
     layer.qkv.apply(encode(normal(layer.input_norm, x), precision_), qkv.data_ptr<float>(), heads_.all());
-    Tensor queries = at::empty({T, heads_.queries()}, x.options());
+    Tensor queries = at::empty({call.B, call.L, heads_.number, heads_.width}, x.options().dtype(type));
     with_cache_type(type, [&](auto kind) {
       using Kind = decltype(kind);
+      const float* from = qkv.const_data_ptr<float>();
+      Kind* to = queries.data_ptr<Kind>();
       at::parallel_for(0, T, 8, [&](int64_t first, int64_t last) {
         std::vector<float> room(2 * heads_.width);
         for (int64_t t = first; t < last; ++t)
-          place_token<Kind>(layer, heads_, call, cache, t, qkv.const_data_ptr<float>() + t * heads_.all(),
-                            queries.data_ptr<float>() + t * heads_.queries(), 1.f, room.data());
+          place_token<Kind>(layer, heads_, call, cache, t, from + t * heads_.all(),
+                            to + t * heads_.queries(), room.data());
       });
     });
     if (!masks.count(layer.window)) masks[layer.window] = call.sight.for_pairs(layer.window, type);
@@ -224,8 +226,7 @@ class Decoder : public torch::CustomClassHolder {
           .expand({call.B, heads_.of_keys, heads_.group(), n, heads_.width})
           .reshape({call.B, heads_.number, n, heads_.width});
     };
-    const Tensor own = queries.to(type).view({call.B, call.L, heads_.number, heads_.width}).transpose(1, 2);
-    const Tensor seen = at::scaled_dot_product_attention(own, all_heads(cache.keys), all_heads(cache.values),
+    const Tensor seen = at::scaled_dot_product_attention(queries.transpose(1, 2), all_heads(cache.keys), all_heads(cache.values),
                                                          mask, 0., !mask && !call.past, heads_.scale);
     Tensor out = matrix(T, D, at::kFloat);
     layer.attention_out.apply(context_rows(seen.transpose(1, 2).reshape({T, heads_.queries()}), precision_),

@@ -88,30 +88,34 @@ struct Call {
   }
 };
 
-// Of one token, whose row of all heads is at `qkv`: rotate its queries to `query`, with a scale, and
-// put its keys and values where they belong.
-template <typename T>
+// Of one token, whose row of all heads is at `qkv`: rotate its queries to `query`, and put its keys
+// and values where they belong. Each has the type of its place; `room` is for two heads.
+template <typename T, typename Query>
 void place_token(const DecoderLayer& layer, const Heads& heads, const Call& call, const LayerCache& cache,
-                 int64_t t, const float* qkv, float* query, float scale, float* room) {
+                 int64_t t, const float* qkv, Query* query, float* room) {
   const int64_t width = heads.width, place = call.past + t % call.L, text = t / call.L;
   const float* cos = call.cos.const_data_ptr<float>() + call.position(t) * width;
   const float* sin = call.sin.const_data_ptr<float>() + call.position(t) * width;
-  const auto turn = [&](const float* from, const RmsNorm& norm, float* to) {
+  float* const turned = room + width;
+  const auto turn = [&](const float* from, const RmsNorm& norm) {
     if (norm.weight.defined()) {
       norm.apply(from, room);
       from = room;
     }
-    rotate(from, cos, sin, width, to);
+    rotate(from, cos, sin, width, turned);
   };
-  for (int64_t h = 0; h < heads.number; ++h) turn(qkv + h * width, layer.query_norm, query + h * width);
-  for (int64_t i = 0; i < heads.queries(); ++i) query[i] *= scale;
+  for (int64_t h = 0; h < heads.number; ++h) {
+    turn(qkv + h * width, layer.query_norm);
+    store_row(turned, width, query + h * width);
+  }
   const int64_t room_for = cache.keys.size(2);
+  T *keys = cache.keys.data_ptr<T>(), *values = cache.values.data_ptr<T>();
   for (int64_t h = 0; h < heads.of_keys; ++h) {
     const int64_t row = ((text * heads.of_keys + h) * room_for + place) * width;
     const float* key = qkv + heads.queries() + h * width;
-    turn(key, layer.key_norm, room + width);
-    store_row(room + width, width, cache.keys.data_ptr<T>() + row);
-    store_row(key + heads.of_keys * width, width, cache.values.data_ptr<T>() + row);
+    turn(key, layer.key_norm);
+    store_row(turned, width, keys + row);
+    store_row(key + heads.of_keys * width, width, values + row);
   }
 }
 

@@ -116,7 +116,7 @@ class DecoderStep {
       using T = decltype(kind);
       member.share(T_, [&](int64_t t) {
         place_token<T>(layer, heads_, call_, cache, t, qkv_ + t * heads_.all(),
-                       queries_ + t * heads_.queries(), heads_.scale, own.scores.data());
+                       queries_ + t * heads_.queries(), own.scores.data());
       });
       member.meet();
       const int64_t width = heads_.width, room = cache.keys.size(2);
@@ -125,8 +125,8 @@ class DecoderStep {
         const int64_t row = (text * heads_.of_keys + h / heads_.group()) * room * width;
         attend_one(queries_ + i * width, cache.keys.const_data_ptr<T>() + row,
                    cache.values.const_data_ptr<T>() + row, call_.sight.first(l, layer.window),
-                   call_.past + l, call_.sight.seen(text), width, own.scores.data(),
-                   context_ + i * width);
+                   call_.past + l, call_.sight.seen(text), width, heads_.scale,
+                   own.scores.data(), context_ + i * width);
       });
     });
     member.meet();

@@ -178,6 +178,11 @@ struct Linear {
                  .view({all, kBlockN, K / together, together})
                  .permute({0, 2, 1, 3})
                  .contiguous();
+    weights_ = packed.const_data_ptr();
+    biases_ = bias.const_data_ptr<float>();
+    if (precision != Precision::kInt8) return;
+    steps_ = scale.const_data_ptr<float>();
+    code_sums_ = sums.const_data_ptr<float>();
   }
 
   // out[t, n] = activation(x W + bias), as float32 or bfloat16, with `stride` between rows. A gated
@@ -235,7 +240,7 @@ struct Linear {
   void multiply(int64_t block, const void* a, int64_t T, C* c) const {
     constexpr int64_t together = 4 / sizeof(A);
     const A* rows = static_cast<const A*>(a);
-    const B* weights = static_cast<const B*>(packed.const_data_ptr()) + block * kBlockN * K;
+    const B* weights = static_cast<const B*>(weights_) + block * kBlockN * K;
     if (multiply_few(T, rows, weights, K / together, c)) return;
     at::native::cpublas::brgemm(rounded_rows(T, std::is_same_v<A, at::BFloat16>), kBlockN, K, K, kBlockN, kBlockN, false, rows,
                                 weights, c, !std::is_same_v<A, float>);
@@ -245,39 +250,55 @@ struct Linear {
   void run(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride,
            Activation activate) const {
     alignas(64) C found[kBlockM * kBlockN], gates[kBlockM * kBlockN];
-    alignas(64) Out last_columns[kBlockN];
+    alignas(64) Out last_columns[kBlockM * kBlockN];
     const int64_t own = is_gated ? 2 * block + 1 : block;
     multiply<A, B>(own, rows.codes, T, found);
     if (is_gated) multiply<A, B>(own - 1, rows.codes, T, gates);
-    const float* biases = bias.const_data_ptr<float>();
-    const float *steps = nullptr, *code_sums = nullptr;
-    if constexpr (std::is_same_v<C, int32_t>) {
-      steps = scale.const_data_ptr<float>();
-      code_sums = sums.const_data_ptr<float>();
-    }
-    // Outputs `j` and on of row `r`, in the block of weights at `at`.
-    const auto linear = [&](const C* sum, int64_t at, int64_t r, int64_t j) {
-      const int64_t n = at * kBlockN + j;
-      Vec v = load_float(sum + r * kBlockN + j);
-      if constexpr (std::is_same_v<C, int32_t>) {
-        v = v - Vec(rows.zero[r]) * Vec::loadu(code_sums + n);
-        v = v * (Vec(rows.scale[r]) * Vec::loadu(steps + n));
-      }
-      return v + Vec::loadu(biases + n);
-    };
     const int64_t n = block * kBlockN, width = std::min(kBlockN, N - n);
-    for (int64_t r = 0; r < T; ++r) {
-      const auto value = [&](int64_t j) {
-        if (!is_gated) return activate(linear(found, own, r, j));
-        return activate(linear(gates, own - 1, r, j)) * linear(found, own, r, j);
-      };
-      Out* to = out + r * stride + n;
-      Out* place = width == kBlockN ? to : last_columns;
-      for (int64_t j = 0; j < kBlockN; j += 2 * Vec::size())
-        store_pair(value(j), value(j + Vec::size()), place + j);
-      if (place != to) std::memcpy(to, last_columns, width * sizeof(Out));
+    Out* to = width == kBlockN ? out + n : last_columns;
+    const int64_t step = width == kBlockN ? stride : kBlockN;
+    for (int64_t j = 0; j < kBlockN; j += 2 * Vec::size()) {
+      const Columns<C> first(*this, own, j), second(*this, own, j + Vec::size());
+      if (is_gated) {
+        const Columns<C> gate_1(*this, own - 1, j), gate_2(*this, own - 1, j + Vec::size());
+        for (int64_t r = 0; r < T; ++r)
+          store_pair(activate(gate_1(gates, rows, r)) * first(found, rows, r),
+                     activate(gate_2(gates, rows, r)) * second(found, rows, r), to + r * step + j);
+      } else {
+        for (int64_t r = 0; r < T; ++r)
+          store_pair(activate(first(found, rows, r)), activate(second(found, rows, r)), to + r * step + j);
+      }
     }
+    for (int64_t r = 0; r < T && to == last_columns; ++r)
+      std::memcpy(out + r * stride + n, last_columns + r * kBlockN, width * sizeof(Out));
   }
+
+  // What makes outputs of sums: of one vector of columns, for all rows.
+  template <typename C>
+  struct Columns {
+    Vec bias, steps, code_sums;
+    int64_t column;
+
+    Columns(const Linear& linear, int64_t block, int64_t j) : column(j) {
+      const int64_t n = block * kBlockN + j;
+      bias = Vec::loadu(linear.biases_ + n);
+      if constexpr (std::is_same_v<C, int32_t>) {
+        steps = Vec::loadu(linear.steps_ + n);
+        code_sums = Vec::loadu(linear.code_sums_ + n);
+      }
+    }
+
+    Vec operator()(const C* sums, const RowCodes& rows, int64_t r) const {
+      Vec v = load_float(sums + r * kBlockN + column);
+      if constexpr (std::is_same_v<C, int32_t>)
+        v = (v - Vec(rows.zero[r]) * code_sums) * (Vec(rows.scale[r]) * steps);
+      return v + bias;
+    }
+  };
+
+  // Of the tensors above.
+  const void* weights_ = nullptr;
+  const float *biases_ = nullptr, *steps_ = nullptr, *code_sums_ = nullptr;
 };
 
 }  // namespace moe_dist

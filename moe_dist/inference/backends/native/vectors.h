@@ -41,9 +41,18 @@ inline Vec load_float(const at::BFloat16* from) {
   return out;
 }
 
-// codes = round(x * inverse + zero), in 0 .. 255; the compiler makes vectors of it.
-inline void to_codes(const float* x, int64_t K, float inverse, float zero, uint8_t* codes) {
-  for (int64_t k = 0; k < K; ++k) {
+// codes = round(x * inverse) + zero, in 0 .. 255.
+inline void to_codes(const float* __restrict x, int64_t K, float inverse, float zero, uint8_t* __restrict codes) {
+  int64_t k = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(zero)), none = _mm512_setzero_si512();
+  for (; k + 16 <= K; k += 16) {
+    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor)), offset);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, none)));
+  }
+#endif
+  for (; k < K; ++k) {
     const float code = std::nearbyint(x[k] * inverse) + zero;
     codes[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(255.f, std::max(0.f, code))));
   }
@@ -102,8 +111,9 @@ inline void add_norm(const float* a, const float* b, int64_t K, const float* wei
   for (int64_t k = 0; k < K; ++k) y[k] = (y[k] - mean) * factor * weight[k] + bias[k];
 }
 
-// y = x / (root of its mean square) * weight, each K long; y may be x.
-inline void rms_norm(const float* x, int64_t K, const float* weight, float epsilon, float* y) {
+// y = x / (root of its mean square) * weight, each K long.
+inline void rms_norm(const float* __restrict x, int64_t K, const float* __restrict weight, float epsilon,
+                     float* __restrict y) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t k = 0; k < K; ++k) squares += x[k] * x[k];
