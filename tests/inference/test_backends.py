@@ -188,6 +188,22 @@ def test_the_model_itself_is_left_as_it_was() -> None:
     assert before.keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "bart"])
+@pytest.mark.parametrize("router", ["", "token_gate"])
+def test_a_lean_model_does_not_follow_the_one_that_it_was_made_of(family: str, router: str) -> None:
+    """Weights are shared while it is prepared, and no longer."""
+    for precision in ("fp32", "bf16"):
+        model = routed(family, router=router) if router else tiny_model(family)
+        lean = Form("lean", precision).prepare(model)
+        before = logits_of(lean, token_batch())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(logits_of(lean, token_batch()), before)
+        assert not any(parameter.requires_grad for parameter in lean.parameters())
+
+
 def test_a_lean_model_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = student(router="token_gate")
     save_model(model, tmp_path / "model")

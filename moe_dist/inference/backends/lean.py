@@ -44,7 +44,7 @@ class Lean:
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
             load_operators()
-        lean = copy.deepcopy(model).requires_grad_(False)
+        lean = _copy_sharing_weights(model)
         obstacle = _install_native_blocks(lean, precision)
         if obstacle and precision not in DTYPES:
             raise ConversionError(
@@ -57,11 +57,32 @@ class Lean:
         lean.eval()
         own = [m for m in lean.modules() if isinstance(m, RoutedFFN | NativeBlocks | NativeLinear)]
         cast_weights(lean, dtype, apart=nn.ModuleList(own))
+        _own_weights(lean, model)
         if all(reads_hidden_states_only(layer.router) for layer in layers):
             for module in lean.modules():
                 remove_routing_hooks(module)
         refuse_as_a_whole(lean)
         return lean
+
+
+def _copy_sharing_weights(model: Any) -> Any:
+    """Copy a model, but not the weights, most of which are packed and then left out.
+
+    What stays of them is to be copied by `_own_weights`.
+    """
+    shared = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
+
+
+def _own_weights(lean: nn.Module, model: nn.Module) -> None:
+    """Copy what is still the model's own."""
+    theirs = {weight.data_ptr() for weight in model.parameters()}
+    for weight in lean.parameters():
+        if weight.numel() and weight.data_ptr() in theirs:
+            weight.data = weight.data.clone()
 
 
 def _install_native_blocks(model: Any, precision: str) -> str:

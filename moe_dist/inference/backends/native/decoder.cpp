@@ -221,6 +221,7 @@ class Decoder : public torch::CustomClassHolder {
     if (!masks.count(layer.window)) masks[layer.window] = call.sight.for_pairs(layer.window, type);
     const MaybeTensor& mask = masks[layer.window];
     const auto all_heads = [&](const Tensor& buffer) {
+      if (heads_.group() == 1) return buffer.narrow(2, 0, n);
       return buffer.narrow(2, 0, n)
           .unsqueeze(2)
           .expand({call.B, heads_.of_keys, heads_.group(), n, heads_.width})

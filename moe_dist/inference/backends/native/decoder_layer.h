@@ -3,8 +3,6 @@
 
 #include "causal_attention.h"
 
-#include <numeric>
-
 namespace moe_dist {
 
 // Root-mean-square norm; without a weight nothing is done.

@@ -7,32 +7,11 @@
 #include "decoder_layer.h"
 #include "team.h"
 
+#include <utility>
+
 namespace moe_dist {
 
 constexpr int64_t kStepTokens = 16;
-
-// Codes of rows in a thread's own memory, with room for products that begin at any row.
-class OwnCodes {
- public:
-  OwnCodes(int64_t rows, int64_t widest)
-      : codes_((rows + 15) * widest * 4, 0), scale_(rows + 15), zero_(rows + 15) {}
-
-  void put(int64_t row, const float* x, int64_t K, Precision precision) {
-    encode_row(x, K, precision, codes_.data() + row * K * bytes(precision), &scale_[row], &zero_[row]);
-  }
-
-  RowCodes from(int64_t row, int64_t K, Precision precision) const {
-    return {codes_.data() + row * K * bytes(precision), scale_.data() + row, zero_.data() + row};
-  }
-
- private:
-  static int64_t bytes(Precision precision) {
-    return precision == Precision::kFloat ? 4 : precision == Precision::kBFloat16 ? 2 : 1;
-  }
-
-  std::vector<char> codes_;
-  std::vector<float> scale_, zero_;
-};
 
 // Rows that one network multiplies.
 struct RowsOfNetwork {

@@ -210,14 +210,12 @@ struct Linear {
   template <typename Out>
   void apply_block(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride,
                    int64_t activation = -1) const {
-    with_activation(activation, [&](auto activate) {
-      if (precision == Precision::kFloat)
-        run<float, float, float>(block, rows, T, out, stride, activate);
-      else if (precision == Precision::kBFloat16)
-        run<at::BFloat16, at::BFloat16, float>(block, rows, T, out, stride, activate);
-      else
-        run<uint8_t, int8_t, int32_t>(block, rows, T, out, stride, activate);
-    });
+    if (precision == Precision::kFloat)
+      run<float, float, float>(block, rows, T, out, stride, activation);
+    else if (precision == Precision::kBFloat16)
+      run<at::BFloat16, at::BFloat16, float>(block, rows, T, out, stride, activation);
+    else
+      run<uint8_t, int8_t, int32_t>(block, rows, T, out, stride, activation);
   }
 
   void release() const { at::native::cpublas::brgemm_release(precision != Precision::kFloat); }
@@ -246,9 +244,9 @@ struct Linear {
                                 weights, c, !std::is_same_v<A, float>);
   }
 
-  template <typename A, typename B, typename C, typename Out, typename Activation>
+  template <typename A, typename B, typename C, typename Out>
   void run(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride,
-           Activation activate) const {
+           int64_t activation) const {
     alignas(64) C found[kBlockM * kBlockN], gates[kBlockM * kBlockN];
     alignas(64) Out last_columns[kBlockM * kBlockN];
     const int64_t own = is_gated ? 2 * block + 1 : block;
@@ -262,11 +260,13 @@ struct Linear {
       if (is_gated) {
         const Columns<C> gate_1(*this, own - 1, j), gate_2(*this, own - 1, j + Vec::size());
         for (int64_t r = 0; r < T; ++r)
-          store_pair(activate(gate_1(gates, rows, r)) * first(found, rows, r),
-                     activate(gate_2(gates, rows, r)) * second(found, rows, r), to + r * step + j);
+          store_pair(activated(gate_1(gates, rows, r), activation) * first(found, rows, r),
+                     activated(gate_2(gates, rows, r), activation) * second(found, rows, r),
+                     to + r * step + j);
       } else {
         for (int64_t r = 0; r < T; ++r)
-          store_pair(activate(first(found, rows, r)), activate(second(found, rows, r)), to + r * step + j);
+          store_pair(activated(first(found, rows, r), activation),
+                     activated(second(found, rows, r), activation), to + r * step + j);
       }
     }
     for (int64_t r = 0; r < T && to == last_columns; ++r)

@@ -10,6 +10,32 @@ namespace moe_dist {
 
 using MaybeTensor = std::optional<Tensor>;
 
+// Codes of rows in a thread's own memory, with room for products that begin at any row.
+class OwnCodes {
+ public:
+  OwnCodes(int64_t rows, int64_t widest)
+      : codes_((rows + 15) * widest * 4, 0), scale_(rows + 15), zero_(rows + 15) {}
+
+  void put(int64_t row, const float* x, int64_t K, Precision precision) {
+    encode_row(x, K, precision, codes_.data() + row * K * bytes(precision), &scale_[row], &zero_[row]);
+  }
+
+  // Where codes lie that another product writes by itself, from row 0 on.
+  void* data() { return codes_.data(); }
+
+  RowCodes from(int64_t row, int64_t K, Precision precision) const {
+    return {codes_.data() + row * K * bytes(precision), scale_.data() + row, zero_.data() + row};
+  }
+
+ private:
+  static int64_t bytes(Precision precision) {
+    return precision == Precision::kFloat ? 4 : precision == Precision::kBFloat16 ? 2 : 1;
+  }
+
+  std::vector<char> codes_;
+  std::vector<float> scale_, zero_;
+};
+
 struct FeedForward {
   Linear in, out;  // the first is gated, or not
 };
@@ -98,25 +124,46 @@ struct Networks {
       parts.push_back({&network, first, std::min(kBlockM, last - first)});
   }
 
-  // Part by part, so that what lies between the two products stays near the core that made it.
   Tensor apply(const std::vector<Part>& parts, const Rows& rows, int64_t D) const {
     const int64_t number = parts.size();
     Tensor out = matrix(rows.codes.size(0), D, at::kFloat);
     float* to = out.data_ptr<float>();
-    const auto apply_some = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) apply_one(parts[i], rows, to + parts[i].first * D);
-    };
-    if (number < at::get_num_threads())
-      apply_some(0, number);  // each is shared out then
-    else
-      at::parallel_for(0, number, 1, apply_some);
+    if (number < at::get_num_threads()) {
+      for (const Part& part : parts) apply_shared_out(part, rows, to + part.first * D);
+      return out;
+    }
+    at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) { apply_some(parts, first, last, rows, to); });
     return out;
   }
 
-  void apply_one(const Part& part, const Rows& rows, float* to) const {
+  // Part by part in one thread, so that what lies between the two products stays near its core.
+  void apply_some(const std::vector<Part>& parts, int64_t first, int64_t last, const Rows& rows, float* to) const {
+    int64_t widest = 0;
+    for (int64_t i = first; i < last; ++i) widest = std::max(widest, parts[i].network->in.N);
+    OwnCodes codes(kBlockM, widest);
+    std::vector<float> inner(precision == Precision::kBFloat16 ? 0 : kBlockM * widest);
+    for (int64_t i = first; i < last; ++i) {
+      const Linear &in = parts[i].network->in, &out = parts[i].network->out;
+      const RowCodes own = row_codes(rows, parts[i].first);
+      const int64_t count = parts[i].count, F = in.N;
+      for (int64_t block = 0; block < in.blocks; ++block)
+        if (precision == Precision::kBFloat16)  // writes what the second product reads
+          in.apply_block(block, own, count, static_cast<at::BFloat16*>(codes.data()), F, activation);
+        else
+          in.apply_block(block, own, count, inner.data(), F, activation);
+      for (int64_t r = 0; r < count && !inner.empty(); ++r) codes.put(r, inner.data() + r * F, F, precision);
+      float* own_to = to + parts[i].first * out.N;
+      for (int64_t block = 0; block < out.blocks; ++block)
+        out.apply_block(block, codes.from(0, F, precision), count, own_to, out.N);
+    }
+    at::native::cpublas::brgemm_release(precision != Precision::kFloat);
+  }
+
+  // By all threads, where there are fewer parts than these.
+  void apply_shared_out(const Part& part, const Rows& rows, float* to) const {
     const Linear &in = part.network->in, &out = part.network->out;
     const Rows own = slice(rows, part.first, part.count);
-    if (precision == Precision::kBFloat16) {  // the first product writes what the second reads
+    if (precision == Precision::kBFloat16) {
       const Tensor inner = matrix(part.count, in.N, at::kBFloat16);
       in.apply(own, inner.data_ptr<at::BFloat16>(), in.N, activation);
       out.apply({inner, {}, {}}, to, out.N);

@@ -69,23 +69,18 @@ inline Vec error_function(const Vec& x) {
   return Vec::blendv(positive, positive.neg(), x < Vec(0.f));
 }
 
-// Calls back with the activation of a number, see routed_ffn.py; -1 is none.
-template <typename Function>
-void with_activation(int64_t number, Function&& function) {
+// The activation of a number, see routed_ffn.py; -1 is none.
+inline Vec activated(const Vec& x, int64_t number) {
   switch (number) {
-    case -1: return function([](const Vec& x) { return x; });
-    case 0:
-      return function([](const Vec& x) {
-        return x * Vec(.5f) * (Vec(1.f) + error_function(x * Vec(.70710678f)));
-      });
-    case 1:
-      return function([](const Vec& x) {
-        const Vec inner = Vec(.79788456f) * (x + Vec(.044715f) * x * x * x);
-        return x * Vec(.5f) * (Vec(1.f) + inner.tanh());
-      });
-    case 2: return function([](const Vec& x) { return at::vec::maximum(x, Vec(0.f)); });
-    case 3: return function([](const Vec& x) { return x / (Vec(1.f) + x.neg().exp_u20()); });
-    default: return function([](const Vec& x) { return x.tanh(); });
+    case -1: return x;
+    case 0: return x * Vec(.5f) * (Vec(1.f) + error_function(x * Vec(.70710678f)));
+    case 1: {
+      const Vec inner = Vec(.79788456f) * (x + Vec(.044715f) * x * x * x);
+      return x * Vec(.5f) * (Vec(1.f) + inner.tanh());
+    }
+    case 2: return at::vec::maximum(x, Vec(0.f));
+    case 3: return x / (Vec(1.f) + x.neg().exp_u20());
+    default: return x.tanh();
   }
 }
 
