@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 
 from moe_dist.conversion.families import position_limit
 from moe_dist.errors import ConfigError
@@ -228,17 +227,18 @@ def _timings(
     ]
 
 
-class _Clock(BaseStreamer):
-    """Notes when each token of a text was there; the prompt comes first."""
+class _Clock:
+    """A streamer for `generate` that notes when each token was there; the prompt comes first."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
 
     def put(self, value: Tensor) -> None:
+        """Note the time."""
         self.times_s.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """Nothing follows the last token."""
 
 
 def _time_step(model: nn.Module, batch: Mapping[str, Tensor], *, num_new_tokens: int) -> float:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_dist.inference.backends import Form
-from moe_dist.inference.backends.native_blocks import PRECISIONS
 from moe_dist.inference.backends.native import load_operators
+from moe_dist.inference.backends.native_blocks import PRECISIONS
 from moe_dist.measure.latency import random_batch
 from moe_dist.measure.parts import find_parts, self_times, timed_parts
 from moe_dist.moe.layer import moe_layers

@@ -46,7 +46,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """(B, H, L, D)."""
         return self._tokens("keys")
 
@@ -55,7 +55,7 @@ class RoomyLayer(DynamicLayer):
         self._keep("keys", tokens_BHLD)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """(B, H, L, D)."""
         return self._tokens("values")
 

@@ -148,7 +148,7 @@ def read_feed_forward(block: nn.Module, family: FamilySpec, *, is_gated: bool) -
     """Read a block's network, dense or routed."""
     layer = next((module for module in block.modules() if isinstance(module, MoELayer)), None)
     if layer is None:
-        gate = read_linear(block, family.gate) if is_gated else (None, None)
+        gate = read_linear(block, family.gate) if is_gated and family.gate else (None, None)
         dense = Network(
             *read_linear(block, family.linear_in), *read_linear(block, family.linear_out), *gate
         )

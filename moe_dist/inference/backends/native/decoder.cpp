@@ -91,8 +91,7 @@ class Decoder : public torch::CustomClassHolder {
     } else {
       Masks masks;
       for (size_t i = 0; i < layers_.size(); ++i) {
-        attend(layers_[i], call, caches[i], x, masks);
-        const Tensor normed = normal(layers_[i].network_norm, x);
+        const Tensor normed = normal(layers_[i].network_norm, x, attended(layers_[i], call, caches[i], x, masks));
         const Route route = call.routes[i].ids.defined() ? call.routes[i] : chosen(layers_[i].gate, normed);
         feed_forward(layers_[i], normed, route, x);
       }
@@ -112,8 +111,9 @@ class Decoder : public torch::CustomClassHolder {
     const std::vector<LayerCache> caches = checked(keys, values, call);
     const Tensor x = float_rows(hidden);
     Masks masks;
-    if (call.tokens()) attend(layer, call, caches[index], x, masks);
-    return {x.view(hidden.sizes()), normal(layer.network_norm, x).view(hidden.sizes())};
+    const Tensor added = call.tokens() ? attended(layer, call, caches[index], x, masks) : Tensor();
+    const Tensor normed = normal(layer.network_norm, x, added);
+    return {x.view(hidden.sizes()), normed.view(hidden.sizes())};
   }
 
   // The second half, each token's experts given: ids (T, K), weights of the same shape, or ones.
@@ -185,13 +185,17 @@ class Decoder : public torch::CustomClassHolder {
     return caches;
   }
 
-  static Tensor normal(const RmsNorm& norm, const Tensor& x) {
+  // norm(x), where `added` is added to x before.
+  static Tensor normal(const RmsNorm& norm, const Tensor& x, const Tensor& added = {}) {
     const int64_t T = x.size(0), D = x.size(1);
     Tensor y = matrix(T, D, at::kFloat);
-    const float* from = x.const_data_ptr<float>();
-    float* to = y.data_ptr<float>();
+    float *from = x.data_ptr<float>(), *to = y.data_ptr<float>();
+    const float* more = added.defined() ? added.const_data_ptr<float>() : nullptr;
     at::parallel_for(0, T, 32, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) norm.apply(from + t * D, to + t * D);
+      for (int64_t t = first; t < last; ++t) {
+        for (int64_t d = 0; d < D && more; ++d) from[t * D + d] += more[t * D + d];
+        norm.apply(from + t * D, to + t * D);
+      }
     });
     return y;
   }
@@ -200,8 +204,9 @@ class Decoder : public torch::CustomClassHolder {
     return normal(norm_, x).to(like.scalar_type()).view(like.sizes());
   }
 
-  void attend(const DecoderLayer& layer, const Call& call, const LayerCache& cache, const Tensor& x,
-              Masks& masks) const {
+  // What attention adds to x: (T, D).
+  Tensor attended(const DecoderLayer& layer, const Call& call, const LayerCache& cache, const Tensor& x,
+                  Masks& masks) const {
     const int64_t T = call.tokens(), D = x.size(1), n = call.sight.n();
     const auto type = attention_type(precision_);
     Tensor qkv = at::empty({T, heads_.all()}, x.options());
@@ -232,7 +237,7 @@ class Decoder : public torch::CustomClassHolder {
     Tensor out = matrix(T, D, at::kFloat);
     layer.attention_out.apply(context_rows(seen.transpose(1, 2).reshape({T, heads_.queries()}), precision_),
                               out.data_ptr<float>(), D);
-    x.add_(out);
+    return out;
   }
 
   static Route checked_route(const DecoderLayer& layer, const MaybeTensor& ids, const MaybeTensor& weights, int64_t T) {

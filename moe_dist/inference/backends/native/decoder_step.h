@@ -38,8 +38,8 @@ class DecoderStep {
   // x (T, D) becomes what the last layer gives. Every routed layer has a gate or a route.
   void run(float* x, const std::vector<LayerCache>& caches) {
     const int64_t widths = heads_.all() + 2 * heads_.queries() + D_;
-    std::vector<float> room(T_ * widths + rows_ * (neurons_ + D_));
-    float* next = room.data();
+    const auto room = std::make_unique_for_overwrite<float[]>(T_ * widths + rows_ * (neurons_ + D_));
+    float* next = room.get();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     qkv_ = take(T_ * heads_.all());
     queries_ = take(T_ * heads_.queries());
@@ -72,7 +72,7 @@ class DecoderStep {
         : x(step.T_ * step.D_),
           normed(step.T_ * step.D_),
           scores(std::max({step.call_.sight.n(), step.experts_, 2 * step.heads_.width})),
-          codes(step.rows_, step.widest_),
+          codes(step.rows_, step.widest_, step.precision_),
           ids(step.rows_),
           tokens(step.rows_),
           starts(step.experts_ + 1),
@@ -85,10 +85,10 @@ class DecoderStep {
   void attend(const DecoderLayer& layer, const LayerCache& cache, Member member, Own& own) {
     for (int64_t t = 0; t < T_; ++t) {
       layer.input_norm.apply(&own.x[t * D_], &own.normed[t * D_]);
-      own.codes.put(t, &own.normed[t * D_], D_, precision_);
+      own.codes.put(t, &own.normed[t * D_], D_);
     }
     member.share(layer.qkv.blocks, [&](int64_t block) {
-      layer.qkv.apply_block(block, own.codes.from(0, D_, precision_), T_, qkv_, heads_.all());
+      layer.qkv.apply_block(block, own.codes.from(0, D_), T_, qkv_, heads_.all());
     });
     member.meet();
     with_cache_type(cache.keys.scalar_type(), [&](auto kind) {
@@ -110,9 +110,9 @@ class DecoderStep {
     });
     member.meet();
     const int64_t K = heads_.queries();
-    for (int64_t t = 0; t < T_; ++t) own.codes.put(t, context_ + t * K, K, precision_);
+    for (int64_t t = 0; t < T_; ++t) own.codes.put(t, context_ + t * K, K);
     member.share(layer.attention_out.blocks, [&](int64_t block) {
-      layer.attention_out.apply_block(block, own.codes.from(0, K, precision_), T_, attended_, D_);
+      layer.attention_out.apply_block(block, own.codes.from(0, K), T_, attended_, D_);
     });
     member.meet();
     for (int64_t i = 0; i < T_ * D_; ++i) own.x[i] += attended_[i];
@@ -123,10 +123,10 @@ class DecoderStep {
     for (int64_t t = 0; t < T_; ++t) layer.network_norm.apply(&own.x[t * D_], &own.normed[t * D_]);
     route(index, own);
     const int64_t R = own.parts.back().first + own.parts.back().count;
-    for (int64_t r = 0; r < R; ++r) own.codes.put(r, &own.normed[own.tokens[r] * D_], D_, precision_);
+    for (int64_t r = 0; r < R; ++r) own.codes.put(r, &own.normed[own.tokens[r] * D_], D_);
     each_block(own.parts, &FeedForward::in, member, [&](const RowsOfNetwork& part, int64_t block) {
       const Linear& in = part.network->in;
-      in.apply_block(block, own.codes.from(part.first, D_, precision_), part.count,
+      in.apply_block(block, own.codes.from(part.first, D_), part.count,
                      inner_ + part.first * neurons_, in.N, layer.networks.activation);
     });
     member.meet();
@@ -134,10 +134,10 @@ class DecoderStep {
       // Parts lie as if all were as wide as the widest.
       const int64_t F = part.network->in.N;
       for (int64_t r = 0; r < part.count; ++r)
-        own.codes.put(r, inner_ + part.first * neurons_ + r * F, F, precision_);
+        own.codes.put(r, inner_ + part.first * neurons_ + r * F, F);
       const Linear& out = part.network->out;
       share_of(part, own.parts, &FeedForward::out, member, [&](int64_t block) {
-        out.apply_block(block, own.codes.from(0, F, precision_), part.count,
+        out.apply_block(block, own.codes.from(0, F), part.count,
                         results_ + part.first * D_, D_);
       });
     }

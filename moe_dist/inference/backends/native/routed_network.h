@@ -4,6 +4,7 @@
 
 #include "packed_gemm.h"
 
+#include <memory>
 #include <vector>
 
 namespace moe_dist {
@@ -13,26 +14,32 @@ using MaybeTensor = std::optional<Tensor>;
 // Codes of rows in a thread's own memory, with room for products that begin at any row.
 class OwnCodes {
  public:
-  OwnCodes(int64_t rows, int64_t widest)
-      : codes_((rows + 15) * widest * 4, 0), scale_(rows + 15), zero_(rows + 15) {}
+  OwnCodes(int64_t rows, int64_t widest, Precision precision)
+      : precision_(precision), scale_(rows + 15), zero_(rows + 15) {
+    const int64_t size = (rows + 15) * widest * bytes();
+    codes_ = std::make_unique_for_overwrite<char[]>(size);
+    // What is multiplied beyond the last row is not looked at, but some numbers take long.
+    if (precision == Precision::kFloat) std::memset(codes_.get(), 0, size);
+  }
 
-  void put(int64_t row, const float* x, int64_t K, Precision precision) {
-    encode_row(x, K, precision, codes_.data() + row * K * bytes(precision), &scale_[row], &zero_[row]);
+  void put(int64_t row, const float* x, int64_t K) {
+    encode_row(x, K, precision_, codes_.get() + row * K * bytes(), &scale_[row], &zero_[row]);
   }
 
   // Where codes lie that another product writes by itself, from row 0 on.
-  void* data() { return codes_.data(); }
+  void* data() { return codes_.get(); }
 
-  RowCodes from(int64_t row, int64_t K, Precision precision) const {
-    return {codes_.data() + row * K * bytes(precision), scale_.data() + row, zero_.data() + row};
+  RowCodes from(int64_t row, int64_t K) const {
+    return {codes_.get() + row * K * bytes(), scale_.data() + row, zero_.data() + row};
   }
 
  private:
-  static int64_t bytes(Precision precision) {
-    return precision == Precision::kFloat ? 4 : precision == Precision::kBFloat16 ? 2 : 1;
+  int64_t bytes() const {
+    return precision_ == Precision::kFloat ? 4 : precision_ == Precision::kBFloat16 ? 2 : 1;
   }
 
-  std::vector<char> codes_;
+  Precision precision_;
+  std::unique_ptr<char[]> codes_;
   std::vector<float> scale_, zero_;
 };
 
@@ -140,21 +147,22 @@ struct Networks {
   void apply_some(const std::vector<Part>& parts, int64_t first, int64_t last, const Rows& rows, float* to) const {
     int64_t widest = 0;
     for (int64_t i = first; i < last; ++i) widest = std::max(widest, parts[i].network->in.N);
-    OwnCodes codes(kBlockM, widest);
-    std::vector<float> inner(precision == Precision::kBFloat16 ? 0 : kBlockM * widest);
+    OwnCodes codes(kBlockM, widest, precision);
+    const bool writes_codes = precision == Precision::kBFloat16;  // the first product does so by itself
+    const auto inner = std::make_unique_for_overwrite<float[]>(writes_codes ? 0 : kBlockM * widest);
     for (int64_t i = first; i < last; ++i) {
       const Linear &in = parts[i].network->in, &out = parts[i].network->out;
       const RowCodes own = row_codes(rows, parts[i].first);
       const int64_t count = parts[i].count, F = in.N;
       for (int64_t block = 0; block < in.blocks; ++block)
-        if (precision == Precision::kBFloat16)  // writes what the second product reads
+        if (writes_codes)
           in.apply_block(block, own, count, static_cast<at::BFloat16*>(codes.data()), F, activation);
         else
-          in.apply_block(block, own, count, inner.data(), F, activation);
-      for (int64_t r = 0; r < count && !inner.empty(); ++r) codes.put(r, inner.data() + r * F, F, precision);
+          in.apply_block(block, own, count, inner.get(), F, activation);
+      for (int64_t r = 0; r < count && !writes_codes; ++r) codes.put(r, inner.get() + r * F, F);
       float* own_to = to + parts[i].first * out.N;
       for (int64_t block = 0; block < out.blocks; ++block)
-        out.apply_block(block, codes.from(0, F, precision), count, own_to, out.N);
+        out.apply_block(block, codes.from(0, F), count, own_to, out.N);
     }
     at::native::cpublas::brgemm_release(precision != Precision::kFloat);
   }
