@@ -24,6 +24,7 @@ from .commands.command_line import (
 from .commands.comparison import register as register_comparison
 from .commands.experts import register as register_experts
 from .commands.export import register as register_export
+from .commands.generation import register as register_generation
 from .commands.inference import register as register_inference
 from .commands.merging import register as register_merging
 from .commands.profile import register as register_profile
@@ -413,6 +414,7 @@ register_students(app, benchmark_app)
 register_experts(benchmark_app)
 register_merging(benchmark_app)
 register_inference(benchmark_app)
+register_generation(benchmark_app)
 register_search(app, benchmark_app)
 register_serve(app, benchmark_app)
 

@@ -22,6 +22,7 @@ from moe_dist.moe.routing import use_task
 from moe_dist.training.hardware import answering
 
 AnyName = TypeVar("AnyName", bound=Hashable)
+TimedPass = Callable[[nn.Module, dict[str, Tensor]], float]
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def measure_in_turn(
     threads: int | None = None,
     seed: int = 0,
     half_on_gpus: bool = True,
+    time_pass: TimedPass | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[AnyName, dict[int, Latency]]:
     """Time forward passes on random tokens without padding, where the models are.
@@ -138,6 +140,7 @@ def measure_in_turn(
         seed: of the tokens.
         half_on_gpus: on a GPU compute as answers are given (`answering`), and not in the models'
             own precision.
+        time_pass: makes a pass and says how many milliseconds it took; a forward pass if None.
         progress: called after each round with the rounds made and the most there will be.
 
     Returns:
@@ -152,7 +155,11 @@ def measure_in_turn(
             with _eval_mode(model), _num_threads(threads), torch.inference_mode(), any_task(model):
                 for size in batch_sizes:
                     found[name][size] += _time_passes(
-                        model, size, seq_len, rounds, seed=seed, half_on_gpus=half_on_gpus
+                        model,
+                        random_batch(model, size, seq_len, device=_device(model), seed=seed),
+                        rounds,
+                        time_pass or time_forward,
+                        half_on_gpus=half_on_gpus,
                     )
         progress(done + 1, rounds.most)
     return {
@@ -206,19 +213,20 @@ def _busy_s() -> float:
 
 def _time_passes(
     model: nn.Module,
-    batch_size: int,
-    seq_len: int,
+    batch: dict[str, Tensor],
     rounds: Rounds,
+    time_pass: TimedPass,
     *,
-    seed: int,
     half_on_gpus: bool,
 ) -> list[float]:
-    device = next(model.parameters()).device
-    batch = random_batch(model, batch_size, seq_len, device=device, seed=seed)
-    with answering(device, half_fault(model)) if half_on_gpus else nullcontext():
+    with answering(_device(model), half_fault(model)) if half_on_gpus else nullcontext():
         for _ in range(rounds.num_warmups):
-            model(**batch)
-        return [_time_ms(model, batch, device) for _ in range(rounds.repeats)]
+            time_pass(model, batch)
+        return [time_pass(model, batch) for _ in range(rounds.repeats)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def any_task(model: nn.Module) -> AbstractContextManager[None]:
@@ -226,10 +234,12 @@ def any_task(model: nn.Module) -> AbstractContextManager[None]:
     return use_task(0 if read_heads(model) else None)
 
 
-def _time_ms(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float:
+def time_forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> float:
+    """Make a forward pass, with options of the model's own, and give milliseconds."""
+    device = _device(model)
     wait_for(device)
     start_s = time.perf_counter()
-    model(**batch)
+    model(**batch, **options)
     wait_for(device)
     return (time.perf_counter() - start_s) * 1e3
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_dist.conversion.families import find_slots, is_a, known_family
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends.encoder import NativeBlocks
+from moe_dist.inference.backends.native_blocks import NativeBlocks
 from moe_dist.inference.backends.routed_ffn import RoutedFFN
 from moe_dist.measure.latency import wait_for
 from moe_dist.moe.layer import MoELayer

@@ -65,12 +65,7 @@ class RandomModels:
         from moe_dist.conversion import dense_to_moe, plan_partition
 
         teacher, dense = (
-            random_classifier(
-                vocab_size=1000,
-                d_model=self.d_model,
-                num_layers=self.num_layers,
-                num_neurons=neurons,
-            ).eval()
+            self._draw(neurons).eval()
             for neurons in (self.num_neurons, self.top_k * self.expert_size)
         )
         plan = plan_partition(
@@ -81,6 +76,40 @@ class RandomModels:
         )
         student = dense_to_moe(teacher, plan, router=self.router, top_k=self.top_k).eval()
         return {"teacher": teacher, "student": student, "dense": dense}
+
+    def _draw(self, num_neurons: int) -> Any:
+        return random_classifier(
+            vocab_size=1000,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            num_neurons=num_neurons,
+        )
+
+
+@dataclass(frozen=True)
+class RandomDecoders(RandomModels):
+    """The same of decoders of the Llama kind that write texts, heads 64 wide.
+
+    Args:
+        vocab_size: words, which the head scores at every step.
+    """
+
+    vocab_size: int = 49152
+
+    def faults(self) -> list[str]:
+        """Say what does not fit."""
+        found = super().faults()
+        if self.router == "sentence_gate":
+            found.append("--router sentence_gate reads all tokens so far, and a cache hides them")
+        return found
+
+    def _draw(self, num_neurons: int) -> Any:
+        return random_decoder(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            num_neurons=num_neurons,
+        )
 
 
 FREE_ROUTERS = ("token_gate", "sentence_gate", "hash_random")
@@ -112,6 +141,32 @@ def random_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BertForSequenceClassification(config)
+
+
+def random_decoder(
+    *, vocab_size: int, d_model: int, num_layers: int, num_neurons: int, seed: int = 0
+) -> Any:
+    """Draw a Llama that writes texts: tied embeddings, heads 64 wide where that divides the width.
+
+    Three heads share a key where their number lets them.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    num_heads = max(1, d_model // 64)
+    config: Any = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=d_model,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads if num_heads % 3 else num_heads // 3,
+        head_dim=d_model // num_heads,
+        intermediate_size=num_neurons,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
 def random_language_model(

@@ -128,7 +128,7 @@ def test_without_a_compiler_torch_does_the_same(
 @pytest.mark.skipif(not native.load_operators(), reason="no C++ compiler here")
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["mpnet", "llama", "t5", "gpt2"])
+@pytest.mark.parametrize("family", ["mpnet", "modernbert", "t5", "gpt2"])
 def test_torch_and_the_native_operator_are_equal(family: str, precision: str, top_k: int) -> None:
     lean = Form("lean", precision).prepare(routed(family, router="token_gate", top_k=top_k))
     ffn = next(module for module in lean.modules() if isinstance(module, RoutedFFN))
@@ -186,6 +186,22 @@ def test_the_model_itself_is_left_as_it_was() -> None:
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert before.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "bart"])
+@pytest.mark.parametrize("router", ["", "token_gate"])
+def test_a_lean_model_does_not_follow_the_one_that_it_was_made_of(family: str, router: str) -> None:
+    """Weights are shared while it is prepared, and no longer."""
+    for precision in ("fp32", "bf16"):
+        model = routed(family, router=router) if router else tiny_model(family)
+        lean = Form("lean", precision).prepare(model)
+        before = logits_of(lean, token_batch())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(logits_of(lean, token_batch()), before)
+        assert not any(parameter.requires_grad for parameter in lean.parameters())
 
 
 def test_a_lean_model_refuses_what_it_cannot_do(tmp_path: Path) -> None:

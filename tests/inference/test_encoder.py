@@ -12,48 +12,21 @@ from transformers.models.bert.modeling_bert import BertSelfOutput
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError
-from moe_dist.inference.backends import Form, native
-from moe_dist.inference.backends.encoder import BLOCKS, PRECISIONS, NativeBlocks
+from moe_dist.inference.backends import Form
+from moe_dist.inference.backends.encoder import BLOCKS
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from tests.conversion.dense_models import VOCAB_SIZE, random_scores, tiny_model, token_batch
-from tests.inference.test_backends import routed
-
-LIMITS = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.1}
-
-
-def _is_native(precision: str) -> bool:
-    loaded = native.load_operators()
-    return loaded and bool(torch.ops.moe_dist.multiplies(PRECISIONS[precision]))
-
-
-every_precision = pytest.mark.parametrize(
-    "precision",
-    [
-        pytest.param(
-            name, marks=pytest.mark.skipif(not _is_native(name), reason="not on this processor")
-        )
-        for name in PRECISIONS
-    ],
+from tests.inference.native_forms import (
+    LIMITS,
+    error,
+    every_precision,
+    is_native,
+    native_blocks,
+    needs_native,
+    prepare,
+    threads,
 )
-
-
-def prepare(model: Any, precision: str) -> Any:
-    """The lean form; its encoder must be the native one."""
-    lean = Form("lean", precision).prepare(model)
-    assert sum(isinstance(module, NativeBlocks) for module in lean.modules()) == 1
-    return lean
-
-
-@torch.no_grad()
-def error(model: Any, lean: Any, **inputs: Any) -> float:
-    """The largest difference of the last hidden states of real tokens, relative to the largest."""
-    expected = model.base_model(**inputs)[0].float()
-    found = lean.base_model(**inputs)[0].float()
-    assert found.shape == expected.shape
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        expected, found = expected[mask.bool()], found[mask.bool()]
-    return float((found - expected).abs().max() / expected.abs().max())
+from tests.inference.test_backends import routed
 
 
 def wide(**options: Any) -> Any:
@@ -80,14 +53,10 @@ def test_any_widths_and_numbers_of_tokens(
 ) -> None:
     model = wide()
     lean = prepare(model, precision)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
+    with threads(num_threads):
         for num_texts in (1, 3):
             ids = torch.randint(3, VOCAB_SIZE, (num_texts, num_tokens))
             assert error(model, lean, input_ids=ids) < LIMITS[precision]
-    finally:
-        torch.set_num_threads(before)
 
 
 @every_precision
@@ -155,7 +124,7 @@ def test_calls_at_the_same_time(precision: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.skipif(not _is_native("int8"), reason="not on this processor")
+@pytest.mark.skipif(not is_native("int8"), reason="not on this processor")
 def test_int8_keeps_a_byte_for_each_weight_of_the_blocks() -> None:
     """As near as that lets: a row's own step for its inputs, an output's for its weights."""
     model = wide()
@@ -166,7 +135,7 @@ def test_int8_keeps_a_byte_for_each_weight_of_the_blocks() -> None:
     assert errors[0] < 1e-5 < errors[1] < 0.05
 
 
-@pytest.mark.skipif(not _is_native("fp32"), reason="not on this processor")
+@needs_native
 def test_what_the_encoder_does_not_keep_is_refused() -> None:
     model = tiny_model("bert")
     lean = prepare(model, "fp32")
@@ -179,7 +148,7 @@ def test_what_the_encoder_does_not_keep_is_refused() -> None:
         Form("lean").prepare(model)(**token_batch())
 
 
-@pytest.mark.skipif(not _is_native("fp32"), reason="not on this processor")
+@needs_native
 def test_a_model_that_was_asked_for_hidden_states_before() -> None:
     model = tiny_model("bert")
     model(**token_batch(), output_hidden_states=True)
@@ -192,8 +161,8 @@ class _Tripled(BertSelfOutput):
 
 
 def test_other_models_keep_their_blocks() -> None:
-    for family, said in (("mpnet", "only encoders of the BERT kind"), ("llama", "only encoders")):
-        with pytest.raises(ConversionError, match=said):
+    for family in ("mpnet", "gpt2", "t5"):
+        with pytest.raises(ConversionError, match=r"only bert, .*, llama, .* have it"):
             Form("lean", "int8").prepare(tiny_model(family))
     hooked = tiny_model("bert")
     hooked.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
@@ -219,11 +188,10 @@ def test_other_models_keep_their_blocks() -> None:
         assert error(model, lean, **token_batch()) < 1e-5
 
 
+@needs_native
 def test_wrong_inputs_end_in_an_error() -> None:
-    if not _is_native("fp32"):
-        pytest.skip("not on this processor")
     lean = prepare(routed(router="hash_random"), "fp32")
-    encoder = next(m for m in lean.modules() if isinstance(m, NativeBlocks))._encoder
+    encoder = native_blocks(lean)._encoder
     hidden = torch.randn(2, 5, 16)
     ids = torch.zeros(10, 1, dtype=torch.int64)
     for wrong_hidden, wrong_ids in (

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_dist.inference.backends import Form
-from moe_dist.inference.backends.encoder import PRECISIONS
 from moe_dist.inference.backends.native import load_operators
+from moe_dist.inference.backends.native_blocks import PRECISIONS
 from moe_dist.measure.latency import random_batch
 from moe_dist.measure.parts import find_parts, self_times, timed_parts
 from moe_dist.moe.layer import moe_layers
@@ -54,17 +54,21 @@ def test_a_lean_student_has_one_part_for_dispatch_and_experts() -> None:
 
 @pytest.mark.skipif(not _has_native_blocks(), reason="not on this processor")
 @pytest.mark.parametrize(
-    ("router", "expected"),
+    ("family", "router", "expected"),
     [
-        ("", {"attention and feed-forward": 1}),
-        ("token_gate", {"attention, router and experts": 1}),
-        ("hash_random", {"attention and experts": 1, "router": 2}),
+        ("bert", "", {"attention and feed-forward": 1}),
+        ("bert", "token_gate", {"attention, router and experts": 1}),
+        ("bert", "hash_random", {"attention and experts": 1, "router": 2}),
+        ("llama", "", {"attention and feed-forward": 1}),
+        ("llama", "token_gate", {"attention, router and experts": 1}),
+        # Ids are looked up within the call, before the first layer.
+        ("llama", "hash_random", {"attention, router and experts": 1}),
     ],
 )
 def test_blocks_that_are_one_native_object_are_one_part(
-    router: str, expected: dict[str, int]
+    family: str, router: str, expected: dict[str, int]
 ) -> None:
-    model = student(router=router) if router else tiny_model("bert")
+    model = student(family, router=router) if router else tiny_model(family)
     lean = Form("lean", "fp32").prepare(model.eval())
     with timed_parts(lean) as timer, torch.inference_mode():
         lean(**random_batch(lean, 1, 8))

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_dist.conversion.families import known_family
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import refuse_as_a_whole
+from moe_dist.inference.backends.decoder import LLAMA_KIND, install_native_decoder
 from moe_dist.inference.backends.eager import DTYPES, cast_weights
-from moe_dist.inference.backends.encoder import (
-    PRECISIONS,
-    NativeBlocks,
-    install_native_blocks,
-)
+from moe_dist.inference.backends.encoder import BLOCKS, install_native_encoder
 from moe_dist.inference.backends.native import load_operators
+from moe_dist.inference.backends.native_blocks import PRECISIONS, NativeBlocks, UnsuitedError
+from moe_dist.inference.backends.native_linear import NativeLinear
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
 from moe_dist.moe.dispatch import LocalDispatcher
@@ -44,8 +44,8 @@ class Lean:
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
             load_operators()
-        lean = copy.deepcopy(model).requires_grad_(False)
-        obstacle = install_native_blocks(lean, precision)
+        lean = _copy_sharing_weights(model)
+        obstacle = _install_native_blocks(lean, precision)
         if obstacle and precision not in DTYPES:
             raise ConversionError(
                 f"there is no lean form of this model in {precision}: {obstacle}",
@@ -55,13 +55,50 @@ class Lean:
             log.info("blocks keep the architecture's own code: %s", obstacle)
         _replace(lean, dtype)
         lean.eval()
-        own = [m for m in lean.modules() if isinstance(m, RoutedFFN | NativeBlocks)]
+        own = [m for m in lean.modules() if isinstance(m, RoutedFFN | NativeBlocks | NativeLinear)]
         cast_weights(lean, dtype, apart=nn.ModuleList(own))
+        _own_weights(lean, model)
         if all(reads_hidden_states_only(layer.router) for layer in layers):
             for module in lean.modules():
                 remove_routing_hooks(module)
         refuse_as_a_whole(lean)
         return lean
+
+
+def _copy_sharing_weights(model: Any) -> Any:
+    """Copy a model, but not the weights, most of which are packed and then left out.
+
+    What stays of them is to be copied by `_own_weights`.
+    """
+    shared = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
+
+
+def _own_weights(lean: nn.Module, model: nn.Module) -> None:
+    """Copy what is still the model's own."""
+    theirs = {weight.data_ptr() for weight in model.parameters()}
+    for weight in lean.parameters():
+        if weight.numel() and weight.data_ptr() in theirs:
+            weight.data = weight.data.clone()
+
+
+def _install_native_blocks(model: Any, precision: str) -> str:
+    """Put one native object in the place of all blocks, if that can be; else say why not."""
+    family = known_family(model)
+    installers = dict.fromkeys(BLOCKS, install_native_encoder)
+    installers |= dict.fromkeys(LLAMA_KIND, install_native_decoder)
+    if family is None or family.model_type not in installers:
+        return f"only {', '.join(installers)} have it"
+    if not load_operators() or not torch.ops.moe_dist.multiplies(PRECISIONS[precision]):
+        return f"there is no native product in {precision} here"
+    try:
+        installers[family.model_type](model, family, precision)
+    except UnsuitedError as reason:
+        return str(reason)
+    return ""
 
 
 def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:

@@ -22,7 +22,7 @@ def pack_weight(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     """
     own_OI = weight_OI.detach().to(dtype).contiguous()
     if dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return own_OI
+        return own_OI.clone() if own_OI.data_ptr() == weight_OI.data_ptr() else own_OI
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(own_OI)
     return packed
 
@@ -57,7 +57,7 @@ class PackedLinear(AnswersOnly):
         # Architectures ask a layer for the dtype of its weight.
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self._packed = pack_weight(weight_OI, dtype)
-        self._bias_O = None if bias_O is None else bias_O.detach().to(dtype)
+        self._bias_O = None if bias_O is None else bias_O.detach().to(dtype, copy=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply it to the last axis."""

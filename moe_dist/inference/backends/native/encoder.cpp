@@ -2,7 +2,7 @@
 // feed-forward network, norm. Shapes: B texts, L tokens of each, T = B * L, D model, H heads,
 // E experts, K of them for a token, S = T * K slots.
 
-#include "packed_gemm.h"
+#include "routed_network.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/custom_class.h>
@@ -12,8 +12,6 @@
 
 namespace moe_dist {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 struct Norm {
   Tensor weight, bias;
@@ -34,28 +32,12 @@ struct Norm {
   }
 };
 
-struct FeedForward {
-  Linear in, out;
-};
-
 struct Layer {
   Linear qkv, attention_out;
   Norm attention_norm, out_norm;
-  std::vector<FeedForward> experts;
-  std::vector<FeedForward> shared;  // one, or none
+  Networks networks;
   Tensor gate;                      // (E, D) float32 where the best score decides, else undefined
 };
-
-Tensor own(const Tensor& values) {
-  return values.detach().to(at::kFloat).clone(at::MemoryFormat::Contiguous);
-}
-
-Tensor float_rows(const Tensor& hidden) {
-  const Tensor flat = hidden.reshape({-1, hidden.size(-1)});
-  Tensor rows = matrix(flat.size(0), flat.size(1), at::kFloat);
-  rows.copy_(flat);
-  return rows;
-}
 
 class Encoder : public torch::CustomClassHolder {
  public:
@@ -82,14 +64,16 @@ class Encoder : public torch::CustomClassHolder {
     Layer layer;
     layer.qkv = Linear(w_qkv, b_qkv, precision_);
     layer.attention_out = Linear(w_o, b_o, precision_);
-    layer.attention_norm = {own(norms[0]), own(norms[1]), attention_epsilon};
-    layer.out_norm = {own(norms[2]), own(norms[3]), out_epsilon};
+    layer.attention_norm = {own_floats(norms[0]), own_floats(norms[1]), attention_epsilon};
+    layer.out_norm = {own_floats(norms[2]), own_floats(norms[3]), out_epsilon};
+    layer.networks.activation = activation_;
+    layer.networks.precision = precision_;
     const size_t E = w_in.size() - has_shared;
     for (size_t e = 0; e < w_in.size(); ++e) {
-      auto& place = e < E ? layer.experts : layer.shared;
+      auto& place = e < E ? layer.networks.experts : layer.networks.shared;
       place.push_back({Linear(w_in[e], b_in[e], precision_), Linear(w_out[e], b_out[e], precision_)});
     }
-    if (gate) layer.gate = own(*gate);
+    if (gate) layer.gate = own_floats(*gate);
     layers_.push_back(std::move(layer));
   }
 
@@ -129,43 +113,28 @@ class Encoder : public torch::CustomClassHolder {
   }
 
  private:
-  at::ScalarType attention_type() const {
-    return precision_ == Precision::kFloat ? at::kFloat : at::kBFloat16;
-  }
-
   static void check(const Layer& layer, const Tensor& hidden) {
     TORCH_CHECK(hidden.dim() == 3 && hidden.size(2) == layer.qkv.K && hidden.is_floating_point(),
                 "hidden states are ", hidden.scalar_type(), " ", hidden.sizes());
   }
 
   MaybeTensor prepared(const MaybeTensor& mask) const {
-    if (!mask || mask->scalar_type() == at::kBool) return mask;
-    TORCH_CHECK(mask->is_floating_point(), "a mask is of bools, or of numbers that are added");
-    // The lowest float32 is infinite in bfloat16, and a row of those has no mean.
-    const double lowest = attention_type() == at::kFloat ? -3.4028234663852886e38 : -3.38e38;
-    return mask->clamp_min(lowest).to(attention_type());
+    return mask ? MaybeTensor(prepared_mask(*mask, attention_type(precision_))) : mask;
   }
 
   Tensor attend(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {
     const int64_t T = B * L, D = layer.qkv.N / 3, width = D / num_heads_;
     const Rows rows = encode(x, precision_);
-    Tensor qkv = at::empty({T, 3 * D}, x.options().dtype(attention_type()));
-    if (attention_type() == at::kFloat)
+    Tensor qkv = at::empty({T, 3 * D}, x.options().dtype(attention_type(precision_)));
+    if (attention_type(precision_) == at::kFloat)
       layer.qkv.apply(rows, qkv.data_ptr<float>(), 3 * D);
     else
       layer.qkv.apply(rows, qkv.data_ptr<at::BFloat16>(), 3 * D);
     const Tensor parts = qkv.view({B, L, 3, num_heads_, width}).permute({2, 0, 3, 1, 4});
     const Tensor seen = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], mask);
     Tensor out = matrix(T, x.size(1), at::kFloat);
-    layer.attention_out.apply(context_rows(seen.transpose(1, 2).reshape({T, D})), out.data_ptr<float>(), x.size(1));
+    layer.attention_out.apply(context_rows(seen.transpose(1, 2).reshape({T, D}), precision_), out.data_ptr<float>(), x.size(1));
     return layer.attention_norm(out, x);
-  }
-
-  Rows context_rows(const Tensor& context) const {
-    if (precision_ != Precision::kBFloat16) return encode(float_rows(context), precision_);
-    Rows rows{matrix(context.size(0), context.size(1), at::kBFloat16), {}, {}};
-    rows.codes.copy_(context);
-    return rows;
   }
 
   // The expert with the best score for each token: (T, 1), or undefined where nothing is routed.
@@ -174,102 +143,9 @@ class Encoder : public torch::CustomClassHolder {
     return at::linear(x, layer.gate).argmax(1, true);
   }
 
-  // Rows that one network multiplies, and where they lie in its input and output.
-  struct Part {
-    const FeedForward* network;
-    int64_t first, count;
-  };
-
-  static void add_parts(const FeedForward& network, int64_t first, int64_t last, std::vector<Part>& parts) {
-    for (; first < last; first += kBlockM)
-      parts.push_back({&network, first, std::min(kBlockM, last - first)});
-  }
-
-  // Part by part, so that what lies between the two products stays near the core that made it.
-  Tensor apply(const std::vector<Part>& parts, const Rows& rows) const {
-    const int64_t T = rows.codes.size(0), number = parts.size();
-    const int64_t D = layers_[0].qkv.K;
-    Tensor out = matrix(T, D, at::kFloat);
-    float* to = out.data_ptr<float>();
-    const auto apply_some = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) apply_one(parts[i], rows, to + parts[i].first * D);
-    };
-    if (number < at::get_num_threads())
-      apply_some(0, number);  // each is shared out then
-    else
-      at::parallel_for(0, number, 1, apply_some);
-    return out;
-  }
-
-  void apply_one(const Part& part, const Rows& rows, float* to) const {
-    const Linear &in = part.network->in, &out = part.network->out;
-    const Rows own = slice(rows, part.first, part.count);
-    if (precision_ == Precision::kBFloat16) {  // the first product writes what the second reads
-      const Tensor inner = matrix(part.count, in.N, at::kBFloat16);
-      in.apply(own, inner.data_ptr<at::BFloat16>(), in.N, activation_);
-      out.apply({inner, {}, {}}, to, out.N);
-    } else {
-      const Tensor inner = matrix(part.count, in.N, at::kFloat);
-      in.apply(own, inner.data_ptr<float>(), in.N, activation_);
-      out.apply(encode(inner, precision_), to, out.N);
-    }
-  }
-
   Tensor feed_forward(const Layer& layer, const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
-    const Rows rows = encode(x, precision_);
-    const int64_t T = x.size(0);
-    const auto whole = [&](const FeedForward& network) {
-      std::vector<Part> parts;
-      add_parts(network, 0, T, parts);
-      return apply(parts, rows);
-    };
-    if (!ids.defined()) {
-      TORCH_CHECK(layer.experts.size() == 1, "there are several experts, and no ids");
-      const Tensor out = whole(layer.experts[0]);
-      if (!layer.shared.empty()) out.add_(whole(layer.shared[0]));
-      return layer.out_norm(out, x);
-    }
-    TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids are ", ids.sizes(), " for ", T, " tokens");
-    TORCH_CHECK(!weights || weights->sizes() == ids.sizes(), "weights and ids differ");
-    const int64_t K = ids.size(1), S = T * K, E = layer.experts.size();
-    const int64_t* expert_of = ids.const_data_ptr<int64_t>();
-    std::vector<int64_t> starts(E + 1, 0), tokens(S), place(S);
-    for (int64_t s = 0; s < S; ++s) {
-      TORCH_CHECK_INDEX(expert_of[s] >= 0 && expert_of[s] < E, "expert ", expert_of[s], " of ", E);
-      ++starts[expert_of[s] + 1];
-    }
-    for (int64_t e = 0; e < E; ++e) starts[e + 1] += starts[e];
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t s = 0; s < S; ++s) {
-      place[s] = next[expert_of[s]]++;
-      tokens[place[s]] = s / K;
-    }
-    std::vector<Part> parts;
-    for (int64_t e = 0; e < E; ++e) add_parts(layer.experts[e], starts[e], starts[e + 1], parts);
-    const Tensor sorted = apply(parts, gather(rows, tokens));
-    if (K == 1 && !weights && layer.shared.empty()) return layer.out_norm(sorted, x, place.data());
-    const Tensor out = weighted_sum(sorted, place, K, weights, T);
-    if (!layer.shared.empty()) out.add_(whole(layer.shared[0]));
-    return layer.out_norm(out, x);
-  }
-
-  // Each token's results, which lie where `place` says, times their weights: (T, D).
-  static Tensor weighted_sum(const Tensor& sorted, const std::vector<int64_t>& place, int64_t K,
-                             const MaybeTensor& weights, int64_t T) {
-    const int64_t D = sorted.size(1);
-    Tensor out = matrix(T, D, at::kFloat).zero_(), own_weights;
-    if (weights) own_weights = weights->to(at::kFloat).contiguous();
-    const float* weight = weights ? own_weights.const_data_ptr<float>() : nullptr;
-    const float* from = sorted.const_data_ptr<float>();
-    float* to = out.data_ptr<float>();
-    at::parallel_for(0, T, 32, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        for (int64_t s = t * K; s < (t + 1) * K; ++s) {
-          const float w = weight ? weight[s] : 1.f;
-          for (int64_t d = 0; d < D; ++d) to[t * D + d] += w * from[place[s] * D + d];
-        }
-    });
-    return out;
+    const Networks::Result out = layer.networks(x, ids, weights);
+    return layer.out_norm(out.rows, x, out.places());
   }
 
   int64_t num_heads_, activation_;
@@ -281,8 +157,9 @@ class Encoder : public torch::CustomClassHolder {
 bool multiplies(int64_t precision) {
   try {
     const Linear linear(at::ones({4, 4}), std::nullopt, static_cast<Precision>(precision));
-    const Tensor rows = matrix(1, 4, at::kFloat).fill_(1.);
-    float out[4];
+    // As many as a block's product is asked for.
+    const Tensor rows = matrix(2 * kFewRows, 4, at::kFloat).fill_(1.);
+    float out[2 * kFewRows * 4];
     linear.apply(encode(rows, linear.precision), out, 4);
     return std::abs(out[0] - 4.f) < .1f;
   } catch (const std::exception&) {

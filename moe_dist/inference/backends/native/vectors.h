@@ -35,9 +35,24 @@ inline Vec load_float(const int32_t* from) {
   return at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(from));
 }
 
-// codes = round(x * inverse + zero), in 0 .. 255; the compiler makes vectors of it.
-inline void to_codes(const float* x, int64_t K, float inverse, float zero, uint8_t* codes) {
-  for (int64_t k = 0; k < K; ++k) {
+inline Vec load_float(const at::BFloat16* from) {
+  Vec out;
+  at::vec::load_fp32_from_bf16(from, out);
+  return out;
+}
+
+// codes = round(x * inverse) + zero, in 0 .. 255.
+inline void to_codes(const float* __restrict x, int64_t K, float inverse, float zero, uint8_t* __restrict codes) {
+  int64_t k = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(zero)), none = _mm512_setzero_si512();
+  for (; k + 16 <= K; k += 16) {
+    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor)), offset);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, none)));
+  }
+#endif
+  for (; k < K; ++k) {
     const float code = std::nearbyint(x[k] * inverse) + zero;
     codes[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(255.f, std::max(0.f, code))));
   }
@@ -54,23 +69,18 @@ inline Vec error_function(const Vec& x) {
   return Vec::blendv(positive, positive.neg(), x < Vec(0.f));
 }
 
-// Calls back with the activation of a number, see routed_ffn.py; -1 is none.
-template <typename Function>
-void with_activation(int64_t number, Function&& function) {
+// The activation of a number, see routed_ffn.py; -1 is none.
+inline Vec activated(const Vec& x, int64_t number) {
   switch (number) {
-    case -1: return function([](const Vec& x) { return x; });
-    case 0:
-      return function([](const Vec& x) {
-        return x * Vec(.5f) * (Vec(1.f) + error_function(x * Vec(.70710678f)));
-      });
-    case 1:
-      return function([](const Vec& x) {
-        const Vec inner = Vec(.79788456f) * (x + Vec(.044715f) * x * x * x);
-        return x * Vec(.5f) * (Vec(1.f) + inner.tanh());
-      });
-    case 2: return function([](const Vec& x) { return at::vec::maximum(x, Vec(0.f)); });
-    case 3: return function([](const Vec& x) { return x / (Vec(1.f) + x.neg().exp_u20()); });
-    default: return function([](const Vec& x) { return x.tanh(); });
+    case -1: return x;
+    case 0: return x * Vec(.5f) * (Vec(1.f) + error_function(x * Vec(.70710678f)));
+    case 1: {
+      const Vec inner = Vec(.79788456f) * (x + Vec(.044715f) * x * x * x);
+      return x * Vec(.5f) * (Vec(1.f) + inner.tanh());
+    }
+    case 2: return at::vec::maximum(x, Vec(0.f));
+    case 3: return x / (Vec(1.f) + x.neg().exp_u20());
+    default: return x.tanh();
   }
 }
 
@@ -94,6 +104,16 @@ inline void add_norm(const float* a, const float* b, int64_t K, const float* wei
   for (int64_t k = 0; k < K; ++k) squares += (y[k] - mean) * (y[k] - mean);
   const float factor = 1.f / std::sqrt(squares / K + epsilon);
   for (int64_t k = 0; k < K; ++k) y[k] = (y[k] - mean) * factor * weight[k] + bias[k];
+}
+
+// y = x / (root of its mean square) * weight, each K long.
+inline void rms_norm(const float* __restrict x, int64_t K, const float* __restrict weight, float epsilon,
+                     float* __restrict y) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < K; ++k) squares += x[k] * x[k];
+  const float factor = 1.f / std::sqrt(squares / K + epsilon);
+  for (int64_t k = 0; k < K; ++k) y[k] = x[k] * factor * weight[k];
 }
 
 }  // namespace moe_dist
