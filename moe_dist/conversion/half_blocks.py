@@ -10,8 +10,10 @@ Shapes: B texts, H heads, S tokens of a text, W width of a head, T tokens, D wid
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -41,8 +43,7 @@ def half_blocks(*models: nn.Module) -> Iterator[None]:
                 stack.enter_context(_block_norms(block))
         for name in sorted(_rotating_modules(models)):
             module = importlib.import_module(name)
-            own = getattr(module, _ROTATION)
-            stack.enter_context(_replaced(module, _ROTATION, partial(_rotated, own)))
+            stack.enter_context(_replaced(module, _ROTATION, _rotated))
         yield
 
 
@@ -55,24 +56,49 @@ def _block_norms(block: nn.Module) -> Iterator[None]:
                 continue
             reader = getattr(block, _LINEAR_READERS.get(name, ""), None)
             to_half = type(reader).__name__.endswith(("Attention", "MLP"))
-            forward = partial(_norm, norm, norm.forward, to_half)
-            stack.enter_context(_replaced(norm, "forward", forward))
+            stack.enter_context(_replaced(norm, "forward", partial(_norm, norm, to_half)))
         yield
+
+
+@dataclass
+class _Replacement:
+    """A function that stands in for an owner's, for as long as somebody uses it."""
+
+    had: bool
+    before: Any
+    value: Any
+    num_users: int = 0
+
+
+_lock = threading.Lock()
+_replacements: dict[tuple[int, str], _Replacement] = {}
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute inside the block, and leave the owner as it was after it."""
-    own = vars(owner)
-    had, before = name in own, own.get(name)
-    setattr(owner, name, value)
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand for the owner's, which it gets first; the last user puts that back."""
+    key = (id(owner), name)
+    with _lock:
+        if key not in _replacements:
+            value = partial(function, getattr(owner, name))
+            own = vars(owner)
+            _replacements[key] = _Replacement(name in own, own.get(name), value)
+            setattr(owner, name, value)
+        _replacements[key].num_users += 1
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+        with _lock:
+            found = _replacements[key]
+            found.num_users -= 1
+            if not found.num_users:
+                del _replacements[key]
+                # What somebody else has put there meanwhile stays.
+                if vars(owner).get(name) is found.value:
+                    if found.had:
+                        setattr(owner, name, found.before)
+                    else:
+                        delattr(owner, name)
 
 
 def _rotating_modules(models: tuple[nn.Module, ...]) -> set[str]:
@@ -90,7 +116,7 @@ def _is_half() -> bool:
 
 
 def _norm(
-    norm: nn.Module, own: Callable[[Tensor], Tensor], to_half: bool, hidden: Tensor
+    norm: nn.Module, to_half: bool, own: Callable[[Tensor], Tensor], hidden: Tensor
 ) -> Tensor:
     weight_D = cast(Tensor, norm.weight)
     suits = hidden.device.type == "cpu" and hidden.is_contiguous() and hidden.numel() > 0

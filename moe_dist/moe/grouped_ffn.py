@@ -49,13 +49,25 @@ class _Plan:
         return self.activation(given[1]) * given[0]
 
 
-def can_use_grouped_ffn(rows_TD: Tensor, w_in_EFD: Tensor, activation: object) -> bool:
+def can_use_grouped_ffn(
+    rows_TD: Tensor, w_in_EFD: Tensor, activation: Callable[[Tensor], Tensor]
+) -> bool:
     """Tell whether expert after expert is the faster way: on a CPU, for more than one.
 
-    An activation with weights of its own gets no gradient there.
+    An activation with weights of its own gets no gradient there, and one that writes into what it
+    reads leaves nothing for the backward pass.
     """
     learns = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
-    return rows_TD.device.type == "cpu" and len(w_in_EFD) > 1 and not learns
+    suits = rows_TD.device.type == "cpu" and len(w_in_EFD) > 1 and not learns
+    return suits and not _writes_in_place(activation)
+
+
+@torch.no_grad()
+def _writes_in_place(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Try it: any function may, and only some have a name for it."""
+    probe = torch.zeros(1)
+    activation(probe)
+    return probe._version > 0
 
 
 def grouped_ffn(

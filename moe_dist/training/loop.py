@@ -249,7 +249,8 @@ def train(
                     "window": window.state(),
                     "evaluation": result.evaluation,
                     "train": result.train,
-                    EXPERT_LOADS: window.last_loads,
+                    # A copy: the writer reads it while the next steps are counted.
+                    EXPERT_LOADS: dict(window.last_loads),
                 }
                 enter_phase("checkpoint")
                 publish(done, _save(writer, done, state, must_wait=must_wait))

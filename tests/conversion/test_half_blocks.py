@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -140,3 +141,19 @@ def test_models_are_left_as_they_were() -> None:
         assert any("forward" in vars(module) for module in model.modules())
     assert modeling_llama.apply_rotary_pos_emb is own
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_uses_may_end_in_any_order(family: str) -> None:
+    model = tiny_model(family)
+    norms = [one for one in model.modules() if type(one).__name__.endswith("Norm")]
+    rotating = sys.modules[type(model).__module__]
+    rotation = getattr(rotating, "apply_rotary_pos_emb", None)
+    first, second = half_blocks(model), half_blocks(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert any("forward" in vars(one) for one in norms)
+    second.__exit__(None, None, None)
+    assert not any("forward" in vars(one) for one in norms)
+    assert getattr(rotating, "apply_rotary_pos_emb", None) is rotation

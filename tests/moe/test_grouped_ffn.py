@@ -142,3 +142,26 @@ def test_an_activation_that_learns_learns() -> None:
     experts = Experts(2, 4, 6, activation=slope)
     experts(torch.randn(5, 4), torch.tensor([2, 3])).sum().backward()
     assert slope.weight.grad is not None and slope.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("in_place", "plain"),
+    [
+        (nn.ReLU(inplace=True), nn.ReLU()),
+        (nn.SiLU(inplace=True), nn.SiLU()),
+        (torch.sigmoid_, torch.sigmoid),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_activation_may_write_into_what_it_reads(
+    in_place: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], gated: bool
+) -> None:
+    found = []
+    for activation in (plain, in_place):
+        experts, rows = make(gated=gated), rows_of(torch.float32).requires_grad_()
+        experts.activation = activation
+        out = experts(rows, torch.tensor(SIZES))
+        out.square().sum().backward()
+        found.append([out.detach(), rows.grad, *(one.grad for one in experts.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
