@@ -36,10 +36,11 @@ class ObjectivesConfig(DistillConfig):
         default=1.0,
         ge=0,
         le=1_000_000,
-        description="Most that frozen teachers' answers to training rows take in the cache, GiB. "
-        "With more than one epoch they are taken once, for classes, numbers and vectors, where no "
-        "loss reads hidden states; later epochs, and other students of the same teacher and rows, "
-        "use them. 0 asks the teacher in every step.",
+        description="Most that frozen teachers' answers to training rows take in the cache, and in "
+        "the main memory of each worker, which holds them all, GiB. With more than one epoch they "
+        "are taken once, for classes, numbers and vectors, where no loss reads hidden states; "
+        "later epochs, and other students of the same teacher and rows, use them. Embeddings that "
+        "are trained on pairs of texts have none. 0 asks the teacher in every step.",
     )
     hidden_layers: LayerChoice = Field(
         default="all",

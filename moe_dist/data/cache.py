@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from moe_dist.digests import file_digest
 from moe_dist.errors import DataError, is_full_disk
 
 _LOCK_TIMEOUT_S = 900.0
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _ABANDONED_AFTER_S = 24 * 3600.0
+_BUILDING = ".building-"
 
 
 def default_cache_dir() -> Path:
@@ -70,13 +73,40 @@ def build_once(
     return final
 
 
-def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
-    prefix = f".{final.name}.building-"
-    for abandoned in final.parent.glob(f"{prefix}*"):
+def note_digests(folder: Path, name: str, version: int) -> None:
+    """Write the digests of a folder's files into one more, by which `is_whole` finds damage."""
+    digests = {path.name: file_digest(path) for path in folder.iterdir()}
+    (folder / name).write_text(json.dumps({"format": version, "files": digests}))
+
+
+def is_whole(folder: Path, name: str, version: int) -> bool:
+    """Tell whether all files are there as `note_digests` saw them, and of this version."""
+    try:
+        meta = json.loads((folder / name).read_text())
+        return meta["format"] == version and all(
+            file_digest(folder / file) == digest for file, digest in meta["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def clear_abandoned(parent: Path, name: str = "*") -> None:
+    """Remove what killed processes were building in a folder of the cache.
+
+    With a name, only for that entry.
+    """
+    for abandoned in parent.glob(f".{name}{_BUILDING}*"):
         # Left by a process that was killed; the age keeps us safe where locks do not work.
-        age_s = time.time() - abandoned.stat().st_mtime
-        if age_s > _ABANDONED_AFTER_S or _owner_is_gone(abandoned.name.removeprefix(prefix)):
-            shutil.rmtree(abandoned, ignore_errors=True)
+        with suppress(FileNotFoundError):  # Another process clears it.
+            age_s = time.time() - abandoned.stat().st_mtime
+            owner = abandoned.name.partition(_BUILDING)[2]
+            if age_s > _ABANDONED_AFTER_S or _owner_is_gone(owner):
+                shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _build_beside(final: Path, build: Callable[[Path], None]) -> None:
+    clear_abandoned(final.parent, final.name)
+    prefix = f".{final.name}{_BUILDING}"
     own = f"{prefix}{os.getpid()}-{platform.node()}-"
     scratch = Path(tempfile.mkdtemp(prefix=own, dir=final.parent))
     try:

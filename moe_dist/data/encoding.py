@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_dist.data.cache import build_once, default_cache_dir
-from moe_dist.digests import file_digest
+from moe_dist.data.cache import build_once, default_cache_dir, is_whole, note_digests
 from moe_dist.errors import DataError
 from moe_dist.tasks import TASK_KINDS, TaskKind, TokenRows
 from moe_dist.tasks.kind import Ragged
@@ -199,7 +198,7 @@ def encode(
     final = build_once(
         root / "encoded" / key.hexdigest()[:32],
         lambda folder: _write(folder, _tokenise(dataset, make, num_rows)),
-        is_good=_is_whole,
+        is_good=lambda folder: is_whole(folder, _META, _FORMAT),
     )
     arrays: dict[str, Any] = {
         path.stem: np.load(path, mmap_mode="r") for path in final.glob("*.npy")
@@ -272,22 +271,9 @@ def _tokenise(
 
 
 def _write(folder: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    hashes = {}
     for name, array in arrays.items():
         # Through a buffer: numpy's own writer turns a full disk into an error without a number.
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
-        path = folder / f"{name}.npy"
-        path.write_bytes(buffer.getbuffer())
-        hashes[path.name] = file_digest(path)
-    (folder / _META).write_text(json.dumps({"format": _FORMAT, "files": hashes}))
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / _META).read_text())
-        return meta["format"] == _FORMAT and all(
-            file_digest(folder / name) == digest for name, digest in meta["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        (folder / f"{name}.npy").write_bytes(buffer.getbuffer())
+    note_digests(folder, _META, _FORMAT)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_dist.data.cache import build_once, default_cache_dir
-from moe_dist.digests import file_digest
+from moe_dist.data.cache import build_once, default_cache_dir, is_whole, note_digests
 from moe_dist.errors import ConversionError
 from moe_dist.inference.silence import quiet_transformers
 
@@ -125,7 +124,7 @@ def scratch_model(name: str, rows: Rows, *, seed: int, cache_dir: Path | None = 
     return build_once(
         root / "scratch" / f"{name}-{key.hexdigest()[:32]}",
         lambda folder: _build(folder, SCRATCH_MODELS[name], _texts(rows), seed),
-        is_good=_is_whole,
+        is_good=lambda folder: is_whole(folder, _META, _FORMAT),
     )
 
 
@@ -170,8 +169,7 @@ def _build(folder: Path, spec: ScratchModel, texts: Iterable[Sequence[str]], see
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    hashes = {path.name: file_digest(path) for path in folder.iterdir()}
-    (folder / _META).write_text(json.dumps({"format": _FORMAT, "files": hashes}))
+    note_digests(folder, _META, _FORMAT)
 
 
 def _learn_tokenizer(spec: ScratchModel, texts: Iterable[Sequence[str]]) -> Any:
@@ -198,13 +196,3 @@ def _learn_tokenizer(spec: ScratchModel, texts: Iterable[Sequence[str]]) -> Any:
             special_tokens=[(token, special.index(token)) for token in special],
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **spec.special)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / _META).read_text())
-        return meta["format"] == _FORMAT and all(
-            file_digest(folder / name) == digest for name, digest in meta["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False

@@ -125,6 +125,7 @@ def distill(
         split=job.TRAINS_ON,
         objectives=objectives,
         max_gib=section.keep_answers_gib,
+        asked=section.keep_answers_gib != ObjectivesConfig.model_fields["keep_answers_gib"].default,
         train=job.train,
         precision=pick_precision(job.train.precision, device, half_fault(student)),
         device=device,

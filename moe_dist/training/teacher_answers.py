@@ -19,16 +19,17 @@ class TeacherAnswers:
 
     Args:
         sample_ids_N: numbers of the samples, in ascending order, each once.
-        values: (N, ...) its predictions, on the device of the losses.
+        values: (N, ...) its predictions, on the host.
+        device: of the losses.
     """
 
     sample_ids_N: Tensor
     values: Tensor
+    device: torch.device
 
     def of_batch(self) -> Tensor:
-        """Give those to the samples that `use_samples` names: (B, ...)."""
+        """Give those to the samples that `use_samples` names, on the device: (B, ...)."""
         context = current_context()
         assert context is not None and context.sample_ids is not None, "the loop numbers samples"
-        ids_B = context.sample_ids.to(self.sample_ids_N.device)
-        rows_B = torch.searchsorted(self.sample_ids_N, ids_B)
-        return self.values[rows_B.to(self.values.device)]
+        rows_B = torch.searchsorted(self.sample_ids_N, context.sample_ids.cpu())
+        return self.values[rows_B].to(self.device)
