@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from math import gcd
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.distributed.topology import Topology, fitting_ep_size
 from moe_dist.distributed.update import Precision, precision_context
 from moe_dist.errors import CheckpointError
-from moe_dist.moe.routing import record_routing, use_task
+from moe_dist.moe.routing import record_routing, use_samples, use_task
 from moe_dist.training.balance import sum_choices
 from moe_dist.training.collectives import gather_values, num_ranks, own_rank
-from moe_dist.training.loop import EXPERT_LOADS
+from moe_dist.training.loop import EXPERT_LOADS, step_seed
 from moe_dist.training.step import expert_counts
 from moe_dist.training.transfer import to_device
 
@@ -73,6 +73,7 @@ def settle_expert_orders(
     steps: Iterable[StepBatch],
     checkpoint_dir: Path | None,
     *,
+    seed: int,
     precision: Precision,
     device: torch.device,
 ) -> dict[str, Order]:
@@ -82,12 +83,13 @@ def settle_expert_orders(
     the first steps' texts. Rank 0 logs what comes of it.
 
     Args:
-        model: whole, alike on every rank; it is moved to the device.
+        model: whole, alike on every rank, on the CPU, where it is afterwards too.
         ep_size: ranks that share one set of experts.
         steps: this rank's part of the data, as it will be trained on.
         checkpoint_dir: of a training that may go on; None if there is none.
+        seed: of the training, for what gates and dropout draw.
         precision: to count in.
-        device: to count on.
+        device: of the training; what does not fit there whole is counted on the CPU.
 
     Returns:
         By dotted name the layers whose experts are not held in the order of their numbers.
@@ -100,7 +102,9 @@ def settle_expert_orders(
     if ep_size == 1 or not layers:
         return {}
     saved = _saved_loads(checkpoint_dir) if own_rank() == 0 and checkpoint_dir is not None else {}
-    loads: Loads = gather_values(saved)[0] or _counted_loads(model, steps, precision, device)
+    loads: Loads = gather_values(saved)[0] or _counted_loads(
+        model, steps, seed=seed, precision=precision, device=device
+    )
     orders, before, after = {}, [], []
     for name, layer in layers.items():
         own = loads.get(layer.name, ())
@@ -128,22 +132,43 @@ def _saved_loads(checkpoint_dir: Path) -> Loads:
 
 @torch.no_grad()
 def _counted_loads(
-    model: nn.Module, steps: Iterable[StepBatch], precision: Precision, device: torch.device
+    model: nn.Module,
+    steps: Iterable[StepBatch],
+    *,
+    seed: int,
+    precision: Precision,
+    device: torch.device,
 ) -> Loads:
+    """Route as the first steps will, with what gates draw there, and put the model back."""
     was_training = model.training
-    model.to(device).eval()
+    counted_on = device if _fits(model, device) else torch.device("cpu")
+    model.to(counted_on).train()
     counts = []
-    for step in islice(steps, NUM_COUNTED_STEPS):
-        for batch in step.micro_batches:
-            with (
-                use_task(step.task),
-                precision_context(precision, device),
-                record_routing() as record,
-            ):
-                answered_kind(model).run(model, to_device(batch, device))
-            counts.append(expert_counts(record))
-    model.train(was_training)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for number, step in enumerate(islice(steps, NUM_COUNTED_STEPS)):
+            torch.manual_seed(step_seed(seed, number, own_rank()))
+            sizes = [len(batch["labels"]) for batch in step.micro_batches]
+            sample_ids = torch.tensor(step.sample_ids).split(sizes)
+            for batch, ids in zip(step.micro_batches, sample_ids, strict=True):
+                with (
+                    use_samples(ids, step_seed(seed, number, 0)),
+                    use_task(step.task),
+                    precision_context(precision, counted_on),
+                    record_routing() as record,
+                ):
+                    answered_kind(model).run(model, to_device(batch, counted_on))
+                # Ranks add them up where they communicate.
+                counts.append(to_device(expert_counts(record), device))
+    model.to("cpu").train(was_training)
     return {name: count_E.tolist() for name, count_E in sum_choices(counts).items()}
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    """Tell whether a whole model and as much again for what it computes have room there."""
+    if device.type != "cuda":
+        return True
+    num_bytes = sum(one.nbytes for one in chain(model.parameters(), model.buffers()))
+    return 2 * num_bytes <= torch.cuda.mem_get_info(device)[0]
 
 
 def _tell(before: list[float], after: list[float], num_moved: int, ep_size: int) -> None:

@@ -107,12 +107,19 @@ def train_model(
     if companion is not None:
         attach(model, companion)
     device = pick_device(parallel.use_gpu)
-    begin_peak_device_memory(device)
     precision = pick_precision(section.precision, device, half_fault(model))
     checkpoint_dir = stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None
     orders = settle_expert_orders(
-        model, ep_size, batches.epoch(0), checkpoint_dir, precision=precision, device=device
+        model,
+        ep_size,
+        batches.epoch(0),
+        checkpoint_dir,
+        seed=job.seed,
+        precision=precision,
+        device=device,
     )
+    # Not before: experts are counted with all of them in one place.
+    begin_peak_device_memory(device)
     engine = build_engine(
         model,
         learning_rate=section.learning_rate,

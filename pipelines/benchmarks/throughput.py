@@ -226,6 +226,7 @@ class _Steps:
             1 if settings.in_order else ep_size,
             self._batches.epoch(0),
             None,
+            seed=0,
             precision="fp32",
             device=torch.device("cpu"),
         )

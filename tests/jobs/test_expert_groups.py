@@ -14,8 +14,10 @@ from torch import nn
 
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.distributed.parameter_groups import moe_layers
+from moe_dist.jobs import expert_groups
 from moe_dist.jobs.expert_groups import settle_ep_size, settle_expert_orders
-from moe_dist.moe.routing import record_routing
+from moe_dist.moe.routing import record_routing, use_samples
+from moe_dist.training.loop import step_seed
 from moe_dist.training.step import expert_counts
 from tests.distributed.tiny_moe import TinyMoE
 from tests.training.tiny import model_inputs, tiny_batches, tiny_bert, tiny_student
@@ -83,6 +85,44 @@ def skewed_student() -> Any:
     return student
 
 
+@pytest.mark.parametrize("options", [{"gate_noise": 2.0}, {"gate_jitter": 0.5}])
+def test_noisy_gates_are_counted_as_the_first_steps_route(options: dict[str, float]) -> None:
+    student = tiny_student(tiny_bert(), **options).eval()
+    state = torch.get_rng_state()
+    loads = expert_groups._counted_loads(
+        student, tiny_batches(accumulation=2).epoch(0), seed=3, precision="fp32", device=CPU
+    )
+    assert torch.equal(torch.get_rng_state(), state) and not student.training
+    student.train()
+    totals: dict[str, Any] = {}
+    for number, step in enumerate(list(tiny_batches(accumulation=2).epoch(0))[:2]):
+        # As `training/loop.py` does it.
+        torch.manual_seed(step_seed(3, number, 0))
+        sizes = [len(batch["labels"]) for batch in step.micro_batches]
+        for batch, ids in zip(
+            step.micro_batches, torch.tensor(step.sample_ids).split(sizes), strict=True
+        ):
+            with (
+                use_samples(ids, step_seed(3, number, 0)),
+                record_routing() as record,
+                torch.no_grad(),
+            ):
+                student(**model_inputs(student, batch))
+            for name, count_E in expert_counts(record).items():
+                totals[name] = totals.get(name, 0) + count_E
+    assert loads == {name: count_E.tolist() for name, count_E in totals.items()}
+
+
+@pytest.mark.parametrize(("free", "fits"), [(2.0, True), (1.9, False)])
+def test_a_model_is_counted_on_a_gpu_that_has_twice_its_room(
+    free: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(8, 8, bias=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * 256), 10**6))
+    assert expert_groups._fits(model, torch.device("cuda", 0)) == fits
+    assert expert_groups._fits(model, CPU)
+
+
 def place(rank: int, world_size: int, out: Path) -> None:
     """Place experts by the texts, and by what a checkpoint says."""
     lines: list[str] = []
@@ -99,7 +139,7 @@ def place(rank: int, world_size: int, out: Path) -> None:
         student = skewed_student()
         steps = tiny_batches(rank=rank, world_size=world_size).epoch(0)
         found[name] = settle_expert_orders(
-            student, ep_size, steps, directory, precision="fp32", device=CPU
+            student, ep_size, steps, directory, seed=0, precision="fp32", device=CPU
         )
         assert student.training
     (out / f"placed-{rank}.json").write_text(json.dumps({"orders": found, "lines": lines}))
