@@ -17,9 +17,17 @@ from moe_dist.distributed.engine import build_engine
 from moe_dist.errors import CheckpointError, NonFiniteLossError, TrainingError
 from moe_dist.losses.total import LossTerm, LossWeight
 from moe_dist.metric_log import MetricLog, series
-from moe_dist.training.loop import LoopSettings, TrainResult, planned_steps, step_seed, train
+from moe_dist.training import loop
+from moe_dist.training.loop import (
+    EXPERT_LOADS,
+    LoopSettings,
+    TrainResult,
+    planned_steps,
+    step_seed,
+    train,
+)
 from moe_dist.training.step import StepTerms, finetune_terms
-from tests.training.tiny import tiny_batches, tiny_bert, tiny_data
+from tests.training.tiny import tiny_batches, tiny_bert, tiny_data, tiny_student
 
 WEIGHTS = {"task": LossWeight(1.0)}
 SETTINGS = LoopSettings(num_steps=7, seed=3, log_every=2, checkpoint_every=3)
@@ -166,6 +174,23 @@ def test_a_checkpoint_that_others_wait_for_is_on_disk_when_it_is_announced(tmp_p
     settings = replace(SETTINGS, checkpoint_every=7, checkpoint_at=(2, 4))
     run(tmp_path, settings=settings, report=report)
     assert there == {2: True, 4: True, 7: True}
+
+
+def test_what_a_checkpoint_says_of_experts_stays_as_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[tuple[dict[str, list[float]], dict[str, list[float]]]] = []
+    save = loop._save
+
+    def noted(writer: Any, step: int, state: dict[str, Any], **options: Any) -> Any:
+        handed.append((state[EXPERT_LOADS], dict(state[EXPERT_LOADS])))
+        return save(writer, step, state, **options)
+
+    monkeypatch.setattr(loop, "_save", noted)
+    settings = LoopSettings(num_steps=3, log_every=1, checkpoint_every=1)
+    run(tmp_path, settings=settings, model=tiny_student(tiny_bert(), gate_noise=1.0))
+    assert len(handed) == 3 and handed[0] != handed[1]
+    assert all(given and given == as_saved for given, as_saved in handed)
 
 
 def test_training_does_not_end_well_without_its_last_checkpoint(
