@@ -3,7 +3,7 @@
     python -I -S fork_client.py SOCKET PYTHON-FILE ARGUMENT...
 
 It imports little, since it runs for every process of Ray. Where no server answers, or one that
-cannot become this one, it becomes Python itself.
+cannot fork, it becomes Python itself.
 """
 
 from __future__ import annotations

@@ -31,15 +31,6 @@ from typing import Any
 _NUM_FILES = 3
 """Standard input, output and error."""
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
-_READ_BY_RAY = ("RAY_RAYLET_PID", "RAY_JOB_ID")
-"""What Ray's library reads once, when it is loaded: it comes with the first request."""
-_WITH_RAY = (
-    "ray.train.torch",
-    "moe_dist.workers.lean_trainer",
-    "moe_dist.workers.process_group",
-    "moe_dist.workers.driver",
-)
-"""What Ray Train's own processes and workers import, whatever the job is."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +52,6 @@ class Request:
     niceness: int
     oom_score: int
     files: Sequence[int]
-
-    @property
-    def ray_settings(self) -> dict[str, str]:
-        """The variables that Ray's library reads."""
-        names = [name for name in self.environment if name.startswith("RAY_")]
-        return {name: self.environment[name] for name in names}
 
     def close(self) -> None:
         """Close its files."""
@@ -92,13 +77,28 @@ class Request:
 
 
 def _forget_the_server() -> None:
-    """Renew what imported libraries took from the process that imported them."""
-    if "numpy" in sys.modules:
+    """Renew what imported libraries took from the process that imported them.
+
+    Ray is none of them: its library draws names at random when it is loaded, and two processes
+    would draw the same ones.
+    """
+    if numpy := sys.modules.get("numpy"):
         # Random numbers that nobody seeded differ from process to process.
-        sys.modules["numpy"].random.seed()
-    if "ray._raylet" in sys.modules:
-        # Most of Ray's settings are read from the environment anew.
-        sys.modules["ray._raylet"].Config.initialize("")
+        numpy.random.seed()
+    if fingerprint := sys.modules.get("datasets.fingerprint"):
+        fingerprint.fingerprint_rng.seed()
+    threads = _threads("OMP_NUM_THREADS")
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(_threads("OPENBLAS_NUM_THREADS", threads), user_api="blas")
+
+
+def _threads(variable: str, otherwise: int | None = None) -> int:
+    """Read how many threads the environment of a process asks for; else its cores."""
+    given = os.environ.get(variable, "")
+    return int(given) if given.isdecimal() else otherwise or len(os.sched_getaffinity(0))
 
 
 class ForkServer:
@@ -118,7 +118,6 @@ class ForkServer:
         # Both ends of each pair: the connection of a process, and the process.
         self._pids: dict[socket.socket, int] = {}
         self._ends: dict[int, socket.socket] = {}
-        self._read_by_ray: list[str | None] | None = None
 
     def serve(self) -> Request | None:
         """Return in each forked process, with what it is to become; at the end with None."""
@@ -137,40 +136,39 @@ class ForkServer:
                     self._reap(key.fd)
 
     def _fork(self) -> Request | None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return None  # Too many files are open; who asks waits.
         try:
             request = read_request(connection)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             connection.close()  # Whoever asked has died, and needs nothing.
             return None
-        if not self._has_ray_for(request):
-            connection.sendall(b"no\n")
-            connection.close()
+        try:
+            pid = os.fork()
+        except OSError:
+            _refuse(connection)
             request.close()
             return None
-        pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)  # Ray ends a worker's whole group with it.
             self._leave()
             connection.close()
             return request
         request.close()
-        end = os.pidfd_open(pid)
+        try:
+            end = os.pidfd_open(pid)
+        except OSError:
+            # Nobody could follow it.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            _refuse(connection)
+            return None
         self._pids[connection], self._ends[end] = pid, connection
         self._selector.register(connection, selectors.EVENT_READ)
         self._selector.register(end, selectors.EVENT_READ)
         return None
-
-    def _has_ray_for(self, request: Request) -> bool:
-        """Tell whether Ray's library here fits a process; the first one decides."""
-        wanted = [request.environment.get(name) for name in _READ_BY_RAY]
-        if self._read_by_ray is None:
-            self._read_by_ray = wanted
-            os.environ.update(request.ray_settings)
-            import_all(_WITH_RAY)
-            # What is there by now is shared by all, as long as nobody writes to it.
-            gc.freeze()
-        return wanted == self._read_by_ray
 
     def _leave(self) -> None:
         """Close the server's files in a process that was forked from it."""
@@ -201,6 +199,12 @@ class ForkServer:
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
+def _refuse(connection: socket.socket) -> None:
+    """Have a client become Python itself."""
+    with suppress(OSError), connection:
+        connection.sendall(b"no\n")
+
+
 def import_all(modules: Sequence[str]) -> None:
     """Import what can be; who needs the rest meets the error too, and tells it."""
     for name in modules:
@@ -216,8 +220,13 @@ def read_request(connection: socket.socket) -> Request:
         if not more:
             break
         received += more
-    fields: dict[str, Any] = json.loads(received)
-    return Request(files=files, **fields)
+    try:
+        fields: dict[str, Any] = json.loads(received)
+        return Request(files=files, **fields)
+    except (ValueError, TypeError):
+        for file in files:
+            os.close(file)
+        raise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -226,6 +235,8 @@ def main(arguments: Sequence[str]) -> None:
     with socket.socket(fileno=int(file)) as listener:
         address = Path(listener.getsockname())
         import_all(modules)
+        # What is there by now is shared by all, as long as nobody writes to it.
+        gc.freeze()
         request = ForkServer(listener, sys.stdin.fileno()).serve()
     if request is not None:
         request.become()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 DEVICES = Path("/dev")
 _CLIENT = Path(__file__).with_name("fork_client.py")
-_STOP_S = 10.0
 _LONGEST_ADDRESS = 80
 """Of the directory for temporary files, in bytes: a Unix socket's may have 107."""
 
@@ -61,12 +60,9 @@ class ForkedWorkers:
     def stop(self) -> None:
         """End the server; its workers end with Ray."""
         assert self._process.stdin is not None
+        self._process.kill()  # It may still import, and has nothing to finish.
+        self._process.wait()
         self._process.stdin.close()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._directory.cleanup()
 
 
@@ -76,11 +72,15 @@ def forked_workers(modules: Sequence[str]) -> ForkedWorkers | None:
     Not where there is a GPU: a process cannot use CUDA that the one it was forked from has
     touched, and what libraries touch while they are imported is not ours to say.
     """
-    has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "kfd").exists()
+    others = ("kfd", "dxg")  # AMD's, and whatever Windows lends.
+    has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or any((DEVICES / one).exists() for one in others)
     fits = len(os.fsencode(tempfile.gettempdir())) < _LONGEST_ADDRESS
     if not modules or has_gpu or not fits or not _can_follow_processes():
         return None
-    return ForkedWorkers(modules)
+    try:
+        return ForkedWorkers(modules)
+    except OSError:
+        return None  # No Unix sockets here, or no process more; Ray's own way may yet do.
 
 
 def _can_follow_processes() -> bool:

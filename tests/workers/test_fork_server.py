@@ -18,6 +18,7 @@ import pytest
 
 from moe_dist.workers import forked_workers as owner
 from moe_dist.workers.forked_workers import ForkedWorkers, forked_workers
+from pipelines.chain.chain import WORKER_IMPORTS
 
 PRELOADED = ("colorsys", "not_there", "numpy")
 
@@ -132,16 +133,59 @@ def test_where_no_server_answers_python_is_started(tmp_path: Path) -> None:
     assert (told["was_there"], told["parent"]) == (False, os.getpid())
 
 
-def test_a_process_of_another_ray_is_started_as_python(
-    server: ForkedWorkers, tmp_path: Path
-) -> None:
-    """Ray's library reads of which raylet it is once, when it is loaded."""
-    script = written(tmp_path, TELL)
-    client(server, script, stdin=subprocess.DEVNULL).communicate(timeout=60)
-    other = os.environ | {"RAY_RAYLET_PID": "1"}
-    process = client(server, script, stdin=subprocess.DEVNULL, env=other)
-    told = json.loads(process.communicate(timeout=60)[0])
-    assert (told["was_there"], told["parent"]) == (False, os.getpid())
+THREADS = """
+import json, os
+import torch
+from threadpoolctl import threadpool_info
+blas = {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+print(json.dumps([torch.get_num_threads(), sorted(blas)]))
+"""
+
+
+def test_threads_are_those_of_the_process_and_not_of_the_server(tmp_path: Path) -> None:
+    server = ForkedWorkers(("torch", "numpy"))
+    script = written(tmp_path, THREADS)
+    told = []
+    for threads in ("1", "2"):
+        own = os.environ | {"OMP_NUM_THREADS": threads}
+        own.pop("OPENBLAS_NUM_THREADS", None)
+        process = client(server, script, stdin=subprocess.DEVNULL, env=own)
+        told.append(json.loads(process.communicate(timeout=60)[0]))
+    server.stop()
+    assert told == [[1, [1]], [2, [2]]]
+
+
+IDS = """
+import json
+import threading
+import ray.train.torch
+from ray import PlacementGroupID, ActorID, JobID, TaskID, UniqueID, WorkerID
+
+found = []
+
+def draw():
+    found.extend([UniqueID.from_random().hex(), WorkerID.from_random().hex()])
+    found.append(PlacementGroupID.of(JobID.from_int(1)).hex())
+    found.append(TaskID.for_fake_task(JobID.from_int(1)).hex())
+
+draw()
+thread = threading.Thread(target=draw)
+thread.start()
+thread.join()
+print(json.dumps(found))
+"""
+
+
+def test_no_two_processes_draw_the_same_names_of_ray(tmp_path: Path) -> None:
+    """They did where Ray's library was loaded before the fork: two jobs then shared workers."""
+    server = ForkedWorkers(WORKER_IMPORTS)
+    script = written(tmp_path, IDS)
+    processes = [client(server, script, stdin=subprocess.DEVNULL) for _ in range(6)]
+    told = [process.communicate(timeout=120) for process in processes]
+    names = [name for out, err in told for name in json.loads(out or err)]
+    server.stop()
+    assert len(names) == 6 * 8
+    assert len(set(names)) == len(names)
 
 
 def test_the_server_ends_with_its_owner(tmp_path: Path) -> None:
@@ -184,8 +228,12 @@ def test_not_where_nothing_is_preloaded_nor_beside_a_gpu_nor_on_an_old_system(
     assert forked is not None
     forked.stop()
 
-    def missing(pid: int) -> int:
+    def missing(*_: object, **__: object) -> int:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "pidfd_open", missing)
+    assert forked_workers(("colorsys",)) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "Popen", missing)
+    monkeypatch.setattr(owner, "DEVICES", tmp_path)
     assert forked_workers(("colorsys",)) is None
