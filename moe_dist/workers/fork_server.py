@@ -22,9 +22,11 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,11 @@ def _forget_the_server() -> None:
         torch.set_num_threads(threads)
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(_threads("OPENBLAS_NUM_THREADS", threads), user_api="blas")
+    limit = partial(threadpool_limits, _threads("OPENBLAS_NUM_THREADS", threads), user_api="blas")
+    # Only the thread that set a limit may change it, while it lives; a worker's is another.
+    setter = threading.Thread(target=limit)
+    setter.start()
+    setter.join()
 
 
 def _threads(variable: str, otherwise: int | None = None) -> int:
