@@ -60,7 +60,7 @@ def test_an_expert_may_be_named_twice(precision: str) -> None:
     """As the halves of a layer do it, which split rows by themselves."""
     decoder = native_blocks(prepare(of_many_experts(top_k=8), precision))._decoder
     hidden, table = torch.randn(1, 16, 60), torch.randn(16, 20)
-    places = (table, table, torch.arange(16).unsqueeze(0), None, [], [], 0)
+    places: tuple[Any, ...] = (table, table, torch.arange(16).unsqueeze(0), None, [], [], 0)
     ids, weights = torch.full((16, 8), 3), torch.rand(16, 8)
     ids[::4, 0] = 15
     found = decoder.forward(hidden, *places, [ids] * 2, [weights] * 2)

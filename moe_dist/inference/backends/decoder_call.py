@@ -63,11 +63,14 @@ class _Places:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def look_up(self, positions: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Give cosines and sines (places, width), and rows of them (B, L).
+        """Find cosines and sines of positions.
 
         Args:
             positions: (B, L), or (1, L) for all.
             num_tokens: of a text until now; positions beyond them get no table of all before them.
+
+        Returns:
+            Cosines and sines (places, width), and the rows of them that are meant (B, L).
         """
         most = int(positions.max()) + 1 if positions.numel() else 0
         tables = self._tables if self._is_fixed else None
@@ -102,6 +105,9 @@ def forward_of(
         width: of a head.
         precision: of the blocks, which says of which type the cache is.
         num_layers: of the cache.
+
+    Returns:
+        The function.
     """
     config: Any = base.config
     places = _Places(base.rotary_emb)
