@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.conversion.families import position_limit
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ConversionError, MissingInputError
 from moe_dist.inference.backends import ORACLE, QUICK_FORMS, Form
 from moe_dist.measure.latency import (
     Rounds,
@@ -112,7 +112,7 @@ class GenerationReport:
 
     Attributes:
         timings: of every form of every model at every kind of work.
-        refused: forms that a model does not have, each with the reason.
+        refused: forms that a model does not have or write in, each with the reason.
         num_threads: CPU threads.
         prompt_len: see `GenerationBenchmark`.
         num_new_tokens: likewise.
@@ -152,6 +152,10 @@ def run(settings: GenerationBenchmark) -> GenerationReport:
         raise ConfigError(faults, source="benchmark generation")
     with cpu_threads(settings.num_threads):
         prepared, refused = prepare_forms(models, settings.forms)
+        prepared, silent = _that_write(prepared, settings.prompt_len)
+        refused += silent
+        if not prepared:
+            raise ConfigError(refused, source="benchmark generation")
         num_threads = torch.get_num_threads()
         with watch_other_work() as look:
             timings = [
@@ -169,6 +173,26 @@ def run(settings: GenerationBenchmark) -> GenerationReport:
         settings.num_new_tokens,
         say_busy(work, num_threads),
     )
+
+
+def _that_write(prepared: Prepared, prompt_len: int) -> tuple[Prepared, list[str]]:
+    """Give the forms that write with a cache, and say why the others do not."""
+    writing: Prepared = {}
+    refused = []
+    for (name, form), model in prepared.items():
+        try:
+            _written(model, random_batch(model, 1, prompt_len), 2)
+        except (ConversionError, MissingInputError) as error:
+            reason = error.message
+        else:
+            reason = ""
+            if form != ORACLE and (name, ORACLE) not in writing:
+                reason = f"there is no {ORACLE} of it to compare with"
+        if reason:
+            refused.append(f"{name}, {form}: {reason}")
+        else:
+            writing[name, form] = model
+    return writing, refused
 
 
 def _time_steps(

@@ -52,7 +52,11 @@ def refuse_as_a_whole(model: nn.Module) -> None:
     def apply(*args: Any, **kwargs: Any) -> NoReturn:
         _refuse("be cast or moved")
 
-    for name, method in (("train", train), ("_apply", apply)):
+    def resize(*args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("have its embeddings resized")
+
+    methods = {"train": train, "_apply": apply, "resize_token_embeddings": resize}
+    for name, method in methods.items():
         setattr(model, name, method)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from moe_dist.inference.backends.native_blocks import (
     check_attention,
     check_is_its_own,
     check_widths,
+    is_known_class,
     read_feed_forward,
     read_linear,
     refuse_what_is_not_kept,
@@ -105,7 +106,10 @@ def install_native_decoder(model: Any, family: FamilySpec, precision: str) -> No
         precision: one of `PRECISIONS`.
     """
     bases: list[Any] = [base for base, _ in find_stacks(model, family)]
-    contents = [[_read(block, family) for block in base.layers] for base in bases]
+    contents = [
+        [_read(block, family) for block in base.layers[: base.config.num_hidden_layers]]
+        for base in bases
+    ]
     if not bases or not all(contents):
         raise UnsuitedError("the model's blocks are not its family's own")
     for base in bases:
@@ -149,6 +153,9 @@ def _check_stack(base: Any) -> None:
         raise UnsuitedError("its tokens see later ones")
     _norm(base, "norm")
     rotary = base.rotary_emb
+    for module in (base, base.norm, rotary):
+        if not is_known_class(module):
+            raise UnsuitedError(f"it has a {type(module).__name__}, which is not its family's")
     if rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in vars(rotary):
         raise UnsuitedError("its positions have hooks, or a forward of their own")
     if 2 * rotary.inv_freq.numel() != base.layers[0].self_attn.head_dim:
@@ -195,14 +202,17 @@ def _make_decoder(base: Any, contents: Sequence[_Content], precision: int) -> An
     )
     for content in contents:
         query, key, value, out = content.linears
-        biases = (query[1], key[1], value[1])
-        has_biases = all(bias is not None for bias in biases)
+        biases = [
+            weight_OI.new_zeros(len(weight_OI)) if bias is None else bias
+            for weight_OI, bias in (query, key, value)
+        ]
+        has_biases = any(bias is not None for _, bias in (query, key, value))
         networks, router = content.feed_forward.networks, content.feed_forward.router
         gate = router if type(router) is TokenGate else None
         weighs = gate is not None and (gate.top_k > 1 or gate.gate_scale != "straight_through")
         decoder.add_layer(
             torch.cat([query[0], key[0], value[0]]),
-            torch.cat(cast(list[Tensor], list(biases))) if has_biases else None,
+            torch.cat(biases) if has_biases else None,
             *out,
             [None if norm is None else norm.weight for norm in content.norms],
             [0.0 if norm is None else norm.variance_epsilon for norm in content.norms],

@@ -62,23 +62,30 @@ class _Places:
         self._is_fixed = getattr(rotary, "rope_type", "") in _FIXED_PLACES
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def look_up(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give cosines and sines (places, width), and rows of them (B, L)."""
-        if not self._is_fixed or not positions.numel():
-            cos, sin = self._compute(positions)
+    def look_up(self, positions: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Find cosines and sines of positions.
+
+        Args:
+            positions: (B, L), or (1, L) for all.
+            num_tokens: of a text until now; positions beyond them get no table of all before them.
+
+        Returns:
+            Cosines and sines (places, width), and the rows of them that are meant (B, L).
+        """
+        most = int(positions.max()) + 1 if positions.numel() else 0
+        tables = self._tables if self._is_fixed else None
+        if tables is not None and 0 < most <= len(tables[0]):
+            return *tables, positions
+        if not self._is_fixed or not 0 < most <= num_tokens:
             rows = torch.arange(positions.numel()).view(positions.shape)
-            return cos, sin, rows
-        most = int(positions.max()) + 1
-        tables = self._tables
-        if tables is None or len(tables[0]) < most:
-            number = max(_MIN_PLACES, 1 << (most - 1).bit_length())
-            tables = self._compute(torch.arange(number).unsqueeze(0))
-            self._tables = tables
-        return *tables, positions
+            return *self._compute(positions), rows
+        number = max(_MIN_PLACES, 1 << (most - 1).bit_length())
+        self._tables = self._compute(torch.arange(number).unsqueeze(0))
+        return *self._tables, positions
 
     def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         # The empty tensor says of which type they are to be.
-        cos, sin = self._rotary(torch.empty(0), positions)
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
         width = cos.shape[-1]
         return cos.reshape(-1, width).contiguous(), sin.reshape(-1, width).contiguous()
 
@@ -98,6 +105,9 @@ def forward_of(
         width: of a head.
         precision: of the blocks, which says of which type the cache is.
         num_layers: of the cache.
+
+    Returns:
+        The function.
     """
     config: Any = base.config
     places = _Places(base.rotary_emb)
@@ -124,10 +134,11 @@ def forward_of(
         _check_call(attention_mask, position_ids, kwargs, (batch, length, new), cache)
         if position_ids is None:
             position_ids = torch.arange(length, length + new).unsqueeze(0)
+        position_ids = position_ids.long()
         like = empty.new_empty(batch, config.num_key_value_heads, 0, width)
         pairs = [layer.buffers(like, length + new) for layer in layers]
         keys, values = [key for key, _ in pairs], [value for _, value in pairs]
-        cos, sin, rows = places.look_up(position_ids)
+        cos, sin, rows = places.look_up(position_ids, length + new)
         past = Past(cos, sin, rows, attention_mask, keys, values, length)
         out = BaseModelOutputWithPast(native(hidden, past), past_key_values=cache)
         for layer in layers:
@@ -149,6 +160,8 @@ def _check_call(
     batch, length, new = sizes
     if kwargs.get("is_causal") is False:
         raise _refusal("lets tokens see later ones", "leave out is_causal")
+    if position_ids is not None and bool((position_ids < 0).any()):
+        raise _refusal("takes no positions below 0", "count them from 0")
     if mask is not None:
         is_tensor = isinstance(mask, Tensor)
         if not is_tensor or mask.dim() not in (2, 4):

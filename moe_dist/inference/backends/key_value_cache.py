@@ -105,8 +105,8 @@ class RoomyLayer(DynamicLayer):
 def open_cache(cache: Any, num_layers: int) -> list[RoomyLayer]:
     """Give the layers of a cache as native code takes them; what it holds stays there.
 
-    Another kind of cache than a plain `DynamicCache`, or one of windows that has dropped tokens, is
-    a ConversionError.
+    Another kind of cache than a plain `DynamicCache`, one of windows that has dropped tokens, or
+    one whose layers hold different numbers of tokens, is a ConversionError.
     """
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         raise ConversionError(
@@ -114,15 +114,21 @@ def open_cache(cache: Any, num_layers: int) -> list[RoomyLayer]:
             remedy="leave out cache_implementation and past_key_values, or pass a DynamicCache()",
         )
     layers: list[Any] = cache.layers
-    if len(layers) != num_layers or not all(type(layer) is RoomyLayer for layer in layers):
-        if len(layers) > num_layers:
-            raise ConversionError(
-                f"the cache has {len(layers)} layers, and the model {num_layers}",
-                remedy="pass a cache of this model",
-            )
-        own = [_converted(layer) for layer in layers]
-        layers[:] = own + [RoomyLayer() for _ in range(num_layers - len(own))]
-    return layers
+    if len(layers) > num_layers:
+        raise ConversionError(
+            f"the cache has {len(layers)} layers, and the model {num_layers}",
+            remedy="pass a cache of this model",
+        )
+    own = [_converted(layer) for layer in layers]
+    own += [RoomyLayer() for _ in range(num_layers - len(own))]
+    lengths = sorted({layer.get_seq_length() for layer in own})
+    if len(lengths) > 1:
+        raise ConversionError(
+            f"layers of the cache hold different numbers of tokens: {', '.join(map(str, lengths))}",
+            remedy="pass a cache that this model filled, and cut all its layers alike",
+        )
+    layers[:] = own
+    return own
 
 
 def _converted(layer: Any) -> RoomyLayer:

@@ -117,10 +117,15 @@ def check_is_its_own(block: nn.Module) -> None:
         own = [hook for hook in hooks if "output_capturing_hook" not in _name(hook)]
         if own or "forward" in vars(module):
             raise UnsuitedError("a block has hooks, or a forward of its own")
-        if type(module).__module__.partition(".")[0] not in ("torch", "transformers", "moe_dist"):
+        if not is_known_class(module):
             raise UnsuitedError(
                 f"a block holds a {type(module).__name__}, which is not its family's"
             )
+
+
+def is_known_class(module: nn.Module) -> bool:
+    """Whether what a module does is known: torch, transformers or this tool have its class."""
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers", "moe_dist")
 
 
 def check_attention(config: Any) -> None:

@@ -117,6 +117,29 @@ def test_a_decoder_of_another_kind(models: Path) -> None:
     assert "not there: gpt2, lean-int8" in output
 
 
+def test_what_does_not_write_is_left_out_with_the_reason(models: Path, tmp_path: Path) -> None:
+    """In a form, or at all; the others are timed."""
+    static = tiny_model("llama")
+    static.generation_config.cache_implementation = "static"
+    save_model(static, tmp_path / "static" / "model")
+    save_model(student("llama", router="sentence_gate"), tmp_path / "sentence" / "model")
+    sentence = str(tmp_path / "sentence/model")
+    code, output = run(
+        *(sentence, str(tmp_path / "static/model"), str(models / "finetune-teacher/model")),
+        *(*SHORT, "--batch", "1", "--form", "lean-fp32"),
+    )
+    assert code == 0, output
+    assert "not there: static, lean-fp32: a decoder in its lean form takes no StaticCache" in output
+    assert "not there: sentence, eager-fp32: " in output
+    assert "not there: sentence, lean-fp32: " in output
+    assert "decode 1, each in its fastest form: static" in output
+    assert "finetune-teacher" in output
+    code, output = run(sentence, *SHORT)
+    assert code != 0
+    assert "sentence, eager-fp32: " in output
+    assert "Traceback" not in output
+
+
 def test_bad_input_is_one_clear_error(models: Path, tmp_path: Path) -> None:
     place = str(models / "distill/model")
     save_model(tiny_model("bert"), tmp_path / "bert" / "model")

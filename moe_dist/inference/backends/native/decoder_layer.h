@@ -22,6 +22,7 @@ struct Gate {
   bool weighs = false;  // else one expert counts whole
 
   // Experts of one token, best first, and their weights: `top_k` of each. `scores` has room for E.
+  // They are distinct whatever the scores are, NaN too.
   void choose(const float* x, float* scores, int64_t* ids, float* weights) const {
     const int64_t E = weight.size(0), D = weight.size(1);
     const float* rows = weight.const_data_ptr<float>();
@@ -34,10 +35,12 @@ struct Gate {
       for (int64_t e = 0; e < E; ++e) sum += std::exp(scores[e] - largest);
     float chosen = 0;
     for (int64_t k = 0; k < top_k; ++k) {
-      ids[k] = std::max_element(scores, scores + E) - scores;
+      int64_t best = -1;
+      for (int64_t e = 0; e < E; ++e)
+        if ((best < 0 || scores[e] > scores[best]) && std::find(ids, ids + k, e) == ids + k) best = e;
+      ids[k] = best;
       weights[k] = weighs ? std::exp(scores[ids[k]] - largest) / sum : 1.f;
       chosen += weights[k];
-      scores[ids[k]] = -std::numeric_limits<float>::infinity();
     }
     if (top_k > 1)
       for (int64_t k = 0; k < top_k; ++k) weights[k] /= chosen;

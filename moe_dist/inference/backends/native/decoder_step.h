@@ -13,7 +13,7 @@ namespace moe_dist {
 
 constexpr int64_t kStepTokens = 16;
 
-// Rows that one network multiplies.
+// Rows that one network multiplies, at most `kBlockM`.
 struct RowsOfNetwork {
   const FeedForward* network;
   int64_t first, count;
@@ -64,7 +64,7 @@ class DecoderStep {
   struct Own {
     std::vector<float> x, normed, scores;
     OwnCodes codes;
-    std::vector<int64_t> ids, tokens, starts, place;
+    std::vector<int64_t> ids, tokens, place;
     std::vector<float> weights;
     std::vector<RowsOfNetwork> parts;
 
@@ -75,10 +75,9 @@ class DecoderStep {
           codes(step.rows_, step.widest_, step.precision_),
           ids(step.rows_),
           tokens(step.rows_),
-          starts(step.experts_ + 1),
           place(step.rows_),
           weights(step.rows_) {
-      parts.reserve(step.experts_ + 1);
+      parts.reserve(step.experts_ + 1 + step.rows_ / kBlockM);
     }
   };
 
@@ -180,7 +179,9 @@ class DecoderStep {
             own.tokens[row] = s / K;
             own.place[s] = row++;
           }
-        if (row > first) own.parts.push_back({&layer.networks.experts[e], first, row - first});
+        // More rows than tokens where given ids name an expert twice.
+        for (int64_t part = first; part < row; part += kBlockM)
+          own.parts.push_back({&layer.networks.experts[e], part, std::min(kBlockM, row - part)});
       }
     }
     if (layer.networks.shared.empty()) return;
