@@ -62,12 +62,13 @@ def can_use_grouped_ffn(
     return suits and not _writes_in_place(activation)
 
 
-@torch.no_grad()
 def _writes_in_place(activation: Callable[[Tensor], Tensor]) -> bool:
     """Try it: any function may, and only some have a name for it."""
-    probe = torch.zeros(1)
-    activation(probe)
-    return probe._version > 0
+    # In inference mode no tensor counts what is written into it.
+    with torch.inference_mode(False), torch.no_grad():
+        probe = torch.zeros(1)
+        activation(probe)
+        return probe._version > 0
 
 
 def grouped_ffn(

@@ -165,3 +165,10 @@ def test_an_activation_may_write_into_what_it_reads(
         found.append([out.detach(), rows.grad, *(one.grad for one in experts.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_in_inference_mode_the_answer_is_the_same() -> None:
+    experts, rows = make(), rows_of(torch.float32)
+    out = experts(rows, torch.tensor(SIZES))
+    with torch.inference_mode():
+        torch.testing.assert_close(experts(rows.clone(), torch.tensor(SIZES)), out, rtol=0, atol=0)
