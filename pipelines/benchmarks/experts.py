@@ -25,7 +25,7 @@ from moe_dist.measure.screening import relative_error
 from moe_dist.moe import Experts, MoELayer, build_router
 
 from ..markdown import markdown_table
-from .results import busy_line, write_results
+from .results import busy_line, check_output, write_results
 from .sizes import below_one, cpu_threads
 
 OURS = "moe-dist"
@@ -408,8 +408,7 @@ def to_markdown(report: ExpertsReport, settings: ExpertsBenchmark) -> str:
 
 def main(settings: ExpertsBenchmark, output: Path | None = None) -> None:
     """Run the benchmark and print it; `output` is a directory for JSON and Markdown."""
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError([f"--output {output} is a file; name a directory."], source="--output")
+    check_output(output)
     report = run(settings)
     console = Console(highlight=False)
     table = Table(title=describe(report, settings))

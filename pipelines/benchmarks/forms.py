@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,22 @@ from torch import Tensor
 from moe_dist.errors import ConfigError, ConversionError, MissingInputError
 from moe_dist.inference import load_model
 from moe_dist.inference.backends import ORACLE, Form
-from moe_dist.measure.latency import Latency, OtherWork
+from moe_dist.measure.latency import Latency
 from moe_dist.measure.screening import see_that_it_fits
 
+from ..markdown import markdown_table
 from ..report.report_text import MAX_SPREAD
 from .models import RandomModels
+from .results import write_results
 
 Prepared = dict[tuple[str, Form], Any]
 """Models by name and form."""
+ONLY_IN_FILES = ("median ms", "spread")
+"""Columns for which a screen has no room."""
 
 
 @dataclass(frozen=True)
-class FormTiming:
+class FormTiming(ABC):
     """One model in one form at one kind of work.
 
     Attributes:
@@ -52,9 +57,9 @@ class FormTiming:
     error: float
 
     @property
+    @abstractmethod
     def work(self) -> str:
         """What was timed, in words."""
-        raise NotImplementedError
 
     @property
     def time(self) -> str:
@@ -65,6 +70,23 @@ class FormTiming:
     def same_form(self) -> str:
         """The speed against the first model in the same form, nothing if it has none."""
         return "" if math.isnan(self.speed) else f"{self.speed:.2f}"
+
+
+@dataclass(frozen=True)
+class FormsReport:
+    """What was found of models in several forms.
+
+    Attributes:
+        timings: of every form of every model at every kind of work.
+        refused: forms that a model does not have, or cannot be timed in, each with the reason.
+        num_threads: CPU threads.
+        busy: what else the machine did, where that was too much to judge by.
+    """
+
+    timings: tuple[FormTiming, ...]
+    refused: tuple[str, ...]
+    num_threads: int
+    busy: str
 
 
 def load_models(directories: Mapping[str, Path], random: RandomModels | None) -> dict[str, Any]:
@@ -148,32 +170,32 @@ def verdicts(timings: Sequence[FormTiming], refused: Sequence[str], busy: str) -
     return [*lines, *([busy] if busy else [])]
 
 
-def say_busy(work: OtherWork, num_threads: int) -> str:
-    """Say what else the machine did, where that was too much to judge by."""
-    if not work.disturbs(num_threads):
-        return ""
-    return (
-        f"other work kept {work.busy_cores:.1f} of {work.num_cores} cores busy meanwhile: times "
-        "are too high, and ratios a hint"
-    )
-
-
-def print_results(
+def show_results(
+    name: str,
+    report: FormsReport,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
-    sentences: Sequence[str],
     *,
-    num_threads: int,
-    first: str,
-    left_out: Sequence[str] = (),
+    remarks: Sequence[str] = (),
+    output: Path | None,
 ) -> None:
-    """Print a table, without the columns that do not fit, and what follows from it."""
+    """Print a table and what follows from it, and write both into a directory, if one is given.
+
+    Args:
+        name: of the files.
+        report: what was found.
+        columns: of the table; those of `ONLY_IN_FILES` do not fit on a screen.
+        rows: a timing in each.
+        remarks: what is said before models are compared.
+        output: the directory, for JSON and Markdown.
+    """
+    sentences = [*remarks, *verdicts(report.timings, report.refused, report.busy)]
     console = Console(highlight=False)
     table = Table(
-        title=f"{num_threads} threads, {torch.backends.cpu.get_cpu_capability()}; speed is "
-        f"{first}'s time in the same form, and in eager-fp32, over a model's own"
+        title=f"{report.num_threads} threads, {torch.backends.cpu.get_cpu_capability()}; speed is "
+        f"{report.timings[0].model}'s time in the same form, and in eager-fp32, over a model's own"
     )
-    places = [place for place, column in enumerate(columns) if column not in left_out]
+    places = [place for place, column in enumerate(columns) if column not in ONLY_IN_FILES]
     for place in places:
         table.add_column(columns[place], justify="right", no_wrap=True)
     for row in rows:
@@ -181,12 +203,9 @@ def print_results(
     console.print(table)
     for sentence in sentences:
         console.print(sentence)
-
-
-def check_output(output: Path | None) -> None:
-    """See that results can be written there, before anything is measured."""
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError([f"--output {output} is a file; name a directory."], source="--output")
+    if output is not None:
+        lines = [*markdown_table(columns, rows), "", *(f"- {sentence}" for sentence in sentences)]
+        write_results(output, name, report, "\n".join(lines) + "\n")
 
 
 def named_directories(directories: Sequence[str], command: str) -> dict[str, Path]:

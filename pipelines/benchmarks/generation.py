@@ -30,21 +30,18 @@ from moe_dist.measure.latency import (
     watch_other_work,
 )
 
-from ..markdown import markdown_table
 from .forms import (
+    FormsReport,
     FormTiming,
     Prepared,
-    check_output,
     compared,
     load_models,
     prepare_forms,
-    print_results,
-    say_busy,
+    show_results,
     source_faults,
-    verdicts,
 )
 from .models import RandomDecoders
-from .results import write_results
+from .results import busy_line, check_output
 from .sizes import below_one, cpu_threads
 
 MAX_COMPARED = 16
@@ -107,24 +104,17 @@ class GenerationTiming(FormTiming):
 
 
 @dataclass(frozen=True)
-class GenerationReport:
-    """What was found.
+class GenerationReport(FormsReport):
+    """What was found, of steps and prompts.
 
     Attributes:
-        timings: of every form of every model at every kind of work.
-        refused: forms that a model does not have or write in, each with the reason.
-        num_threads: CPU threads.
         prompt_len: see `GenerationBenchmark`.
         num_new_tokens: likewise.
-        busy: what else the machine did, where that was too much to judge by.
     """
 
     timings: tuple[GenerationTiming, ...]
-    refused: tuple[str, ...]
-    num_threads: int
     prompt_len: int
     num_new_tokens: int
-    busy: str = ""
 
 
 def run(settings: GenerationBenchmark) -> GenerationReport:
@@ -169,9 +159,9 @@ def run(settings: GenerationBenchmark) -> GenerationReport:
         tuple(timings),
         tuple(refused),
         num_threads,
+        busy_line(work, num_threads),
         settings.prompt_len,
         settings.num_new_tokens,
-        say_busy(work, num_threads),
     )
 
 
@@ -331,7 +321,6 @@ COLUMNS = (
     "work", "model", "form", "tokens/s", "ms", "median ms", "spread",
     "× same form", "× eager-fp32", "differs", "same words",
 )  # fmt: skip
-ONLY_IN_FILES = ("median ms", "spread")
 
 
 def to_rows(report: GenerationReport) -> list[list[str]]:
@@ -363,20 +352,8 @@ def main(settings: GenerationBenchmark, output: Path | None = None) -> None:
     """
     check_output(output)
     report = run(settings)
-    rows = to_rows(report)
-    sentences = [
+    remark = (
         f"decode: a step of generate() for a token of each text, after {report.prompt_len} tokens, "
-        f"mean of {report.num_new_tokens - 1}; prefill: reading a prompt of one text",
-        *verdicts(report.timings, report.refused, report.busy),
-    ]
-    print_results(
-        COLUMNS,
-        rows,
-        sentences,
-        num_threads=report.num_threads,
-        first=report.timings[0].model,
-        left_out=ONLY_IN_FILES,
+        f"mean of {report.num_new_tokens - 1}; prefill: reading a prompt of one text"
     )
-    if output is not None:
-        lines = [*markdown_table(COLUMNS, rows), "", *(f"- {sentence}" for sentence in sentences)]
-        write_results(output, "generation", report, "\n".join(lines) + "\n")
+    show_results("generation", report, COLUMNS, to_rows(report), remarks=(remark,), output=output)

@@ -24,21 +24,18 @@ from moe_dist.measure.latency import (
     watch_other_work,
 )
 
-from ..markdown import markdown_table
 from .forms import (
+    FormsReport,
     FormTiming,
     Prepared,
-    check_output,
     compared,
     load_models,
     prepare_forms,
-    print_results,
-    say_busy,
+    show_results,
     source_faults,
-    verdicts,
 )
 from .models import RandomModels
-from .results import write_results
+from .results import busy_line, check_output
 from .sizes import below_one, cpu_threads
 
 SHAPES = ((1, 16), (1, 64), (1, 128), (32, 64))
@@ -86,20 +83,10 @@ class Timing(FormTiming):
 
 
 @dataclass(frozen=True)
-class InferenceReport:
-    """What was found.
-
-    Attributes:
-        timings: of every form of every model at every shape.
-        refused: forms that a model does not have, each with the reason.
-        num_threads: CPU threads.
-        busy: what else the machine did, where that was too much to judge by.
-    """
+class InferenceReport(FormsReport):
+    """What was found, of every shape."""
 
     timings: tuple[Timing, ...]
-    refused: tuple[str, ...]
-    num_threads: int
-    busy: str = ""
 
 
 def run(settings: InferenceBenchmark) -> InferenceReport:
@@ -127,7 +114,9 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
         with watch_other_work() as look:
             timings = [one for shape in settings.shapes for one in _time(prepared, shape, settings)]
             work = look()
-    return InferenceReport(tuple(timings), tuple(refused), num_threads, say_busy(work, num_threads))
+    return InferenceReport(
+        tuple(timings), tuple(refused), num_threads, busy_line(work, num_threads)
+    )
 
 
 def _time(prepared: Prepared, shape: tuple[int, int], settings: InferenceBenchmark) -> list[Timing]:
@@ -151,7 +140,6 @@ COLUMNS = (
     "shape", "model", "form", "ms", "median ms", "spread",
     "× same form", "× eager-fp32", "differs",
 )  # fmt: skip
-ONLY_IN_FILES = ("median ms", "spread")
 
 
 def to_rows(report: InferenceReport) -> list[list[str]]:
@@ -181,16 +169,4 @@ def main(settings: InferenceBenchmark, output: Path | None = None) -> None:
     """
     check_output(output)
     report = run(settings)
-    rows = to_rows(report)
-    sentences = verdicts(report.timings, report.refused, report.busy)
-    print_results(
-        COLUMNS,
-        rows,
-        sentences,
-        num_threads=report.num_threads,
-        first=report.timings[0].model,
-        left_out=ONLY_IN_FILES,
-    )
-    if output is not None:
-        lines = [*markdown_table(COLUMNS, rows), "", *(f"- {sentence}" for sentence in sentences)]
-        write_results(output, "inference", report, "\n".join(lines) + "\n")
+    show_results("inference", report, COLUMNS, to_rows(report), output=output)

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dist.errors import ConfigError
-
 from ..markdown import markdown_table
 from .results import write_results
 
@@ -83,12 +81,6 @@ def show(
     lines += [f"- {remark}" for remark in remarks]
     write_results(output, "profile", report, "\n".join(lines) + "\n")
     console.print(f"written to {output}; open trace.json in ui.perfetto.dev or chrome://tracing")
-
-
-def check_output(output: Path | None) -> None:
-    """See that results can be written into a directory; else a ConfigError."""
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError([f"--output {output} is a file; name a directory."], source="--output")
 
 
 def _headings(kind: str) -> list[str]:

@@ -6,12 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_dist.errors import ConfigError
 from moe_dist.whole_files import write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from moe_dist.measure.latency import OtherWork
+
+
+def check_output(output: Path | None) -> None:
+    """See that results can be written into a directory; else a ConfigError."""
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError([f"--output {output} is a file; name a directory."], source="--output")
 
 
 def write_results(directory: Path, name: str, report: DataclassInstance, markdown: str) -> None:

@@ -48,7 +48,7 @@ def profile(
         quieten_libraries()
         from moe_dist.errors import ConfigError
 
-        from ..benchmarks.profile_tables import check_output
+        from ..benchmarks.results import check_output
 
         check_output(output)
         if not subject.exists():

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.conversion import PartitionPlan, plan_partition
 from moe_dist.inference.backends import Form, native
 from moe_dist.inference.backends.native_blocks import PRECISIONS, NativeBlocks
+from tests.conversion.dense_models import random_scores
 
 LIMITS = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.1}
 """How far answers of tiny models may lie from eager ones, as a part of the largest."""
@@ -39,6 +41,17 @@ def prepare(model: Any, precision: str = "fp32") -> Any:
     lean = Form("lean", precision).prepare(model)
     assert sum(isinstance(module, NativeBlocks) for module in lean.modules()) == 1
     return lean
+
+
+def odd_plan(model: Any, num_shared: int) -> PartitionPlan:
+    """Three experts of 41 neurons, which are no multiple of four."""
+    return plan_partition(
+        random_scores(model),
+        num_experts=3,
+        expert_size=41,
+        num_shared_neurons=num_shared,
+        method="importance",
+    )
 
 
 def native_blocks(lean: Any) -> Any:

@@ -11,20 +11,21 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion import dense_to_moe
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference.backends import Form
 from moe_dist.inference.backends.decoder import LLAMA_KIND
 from moe_dist.inference.backends.native_linear import NativeLinear
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.moe.routing import RoutingContext, use_context
-from tests.conversion.dense_models import VOCAB_SIZE, random_scores, tiny_model, token_batch
+from tests.conversion.dense_models import VOCAB_SIZE, tiny_model, token_batch
 from tests.inference.native_forms import (
     error,
     every_precision,
     is_native,
     native_blocks,
     needs_native,
+    odd_plan,
     prepare,
     threads,
 )
@@ -97,13 +98,7 @@ def test_experts_of_widths_that_need_filling_up(
 ) -> None:
     """41 neurons are no multiple of four."""
     model = wide()
-    plan = plan_partition(
-        random_scores(model),
-        num_experts=3,
-        expert_size=41,
-        num_shared_neurons=num_shared,
-        method="importance",
-    )
+    plan = odd_plan(model, num_shared)
     for router in ("hash_random", *["token_gate"] * (precision == "fp32")):
         student = dense_to_moe(model, plan, router=router, top_k=top_k).eval()
         lean = prepare(student, precision)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers.models.bert.modeling_bert import BertSelfOutput
 
-from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion import dense_to_moe
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends import Form
 from moe_dist.inference.backends.encoder import BLOCKS
 from moe_dist.inference.backends.packed_linear import PackedLinear
-from tests.conversion.dense_models import VOCAB_SIZE, random_scores, tiny_model, token_batch
+from tests.conversion.dense_models import VOCAB_SIZE, tiny_model, token_batch
 from tests.inference.native_forms import (
     LIMITS,
     error,
@@ -23,6 +23,7 @@ from tests.inference.native_forms import (
     is_native,
     native_blocks,
     needs_native,
+    odd_plan,
     prepare,
     threads,
 )
@@ -67,13 +68,7 @@ def test_experts_of_widths_that_need_filling_up(
 ) -> None:
     """41 neurons are no multiple of four."""
     model = wide()
-    plan = plan_partition(
-        random_scores(model),
-        num_experts=3,
-        expert_size=41,
-        num_shared_neurons=num_shared,
-        method="importance",
-    )
+    plan = odd_plan(model, num_shared)
     # A gate may choose otherwise where two experts score alike, so that is asked in float32.
     for router in ("hash_random", *["token_gate"] * (precision == "fp32")):
         student = dense_to_moe(model, plan, router=router, top_k=top_k).eval()
