@@ -201,7 +201,9 @@ struct Networks {
     const bool writes_codes = precision != Precision::kInt8;
     const auto inner = std::make_unique_for_overwrite<at::BFloat16[]>(writes_codes ? 0 : most * widest);
     const auto results = std::make_unique_for_overwrite<float[]>(most * D);
-    for (int64_t i = take(); i < static_cast<int64_t>(parts.size()); i = take()) {
+    const int64_t number = parts.size();
+    for (int64_t i = take(), next; i < number; i = next) {
+      next = take();
       const Linear &in = parts[i].network->in, &out = parts[i].network->out;
       const int64_t first = parts[i].first, count = parts[i].count, F = in.N;
       for (int64_t r = 0; r < count; ++r) codes.put(r, source(first + r), D);
@@ -212,7 +214,10 @@ struct Networks {
                       writes_codes ? static_cast<at::BFloat16*>(inner_codes.data()) : inner.get(), F, activation);
       for (int64_t r = 0; r < count && !writes_codes; ++r) inner_codes.put(r, inner.get() + r * F, F);
       out.apply_rows(inner_codes.from(0, F), count, results.get(), D);
-      for (int64_t r = 0; r < count; ++r) finish(first + r, results.get() + r * D);
+      for (int64_t r = 0; r < count; ++r) {
+        if (next < number && r < parts[next].count) prefetch_row(source(parts[next].first + r), D);
+        finish(first + r, results.get() + r * D);
+      }
     }
   }
 

@@ -72,30 +72,48 @@ class TextAttention {
     for (int64_t l = 0; l < L_; l += 2) {
       const at::BFloat16 *one = values + l * stride, *other = l + 1 < L_ ? one + stride : one;
       at::BFloat16* to = values_.data() + l * columns_;
-      for (int64_t w = 0; w < width_; ++w) {
+      int64_t w = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+      for (; w + 32 <= width_; w += 32) {
+        const __m512i a = _mm512_loadu_si512(one + w), b = _mm512_loadu_si512(other + w);
+        _mm512_storeu_si512(to + 2 * w, _mm512_permutex2var_epi16(a, first_half(), b));
+        _mm512_storeu_si512(to + 2 * w + 32, _mm512_permutex2var_epi16(a, second_half(), b));
+      }
+#endif
+      for (; w < width_; ++w) {
         to[2 * w] = one[w];
         to[2 * w + 1] = other[w];
       }
     }
   }
 
+#if defined(CPU_CAPABILITY_AVX512)
+  // Numbers of two vectors by turns: those of their first halves, and of their second.
+  static __m512i first_half() {
+    const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(32)), 16));
+  }
+  static __m512i second_half() { return _mm512_add_epi16(first_half(), _mm512_set1_epi16(16)); }
+#endif
+
   // What a query's scores make of each value, but for the factor that it gives.
-  float weigh(float* scores, at::BFloat16* weights) const {
-    Vec largest(std::numeric_limits<float>::lowest()), sum(0.f);
-    for (int64_t j = 0; j < n_; j += Vec::size()) {
-      const Vec v = at::vec::fmadd(Vec::loadu(scores + j), Vec(scale_), Vec::loadu(seen_.data() + j));
-      v.store(scores + j);
-      largest = at::vec::maximum(largest, v);
-    }
-    const Vec most(reduce_max(largest));
+  float weigh(const float* scores, at::BFloat16* weights) const {
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
+    const auto seen = [&](int64_t j) {
+      return at::vec::fmadd(Vec::loadu(scores + j), Vec(scale_), Vec::loadu(seen_.data() + j));
+    };
+    Vec largest(kLowest), other_largest(kLowest), sum(0.f);
     for (int64_t j = 0; j < n_; j += 2 * Vec::size()) {
-      const Vec first = (Vec::loadu(scores + j) - most).exp_u20();
-      const Vec second = (Vec::loadu(scores + j + Vec::size()) - most).exp_u20();
+      largest = at::vec::clamp_min(seen(j), largest);
+      other_largest = at::vec::clamp_min(seen(j + Vec::size()), other_largest);
+    }
+    const float most = reduce_max(at::vec::maximum(largest, other_largest));
+    for (int64_t j = 0; j < n_; j += 2 * Vec::size()) {
+      const Vec first = exponential(seen(j) - Vec(most)), second = exponential(seen(j + Vec::size()) - Vec(most));
       sum = sum + (first + second);
       store_pair(first, second, weights + j);
     }
-    const float all = reduce_sum(sum);
-    return all == 0.f ? 0.f : 1.f / all;  // a token that sees nothing gets nothing
+    return most == kLowest ? 0.f : 1.f / reduce_sum(sum);  // a token that sees nothing gets nothing
   }
 
   void finish(int64_t r, at::BFloat16* to) const {

@@ -42,6 +42,21 @@ inline Vec load_float(const at::BFloat16* from) {
   return out;
 }
 
+// Of numbers that are not positive, within 8e-5 of it.
+inline Vec exponential(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Beyond -150 it is 0 in float32.
+  const __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(1.44269504f));
+  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(power, whole);
+  __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(.05508868f), _mm512_set1_ps(.24260405f));
+  sum = _mm512_fmadd_ps(rest, sum, _mm512_set1_ps(.69327624f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(rest, sum, _mm512_set1_ps(.99992894f)), whole);
+#else
+  return x.exp_u20();
+#endif
+}
+
 // codes = round(x * inverse) + zero, in 0 .. 255.
 template <typename From>
 void to_codes(const From* __restrict x, int64_t K, float inverse, float zero, uint8_t* __restrict codes) {
@@ -78,6 +93,12 @@ inline void to_bfloat16(const float* from, int64_t K, at::BFloat16* to) {
   for (; k + 2 * Vec::size() <= K; k += 2 * Vec::size())
     store_pair(Vec::loadu(from + k), Vec::loadu(from + k + Vec::size()), to + k);
   for (; k < K; ++k) to[k] = from[k];
+}
+
+// Ask for a row of K numbers that is read later.
+inline void prefetch_row(const float* row, int64_t K) {
+  constexpr int64_t kLine = 16;
+  for (int64_t k = 0; k < K; k += kLine) __builtin_prefetch(row + k, 0, 2);
 }
 
 // Calls back with the first of each vector of K numbers, then with each number that is left.
