@@ -77,6 +77,56 @@ def test_experts_of_widths_that_need_filling_up(
 
 
 @every_precision
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_so_many_rows_that_they_go_in_parts(num_threads: int, precision: str) -> None:
+    model = wide()
+    students = [
+        dense_to_moe(model, odd_plan(model, 0), router="hash_random", top_k=k) for k in (1, 2)
+    ]
+    ids = torch.randint(3, VOCAB_SIZE, (37, 33))
+    mask = torch.ones_like(ids)
+    mask[5:, 20:] = 0
+    with threads(num_threads):
+        for one in (model, *(student.eval() for student in students)):
+            lean = prepare(one, precision)
+            assert error(one, lean, input_ids=ids, attention_mask=mask) < LIMITS[precision]
+
+
+@every_precision
+@pytest.mark.parametrize("num_tokens", [64, 97, 512, 513])
+def test_texts_of_more_tokens_than_a_block(num_tokens: int, precision: str) -> None:
+    model = tiny_model("bert", max_position_embeddings=520).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, num_tokens))
+    mask = torch.ones_like(ids)
+    mask[1, num_tokens // 2 :] = 0
+    lean = prepare(model, precision)
+    assert error(model, lean, input_ids=ids, attention_mask=mask) < LIMITS[precision]
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+def test_activations(activation: str) -> None:
+    model = wide(hidden_act=activation)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight.mul_(8)  # far into both tails
+    ids = torch.randint(3, VOCAB_SIZE, (2, 40))
+    assert error(model, prepare(model, "fp32"), input_ids=ids) < LIMITS["fp32"]
+
+
+@every_precision
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_so_and_in_its_text(what: float, precision: str) -> None:
+    encoder = native_blocks(prepare(wide(), precision))._encoder
+    hidden = torch.randn(3, 9, 60)
+    expected = encoder.forward(hidden, None)
+    hidden[1, 4, 7] = what
+    found = encoder.forward(hidden, None)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+@every_precision
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_of_every_kind(attention: str, precision: str) -> None:
     model = wide(attn_implementation=attention)
