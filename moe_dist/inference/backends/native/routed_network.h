@@ -109,6 +109,11 @@ struct Networks {
     check_routing(ids, weights, T);
     const int64_t K = ids.size(1), E = experts.size();
     Slots slots = sort_slots(ids.const_data_ptr<int64_t>(), T * K, K, E);
+    // One for all, as of a text that is routed as a whole: nothing needs another place.
+    if (K == 1 && !weights && shared.empty() && T > 0) {
+      const int64_t first = *ids.const_data_ptr<int64_t>();
+      if (slots.starts[first + 1] - slots.starts[first] == T) return {whole(experts[first]), {}};
+    }
     std::vector<Part> parts;
     for (int64_t e = 0; e < E; ++e)
       add_parts(experts[e], slots.starts[e], slots.starts[e + 1], parts);
