@@ -11,7 +11,7 @@ import torch
 from transformers.models.bert.modeling_bert import BertSelfOutput
 
 from moe_dist.conversion import dense_to_moe
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference.backends import Form
 from moe_dist.inference.backends.encoder import BLOCKS
 from moe_dist.inference.backends.packed_linear import PackedLinear
@@ -101,6 +101,17 @@ def test_all_layers_are_one_call(router: str, top_k: int, gate_scale: str) -> No
         alone = {name: rows[:1] for name, rows in batch.items()}
     with use_context(RoutingContext(task_ids=torch.tensor([2]))):
         assert error(model, lean, **alone) < 1e-5
+
+
+@needs_native
+def test_tables_are_read_once_and_still_ask_for_token_ids() -> None:
+    model = routed("bert", router="hash_random", top_k=2)
+    lean = prepare(model)
+    ids = torch.tensor([[3, VOCAB_SIZE - 1, 5]])
+    assert native_blocks(lean)._tables_LNK.shape == (2, VOCAB_SIZE, 2)
+    assert error(model, lean, input_ids=ids) < 1e-5
+    with pytest.raises(MissingInputError, match="hash routing needs the token ids"):
+        lean(inputs_embeds=torch.zeros(1, 3, 16))
 
 
 @needs_native

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.inference.backends.routed_ffn import native_activation
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate
-from moe_dist.moe.hash_router import HashRouter
+from moe_dist.moe.hash_router import HashRouter, TableRouter
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import Routing, current_context
 from moe_dist.moe.task_routers import TaskGate, TaskTable
@@ -49,12 +50,15 @@ class NativeBlocks(AnswersOnly):
         self.routers = nn.ModuleList(nn.Identity() if r is None else r for r in routers)
         known = (*gates, *_BLIND_ROUTERS)
         self.is_one_call = all(router is None or type(router) in known for router in routers)
+        self._tables_LNK = _joined_tables(routers)
 
     def chosen_before(self, hidden_BLD: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Ask the routers that read no hidden states: each layer's experts, and their weights.
 
         Both are empty where there are no such routers.
         """
+        if self._tables_LNK is not None:
+            return self._looked_up(self._tables_LNK, hidden_BLD)
         if not any(isinstance(router, _BLIND_ROUTERS) for router in self.routers):
             return [], []
         pairs = [
@@ -62,6 +66,27 @@ class NativeBlocks(AnswersOnly):
             for router in self.routers
         ]
         return [ids for ids, _ in pairs], [weights for _, weights in pairs]
+
+    def _looked_up(
+        self, tables_LNK: Tensor, hidden_BLD: Tensor
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Do the same for all layers at once; all rows have the same weight."""
+        router = cast(TableRouter, self.routers[0])
+        rows_T = router.rows(hidden_BLD.flatten(0, 1), current_context())
+        ids_LTK = tables_LNK.index_select(1, rows_T)
+        number, _, top_k = ids_LTK.shape
+        weights_TK = None if top_k == 1 else torch.full(ids_LTK.shape[1:], 1 / top_k)
+        return list(ids_LTK.unbind()), [weights_TK] * number
+
+
+def _joined_tables(routers: list[nn.Module | None]) -> Tensor | None:
+    """Join the tables of all layers, where all are read alike: (layers, N, K)."""
+    tables = [router.table for router in routers if isinstance(router, TableRouter)]
+    kinds = {type(router) for router in routers}
+    if len(tables) < len(routers) or len(kinds) > 1 or len({table.shape for table in tables}) > 1:
+        return None
+    joined = torch.stack(tables)
+    return joined.view(*joined.shape[:2], -1)
 
 
 def choice(router: nn.Module, hidden_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
