@@ -78,6 +78,13 @@ class HashRouter(TableRouter):
     def rows(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
         """Take each token's id, of those beyond the table the remainder.
 
+        Args:
+            hidden_TD: hidden states; only their number matters.
+            context: carries the token ids.
+
+        Returns:
+            (T,) int64.
+
         Raises:
             MissingInputError: if the token ids are missing, are not one for each token, or are
                 negative (checked on the CPU only).
