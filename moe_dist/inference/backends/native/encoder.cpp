@@ -2,7 +2,7 @@
 // feed-forward network, norm. Shapes: B texts, L tokens of each, T = B * L, D model, H heads,
 // E experts, K of them for a token, S = T * K slots.
 
-#include "routed_network.h"
+#include "gate.h"
 #include "text_attention.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -55,7 +55,7 @@ struct Layer {
   Linear qkv, attention_out;
   Norm attention_norm, out_norm;
   Networks networks;
-  Tensor gate;                      // (E, D) float32 where the best score decides, else undefined
+  Gate gate;
 };
 
 class Encoder : public torch::CustomClassHolder {
@@ -68,7 +68,7 @@ class Encoder : public torch::CustomClassHolder {
                  const std::vector<Tensor>& norms, double attention_epsilon, double out_epsilon,
                  const std::vector<Tensor>& w_in, const std::vector<MaybeTensor>& b_in,
                  const std::vector<Tensor>& w_out, const std::vector<MaybeTensor>& b_out,
-                 bool has_shared, const MaybeTensor& gate) {
+                 bool has_shared, const MaybeTensor& gate, int64_t top_k, bool weighs, bool by_text) {
     TORCH_CHECK(norms.size() == 4 && !w_in.empty() && w_in.size() == w_out.size() &&
                     b_in.size() == w_in.size() && b_out.size() == w_in.size(),
                 "lists of weights differ in length");
@@ -92,21 +92,33 @@ class Encoder : public torch::CustomClassHolder {
       auto& place = e < E ? layer.networks.experts : layer.networks.shared;
       place.push_back({Linear(w_in[e], b_in[e], precision_), Linear(w_out[e], b_out[e], precision_)});
     }
-    if (gate) layer.gate = own_floats(*gate);
+    if (gate) {
+      layer.gate = Gate(*gate, top_k, weighs, by_text);
+      layer.gate.check(E, D);
+    }
     layers_.push_back(std::move(layer));
   }
 
-  // All layers; every routed one has a gate. The mask is added or, of bool, says what is seen; it
-  // goes with (B, H, L, L).
-  Tensor forward(const Tensor& hidden, const MaybeTensor& mask) const {
+  // All layers. A routed one has a gate, or the experts of each token are given: for each layer ids
+  // (T, K) and weights of that shape, or none. The mask is added or, of bool, says what is seen; it
+  // goes with (B, H, L, L). Gates that choose for a text read `shares`, see `Gate`.
+  Tensor forward(const Tensor& hidden, const MaybeTensor& mask, const MaybeTensor& shares, const MaybeTensors& ids,
+                 const MaybeTensors& weights) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (const Layer& layer : layers_) check(layer, hidden);
     const int64_t B = hidden.size(0), L = hidden.size(1);
+    const std::vector<Route> routes = checked_routes(layers_, ids, weights, B * L);
+    MaybeTensor own_shares;
+    if (shares) {
+      TORCH_CHECK(shares->dim() == 2 && shares->size(0) == B && shares->size(1) == L, "shares are ", shares->sizes());
+      own_shares = shares->to(at::kFloat).contiguous();
+    }
     const MaybeTensor own_mask = prepared(mask);
     Tensor rows = float_rows(hidden);
-    for (const Layer& layer : layers_) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const Layer& layer = layers_[i];
       rows = attend(layer, rows, B, L, own_mask);
-      rows = feed_forward(layer, rows, chosen(layer, rows), std::nullopt);
+      rows = feed_forward(layer, rows, routes[i].ids.defined() ? routes[i] : layer.gate.route(rows, own_shares));
     }
     return rows.to(hidden.scalar_type()).view(hidden.sizes());
   }
@@ -127,8 +139,8 @@ class Encoder : public torch::CustomClassHolder {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Layer& layer = layers_.at(index);
     check(layer, hidden);
-    const Tensor ids = ids_TK ? ids_TK->contiguous() : Tensor();
-    return feed_forward(layer, float_rows(hidden), ids, weights_TK).view(hidden.sizes());
+    const Tensor x = float_rows(hidden);
+    return feed_forward(layer, x, checked_route(layer.networks, ids_TK, weights_TK, x.size(0))).view(hidden.sizes());
   }
 
  private:
@@ -244,21 +256,16 @@ class Encoder : public torch::CustomClassHolder {
     return layer.attention_norm(out, x);
   }
 
-  // The expert with the best score for each token: (T, 1), or undefined where nothing is routed.
-  Tensor chosen(const Layer& layer, const Tensor& x) const {
-    if (!layer.gate.defined()) return {};
-    return at::linear(x, layer.gate).argmax(1, true);
-  }
-
-  Tensor feed_forward(const Layer& layer, const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
-    if (layer.networks.is_single(ids, weights)) {
+  Tensor feed_forward(const Layer& layer, const Tensor& x, const Route& route) const {
+    const MaybeTensor weights = route.given_weights();
+    if (layer.networks.is_single(route.ids, weights)) {
       float* rows = x.data_ptr<float>();
-      layer.networks.each_token(x, ids, [&, D = x.size(1)](int64_t t, const float* row) {
+      layer.networks.each_token(x, route.ids, [&, D = x.size(1)](int64_t t, const float* row) {
         layer.out_norm.apply(row, rows + t * D, rows + t * D);
       });
       return x;
     }
-    const Networks::Result out = layer.networks(x, ids, weights);
+    const Networks::Result out = layer.networks(x, route.ids, weights);
     return layer.out_norm(out.rows, x, out.places());
   }
 
