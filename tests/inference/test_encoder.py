@@ -177,9 +177,9 @@ def test_activations(activation: str) -> None:
 def test_what_is_no_number_stays_so_and_in_its_text(what: float, precision: str) -> None:
     encoder = native_blocks(prepare(wide(), precision))._encoder
     hidden = torch.randn(3, 9, 60)
-    expected = encoder.forward(hidden, None)
+    expected = encoder.forward(hidden, None, None, [], [])
     hidden[1, 4, 7] = what
-    found = encoder.forward(hidden, None)
+    found = encoder.forward(hidden, None, None, [], [])
     assert found[1].isnan().all()
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
