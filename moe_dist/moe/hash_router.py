@@ -45,6 +45,9 @@ class TableRouter(nn.Module):
             hidden_TD: hidden states; only their number, dtype and device matter.
             context: carries what the rows are chosen by.
 
+        Returns:
+            The routing.
+
         Raises:
             MissingInputError: see `rows`.
         """
