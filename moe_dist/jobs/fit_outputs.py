@@ -15,7 +15,7 @@ from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer, save_model
 from moe_dist.jobs.job import Job
-from moe_dist.jobs.precision import computing_in, model_precision
+from moe_dist.jobs.precision import computing_in, own_precision
 from moe_dist.jobs.results import MODEL_DIR
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
@@ -112,6 +112,6 @@ def fit_start(
     """Fit a student's outputs (`fit_outputs`) on the dense model's device, and move it back."""
     home = next(student.parameters()).device
     device = next(dense.parameters()).device
-    with computing_in(model_precision(precision, device, dense), device, student):
+    with computing_in(own_precision(precision, device, dense), device, student):
         fit_outputs(student.to(device), dense, batches)
     student.to(home)

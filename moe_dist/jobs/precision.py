@@ -12,7 +12,7 @@ from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_attention import half_attention
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.distributed.update import Precision, precision_context
-from moe_dist.training.hardware import pick_precision
+from moe_dist.training.hardware import pick_own_precision, pick_precision
 
 
 def model_precision(precision: str, device: torch.device, model: nn.Module) -> Precision:
@@ -21,6 +21,11 @@ def model_precision(precision: str, device: torch.device, model: nn.Module) -> P
     See `pick_precision`; a family that cannot compute in bf16 has fp32.
     """
     return pick_precision(precision, device, half_fault(model))
+
+
+def own_precision(precision: str, device: torch.device, model: nn.Module) -> Precision:
+    """Do the same for what this process computes alone (`pick_own_precision`); not collective."""
+    return pick_own_precision(precision, device, half_fault(model))
 
 
 @contextmanager

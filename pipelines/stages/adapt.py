@@ -132,7 +132,7 @@ def convert(
     from moe_dist.conversion.activity import task_importance
     from moe_dist.conversion.token_clusters import token_clusters
     from moe_dist.jobs.fit_outputs import draw_tasks
-    from moe_dist.jobs.precision import computing_in, model_precision
+    from moe_dist.jobs.precision import computing_in, own_precision
 
     moe = config.moe
     looks = _splits_by_data(config) or _counts_tokens(config)
@@ -148,7 +148,7 @@ def convert(
         )
         reads = PARTITIONS[moe.partition].reads
         device = next(dense.parameters()).device
-        precision = model_precision(config.train.precision, device, dense)
+        precision = own_precision(config.train.precision, device, dense)
         if reads == "tasks":
             with computing_in(precision, device, dense):
                 expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
@@ -220,7 +220,9 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
         moe["combine"] = "merge" if config.moe.merges else "dispatch"
     settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
-        settings |= {"max_length": config.model.max_length, "precision": config.train.precision}
+        settings["max_length"] = config.model.max_length
+    if fits_output(config) or _partition_reads(config) in ("tasks", "tokens"):
+        settings["precision"] = config.train.precision
     return settings
 
 
@@ -248,6 +250,12 @@ def _splits_by_data(config: RunConfig) -> bool:
     from moe_dist.conversion import PARTITIONS
 
     return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].reads_rows
+
+
+def _partition_reads(config: RunConfig) -> str | None:
+    from moe_dist.conversion import PARTITIONS
+
+    return PARTITIONS[config.moe.partition].reads if config.moe.num_experts > 1 else None
 
 
 def _counts_tokens(config: RunConfig) -> bool:

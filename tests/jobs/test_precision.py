@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ import torch
 from moe_dist.conversion import dense_to_moe, fit_outputs, plan_partition, score_importance
 from moe_dist.conversion.token_clusters import token_clusters
 from moe_dist.distributed.update import Precision
-from moe_dist.jobs.precision import computing_in
+from moe_dist.jobs.finetune import FinetuneJob
+from moe_dist.jobs.fit_outputs import FitOutputsJob
+from moe_dist.jobs.importance import ImportanceJob
+from moe_dist.jobs.precision import computing_in, own_precision
+from moe_dist.training import hardware
 from tests.conversion.dense_models import NUM_NEURONS, random_scores, tiny_model, token_batch
+from tests.training.tiny_task import adapt, job_fields, train_section
 
 CPU = torch.device("cpu")
 FAMILIES = ("bert", "llama", "t5")
@@ -56,6 +62,46 @@ def test_kinds_of_tokens_need_the_same_neurons() -> None:
     for expected_EF, found_EF in zip(exact.scores, found.scores, strict=True):
         for expected_F, found_F in zip(expected_EF, found_EF, strict=True):
             assert overlap(expected_F, found_F) >= 0.75
+            # Only what the model computes is rounded, and no sum.
+            assert not torch.equal(found_F, found_F.bfloat16().float())
+
+
+@pytest.mark.parametrize(("asked", "is_half"), [("fp32", False), ("auto", True), ("bf16", True)])
+def test_jobs_and_the_start_of_a_student_take_what_the_recipe_says(
+    asked: str, is_half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_is_fast_at_bf16", lambda device: True)
+    seen: list[torch.dtype] = []
+    fields = job_fields(tmp_path, "teacher", model=str(tmp_path / "bert"))
+    teacher = FinetuneJob(**fields, train=train_section(max_steps=1)).run()["model"]
+
+    def look(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Linear):
+            seen.append(output.dtype)
+
+    drawn = {"num_samples": 16, "precision": asked}
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        ImportanceJob(**job_fields(tmp_path, "score-importance", model=teacher, **drawn)).run()
+        scored = set(seen)
+        models = {"student": adapt(tmp_path, teacher), "teacher": teacher}
+        seen.clear()
+        FitOutputsJob(**job_fields(tmp_path, "fit", **models, **drawn)).run()
+    finally:
+        handle.remove()
+    for found in (scored, set(seen)):
+        assert (torch.bfloat16 in found) == is_half
+
+
+def test_half_precision_for_gpus_is_not_emulated_by_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("bert")
+    for is_fast, expected in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(hardware, "_is_fast_at_bf16", lambda device, fast=is_fast: fast)
+        assert own_precision("bf16", CPU, model) == own_precision("auto", CPU, model) == expected
+        assert own_precision("fp32", CPU, model) == "fp32"
+        assert own_precision("bf16", CPU, tiny_model("deberta")) == "fp32"
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -75,17 +75,25 @@ class NativeBlocks(AnswersOnly):
         rows_T = router.rows(hidden_BLD.flatten(0, 1), current_context())
         ids_LTK = tables_LNK.index_select(1, rows_T)
         number, _, top_k = ids_LTK.shape
-        weights_TK = None if top_k == 1 else torch.full(ids_LTK.shape[1:], 1 / top_k)
+        weights_TK = (
+            None
+            if top_k == 1
+            else torch.full(
+                ids_LTK.shape[1:], 1 / top_k, dtype=torch.float32, device=ids_LTK.device
+            )
+        )
         return list(ids_LTK.unbind()), [weights_TK] * number
 
 
 def _joined_tables(routers: list[nn.Module | None]) -> Tensor | None:
-    """Join the tables of all layers, where all are read alike: (layers, N, K)."""
-    tables = [router.table for router in routers if isinstance(router, TableRouter)]
-    kinds = {type(router) for router in routers}
-    if len(tables) < len(routers) or len(kinds) > 1 or len({table.shape for table in tables}) > 1:
+    """Join the tables of all layers, where all are read alike: (layers, N, K); they become views."""
+    alike = [router for router in routers if isinstance(router, TableRouter)]
+    kinds = {(type(router), router.table.shape) for router in alike}
+    if len(alike) < len(routers) or len(kinds) > 1:
         return None
-    joined = torch.stack(tables)
+    joined = torch.stack([router.table for router in alike])
+    for router, table in zip(alike, joined, strict=True):
+        router.table = table
     return joined.view(*joined.shape[:2], -1)
 
 
