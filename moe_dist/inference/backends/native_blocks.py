@@ -86,7 +86,7 @@ class NativeBlocks(AnswersOnly):
 
 
 def _joined_tables(routers: list[nn.Module | None]) -> Tensor | None:
-    """Join the tables of all layers, where all are read alike: (layers, N, K); they become views."""
+    """Join the tables of all layers, if all are read alike: (layers, N, K); they become views."""
     alike = [router for router in routers if isinstance(router, TableRouter)]
     kinds = {(type(router), router.table.shape) for router in alike}
     if len(alike) < len(routers) or len(kinds) > 1:
