@@ -173,6 +173,21 @@ def test_activations(activation: str) -> None:
 
 
 @every_precision
+@pytest.mark.parametrize(("num_texts", "num_tokens"), [(1, 1), (1, 2), (2, 8), (2, 17), (16, 1)])
+def test_few_texts_are_shared_out_by_heads(num_texts: int, num_tokens: int, precision: str) -> None:
+    """Heads as wide as a tile, whose rows are read whole behind the last token of a text."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128}
+    model = tiny_model("bert", **sizes).eval()
+    with torch.no_grad():
+        for weight in model.bert.encoder.parameters():
+            weight.mul_(0.4)  # Of so many inputs; else attention looks at one token alone.
+    lean = prepare(model, precision)
+    ids = torch.randint(3, VOCAB_SIZE, (num_texts, num_tokens))
+    with threads(3):
+        assert error(model, lean, input_ids=ids) < LIMITS[precision]
+
+
+@every_precision
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_so_and_in_its_text(what: float, precision: str) -> None:
     encoder = native_blocks(prepare(wide(), precision))._encoder

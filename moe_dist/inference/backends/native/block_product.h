@@ -6,7 +6,8 @@
 
 #include <ATen/native/CPUBlas.h>
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(__AVX512VNNI__) && defined(__linux__)
 #define MOE_DIST_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -238,10 +238,11 @@ class Encoder : public torch::CustomClassHolder {
     return attended(layer, seen.transpose(1, 2).reshape({B * L, D}), x);
   }
 
-  // Queries, keys and values of all rows: (T, 3 D).
+  // Queries, keys and values of all rows: (T, 3 D), with 15 more rows, since a text begins at any row
+  // and its tiles are read whole.
   Tensor products(const Layer& layer, const Tensor& x) const {
     const Rows rows = encode(x, precision_);
-    const Tensor qkv = matrix(x.size(0), layer.qkv.N, attention_type(precision_));
+    const Tensor qkv = matrix(x.size(0) + 15, layer.qkv.N, attention_type(precision_)).narrow(0, 0, x.size(0));
     if (attention_type(precision_) == at::kFloat)
       layer.qkv.apply(rows, qkv.data_ptr<float>(), layer.qkv.N);
     else

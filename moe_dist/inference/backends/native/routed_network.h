@@ -279,7 +279,7 @@ inline Tensor prepared_mask(const Tensor& mask, at::ScalarType type) {
   TORCH_CHECK(mask.is_floating_point(), "a mask is of bools, or of numbers that are added");
   // The lowest float32 is infinite in bfloat16, and a row of those has no mean.
   const double lowest = type == at::kFloat ? -3.4028234663852886e38 : -3.38e38;
-  return mask.clamp_min(lowest).to(type);
+  return mask.to(at::kFloat).clamp_min(lowest).to(type);
 }
 
 // What a context of attention gives the product after it, (T, width).

@@ -45,8 +45,8 @@ inline Vec load_float(const at::BFloat16* from) {
 // Of numbers that are not positive, within 8e-5 of it.
 inline Vec exponential(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // Beyond -150 it is 0 in float32.
-  const __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(1.44269504f));
+  // Beyond -150 it is 0 in float32. The second of both is what is no number.
+  const __m512 power = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-150.f), x), _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(power, whole);
   __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(.05508868f), _mm512_set1_ps(.24260405f));
