@@ -38,7 +38,6 @@ _QUICK = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     # A machine that is busy starts slowly; Serve kills what takes longer, and begins anew.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 
@@ -153,6 +152,16 @@ class ServingSession:
         with suppress(Exception):
             return bool(serve.status().applications[APP_NAME].status == "RUNNING")
         return False
+
+    @property
+    def ending(self) -> str:
+        """What becomes of requests when it ends, in a line."""
+        if self._is_fronted:
+            return "stopping, once what came in is answered; another ctrl-C stops at once"
+        return (
+            "stopping, once what replicas took is answered; what waits for one is dropped; another "
+            "ctrl-C stops at once"
+        )
 
     @property
     def variables(self) -> str:
