@@ -43,12 +43,15 @@ def haproxy_binary() -> str | None:
 
 @contextmanager
 def haproxy_variables(binary: str, host: str, port: int) -> Iterator[dict[str, str]]:
-    """Give what Serve's processes need in their environment, and a folder until the block ends.
+    """Make a folder until the block ends, and what Serve's processes need in their environment.
 
     Args:
         binary: HAProxy's.
         host: where requests come in.
         port: of it.
+
+    Yields:
+        The variables.
     """
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as name:
         folder = Path(name)
