@@ -151,11 +151,13 @@ def sum_of_readers(
                 outputs = run_model(model, moved)
                 losses_B = loss_of(model, outputs, moved)
                 leaves = [leaf for one in fresh for leaf in one.leaves]
-                losses_B.sum().backward(inputs=leaves)
+                # Whatever the forward pass is computed in: sums of scores keep their digits.
+                with torch.autocast(losses_B.device.type, enabled=False):
+                    losses_B.sum().backward(inputs=leaves)
+                    found = read(fresh)
             finally:
                 for one in fresh:
                     one.remove()
-            found = read(fresh)
             totals = (
                 [old + new for old, new in zip(totals, found, strict=True)] if totals else [*found]
             )

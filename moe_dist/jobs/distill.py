@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor, nn
 
 from moe_dist.config.objectives import ObjectivesConfig
-from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.conversion.hidden_states import stack_depths
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData
+from moe_dist.jobs.precision import model_precision
 from moe_dist.jobs.teacher_answers import kept_answers
 from moe_dist.jobs.train_job import Report, keep_model, train_model
 from moe_dist.losses.total import LossWeight
 from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
-from moe_dist.training.hardware import pick_device, pick_precision
+from moe_dist.training.hardware import pick_device
 from moe_dist.training.loop import StepWeights
 from moe_dist.training.objectives import (
     ObjectiveSettings,
@@ -127,7 +127,7 @@ def distill(
         max_gib=section.keep_answers_gib,
         asked=section.keep_answers_gib != ObjectivesConfig.model_fields["keep_answers_gib"].default,
         train=job.train,
-        precision=pick_precision(job.train.precision, device, half_fault(student)),
+        precision=model_precision(job.train.precision, device, student),
         device=device,
     )
 

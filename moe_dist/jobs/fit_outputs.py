@@ -15,6 +15,7 @@ from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer, save_model
 from moe_dist.jobs.job import Job
+from moe_dist.jobs.precision import computing_in, own_precision
 from moe_dist.jobs.results import MODEL_DIR
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
@@ -33,6 +34,7 @@ class FitOutputsJob(Job):
         teacher: what it was made from.
         num_samples: training rows, drawn by the seed; None takes all.
         batch_size: samples in a batch.
+        precision: `train.precision` of the recipe.
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
@@ -41,6 +43,7 @@ class FitOutputsJob(Job):
     teacher: str
     num_samples: int | None = None
     batch_size: int = BATCH_SIZE
+    precision: str = "auto"
 
     def run(self) -> dict[str, Any]:
         """Fit the student, and save it as ``model``."""
@@ -59,7 +62,7 @@ class FitOutputsJob(Job):
                 batch_size=self.batch_size,
                 pad_token_id=parts[0].pad_token_id,
             )
-            fit_start(student, dense, batches)
+            fit_start(student, dense, batches, self.precision)
             save_model(student, path, tokenizer=tokenizer)
         wait_for_ranks()
         return {"model": str(path)}
@@ -103,8 +106,12 @@ def draw_tasks(
     ]
 
 
-def fit_start(student: nn.Module, dense: Any, batches: Sequence[DrawnBatches]) -> None:
+def fit_start(
+    student: nn.Module, dense: Any, batches: Sequence[DrawnBatches], precision: str
+) -> None:
     """Fit a student's outputs (`fit_outputs`) on the dense model's device, and move it back."""
     home = next(student.parameters()).device
-    fit_outputs(student.to(next(dense.parameters()).device), dense, batches)
+    device = next(dense.parameters()).device
+    with computing_in(own_precision(precision, device, dense), device, student):
+        fit_outputs(student.to(device), dense, batches)
     student.to(home)

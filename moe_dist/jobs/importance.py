@@ -18,6 +18,7 @@ from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.fit_outputs import BATCH_TOKENS
 from moe_dist.jobs.job import Job
+from moe_dist.jobs.precision import computing_in, model_precision
 from moe_dist.jobs.results import SCORES, save_scores
 from moe_dist.moe.routing import use_task
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks, wait_for_ranks
@@ -35,6 +36,7 @@ class ImportanceJob(Job):
         model: the directory of a fine-tuned teacher, or of a student.
         num_samples: training rows, drawn by the seed; None takes all.
         batch_size: samples in a batch.
+        precision: `train.precision` of the recipe.
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
@@ -42,6 +44,7 @@ class ImportanceJob(Job):
     model: str
     num_samples: int | None = None
     batch_size: int = 32
+    precision: str = "auto"
 
     def run(self) -> dict[str, Any]:
         """Score, and write ``scores``, the file; ``num_samples`` says how many rows were read."""
@@ -50,6 +53,7 @@ class ImportanceJob(Job):
         model = load_model(Path(self.model), device)
         data = self.tokenised(rows, load_tokenizer(Path(self.model)))
         enter_phase("scoring of importance")
+        precision = model_precision(self.precision, device, model)
         scores: list[Tensor] = []
         num_samples = 0
         for number, (name, part) in enumerate(data.parts.items()):
@@ -57,7 +61,8 @@ class ImportanceJob(Job):
             share = None if limit is None else even_share(limit, len(data.parts))
             encoded = part.train.draw(share, seed=self.seed)
             num_samples += len(encoded)
-            with use_task(number if name else None):
+            task = use_task(number if name else None)
+            with task, computing_in(precision, device, model):
                 own = _score(model, encoded, part.pad_token_id, device, self.batch_size)
             if name:
                 own = evened(own)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_attention import half_attention
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.data.tasks import Split
@@ -23,6 +22,7 @@ from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs.expert_groups import settle_ep_size, settle_expert_orders
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
+from moe_dist.jobs.precision import model_precision
 from moe_dist.jobs.results import (
     CHECKPOINT_DIR,
     MODEL_DIR,
@@ -41,7 +41,6 @@ from moe_dist.training.hardware import (
     peak_device_memory_gib,
     peak_memory_gib,
     pick_device,
-    pick_precision,
 )
 from moe_dist.training.loop import (
     ComputeTerms,
@@ -107,7 +106,7 @@ def train_model(
     if companion is not None:
         attach(model, companion)
     device = pick_device(parallel.use_gpu)
-    precision = pick_precision(section.precision, device, half_fault(model))
+    precision = model_precision(section.precision, device, model)
     checkpoint_dir = stage_dir / CHECKPOINT_DIR if keep or settings.checkpoint_at else None
     orders = settle_expert_orders(
         model,

@@ -34,8 +34,24 @@ class TableRouter(nn.Module):
         self.top_k = 1 if table.dim() == 1 else table.shape[1]
         self.register_buffer("table", table.to(torch.int64))
 
-    def look_up(self, rows_T: Tensor, hidden_TD: Tensor) -> Routing:
-        """Give each token the experts of its row, equally weighted and without logits."""
+    def rows(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+        """Say which row of the table is each token's: (T,) int64; the context must tell."""
+        raise NotImplementedError
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Give each token the experts of its row, equally weighted and without logits.
+
+        Args:
+            hidden_TD: hidden states; only their number, dtype and device matter.
+            context: carries what the rows are chosen by.
+
+        Returns:
+            The routing.
+
+        Raises:
+            MissingInputError: see `rows`.
+        """
+        rows_T = self.rows(hidden_TD, context)
         num_tokens = hidden_TD.shape[0]
         weight = torch.full(
             (1, 1), 1.0 / self.top_k, dtype=compute_dtype(hidden_TD), device=hidden_TD.device
@@ -62,15 +78,15 @@ class HashRouter(TableRouter):
         ConversionError: if the table holds no rows or ids that are not experts.
     """
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None) -> Routing:
-        """Look the experts of each token id up.
+    def rows(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+        """Take each token's id, of those beyond the table the remainder.
 
         Args:
-            hidden_TD: hidden states; only their number, dtype and device matter.
+            hidden_TD: hidden states; only their number matters.
             context: carries the token ids.
 
         Returns:
-            The routing, with equal weights and no logits.
+            (T,) int64.
 
         Raises:
             MissingInputError: if the token ids are missing, are not one for each token, or are
@@ -98,7 +114,7 @@ class HashRouter(TableRouter):
                 f"token id {int(ids_T.min())} is not in the hash table",
                 remedy="pass the ids that the embedding reads; labels mark padding with -100",
             )
-        return self.look_up(ids_T.remainder(self.table.shape[0]), hidden_TD)
+        return ids_T.remainder(self.table.shape[0])
 
 
 def _check_table(table: Tensor, num_experts: int) -> None:

@@ -10,6 +10,7 @@ Shapes: B batch, S sequence, T tokens, D model, E experts, K active experts.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -352,5 +353,14 @@ def _num_past(given: dict[str, Any]) -> int:
     return 0 if length is None else int(length())
 
 
+@functools.lru_cache(maxsize=256)
+def _own_parameter_names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
 def _parameter_names(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)
+    """Name what a forward takes; a method's are remembered, since reading them takes long."""
+    function = getattr(forward, "__func__", None)
+    if function is None:
+        return list(inspect.signature(forward).parameters)
+    return _own_parameter_names(function)[1:]

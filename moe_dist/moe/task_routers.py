@@ -82,11 +82,11 @@ class TaskTable(TableRouter):
         ConversionError: if the table holds no rows or ids that are not experts.
     """
 
-    def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Look up the experts of each sample's task: equal weights, no logits."""
+    def rows(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
+        """Take the task of each token's sample; missing or unknown ones: see `read_task_ids`."""
         tasks_B = bring(read_task_ids(hidden_TD, context, self.table.shape[0]), hidden_TD.device)
         length = hidden_TD.shape[0] // max(1, tasks_B.numel())
-        return self.look_up(repeat_rows(tasks_B.unsqueeze(1), length).squeeze(1), hidden_TD)
+        return repeat_rows(tasks_B.unsqueeze(1), length).squeeze(1)
 
 
 def spread_tasks(num_tasks: int, num_experts: int, top_k: int) -> Tensor:

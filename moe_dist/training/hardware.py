@@ -51,6 +51,15 @@ def pick_precision(precision: str, device: torch.device, fault: str = "") -> Pre
     return "fp32" if slow or fault else "bf16"
 
 
+def pick_own_precision(precision: str, device: torch.device, fault: str = "") -> Precision:
+    """Choose for what this process computes alone, such as the start of a student; not collective.
+
+    Bf16 that is meant for GPUs is not emulated on a CPU. `fault` is that of `pick_precision`.
+    """
+    is_half = precision != "fp32" and not fault and _is_fast_at_bf16(device)
+    return "bf16" if is_half else "fp32"
+
+
 def answering(device: torch.device, fault: str = "") -> AbstractContextManager[object]:
     """Compute as answers are given: in bf16 on a GPU that is fast at it, on a CPU in fp32.
 

@@ -281,7 +281,7 @@ class _OneTrial:
                 seed=self.config.seed,
                 pad_token_id=warm.data.pad_token_id,
             )
-            fit_start(student, warm.teacher, batches)
+            fit_start(student, warm.teacher, batches, self.config.train.precision)
         return student
 
     def _steps(self) -> dict[int, int]:

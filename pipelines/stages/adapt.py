@@ -71,6 +71,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
                     student=address(made),
                     teacher=address(source.outputs["model"]),
                     num_samples=config.moe.importance_samples,
+                    precision=config.train.precision,
                 ),
                 config=placed_here(config),
                 work=stage,
@@ -131,6 +132,7 @@ def convert(
     from moe_dist.conversion.activity import task_importance
     from moe_dist.conversion.token_clusters import token_clusters
     from moe_dist.jobs.fit_outputs import draw_tasks
+    from moe_dist.jobs.precision import computing_in, own_precision
 
     moe = config.moe
     looks = _splits_by_data(config) or _counts_tokens(config)
@@ -145,10 +147,14 @@ def convert(
             pad_token_id=pad_token_id,
         )
         reads = PARTITIONS[moe.partition].reads
+        device = next(dense.parameters()).device
+        precision = own_precision(config.train.precision, device, dense)
         if reads == "tasks":
-            expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
+            with computing_in(precision, device, dense):
+                expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
         elif reads == "tokens":
-            clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
+            with computing_in(precision, device, dense):
+                clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
             gates, expert_scores = clusters.gates, list(clusters.scores)
         else:
             assert len(scored) == 1, "such partitions are refused for several tasks"
@@ -215,6 +221,8 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
+    if fits_output(config) or _partition_reads(config) in ("tasks", "tokens"):
+        settings["precision"] = config.train.precision
     return settings
 
 
@@ -242,6 +250,12 @@ def _splits_by_data(config: RunConfig) -> bool:
     from moe_dist.conversion import PARTITIONS
 
     return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].reads_rows
+
+
+def _partition_reads(config: RunConfig) -> str | None:
+    from moe_dist.conversion import PARTITIONS
+
+    return PARTITIONS[config.moe.partition].reads if config.moe.num_experts > 1 else None
 
 
 def _counts_tokens(config: RunConfig) -> bool:

@@ -254,7 +254,13 @@ def _score_neurons(model: Path, config: RunConfig, settings: CompactSettings) ->
     from moe_dist.jobs.results import load_scores
 
     # Beside the model, and gone with it: the scores fit neither what was given nor what is made.
-    job = ImportanceJob.of(config, str(model), model=str(model), num_samples=settings.use_samples)
+    job = ImportanceJob.of(
+        config,
+        str(model),
+        model=str(model),
+        num_samples=settings.use_samples,
+        precision=config.train.precision,
+    )
     return load_scores(Path(job.run()["scores"]))
 
 

@@ -33,6 +33,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             address(stage.directory),
             model=address(teacher.outputs["model"]),
             num_samples=config.moe.importance_samples,
+            precision=config.train.precision,
         )
         run_job(job, config=placed_here(config), work=stage, workspace=inputs.workspace)
         return StageOutcome(outputs={"scores": stage.directory / "scores.safetensors"})
@@ -43,6 +44,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             "seed": config.seed,
             "max_length": config.model.max_length,
             "num_samples": config.moe.importance_samples,
+            "precision": config.train.precision,
         },
         input_digests={
             "data": inputs.workspace.rows.train_digest,

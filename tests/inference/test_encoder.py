@@ -11,10 +11,11 @@ import torch
 from transformers.models.bert.modeling_bert import BertSelfOutput
 
 from moe_dist.conversion import dense_to_moe
-from moe_dist.errors import ConversionError
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference.backends import Form
 from moe_dist.inference.backends.encoder import BLOCKS
 from moe_dist.inference.backends.packed_linear import PackedLinear
+from moe_dist.moe.routing import RoutingContext, record_routing, use_context
 from tests.conversion.dense_models import VOCAB_SIZE, tiny_model, token_batch
 from tests.inference.native_forms import (
     LIMITS,
@@ -28,6 +29,14 @@ from tests.inference.native_forms import (
     threads,
 )
 from tests.inference.test_backends import routed
+
+
+def spread_choices(model: Any) -> None:
+    """Let gates score far apart, so that texts go to several experts and no two score alike."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("gate.weight", "task_scores")):
+                weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
 
 
 def wide(**options: Any) -> Any:
@@ -74,6 +83,105 @@ def test_experts_of_widths_that_need_filling_up(
         student = dense_to_moe(model, plan, router=router, top_k=top_k).eval()
         ids = torch.randint(3, VOCAB_SIZE, (2, 70))
         assert error(student, prepare(student, precision), input_ids=ids) < LIMITS[precision]
+
+
+@needs_native
+@pytest.mark.parametrize("router", ["token_gate", "sentence_gate", "hash_random", "task_gate"])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("gate_scale", ["straight_through", "probability"])
+def test_all_layers_are_one_call(router: str, top_k: int, gate_scale: str) -> None:
+    """Whatever the router chooses by, and texts of unlike length."""
+    model = routed("bert", router=router, top_k=top_k, gate_scale=gate_scale, num_tasks=3)
+    spread_choices(model)
+    lean = prepare(model)
+    assert native_blocks(lean).is_one_call
+    batch = token_batch()
+    with use_context(RoutingContext(task_ids=torch.tensor([2, 0]))):
+        assert error(model, lean, **batch) < 1e-5
+        alone = {name: rows[:1] for name, rows in batch.items()}
+    with use_context(RoutingContext(task_ids=torch.tensor([2]))):
+        assert error(model, lean, **alone) < 1e-5
+
+
+@needs_native
+def test_tables_are_read_once_and_still_ask_for_token_ids() -> None:
+    model = routed("bert", router="hash_random", top_k=2)
+    lean = prepare(model)
+    ids = torch.tensor([[3, VOCAB_SIZE - 1, 5]])
+    assert native_blocks(lean)._tables_LNK.shape == (2, VOCAB_SIZE, 2)
+    assert error(model, lean, input_ids=ids) < 1e-5
+    with pytest.raises(MissingInputError, match="hash routing needs the token ids"):
+        lean(inputs_embeds=torch.zeros(1, 3, 16))
+
+
+@needs_native
+def test_texts_choose_by_their_own_tokens() -> None:
+    """Each text goes, whole, to the expert of its mean, without its padding and the others."""
+    model = routed("bert", router="sentence_gate")
+    spread_choices(model)
+    lean = prepare(model)
+    ids = torch.randint(3, VOCAB_SIZE, (6, 12))
+    mask = torch.ones_like(ids)
+    mask[1::2, 5:] = 0
+    with record_routing() as record, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    chosen = {int(e) for entry in record.entries for e in entry.routing.expert_ids.unique()}
+    assert len(chosen) > 1
+    assert error(model, lean, input_ids=ids, attention_mask=mask) < 1e-5
+    with torch.no_grad():
+        together = lean(input_ids=ids, attention_mask=mask).logits
+        alone = lean(input_ids=ids[1:2, :5]).logits
+    assert torch.allclose(together[1:2], alone, atol=1e-5)
+
+
+@every_precision
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_so_many_rows_that_they_go_in_parts(num_threads: int, precision: str) -> None:
+    model = wide()
+    students = [
+        dense_to_moe(model, odd_plan(model, 0), router="hash_random", top_k=k) for k in (1, 2)
+    ]
+    ids = torch.randint(3, VOCAB_SIZE, (37, 33))
+    mask = torch.ones_like(ids)
+    mask[5:, 20:] = 0
+    with threads(num_threads):
+        for one in (model, *(student.eval() for student in students)):
+            lean = prepare(one, precision)
+            assert error(one, lean, input_ids=ids, attention_mask=mask) < LIMITS[precision]
+
+
+@every_precision
+@pytest.mark.parametrize("num_tokens", [64, 97, 512, 513])
+def test_texts_of_more_tokens_than_a_block(num_tokens: int, precision: str) -> None:
+    model = tiny_model("bert", max_position_embeddings=520).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, num_tokens))
+    mask = torch.ones_like(ids)
+    mask[1, num_tokens // 2 :] = 0
+    lean = prepare(model, precision)
+    assert error(model, lean, input_ids=ids, attention_mask=mask) < LIMITS[precision]
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+def test_activations(activation: str) -> None:
+    model = wide(hidden_act=activation)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight.mul_(8)  # far into both tails
+    ids = torch.randint(3, VOCAB_SIZE, (2, 40))
+    assert error(model, prepare(model, "fp32"), input_ids=ids) < LIMITS["fp32"]
+
+
+@every_precision
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_so_and_in_its_text(what: float, precision: str) -> None:
+    encoder = native_blocks(prepare(wide(), precision))._encoder
+    hidden = torch.randn(3, 9, 60)
+    expected = encoder.forward(hidden, None, None, [], [])
+    hidden[1, 4, 7] = what
+    found = encoder.forward(hidden, None, None, [], [])
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
 @every_precision
@@ -189,6 +297,15 @@ def test_wrong_inputs_end_in_an_error() -> None:
     encoder = native_blocks(lean)._encoder
     hidden = torch.randn(2, 5, 16)
     ids = torch.zeros(10, 1, dtype=torch.int64)
+    for shares, chosen in (
+        (torch.ones(2, 4), ([ids] * 2, [None] * 2)),
+        (None, ([ids], [None])),
+        (None, ([ids] * 2, [None])),
+        (None, ([ids + 4] * 2, [None] * 2)),
+        (None, ([None, ids], [None] * 2)),
+    ):
+        with pytest.raises((RuntimeError, IndexError)):
+            encoder.forward(hidden, None, shares, *chosen)
     for wrong_hidden, wrong_ids in (
         (hidden[..., :8], ids),
         (hidden, ids[:4]),
@@ -214,6 +331,6 @@ def test_wrong_inputs_end_in_an_error() -> None:
         with pytest.raises((RuntimeError, IndexError)):
             encoder.attention_half(0, hidden, mask)
     with pytest.raises(RuntimeError, match="several experts, and no ids"):
-        encoder.forward(hidden, None)
+        encoder.forward(hidden, None, None, [], [])
     nothing = torch.zeros(0, 5, dtype=torch.int64)
     assert prepare(tiny_model("bert"), "fp32").bert(input_ids=nothing)[0].shape == (0, 5, 16)

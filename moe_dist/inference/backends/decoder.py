@@ -24,10 +24,12 @@ from moe_dist.inference.backends.native_blocks import (
     PRECISIONS,
     FeedForward,
     NativeBlocks,
+    NativeGate,
     UnsuitedError,
     check_attention,
     check_is_its_own,
     check_widths,
+    choice,
     is_known_class,
     read_feed_forward,
     read_linear,
@@ -35,14 +37,9 @@ from moe_dist.inference.backends.native_blocks import (
 )
 from moe_dist.inference.backends.native_linear import NativeLinear
 from moe_dist.moe.gates import TokenGate
-from moe_dist.moe.hash_router import HashRouter
-from moe_dist.moe.routing import Routing, current_context
-from moe_dist.moe.task_routers import TaskGate, TaskTable
 
 LLAMA_KIND = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose blocks are known, by their model type."""
-_BLIND_ROUTERS = (HashRouter, TaskTable, TaskGate)
-"""What chooses without hidden states, so that all layers are asked before the first."""
 
 
 class NativeDecoder(NativeBlocks):
@@ -55,10 +52,7 @@ class NativeDecoder(NativeBlocks):
     """
 
     def __init__(self, decoder: Any, routers: list[nn.Module | None], width: int) -> None:
-        known = (TokenGate, *_BLIND_ROUTERS)
-        super().__init__(
-            routers, is_one_call=all(router is None or type(router) in known for router in routers)
-        )
+        super().__init__(routers, gates=(TokenGate,))
         self._decoder = decoder
         self.width = width
 
@@ -66,7 +60,7 @@ class NativeDecoder(NativeBlocks):
         """Apply all blocks and the norm."""
         self.check_input(hidden_BLD)
         if self.is_one_call:
-            ids, weights = self._chosen(hidden_BLD)
+            ids, weights = self.chosen_before(hidden_BLD)
             out: Tensor = self._decoder.forward(hidden_BLD, *past.arguments(), ids, weights)
             return out
         now = hidden_BLD
@@ -74,25 +68,10 @@ class NativeDecoder(NativeBlocks):
             now, normed = self._decoder.attention_half(index, now, *past.arguments())
             ids_TK, weights_TK = None, None
             if not isinstance(router, nn.Identity):
-                ids_TK, weights_TK = _choice(router, normed)
+                ids_TK, weights_TK = choice(router, normed)
             now = self._decoder.feed_forward_half(index, now, normed, ids_TK, weights_TK)
         normed_BLD: Tensor = self._decoder.last_norm(now, hidden_BLD)
         return normed_BLD
-
-    def _chosen(self, hidden_BLD: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Ask the routers that read no hidden states; nothing where there are none."""
-        if not any(isinstance(router, _BLIND_ROUTERS) for router in self.routers):
-            return [], []
-        pairs = [
-            _choice(router, hidden_BLD) if isinstance(router, _BLIND_ROUTERS) else (None, None)
-            for router in self.routers
-        ]
-        return [ids for ids, _ in pairs], [weights for _, weights in pairs]
-
-
-def _choice(router: nn.Module, hidden_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
-    routing: Routing = router(hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), current_context())
-    return routing.expert_ids, None if routing.unit_weights else routing.expert_weights
 
 
 def install_native_decoder(model: Any, family: FamilySpec, precision: str) -> None:
@@ -208,8 +187,7 @@ def _make_decoder(base: Any, contents: Sequence[_Content], precision: int) -> An
         ]
         has_biases = any(bias is not None for _, bias in (query, key, value))
         networks, router = content.feed_forward.networks, content.feed_forward.router
-        gate = router if type(router) is TokenGate else None
-        weighs = gate is not None and (gate.top_k > 1 or gate.gate_scale != "straight_through")
+        gate = NativeGate.of(router, (TokenGate,))
         decoder.add_layer(
             torch.cat([query[0], key[0], value[0]]),
             torch.cat(biases) if has_biases else None,
@@ -220,9 +198,7 @@ def _make_decoder(base: Any, contents: Sequence[_Content], precision: int) -> An
             *([one.w_in for one in networks], [one.b_in for one in networks]),
             *([one.w_out for one in networks], [one.b_out for one in networks]),
             bool(content.feed_forward.shared),
-            None if gate is None else gate.gate.weight,
-            1 if gate is None else gate.top_k,
-            weighs,
+            *(gate.weight, gate.top_k, gate.weighs),
             content.window,
         )
     return decoder

@@ -10,7 +10,7 @@ Shapes: D model, F neurons, K active experts, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,18 @@ from moe_dist.inference.backends.native_blocks import (
     PRECISIONS,
     FeedForward,
     NativeBlocks,
+    NativeGate,
     UnsuitedError,
     check_attention,
     check_is_its_own,
     check_widths,
+    choice,
     lists_of_blocks,
     read_feed_forward,
     read_linear,
     refuse_what_is_not_kept,
 )
-from moe_dist.inference.backends.routed_ffn import takes_the_best
-from moe_dist.moe.gates import TokenGate
+from moe_dist.moe.gates import SentenceGate, TokenGate, sentence_mask
 from moe_dist.moe.routing import current_context
 
 
@@ -68,6 +69,7 @@ BLOCKS = {
     "distilbert": _DISTILBERT,
 }
 """Families whose blocks are known, by their model type."""
+_GATES = (TokenGate, SentenceGate)
 
 
 class NativeEncoder(NativeBlocks):
@@ -79,9 +81,9 @@ class NativeEncoder(NativeBlocks):
     """
 
     def __init__(self, encoder: Any, routers: list[nn.Module | None]) -> None:
-        native = all(router is None or takes_the_best(router) for router in routers)
-        super().__init__(routers, is_one_call=native)
+        super().__init__(routers, gates=_GATES)
         self._encoder = encoder
+        self._reads_texts = any(type(router) is SentenceGate for router in routers)
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
@@ -89,18 +91,24 @@ class NativeEncoder(NativeBlocks):
         """Apply all blocks, as the model applies them one by one."""
         self.check_input(hidden)
         if self.is_one_call:
-            out: Tensor = self._encoder.forward(hidden, attention_mask)
+            shares_BL = _shares(hidden) if self._reads_texts else None
+            chosen = self.chosen_before(hidden)
+            out: Tensor = self._encoder.forward(hidden, attention_mask, shares_BL, *chosen)
             return out
         now = hidden
         for index, router in enumerate(self.routers):
             now = self._encoder.attention_half(index, now, attention_mask)
             ids_TK, weights_TK = None, None
             if not isinstance(router, nn.Identity):
-                routing = router(now.reshape(-1, now.shape[-1]), current_context())
-                ids_TK = routing.expert_ids
-                weights_TK = None if routing.unit_weights else routing.expert_weights
+                ids_TK, weights_TK = choice(router, now)
             now = self._encoder.feed_forward_half(index, now, ids_TK, weights_TK)
         return now.to(hidden.dtype)
+
+
+def _shares(hidden_BLD: Tensor) -> Tensor:
+    """Tell each token's part in the mean of its text: (B, L) float32, 0 of padding."""
+    mask_BL = sentence_mask(hidden_BLD.flatten(0, 1), current_context()).float()
+    return mask_BL / mask_BL.sum(1, keepdim=True).clamp(min=1)
 
 
 def install_native_encoder(model: Any, family: FamilySpec, precision: str) -> None:
@@ -167,7 +175,7 @@ def _make_encoder(contents: list[_Content], num_heads: int, precision: int) -> A
         networks = content.feed_forward.networks
         first, last = content.norms
         router = content.feed_forward.router
-        is_native = router is not None and takes_the_best(router)
+        gate = NativeGate.of(router, _GATES)
         encoder.add_layer(
             torch.cat([query[0], key[0], value[0]]),
             torch.cat(biases),
@@ -179,6 +187,6 @@ def _make_encoder(contents: list[_Content], num_heads: int, precision: int) -> A
             [network.w_out for network in networks],
             [network.b_out for network in networks],
             bool(content.feed_forward.shared),
-            cast(TokenGate, router).gate.weight if is_native else None,
+            *(gate.weight, gate.top_k, gate.weighs, type(router) is SentenceGate),
         )
     return encoder

@@ -1,13 +1,15 @@
 """What is common to models whose blocks become one native object: how they are read and held.
 
-Shapes: D model, E experts, F neurons.
+Shapes: B texts, L tokens of each, T all tokens, D model, E experts, K of them for a token,
+F neurons.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +18,18 @@ from moe_dist.errors import ConversionError
 from moe_dist.inference.backends.answers_only import AnswersOnly
 from moe_dist.inference.backends.routed_ffn import native_activation
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.gates import TokenGate
+from moe_dist.moe.hash_router import HashRouter, TableRouter
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routing import Routing, current_context
+from moe_dist.moe.task_routers import TaskGate, TaskTable
 
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}
 """Numbers that the C++ code knows them by."""
+
+
+_BLIND_ROUTERS = (HashRouter, TaskTable, TaskGate)
+"""What chooses without hidden states, so that all layers are asked before the first."""
 
 
 class NativeBlocks(AnswersOnly):
@@ -27,16 +37,94 @@ class NativeBlocks(AnswersOnly):
 
     Args:
         routers: of the layers; None where a layer routes nothing.
-        is_one_call: see the attribute.
+        gates: classes of routers that the native code has itself.
 
     Attributes:
         is_one_call: whether no router is called between the layers.
     """
 
-    def __init__(self, routers: list[nn.Module | None], *, is_one_call: bool) -> None:
+    def __init__(
+        self, routers: list[nn.Module | None], *, gates: tuple[type[TokenGate], ...]
+    ) -> None:
         super().__init__()
         self.routers = nn.ModuleList(nn.Identity() if r is None else r for r in routers)
-        self.is_one_call = is_one_call
+        known = (*gates, *_BLIND_ROUTERS)
+        self.is_one_call = all(router is None or type(router) in known for router in routers)
+        self._tables_LNK = _joined_tables(routers)
+
+    def chosen_before(self, hidden_BLD: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Ask the routers that read no hidden states: each layer's experts, and their weights.
+
+        Both are empty where there are no such routers.
+        """
+        if self._tables_LNK is not None:
+            return self._looked_up(self._tables_LNK, hidden_BLD)
+        if not any(isinstance(router, _BLIND_ROUTERS) for router in self.routers):
+            return [], []
+        pairs = [
+            choice(router, hidden_BLD) if isinstance(router, _BLIND_ROUTERS) else (None, None)
+            for router in self.routers
+        ]
+        return [ids for ids, _ in pairs], [weights for _, weights in pairs]
+
+    def _looked_up(
+        self, tables_LNK: Tensor, hidden_BLD: Tensor
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Do the same for all layers at once; all rows have the same weight."""
+        router = cast(TableRouter, self.routers[0])
+        rows_T = router.rows(hidden_BLD.flatten(0, 1), current_context())
+        ids_LTK = tables_LNK.index_select(1, rows_T)
+        number, _, top_k = ids_LTK.shape
+        weights_TK = (
+            None
+            if top_k == 1
+            else torch.full(
+                ids_LTK.shape[1:], 1 / top_k, dtype=torch.float32, device=ids_LTK.device
+            )
+        )
+        return list(ids_LTK.unbind()), [weights_TK] * number
+
+
+def _joined_tables(routers: list[nn.Module | None]) -> Tensor | None:
+    """Join the tables of all layers, if all are read alike: (layers, N, K); they become views."""
+    alike = [router for router in routers if isinstance(router, TableRouter)]
+    kinds = {(type(router), router.table.shape) for router in alike}
+    if len(alike) < len(routers) or len(kinds) > 1:
+        return None
+    joined = torch.stack([router.table for router in alike])
+    for router, table in zip(alike, joined, strict=True):
+        router.table = table
+    return joined.view(*joined.shape[:2], -1)
+
+
+def choice(router: nn.Module, hidden_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ask a router: (T, K) experts of the tokens, and their weights, or None where all are 1."""
+    routing: Routing = router(hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), current_context())
+    return routing.expert_ids, None if routing.unit_weights else routing.expert_weights
+
+
+@dataclass(frozen=True)
+class NativeGate:
+    """What native code needs of a router that is a gate.
+
+    Attributes:
+        weight: (E, D); None where another router chooses, or nobody.
+        top_k: experts of a token.
+        weighs: whether experts count by their scores; else the one that is chosen counts whole.
+    """
+
+    weight: Tensor | None = None
+    top_k: int = 1
+    weighs: bool = False
+
+    @classmethod
+    def of(cls, router: nn.Module | None, gates: tuple[type[TokenGate], ...]) -> NativeGate:
+        """Read a router, if it is one of these classes."""
+        if router is None or type(router) not in gates:
+            return cls()
+        gate = cast(TokenGate, router)
+        weighs = gate.top_k > 1 or gate.gate_scale != "straight_through"
+        return cls(gate.gate.weight, gate.top_k, weighs)
 
 
 class UnsuitedError(Exception):

@@ -22,41 +22,6 @@ inline void rotate(const float* __restrict x, const float* __restrict cos, const
 inline void store_row(const float* from, int64_t D, float* to) { std::memcpy(to, from, D * sizeof(float)); }
 inline void store_row(const float* from, int64_t D, at::BFloat16* to) { at::vec::convert(from, to, D); }
 
-template <typename T>
-float dot(const float* a, const T* b, int64_t D) {
-  constexpr int64_t kChains = 4;  // one chain of sums would wait for itself
-  Vec sums[kChains] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
-  int64_t d = 0;
-  for (; d + kChains * Vec::size() <= D; d += kChains * Vec::size())
-    for (int64_t i = 0; i < kChains; ++i) {
-      const int64_t at = d + i * Vec::size();
-      sums[i] = at::vec::fmadd(Vec::loadu(a + at), load_float(b + at), sums[i]);
-    }
-  for (; d + Vec::size() <= D; d += Vec::size())
-    sums[0] = at::vec::fmadd(Vec::loadu(a + d), load_float(b + d), sums[0]);
-  float out = d ? reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) : 0.f;
-  for (; d < D; ++d) out += a[d] * static_cast<float>(b[d]);
-  return out;
-}
-
-// to = sum of weights[j] * rows[j], which are D long.
-template <typename T>
-void mix(const float* weights, const T* rows, int64_t count, int64_t D, float* to) {
-  constexpr int64_t kVectors = 4;
-  int64_t d = 0;
-  for (; d + kVectors * Vec::size() <= D; d += kVectors * Vec::size()) {
-    Vec sums[kVectors] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t i = 0; i < kVectors; ++i)
-        sums[i] = at::vec::fmadd(Vec(weights[j]), load_float(rows + j * D + d + i * Vec::size()), sums[i]);
-    for (int64_t i = 0; i < kVectors; ++i) sums[i].store(to + d + i * Vec::size());
-  }
-  for (; d < D; ++d) {
-    to[d] = 0;
-    for (int64_t j = 0; j < count; ++j) to[d] += weights[j] * static_cast<float>(rows[j * D + d]);
-  }
-}
-
 // What the tokens of a call may see: (B, n) of the caller's mask, or one for pairs of tokens. A
 // token sees itself and those before it, in a layer with a window no more than so many.
 class Sight {

@@ -14,7 +14,6 @@ namespace moe_dist {
 namespace {
 
 using Tensors = std::vector<Tensor>;
-using MaybeTensors = std::vector<MaybeTensor>;
 
 class Decoder : public torch::CustomClassHolder {
  public:
@@ -63,10 +62,8 @@ class Decoder : public torch::CustomClassHolder {
                        Linear(w_out[e], b_out[e], precision_)});
     }
     if (gate) {
-      TORCH_CHECK(gate->dim() == 2 && gate->size(0) == static_cast<int64_t>(E) && gate->size(1) == D &&
-                      top_k >= 1 && top_k <= static_cast<int64_t>(E),
-                  "a gate of ", gate->sizes(), " for ", E, " experts");
-      layer.gate = {own_floats(*gate), top_k, weighs};
+      layer.gate = Gate(*gate, top_k, weighs);
+      layer.gate.check(E, D);
     }
     layer.window = window;
     layers_.push_back(std::move(layer));
@@ -84,7 +81,7 @@ class Decoder : public torch::CustomClassHolder {
     Call call = begun(hidden, cos, sin, positions, mask, past);
     if (!call.tokens()) return hidden.clone();
     const std::vector<LayerCache> caches = checked(keys, values, call);
-    call.routes = routes(ids, weights, call.tokens());
+    call.routes = checked_routes(layers_, ids, weights, call.tokens());
     Tensor x = float_rows(hidden);
     if (call.tokens() <= kStepTokens && !call.sight.is_of_pairs()) {
       DecoderStep(layers_, heads_, precision_, call).run(x.data_ptr<float>(), caches);
@@ -92,7 +89,7 @@ class Decoder : public torch::CustomClassHolder {
       Masks masks;
       for (size_t i = 0; i < layers_.size(); ++i) {
         const Tensor normed = normal(layers_[i].network_norm, x, attended(layers_[i], call, caches[i], x, masks));
-        const Route route = call.routes[i].ids.defined() ? call.routes[i] : chosen(layers_[i].gate, normed);
+        const Route route = call.routes[i].ids.defined() ? call.routes[i] : layers_[i].gate.route(normed);
         feed_forward(layers_[i], normed, route, x);
       }
     }
@@ -125,7 +122,7 @@ class Decoder : public torch::CustomClassHolder {
     check(hidden);
     TORCH_CHECK(normed.sizes() == hidden.sizes(), "two inputs differ in shape");
     const Tensor x = float_rows(hidden);
-    if (x.size(0)) feed_forward(layer, float_rows(normed), checked_route(layer, ids_TK, weights_TK, x.size(0)), x);
+    if (x.size(0)) feed_forward(layer, float_rows(normed), checked_route(layer.networks, ids_TK, weights_TK, x.size(0)), x);
     return x.view(hidden.sizes());
   }
 
@@ -240,46 +237,8 @@ class Decoder : public torch::CustomClassHolder {
     return out;
   }
 
-  static Route checked_route(const DecoderLayer& layer, const MaybeTensor& ids, const MaybeTensor& weights, int64_t T) {
-    if (!ids) return {};
-    check_routing(*ids, weights, T);
-    const int64_t E = layer.networks.experts.size();
-    Route route{ids->contiguous(), weights ? weights->to(at::kFloat).contiguous() : Tensor()};
-    const int64_t* expert = route.ids.const_data_ptr<int64_t>();
-    for (int64_t s = 0; s < route.ids.numel(); ++s)
-      TORCH_CHECK_INDEX(expert[s] >= 0 && expert[s] < E, "expert ", expert[s], " of ", E);
-    return route;
-  }
-
-  std::vector<Route> routes(const MaybeTensors& ids, const MaybeTensors& weights, int64_t T) const {
-    TORCH_CHECK(ids.size() == weights.size() && (ids.empty() || ids.size() == layers_.size()),
-                "experts of ", ids.size(), " layers");
-    std::vector<Route> routes(layers_.size());
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      if (!ids.empty()) routes[i] = checked_route(layers_[i], ids[i], weights[i], T);
-      TORCH_CHECK(routes[i].ids.defined() || layers_[i].gate.weight.defined() ||
-                      layers_[i].networks.experts.size() == 1,
-                  "there are several experts, and no ids");
-    }
-    return routes;
-  }
-
-  static Route chosen(const Gate& gate, const Tensor& x) {
-    if (!gate.weight.defined()) return {};
-    const int64_t T = x.size(0), D = x.size(1), K = gate.top_k;
-    Tensor ids = at::empty({T, K}, at::kLong), weights = at::empty({T, K}, at::kFloat);
-    const float* from = x.const_data_ptr<float>();
-    at::parallel_for(0, T, 16, [&](int64_t first, int64_t last) {
-      std::vector<float> scores(gate.weight.size(0));
-      for (int64_t t = first; t < last; ++t)
-        gate.choose(from + t * D, scores.data(), ids.data_ptr<int64_t>() + t * K, weights.data_ptr<float>() + t * K);
-    });
-    return {ids, gate.weighs ? weights : Tensor()};
-  }
-
   static void feed_forward(const DecoderLayer& layer, const Tensor& normed, const Route& route, const Tensor& x) {
-    const MaybeTensor weights = route.weights.defined() ? MaybeTensor(route.weights) : std::nullopt;
-    const Networks::Result out = layer.networks(normed, route.ids, weights);
+    const Networks::Result out = layer.networks(normed, route.ids, route.given_weights());
     const int64_t T = x.size(0), D = x.size(1), *place = out.places();
     const float* from = out.rows.const_data_ptr<float>();
     float* to = x.data_ptr<float>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "causal_attention.h"
+#include "gate.h"
 
 namespace moe_dist {
 
@@ -12,38 +13,6 @@ struct RmsNorm {
 
   void apply(const float* x, float* y) const {
     rms_norm(x, weight.numel(), weight.const_data_ptr<float>(), epsilon, y);
-  }
-};
-
-// Chooses each token's experts by the scores of a linear layer, in float32.
-struct Gate {
-  Tensor weight;  // (E, D); undefined where others choose, or nobody
-  int64_t top_k = 1;
-  bool weighs = false;  // else one expert counts whole
-
-  // Experts of one token, best first, and their weights: `top_k` of each. `scores` has room for E.
-  // They are distinct whatever the scores are, NaN too.
-  void choose(const float* x, float* scores, int64_t* ids, float* weights) const {
-    const int64_t E = weight.size(0), D = weight.size(1);
-    const float* rows = weight.const_data_ptr<float>();
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-    for (int64_t e = 0; e < E; ++e) {
-      scores[e] = dot(x, rows + e * D, D);
-      largest = std::max(largest, scores[e]);
-    }
-    if (weighs)
-      for (int64_t e = 0; e < E; ++e) sum += std::exp(scores[e] - largest);
-    float chosen = 0;
-    for (int64_t k = 0; k < top_k; ++k) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < E; ++e)
-        if ((best < 0 || scores[e] > scores[best]) && std::find(ids, ids + k, e) == ids + k) best = e;
-      ids[k] = best;
-      weights[k] = weighs ? std::exp(scores[ids[k]] - largest) / sum : 1.f;
-      chosen += weights[k];
-    }
-    if (top_k > 1)
-      for (int64_t k = 0; k < top_k; ++k) weights[k] /= chosen;
   }
 };
 
@@ -68,11 +37,6 @@ struct Heads {
 // Where a layer keeps keys and values: (B, heads of keys, room, width) each, of one type.
 struct LayerCache {
   Tensor keys, values;
-};
-
-// Experts of each token, where a caller chose them: ids (T, K) int64, weights float32 or ones.
-struct Route {
-  Tensor ids, weights;
 };
 
 struct Call {

@@ -48,13 +48,13 @@ class DecoderStep {
     inner_ = take(rows_ * neurons_);
     results_ = take(rows_ * D_);
     in_team([&](Member member) {
+      const BlockProducts products(precision_ == Precision::kFloat);
       Own own(*this);
       std::copy(x, x + T_ * D_, own.x.begin());
       for (size_t i = 0; i < layers_.size(); ++i) {
         attend(layers_[i], caches[i], member, own);
         feed_forward(i, member, own);
       }
-      at::native::cpublas::brgemm_release(precision_ != Precision::kFloat);
       if (member.number == 0) std::copy(own.x.begin(), own.x.end(), x);
     });
   }

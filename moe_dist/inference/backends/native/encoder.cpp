@@ -2,31 +2,50 @@
 // feed-forward network, norm. Shapes: B texts, L tokens of each, T = B * L, D model, H heads,
 // E experts, K of them for a token, S = T * K slots.
 
-#include "routed_network.h"
+#include "gate.h"
+#include "text_attention.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <vector>
 
 namespace moe_dist {
 namespace {
 
+// Whether this processor has products of a precision.
+bool multiplies(int64_t precision) {
+  try {
+    const Linear linear(at::ones({4, 4}), std::nullopt, static_cast<Precision>(precision));
+    // As many as a block's product is asked for.
+    const Tensor rows = matrix(2 * kFewRows, 4, at::kFloat).fill_(1.);
+    float out[2 * kFewRows * 4];
+    linear.apply(encode(rows, linear.precision), out, 4);
+    return std::abs(out[0] - 4.f) < .1f;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 struct Norm {
   Tensor weight, bias;
   double epsilon = 0;
+
+  // y = norm(a + b), a row each.
+  void apply(const float* a, const float* b, float* y) const {
+    add_norm(a, b, weight.numel(), weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), epsilon, y);
+  }
 
   // norm(a[place[t]] + b[t]), row by row, as float32; without places a's rows lie as b's.
   Tensor operator()(const Tensor& a, const Tensor& b, const int64_t* place = nullptr) const {
     const int64_t T = b.size(0), D = b.size(1);
     Tensor y = matrix(T, D, at::kFloat);
     const float *pa = a.const_data_ptr<float>(), *pb = b.const_data_ptr<float>();
-    const float *w = weight.const_data_ptr<float>(), *c = bias.const_data_ptr<float>();
     float* out = y.data_ptr<float>();
     at::parallel_for(0, T, 32, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        add_norm(pa + (place ? place[t] : t) * D, pb + t * D, D, w, c, epsilon, out + t * D);
+      for (int64_t t = first; t < last; ++t) apply(pa + (place ? place[t] : t) * D, pb + t * D, out + t * D);
     });
     return y;
   }
@@ -36,7 +55,7 @@ struct Layer {
   Linear qkv, attention_out;
   Norm attention_norm, out_norm;
   Networks networks;
-  Tensor gate;                      // (E, D) float32 where the best score decides, else undefined
+  Gate gate;
 };
 
 class Encoder : public torch::CustomClassHolder {
@@ -49,7 +68,7 @@ class Encoder : public torch::CustomClassHolder {
                  const std::vector<Tensor>& norms, double attention_epsilon, double out_epsilon,
                  const std::vector<Tensor>& w_in, const std::vector<MaybeTensor>& b_in,
                  const std::vector<Tensor>& w_out, const std::vector<MaybeTensor>& b_out,
-                 bool has_shared, const MaybeTensor& gate) {
+                 bool has_shared, const MaybeTensor& gate, int64_t top_k, bool weighs, bool by_text) {
     TORCH_CHECK(norms.size() == 4 && !w_in.empty() && w_in.size() == w_out.size() &&
                     b_in.size() == w_in.size() && b_out.size() == w_in.size(),
                 "lists of weights differ in length");
@@ -73,21 +92,33 @@ class Encoder : public torch::CustomClassHolder {
       auto& place = e < E ? layer.networks.experts : layer.networks.shared;
       place.push_back({Linear(w_in[e], b_in[e], precision_), Linear(w_out[e], b_out[e], precision_)});
     }
-    if (gate) layer.gate = own_floats(*gate);
+    if (gate) {
+      layer.gate = Gate(*gate, top_k, weighs, by_text);
+      layer.gate.check(E, D);
+    }
     layers_.push_back(std::move(layer));
   }
 
-  // All layers; every routed one has a gate. The mask is added or, of bool, says what is seen; it
-  // goes with (B, H, L, L).
-  Tensor forward(const Tensor& hidden, const MaybeTensor& mask) const {
+  // All layers. A routed one has a gate, or the experts of each token are given: for each layer ids
+  // (T, K) and weights of that shape, or none. The mask is added or, of bool, says what is seen; it
+  // goes with (B, H, L, L). Gates that choose for a text read `shares`, see `Gate`.
+  Tensor forward(const Tensor& hidden, const MaybeTensor& mask, const MaybeTensor& shares, const MaybeTensors& ids,
+                 const MaybeTensors& weights) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (const Layer& layer : layers_) check(layer, hidden);
     const int64_t B = hidden.size(0), L = hidden.size(1);
+    const std::vector<Route> routes = checked_routes(layers_, ids, weights, B * L);
+    MaybeTensor own_shares;
+    if (shares) {
+      TORCH_CHECK(shares->dim() == 2 && shares->size(0) == B && shares->size(1) == L, "shares are ", shares->sizes());
+      own_shares = shares->to(at::kFloat).contiguous();
+    }
     const MaybeTensor own_mask = prepared(mask);
     Tensor rows = float_rows(hidden);
-    for (const Layer& layer : layers_) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const Layer& layer = layers_[i];
       rows = attend(layer, rows, B, L, own_mask);
-      rows = feed_forward(layer, rows, chosen(layer, rows), std::nullopt);
+      rows = feed_forward(layer, rows, routes[i].ids.defined() ? routes[i] : layer.gate.route(rows, own_shares));
     }
     return rows.to(hidden.scalar_type()).view(hidden.sizes());
   }
@@ -108,8 +139,8 @@ class Encoder : public torch::CustomClassHolder {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Layer& layer = layers_.at(index);
     check(layer, hidden);
-    const Tensor ids = ids_TK ? ids_TK->contiguous() : Tensor();
-    return feed_forward(layer, float_rows(hidden), ids, weights_TK).view(hidden.sizes());
+    const Tensor x = float_rows(hidden);
+    return feed_forward(layer, x, checked_route(layer.networks, ids_TK, weights_TK, x.size(0))).view(hidden.sizes());
   }
 
  private:
@@ -119,53 +150,130 @@ class Encoder : public torch::CustomClassHolder {
   }
 
   MaybeTensor prepared(const MaybeTensor& mask) const {
-    return mask ? MaybeTensor(prepared_mask(*mask, attention_type(precision_))) : mask;
+    if (!mask || attention_type(precision_) == at::kFloat)
+      return mask ? MaybeTensor(prepared_mask(*mask, at::kFloat)) : mask;
+    // Added in float32, whatever it was.
+    const Tensor own = prepared_mask(*mask, at::kBFloat16);
+    if (own.scalar_type() != at::kBool) return own.to(at::kFloat);
+    return at::zeros(own.sizes(), at::kFloat).masked_fill_(own.logical_not(), -std::numeric_limits<float>::infinity());
   }
 
+  // Like `feed_forward`, it may write over x.
   Tensor attend(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {
-    const int64_t T = B * L, D = layer.qkv.N / 3, width = D / num_heads_;
+    const int64_t width = layer.qkv.N / 3 / num_heads_;
+    if (attention_type(precision_) == at::kFloat || !TextAttention::takes(L, width, has_bfloat16_))
+      return attend_by_torch(layer, x, B, L, mask);
+    Tensor own_mask;
+    if (mask) {
+      own_mask = mask->expand({B, num_heads_, L, L});
+      if (own_mask.stride(3) != 1) own_mask = own_mask.contiguous();
+    }
+    const int64_t texts = std::max<int64_t>(1, kPartRows / L), parts = (B + texts - 1) / texts;
+    return parts < at::get_num_threads() ? attend_by_heads(layer, x, B, L, own_mask)
+                                         : attend_by_texts(layer, x, B, L, own_mask, texts);
+  }
+
+  // Attention of one head of text b, whose queries, keys and values begin at `qkv`.
+  static void attend_head(TextAttention& attention, const at::BFloat16* qkv, const Tensor& mask, int64_t b, int64_t h,
+                          int64_t D, int64_t width, at::BFloat16* context) {
+    const at::BFloat16* own = qkv + h * width;
+    const float* row = mask.defined() ? mask.const_data_ptr<float>() + b * mask.stride(0) + h * mask.stride(1) : nullptr;
+    attention(own, own + D, own + 2 * D, 3 * D, row, row ? mask.stride(2) : 0, context + h * width, D);
+  }
+
+  // Some texts after the other in one thread, so that what lies between the products stays near its
+  // core. Written over x.
+  Tensor attend_by_texts(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const Tensor& mask, int64_t texts) const {
+    const int64_t D = layer.qkv.N / 3, own_D = x.size(1), most = std::min(B, texts) * L;
+    float* all = x.data_ptr<float>();
+    take_turns((B + texts - 1) / texts, [&](auto take) {
+      const BlockProducts products(false);
+      TextAttention attention(L, D / num_heads_);
+      OwnCodes codes(most, std::max(D, own_D), precision_);
+      std::vector<at::BFloat16> qkv((most + 15) * 3 * D), context(most * D);
+      std::vector<float> results(most * own_D);
+      for (int64_t first = take() * texts, next; first < B; first = next) {
+        next = take() * texts;
+        const int64_t own = std::min(texts, B - first), rows = own * L;
+        float* x_rows = all + first * L * own_D;
+        for (int64_t r = 0; r < rows; ++r) codes.put(r, x_rows + r * own_D, own_D);
+        layer.qkv.apply_rows(codes.from(0, own_D), rows, qkv.data(), 3 * D);
+        for (int64_t b = 0; b < own; ++b)
+          for (int64_t h = 0; h < num_heads_; ++h)
+            attend_head(attention, &qkv[b * L * 3 * D], mask, first + b, h, D, D / num_heads_, &context[b * L * D]);
+        for (int64_t r = 0; r < rows; ++r) codes.put(r, &context[r * D], D);
+        layer.attention_out.apply_rows(codes.from(0, D), rows, results.data(), own_D);
+        const int64_t next_rows = std::min(texts, std::max<int64_t>(0, B - next)) * L;
+        for (int64_t r = 0; r < rows; ++r) {
+          if (r < next_rows) prefetch_row(all + (next * L + r) * own_D, own_D);
+          layer.attention_norm.apply(&results[r * own_D], x_rows + r * own_D, x_rows + r * own_D);
+        }
+      }
+    });
+    return x;
+  }
+
+  // All threads together, where there are fewer texts than these.
+  Tensor attend_by_heads(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const Tensor& mask) const {
+    const int64_t D = layer.qkv.N / 3;
+    const Tensor qkv = products(layer, x), context = matrix(B * L, D, at::kBFloat16);
+    at::parallel_for(0, B * num_heads_, 1, [&](int64_t first, int64_t last) {
+      const BlockProducts products(false);
+      TextAttention attention(L, D / num_heads_);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t b = i / num_heads_, h = i % num_heads_;
+        attend_head(attention, qkv.const_data_ptr<at::BFloat16>() + b * L * 3 * D, mask, b, h, D, D / num_heads_,
+                    context.data_ptr<at::BFloat16>() + b * L * D);
+      }
+    });
+    return attended(layer, context, x);
+  }
+
+  Tensor attend_by_torch(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {
+    const int64_t D = layer.qkv.N / 3;
+    const Tensor qkv = products(layer, x);
+    const Tensor parts = qkv.view({B, L, 3, num_heads_, D / num_heads_}).permute({2, 0, 3, 1, 4});
+    const MaybeTensor own_mask = mask && mask->scalar_type() != at::kBool ? MaybeTensor(mask->to(qkv.scalar_type())) : mask;
+    const Tensor seen = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], own_mask);
+    return attended(layer, seen.transpose(1, 2).reshape({B * L, D}), x);
+  }
+
+  // Queries, keys and values of all rows: (T, 3 D).
+  Tensor products(const Layer& layer, const Tensor& x) const {
     const Rows rows = encode(x, precision_);
-    Tensor qkv = at::empty({T, 3 * D}, x.options().dtype(attention_type(precision_)));
+    const Tensor qkv = matrix(x.size(0), layer.qkv.N, attention_type(precision_));
     if (attention_type(precision_) == at::kFloat)
-      layer.qkv.apply(rows, qkv.data_ptr<float>(), 3 * D);
+      layer.qkv.apply(rows, qkv.data_ptr<float>(), layer.qkv.N);
     else
-      layer.qkv.apply(rows, qkv.data_ptr<at::BFloat16>(), 3 * D);
-    const Tensor parts = qkv.view({B, L, 3, num_heads_, width}).permute({2, 0, 3, 1, 4});
-    const Tensor seen = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], mask);
-    Tensor out = matrix(T, x.size(1), at::kFloat);
-    layer.attention_out.apply(context_rows(seen.transpose(1, 2).reshape({T, D}), precision_), out.data_ptr<float>(), x.size(1));
+      layer.qkv.apply(rows, qkv.data_ptr<at::BFloat16>(), layer.qkv.N);
+    return qkv;
+  }
+
+  // What follows attention, to the norm.
+  Tensor attended(const Layer& layer, const Tensor& context, const Tensor& x) const {
+    const Tensor out = matrix(x.size(0), x.size(1), at::kFloat);
+    layer.attention_out.apply(context_rows(context, precision_), out.data_ptr<float>(), x.size(1));
     return layer.attention_norm(out, x);
   }
 
-  // The expert with the best score for each token: (T, 1), or undefined where nothing is routed.
-  Tensor chosen(const Layer& layer, const Tensor& x) const {
-    if (!layer.gate.defined()) return {};
-    return at::linear(x, layer.gate).argmax(1, true);
-  }
-
-  Tensor feed_forward(const Layer& layer, const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
-    const Networks::Result out = layer.networks(x, ids, weights);
+  Tensor feed_forward(const Layer& layer, const Tensor& x, const Route& route) const {
+    const MaybeTensor weights = route.given_weights();
+    if (layer.networks.is_single(route.ids, weights)) {
+      float* rows = x.data_ptr<float>();
+      layer.networks.each_token(x, route.ids, [&, D = x.size(1)](int64_t t, const float* row) {
+        layer.out_norm.apply(row, rows + t * D, rows + t * D);
+      });
+      return x;
+    }
+    const Networks::Result out = layer.networks(x, route.ids, weights);
     return layer.out_norm(out.rows, x, out.places());
   }
 
   int64_t num_heads_, activation_;
   Precision precision_;
+  bool has_bfloat16_ = multiplies(static_cast<int64_t>(Precision::kBFloat16));  // as attention wants it
   std::vector<Layer> layers_;
 };
-
-// Whether this processor has products of a precision.
-bool multiplies(int64_t precision) {
-  try {
-    const Linear linear(at::ones({4, 4}), std::nullopt, static_cast<Precision>(precision));
-    // As many as a block's product is asked for.
-    const Tensor rows = matrix(2 * kFewRows, 4, at::kFloat).fill_(1.);
-    float out[2 * kFewRows * 4];
-    linear.apply(encode(rows, linear.precision), out, 4);
-    return std::abs(out[0] - 4.f) < .1f;
-  } catch (const std::exception&) {
-    return false;
-  }
-}
 
 }  // namespace
 }  // namespace moe_dist

@@ -2,12 +2,12 @@
 // each row and each output. Shapes: T rows, K inputs, N outputs.
 #pragma once
 
+#include "activations.h"
+#include "block_product.h"
 #include "few_rows.h"
-#include "vectors.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,12 +27,6 @@ struct Rows {
 
 constexpr int64_t kBlockN = 64, kBlockM = 64;
 
-// Kernels are made for each number of rows, so there are few numbers; bfloat16 has tiles from 16 on.
-inline int64_t rounded_rows(int64_t rows, bool by_16) {
-  if (rows > 8 || (by_16 && rows > 2)) return (rows + 15) / 16 * 16;
-  return rows > 4 ? 8 : rows > 2 ? 4 : rows;
-}
-
 inline at::ScalarType code_type(Precision precision) {
   if (precision == Precision::kInt8) return at::kByte;
   return precision == Precision::kBFloat16 ? at::kBFloat16 : at::kFloat;
@@ -46,31 +40,51 @@ inline Tensor matrix(int64_t T, int64_t N, at::ScalarType type) {
   return out.narrow(0, 0, T);
 }
 
-inline void encode_row(const float* x, int64_t K, uint8_t* codes, float* scale, float* zero) {
-  Vec low(0.f), high(0.f);
+// A row in which something is no number, or infinite, gets a scale that is none.
+template <typename From>
+void encode_row(const From* x, int64_t K, uint8_t* codes, float* scale, float* zero) {
+  constexpr int kChains = 4;  // one chain would wait for itself
+  Vec low[kChains], high[kChains], nothing(0.f);
+  for (int i = 0; i < kChains; ++i) low[i] = high[i] = Vec(0.f);
+  const auto look = [&](int64_t k, int chain) {
+    const Vec v = load_float(x + k);
+    low[chain] = at::vec::clamp_max(v, low[chain]);
+    high[chain] = at::vec::clamp_min(v, high[chain]);
+    nothing = at::vec::fmadd(v, Vec(0.f), nothing);
+  };
   int64_t k = 0;
-  for (; k + Vec::size() <= K; k += Vec::size()) {
-    const Vec v = Vec::loadu(x + k);
-    low = at::vec::minimum(low, v);
-    high = at::vec::maximum(high, v);
+  for (; k + kChains * Vec::size() <= K; k += kChains * Vec::size())
+    for (int i = 0; i < kChains; ++i) look(k + i * Vec::size(), i);
+  for (; k + Vec::size() <= K; k += Vec::size()) look(k, 0);
+  for (int i = 1; i < kChains; ++i) {
+    low[0] = at::vec::minimum(low[0], low[i]);
+    high[0] = at::vec::maximum(high[0], high[i]);
   }
-  float smallest = reduce_min(low), largest = reduce_max(high);
+  float smallest = reduce_min(low[0]), largest = reduce_max(high[0]), none = reduce_sum(nothing);
   for (; k < K; ++k) {
-    smallest = std::min(smallest, x[k]);
-    largest = std::max(largest, x[k]);
+    const float value = x[k];
+    smallest = std::min(smallest, value);
+    largest = std::max(largest, value);
+    none += value * 0.f;
   }
   const float step = std::max((largest - smallest) / 255.f, 1e-20f);
-  *scale = step;
+  *scale = step + none;
   *zero = std::nearbyint(-smallest / step);
   to_codes(x, K, 1.f / step, *zero, codes);
 }
 
-// One row of float32 as codes of a precision; scale and zero are of int8 alone.
-inline void encode_row(const float* x, int64_t K, Precision precision, void* codes, float* scale, float* zero) {
+inline void encode_row(const float* x, int64_t K, at::BFloat16* codes) { to_bfloat16(x, K, codes); }
+inline void encode_row(const at::BFloat16* x, int64_t K, at::BFloat16* codes) { std::memcpy(codes, x, K * sizeof(*x)); }
+inline void encode_row(const float* x, int64_t K, float* codes) { std::memcpy(codes, x, K * sizeof(float)); }
+inline void encode_row(const at::BFloat16* x, int64_t K, float* codes) { at::vec::convert(x, codes, K); }
+
+// One row as codes of a precision; scale and zero are of int8 alone.
+template <typename From>
+void encode_row(const From* x, int64_t K, Precision precision, void* codes, float* scale, float* zero) {
   if (precision == Precision::kFloat)
-    std::memcpy(codes, x, K * sizeof(float));
+    encode_row(x, K, static_cast<float*>(codes));
   else if (precision == Precision::kBFloat16)
-    at::vec::convert(x, static_cast<at::BFloat16*>(codes), K);
+    encode_row(x, K, static_cast<at::BFloat16*>(codes));
   else
     encode_row(x, K, static_cast<uint8_t*>(codes), scale, zero);
 }
@@ -84,7 +98,7 @@ inline Rows encode(const Tensor& x, Precision precision) {
   if (precision == Precision::kBFloat16) {
     at::BFloat16* to = rows.codes.data_ptr<at::BFloat16>();
     at::parallel_for(0, T, 32, [&](int64_t first, int64_t last) {
-      at::vec::convert(from + first * K, to + first * K, (last - first) * K);
+      to_bfloat16(from + first * K, (last - first) * K, to + first * K);
     });
     return rows;
   }
@@ -97,34 +111,6 @@ inline Rows encode(const Tensor& x, Precision precision) {
       encode_row(from + t * K, K, to + t * K, scale + t, zero + t);
   });
   return rows;
-}
-
-// The rows that `order` names, one after the other; with room for a part that begins anywhere.
-inline Rows gather(const Rows& rows, const std::vector<int64_t>& order) {
-  const int64_t S = order.size(), K = rows.codes.size(1);
-  const size_t bytes = K * rows.codes.element_size();
-  Rows out{matrix(S + 15, K, rows.codes.scalar_type()).narrow(0, 0, S), {}, {}};
-  const char* from = static_cast<const char*>(rows.codes.const_data_ptr());
-  char* to = static_cast<char*>(out.codes.data_ptr());
-  for (int64_t s = 0; s < S; ++s) std::memcpy(to + s * bytes, from + order[s] * bytes, bytes);
-  if (!rows.scale.defined()) return out;
-  for (auto [whole, part] : {std::pair{&rows.scale, &out.scale}, {&rows.zero, &out.zero}}) {
-    *part = at::empty({S}, whole->options());
-    const float* values = whole->const_data_ptr<float>();
-    float* own = part->data_ptr<float>();
-    for (int64_t s = 0; s < S; ++s) own[s] = values[order[s]];
-  }
-  return out;
-}
-
-inline Rows slice(const Rows& rows, int64_t first, int64_t count) {
-  if (first == 0 && count == rows.codes.size(0)) return rows;
-  Rows out{rows.codes.narrow(0, first, count), {}, {}};
-  if (rows.scale.defined()) {
-    out.scale = rows.scale.narrow(0, first, count);
-    out.zero = rows.zero.narrow(0, first, count);
-  }
-  return out;
 }
 
 // Rows as a block of a product reads them, with room for `rounded_rows`.
@@ -146,7 +132,7 @@ struct Linear {
   Precision precision = Precision::kFloat;
   int64_t K = 0, N = 0, blocks = 0;
   bool is_gated = false;  // each block of outputs has one of gates before it, and is multiplied by them
-  Tensor packed;       // (blocks, K / v, kBlockN, v), where v inputs lie together
+  Tensor packed;       // (blocks, K / v and more, kBlockN, v), where v inputs lie together
   Tensor bias;         // (blocks * kBlockN,) float32
   Tensor scale, sums;  // (blocks * kBlockN,) of int8: a weight's step, and the sum of its codes
 
@@ -174,11 +160,12 @@ struct Linear {
       sums = padded.sum(1);
     }
     const auto type = precision == Precision::kInt8 ? at::kChar : code_type(precision);
-    packed = padded.to(type)
-                 .view({all, kBlockN, K / together, together})
-                 .permute({0, 2, 1, 3})
-                 .contiguous();
-    weights_ = packed.const_data_ptr();
+    // Up to whole tiles, as a block's product wants it.
+    const int64_t words = K / together, room = (words + 15) / 16 * 16;
+    packed = at::zeros({all, room, kBlockN, together}, padded.options().dtype(type));
+    packed.narrow(1, 0, words).copy_(padded.to(type).view({all, kBlockN, words, together}).transpose(1, 2));
+    block_bytes_ = room * kBlockN * 4;
+    weights_ = static_cast<const char*>(packed.const_data_ptr());
     biases_ = bias.const_data_ptr<float>();
     if (precision != Precision::kInt8) return;
     steps_ = scale.const_data_ptr<float>();
@@ -191,22 +178,31 @@ struct Linear {
   void apply(const Rows& rows, Out* out, int64_t stride, int64_t activation = -1) const {
     const Tensor& codes = rows.codes;
     TORCH_CHECK(codes.size(1) == K && codes.is_contiguous(), "rows of ", codes.sizes(), " for ", K);
-    const int64_t read = codes.storage_offset() + rounded_rows(codes.size(0), precision == Precision::kBFloat16) * K;
+    const int64_t read = codes.storage_offset() + rounded_rows(codes.size(0), true) * K;
     TORCH_CHECK(static_cast<int64_t>(codes.storage().nbytes()) >= read * codes.element_size(),
                 "rows without room to be rounded up");
     const int64_t T = codes.size(0), row_blocks = (T + kBlockM - 1) / kBlockM;
     at::parallel_for(0, blocks * row_blocks, 1, [&](int64_t first, int64_t last) {
+      const BlockProducts products(precision == Precision::kFloat);
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i / blocks * kBlockM;
         apply_block(i % blocks, row_codes(rows, row), std::min(kBlockM, T - row), out + row * stride,
                     stride, activation);
       }
-      release();
     });
   }
 
+  // The same of all outputs of some rows in this thread, a block of outputs after the other: so its
+  // weights are read once for all of the rows.
+  template <typename Out>
+  void apply_rows(const RowCodes& rows, int64_t T, Out* out, int64_t stride, int64_t activation = -1) const {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t row = 0; row < T; row += kBlockM)
+        apply_block(block, from_row(rows, row), std::min(kBlockM, T - row), out + row * stride, stride, activation);
+  }
+
   // The same of one block of outputs and at most `kBlockM` rows; the first output of all lies at
-  // `out`. A thread calls `release` after its blocks.
+  // `out`. A thread has its `BlockProducts`.
   template <typename Out>
   void apply_block(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride,
                    int64_t activation = -1) const {
@@ -218,7 +214,12 @@ struct Linear {
       run<uint8_t, int8_t, int32_t>(block, rows, T, out, stride, activation);
   }
 
-  void release() const { at::native::cpublas::brgemm_release(precision != Precision::kFloat); }
+  // Rows of this product from one on.
+  RowCodes from_row(const RowCodes& rows, int64_t row) const {
+    const int64_t bytes = row * K * c10::elementSize(code_type(precision));
+    return {static_cast<const char*>(rows.codes) + bytes, rows.scale ? rows.scale + row : nullptr,
+            rows.zero ? rows.zero + row : nullptr};
+  }
 
  private:
   Tensor filled_up(const std::optional<Tensor>& values, std::vector<int64_t> sizes) const {
@@ -234,41 +235,42 @@ struct Linear {
     return at::stack({first.view({blocks, -1}), second.view({blocks, -1})}, 1).view(sizes);
   }
 
-  template <typename A, typename B, typename C>
-  void multiply(int64_t block, const void* a, int64_t T, C* c) const {
+  // Sums of a block's products, and `after` as of `multiply_block`.
+  template <typename A, typename B, typename C, typename After>
+  void multiply(int64_t block, const void* a, int64_t T, C* c, After&& after) const {
     constexpr int64_t together = 4 / sizeof(A);
     const A* rows = static_cast<const A*>(a);
-    const B* weights = static_cast<const B*>(weights_) + block * kBlockN * K;
-    if (multiply_few(T, rows, weights, K / together, c)) return;
-    at::native::cpublas::brgemm(rounded_rows(T, std::is_same_v<A, at::BFloat16>), kBlockN, K, K, kBlockN, kBlockN, false, rows,
-                                weights, c, !std::is_same_v<A, float>);
+    const B* weights = reinterpret_cast<const B*>(weights_ + block * block_bytes_);
+    if (!multiply_few(T, rows, weights, K / together, c))
+      return multiply_block(T, kBlockN, K, K, kBlockN * 4, kBlockN, rows, weights, c, after);
+    for (int64_t column = 0; column < kBlockN; column += kPartN) after(0, T, column);
   }
 
   template <typename A, typename B, typename C, typename Out>
-  void run(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride,
-           int64_t activation) const {
+  void run(int64_t block, const RowCodes& rows, int64_t T, Out* out, int64_t stride, int64_t activation) const {
     alignas(64) C found[kBlockM * kBlockN], gates[kBlockM * kBlockN];
     alignas(64) Out last_columns[kBlockM * kBlockN];
     const int64_t own = is_gated ? 2 * block + 1 : block;
-    multiply<A, B>(own, rows.codes, T, found);
-    if (is_gated) multiply<A, B>(own - 1, rows.codes, T, gates);
     const int64_t n = block * kBlockN, width = std::min(kBlockN, N - n);
     Out* to = width == kBlockN ? out + n : last_columns;
     const int64_t step = width == kBlockN ? stride : kBlockN;
-    for (int64_t j = 0; j < kBlockN; j += 2 * Vec::size()) {
-      const Columns<C> first(*this, own, j), second(*this, own, j + Vec::size());
-      if (is_gated) {
-        const Columns<C> gate_1(*this, own - 1, j), gate_2(*this, own - 1, j + Vec::size());
-        for (int64_t r = 0; r < T; ++r)
-          store_pair(activated(gate_1(gates, rows, r), activation) * first(found, rows, r),
-                     activated(gate_2(gates, rows, r), activation) * second(found, rows, r),
-                     to + r * step + j);
-      } else {
-        for (int64_t r = 0; r < T; ++r)
-          store_pair(activated(first(found, rows, r), activation),
-                     activated(second(found, rows, r), activation), to + r * step + j);
-      }
-    }
+    if (is_gated) multiply<A, B>(own - 1, rows.codes, T, gates, [](int64_t, int64_t, int64_t) {});
+    with_activation(activation, [&](const auto& activate) {
+      multiply<A, B>(own, rows.codes, T, found, [&](int64_t first_row, int64_t end, int64_t column) {
+        for (int64_t j = column; j < column + kPartN; j += 2 * Vec::size()) {
+          const Columns<C> first(*this, own, j), second(*this, own, j + Vec::size());
+          if (is_gated) {
+            const Columns<C> gate_1(*this, own - 1, j), gate_2(*this, own - 1, j + Vec::size());
+            for (int64_t r = first_row; r < end; ++r)
+              store_pair(activate(gate_1(gates, rows, r)) * first(found, rows, r),
+                         activate(gate_2(gates, rows, r)) * second(found, rows, r), to + r * step + j);
+          } else {
+            for (int64_t r = first_row; r < end; ++r)
+              store_pair(activate(first(found, rows, r)), activate(second(found, rows, r)), to + r * step + j);
+          }
+        }
+      });
+    });
     for (int64_t r = 0; r < T && to == last_columns; ++r)
       std::memcpy(out + r * stride + n, last_columns + r * kBlockN, width * sizeof(Out));
   }
@@ -291,13 +293,14 @@ struct Linear {
     Vec operator()(const C* sums, const RowCodes& rows, int64_t r) const {
       Vec v = load_float(sums + r * kBlockN + column);
       if constexpr (std::is_same_v<C, int32_t>)
-        v = (v - Vec(rows.zero[r]) * code_sums) * (Vec(rows.scale[r]) * steps);
+        return at::vec::fmadd(v - Vec(rows.zero[r]) * code_sums, Vec(rows.scale[r]) * steps, bias);
       return v + bias;
     }
   };
 
   // Of the tensors above.
-  const void* weights_ = nullptr;
+  const char* weights_ = nullptr;
+  int64_t block_bytes_ = 0;
   const float *biases_ = nullptr, *steps_ = nullptr, *code_sums_ = nullptr;
 };
 

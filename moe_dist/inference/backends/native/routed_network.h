@@ -3,6 +3,7 @@
 #pragma once
 
 #include "packed_gemm.h"
+#include "team.h"
 
 #include <memory>
 #include <vector>
@@ -22,7 +23,8 @@ class OwnCodes {
     if (precision == Precision::kFloat) std::memset(codes_.get(), 0, size);
   }
 
-  void put(int64_t row, const float* x, int64_t K) {
+  template <typename From>
+  void put(int64_t row, const From* x, int64_t K) {
     encode_row(x, K, precision_, codes_.get() + row * K * bytes(), &scale_[row], &zero_[row]);
   }
 
@@ -54,7 +56,8 @@ struct Slots {
   std::vector<int64_t> place;   // (S,) in the order of tokens: where its slot lies among them
 };
 
-inline Slots sort_slots(const int64_t* expert_of, int64_t S, int64_t K, int64_t E) {
+inline Slots sort_slots(const Tensor& ids_TK, int64_t E) {
+  const int64_t *expert_of = ids_TK.const_data_ptr<int64_t>(), S = ids_TK.numel(), K = ids_TK.size(1);
   Slots slots{std::vector<int64_t>(E + 1, 0), std::vector<int64_t>(S), std::vector<int64_t>(S)};
   for (int64_t s = 0; s < S; ++s) {
     TORCH_CHECK_INDEX(expert_of[s] >= 0 && expert_of[s] < E, "expert ", expert_of[s], " of ", E);
@@ -75,6 +78,9 @@ inline void check_routing(const Tensor& ids, const MaybeTensor& weights, int64_t
   TORCH_CHECK(!weights || weights->sizes() == ids.sizes(), "weights and ids differ");
 }
 
+// Rows that a thread takes through products that follow each other, at most.
+constexpr int64_t kPartRows = 2 * kBlockM;
+
 // The networks of a layer.
 struct Networks {
   std::vector<FeedForward> experts;
@@ -93,30 +99,34 @@ struct Networks {
 
   // Without ids there is one network.
   Result operator()(const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
-    const Rows rows = encode(x, precision);
-    const int64_t T = x.size(0), D = x.size(1);
-    const auto whole = [&](const FeedForward& network) {
-      std::vector<Part> parts;
-      add_parts(network, 0, T, parts);
-      return apply(parts, rows, D);
-    };
+    const int64_t T = x.size(0);
     if (!ids.defined()) {
-      TORCH_CHECK(experts.size() == 1, "there are several experts, and no ids");
-      const Tensor out = whole(experts[0]);
-      if (!shared.empty()) out.add_(whole(shared[0]));
+      const Tensor out = rows_of(x, parts_of(ids, T, nullptr), nullptr);
+      if (!shared.empty()) out.add_(rows_of(x, whole(shared[0], T), nullptr));
       return {out, {}};
     }
     check_routing(ids, weights, T);
-    const int64_t K = ids.size(1), E = experts.size();
-    Slots slots = sort_slots(ids.const_data_ptr<int64_t>(), T * K, K, E);
-    std::vector<Part> parts;
-    for (int64_t e = 0; e < E; ++e)
-      add_parts(experts[e], slots.starts[e], slots.starts[e + 1], parts);
-    const Tensor sorted = apply(parts, gather(rows, slots.tokens), D);
-    if (K == 1 && !weights && shared.empty()) return {sorted, std::move(slots.place)};
-    const Tensor out = weighted_sum(sorted, slots.place, K, weights, T);
-    if (!shared.empty()) out.add_(whole(shared[0]));
+    Slots slots = sort_slots(ids, experts.size());
+    const Tensor sorted = rows_of(x, parts_of(ids, T, &slots), &slots.tokens);
+    if (ids.size(1) == 1 && !weights && shared.empty()) return {sorted, std::move(slots.place)};
+    const Tensor out = weighted_sum(sorted, slots.place, ids.size(1), weights, T);
+    if (!shared.empty()) out.add_(rows_of(x, whole(shared[0], T), nullptr));
     return {out, {}};
+  }
+
+  // Whether each token has one network, whose result is all that is added to it.
+  bool is_single(const Tensor& ids, const MaybeTensor& weights) const {
+    return shared.empty() && !weights && (!ids.defined() || ids.size(1) == 1);
+  }
+
+  // Call `finish(token, row)` with what is added to each, while it is in the cache. Where `is_single`.
+  template <typename Finish>
+  void each_token(const Tensor& x, const Tensor& ids, Finish&& finish) const {
+    if (!ids.defined()) return each_row(x, parts_of(ids, x.size(0), nullptr), nullptr, finish);
+    check_routing(ids, std::nullopt, x.size(0));
+    const Slots slots = sort_slots(ids, experts.size());
+    each_row(x, parts_of(ids, x.size(0), &slots), &slots.tokens,
+             [&](int64_t slot, const float* row) { finish(slots.tokens[slot], row); });
   }
 
  private:
@@ -125,61 +135,110 @@ struct Networks {
     const FeedForward* network;
     int64_t first, count;
   };
+  using Parts = std::vector<Part>;
 
-  static void add_parts(const FeedForward& network, int64_t first, int64_t last, std::vector<Part>& parts) {
-    for (; first < last; first += kBlockM)
-      parts.push_back({&network, first, std::min(kBlockM, last - first)});
+  // Parts of a network are as large as memory near a core holds what lies between their products, as
+  // long as there are some for every thread, and all about as large.
+  static void add_parts(const FeedForward& network, int64_t first, int64_t last, int64_t S, Parts& parts) {
+    const int64_t most = S >= 8 * kBlockM * at::get_num_threads() ? kPartRows : kBlockM;
+    const int64_t count = last - first, number = (count + most - 1) / most;
+    for (int64_t i = 0; i < number; ++i, first += parts.back().count) {
+      const int64_t rest = last - first, even = (rest + number - i - 1) / (number - i);
+      parts.push_back({&network, first, std::min(rest, (even + 15) / 16 * 16)});
+    }
   }
 
-  Tensor apply(const std::vector<Part>& parts, const Rows& rows, int64_t D) const {
-    const int64_t number = parts.size();
-    Tensor out = matrix(rows.codes.size(0), D, at::kFloat);
-    float* to = out.data_ptr<float>();
-    if (number < at::get_num_threads()) {
-      for (const Part& part : parts) apply_shared_out(part, rows, to + part.first * D);
-      return out;
+  static Parts whole(const FeedForward& network, int64_t T) {
+    Parts parts;
+    add_parts(network, 0, T, T, parts);
+    return parts;
+  }
+
+  Parts parts_of(const Tensor& ids, int64_t T, const Slots* slots) const {
+    if (!slots) {
+      TORCH_CHECK(experts.size() == 1, "there are several experts, and no ids");
+      return whole(experts[0], T);
     }
-    at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) { apply_some(parts, first, last, rows, to); });
+    Parts parts;
+    for (size_t e = 0; e < experts.size(); ++e)
+      add_parts(experts[e], slots->starts[e], slots->starts[e + 1], slots->tokens.size(), parts);
+    return parts;
+  }
+
+  // The results as they lie in parts, float32.
+  Tensor rows_of(const Tensor& x, const Parts& parts, const std::vector<int64_t>* tokens) const {
+    const int64_t D = x.size(1);
+    const Tensor out = matrix(tokens ? tokens->size() : x.size(0), D, at::kFloat);
+    float* to = out.data_ptr<float>();
+    each_row(x, parts, tokens, [&](int64_t slot, const float* row) { std::memcpy(to + slot * D, row, D * sizeof(float)); });
     return out;
   }
 
+  // Call `finish(slot, row)` with each result. Slots are rows of x, or those that `tokens` names.
+  template <typename Finish>
+  void each_row(const Tensor& x, const Parts& parts, const std::vector<int64_t>* tokens, Finish&& finish) const {
+    const float* from = x.const_data_ptr<float>();
+    const int64_t D = x.size(1);
+    const auto source = [&](int64_t slot) { return from + (tokens ? (*tokens)[slot] : slot) * D; };
+    const int64_t number = parts.size();
+    if (number >= at::get_num_threads())
+      take_turns(number, [&](auto take) { apply_some(parts, D, take, source, finish); });
+    else
+      for (const Part& part : parts) apply_shared_out(part, D, source, finish);
+  }
+
   // Part by part in one thread, so that what lies between the two products stays near its core.
-  void apply_some(const std::vector<Part>& parts, int64_t first, int64_t last, const Rows& rows, float* to) const {
-    int64_t widest = 0;
-    for (int64_t i = first; i < last; ++i) widest = std::max(widest, parts[i].network->in.N);
-    OwnCodes codes(kBlockM, widest, precision);
-    const bool writes_codes = precision == Precision::kBFloat16;  // the first product does so by itself
-    const auto inner = std::make_unique_for_overwrite<float[]>(writes_codes ? 0 : kBlockM * widest);
-    for (int64_t i = first; i < last; ++i) {
-      const Linear &in = parts[i].network->in, &out = parts[i].network->out;
-      const RowCodes own = row_codes(rows, parts[i].first);
-      const int64_t count = parts[i].count, F = in.N;
-      for (int64_t block = 0; block < in.blocks; ++block)
-        if (writes_codes)
-          in.apply_block(block, own, count, static_cast<at::BFloat16*>(codes.data()), F, activation);
-        else
-          in.apply_block(block, own, count, inner.get(), F, activation);
-      for (int64_t r = 0; r < count && !writes_codes; ++r) codes.put(r, inner.get() + r * F, F);
-      float* own_to = to + parts[i].first * out.N;
-      for (int64_t block = 0; block < out.blocks; ++block)
-        out.apply_block(block, codes.from(0, F), count, own_to, out.N);
+  template <typename Take, typename Source, typename Finish>
+  void apply_some(const Parts& parts, int64_t D, Take&& take, Source&& source, Finish&& finish) const {
+    int64_t widest = D, most = 0;
+    for (const Part& part : parts) {
+      widest = std::max(widest, part.network->in.N);
+      most = std::max(most, part.count);
     }
-    at::native::cpublas::brgemm_release(precision != Precision::kFloat);
+    const BlockProducts products(precision == Precision::kFloat);
+    OwnCodes codes(most, widest, precision), inner_codes(most, widest, precision);
+    // Of int8 a row's step is not known before all of it is.
+    const bool writes_codes = precision != Precision::kInt8;
+    const auto inner = std::make_unique_for_overwrite<at::BFloat16[]>(writes_codes ? 0 : most * widest);
+    const auto results = std::make_unique_for_overwrite<float[]>(most * D);
+    const int64_t number = parts.size();
+    for (int64_t i = take(), next; i < number; i = next) {
+      next = take();
+      const Linear &in = parts[i].network->in, &out = parts[i].network->out;
+      const int64_t first = parts[i].first, count = parts[i].count, F = in.N;
+      for (int64_t r = 0; r < count; ++r) codes.put(r, source(first + r), D);
+      if (precision == Precision::kFloat)
+        in.apply_rows(codes.from(0, D), count, static_cast<float*>(inner_codes.data()), F, activation);
+      else
+        in.apply_rows(codes.from(0, D), count,
+                      writes_codes ? static_cast<at::BFloat16*>(inner_codes.data()) : inner.get(), F, activation);
+      for (int64_t r = 0; r < count && !writes_codes; ++r) inner_codes.put(r, inner.get() + r * F, F);
+      out.apply_rows(inner_codes.from(0, F), count, results.get(), D);
+      for (int64_t r = 0; r < count; ++r) {
+        if (next < number && r < parts[next].count) prefetch_row(source(parts[next].first + r), D);
+        finish(first + r, results.get() + r * D);
+      }
+    }
   }
 
   // By all threads, where there are fewer parts than these.
-  void apply_shared_out(const Part& part, const Rows& rows, float* to) const {
+  template <typename Source, typename Finish>
+  void apply_shared_out(const Part& part, int64_t D, Source&& source, Finish&& finish) const {
     const Linear &in = part.network->in, &out = part.network->out;
-    const Rows own = slice(rows, part.first, part.count);
+    const Tensor rows = matrix(part.count, D, at::kFloat), results = matrix(part.count, D, at::kFloat);
+    for (int64_t r = 0; r < part.count; ++r)
+      std::memcpy(rows.data_ptr<float>() + r * D, source(part.first + r), D * sizeof(float));
+    float* to = results.data_ptr<float>();
     if (precision == Precision::kBFloat16) {
       const Tensor inner = matrix(part.count, in.N, at::kBFloat16);
-      in.apply(own, inner.data_ptr<at::BFloat16>(), in.N, activation);
-      out.apply({inner, {}, {}}, to, out.N);
+      in.apply(encode(rows, precision), inner.data_ptr<at::BFloat16>(), in.N, activation);
+      out.apply({inner, {}, {}}, to, D);
     } else {
       const Tensor inner = matrix(part.count, in.N, at::kFloat);
-      in.apply(own, inner.data_ptr<float>(), in.N, activation);
-      out.apply(encode(inner, precision), to, out.N);
+      in.apply(encode(rows, precision), inner.data_ptr<float>(), in.N, activation);
+      out.apply(encode(inner, precision), to, D);
     }
+    for (int64_t r = 0; r < part.count; ++r) finish(part.first + r, to + r * D);
   }
 
   // Each token's results, which lie where `place` says, times their weights: (T, D).

@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 
 namespace moe_dist {
 
@@ -39,6 +40,15 @@ void in_team(Function&& function) {
 #else
   function(Member{0, 1});
 #endif
+}
+
+// Threads take the numbers of [0, count) as they get to them: call `work(take)` in each, where `take`
+// gives the next number, or `count` and more when none is left.
+template <typename Work>
+void take_turns(int64_t count, Work&& work) {
+  std::atomic<int64_t> next = 0;
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work([&] { return next++; }); });
 }
 
 }  // namespace moe_dist

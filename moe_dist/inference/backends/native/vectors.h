@@ -13,6 +13,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -41,14 +42,30 @@ inline Vec load_float(const at::BFloat16* from) {
   return out;
 }
 
+// Of numbers that are not positive, within 8e-5 of it.
+inline Vec exponential(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Beyond -150 it is 0 in float32.
+  const __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(1.44269504f));
+  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(power, whole);
+  __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(.05508868f), _mm512_set1_ps(.24260405f));
+  sum = _mm512_fmadd_ps(rest, sum, _mm512_set1_ps(.69327624f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(rest, sum, _mm512_set1_ps(.99992894f)), whole);
+#else
+  return x.exp_u20();
+#endif
+}
+
 // codes = round(x * inverse) + zero, in 0 .. 255.
-inline void to_codes(const float* __restrict x, int64_t K, float inverse, float zero, uint8_t* __restrict codes) {
+template <typename From>
+void to_codes(const From* __restrict x, int64_t K, float inverse, float zero, uint8_t* __restrict codes) {
   int64_t k = 0;
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512 factor = _mm512_set1_ps(inverse);
   const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(zero)), none = _mm512_setzero_si512();
   for (; k + 16 <= K; k += 16) {
-    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor)), offset);
+    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load_float(x + k), factor)), offset);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, none)));
   }
 #endif
@@ -58,52 +75,104 @@ inline void to_codes(const float* __restrict x, int64_t K, float inverse, float 
   }
 }
 
-// Within 2e-7; torch's own takes twice the time. Abramowitz and Stegun, 7.1.26.
-inline Vec error_function(const Vec& x) {
-  const Vec size = x.abs(), t = Vec(1.f) / at::vec::fmadd(Vec(.3275911f), size, Vec(1.f));
-  Vec sum = at::vec::fmadd(Vec(1.061405429f), t, Vec(-1.453152027f));
-  sum = at::vec::fmadd(sum, t, Vec(1.421413741f));
-  sum = at::vec::fmadd(sum, t, Vec(-.284496736f));
-  sum = at::vec::fmadd(sum, t, Vec(.254829592f));
-  const Vec positive = Vec(1.f) - sum * t * (size * size).neg().exp_u20();
-  return Vec::blendv(positive, positive.neg(), x < Vec(0.f));
-}
-
-// The activation of a number, see routed_ffn.py; -1 is none.
-inline Vec activated(const Vec& x, int64_t number) {
-  switch (number) {
-    case -1: return x;
-    case 0: return x * Vec(.5f) * (Vec(1.f) + error_function(x * Vec(.70710678f)));
-    case 1: {
-      const Vec inner = Vec(.79788456f) * (x + Vec(.044715f) * x * x * x);
-      return x * Vec(.5f) * (Vec(1.f) + inner.tanh());
-    }
-    case 2: return at::vec::maximum(x, Vec(0.f));
-    case 3: return x / (Vec(1.f) + x.neg().exp_u20());
-    default: return x.tanh();
-  }
-}
-
 inline void store_pair(const Vec& first, const Vec& second, float* to) {
   first.store(to);
   second.store(to + Vec::size());
 }
 inline void store_pair(const Vec& first, const Vec& second, at::BFloat16* to) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
   at::vec::convert_from_float<at::BFloat16>(first, second).store(to);
+#endif
 }
 
-// y = norm(a + b) * weight + bias, each K long; b may be null.
-inline void add_norm(const float* a, const float* b, int64_t K, const float* weight,
-                     const float* bias, float epsilon, float* y) {
-  float sum = 0, squares = 0;
-  for (int64_t k = 0; k < K; ++k) y[k] = b ? a[k] + b[k] : a[k];
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < K; ++k) sum += y[k];
-  const float mean = sum / K;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t k = 0; k < K; ++k) squares += (y[k] - mean) * (y[k] - mean);
-  const float factor = 1.f / std::sqrt(squares / K + epsilon);
-  for (int64_t k = 0; k < K; ++k) y[k] = (y[k] - mean) * factor * weight[k] + bias[k];
+template <typename T>
+float dot(const float* a, const T* b, int64_t D) {
+  constexpr int64_t kChains = 4;  // one chain of sums would wait for itself
+  Vec sums[kChains] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+  int64_t d = 0;
+  for (; d + kChains * Vec::size() <= D; d += kChains * Vec::size())
+    for (int64_t i = 0; i < kChains; ++i) {
+      const int64_t at = d + i * Vec::size();
+      sums[i] = at::vec::fmadd(Vec::loadu(a + at), load_float(b + at), sums[i]);
+    }
+  for (; d + Vec::size() <= D; d += Vec::size())
+    sums[0] = at::vec::fmadd(Vec::loadu(a + d), load_float(b + d), sums[0]);
+  float out = d ? reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) : 0.f;
+  for (; d < D; ++d) out += a[d] * static_cast<float>(b[d]);
+  return out;
+}
+
+// to = sum of weights[j] * rows[j], which are D long.
+template <typename T>
+void mix(const float* weights, const T* rows, int64_t count, int64_t D, float* to) {
+  constexpr int64_t kVectors = 4;
+  int64_t d = 0;
+  for (; d + kVectors * Vec::size() <= D; d += kVectors * Vec::size()) {
+    Vec sums[kVectors] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t i = 0; i < kVectors; ++i)
+        sums[i] = at::vec::fmadd(Vec(weights[j]), load_float(rows + j * D + d + i * Vec::size()), sums[i]);
+    for (int64_t i = 0; i < kVectors; ++i) sums[i].store(to + d + i * Vec::size());
+  }
+  for (; d < D; ++d) {
+    to[d] = 0;
+    for (int64_t j = 0; j < count; ++j) to[d] += weights[j] * static_cast<float>(rows[j * D + d]);
+  }
+}
+
+// to = from, K long.
+inline void to_bfloat16(const float* from, int64_t K, at::BFloat16* to) {
+  int64_t k = 0;
+  for (; k + 2 * Vec::size() <= K; k += 2 * Vec::size())
+    store_pair(Vec::loadu(from + k), Vec::loadu(from + k + Vec::size()), to + k);
+  for (; k < K; ++k) to[k] = from[k];
+}
+
+// Ask for a row of K numbers that is read later.
+inline void prefetch_row(const float* row, int64_t K) {
+  constexpr int64_t kLine = 16;
+  for (int64_t k = 0; k < K; k += kLine) __builtin_prefetch(row + k, 0, 2);
+}
+
+// Calls back with the first of each vector of K numbers, then with each number that is left.
+template <typename Vectors, typename Numbers>
+void each_vector(int64_t K, Vectors&& vectors, Numbers&& numbers) {
+  int64_t k = 0;
+  for (; k + Vec::size() <= K; k += Vec::size()) vectors(k);
+  for (; k < K; ++k) numbers(k);
+}
+
+// y = norm(a + b) * weight + bias, each K long.
+inline void add_norm(const float* a, const float* b, int64_t K, const float* weight, const float* bias,
+                     float epsilon, float* y) {
+  Vec sums(0.f), squares(0.f);
+  float sum = 0, square = 0;
+  each_vector(
+      K,
+      [&](int64_t k) {
+        const Vec v = Vec::loadu(a + k) + Vec::loadu(b + k);
+        v.store(y + k);
+        sums = sums + v;
+      },
+      [&](int64_t k) { sum += y[k] = a[k] + b[k]; });
+  const float mean = (sum + reduce_sum(sums)) / K;
+  each_vector(
+      K,
+      [&](int64_t k) {
+        const Vec v = Vec::loadu(y + k) - Vec(mean);
+        squares = at::vec::fmadd(v, v, squares);
+      },
+      [&](int64_t k) { square += (y[k] - mean) * (y[k] - mean); });
+  const float factor = 1.f / std::sqrt((square + reduce_sum(squares)) / K + epsilon);
+  each_vector(
+      K,
+      [&](int64_t k) {
+        const Vec v = (Vec::loadu(y + k) - Vec(mean)) * Vec(factor);
+        at::vec::fmadd(v, Vec::loadu(weight + k), Vec::loadu(bias + k)).store(y + k);
+      },
+      [&](int64_t k) { y[k] = (y[k] - mean) * factor * weight[k] + bias[k]; });
 }
 
 // y = x / (root of its mean square) * weight, each K long.
