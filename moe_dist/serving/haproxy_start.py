@@ -23,6 +23,10 @@ _NOT_SERVED = (
 )
 
 
+_HEAD_TIMEOUT = "    timeout http-request 30s"
+"""A client that does not send the head of its request gives its connection back."""
+
+
 def own_configuration(config: str, address: str, error_file: str) -> str:
     """Take out of Serve's configuration what this server does not want.
 
@@ -48,6 +52,8 @@ def _own_lines(config: str, address: str, error_file: str) -> Iterator[str]:
             section = line.strip()
         if section in _OWN_PORTS:
             continue
+        if section == "defaults" and line == _HEAD_TIMEOUT:
+            continue
         words = line.split()
         if section == "global" and words[:1] == ["log"]:
             continue  # Each request to the machine's syslog.
@@ -59,12 +65,16 @@ def _own_lines(config: str, address: str, error_file: str) -> Iterator[str]:
             yield _NOT_SERVED
         else:
             yield line
+        if line.strip() == "defaults" == section:
+            yield _HEAD_TIMEOUT
 
 
 def main(binary: str, address: str, error_file: str, *arguments: str) -> None:
     """Become HAProxy."""
     path = Path(arguments[arguments.index("-f") + 1])
     path.write_text(own_configuration(path.read_text(), address, error_file))
+    # A ctrl-C is for the command, which lets HAProxy answer what came in.
+    os.setsid()
     # It ends with the actor that started it, however that one ends.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(binary, [binary, *arguments])

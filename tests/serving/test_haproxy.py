@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from moe_dist.serving.haproxy import (
+    UnusableError,
     environment_of,
     haproxy_binary,
     haproxy_variables,
@@ -69,6 +70,7 @@ def test_of_serves_ports_only_that_of_requests_is_left(
     assert re.findall(r"errorfile (\d+ .*)", found) == [f"{s} {ERRORS}" for s in (502, 503, 504)]
     assert "status 404" in config and "status 404" not in found
     assert all(f"server r{port} 127.0.0.1:{port} check" in found for port in replicas)
+    assert found.count("timeout http-request 30s") == 1
     # Each reload brings it again.
     assert own_configuration(found, "0.0.0.0:9000", ERRORS) == found
 
@@ -105,6 +107,37 @@ def test_all_that_haproxy_writes_lies_in_a_folder_of_the_session() -> None:
     assert not start.parent.exists()
 
 
+@pytest.mark.parametrize("binary", ["/bin/false", "/there/is/none"])
+def test_a_haproxy_that_does_not_run_here_is_not_taken(binary: str) -> None:
+    with pytest.raises(UnusableError), haproxy_variables(binary, "127.0.0.1", 8000):
+        pass
+
+
+def test_haproxys_own_reason_is_given(binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "no number")
+    with (
+        pytest.raises(UnusableError, match=r"\[ALERT\].*maxconn"),
+        haproxy_variables(binary, "127.0.0.1", 8000),
+    ):
+        pass
+
+
+def test_a_long_folder_for_temporary_files_does_not_matter(
+    binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("a" * 80)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with haproxy_variables(binary, "127.0.0.1", 8000) as variables:
+        assert Path(variables["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent.parent == Path("/tmp")
+
+
+def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_NBTHREAD", "3")
+    with haproxy_variables("/bin/true", "127.0.0.1", 8000) as variables:
+        assert variables["RAY_SERVE_HAPROXY_NBTHREAD"] == "3"
+
+
 def test_the_environment_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DIST_A", "before")
     with environment_of({"MOE_DIST_A": "1", "MOE_DIST_B": "2"}):
@@ -134,6 +167,11 @@ def ask(port: int) -> tuple[int, Any, Any]:
             time.sleep(0.05)
 
 
+def haproxys_group(parent: int) -> int:
+    own = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return os.getpgid(int(own[0]))
+
+
 def test_haproxy_takes_it_and_ends_with_the_process_that_started_it(binary: str) -> None:
     """Also says, in JSON, that there is no model, and that no replica gave an answer."""
     for replicas, said in (((), "no model is served"), ((free_port(),), "no replica gave")):
@@ -147,6 +185,8 @@ def test_haproxy_takes_it_and_ends_with_the_process_that_started_it(binary: str)
                 status, retry_after, found = ask(port)
                 assert (status, retry_after, list(found)) == (503, "1", ["error"])
                 assert said in found["error"]
+                # What a terminal sends to the group of the command does not reach it.
+                assert haproxys_group(parent.pid) != os.getpgid(parent.pid)
             finally:
                 parent.send_signal(signal.SIGKILL)
                 parent.wait()
