@@ -73,6 +73,21 @@ def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) ->
     return batches[::-1]
 
 
+def next_batch(lengths: Sequence[int], max_batch_size: int, cost: CallCost) -> list[int]:
+    """Choose what is read next of waiting texts: the batch with the oldest, which is the first.
+
+    Args:
+        lengths: tokens of each text, the oldest first.
+        max_batch_size: texts of a batch at most.
+        cost: of a call.
+
+    Returns:
+        Places in `lengths`.
+    """
+    looked_at = lengths[: _PLANNED_BATCHES * max_batch_size]
+    return next(own for own in plan_batches(looked_at, max_batch_size, cost) if 0 in own)
+
+
 @dataclass(eq=False)
 class WaitingText:
     """A text, or a pair, that waits for its answer.
@@ -183,11 +198,8 @@ class BatchQueue:
         """Take the batch out that has the oldest text in it."""
         width = len(self._waiting[0].parts)
         alike = [text for text in self._waiting if len(text.parts) == width]
-        looked_at = alike[: _PLANNED_BATCHES * self.max_batch_size]
-        batches = plan_batches(
-            [text.num_tokens for text in looked_at], self.max_batch_size, self.cost
-        )
-        batch = [looked_at[place] for place in next(own for own in batches if 0 in own)]
+        lengths = [text.num_tokens for text in alike]
+        batch = [alike[place] for place in next_batch(lengths, self.max_batch_size, self.cost)]
         taken = {id(text) for text in batch}
         self._waiting = [text for text in self._waiting if id(text) not in taken]
         return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from typing import Any
 
 import torch
@@ -12,16 +12,15 @@ from ray.serve import metrics
 from moe_dist.serving.batching import BatchFacts
 from moe_dist.serving.requests import HttpRequest
 from moe_dist.serving.service import TextService, load_choice
-from moe_dist.serving.settings import ServingSettings
+from moe_dist.serving.settings import LOGGING, ServingSettings
 
 APP_NAME = "moe-dist"
 DEPLOYMENT = "model"
 DRAIN_S = 60.0
 """A replica that is to go has so long for the requests that it has taken."""
 RETRY_AFTER_S = 1.0
+GIL_SWITCH_S = 0.001
 _BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
-
-log = logging.getLogger("ray.serve")
 
 
 class Counters:
@@ -60,6 +59,9 @@ class ServedModel:
     def __init__(self, values: dict[str, Any]) -> None:
         counters = Counters()
         settings = ServingSettings.of(**values)
+        # The model comes back from native code many times in a call, and waits so long each time
+        # while requests are read.
+        sys.setswitchinterval(GIL_SWITCH_S)
         torch.set_num_threads(settings.threads)
         self._service = TextService(
             load_choice(settings),
@@ -67,7 +69,6 @@ class ServedModel:
             on_batch=counters.count_batch,
             on_cut=counters.count_cut,
         )
-        log.info("serving %s", self._service.report()["reason"])
 
     async def __call__(self, request: Any) -> Any:
         """Answer a request of HTTP (one of starlette, with its answer)."""
@@ -113,6 +114,6 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         # What a replica cannot load now it cannot load a second later.
         max_constructor_retry_count=1,
-        logging_config={"enable_access_log": False},
+        logging_config=LOGGING,
     )
     return deployment.bind(settings.model_dump(mode="json"))

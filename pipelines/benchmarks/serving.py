@@ -1,7 +1,9 @@
 """Load a served model with clients on loopback, and compare with the same model offline.
 
 Offline the model has all texts at once and reads them in its best batches: sorted by length, in
-batches of each of some sizes, and as the server plans them.
+batches of each of some sizes, and as the server plans them. It is also given no more texts at a
+time than the clients have under way, each answered one followed by the next: what batches can gain
+there if HTTP costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 
 from moe_dist.errors import ConfigError
 from moe_dist.measure.latency import watch_other_work
-from moe_dist.serving.batching import plan_batches
+from moe_dist.serving.batching import CallCost, next_batch, plan_batches
 from moe_dist.serving.service import load_choice
 from moe_dist.serving.session import Endpoint, ServingSession, ask_replica
 from moe_dist.serving.settings import ServingSettings
@@ -103,12 +105,14 @@ class ServingReport:
         alone_texts_per_s: offline, one text in a call.
         offline_texts_per_s: offline, in the best batches.
         offline_batches: which these were.
+        waiting_texts_per_s: offline, with no more texts at a time than clients have under way.
         steady: half of the requests, undisturbed.
         reloading: the other half, with a reload in the middle.
         reload_s: that the reload took.
         mean_batch: texts in a call while undisturbed.
         padding_share: of the positions that the model read meanwhile.
         of_offline: the undisturbed throughput as a part of that of the best batches offline.
+        of_waiting: as a part of that with as many texts as are under way.
         num_dropped: requests without their answer, in both halves.
         busy_cores: that other processes kept busy, the clients' and Ray's own among them.
     """
@@ -118,12 +122,14 @@ class ServingReport:
     alone_texts_per_s: float
     offline_texts_per_s: float
     offline_batches: str
+    waiting_texts_per_s: float
     steady: Phase
     reloading: Phase
     reload_s: float
     mean_batch: float
     padding_share: float
     of_offline: float
+    of_waiting: float
     num_dropped: int
     busy_cores: float
 
@@ -156,7 +162,7 @@ def run(benchmark: ServingBenchmark, console: Console) -> ServingReport:
         choice = load_choice(settings)
         console.note(choice.reason)
         columns = _texts(choice, benchmark)
-        offline = _Offline.of(choice, columns)
+        offline = _Offline.of(choice, columns, benchmark)
     console.note(f"offline: {offline.best:.0f} texts/s in {offline.batches}")
     # The form that was measured, whatever looks fastest to the replica.
     served = settings.model_copy(update={"form": choice.form})
@@ -184,9 +190,12 @@ class _Offline:
     alone: float
     best: float
     batches: str
+    waiting: float
 
     @classmethod
-    def of(cls, choice: FormChoice, columns: Sequence[Sequence[str]]) -> _Offline:
+    def of(
+        cls, choice: FormChoice, columns: Sequence[Sequence[str]], benchmark: ServingBenchmark
+    ) -> _Offline:
         """Time one text at a time, and all ways to make batches; texts per second."""
         lengths = choice.model.lengths(columns)
         order = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -200,7 +209,25 @@ class _Offline:
         alone = _rate(choice, columns, [[row] for row in range(min(NUM_ALONE, len(lengths)))])
         rates = {way: _rate(choice, columns, batches) for way, batches in ways.items()}
         best = max(rates, key=lambda way: rates[way])
-        return cls(alone, rates[best], best)
+        under_way = benchmark.num_clients * benchmark.num_texts
+        few = batches_of_waiting(lengths, under_way, benchmark.max_batch_size, choice.cost)
+        return cls(alone, rates[best], best, _rate(choice, columns, few))
+
+
+def batches_of_waiting(
+    lengths: Sequence[int], num_waiting: int, max_batch_size: int, cost: CallCost
+) -> list[list[int]]:
+    """Make the batches that a server makes if always so many texts wait for its model."""
+    waiting = list(range(min(num_waiting, len(lengths))))
+    batches = []
+    while waiting:
+        places = next_batch([lengths[row] for row in waiting], max_batch_size, cost)
+        batches.append([waiting[place] for place in places])
+        answered = set(batches[-1])
+        first = waiting[-1] + 1
+        waiting = [row for row in waiting if row not in answered]
+        waiting += range(first, min(first + len(answered), len(lengths)))
+    return batches
 
 
 def _rate(
@@ -242,12 +269,14 @@ def _serve(
         alone_texts_per_s=offline.alone,
         offline_texts_per_s=offline.best,
         offline_batches=offline.batches,
+        waiting_texts_per_s=offline.waiting,
         steady=_phase(steady),
         reloading=_phase(reloading),
         reload_s=reload_s,
         mean_batch=done["texts"] / max(1, done["calls"]),
         padding_share=done["padding"] / max(1, done["padding"] + done["tokens"]),
         of_offline=steady.texts_per_s / offline.best,
+        of_waiting=steady.texts_per_s / offline.waiting,
         num_dropped=sum(steady.faults.values()) + sum(reloading.faults.values()),
         busy_cores=work.busy_cores,
     )
@@ -315,10 +344,13 @@ def to_rows(report: ServingReport) -> list[list[str]]:
 def verdicts(report: ServingReport) -> list[str]:
     """Say what that comes to, in sentences."""
     steady = report.steady
+    under_way = report.settings.num_clients * report.settings.num_texts
     lines = [
         f"form: {report.form}",
         f"offline {report.offline_texts_per_s:.1f} texts/s in {report.offline_batches}, and "
         f"{report.alone_texts_per_s:.1f} one by one; served {report.of_offline:.2f} of the former",
+        f"offline {report.waiting_texts_per_s:.1f} texts/s with no more than {under_way} texts at "
+        f"a time, as clients have under way; served {report.of_waiting:.2f} of that",
         f"p99 is {steady.p99_ms / steady.p50_ms:.1f} × p50",
         f"{report.mean_batch:.1f} texts in a call, {report.padding_share:.0%} padding",
         f"the reload took {report.reload_s:.1f} s; {report.num_dropped} requests of "

@@ -16,11 +16,6 @@ from moe_dist.uris import is_uri
 from ..console import Console
 from .recipe_settings import recipe_settings
 
-_STOPPING = (
-    "stopping, once what replicas took is answered; what waits for one is dropped; another ctrl-C "
-    "stops at once"
-)
-
 
 @dataclass(frozen=True)
 class Serving:
@@ -64,7 +59,7 @@ def run(serving: Serving, console: Console, *, reload: bool = False) -> None:
                 _say(console, own.deploy(serving_settings(serving, console)))
             except MoeDistError as fault:
                 console.warn(str(fault))
-        console.note(_STOPPING)
+        console.note(own.ending)
 
 
 def _has_begun(own: ServingSession, console: Console) -> bool:
@@ -77,7 +72,7 @@ def _has_begun(own: ServingSession, console: Console) -> bool:
     except KeyboardInterrupt:
         if not own.answers:
             raise
-        console.note(_STOPPING)
+        console.note(own.ending)
         return False
     return True
 

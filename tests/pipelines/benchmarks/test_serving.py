@@ -13,8 +13,15 @@ import pytest
 from aiohttp import web
 from typer.testing import CliRunner
 
+from moe_dist.serving.batching import CallCost
 from pipelines.benchmarks import serving
-from pipelines.benchmarks.serving import ServingBenchmark, ServingReport, to_rows, verdicts
+from pipelines.benchmarks.serving import (
+    ServingBenchmark,
+    ServingReport,
+    batches_of_waiting,
+    to_rows,
+    verdicts,
+)
 from pipelines.benchmarks.serving_clients import Load, send_all
 from pipelines.cli import app
 from pipelines.console import Console
@@ -83,18 +90,21 @@ def test_a_report_says_what_was_dropped(tmp_path: Path) -> None:
         alone_texts_per_s=50,
         offline_texts_per_s=200,
         offline_batches="planned batches",
+        waiting_texts_per_s=190,
         steady=serving.Phase(170, 10, 25, 100, {}),
         reloading=serving.Phase(90, 20, 60, 104, {"status 500": 3}),
         reload_s=8,
         mean_batch=4.5,
         padding_share=0.125,
         of_offline=0.85,
+        of_waiting=0.89,
         num_dropped=3,
         busy_cores=0.5,
     )
     assert to_rows(report)[1] == ["reloading", "90.0", "20.0", "60.0", "104", "3"]
     said = "\n".join(verdicts(report))
     assert "served 0.85 of the former" in said and "p99 is 2.5 × p50" in said
+    assert "190.0 texts/s with no more than 8 texts at a time" in said and "0.89 of that" in said
     assert "3 requests of 204 had no answer" in said and "3 × status 500" in said
 
 
@@ -112,9 +122,21 @@ def test_offline_all_ways_to_make_batches_are_timed(
     _, settings, reason, offline, requests, _ = told
     assert settings.form == "eager-fp32" and "eager-fp32, as asked" in reason
     assert offline.best > 0 and offline.alone > 0 and "batches" in offline.batches
+    assert offline.waiting > 0
     assert len(requests) == 30 and {len(own) for own in requests} == {2}
     lengths = {len(text.split()) + 2 for own in requests for text in own}
     assert min(lengths) >= 5 and max(lengths) == 20 and len(lengths) > 5
+
+
+def test_offline_no_more_texts_wait_than_are_under_way() -> None:
+    cost = CallCost(overhead_tokens=10)
+    # 5 and 50 cost more together; what is answered is followed by the next.
+    lengths = [50, 5, 5, 5, 50, 5]
+    found = batches_of_waiting(lengths, 3, 8, cost)
+    assert found == [[0], [1, 2, 3], [4], [5]]
+    assert batches_of_waiting(lengths, 3, 1, cost) == [[0], [1], [2], [3], [4], [5]]
+    assert batches_of_waiting([5] * 5, 9, 8, cost) == [[0, 1, 2, 3, 4]]
+    assert batches_of_waiting([], 3, 8, cost) == []
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:

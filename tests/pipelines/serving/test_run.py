@@ -24,7 +24,7 @@ def test_sighup_reads_the_settings_of_the_run_again(
     lengths = iter([7, 9, 0])
 
     class Session:
-        variables = ""
+        variables = ending = ""
 
         def __init__(self, settings: ServingSettings, *_: Any) -> None:
             self._settings = settings
@@ -64,6 +64,8 @@ def test_a_signal_stops_in_order_once_requests_are_answered(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Session:
+        ending = "stopping, once what came in is answered"
+
         def __init__(self, *_: Any) -> None:
             self.answers = answers
 
