@@ -100,7 +100,7 @@ def test_what_is_not_learned_changes_no_fingerprint_and_no_run(
     [
         ("seed=1", {"finetune-teacher", "adapt", "distill", "chain"}),
         ("model.max_length=12", {"finetune-teacher", "adapt", "distill", "chain"}),
-        ("train.precision=fp32", {"finetune-teacher", "distill", "chain"}),
+        ("train.precision=fp32", {"finetune-teacher", "adapt", "distill", "chain"}),
         ("train.expert_learning_rate_scale=0.5", {"distill", "chain"}),
         ("finetune.num_epochs=2", {"finetune-teacher", "chain"}),
         ("moe.router=token_gate", {"adapt", "chain"}),

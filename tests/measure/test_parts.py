@@ -58,11 +58,12 @@ def test_a_lean_student_has_one_part_for_dispatch_and_experts() -> None:
     [
         ("bert", "", {"attention and feed-forward": 1}),
         ("bert", "token_gate", {"attention, router and experts": 1}),
-        ("bert", "hash_random", {"attention and experts": 1, "router": 2}),
+        # Ids are looked up within the call, before the first layer.
+        ("bert", "hash_random", {"attention, router and experts": 1}),
         ("llama", "", {"attention and feed-forward": 1}),
         ("llama", "token_gate", {"attention, router and experts": 1}),
-        # Ids are looked up within the call, before the first layer.
         ("llama", "hash_random", {"attention, router and experts": 1}),
+        ("llama", "sentence_gate", {"attention and experts": 1, "router": 2}),
     ],
 )
 def test_blocks_that_are_one_native_object_are_one_part(
