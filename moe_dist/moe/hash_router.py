@@ -5,6 +5,8 @@ Shapes: T tokens, D model, K active experts, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from moe_dist.moe.on_device import bring
 from moe_dist.moe.routing import Routing, RoutingContext
 
 
-class TableRouter(nn.Module):
+class TableRouter(nn.Module, ABC):
     """Gives each token the experts of a row; the table is saved with the model.
 
     Args:
@@ -34,9 +36,9 @@ class TableRouter(nn.Module):
         self.top_k = 1 if table.dim() == 1 else table.shape[1]
         self.register_buffer("table", table.to(torch.int64))
 
+    @abstractmethod
     def rows(self, hidden_TD: Tensor, context: RoutingContext | None) -> Tensor:
         """Say which row of the table is each token's: (T,) int64; the context must tell."""
-        raise NotImplementedError
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """Give each token the experts of its row, equally weighted and without logits.

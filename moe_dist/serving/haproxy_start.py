@@ -21,8 +21,6 @@ _NOT_SERVED = (
     '    http-request return status 503 content-type application/json hdr Retry-After "1" '
     'string "{\\"error\\": \\"no model is served here now; ask again later\\"}"'
 )
-
-
 _HEAD_TIMEOUT = "    timeout http-request 30s"
 """A client that does not send the head of its request gives its connection back."""
 

@@ -75,6 +75,11 @@ class ServingBenchmark:
     max_wait_ms: float = 2.0
     seed: int = 0
 
+    @property
+    def num_under_way(self) -> int:
+        """Texts that can wait for the model at a time."""
+        return self.num_clients * self.num_texts
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -209,8 +214,8 @@ class _Offline:
         alone = _rate(choice, columns, [[row] for row in range(min(NUM_ALONE, len(lengths)))])
         rates = {way: _rate(choice, columns, batches) for way, batches in ways.items()}
         best = max(rates, key=lambda way: rates[way])
-        under_way = benchmark.num_clients * benchmark.num_texts
-        few = batches_of_waiting(lengths, under_way, benchmark.max_batch_size, choice.cost)
+        size = benchmark.max_batch_size
+        few = batches_of_waiting(lengths, benchmark.num_under_way, size, choice.cost)
         return cls(alone, rates[best], best, _rate(choice, columns, few))
 
 
@@ -344,13 +349,13 @@ def to_rows(report: ServingReport) -> list[list[str]]:
 def verdicts(report: ServingReport) -> list[str]:
     """Say what that comes to, in sentences."""
     steady = report.steady
-    under_way = report.settings.num_clients * report.settings.num_texts
     lines = [
         f"form: {report.form}",
         f"offline {report.offline_texts_per_s:.1f} texts/s in {report.offline_batches}, and "
         f"{report.alone_texts_per_s:.1f} one by one; served {report.of_offline:.2f} of the former",
-        f"offline {report.waiting_texts_per_s:.1f} texts/s with no more than {under_way} texts at "
-        f"a time, as clients have under way; served {report.of_waiting:.2f} of that",
+        f"offline {report.waiting_texts_per_s:.1f} texts/s with no more than "
+        f"{report.settings.num_under_way} texts at a time, as clients have under way; served "
+        f"{report.of_waiting:.2f} of that",
         f"p99 is {steady.p99_ms / steady.p50_ms:.1f} × p50",
         f"{report.mean_batch:.1f} texts in a call, {report.padding_share:.0%} padding",
         f"the reload took {report.reload_s:.1f} s; {report.num_dropped} requests of "

@@ -146,16 +146,15 @@ def convert(
             seed=config.seed,
             pad_token_id=pad_token_id,
         )
-        reads = PARTITIONS[moe.partition].reads
-        device = next(dense.parameters()).device
-        precision = own_precision(config.train.precision, device, dense)
-        if reads == "tasks":
+        if PARTITIONS[moe.partition].needs_expert_scores:
+            device = next(dense.parameters()).device
+            precision = own_precision(config.train.precision, device, dense)
             with computing_in(precision, device, dense):
-                expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
-        elif reads == "tokens":
-            with computing_in(precision, device, dense):
-                clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
-            gates, expert_scores = clusters.gates, list(clusters.scores)
+                if PARTITIONS[moe.partition].reads == "tasks":
+                    expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
+                else:
+                    clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
+                    gates, expert_scores = clusters.gates, list(clusters.scores)
         else:
             assert len(scored) == 1, "such partitions are refused for several tasks"
             (batches,) = scored
@@ -221,7 +220,7 @@ def adapt_settings(config: RunConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": config.seed, "moe": moe}
     if reads_rows(config):
         settings["max_length"] = config.model.max_length
-    if fits_output(config) or _partition_reads(config) in ("tasks", "tokens"):
+    if fits_output(config) or _scores_experts(config):
         settings["precision"] = config.train.precision
     return settings
 
@@ -252,10 +251,10 @@ def _splits_by_data(config: RunConfig) -> bool:
     return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].reads_rows
 
 
-def _partition_reads(config: RunConfig) -> str | None:
+def _scores_experts(config: RunConfig) -> bool:
     from moe_dist.conversion import PARTITIONS
 
-    return PARTITIONS[config.moe.partition].reads if config.moe.num_experts > 1 else None
+    return config.moe.num_experts > 1 and PARTITIONS[config.moe.partition].needs_expert_scores
 
 
 def _counts_tokens(config: RunConfig) -> bool:

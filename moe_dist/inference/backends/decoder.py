@@ -40,6 +40,7 @@ from moe_dist.moe.gates import TokenGate
 
 LLAMA_KIND = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose blocks are known, by their model type."""
+_GATES = (TokenGate,)
 
 
 class NativeDecoder(NativeBlocks):
@@ -52,7 +53,7 @@ class NativeDecoder(NativeBlocks):
     """
 
     def __init__(self, decoder: Any, routers: list[nn.Module | None], width: int) -> None:
-        super().__init__(routers, gates=(TokenGate,))
+        super().__init__(routers, gates=_GATES)
         self._decoder = decoder
         self.width = width
 
@@ -187,7 +188,7 @@ def _make_decoder(base: Any, contents: Sequence[_Content], precision: int) -> An
         ]
         has_biases = any(bias is not None for _, bias in (query, key, value))
         networks, router = content.feed_forward.networks, content.feed_forward.router
-        gate = NativeGate.of(router, (TokenGate,))
+        gate = NativeGate.of(router, _GATES)
         decoder.add_layer(
             torch.cat([query[0], key[0], value[0]]),
             torch.cat(biases) if has_biases else None,

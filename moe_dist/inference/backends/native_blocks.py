@@ -75,13 +75,9 @@ class NativeBlocks(AnswersOnly):
         rows_T = router.rows(hidden_BLD.flatten(0, 1), current_context())
         ids_LTK = tables_LNK.index_select(1, rows_T)
         number, _, top_k = ids_LTK.shape
-        weights_TK = (
-            None
-            if top_k == 1
-            else torch.full(
-                ids_LTK.shape[1:], 1 / top_k, dtype=torch.float32, device=ids_LTK.device
-            )
-        )
+        weights_TK = None
+        if top_k > 1:
+            weights_TK = torch.full_like(ids_LTK[0], 1 / top_k, dtype=torch.float32)
         return list(ids_LTK.unbind()), [weights_TK] * number
 
 

@@ -101,14 +101,14 @@ struct Networks {
   Result operator()(const Tensor& x, const Tensor& ids, const MaybeTensor& weights) const {
     const int64_t T = x.size(0);
     if (!ids.defined()) {
-      const Tensor out = rows_of(x, parts_of(ids, T, nullptr), nullptr);
+      const Tensor out = rows_of(x, parts_of(T, nullptr), nullptr);
       if (!shared.empty()) out.add_(rows_of(x, whole(shared[0], T), nullptr));
       return {out, {}};
     }
     check_routing(ids, weights, T);
     Slots slots = sort_slots(ids, experts.size());
-    const Tensor sorted = rows_of(x, parts_of(ids, T, &slots), &slots.tokens);
-    if (ids.size(1) == 1 && !weights && shared.empty()) return {sorted, std::move(slots.place)};
+    const Tensor sorted = rows_of(x, parts_of(T, &slots), &slots.tokens);
+    if (is_single(ids, weights)) return {sorted, std::move(slots.place)};
     const Tensor out = weighted_sum(sorted, slots.place, ids.size(1), weights, T);
     if (!shared.empty()) out.add_(rows_of(x, whole(shared[0], T), nullptr));
     return {out, {}};
@@ -122,10 +122,10 @@ struct Networks {
   // Call `finish(token, row)` with what is added to each, while it is in the cache. Where `is_single`.
   template <typename Finish>
   void each_token(const Tensor& x, const Tensor& ids, Finish&& finish) const {
-    if (!ids.defined()) return each_row(x, parts_of(ids, x.size(0), nullptr), nullptr, finish);
+    if (!ids.defined()) return each_row(x, parts_of(x.size(0), nullptr), nullptr, finish);
     check_routing(ids, std::nullopt, x.size(0));
     const Slots slots = sort_slots(ids, experts.size());
-    each_row(x, parts_of(ids, x.size(0), &slots), &slots.tokens,
+    each_row(x, parts_of(x.size(0), &slots), &slots.tokens,
              [&](int64_t slot, const float* row) { finish(slots.tokens[slot], row); });
   }
 
@@ -154,7 +154,7 @@ struct Networks {
     return parts;
   }
 
-  Parts parts_of(const Tensor& ids, int64_t T, const Slots* slots) const {
+  Parts parts_of(int64_t T, const Slots* slots) const {
     if (!slots) {
       TORCH_CHECK(experts.size() == 1, "there are several experts, and no ids");
       return whole(experts[0], T);

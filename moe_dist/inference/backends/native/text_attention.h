@@ -1,6 +1,6 @@
 // Attention of short texts in bfloat16, where every token may see every other: one head of one text
-// at a time, in two products of blocks. A thread has its `BlockProducts`. Shapes: L tokens, n of them with those that fill up, W width
-// of a head.
+// at a time, in two products of blocks. A thread has its `BlockProducts`. Shapes: L tokens, n of them
+// with those that fill up, W width of a head.
 #pragma once
 
 #include "block_product.h"
