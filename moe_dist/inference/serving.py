@@ -30,63 +30,23 @@ _MAX_SAID = 200
 log = logging.getLogger(__name__)
 
 
-class TextModel:
-    """A trained model with its tokenizer.
+class TextReader:
+    """How a model's texts are given, cut and counted, which takes none of its weights.
 
     Args:
-        model: for any kind of task, in evaluation mode.
+        kind: of task that the model answers.
         tokenizer: the one it was trained with.
-        max_length: tokens after which a text is cut.
+        limit: tokens after which a text is cut; None where all of it is read.
         options: of the task.
-        calibration: what its answers are read with, see `TaskKind.calibrate`.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        options: Mapping[str, Any] = MappingProxyType({}),
-        calibration: float | None = None,
+        self, kind: TaskKind, tokenizer: Any, *, limit: int | None, options: Mapping[str, Any]
     ) -> None:
-        self._model = model
+        self.kind = kind
+        self.limit = limit
         self._tokenizer = tokenizer
-        self._max_length = max_length
         self._options = options
-        self._calibration = calibration
-
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Answer for each text, or pair of texts.
-
-        Args:
-            model_input: a DataFrame with one or two columns of texts, whatever their names, or a
-                list of texts or of pairs of them.
-            params: not used; MLflow passes it.
-
-        Returns:
-            A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
-            to 1; of a regression the `value`, of an embedding the `vector`, of a question the
-            `answer` (empty for none) and its `score`; or the `text` that it writes (of a
-            language model what follows).
-
-        Raises:
-            DataError: if these are no texts.
-        """
-        import pandas
-
-        columns = self.columns(model_input)
-        num_texts = len(columns[0])
-        rows: list[dict[str, Any]] = []
-        for first in range(0, num_texts, BATCH_SIZE):
-            rows += self.answers([column[first : first + BATCH_SIZE] for column in columns])
-        names = list(self.kind.served_columns)
-        return pandas.DataFrame(rows, columns=None if rows else names)
-
-    @property
-    def kind(self) -> TaskKind:
-        """What kind of task it answers."""
-        return answered_kind(self._model)
 
     def columns(self, model_input: Any) -> list[list[str]]:
         """Bring what `predict` takes, or a mapping of columns by name, into columns of texts."""
@@ -127,6 +87,70 @@ class TextModel:
             )
         return names or given
 
+    def lengths(self, columns: Sequence[Sequence[str]]) -> list[int]:
+        """Count the tokens of each text before any is cut; also while `answers` runs elsewhere."""
+        return self.kind.served_lengths(self._counter, columns, self._options)
+
+    @cached_property
+    def _counter(self) -> Any:
+        """A tokenizer of its own, since one cannot be used by two threads at once."""
+        return copy.deepcopy(self._tokenizer)
+
+
+class TextModel(TextReader):
+    """A trained model with its tokenizer.
+
+    Args:
+        model: for any kind of task, in evaluation mode.
+        tokenizer: the one it was trained with.
+        max_length: tokens after which a text is cut.
+        options: of the task.
+        calibration: what its answers are read with, see `TaskKind.calibrate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        calibration: float | None = None,
+    ) -> None:
+        kind = answered_kind(model)
+        limit = kind.served_limit(model, max_length)
+        super().__init__(kind, tokenizer, limit=limit, options=options)
+        self._model = model
+        self._max_length = max_length
+        self._calibration = calibration
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Answer for each text, or pair of texts.
+
+        Args:
+            model_input: a DataFrame with one or two columns of texts, whatever their names, or a
+                list of texts or of pairs of them.
+            params: not used; MLflow passes it.
+
+        Returns:
+            A DataFrame: `label`, its `score` and the `scores` of all labels by name, which add up
+            to 1; of a regression the `value`, of an embedding the `vector`, of a question the
+            `answer` (empty for none) and its `score`; or the `text` that it writes (of a
+            language model what follows).
+
+        Raises:
+            DataError: if these are no texts.
+        """
+        import pandas
+
+        columns = self.columns(model_input)
+        num_texts = len(columns[0])
+        rows: list[dict[str, Any]] = []
+        for first in range(0, num_texts, BATCH_SIZE):
+            rows += self.answers([column[first : first + BATCH_SIZE] for column in columns])
+        names = list(self.kind.served_columns)
+        return pandas.DataFrame(rows, columns=None if rows else names)
+
     def answers(self, columns: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Answer the texts of one batch; they are padded to the longest."""
         return self.kind.serve(
@@ -138,20 +162,6 @@ class TextModel:
             options=self._options,
             calibration=self._calibration,
         )
-
-    def lengths(self, columns: Sequence[Sequence[str]]) -> list[int]:
-        """Count the tokens of each text before any is cut; also while `answers` runs elsewhere."""
-        return self.kind.served_lengths(self._counter, columns, self._options)
-
-    @cached_property
-    def _counter(self) -> Any:
-        """A tokenizer of its own, since one cannot be used by two threads at once."""
-        return copy.deepcopy(self._tokenizer)
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens after which a text is cut; None where all of it is read."""
-        return self.kind.served_limit(self._model, self._max_length)
 
     def in_form(self, form: Form) -> TextModel:
         """The same with its model prepared, see `moe_dist.inference.backends`."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_dist.serving.requests import ModelGoneError
+
 Answer = Mapping[str, Any]
-Answerer = Callable[[list[list[str]]], Sequence[Answer]]
-"""Takes one or two columns of texts, and answers each row."""
+Columns = Sequence[Sequence[str]]
+"""One or two columns of texts."""
+Answerer = Callable[[Columns], Awaitable[Sequence[Answer]]]
+"""Answers each row of texts while others are read."""
 
 _PLANNED_BATCHES = 4
 """As many full batches of the oldest texts are looked at together: planning stays quick."""
@@ -126,8 +130,7 @@ class BatchQueue:
     answered fails alone.
 
     Args:
-        answer: called in `executor`.
-        executor: with one thread, since the model uses all of its cores in a call.
+        answer: is given one batch at a time, since the model uses all of its cores in a call.
         cost: of a call.
         max_batch_size: texts of a call at most.
         max_wait_s: how long an idle model waits for more texts than the first one.
@@ -135,7 +138,6 @@ class BatchQueue:
     """
 
     answer: Answerer
-    executor: Executor
     cost: CallCost
     max_batch_size: int
     max_wait_s: float
@@ -215,15 +217,16 @@ class BatchQueue:
     async def _call_model(self, batch: Sequence[WaitingText]) -> None:
         self._call_began = time.monotonic()
         try:
-            loop = asyncio.get_running_loop()
-            answers = await loop.run_in_executor(self.executor, self._answers, batch)
+            answers = await self._answers(batch)
         except Exception as fault:
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(fault, ModelGoneError):
                 half = len(batch) // 2
                 await self._call_model(batch[:half])
                 await self._call_model(batch[half:])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(fault)
+            else:
+                for text in batch:
+                    if not text.answer.done():
+                        text.answer.set_exception(fault)
             return
         finally:
             self._call_began = None
@@ -231,23 +234,43 @@ class BatchQueue:
         for text, answer in zip(batch, answers, strict=True):
             if not text.answer.done():
                 text.answer.set_result(answer)
-        try:
-            self.on_batch(_facts(batch))
-        except Exception:
-            log.exception("a call of the model could not be counted")
+        # Later, so that the next call begins first.
+        asyncio.get_running_loop().call_soon(self._count, _facts(batch))
 
-    def _answers(self, batch: Sequence[WaitingText]) -> Sequence[Answer]:
-        """Call the model; runs in the executor, and raises nothing that a future cannot hold."""
+    async def _answers(self, batch: Sequence[WaitingText]) -> Sequence[Answer]:
         columns = [list(column) for column in zip(*(text.parts for text in batch), strict=True)]
-        try:
-            answers = self.answer(columns)
-        except BaseException as fault:
-            if isinstance(fault, Exception) and not isinstance(fault, StopIteration):
-                raise
-            raise RuntimeError(f"the model ended with {fault!r}") from fault
+        answers = await self.answer(columns)
         if len(answers) != len(batch):
             raise RuntimeError(f"the model gave {len(answers)} answers to {len(batch)} texts")
         return answers
+
+    def _count(self, facts: BatchFacts) -> None:
+        try:
+            self.on_batch(facts)
+        except Exception:
+            log.exception("a call of the model could not be counted")
+
+
+def in_thread(answer: Callable[[Columns], Sequence[Answer]], executor: Executor) -> Answerer:
+    """Let a model of this process answer in another thread, the only one of `executor`."""
+
+    async def answered(columns: Columns) -> Sequence[Answer]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor, _without_end, answer, columns)
+
+    return answered
+
+
+def _without_end(
+    answer: Callable[[Columns], Sequence[Answer]], columns: Columns
+) -> Sequence[Answer]:
+    """Raise nothing that a future cannot hold."""
+    try:
+        return answer(columns)
+    except BaseException as fault:
+        if isinstance(fault, Exception) and not isinstance(fault, StopIteration):
+            raise
+        raise RuntimeError(f"the model ended with {fault!r}") from fault
 
 
 def _fail(texts: Sequence[WaitingText], fault: BaseException) -> None:

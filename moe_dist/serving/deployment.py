@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch
 from ray import serve
 from ray.serve import metrics
 
 from moe_dist.serving.batching import BatchFacts
+from moe_dist.serving.model_process import start_model
 from moe_dist.serving.requests import HttpRequest
-from moe_dist.serving.service import TextService, load_choice
+from moe_dist.serving.service import TextService
 from moe_dist.serving.settings import LOGGING, ServingSettings
 
 APP_NAME = "moe-dist"
@@ -19,7 +18,7 @@ DEPLOYMENT = "model"
 DRAIN_S = 60.0
 """A replica that is to go has so long for the requests that it has taken."""
 RETRY_AFTER_S = 1.0
-GIL_SWITCH_S = 0.001
+HEALTH_CHECK_S = 2.0
 _BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -59,12 +58,8 @@ class ServedModel:
     def __init__(self, values: dict[str, Any]) -> None:
         counters = Counters()
         settings = ServingSettings.of(**values)
-        # The model comes back from native code many times in a call, and waits so long each time
-        # while requests are read.
-        sys.setswitchinterval(GIL_SWITCH_S)
-        torch.set_num_threads(settings.threads)
         self._service = TextService(
-            load_choice(settings),
+            start_model(settings),
             settings,
             on_batch=counters.count_batch,
             on_cut=counters.count_cut,
@@ -90,7 +85,7 @@ class ServedModel:
         return self._service.report()
 
     def check_health(self) -> None:
-        """Let Serve replace a replica that hangs."""
+        """Let Serve replace a replica that hangs, or whose model has ended."""
         self._service.check()
 
 
@@ -112,6 +107,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_surge_percent=100,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
+        # One whose model has ended is replaced when it was asked three times.
+        health_check_period_s=HEALTH_CHECK_S,
         # What a replica cannot load now it cannot load a second later.
         max_constructor_retry_count=1,
         logging_config=LOGGING,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moe_dist.errors import ConversionError
 from moe_dist.inference.backends import QUICK_FORMS, Form
-from moe_dist.inference.serving import TextModel
+from moe_dist.inference.serving import TextModel, TextReader
 from moe_dist.serving.batching import CallCost
 from moe_dist.serving.settings import AUTO
 
@@ -101,13 +101,13 @@ def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[tuple[int, int
     return found
 
 
-def probe_texts(model: TextModel, num_texts: int, num_tokens: int) -> list[list[str]]:
+def probe_texts(model: TextReader, num_texts: int, num_tokens: int) -> list[list[str]]:
     """Make texts of about as many tokens, or of as many as the model reads if these are fewer."""
     wanted = min(num_tokens, model.limit or num_tokens)
     return texts_of_lengths(model, [wanted] * num_texts)
 
 
-def texts_of_lengths(model: TextModel, lengths: Sequence[int]) -> list[list[str]]:
+def texts_of_lengths(model: TextReader, lengths: Sequence[int]) -> list[list[str]]:
     """Make texts of about as many tokens each, in as many columns as the model reads."""
     words = _WORDS.split()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -18,8 +20,9 @@ from moe_dist.errors import ConfigError, ConversionError, MissingInputError
 from moe_dist.inference import load_model
 from moe_dist.inference.backends import ORACLE, Form
 from moe_dist.measure.latency import Latency
-from moe_dist.measure.screening import see_that_it_fits
+from moe_dist.measure.screening import TOLERANCE, relative_error, see_that_it_fits
 
+from ..console import PIPED_WIDTH
 from ..markdown import markdown_table
 from ..report.report_text import MAX_SPREAD
 from .models import RandomModels
@@ -45,6 +48,7 @@ class FormTiming(ABC):
         speed_over_oracle: the first model's time in eager float32 over this one.
         error: largest difference of its answers from its own in eager float32, as a part of the
             largest of these.
+        distance: of its answers from these, see `relative_error`.
     """
 
     model: str
@@ -55,6 +59,7 @@ class FormTiming(ABC):
     speed: float
     speed_over_oracle: float
     error: float
+    distance: float
 
     @property
     @abstractmethod
@@ -138,16 +143,17 @@ def compared(
             "speed": _ratio(times.get((first, form)), latency),
             "speed_over_oracle": _ratio(times[first, ORACLE], latency),
             "error": _error(answers[name, form], answers[name, ORACLE]),
+            "distance": relative_error([answers[name, form]], [answers[name, ORACLE]]),
         }
         for (name, form), latency in times.items()
     }
 
 
 def fastest(timings: Sequence[FormTiming], model: str, work: str) -> FormTiming:
-    """Give the form of a model that takes the least time at a kind of work and gives answers."""
+    """Give the form of a model that takes the least time at a kind of work and answers alike."""
     own = [one for one in timings if (one.model, one.work) == (model, work)]
-    sound = [one for one in own if math.isfinite(one.error)]
-    return min(sound or own, key=lambda one: one.low_ms)
+    alike = [one for one in own if one.distance <= TOLERANCE]
+    return min(alike or own, key=lambda one: one.low_ms)
 
 
 def verdicts(timings: Sequence[FormTiming], refused: Sequence[str], busy: str) -> list[str]:
@@ -164,6 +170,14 @@ def verdicts(timings: Sequence[FormTiming], refused: Sequence[str], busy: str) -
             )
         lines.append(f"{work}, each in its fastest form: " + "; ".join(said))
     lines += [f"not there: {reason}" for reason in refused]
+    far = dict.fromkeys(
+        f"{one.model} in {one.form}" for one in timings if not one.distance <= TOLERANCE
+    )
+    if far:
+        lines.append(
+            f"not counted as the fastest: {', '.join(far)}, whose answers lie more than "
+            f"{TOLERANCE:g} of their length away from those of {ORACLE}"
+        )
     wide = sum(one.spread > MAX_SPREAD for one in timings)
     if wide:
         lines.append(f"{wide} of {len(timings)} times vary too much to judge by (marked ?)")
@@ -190,14 +204,17 @@ def show_results(
         output: the directory, for JSON and Markdown.
     """
     sentences = [*remarks, *verdicts(report.timings, report.refused, report.busy)]
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     table = Table(
         title=f"{report.num_threads} threads, {torch.backends.cpu.get_cpu_capability()}; speed is "
-        f"{report.timings[0].model}'s time in the same form, and in eager-fp32, over a model's own"
+        f"{report.timings[0].model}'s time in the same form, and in eager-fp32, over a model's own",
+        # Within 80 columns.
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     places = [place for place, column in enumerate(columns) if column not in ONLY_IN_FILES]
     for place in places:
-        table.add_column(columns[place], justify="right", no_wrap=True)
+        table.add_column(columns[place].replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[place] for place in places))
     console.print(table)

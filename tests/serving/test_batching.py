@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from moe_dist.serving.batching import BatchFacts, BatchQueue, CallCost, plan_batches
+from moe_dist.serving.batching import (
+    BatchFacts,
+    BatchQueue,
+    CallCost,
+    in_thread,
+    plan_batches,
+)
 
 
 def all_partitions(places: list[int], most: int) -> Iterator[list[list[int]]]:
@@ -75,7 +81,7 @@ def queue(calls: Calls, **changes: Any) -> BatchQueue:
         "max_batch_size": 4,
         "max_wait_s": 0.0,
     } | changes
-    return BatchQueue(calls, ThreadPoolExecutor(1), **values)
+    return BatchQueue(in_thread(calls, ThreadPoolExecutor(1)), **values)
 
 
 def rows(*texts: str) -> list[tuple[tuple[str, ...], int]]:
@@ -178,7 +184,7 @@ def test_nobody_waits_for_a_model_that_ended(fault: BaseException) -> None:
         raise fault
 
     async def act() -> list[Any]:
-        own = BatchQueue(end, ThreadPoolExecutor(1), CallCost(20), 4, 0.0)
+        own = BatchQueue(in_thread(end, ThreadPoolExecutor(1)), CallCost(20), 4, 0.0)
         tasks = [own.submit(rows(text)) for text in ("one", "two", "three")]
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
 
@@ -192,7 +198,9 @@ def test_nobody_waits_for_a_model_that_ended(fault: BaseException) -> None:
 def test_a_wrong_number_of_answers_is_a_fault(number: int) -> None:
     async def act() -> Any:
         answers = [{"said": "a"}] * number
-        own = BatchQueue(lambda columns: answers, ThreadPoolExecutor(1), CallCost(20), 4, 0.0)
+        own = BatchQueue(
+            in_thread(lambda columns: answers, ThreadPoolExecutor(1)), CallCost(20), 4, 0.0
+        )
         submit = own.submit([((text,), 3) for text in ("one", "two")])
         return await asyncio.wait_for(asyncio.gather(submit, return_exceptions=True), 20)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from moe_dist.inference.backends import Form
 from moe_dist.inference.serving import TextModel, _load_pyfunc
 from moe_dist.serving import service as service_module
 from moe_dist.serving import speed
-from moe_dist.serving.batching import BatchFacts
-from moe_dist.serving.service import TextService, load_choice
+from moe_dist.serving.batching import BatchFacts, in_thread
+from moe_dist.serving.service import AnsweringModel, TextService, load_choice
 from moe_dist.serving.settings import ServingSettings
 from moe_dist.tasks import TASK_KINDS
 from tests.serving.tiny_service import NUM_POSITIONS, ask, save_tiny, send
@@ -37,7 +38,12 @@ def make(directory: Path, **changes: Any) -> TextService:
     hooks = {name: changes.pop(name) for name in ("on_batch", "on_cut") if name in changes}
     values = {"directory": str(directory), "form": "eager-fp32", "max_texts": 8} | changes
     settings = ServingSettings.of(**values)
-    return TextService(load_choice(settings), settings, **hooks)
+    model = AnsweringModel.here(load_choice(settings), settings.threads)
+    return TextService(model, settings, **hooks)
+
+
+def answer_with(service: TextService, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    monkeypatch.setattr(service._queue, "answer", in_thread(answer, ThreadPoolExecutor(1)))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,8 @@ def test_a_fault_of_the_model_shows_nothing_of_the_program(
         return whole(self, columns)
 
     # The queue holds the method as it was.
-    monkeypatch.setattr(service._queue, "answer", lambda columns: fail(service._model, columns))
+    own: Any = service._reader
+    answer_with(service, monkeypatch, lambda columns: fail(own, columns))
     with caplog.at_level(logging.ERROR):
         found = ask(service, {"inputs": ["the", "bad"]})
     assert found.status == 500 and "secret" not in json.dumps(found.content)
@@ -172,7 +179,7 @@ def test_health_is_there_only_while_the_model_answers(
     hold = threading.Event()
     monkeypatch.setattr(service_module, "PROBE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(service_module, "FRESH_S", -1.0)
-    monkeypatch.setattr(service._queue, "answer", lambda columns: hold.wait(20))
+    answer_with(service, monkeypatch, lambda columns: hold.wait(20))
     found = ask(service, path="/health", method="GET")
     hold.set()
     assert found.status == 503 and "no answer" in found.content["error"]
@@ -241,7 +248,7 @@ def test_the_fastest_form_is_taken_and_all_are_named(
 
 
 def test_each_form_is_timed_with_each_shape(directory: Path) -> None:
-    model = make(directory)._model
+    model = make(directory)._reader
     ((name, times),) = speed.time_forms({"only": model}).items()
     assert name == "only" and set(times) == set(speed.SHAPES)
     assert all(0 < own < math.inf for own in times.values())
@@ -311,7 +318,7 @@ def test_a_number_that_is_not_finite_is_no_answer(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make(directory)
-    monkeypatch.setattr(service._queue, "answer", lambda columns: [{"score": float("nan")}])
+    answer_with(service, monkeypatch, lambda columns: [{"score": float("nan")}])
     found = ask(service, {"inputs": ["the"]})
     assert found.status == 500 and "the model failed" in found.content["error"]
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.inference import save_model
 from moe_dist.inference.backends import QUICK_FORMS, Form
-from pipelines.benchmarks.inference import InferenceBenchmark
+from pipelines.benchmarks.forms import fastest, verdicts
+from pipelines.benchmarks.inference import InferenceBenchmark, Timing
 from pipelines.benchmarks.inference import run as run_benchmark
 from pipelines.cli import app
 from tests.conversion.dense_models import tiny_model
@@ -147,3 +148,15 @@ def test_random_models_that_cannot_be() -> None:
     assert "--experts says what --random draws" in output
     assert "give directories of models, or --random" in run()[1]
     assert "give directories of models, or --random" in run("--random", ".")[1]
+
+
+@pytest.mark.parametrize("distance", [0.2, float("nan")])
+def test_a_form_that_answers_otherwise_is_not_the_fastest(distance: float) -> None:
+    def timing(form: str, low_ms: float, distance: float) -> Timing:
+        return Timing("one", form, low_ms, low_ms, 0.0, 1.0, 1.0, distance, distance, (1, 4))
+
+    timings = [timing("eager-fp32", 2.0, 0.0), timing("lean-int8", 1.0, distance)]
+    assert fastest(timings, "one", "1 × 4").form == "eager-fp32"
+    assert "not counted as the fastest: one in lean-int8" in verdicts(timings, (), "")[-1]
+    # A model that itself gives no answers has no form that gives other ones.
+    assert fastest(timings[1:], "one", "1 × 4").form == "lean-int8"
