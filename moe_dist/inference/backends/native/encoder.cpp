@@ -193,7 +193,6 @@ class Encoder : public torch::CustomClassHolder {
       std::vector<at::BFloat16> qkv((most + 15) * 3 * D), context(most * D);
       std::vector<float> results(most * own_D);
       for (int64_t first = take() * texts, next; first < B; first = next) {
-        next = take() * texts;
         const int64_t own = std::min(texts, B - first), rows = own * L;
         float* x_rows = all + first * L * own_D;
         for (int64_t r = 0; r < rows; ++r) codes.put(r, x_rows + r * own_D, own_D);
@@ -203,6 +202,7 @@ class Encoder : public torch::CustomClassHolder {
             attend_head(attention, &qkv[b * L * 3 * D], mask, first + b, h, D, D / num_heads_, &context[b * L * D]);
         for (int64_t r = 0; r < rows; ++r) codes.put(r, &context[r * D], D);
         layer.attention_out.apply_rows(codes.from(0, D), rows, results.data(), own_D);
+        next = take() * texts;  // Not before, or one thread takes what another could begin.
         const int64_t next_rows = std::min(texts, std::max<int64_t>(0, B - next)) * L;
         for (int64_t r = 0; r < rows; ++r) {
           if (r < next_rows) prefetch_row(all + (next * L + r) * own_D, own_D);

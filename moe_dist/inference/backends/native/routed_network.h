@@ -203,7 +203,6 @@ struct Networks {
     const auto results = std::make_unique_for_overwrite<float[]>(most * D);
     const int64_t number = parts.size();
     for (int64_t i = take(), next; i < number; i = next) {
-      next = take();
       const Linear &in = parts[i].network->in, &out = parts[i].network->out;
       const int64_t first = parts[i].first, count = parts[i].count, F = in.N;
       for (int64_t r = 0; r < count; ++r) codes.put(r, source(first + r), D);
@@ -214,6 +213,7 @@ struct Networks {
                       writes_codes ? static_cast<at::BFloat16*>(inner_codes.data()) : inner.get(), F, activation);
       for (int64_t r = 0; r < count && !writes_codes; ++r) inner_codes.put(r, inner.get() + r * F, F);
       out.apply_rows(inner_codes.from(0, F), count, results.get(), D);
+      next = take();  // Not before, or one thread takes what another could begin.
       for (int64_t r = 0; r < count; ++r) {
         if (next < number && r < parts[next].count) prefetch_row(source(parts[next].first + r), D);
         finish(first + r, results.get() + r * D);
