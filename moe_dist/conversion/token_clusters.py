@@ -164,7 +164,7 @@ def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     if not bool(torch.isfinite(input_TD).all()):
         raise _not_finite()
     scale = float(input_TD.square().mean().sqrt().clamp(min=1e-12))
-    rows = (input_TD.double() / scale).numpy()
+    rows = (input_TD / scale).numpy()
     with warnings.catch_warnings():
         # Whatever the gate has learned so far decides: it need not reach the optimum, and where
         # tokens are alike it may be given fewer clusters.
