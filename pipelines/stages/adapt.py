@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.conversion import PartitionPlan
     from moe_dist.data.loaders import Encoded
+    from moe_dist.jobs.expert_scores import ExpertScores
     from moe_dist.tracking import TrackedRun
 
 NAME = "adapt"
@@ -43,6 +44,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
     def work(stage: StageWork) -> StageOutcome:
         from moe_dist.inference import load_model, save_model
         from moe_dist.inference.saving import load_tokenizer
+        from moe_dist.jobs.expert_scores import EXPERT_SCORES, ExpertScores, ExpertScoresJob
         from moe_dist.jobs.fit_outputs import FitOutputsJob
         from moe_dist.jobs.results import load_scores
 
@@ -50,6 +52,18 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
 
         fetch = inputs.workspace.files.fetch
         importance = load_scores(fetch(scores.outputs["scores"]))
+        expert_scores = None
+        if _scores_experts(config):
+            job = ExpertScoresJob.of(
+                config,
+                address(stage.directory),
+                model=address(source.outputs["model"]),
+                moe=config.moe,
+                precision=config.train.precision,
+            )
+            on = placed_here(config)
+            run_job(job, config=on, work=stage, workspace=inputs.workspace, alone=True)
+            expert_scores = ExpertScores.load(fetch(stage.directory / EXPERT_SCORES))
         model = load_model(fetch(source.outputs["model"]))
         tokenizer = load_tokenizer(source.outputs["model"])
         plan, student = convert(
@@ -57,6 +71,7 @@ def run(config: RunConfig, inputs: StageInputs, tracker: TrackedRun) -> StageRes
             model,
             importance,
             lambda: inputs.workspace.encoded_tasks("train", tokenizer),
+            expert_scores,
         )
         plan.save(stage.directory / "plan.json")
         is_fitted = fits_output(config) and student is not model
@@ -112,6 +127,7 @@ def convert(
     dense: Any,
     importance: Sequence[Any],
     rows: Callable[[], Mapping[str, Encoded]] | None = None,
+    expert_scores: ExpertScores | None = None,
 ) -> tuple[Any, Any]:
     """Split a dense model into experts, whose outputs are not fitted yet.
 
@@ -121,6 +137,7 @@ def convert(
         importance: (F,) scores for each feed-forward layer.
         rows: gives the tokenised training rows of each task by its name; asked only where
             partition or router look at them.
+        expert_scores: where the partition needs some and they are there; else they are found here.
 
     Returns:
         The plan, and the student; the model itself where a small student keeps all its neurons.
@@ -128,33 +145,25 @@ def convert(
     Raises:
         MissingInputError: if the training rows are needed, and there are none.
     """
-    from moe_dist.conversion import PARTITIONS, dense_to_moe, plan_partition
-    from moe_dist.conversion.activity import task_importance
-    from moe_dist.conversion.token_clusters import token_clusters
+    from moe_dist.conversion import dense_to_moe, plan_partition
+    from moe_dist.jobs.expert_scores import score_experts
     from moe_dist.jobs.fit_outputs import draw_tasks
-    from moe_dist.jobs.precision import computing_in, own_precision
 
     moe = config.moe
-    looks = _splits_by_data(config) or _counts_tokens(config)
+    splits_by_data = _splits_by_data(config) and expert_scores is None
+    looks = splits_by_data or _counts_tokens(config)
     parts = list(rows().values()) if rows is not None and looks else None
-    batches, expert_scores, token_counts, gates = None, None, None, None
-    if parts is not None and _splits_by_data(config):
-        pad_token_id = int(dense.config.pad_token_id or 0)
+    batches, token_counts = None, None
+    if parts is not None and splits_by_data:
         scored = draw_tasks(
             parts,
-            num_samples=config.moe.importance_samples,
+            num_samples=moe.importance_samples,
             seed=config.seed,
-            pad_token_id=pad_token_id,
+            pad_token_id=int(dense.config.pad_token_id or 0),
         )
-        if PARTITIONS[moe.partition].needs_expert_scores:
-            device = next(dense.parameters()).device
-            precision = own_precision(config.train.precision, device, dense)
-            with computing_in(precision, device, dense):
-                if PARTITIONS[moe.partition].reads == "tasks":
-                    expert_scores = task_importance(dense, scored, moe.num_experts, top_k=moe.top_k)
-                else:
-                    clusters = token_clusters(dense, scored, moe.num_experts, seed=config.seed)
-                    gates, expert_scores = clusters.gates, list(clusters.scores)
+        if _scores_experts(config):
+            precision = config.train.precision
+            expert_scores = score_experts(moe, dense, scored, precision, seed=config.seed)
         else:
             assert len(scored) == 1, "such partitions are refused for several tasks"
             (batches,) = scored
@@ -171,7 +180,7 @@ def convert(
         seed=config.seed,
         model=dense,
         batches=batches,
-        expert_scores=expert_scores,
+        expert_scores=None if expert_scores is None else expert_scores.scores,
     )
     if config.student.is_smaller and keeps_all_neurons(plan):
         return plan, dense
@@ -181,7 +190,7 @@ def convert(
         seed=config.seed,
         token_counts=token_counts,
         # What tells kinds of tokens apart says nothing to a gate that reads a task or a sequence.
-        gates=None if moe.merges else gates,
+        gates=None if moe.merges or expert_scores is None else expert_scores.gates,
         **router_options(config),
     )
     return plan, student

@@ -34,6 +34,11 @@ def all_cases() -> dict[str, Case]:
         found[f"two steps, {precision}"] = partial(step_case, precision)
     for regularizer in ("spectral", "r1"):
         found[f"adversary {regularizer}"] = partial(adversary_case, regularizer)
-    for name, precision in (("predict", ", bf16"), ("score-importance", ""), ("fit-outputs", "")):
+    for name, precision in (
+        ("predict", ", bf16"),
+        ("score-importance", ""),
+        ("expert-scores", ""),
+        ("fit-outputs", ""),
+    ):
         found[f"job {name}{precision}"] = partial(job_case, name)
     return found

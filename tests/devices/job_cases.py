@@ -72,9 +72,10 @@ def step_case(precision: str, device: torch.device) -> Prepared:
 
 def job_case(name: str, device: torch.device) -> Prepared:
     """The body of a job, from a directory to its figures."""
+    from moe_dist.config.moe_section import MoeConfig
     from moe_dist.conversion import dense_to_moe, plan_partition
     from moe_dist.inference.saving import load_model, load_tokenizer, save_model
-    from moe_dist.jobs import fit_outputs, importance, predict
+    from moe_dist.jobs import expert_scores, fit_outputs, importance, predict
     from moe_dist.training import hardware
     from tests.training.tiny_task import job_fields
 
@@ -103,6 +104,14 @@ def job_case(name: str, device: torch.device) -> Prepared:
             return torch.tensor(float(next(iter(job.run()["predictions"].values())).sum()))
         if name == "score-importance":
             job = importance.ImportanceJob(**fields, model=str(teacher), **drawn)
+        elif name == "expert-scores":
+            moe = MoeConfig(
+                num_experts=2,
+                partition="token_clusters",
+                router="token_gate",
+                importance_samples=32,
+            )
+            job = expert_scores.ExpertScoresJob(**fields, model=str(teacher), moe=moe)
         else:
             job = fit_outputs.FitOutputsJob(
                 **fields, student=str(student), teacher=str(teacher), **drawn
@@ -112,7 +121,7 @@ def job_case(name: str, device: torch.device) -> Prepared:
 
     def on_device() -> Tensor:
         with ExitStack() as stack:
-            for module in (predict, importance, fit_outputs):
+            for module in (predict, importance, expert_scores, fit_outputs):
                 stack.enter_context(mock.patch.object(module, "pick_device", return_value=device))
             stack.enter_context(mock.patch.object(hardware, "_is_fast_at_bf16", return_value=True))
             return forward()

@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
+from moe_dist.config.moe_section import MoeConfig
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.data.metrics import LabelSpace, compute_metrics
-from moe_dist.inference.saving import load_model
+from moe_dist.errors import CheckpointError
+from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs import train_job
 from moe_dist.jobs.distill import DistillJob, distill_weights
+from moe_dist.jobs.expert_scores import ExpertScores, ExpertScoresJob, score_experts
 from moe_dist.jobs.finetune import FinetuneJob
-from moe_dist.jobs.fit_outputs import FitOutputsJob
+from moe_dist.jobs.fit_outputs import FitOutputsJob, draw_tasks
 from moe_dist.jobs.importance import ImportanceJob
 from moe_dist.jobs.predict import PredictJob
 from moe_dist.jobs.results import load_predictions, load_scores
@@ -34,6 +37,16 @@ DISTILL = ObjectivesConfig(
     entropy_weight=0.001,
     temperature=2.0,
     warmup_fraction=0.2,
+)
+
+
+KINDS = MoeConfig(
+    num_experts=3,
+    expert_size=24,
+    num_shared_neurons=0,
+    partition="token_clusters",
+    router="token_gate",
+    importance_samples=40,
 )
 
 
@@ -261,3 +274,35 @@ def test_distill_weights_follow_the_recipe() -> None:
     assert weights["task"].at(0) == 1.0
     assert weights["load_balancing"].at(99) == 0.01
     assert weights["prediction_mse"] == weights["prediction_kl"]
+
+
+def test_experts_are_scored_as_in_this_process(chain: dict[str, Any]) -> None:
+    teacher = chain["teacher"]["model"]
+    job = ExpertScoresJob(**job_fields(chain["root"], "adapt-kinds", model=teacher, moe=KINDS))
+    found = ExpertScores.load(Path(job.run()["expert_scores"]))
+    model = load_model(teacher)
+    rows = list(job.tokenised(job.rows(), load_tokenizer(teacher)).parts.values())
+    drawn = draw_tasks(
+        [rows[0].train], num_samples=40, seed=job.seed, pad_token_id=rows[0].pad_token_id
+    )
+    expected = score_experts(KINDS, model, drawn, "auto", seed=job.seed)
+    assert found.gates is not None and expected.gates is not None
+    assert [tuple(one.shape) for one in found.scores] == [(3, 32)] * len(found.gates)
+    for own, other in zip(
+        (*found.scores, *found.gates), (*expected.scores, *expected.gates), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+def test_scores_of_experts_without_gates_and_damaged_ones(tmp_path: Path) -> None:
+    path = tmp_path / "expert_scores.safetensors"
+    # More layers than sort by their first digit.
+    scores = tuple(torch.full((2, 3), float(index)) for index in range(11))
+    ExpertScores(scores).save(path)
+    found = ExpertScores.load(path)
+    assert found.gates is None
+    assert [float(one[0, 0]) for one in found.scores] == list(range(11))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="cannot be read") as fault:
+        ExpertScores.load(path)
+    assert fault.value.remedy == "delete the stage's directory and run adapt again"

@@ -248,7 +248,7 @@ def test_the_fastest_form_is_taken_and_all_are_named(
 
 
 def test_each_form_is_timed_with_each_shape(directory: Path) -> None:
-    model = make(directory)._reader
+    model: Any = make(directory)._reader
     ((name, times),) = speed.time_forms({"only": model}).items()
     assert name == "only" and set(times) == set(speed.SHAPES)
     assert all(0 < own < math.inf for own in times.values())
