@@ -83,6 +83,7 @@ def test_it_comes_back_and_is_saved_alike(
 ) -> None:
     name, gap, num_files, unlike = come_back[f"{family} {router}"]
     assert name == f"Moe{type(tiny_model(family)).__name__}"
-    assert gap == 0.0
+    # Products may be rounded otherwise where memory lies otherwise; the files below are the same.
+    assert gap <= 1e-6
     assert num_files >= 3
     assert unlike == []
