@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import Any
 
 from ray import serve
@@ -9,7 +11,7 @@ from ray.serve import metrics
 
 from moe_dist.serving.batching import BatchFacts
 from moe_dist.serving.model_process import start_model
-from moe_dist.serving.requests import HttpRequest
+from moe_dist.serving.requests import HttpRequest, ModelGoneError
 from moe_dist.serving.service import TextService
 from moe_dist.serving.settings import LOGGING, ServingSettings
 
@@ -19,6 +21,8 @@ DRAIN_S = 60.0
 """A replica that is to go has so long for the requests that it has taken."""
 RETRY_AFTER_S = 1.0
 HEALTH_CHECK_S = 2.0
+LEAVE_S = 0.1
+"""For answers that are on their way when the model has ended."""
 _BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -73,6 +77,8 @@ class ServedModel:
         answer = await self._service.handle(
             HttpRequest(request.method, path, request.headers, request.stream())
         )
+        if answer.status == 503:
+            self._leave_without_model()
         return Response(
             answer.body,
             status_code=answer.status,
@@ -84,9 +90,25 @@ class ServedModel:
         """Say what is served, why so, and what it has read; see `TextService.report`."""
         return self._service.report()
 
-    def check_health(self) -> None:
-        """Let Serve replace a replica that hangs, or whose model has ended."""
+    async def check_health(self) -> None:
+        """Let Serve replace a replica that hangs, or whose model has ended.
+
+        In the loop: from a thread it would close the socket that a call there waits for.
+        """
+        self._leave_without_model()
         self._service.check()
+
+    def _leave_without_model(self) -> None:
+        """End this process if the model has: what comes next then goes to another replica.
+
+        Until Serve had asked three times it would come here.
+        """
+        try:
+            self._service.check()
+        except ModelGoneError:
+            asyncio.get_running_loop().call_later(LEAVE_S, os._exit, 1)
+        except RuntimeError:
+            pass  # It hangs, which is for Serve to judge.
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -107,7 +129,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_surge_percent=100,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
-        # One whose model has ended is replaced when it was asked three times.
+        # Often, since only then Serve sees that a replica has left.
         health_check_period_s=HEALTH_CHECK_S,
         # What a replica cannot load now it cannot load a second later.
         max_constructor_retry_count=1,
