@@ -31,7 +31,7 @@ from moe_dist.workers.ray_session import RaySession, available_cpus
 Say = Callable[[str], None]
 _ASK_TIMEOUT_S = 60.0
 _QUICK = {
-    # The model has a thread of its own already.
+    # The model has a process of its own already.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # What is loaded then stays; nothing of it is looked at again for garbage.
@@ -364,6 +364,6 @@ def _last_line(fault: BaseException) -> str:
         return fault.message
     text = str(fault)
     # A ConfigError has its faults in the lines below.
-    own = re.findall(r"moe_dist\.errors\.\w+: (.+(?:\n +- .+)*)", text)
+    own = re.findall(r"moe_dist\.[\w.]+Error: (.+(?:\n +- .+)*)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(own[-1].split()) if own else (lines or [type(fault).__name__])[-1]
