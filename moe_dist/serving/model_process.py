@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -199,6 +200,9 @@ def _answer_all(own: socket.socket) -> None:
         overhead_tokens=choice.cost.overhead_tokens,
         reason=choice.reason,
     )
+    # What is loaded stays; nothing of it is looked at again for garbage.
+    gc.collect()
+    gc.freeze()
     own.sendall(_packed({"answer": asdict(loaded)}))
     while True:
         columns = json.loads(_receive(own))
