@@ -140,7 +140,7 @@ def _rows(known: RunKnowledge, task: str | None) -> list[tuple[str, str]]:
     source = (report.get("data") or {}).get("name")
     flops = own.get("flops_per_token")
     times = own.get("latency_low_ms") or {}
-    conditions = f"{report.get('seq_len')} tokens, {report.get('num_threads')} CPU threads"
+    conditions = f"{report.get('seq_len')} tokens, CPU threads: {report.get('num_threads')}"
     latency = ", ".join(f"{ms:.1f} ms for {size}" for size, ms in times.items())
     name = report.get("name") or "the run's"
     return [

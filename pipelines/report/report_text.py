@@ -35,7 +35,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         *_markdown_tasks(report),
         f"FLOPs are for one token in a sequence of {report['seq_len']}; latency is the median for "
-        f"a whole batch of such sequences on {report['num_threads']} CPU threads, all models as "
+        f"a whole batch of such sequences, CPU threads: {report['num_threads']}, all models as "
         "they were trained (eager, float32) and timed in turn in one process, and in brackets what "
         "a tenth of the passes kept to.",
         "",
