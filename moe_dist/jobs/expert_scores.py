@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_dist.config.moe_section import MoeConfig
@@ -17,14 +15,13 @@ from moe_dist.conversion import PARTITIONS
 from moe_dist.conversion.activity import task_importance
 from moe_dist.conversion.token_clusters import token_clusters
 from moe_dist.distributed.position import enter_phase
-from moe_dist.errors import CheckpointError
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.jobs.fit_outputs import DrawnBatches, draw_tasks
+from moe_dist.jobs.fit_outputs import DrawnBatches, draw_rows
 from moe_dist.jobs.job import Job
 from moe_dist.jobs.precision import computing_in, own_precision
+from moe_dist.jobs.results import load_tensors, save_tensors
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
-from moe_dist.whole_files import whole_file
 
 EXPERT_SCORES = "expert_scores.safetensors"
 
@@ -46,19 +43,12 @@ class ExpertScores:
         """Write them, whole or not at all."""
         named = {f"scores.{index:04d}": one for index, one in enumerate(self.scores)}
         named |= {f"gates.{index:04d}": one for index, one in enumerate(self.gates or ())}
-        with whole_file(path) as beside:
-            beside.write_bytes(save({name: one.contiguous() for name, one in named.items()}))
+        save_tensors(named, path)
 
     @classmethod
     def load(cls, path: Path) -> ExpertScores:
         """Read what `save` wrote; a missing or damaged file is a CheckpointError."""
-        try:
-            named = load_file(str(path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the experts' scores {path} cannot be read: {error}",
-                remedy="delete the stage's directory and run adapt again",
-            ) from error
+        named = load_tensors(path, what="the experts' scores", stage="adapt")
         kinds = {
             kind: tuple(named[name] for name in sorted(named) if name.startswith(f"{kind}."))
             for kind in ("scores", "gates")
@@ -86,16 +76,10 @@ class ExpertScoresJob(Job):
         """Score, and write ``expert_scores``, the file."""
         path = Path(self.stage_dir) / EXPERT_SCORES
         if own_rank() == 0:
-            rows = self.rows()
             model = load_model(Path(self.model), pick_device(self.parallel.use_gpu))
-            parts = list(self.tokenised(rows, load_tokenizer(Path(self.model))).parts.values())
+            tokenizer = load_tokenizer(Path(self.model))
+            batches = draw_rows(self, tokenizer, self.moe.importance_samples)
             enter_phase("scoring of experts")
-            batches = draw_tasks(
-                [part.train for part in parts],
-                num_samples=self.moe.importance_samples,
-                seed=self.seed,
-                pad_token_id=parts[0].pad_token_id,
-            )
             scored = score_experts(self.moe, model, batches, self.precision, seed=self.seed)
             scored.save(path)
         wait_for_ranks()
@@ -121,6 +105,6 @@ def score_experts(
     with computing_in(own_precision(precision, device, model), device, model):
         if PARTITIONS[moe.partition].reads == "tasks":
             scores = task_importance(model, batches, moe.num_experts, top_k=moe.top_k)
-            return ExpertScores(tuple(one.to(torch.float32).cpu() for one in scores))
+            return ExpertScores(tuple(one.to(torch.float32) for one in scores))
         clusters = token_clusters(model, batches, moe.num_experts, seed=seed)
     return ExpertScores(clusters.scores, clusters.gates)

@@ -49,19 +49,11 @@ class FitOutputsJob(Job):
         """Fit the student, and save it as ``model``."""
         path = Path(self.stage_dir) / MODEL_DIR
         if own_rank() == 0:
-            rows = self.rows()
             dense = load_model(Path(self.teacher), pick_device(self.parallel.use_gpu))
             student = load_model(Path(self.student))
             tokenizer = load_tokenizer(Path(self.student))
-            parts = list(self.tokenised(rows, tokenizer).parts.values())
+            batches = draw_rows(self, tokenizer, self.num_samples, self.batch_size)
             enter_phase("fit of output weights")
-            batches = draw_tasks(
-                [part.train for part in parts],
-                num_samples=self.num_samples,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                pad_token_id=parts[0].pad_token_id,
-            )
             fit_start(student, dense, batches, self.precision)
             save_model(student, path, tokenizer=tokenizer)
         wait_for_ranks()
@@ -87,6 +79,20 @@ class DrawnBatches:
         yield from advancing(
             eval_batches(self.rows, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
         )
+
+
+def draw_rows(
+    job: Job, tokenizer: Any, num_samples: int | None, batch_size: int = BATCH_SIZE
+) -> list[DrawnBatches]:
+    """Draw of a job's training rows, see `draw_tasks`."""
+    parts = list(job.tokenised(job.rows(), tokenizer).parts.values())
+    return draw_tasks(
+        [part.train for part in parts],
+        num_samples=num_samples,
+        seed=job.seed,
+        batch_size=batch_size,
+        pad_token_id=parts[0].pad_token_id,
+    )
 
 
 def draw_tasks(

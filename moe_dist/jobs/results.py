@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,35 @@ class SavedPredictions:
 
 def save_scores(scores: Sequence[Tensor], path: Path) -> None:
     """Write importance scores, (F,) for each FFN in the model's order, whole or not at all."""
-    named = {f"{index:04d}": score.contiguous().cpu() for index, score in enumerate(scores)}
-    with whole_file(path) as beside:
-        # Not `save_file`, which lets none but the owner read; stages are shared.
-        beside.write_bytes(save(named))
+    save_tensors({f"{index:04d}": score for index, score in enumerate(scores)}, path)
 
 
 def load_scores(path: Path) -> list[Tensor]:
     """Read what `save_scores` wrote; a missing or damaged file is a CheckpointError."""
+    named = load_tensors(path, what="importance scores", stage="score-importance")
+    return [named[name].to(torch.float32) for name in sorted(named)]
+
+
+def save_tensors(named: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name, whole or not at all."""
+    held = {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+    with whole_file(path) as beside:
+        # Not `save_file`, which lets none but the owner read; stages are shared.
+        beside.write_bytes(save(held))
+
+
+def load_tensors(path: Path, *, what: str, stage: str) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote; a missing or damaged file is a CheckpointError.
+
+    It says `what` they are, and which `stage` to run again.
+    """
     try:
-        named = load_file(str(path))
+        return load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"importance scores {path} cannot be read: {error}",
-            remedy="delete the stage's directory and run score-importance again",
+            f"{what} {path} cannot be read: {error}",
+            remedy=f"delete the stage's directory and run {stage} again",
         ) from error
-    return [named[name].to(torch.float32) for name in sorted(named)]
 
 
 def save_predictions(

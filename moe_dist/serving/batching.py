@@ -184,7 +184,7 @@ class BatchQueue:
             while self._waiting:
                 await self._call(self._next_batch())
         except BaseException as fault:
-            _fail(self._waiting, fault)
+            _fail(self._waiting, _end_of_queue(fault))
             raise
 
     async def _wait_for_more(self) -> None:
@@ -211,7 +211,7 @@ class BatchQueue:
         try:
             await self._call_model(batch)
         except BaseException as fault:
-            _fail(batch, fault)
+            _fail(batch, _end_of_queue(fault))
             raise
 
     async def _call_model(self, batch: Sequence[WaitingText]) -> None:
@@ -224,9 +224,7 @@ class BatchQueue:
                 await self._call_model(batch[:half])
                 await self._call_model(batch[half:])
             else:
-                for text in batch:
-                    if not text.answer.done():
-                        text.answer.set_exception(fault)
+                _fail(batch, fault)
             return
         finally:
             self._call_began = None
@@ -273,11 +271,15 @@ def _without_end(
         raise RuntimeError(f"the model ended with {fault!r}") from fault
 
 
-def _fail(texts: Sequence[WaitingText], fault: BaseException) -> None:
+def _fail(texts: Sequence[WaitingText], fault: Exception) -> None:
     """Let nobody wait for an answer that will not come."""
     for text in texts:
         if not text.answer.done():
-            text.answer.set_exception(RuntimeError(f"the queue ended: {fault!r}"))
+            text.answer.set_exception(fault)
+
+
+def _end_of_queue(fault: BaseException) -> RuntimeError:
+    return RuntimeError(f"the queue ended: {fault!r}")
 
 
 def _facts(batch: Sequence[WaitingText]) -> BatchFacts:

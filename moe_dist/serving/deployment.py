@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
@@ -78,7 +79,9 @@ class ServedModel:
             HttpRequest(request.method, path, request.headers, request.stream())
         )
         if answer.status == 503:
-            self._leave_without_model()
+            # A model that hangs is for Serve to judge.
+            with suppress(RuntimeError):
+                await self.check_health()
         return Response(
             answer.body,
             status_code=answer.status,
@@ -91,24 +94,16 @@ class ServedModel:
         return self._service.report()
 
     async def check_health(self) -> None:
-        """Let Serve replace a replica that hangs, or whose model has ended.
+        """Let Serve replace a replica that hangs; end this process if the model has ended.
 
-        In the loop: from a thread it would close the socket that a call there waits for.
-        """
-        self._leave_without_model()
-        self._service.check()
-
-    def _leave_without_model(self) -> None:
-        """End this process if the model has: what comes next then goes to another replica.
-
-        Until Serve had asked three times it would come here.
+        What comes next then goes to another replica; until Serve had asked three times it would
+        come here. In the loop: from a thread it would close the socket that a call there waits for.
         """
         try:
             self._service.check()
         except ModelGoneError:
             asyncio.get_running_loop().call_later(LEAVE_S, os._exit, 1)
-        except RuntimeError:
-            pass  # It hangs, which is for Serve to judge.
+            raise
 
 
 def build(args: dict[str, Any]) -> serve.Application:

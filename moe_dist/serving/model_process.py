@@ -16,11 +16,10 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -37,8 +36,9 @@ from moe_dist.tasks import TASK_KINDS
 
 _END_S = 5.0
 """A process whose socket is closed ends by itself within it, or is killed."""
-_LENGTH = struct.Struct("!Q")
-"""Before each message, which is JSON, its bytes."""
+_END = b"\n"
+"""Of a message, which is a line of JSON."""
+_PIECE = 2**16
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,12 @@ class ModelProcess:
     def loaded(self) -> _Loaded:
         """Wait until the model is there; what it could not be loaded for is raised."""
         try:
-            message = _receive(self._socket)
-        except (EOFError, OSError) as fault:
+            with self._socket.makefile("rb") as said:
+                message = said.readline()
+        except OSError as fault:
             self._has_ended(fault)
+        if not message.endswith(_END):
+            self._has_ended(None)
         self._socket.setblocking(False)
         return _Loaded(**_unpacked(message))
 
@@ -94,8 +97,7 @@ class ModelProcess:
         loop = asyncio.get_running_loop()
         try:
             await self._send(loop, _packed(columns))
-            (length,) = _LENGTH.unpack(await self._read(loop, _LENGTH.size))
-            message = await self._read(loop, length)
+            message = await self._read(loop)
         except (EOFError, OSError) as fault:
             self._has_ended(fault)
         except BaseException:
@@ -114,10 +116,10 @@ class ModelProcess:
         if sent < len(data):
             await loop.sock_sendall(self._socket, data[sent:])
 
-    async def _read(self, loop: asyncio.AbstractEventLoop, length: int) -> bytes:
+    async def _read(self, loop: asyncio.AbstractEventLoop) -> bytes:
         data = bytearray()
-        while len(data) < length:
-            piece = await loop.sock_recv(self._socket, length - len(data))
+        while not data.endswith(_END):
+            piece = await loop.sock_recv(self._socket, _PIECE)
             if not piece:
                 raise EOFError
             data += piece
@@ -180,12 +182,16 @@ def main(file_descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(file_descriptor,), daemon=True).start()
     # Whoever asks may go.
-    with socket.socket(fileno=file_descriptor) as own, contextlib.suppress(EOFError, OSError):
-        _answer_all(own)
+    with (
+        socket.socket(fileno=file_descriptor) as own,
+        own.makefile("rb") as asked,
+        contextlib.suppress(OSError),
+    ):
+        _answer_all(own, asked)
 
 
-def _answer_all(own: socket.socket) -> None:
-    settings = ServingSettings.of(**json.loads(_receive(own)))
+def _answer_all(own: socket.socket, asked: Iterator[bytes]) -> None:
+    settings = ServingSettings.of(**json.loads(next(asked)))
     torch.set_num_threads(settings.threads)
     try:
         choice = load_choice(settings)
@@ -204,8 +210,8 @@ def _answer_all(own: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     own.sendall(_packed({"answer": asdict(loaded)}))
-    while True:
-        columns = json.loads(_receive(own))
+    for line in asked:
+        columns = json.loads(line)
         try:
             answer = _packed({"answer": model.answers(columns)})
         except Exception as fault:
@@ -230,8 +236,7 @@ def _said(fault: Exception) -> dict[str, Any]:
 
 
 def _packed(message: Any) -> bytes:
-    data = json.dumps(message).encode()
-    return _LENGTH.pack(len(data)) + data
+    return json.dumps(message).encode() + _END
 
 
 def _unpacked(data: bytes) -> Any:
@@ -242,18 +247,3 @@ def _unpacked(data: bytes) -> Any:
     if "failed" in message:
         raise RuntimeError(message["failed"])
     return message["answer"]
-
-
-def _receive(own: socket.socket) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(own, _LENGTH.size))
-    return _exactly(own, length)
-
-
-def _exactly(own: socket.socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = own.recv(length - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)

@@ -62,6 +62,11 @@ class FormTiming(ABC):
     distance: float
 
     @property
+    def is_alike(self) -> bool:
+        """Whether it answers as the model does; what is no number does not."""
+        return self.distance <= TOLERANCE
+
+    @property
     @abstractmethod
     def work(self) -> str:
         """What was timed, in words."""
@@ -152,7 +157,7 @@ def compared(
 def fastest(timings: Sequence[FormTiming], model: str, work: str) -> FormTiming:
     """Give the form of a model that takes the least time at a kind of work and answers alike."""
     own = [one for one in timings if (one.model, one.work) == (model, work)]
-    alike = [one for one in own if one.distance <= TOLERANCE]
+    alike = [one for one in own if one.is_alike]
     return min(alike or own, key=lambda one: one.low_ms)
 
 
@@ -170,9 +175,7 @@ def verdicts(timings: Sequence[FormTiming], refused: Sequence[str], busy: str) -
             )
         lines.append(f"{work}, each in its fastest form: " + "; ".join(said))
     lines += [f"not there: {reason}" for reason in refused]
-    far = dict.fromkeys(
-        f"{one.model} in {one.form}" for one in timings if not one.distance <= TOLERANCE
-    )
+    far = dict.fromkeys(f"{one.model} in {one.form}" for one in timings if not one.is_alike)
     if far:
         lines.append(
             f"not counted as the fastest: {', '.join(far)}, whose answers lie more than "
