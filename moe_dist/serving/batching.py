@@ -14,8 +14,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.serving.requests import ModelGoneError
-
 Answer = Mapping[str, Any]
 Columns = Sequence[Sequence[str]]
 """One or two columns of texts."""
@@ -26,6 +24,10 @@ _PLANNED_BATCHES = 4
 """As many full batches of the oldest texts are looked at together: planning stays quick."""
 
 log = logging.getLogger(__name__)
+
+
+class ModelGoneError(RuntimeError):
+    """The process of a model has ended."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from ray import serve
 from ray.serve import metrics
 
-from moe_dist.serving.batching import BatchFacts
+from moe_dist.serving.batching import BatchFacts, ModelGoneError
 from moe_dist.serving.model_process import start_model
-from moe_dist.serving.requests import HttpRequest, ModelGoneError
+from moe_dist.serving.requests import HttpRequest
 from moe_dist.serving.service import TextService
 from moe_dist.serving.settings import LOGGING, ServingSettings
 

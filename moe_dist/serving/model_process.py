@@ -28,8 +28,7 @@ import torch
 from moe_dist.errors import MoeDistError
 from moe_dist.inference.saving import load_tokenizer
 from moe_dist.inference.serving import TextReader
-from moe_dist.serving.batching import Answer, CallCost, Columns
-from moe_dist.serving.requests import ModelGoneError
+from moe_dist.serving.batching import Answer, CallCost, Columns, ModelGoneError
 from moe_dist.serving.service import AnsweringModel, load_choice
 from moe_dist.serving.settings import ServingSettings
 from moe_dist.tasks import TASK_KINDS

@@ -30,10 +30,6 @@ class RequestFault(Exception):
         self.headers = dict(headers or {})
 
 
-class ModelGoneError(RuntimeError):
-    """The process of a model has ended."""
-
-
 @dataclass(frozen=True)
 class RequestLimits:
     """How much one request may hold.

@@ -21,12 +21,12 @@ from moe_dist.serving.batching import (
     BatchFacts,
     BatchQueue,
     CallCost,
+    ModelGoneError,
     in_thread,
 )
 from moe_dist.serving.requests import (
     HttpAnswer,
     HttpRequest,
-    ModelGoneError,
     RequestFault,
     read_inputs,
 )

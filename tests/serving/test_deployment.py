@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.serving.batching import BatchFacts
-from moe_dist.serving.requests import HttpAnswer, ModelGoneError
+from moe_dist.serving.batching import BatchFacts, ModelGoneError
+from moe_dist.serving.requests import HttpAnswer
 
 
 class StrictCounter:

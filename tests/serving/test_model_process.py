@@ -16,8 +16,8 @@ import pytest
 
 from moe_dist.errors import MoeDistError
 from moe_dist.serving import model_process
+from moe_dist.serving.batching import ModelGoneError
 from moe_dist.serving.model_process import ModelProcess, start_model
-from moe_dist.serving.requests import ModelGoneError
 from moe_dist.serving.service import AnsweringModel, TextService, load_choice
 from moe_dist.serving.settings import ServingSettings
 from tests.serving.tiny_service import ask, save_tiny

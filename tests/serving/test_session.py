@@ -288,7 +288,7 @@ def test_of_a_replicas_report_only_its_own_error_is_said() -> None:
     assert said == "there is no form fast-fp32: 'fast' is not one of eager"
     faults = "x\nmoe_dist.errors.ConfigError: serve: 2 faults\n  - a: so\n  - b: not\nmore"
     assert _last_line(RuntimeError(faults)) == "serve: 2 faults - a: so - b: not"
-    ended = "Traceback:\nmoe_dist.serving.requests.ModelGoneError: it has ended with SIGKILL\n"
+    ended = "Traceback:\nmoe_dist.serving.batching.ModelGoneError: it has ended with SIGKILL\n"
     assert _last_line(RuntimeError(ended)) == "it has ended with SIGKILL"
     assert _last_line(RuntimeError("one\ntwo\n")) == "two"
     assert _last_line(RuntimeError()) == "RuntimeError"
