@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -130,17 +131,13 @@ def test_other_work_disturbs_where_it_needs_the_same_cores() -> None:
     assert not OtherWork(num_cores=2, busy_cores=0.2).disturbs(num_threads=2)
 
 
-def _work(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass
-
-
 def test_the_work_of_another_process_is_seen() -> None:
-    other = multiprocessing.get_context("fork").Process(target=_work, args=(2.0,))
-    other.start()
-    with watch_other_work() as look:
-        time.sleep(1.5)
-        seen = look()
-    other.join()
+    endless = "print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", endless], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with watch_other_work() as look:
+            time.sleep(1.5)
+            seen = look()
+        other.kill()
     assert seen.num_cores >= 1 and seen.busy_cores > 0.2
