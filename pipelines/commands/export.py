@@ -1,4 +1,4 @@
-"""The command `export`: a plain dense model of one task, or a graph for ONNX Runtime."""
+"""The command `export`: a model for transformers, or a graph for ONNX Runtime or torch alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class Format(StrEnum):
     """What a model is written as."""
 
     HF = "hf"
+    DENSE = "dense"
     ONNX = "onnx"
+    TORCH_EXPORT = "torch-export"
 
 
 class Precision(StrEnum):
@@ -43,7 +45,7 @@ def export(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where the dense model goes; beside its stage, or DIR, if not given."),
+        typer.Option(help="Where it goes; beside the model's stage, or DIR, if not given."),
     ] = None,
     fold: Annotated[
         bool,
@@ -61,7 +63,9 @@ def export(
     format: Annotated[
         Format,
         typer.Option(
-            help="A dense model for transformers, or a graph for ONNX Runtime, with all experts."
+            help="hf: for transformers, dense where a dense model does the same, else with its "
+            "experts; dense: that alone; onnx: a graph for ONNX Runtime; torch-export: one for "
+            "torch."
         ),
     ] = Format.HF,
     precision: Annotated[
@@ -78,7 +82,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Take one task's sub-network out of a model, or write the model for ONNX Runtime."""
+    """Write a model for transformers, for ONNX Runtime or for torch alone."""
     with clean_errors(debug=debug, stopped="nothing was written"):
         quieten_libraries()
         from moe_dist.config import load_config
@@ -86,7 +90,7 @@ def export(
 
         from ..console import Console
         from ..stages.compaction import find_recipe
-        from ..stages.export import Way, default_output, export_task
+        from ..stages.export import Way, default_output, export_task, keeps_experts
 
         if fold and average:
             raise ConfigError(
@@ -100,21 +104,32 @@ def export(
         way: Way = "fold" if fold else "average" if average else "extract"
         console = Console(quiet=quiet)
         source = directory.absolute()
-        if format is Format.ONNX:
+        if format in (Format.ONNX, Format.TORCH_EXPORT):
             if fold or average:
                 raise ConfigError(
                     [
                         "--fold and --average make dense models; export such a one first, and then "
-                        "that with --format onnx."
+                        f"that with --format {format.value}."
                     ],
                     source="export",
                 )
-            _export_graph(source, task, output, (precision or Precision.FP32).value, console)
+            weights = (precision or Precision.FP32).value
+            _export_graph(source, task, output, format.value, weights, console)
             return
         if precision is not None:
             raise ConfigError(
                 ["--precision is that of --format onnx; leave it out."], source="export"
             )
+        if format is Format.HF and way == "extract" and keeps_experts(source):
+            if task is not None:
+                raise ConfigError(
+                    [
+                        "The tokens of one task go to different experts, so the student is written "
+                        "with all of its tasks; leave --task out."
+                    ],
+                    source="export",
+                )
+            way = "whole"
         config = None
         if average:
             path = recipe or find_recipe(source, "the average is measured on dev rows")
@@ -123,8 +138,12 @@ def export(
         with shown_warnings(console):
             found = export_task(source, task, place, way=way, config=config)
         console.result(
-            f"{found.kind}, {found.num_parameters:,} parameters, {found.ffn_size} neurons in each "
-            f"feed-forward layer; its outputs differ by at most {found.difference:.1e}"
+            f"{found.kind}, {found.num_parameters:,} parameters, {found.ffn}; "
+            + (
+                "it is the model itself, and transformers reads it after `import moe_dist`"
+                if way == "whole"
+                else f"its outputs differ by at most {found.difference:.1e}"
+            )
         )
         if found.left_out:
             console.warn(f"left out: {found.left_out}")
@@ -137,25 +156,31 @@ def export(
 
 
 def _export_graph(
-    source: Path, task: str | None, output: Path | None, precision: str, console: Console
+    source: Path,
+    task: str | None,
+    output: Path | None,
+    form: str,
+    precision: str,
+    console: Console,
 ) -> None:
-    from ..stages.export_onnx import default_graph_output, export_graph
+    from ..stages.export_graph import default_graph_output, export_graph
 
-    place = (output or default_graph_output(source, task, precision)).absolute()
+    place = (output or default_graph_output(source, task, form, precision)).absolute()
     with shown_warnings(console):
-        found = export_graph(source, task, place, precision)
-    facts, weights = found.facts, found.facts.bytes
+        found = export_graph(source, task, place, form, precision)
+    facts, written = found.facts, found.facts.file
     console.result(
-        f"{facts.task}, reads {', '.join(facts.spec.inputs)}, gives "
-        f"{', '.join(facts.spec.outputs)}; {found.num_bytes / 1e6:.1f} MB"
+        f"{facts.task}, reads {', '.join(written.spec.inputs)}, gives "
+        f"{', '.join(written.spec.outputs)}; {found.num_bytes / 1e6:.1f} MB"
     )
+    weights = written.bytes
     console.result(
         f"weights: {weights.int8 / 1e6:.2f} MB in int8 ({weights.share_int8:.1%}), "
         f"{weights.fp32 / 1e6:.2f} MB in float32, {weights.integers / 1e6:.2f} MB of whole numbers"
     )
     console.result(
-        f"answers differ by at most {facts.nearness.largest:.1e} of the largest from the model's "
-        f"own, {facts.nearness.mean:.1e} on average, on random tokens in other shapes than the "
+        f"answers differ by at most {written.nearness.largest:.1e} of the largest from the model's "
+        f"own, {written.nearness.mean:.1e} on average, on random tokens in other shapes than the "
         "example's"
     )
     console.result(f"graph: {found.directory}")

@@ -1,26 +1,30 @@
-"""export: make a plain dense model of a student, check it against the student, and save it.
+"""export: make a model for transformers of a student, check it against the student, and save it.
 
-It is a task's sub-network, what merged experts are for a task, or the average of all experts, which
-is another model: its quality stands beside the student's.
+A dense one is a task's sub-network, what merged experts are for a task, or the average of all
+experts, which is another model: its quality stands beside the student's. A student whose tokens go
+to different experts is none of these, and stays what it is.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
+from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.whole_files import write_json
 
 from ..chain.stage_recovery import stage_of
+from ..report.model_card import CARD, CardSubject, model_card, model_subject, read_run
+from .export_graph import check_free
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
 
-Way = Literal["extract", "fold", "average"]
+Way = Literal["extract", "fold", "average", "whole"]
 RECORD = "export.json"
 """Says beside the weights of an average what it is of, and how good both are."""
 
@@ -37,7 +41,7 @@ class Exported:
         directory: the dense model's.
         kind: its class.
         num_parameters: of it.
-        ffn_size: neurons in each of its feed-forward layers.
+        ffn: what its feed-forward layers are, in words.
         difference: the largest difference of its outputs from the model's on random tokens, both
             in float32.
         left_out: what of the model no dense model of its architecture can hold.
@@ -48,7 +52,7 @@ class Exported:
     directory: Path
     kind: str
     num_parameters: int
-    ffn_size: int
+    ffn: str
     difference: float
     left_out: str = ""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -62,7 +66,7 @@ def default_output(directory: Path, task: str | None, way: Way = "extract") -> P
     """
     stage = stage_of(directory)
     beside = directory.parent if stage is None else stage.parent
-    words = ["average"] if way == "average" else [] if task else ["dense"]
+    words = [way] if way in ("average", "whole") else [] if task else ["dense"]
     return beside / "-".join(["export", *([task] if task else []), *words])
 
 
@@ -74,14 +78,14 @@ def export_task(
     way: Way = "extract",
     config: RunConfig | None = None,
 ) -> Exported:
-    """Write the dense model of one task, with the model's tokenizer.
+    """Write the dense model of one task, or the whole model, with its tokenizer and a card.
 
     Args:
         directory: of a model of one or several tasks.
         task: its name; None for a model of one task.
         output: where the dense model goes.
         way: "fold" insists on merged experts; "average" takes that of all experts, which
-            computes something else.
+            computes something else; "whole" keeps experts, and all tasks.
         config: the recipe whose dev rows say how good an average is; not measured without.
 
     Returns:
@@ -91,36 +95,22 @@ def export_task(
         MoeDistError: if the output is there already or cannot be written, the task is not named,
             or no dense model does the same.
     """
-    from moe_dist.conversion.extract import extract_task
-    from moe_dist.conversion.families import find_slots
     from moe_dist.inference import load_model, load_tokenizer, save_model
     from moe_dist.inference.saving import model_directory
 
-    if output.exists() and any(output.iterdir() if output.is_dir() else (output,)):
-        raise MoeDistError(
-            f"{output} is there already.", remedy="remove it, or choose another with --output."
-        )
+    check_free(output)
     is_average = way == "average"
     own = _of_task(config, task) if is_average and config is not None else None
-    model = load_model(directory, task=task)
+    known = read_run(directory)
+    model = load_model(directory, task=None if way == "whole" else task)
     if way == "fold":
         _check_merged(model)
-    # In half precision both would round, each in its own way.
-    dtype = model.dtype
-    model.float()
-    dense = extract_task(model, task, average=True) if is_average else extract_task(model, task)
-    difference, scale = _compare(model, dense)
-    if not is_average and difference > TOLERANCE * max(1.0, scale):
-        raise ConversionError(
-            f"the dense model's outputs differ from the model's by {difference:.1e}",
-            remedy="report this: both should compute the same",
-        )
-    dense.to(dtype)
+    written, difference = (model, 0.0) if way == "whole" else _make_dense(model, task, way)
     left_out = _left_out(model) if is_average else ""
     metrics: dict[str, dict[str, float]] = {}
     titles: dict[str, str] = {}
     with model_directory(output) as unfinished:
-        save_model(dense, unfinished, tokenizer=load_tokenizer(directory))
+        save_model(written, unfinished, tokenizer=load_tokenizer(directory))
         if config is not None and own is not None:
             before, after = _measure(config, directory), _measure(own, unfinished)
             prefix = f"{task}/" if task else ""
@@ -134,16 +124,74 @@ def export_task(
             about = {"average_of": moe["num_experts"], "router": moe["router"]}
             about |= {"left_out": left_out, "difference": difference, "metrics": metrics}
             write_json(unfinished / RECORD, about)
-    return Exported(
-        directory=output,
-        kind=type(dense).__name__,
-        num_parameters=sum(parameter.numel() for parameter in dense.parameters()),
-        ffn_size=find_slots(dense)[0].num_neurons,
-        difference=difference,
-        left_out=left_out,
-        metrics=metrics,
-        metric_titles=titles,
+        found = Exported(
+            directory=output,
+            kind=type(written).__name__,
+            num_parameters=sum(parameter.numel() for parameter in written.parameters()),
+            ffn=_describe_ffn(written),
+            difference=difference,
+            left_out=left_out,
+            metrics=metrics,
+            metric_titles=titles,
+        )
+        num_bytes = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+        card = model_card(known, task, _subject(written, way, found), num_bytes)
+        (unfinished / CARD).write_text(card, encoding="utf-8")
+    return found
+
+
+def keeps_experts(directory: Path) -> bool:
+    """Whether the tokens of one task go to different experts, so that no dense model is the same.
+
+    Of a directory without a configuration this says no: whoever loads it says what is wrong.
+    """
+    from moe_dist.router_spec import router_facts
+
+    try:
+        moe = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("moe")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return bool(moe) and moe["num_experts"] > 1 and router_facts(moe["router"]).chooses_by != "task"
+
+
+def _make_dense(model: Any, task: str | None, way: Way) -> tuple[Any, float]:
+    """A dense model in the model's precision, and how far it lies from it in float32."""
+    from moe_dist.conversion.extract import extract_task
+
+    is_average = way == "average"
+    # In half precision both would round, each in its own way.
+    dtype = model.dtype
+    model.float()
+    dense = extract_task(model, task, average=True) if is_average else extract_task(model, task)
+    difference, scale = _compare(model, dense)
+    if not is_average and difference > TOLERANCE * max(1.0, scale):
+        raise ConversionError(
+            f"the dense model's outputs differ from the model's by {difference:.1e}",
+            remedy="report this: both should compute the same",
+        )
+    return dense.to(dtype), difference
+
+
+def _describe_ffn(model: Any) -> str:
+    from moe_dist.conversion.families import find_slots
+
+    moe: Mapping[str, Any] | None = getattr(model.config, "moe", None)
+    if moe and moe["num_experts"] > 1:
+        return f"{moe['num_experts']} experts by {moe['router']}"
+    return f"{find_slots(model)[0].num_neurons} neurons in each feed-forward layer"
+
+
+def _subject(model: Any, way: Way, found: Exported) -> CardSubject:
+    """What the card says of what was written."""
+    if way == "whole":
+        return model_subject(model, "transformers", "those of the model: it is the same", {})
+    apart = f"at most {found.difference:.1e} from those of the model, on random tokens in float32"
+    of_it = ", ".join(
+        f"{found.metric_titles.get(name, name)} {value:.4f}"
+        for name, value in found.metrics.get("export", {}).items()
     )
+    measured = {"dev metrics, of this average of all experts": of_it} if of_it else {}
+    return model_subject(model, "average" if way == "average" else "dense", apart, measured)
 
 
 def _check_merged(model: Any) -> None:

@@ -14,6 +14,6 @@ class Onnx:
     def prepare(self, model: Any, precision: str) -> Any:
         """Write and load the graph; it has as many threads as torch has at that moment."""
         # What the libraries need is loaded for those who want it.
-        from moe_dist.inference.onnx.session import onnx_model
+        from moe_dist.inference.graphs.onnx_session import onnx_model
 
         return onnx_model(model, precision)

@@ -164,7 +164,7 @@ def test_a_shorter_student_of_vectors_is_trained_and_exported(
     run_chain(load_config(write_recipe(settings)), Recorder(), until="distill")
     directory = tmp_path / "outputs/tiny/distill/model"
     exported = export_task(directory, None, tmp_path / "dense")
-    assert (exported.kind, exported.ffn_size) == ("BertModel", 16)
+    assert (exported.kind, exported.ffn.split()[0]) == ("BertModel", "16")
     texts = ["the film was good", "dull"]
     vectors = [
         TextModel(load_model(place), load_tokenizer(place), max_length=16).predict(texts)["vector"]

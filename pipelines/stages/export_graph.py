@@ -1,4 +1,4 @@
-"""export --format onnx: a model as a graph for ONNX Runtime, with what readers must know of it."""
+"""export --format onnx or torch-export: a model as a graph, with what readers must know of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 
 from ..chain.stage_recovery import stage_of
-from ..report.model_card import model_card, read_run
+from ..report.model_card import CARD, graph_subject, model_card, read_run
 
 if TYPE_CHECKING:
-    from moe_dist.inference.onnx.directory import OnnxFacts
-
-CARD = "README.md"
+    from moe_dist.inference.graphs.directory import GraphFacts
 
 
 @dataclass(frozen=True)
@@ -28,45 +26,52 @@ class ExportedGraph:
     """
 
     directory: Path
-    facts: OnnxFacts
+    facts: GraphFacts
     num_bytes: int
 
 
-def default_graph_output(directory: Path, task: str | None, precision: str) -> Path:
+def default_graph_output(directory: Path, task: str | None, form: str, precision: str) -> Path:
     """Choose a place for the graph: beside the model's directory, or its stage."""
     stage = stage_of(directory)
     beside = directory.parent if stage is None else stage.parent
-    return beside / "-".join(["export", *([task] if task else []), "onnx", precision])
+    return beside / "-".join(["export", *([task] if task else []), form, precision])
 
 
-def export_graph(directory: Path, task: str | None, output: Path, precision: str) -> ExportedGraph:
-    """Write a model as an ONNX graph, for one task.
+def export_graph(
+    directory: Path, task: str | None, output: Path, form: str, precision: str
+) -> ExportedGraph:
+    """Write a model as a graph, for one task.
 
     Args:
         directory: of a model, dense or with experts.
         task: its name; None for a model of one task.
         output: where the graph goes.
-        precision: "fp32" or "int8".
+        form: one of `FORMATS`.
+        precision: one of the format's.
 
     Returns:
         What was written.
 
     Raises:
+        ConfigError: if the format has no such precision.
         MoeDistError: if the output is there already or cannot be written, or the model has no
             such graph.
     """
     from moe_dist.conversion.extract import extract_task
     from moe_dist.inference import load_model, load_tokenizer
-    from moe_dist.inference.onnx.directory import write_onnx
-    from moe_dist.inference.onnx.graph import require_onnx
+    from moe_dist.inference.graphs.directory import write_directory
+    from moe_dist.inference.graphs.formats import FORMATS
     from moe_dist.inference.saving import model_directory
     from moe_dist.router_spec import router_facts
 
-    require_onnx()
-    if output.exists() and any(output.iterdir() if output.is_dir() else (output,)):
-        raise MoeDistError(
-            f"{output} is there already.", remedy="remove it, or choose another with --output."
+    kind = FORMATS[form]
+    if precision not in kind.precisions:
+        raise ConfigError(
+            [f"--format {form} has --precision {' or '.join(kind.precisions)}, not {precision}."],
+            source="export",
         )
+    kind.require()
+    check_free(output)
     known = read_run(directory)
     model = load_model(directory, task=task)
     tokenizer = load_tokenizer(directory)
@@ -76,8 +81,16 @@ def export_graph(directory: Path, task: str | None, output: Path, precision: str
         # The other experts of such a router are never used for the task.
         model = extract_task(model, task) if by_task else model
     with model_directory(output) as unfinished:
-        facts = write_onnx(model, tokenizer, precision, unfinished)
+        facts = write_directory(model, tokenizer, kind, precision, unfinished)
         num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
-        card = model_card(known, task, model, facts, num_bytes)
+        card = model_card(known, task, graph_subject(model, facts, kind.reader), num_bytes)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return ExportedGraph(output, facts, num_bytes)
+
+
+def check_free(output: Path) -> None:
+    """See that nothing is in the output's place; else a MoeDistError."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else (output,)):
+        raise MoeDistError(
+            f"{output} is there already.", remedy="remove it, or choose another with --output."
+        )

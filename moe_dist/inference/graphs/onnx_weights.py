@@ -7,14 +7,15 @@ for each row, and their rows are brought back to float32 when they are looked up
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_dist.errors import ConversionError
-from moe_dist.inference.onnx.graph import LARGEST_FILE, quiet_exporters
+from moe_dist.inference.graphs.graph_file import WeightBytes
+from moe_dist.inference.graphs.onnx_graph import LARGEST_FILE
+from moe_dist.inference.graphs.tracing import quiet_exporters
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -22,31 +23,6 @@ if TYPE_CHECKING:
 _ROUTER = ".router."
 _MOST = 127
 _PRODUCTS = ("MatMul", "Gemm")
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of the numbers that a graph holds.
-
-    Attributes:
-        int8: weights of products and tables of embeddings.
-        fp32: all other real numbers: biases, norms, routers, scales.
-        integers: tables of hash routers, sizes.
-    """
-
-    int8: int
-    fp32: int
-    integers: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.int8 + self.fp32 + self.integers
-
-    @property
-    def share_int8(self) -> float:
-        """The part of weights in int8; tables of hash routers are none."""
-        return self.int8 / max(1, self.int8 + self.fp32)
 
 
 def count_bytes(path: Path) -> WeightBytes:

@@ -1,4 +1,4 @@
-"""`moe-dist export --format onnx`: a directory that answers without torch, and its card."""
+"""`moe-dist export` of a graph: a directory that answers without this project, and its card."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from moe_dist.conversion import dense_to_moe, plan_partition
 from moe_dist.conversion.heads import TaskHead, set_heads
-from moe_dist.errors import ConversionError
 from moe_dist.inference import load_model, load_tokenizer, save_model
-from moe_dist.inference.onnx import directory as onnx_directory
-from moe_dist.inference.onnx import nearness
-from moe_dist.inference.onnx.nearness import Nearness
+from moe_dist.inference.graphs import directory as graph_directory
+from moe_dist.inference.graphs import nearness, onnx_format
+from moe_dist.inference.graphs.formats import FORMATS
+from moe_dist.inference.graphs.nearness import Nearness
 from moe_dist.inference.sentence_directory import SentencePooling
 from pipelines.cli import app
 from pipelines.report.model_card import read_run
@@ -31,13 +31,17 @@ TEXTS = [WORDS[0], " ".join(WORDS[3:12]), " ".join(WORDS[-5:])]
 INT8_TOLERANCE = 0.2
 """Of the largest output of a random model of 16 wide, where experts are chosen alike."""
 
+BLOCKED = {
+    "onnx": ("torch", "transformers", "moe_dist", "onnx"),
+    "torch-export": ("transformers", "moe_dist", "deepspeed", "ray"),
+}
 READER = """
 import importlib.abc, json, sys
 import numpy as np
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "moe_dist", "onnx"):
+        if name.partition(".")[0] in sys.argv[2].split():
             raise ImportError(name + " is not needed here")
 
 sys.meta_path.insert(0, Blocked())
@@ -67,18 +71,21 @@ def write_student(place: Path, kind: str, **changes: Any) -> Path:
     return save_model(student, place / "model", load_tokenizer(place / "tokenizer"))
 
 
-def export(*arguments: str) -> str:
+every_format = pytest.mark.parametrize("form", FORMATS)
+
+
+def export(*arguments: str, form: str = "onnx") -> str:
     result = CliRunner().invoke(
-        app, ["export", *arguments, "--format", "onnx"], env={"COLUMNS": "250"}
+        app, ["export", *arguments, "--format", form], env={"COLUMNS": "250"}
     )
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
 
-def read_elsewhere(place: Path) -> dict[str, torch.Tensor]:
-    """Answer by the card's own lines, in a process that has ONNX Runtime and tokenizers alone."""
+def read_elsewhere(place: Path, form: str = "onnx") -> dict[str, torch.Tensor]:
+    """Answer by the card's own lines, in a process without what it does not need."""
     found = subprocess.run(
-        [sys.executable, "-I", "-c", READER, json.dumps(TEXTS)],
+        [sys.executable, "-I", "-c", READER, json.dumps(TEXTS), " ".join(BLOCKED[form])],
         cwd=place,
         capture_output=True,
         text=True,
@@ -92,19 +99,20 @@ def encoded(source: Path) -> dict[str, torch.Tensor]:
     return dict(load_tokenizer(source)(TEXTS, padding=True, return_tensors="pt"))
 
 
-def test_a_task_of_several_answers_without_torch(tmp_path: Path) -> None:
+@every_format
+def test_a_task_of_several_answers_alone(tmp_path: Path, form: str) -> None:
     source = write_student(tmp_path, "ForSequenceClassification", num_labels=5)
-    output = export(str(source), "--task", "b")
-    place = tmp_path / "export-b-onnx-fp32"
+    output = export(str(source), "--task", "b", form=form)
+    place = tmp_path / f"export-b-{form}-fp32"
     assert f"graph: {place}" in output
     assert "0.00 MB in int8 (0.0%)" in output
     assert "in other shapes than the example's" in output
-    found = read_elsewhere(place)
+    found = read_elsewhere(place, form)
     with torch.no_grad():
         expected = load_model(source, task="b")(**encoded(source)).logits
     assert found.keys() == {"logits"}
     torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)
-    facts = json.loads((place / "onnx.json").read_text())
+    facts = json.loads((place / FORMATS[form].facts).read_text())
     assert facts["labels"] == ["x", "y", "z"]
     assert facts["task"] == "classification"
     config = json.loads((place / "config.json").read_text())
@@ -156,19 +164,22 @@ def test_int8_vectors_of_texts_and_what_the_run_knows(tmp_path: Path) -> None:
         assert said in card, said
 
 
+@every_format
 def test_a_graph_that_answers_otherwise_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     source = write_student(tmp_path, "ForSequenceClassification")
-    monkeypatch.setattr(
-        onnx_directory, "write_graph", lambda model, path: path.write_bytes(b"") and None
-    )
-    monkeypatch.setattr(onnx_directory, "open_graph", lambda *given: None)
+    monkeypatch.setattr(onnx_format, "write_graph", lambda model, path: None)
+    monkeypatch.setattr(onnx_format, "open_graph", lambda *given: None)
     monkeypatch.setattr(
         nearness, "measure_nearness", lambda *given: Nearness(largest=0.3, mean=0.1)
     )
-    with pytest.raises(ConversionError, match=r"differ from the model's by 3\.0e-01"):
-        onnx_directory.write_onnx(load_model(source), load_tokenizer(source), "fp32", tmp_path)
+    result = CliRunner().invoke(
+        app, ["export", str(source), "--format", form], env={"COLUMNS": "250"}
+    )
+    assert result.exit_code == 2
+    assert "differ from the model's by 3.0e-01 of the largest" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokenizer"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +189,7 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
         (OSError(errno.ENOSPC, "No space left on device"), "free space there"),
     ],
 )
-@pytest.mark.parametrize("format", ["onnx", "hf"])
+@pytest.mark.parametrize("format", ["onnx", "torch-export", "hf", "dense"])
 def test_what_cannot_be_written_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, fault: OSError, said: str
 ) -> None:
@@ -202,7 +213,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.M
     def stop(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_directory, "write_graph", stop)
+    monkeypatch.setattr(onnx_format, "write_graph", stop)
     source = write_student(tmp_path, "ForSequenceClassification")
     result = CliRunner().invoke(app, ["export", str(source), "--format", "onnx"])
     assert (result.exit_code, result.output) == (130, "stopped; nothing was written\n")
@@ -220,7 +231,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.M
 def test_a_damaged_run_is_said_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, said: str
 ) -> None:
-    monkeypatch.setattr(onnx_directory, "write_graph", None)
+    monkeypatch.setattr(onnx_format, "write_graph", None)
     source = write_student(tmp_path, "ForSequenceClassification")
     (tmp_path / name).write_text(content)
     result = CliRunner().invoke(
@@ -245,7 +256,7 @@ def test_the_tokenizer_cuts_where_the_models_own_does(tmp_path: Path, side: str)
     own = load_tokenizer(tmp_path)
     own.truncation_side, own.model_max_length = side, 6
     text = " ".join(WORDS[:9])
-    onnx_directory._write_tokenizer(build_model("bert"), own, tmp_path / "graph")
+    graph_directory._write_tokenizer(build_model("bert"), own, tmp_path / "graph")
     alone = Tokenizer.from_file(str(tmp_path / "graph" / "tokenizer.json"))
     assert alone.encode(text).ids == own(text, truncation=True)["input_ids"]
 
@@ -255,6 +266,11 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     for options, said in (
         (["--format", "onnx", "--fold"], "--fold and --average make dense models"),
         (["--format", "onnx", "--average"], "--fold and --average make dense models"),
+        (["--format", "torch-export", "--fold"], "that with --format torch-export"),
+        (["--format", "torch-export", "--precision", "int8"], "has --precision fp32, not int8"),
+        (["--format", "torch-export"], "the model answers several tasks (a, b)"),
+        (["--format", "hf", "--task", "a"], "written with all of its tasks; leave --task out"),
+        (["--format", "dense", "--task", "a"], "keep its experts (export --format hf)"),
         (["--format", "onnx", "--recipe", "r.yaml"], "leave them out"),
         (["--precision", "int8"], "--precision is that of --format onnx"),
         (["--format", "onnx"], "the model answers several tasks (a, b)"),

@@ -15,11 +15,11 @@ from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference import save_model
 from moe_dist.inference.backends import Form
-from moe_dist.inference.onnx import weights
-from moe_dist.inference.onnx.graph import write_graph
-from moe_dist.inference.onnx.nearness import measure_nearness, trial_batches
-from moe_dist.inference.onnx.session import open_graph
-from moe_dist.inference.onnx.traceable_ffn import TraceableFFN
+from moe_dist.inference.graphs import onnx_weights as weights
+from moe_dist.inference.graphs.nearness import measure_nearness, trial_batches
+from moe_dist.inference.graphs.onnx_graph import write_graph
+from moe_dist.inference.graphs.onnx_session import open_graph, open_session
+from moe_dist.inference.graphs.traceable_ffn import TraceableFFN
 from moe_dist.moe.layer import moe_layers
 from moe_dist.moe.routing import record_routing, use_task
 from tests.conversion.dense_models import (
@@ -29,29 +29,10 @@ from tests.conversion.dense_models import (
     tiny_model,
     token_batch,
 )
+from tests.inference.graphs.traced_students import POOLED, of_one_token, student
 
-POOLED = {"sentence_pooling": "mean", "sentence_normalised": True}
 INT8_TOLERANCE = 0.2
 """Of the largest output of a random model of 16 wide, where experts are chosen alike."""
-
-
-def student(family: str = "bert", kind: str = "", **options: Any) -> Any:
-    """Three experts in one layer of a family."""
-    model = tiny_model(family, kind, num_hidden_layers=1, **options.pop("config", {}))
-    plan = plan_partition(
-        random_scores(model),
-        num_experts=3,
-        expert_size=options.pop("expert_size", 12),
-        num_shared_neurons=options.pop("num_shared", 6),
-        tie_shared=True,
-        method="importance",
-    )
-    return dense_to_moe(model, plan, **options).eval()
-
-
-def of_one_token(token: int) -> torch.Tensor:
-    """A table by which the text that graphs are traced with has but one expert."""
-    return torch.where(torch.arange(VOCAB_SIZE) == token, 0, torch.arange(VOCAB_SIZE) % 2 + 1)
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +165,12 @@ def test_a_graph_names_no_directory_of_this_machine(graph: tuple[Path, Any]) -> 
         assert str(place).encode() not in content
 
 
-def test_sessions_have_as_many_threads_as_torch(hashed: Any, graph: tuple[Path, Any]) -> None:
+def test_sessions_have_as_many_threads_as_torch(graph: tuple[Path, Any]) -> None:
     before = torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            options = open_graph(hashed, *graph)._session.get_session_options()
+            options = open_session(graph[0]).get_session_options()
             assert options.intra_op_num_threads == number
     finally:
         torch.set_num_threads(before)

@@ -1,12 +1,10 @@
-"""A graph in ONNX Runtime, with the `forward` of the model that it was made of."""
+"""A graph with the `forward` of the model that it was made of, whatever runs it."""
 
 from __future__ import annotations
 
 import inspect
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +12,26 @@ from torch import Tensor, nn
 from moe_dist.conversion.heads import asked_rows, read_heads
 from moe_dist.errors import ConversionError, MissingInputError
 from moe_dist.inference.backends.answers_only import AnswersOnly
-from moe_dist.inference.onnx.graph import TASK_IDS, GraphSpec, write_graph
-from moe_dist.inference.onnx.nearness import check_nearness
-from moe_dist.inference.onnx.weights import quantize
+from moe_dist.inference.graphs.tracing import TASK_IDS, GraphSpec
 from moe_dist.moe.routing import CHOSEN_TASK, current_context
 
-
-def onnx_model(model: Any, precision: str) -> OnnxModel:
-    """Bring a model on the CPU into ONNX Runtime; what has no such form is a ConversionError."""
-    with tempfile.TemporaryDirectory(prefix="moe-dist-onnx-") as scratch:
-        path = Path(scratch) / "model.onnx"
-        spec = write_graph(model, path)
-        found = open_graph(model, path, spec)
-        check_nearness(model, found)
-        if precision == "fp32":
-            return found
-        quantize(path, path.with_name("int8.onnx"))
-        return open_graph(model, path.with_name("int8.onnx"), spec)
+Run = Callable[[list[str], dict[str, Tensor]], Mapping[str, Tensor]]
+"""Outputs by name, of those that are asked for, from inputs by name."""
 
 
-def open_graph(model: Any, path: Path, spec: GraphSpec) -> OnnxModel:
-    """Load a graph; sessions have as many threads as torch has now."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    # Threads that wait for more work would hold up whatever runs next on their cores.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return _class_like(type(model))(model, session, spec)
-
-
-class OnnxModel(AnswersOnly):
-    """In the place of a model: its configuration and its `forward`, answered by ONNX Runtime.
+class GraphModel(AnswersOnly):
+    """In the place of a model: its configuration and its `forward`, answered by a graph.
 
     Args:
         model: that the graph was made of; it is not kept.
-        session: of ONNX Runtime.
+        run: runs the graph.
         spec: what the graph reads and gives.
     """
 
-    form: ClassVar[str] = "ONNX"
-
-    def __init__(self, model: Any, session: Any, spec: GraphSpec) -> None:
+    def __init__(self, model: Any, run: Run, spec: GraphSpec) -> None:
         super().__init__()
         self.config = model.config
-        self._session = session
+        self._run = run
         self._spec = spec
         chosen = getattr(model, CHOSEN_TASK, None)
         if chosen is not None:
@@ -86,7 +57,8 @@ class OnnxModel(AnswersOnly):
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: a graph has no key-value cache."""
         raise ConversionError(
-            "the ONNX form gives the logits of a pass, and has no cache to write texts with",
+            f"the {self.form} form gives the logits of a pass, and has no cache to write texts "
+            "with",
             remedy="use the eager or the lean form",
         )
 
@@ -94,9 +66,7 @@ class OnnxModel(AnswersOnly):
         """Run the graph on the arguments of a forward call, by name."""
         inputs = self._inputs(given)
         names = [name for name in self._spec.outputs if name in self._own_outputs]
-        feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        arrays = self._session.run(names, feed)
-        found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        found = dict(self._run(names, inputs))
         if read_heads(self) and getattr(self, CHOSEN_TASK, None) is None:
             found["logits"] = found["logits"][..., asked_rows(self)]
         output = self._spec.output_class(**found)
@@ -118,21 +88,22 @@ class OnnxModel(AnswersOnly):
         if strange or ids is None:
             wrong = f"was given {', '.join(strange)}" if strange else "was given no input_ids"
             raise MissingInputError(
-                f"the ONNX form of {type(self).__name__} reads {', '.join(self._spec.inputs)}, "
-                f"and {wrong}",
+                f"the {self.form} form of {type(self).__name__} reads "
+                f"{', '.join(self._spec.inputs)}, and {wrong}",
                 remedy="leave out what it does not read, or use the eager form",
             )
         mask = given.get("attention_mask")
         kinds = given.get("token_type_ids")
         if mask is not None and mask.shape != ids.shape:
             raise MissingInputError(
-                f"the ONNX form takes an attention_mask of the shape {tuple(ids.shape)} of the "
-                f"input_ids, and was given {tuple(mask.shape)}",
+                f"the {self.form} form takes an attention_mask of the shape {tuple(ids.shape)} of "
+                f"the input_ids, and was given {tuple(mask.shape)}",
                 remedy="give one number for each token, or use the eager form",
             )
         if not (ids.shape[1] and (mask is None or bool(mask.any(dim=1).all()))):
             raise MissingInputError(
-                "a text has no tokens, of which the ONNX form gives other answers than the model",
+                f"a text has no tokens, of which the {self.form} form gives other answers than the "
+                "model",
                 remedy="leave empty texts out, or use the eager form",
             )
         if "token_type_ids" not in self._spec.inputs and kinds is not None:
@@ -150,7 +121,7 @@ class OnnxModel(AnswersOnly):
         num_kinds = getattr(self.config, "type_vocab_size", None)
         if num_kinds is None or (num_kinds and bool(kinds.any())):
             raise MissingInputError(
-                f"{type(self).__name__} tells no kinds of texts apart in the ONNX form",
+                f"{type(self).__name__} tells no kinds of texts apart in the {self.form} form",
                 remedy="leave token_type_ids out",
             )
 
@@ -176,11 +147,22 @@ class OnnxModel(AnswersOnly):
         return {TASK_IDS: task_ids.reshape(-1).expand(num_samples)}
 
 
-def _class_like(kind: type[Any]) -> type[OnnxModel]:
-    """A subclass with the name, by which kinds of tasks know a model, and the arguments of it."""
+def graph_model(model: Any, form: str, run: Run, spec: GraphSpec) -> GraphModel:
+    """Make one of a class with the name, by which kinds of tasks know a model, and the arguments.
+
+    Args:
+        model: that the graph was made of.
+        form: the graph's, in an error's words.
+        run: runs the graph.
+        spec: what the graph reads and gives.
+
+    Returns:
+        What answers in the model's place.
+    """
+    kind = type(model)
     signature = inspect.signature(kind.forward)
 
-    def forward(self: OnnxModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs).arguments
         given = dict(list(bound.items())[1:])
         for name, parameter in signature.parameters.items():
@@ -189,4 +171,6 @@ def _class_like(kind: type[Any]) -> type[OnnxModel]:
         return self.answer(given)
 
     vars(forward)["__signature__"] = signature
-    return type(kind.__name__, (OnnxModel,), {"forward": forward, "__module__": __name__})
+    members = {"form": form, "forward": forward, "__module__": __name__}
+    made: GraphModel = type(kind.__name__, (GraphModel,), members)(model, run, spec)
+    return made

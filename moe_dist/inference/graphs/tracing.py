@@ -1,4 +1,7 @@
-"""A model as an ONNX graph whose batch and length are free, and whose routing follows the data."""
+"""A model as one graph whose batch and length are free, and whose routing follows the data.
+
+torch.export traces it once, with each MoE layer as plain operations; ONNX is made of the same.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from moe_dist.conversion.heads import uninstall_heads
-from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.inference.onnx.traceable_ffn import TraceableFFN
+from moe_dist.errors import ConversionError
+from moe_dist.inference.graphs.traceable_ffn import TraceableFFN
 from moe_dist.inference.sentence_directory import SentencePooling
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.layer import MoELayer
@@ -26,11 +29,7 @@ from moe_dist.moe.task_routers import TaskGate, TaskTable
 from moe_dist.tasks import model_kind
 
 TASK_IDS, SENTENCE_VECTOR = "task_ids", "sentence_embedding"
-OPSET = 20
-"""The first one with GELU as one operator."""
 _EXAMPLE_SIZE = (2, 5)
-LARGEST_FILE = 2**30
-"""Bytes of weights above which they lie beside the graph: a file of protobuf ends at 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -49,100 +48,106 @@ class GraphSpec:
     output_class: type[Any]
 
 
-def require_onnx() -> None:
-    """See that the libraries are there; else a MissingInputError names what to install."""
-    import importlib
+@dataclass(frozen=True)
+class Trace:
+    """A traced model, in float32.
 
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingInputError(
-                f"ONNX needs the package {name}, which is not here ({error})",
-                remedy="install it with: pip install 'moe-dist[onnx]'",
-            ) from error
+    Attributes:
+        program: of torch.export; takes `example`'s names, gives those of `spec.outputs`.
+        spec: what it reads and gives.
+        example: that it was traced with.
+    """
+
+    program: ExportedProgram
+    spec: GraphSpec
+    example: dict[str, Tensor]
 
 
-def write_graph(model: Any, path: Path) -> GraphSpec:
-    """Write a model as `path`, in float32; large weights as `path` with `.data` at its end.
+def trace(model: Any, form: str) -> Trace:
+    """Trace a model.
 
-    A model of several tasks of which one is chosen is written for that task. Otherwise its graph
+    A model of several tasks of which one is chosen is traced for that task. Otherwise its graph
     reads the tasks and gives the outputs of all heads.
 
     Args:
         model: on the CPU, dense or converted; it is left as it is.
-        path: of the graph.
+        form: what the graph is for, in an error's words.
 
     Returns:
-        What the graph reads and gives.
+        The program, and what it reads and gives.
 
     Raises:
         ConversionError: if there is no such graph of the model; the message says why.
     """
-    require_onnx()
-    _refuse(model)
+    _refuse(model, form)
     own = _traceable(model)
-    inputs = _input_names(own)
-    example = _example(own, inputs)
-    traced = _Traced(own, inputs)
-    with _clear_errors(own), torch.no_grad():
-        output = traced.output(*example.values())
+    example = _example(own, _input_names(own))
+    traced = _Traced(own)
+    with clear_errors(own, form), torch.no_grad():
+        output = traced.output(**example)
     outputs = [name for name, value in output.items() if isinstance(value, Tensor)]
     traced.outputs = tuple(outputs)
     pooling = SentencePooling.of(own.config)
     if pooling is not None and "last_hidden_state" in outputs:
         traced.pooling = pooling
         outputs.append(SENTENCE_VECTOR)
-    _write(traced, example, outputs, path)
-    return GraphSpec(tuple(inputs), tuple(outputs), type(output))
+    free = torch.export.Dim.DYNAMIC
+    sizes = {name: dict.fromkeys(range(one.dim()), free) for name, one in example.items()}
+    with clear_errors(own, form), quiet_exporters(), torch.no_grad():
+        program = torch.export.export(traced, (), example, dynamic_shapes=sizes, strict=False)
+    return Trace(program, GraphSpec(tuple(example), tuple(outputs), type(output)), example)
 
 
 class _Traced(nn.Module):
-    """The model with tensors alone, in a fixed order, as its arguments and results."""
+    """The model with tensors alone as its arguments and results, by name."""
 
-    def __init__(self, model: Any, inputs: list[str]) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.inputs = inputs
         self.outputs: tuple[str, ...] = ()
         self.pooling: SentencePooling | None = None
 
-    def output(self, *tensors: Tensor) -> Any:
-        given: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
-        context = RoutingContext(task_ids=given.pop(TASK_IDS, None))
+    def output(self, task_ids: Tensor | None = None, **given: Any) -> Any:
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             given["use_cache"] = False
-        with use_context(context):
+        with use_context(RoutingContext(task_ids=task_ids)):
             return self.model(**given, return_dict=True)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = self.output(*tensors)
-        found = [output[name] for name in self.outputs]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        kinds = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.output(task_ids, input_ids=input_ids, attention_mask=attention_mask, **kinds)
+        found = {name: output[name] for name in self.outputs}
         if self.pooling is not None:
-            mask_BS = tensors[self.inputs.index("attention_mask")]
-            found.append(self.pooling.vectors(output["last_hidden_state"], mask_BS))
-        return tuple(found)
+            states = output["last_hidden_state"]
+            found[SENTENCE_VECTOR] = self.pooling.vectors(states, attention_mask)
+        return found
 
 
-def _refuse(model: Any) -> None:
+def _refuse(model: Any, form: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     merging = [layer.name for layer in layers if layer.merges]
     if merging:
         raise ConversionError(
-            f"{merging[0]} merges its experts, which has no ONNX form",
+            f"{merging[0]} merges its experts, which has no {form} form",
             remedy="make a dense model of a task first, with `moe-dist export DIR --fold`, and "
             "take that",
         )
     if model.config.is_encoder_decoder and model_kind(model).writes:
         raise ConversionError(
-            f"{type(model).__name__} writes its answers token by token, and the ONNX form has no "
-            "cache for that",
+            f"{type(model).__name__} writes its answers token by token, and the {form} form has "
+            "no cache for that",
             remedy="use the eager or the lean form",
         )
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ConversionError(
-            f"the ONNX form is for a CPU, and the model is on {device}",
+            f"the {form} form is made on a CPU, and the model is on {device}",
             remedy="load it with device='cpu'",
         )
 
@@ -195,48 +200,15 @@ def ending_token(model: Any) -> int | None:
     return end if model.config.is_encoder_decoder and isinstance(end, int) else None
 
 
-def _write(traced: _Traced, example: dict[str, Tensor], outputs: list[str], path: Path) -> None:
-    free = torch.export.Dim.DYNAMIC
-    sizes = tuple(dict.fromkeys(range(one.dim()), free) for one in example.values())
-    with _clear_errors(traced.model), quiet_exporters(), torch.no_grad():
-        program = torch.onnx.export(
-            traced,
-            tuple(example.values()),
-            dynamo=True,
-            dynamic_shapes=(sizes,),
-            input_names=list(example),
-            output_names=outputs,
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None
-    _remove_paths(program.model)
-    num_bytes = sum(one.numel() * one.element_size() for one in traced.parameters())
-    program.save(path, external_data=num_bytes > LARGEST_FILE)
-
-
-def _remove_paths(model: Any) -> None:
-    """Take out where each node was traced, which names directories of this machine."""
-    model.metadata_props.clear()
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        graph.metadata_props.clear()
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-        for value in (*graph.inputs, *graph.initializers.values()):
-            value.metadata_props.clear()
-
-
 @contextmanager
-def _clear_errors(model: Any) -> Iterator[None]:
+def clear_errors(model: Any, form: str) -> Iterator[None]:
+    """Whatever an exporter says becomes a ConversionError with its reason."""
     try:
         yield
     # Whatever an architecture does that cannot be traced: torch has no one error for it.
     except Exception as error:
         raise ConversionError(
-            f"torch cannot write {type(model).__name__} as an ONNX graph: {_reason(error)}",
+            f"torch cannot write {type(model).__name__} for {form}: {_reason(error)}",
             remedy="use the eager or the lean form",
         ) from error
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_dist.conversion.families import position_limit
 from moe_dist.errors import ConversionError
-from moe_dist.inference.onnx.graph import ending_token
+from moe_dist.inference.graphs.tracing import ending_token
 from moe_dist.moe.routing import CHOSEN_TASK, use_task
 
 TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""A directory to answer from with ONNX Runtime, `tokenizers` and NumPy alone."""
+"""A directory to answer from with `tokenizers` and what runs the graph alone."""
 
 from __future__ import annotations
 
@@ -14,46 +14,43 @@ from moe_dist.conversion.families import position_limit
 from moe_dist.conversion.heads import KEY as HEADS
 from moe_dist.conversion.heads import chosen_head, read_heads
 from moe_dist.errors import ConversionError, MissingInputError
-from moe_dist.inference.onnx.graph import TASK_IDS, GraphSpec, write_graph
-from moe_dist.inference.onnx.nearness import Nearness, check_nearness, measure_nearness
-from moe_dist.inference.onnx.session import open_graph
-from moe_dist.inference.onnx.weights import WeightBytes, count_bytes, quantize
+from moe_dist.inference.graphs.graph_file import GraphFile, GraphFormat
+from moe_dist.inference.graphs.tracing import TASK_IDS
 from moe_dist.tasks import TaskKind, model_kind
 from moe_dist.tasks.embedding import MAX_LENGTH
 
-GRAPH, FACTS = "model.onnx", "onnx.json"
-
 
 @dataclass(frozen=True)
-class OnnxFacts:
+class GraphFacts:
     """What was written.
 
     Attributes:
+        title: of the format.
         precision: of the products' weights.
         task: the kind of task, such as classification.
         labels: the classes in the order of the outputs; none where there are none.
-        spec: what the graph reads and gives.
         max_length: tokens after which the directory's tokenizer cuts a text; None for no limit.
-        bytes: of the graph's numbers.
-        nearness: of its answers to those of the model in eager float32.
+        file: the graph.
     """
 
+    title: str
     precision: str
     task: str
     labels: tuple[str, ...]
-    spec: GraphSpec
     max_length: int | None
-    bytes: WeightBytes
-    nearness: Nearness
+    file: GraphFile
 
 
-def write_onnx(model: Any, tokenizer: Any, precision: str, directory: Path) -> OnnxFacts:
-    """Fill an empty directory with a graph, its tokenizer, configuration and `onnx.json`.
+def write_directory(
+    model: Any, tokenizer: Any, form: GraphFormat, precision: str, directory: Path
+) -> GraphFacts:
+    """Fill an empty directory with a graph, its tokenizer, configuration and a file of facts.
 
     Args:
         model: on the CPU; of several tasks, one must have been chosen.
         tokenizer: fits it; a fast one.
-        precision: "fp32" or "int8".
+        form: of the graph.
+        precision: one of the format's.
         directory: where to write.
 
     Returns:
@@ -63,28 +60,22 @@ def write_onnx(model: Any, tokenizer: Any, precision: str, directory: Path) -> O
         ConversionError: if the model has no such form, or the graph answers otherwise.
         MissingInputError: if no task was chosen.
     """
-    kind = _kind(model)
+    kind = answered_kind(model)
     if not getattr(tokenizer, "is_fast", False):
         raise ConversionError(
             f"{type(tokenizer).__name__} has no tokenizer.json, which the library tokenizers reads",
             remedy="save the model with the fast tokenizer of its family",
         )
-    path = directory / GRAPH
-    spec = write_graph(model, path)
-    nearness = check_nearness(model, open_graph(model, path, spec))
-    if precision == "int8":
-        _to_int8(path)
-        nearness = measure_nearness(model.float(), open_graph(model, path, spec))
+    written = form.write(model, precision, directory / form.graph)
     max_length = _write_tokenizer(model, tokenizer, directory)
-    facts = OnnxFacts(
-        precision, kind.name, _labels(model), spec, max_length, count_bytes(path), nearness
-    )
+    facts = GraphFacts(form.title, precision, kind.name, class_names(model), max_length, written)
     _write_json(directory / "config.json", _config(model, facts.labels))
-    _write_json(directory / FACTS, _as_json(facts))
+    _write_json(directory / form.facts, _as_json(form, facts))
     return facts
 
 
-def _kind(model: Any) -> TaskKind:
+def answered_kind(model: Any) -> TaskKind:
+    """The kind of the one task that a model answers; a MissingInputError where none is chosen."""
     head = chosen_head(model)
     if head is not None:
         return head.kind
@@ -97,7 +88,8 @@ def _kind(model: Any) -> TaskKind:
     return model_kind(model)
 
 
-def _labels(model: Any) -> tuple[str, ...]:
+def class_names(model: Any) -> tuple[str, ...]:
+    """Names of the classes of the one task that a model answers; none where it has none."""
     head = chosen_head(model)
     if head is not None:
         return head.label_names or ()
@@ -116,15 +108,6 @@ def _config(model: Any, labels: tuple[str, ...]) -> dict[str, Any]:
         config["id2label"] = {str(number): label for number, label in enumerate(labels)}
         config["label2id"] = {label: number for number, label in enumerate(labels)}
     return config
-
-
-def _to_int8(path: Path) -> None:
-    """Put the graph in int8 in the place of the one in float32, and of the weights beside that."""
-    beside = path.with_name("int8.onnx")
-    quantize(path, beside)
-    for old in (path, Path(f"{path}.data")):
-        old.unlink(missing_ok=True)
-    beside.rename(path)
 
 
 def _write_tokenizer(model: Any, tokenizer: Any, directory: Path) -> int | None:
@@ -155,12 +138,12 @@ def _sentence_limit(model: Any) -> int | None:
     return limit
 
 
-def _as_json(facts: OnnxFacts) -> dict[str, Any]:
-    spec = facts.spec
+def _as_json(form: GraphFormat, facts: GraphFacts) -> dict[str, Any]:
+    spec = facts.file.spec
     return {
         "format_version": 1,
         "made_by": f"moe-dist {__version__}, torch {torch.__version__.partition('+')[0]}",
-        "graph": GRAPH,
+        "graph": form.graph,
         "precision": facts.precision,
         "task": facts.task,
         "labels": list(facts.labels),
@@ -173,8 +156,8 @@ def _as_json(facts: OnnxFacts) -> dict[str, Any]:
         },
         "outputs": {name: {"dtype": "float32"} for name in spec.outputs},
         "max_length": facts.max_length,
-        "bytes": asdict(facts.bytes),
-        "difference_from_model": asdict(facts.nearness),
+        "bytes": asdict(facts.file.bytes),
+        "difference_from_model": asdict(facts.file.nearness),
     }
 
 

@@ -1,1 +1,0 @@
-"""Models as ONNX graphs, which ONNX Runtime answers with; torch is not needed there."""
