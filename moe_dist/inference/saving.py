@@ -51,23 +51,28 @@ def save_model(model: Any, directory: Path | str, tokenizer: Any = None) -> Path
     """
     target = Path(directory).absolute()
     with model_directory(target) as unfinished:
-        with quiet_transformers():
-            model.save_pretrained(unfinished, max_shard_size="1000GB")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
-        _name_outputs(model, unfinished / "config.json")
-        pooling = SentencePooling.of(model.config)
-        if pooling is not None and model.base_model is model:
-            write_sentence_files(pooling, unfinished, model.config.hidden_size)
-        write_manifest(
-            unfinished,
-            {
-                "format_version": FORMAT_VERSION,
-                "absent": _absent(model),
-                "experts": numbered(_expert_digests(model)),
-            },
-        )
+        write_model(model, unfinished, tokenizer)
     return target
+
+
+def write_model(model: Any, directory: Path, tokenizer: Any = None) -> None:
+    """Write what `save_model` writes into a directory of `model_directory`."""
+    with quiet_transformers():
+        model.save_pretrained(directory, max_shard_size="1000GB")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    _name_outputs(model, directory / "config.json")
+    pooling = SentencePooling.of(model.config)
+    if pooling is not None and model.base_model is model:
+        write_sentence_files(pooling, directory, model.config.hidden_size)
+    write_manifest(
+        directory,
+        {
+            "format_version": FORMAT_VERSION,
+            "absent": _absent(model),
+            "experts": numbered(_expert_digests(model)),
+        },
+    )
 
 
 @contextmanager

@@ -23,16 +23,16 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     if has_bars:
         logging.disable_progress_bar()
+
+    def is_error(record: python_logging.LogRecord) -> bool:
+        return record.levelno >= python_logging.ERROR
+
     # Its level is set anew by its import.
-    deepspeed.addFilter(_is_error)
+    deepspeed.addFilter(is_error)
     try:
         yield
     finally:
-        deepspeed.removeFilter(_is_error)
+        deepspeed.removeFilter(is_error)
         logging.set_verbosity(verbosity)
         if has_bars:
             logging.enable_progress_bar()
-
-
-def _is_error(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.ERROR

@@ -111,6 +111,8 @@ class ServingReport:
         offline_texts_per_s: offline, in the best batches.
         offline_batches: which these were.
         waiting_texts_per_s: offline, with no more texts at a time than clients have under way.
+        half_waiting_texts_per_s: offline, with half as many: while a call is computed, the others
+            can wait, and no more.
         steady: half of the requests, undisturbed.
         reloading: the other half, with a reload in the middle.
         reload_s: that the reload took.
@@ -118,6 +120,7 @@ class ServingReport:
         padding_share: of the positions that the model read meanwhile.
         of_offline: the undisturbed throughput as a part of that of the best batches offline.
         of_waiting: as a part of that with as many texts as are under way.
+        of_half_waiting: as a part of that with half as many.
         num_dropped: requests without their answer, in both halves.
         busy_cores: that other processes kept busy, the clients' and Ray's own among them.
     """
@@ -128,6 +131,7 @@ class ServingReport:
     offline_texts_per_s: float
     offline_batches: str
     waiting_texts_per_s: float
+    half_waiting_texts_per_s: float
     steady: Phase
     reloading: Phase
     reload_s: float
@@ -135,6 +139,7 @@ class ServingReport:
     padding_share: float
     of_offline: float
     of_waiting: float
+    of_half_waiting: float
     num_dropped: int
     busy_cores: float
 
@@ -196,6 +201,7 @@ class _Offline:
     best: float
     batches: str
     waiting: float
+    half_waiting: float
 
     @classmethod
     def of(
@@ -214,9 +220,15 @@ class _Offline:
         alone = _rate(choice, columns, [[row] for row in range(min(NUM_ALONE, len(lengths)))])
         rates = {way: _rate(choice, columns, batches) for way, batches in ways.items()}
         best = max(rates, key=lambda way: rates[way])
-        size = benchmark.max_batch_size
-        few = batches_of_waiting(lengths, benchmark.num_under_way, size, choice.cost)
-        return cls(alone, rates[best], best, _rate(choice, columns, few))
+        waiting, half_waiting = (
+            _rate(
+                choice,
+                columns,
+                batches_of_waiting(lengths, number, benchmark.max_batch_size, choice.cost),
+            )
+            for number in (benchmark.num_under_way, -(-benchmark.num_under_way // 2))
+        )
+        return cls(alone, rates[best], best, waiting, half_waiting)
 
 
 def batches_of_waiting(
@@ -275,6 +287,7 @@ def _serve(
         offline_texts_per_s=offline.best,
         offline_batches=offline.batches,
         waiting_texts_per_s=offline.waiting,
+        half_waiting_texts_per_s=offline.half_waiting,
         steady=_phase(steady),
         reloading=_phase(reloading),
         reload_s=reload_s,
@@ -282,6 +295,7 @@ def _serve(
         padding_share=done["padding"] / max(1, done["padding"] + done["tokens"]),
         of_offline=steady.texts_per_s / offline.best,
         of_waiting=steady.texts_per_s / offline.waiting,
+        of_half_waiting=steady.texts_per_s / offline.half_waiting,
         num_dropped=sum(steady.faults.values()) + sum(reloading.faults.values()),
         busy_cores=work.busy_cores,
     )
@@ -356,6 +370,8 @@ def verdicts(report: ServingReport) -> list[str]:
         f"offline {report.waiting_texts_per_s:.1f} texts/s with no more than "
         f"{report.settings.num_under_way} texts at a time, as clients have under way; served "
         f"{report.of_waiting:.2f} of that",
+        f"offline {report.half_waiting_texts_per_s:.1f} texts/s with half of these, as wait while "
+        f"the others are computed; served {report.of_half_waiting:.2f} of that",
         f"p99 is {steady.p99_ms / steady.p50_ms:.1f} × p50",
         f"{report.mean_batch:.1f} texts in a call, {report.padding_share:.0%} padding",
         f"the reload took {report.reload_s:.1f} s; {report.num_dropped} requests of "

@@ -92,44 +92,43 @@ def export(
         from ..stages.compaction import find_recipe
         from ..stages.export import Way, default_output, export_task, keeps_experts
 
-        if fold and average:
-            raise ConfigError(
-                ["--fold and --average are two models; leave one out."], source="export"
-            )
-        if not average and (recipe is not None or overrides):
-            raise ConfigError(
-                ["--recipe and --set say what --average is measured on; leave them out."],
-                source="export",
-            )
-        way: Way = "fold" if fold else "average" if average else "extract"
-        console = Console(quiet=quiet)
         source = directory.absolute()
-        if format in (Format.ONNX, Format.TORCH_EXPORT):
-            if fold or average:
-                raise ConfigError(
-                    [
-                        "--fold and --average make dense models; export such a one first, and then "
-                        f"that with --format {format.value}."
-                    ],
-                    source="export",
-                )
+        way: Way = "fold" if fold else "average" if average else "extract"
+        if format is Format.HF and way == "extract" and keeps_experts(source):
+            way = "whole"
+        is_graph = format in (Format.ONNX, Format.TORCH_EXPORT)
+        faults = [
+            fault
+            for is_wrong, fault in (
+                (fold and average, "--fold and --average are two models; leave one out."),
+                (
+                    not average and (recipe is not None or overrides),
+                    "--recipe and --set say what --average is measured on; leave them out.",
+                ),
+                (
+                    is_graph and (fold or average),
+                    "--fold and --average make dense models; export such a one first, and then "
+                    f"that with --format {format.value}.",
+                ),
+                (
+                    not is_graph and precision is not None,
+                    "--precision is that of a graph (--format onnx or torch-export); leave it out.",
+                ),
+                (
+                    way == "whole" and task is not None,
+                    "The tokens of one task go to different experts, so the student is written "
+                    "with all of its tasks; leave --task out.",
+                ),
+            )
+            if is_wrong
+        ]
+        if faults:
+            raise ConfigError(faults, source="export")
+        console = Console(quiet=quiet)
+        if is_graph:
             weights = (precision or Precision.FP32).value
             _export_graph(source, task, output, format.value, weights, console)
             return
-        if precision is not None:
-            raise ConfigError(
-                ["--precision is that of --format onnx; leave it out."], source="export"
-            )
-        if format is Format.HF and way == "extract" and keeps_experts(source):
-            if task is not None:
-                raise ConfigError(
-                    [
-                        "The tokens of one task go to different experts, so the student is written "
-                        "with all of its tasks; leave --task out."
-                    ],
-                    source="export",
-                )
-            way = "whole"
         config = None
         if average:
             path = recipe or find_recipe(source, "the average is measured on dev rows")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.errors import MissingInputError
+import yaml
+
 from moe_dist.redaction import hide_secrets
 
-from ..chain.stage_recovery import FINISHED, stage_of
+from .run_knowledge import RECIPE, RunKnowledge, data_licence, start_licence
 
 if TYPE_CHECKING:
     from moe_dist.conversion.heads import TaskHead
@@ -20,42 +18,8 @@ if TYPE_CHECKING:
     from moe_dist.tasks import TaskKind
 
 CARD = "README.md"
-_REPORT, _RECIPE = "report.json", "recipe.yaml"
-_LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*)$", re.MULTILINE)
-_NAMES = {"finetune-teacher": "teacher", "distill": "student"}
-"""A stage whose model stands in the report, and its name there where the stage has no label."""
 _UNKNOWN = "not known here"
-
-
-@dataclass(frozen=True)
-class RunKnowledge:
-    """What the run of a model says of it; nothing where no run made it.
-
-    Attributes:
-        directory: the model's.
-        report: the run's.
-        recipe: the run's, with all defaults; None where there is none.
-        own: what the report says of this model.
-    """
-
-    directory: Path
-    report: Mapping[str, Any]
-    recipe: Mapping[str, Any] | None
-    own: Mapping[str, Any]
-
-
-def read_run(directory: Path) -> RunKnowledge:
-    """Read what lies in the directory of a model's run, and nowhere else.
-
-    A file there that cannot be read is a MissingInputError.
-    """
-    import yaml
-
-    stage = stage_of(directory.absolute() / "model.safetensors")
-    run = directory.absolute().parent if stage is None else stage.parent
-    report = _read(run / _REPORT, json.loads) or {}
-    recipe = _read(run / _RECIPE, yaml.safe_load)
-    return RunKnowledge(directory, report, recipe, _figures(stage, report))
+_TEXTS = ('"a fine film"', '"it is a fine one"')
 
 
 @dataclass(frozen=True)
@@ -70,6 +34,7 @@ class CardSubject:
         answers: how far they lie from the model's own.
         metadata: for the hub, by name; none is written where it is empty.
         metrics: lines of the table about this very model, where it was measured.
+        costs_alike: whether it does as much for a token as the model that it was made of.
     """
 
     form: str
@@ -79,6 +44,7 @@ class CardSubject:
     answers: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
+    costs_alike: bool = True
 
 
 def model_card(known: RunKnowledge, task: str | None, subject: CardSubject, num_bytes: int) -> str:
@@ -93,13 +59,18 @@ def model_card(known: RunKnowledge, task: str | None, subject: CardSubject, num_
     Returns:
         Markdown.
     """
-    licence = _start_licence(known)
-    metadata = dict(subject.metadata) | ({"license": licence} if licence else {})
-    front = [f"{name}: {value}" for name, value in metadata.items()]
+    rows = [*subject.metrics.items(), *_quality(known, task)]
+    if subject.costs_alike:
+        rows += _cost(known)
+    rows += [
+        ("stored size", f"{num_bytes / 1e6:.1f} MB; weights {subject.weights}"),
+        ("answers", subject.answers),
+        ("licence", _licence(known)),
+    ]
+    title = known.report.name or known.directory.name
     lines = [
-        *(["---", *front, "---", ""] if subject.metadata else []),
-        f"# {known.report.get('name', known.directory.name)}{f', {task}' if task else ''} "
-        f"({subject.form})",
+        *_front(known, subject),
+        f"# {title}{f', {task}' if task else ''} ({subject.form})",
         "",
         subject.what,
         "",
@@ -109,17 +80,25 @@ def model_card(known: RunKnowledge, task: str | None, subject: CardSubject, num_
         "",
         "| what | value |",
         "|---|---|",
-        *(f"| {what} | {value} |" for what, value in subject.metrics.items()),
-        *(f"| {what} | {value} |" for what, value in _rows(known, task)),
-        f"| stored size | {num_bytes / 1e6:.1f} MB; weights {subject.weights} |",
-        f"| answers | {subject.answers} |",
-        f"| licence | {_licence(known)} |",
+        *(f"| {_cell(what)} | {_cell(value)} |" for what, value in rows),
     ]
     return hide_secrets("\n".join(lines)) + "\n"
 
 
 def graph_subject(model: Any, facts: GraphFacts, reader: str) -> CardSubject:
-    """Describe a graph."""
+    """Describe a graph.
+
+    Args:
+        model: that was exported.
+        facts: of the graph.
+        reader: lines of Python that use it, for kinds of tasks that read one text.
+
+    Returns:
+        What the card is made of.
+    """
+    from moe_dist.inference.graphs.graph_file import PAIRS, TEXTS
+    from moe_dist.tasks import TASK_KINDS
+
     near = facts.file.nearness
     weights = (
         "in float32"
@@ -129,121 +108,165 @@ def graph_subject(model: Any, facts: GraphFacts, reader: str) -> CardSubject:
     )
     return CardSubject(
         form=f"{facts.title}, {facts.precision}",
-        what=describe_model(model, facts.task, facts.labels, facts.max_length),
-        reader=reader,
+        what=_describe(model, facts.task.replace("_", " "), facts.labels, facts.max_length),
+        reader=reader.replace(TEXTS, PAIRS) if _reads_two(TASK_KINDS[facts.task]) else reader,
         weights=weights,
         answers=f"on random tokens at most {near.largest:.1e} of the largest output from those of "
         f"the model in float32, {near.mean:.1e} on average",
     )
 
 
-def model_subject(model: Any, form: str, answers: str, metrics: Mapping[str, str]) -> CardSubject:
+def model_subject(
+    model: Any,
+    form: str,
+    answers: str,
+    *,
+    max_length: int | None,
+    metrics: Mapping[str, str],
+    costs_alike: bool,
+) -> CardSubject:
     """Describe a model that transformers reads.
 
     Args:
         model: as it was written.
         form: in the card's title.
         answers: how far they lie from those of the model that it was made of.
+        max_length: tokens after which a text has to be cut; None for no limit.
         metrics: lines of the table about this very model, where it was measured.
+        costs_alike: whether it does as much for a token as that model.
 
     Returns:
         What the card is made of.
     """
     from moe_dist.conversion.heads import read_heads
     from moe_dist.inference.graphs.directory import class_names
+    from moe_dist.inference.sentence_directory import SentencePooling
     from moe_dist.tasks import model_kind
 
     kind = model_kind(model)
     heads = read_heads(model)
-    task = f"several tasks ({', '.join(head.name for head in heads)})" if heads else kind.name
-    labels = () if heads else class_names(model)
+    names = ", ".join(head.name for head in heads)
+    task = f"several tasks ({names})" if heads else kind.name.replace("_", " ")
+    pooling = SentencePooling.of(model.config)
+    reader = (
+        _model_reader(model, kind, heads, max_length)
+        if pooling is None
+        else _sentence_reader(model)
+    )
     return CardSubject(
         form=form,
-        what=describe_model(model, task, labels),
-        reader=_model_reader(model, kind, heads),
+        what=_describe(model, task, () if heads else class_names(model), max_length),
+        reader=reader,
         weights=f"in {str(model.dtype).removeprefix('torch.')}",
         answers=answers,
-        metadata={"library_name": "transformers"},
+        metadata={"library_name": "sentence-transformers" if pooling else "transformers"},
         metrics=metrics,
+        costs_alike=costs_alike,
     )
 
 
-def _model_reader(model: Any, kind: TaskKind, heads: Sequence[TaskHead]) -> str:
+def _sentence_reader(model: Any) -> str:
+    return "\n".join(
+        [
+            *_needed_import(model),
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer(".")',
+            f"answers = model.encode([{_TEXTS[0]}])",
+        ]
+    )
+
+
+def _model_reader(
+    model: Any, kind: TaskKind, heads: Sequence[TaskHead], max_length: int | None
+) -> str:
     """Lines that answer one text, or a pair where the kind reads pairs alone."""
-    has_experts = bool(getattr(model.config, "moe", None))
-    texts = ['"a fine film"', '"it is a fine one"'][: max(1, len(kind.text_columns))]
-    given = ", ".join(texts if kind.reads_pairs else texts[:1])
+    given = ", ".join(_TEXTS if _reads_two(kind) else _TEXTS[:1])
+    cut = "" if max_length is None else f"truncation=True, max_length={max_length}, "
     is_decoder = kind.writes or not kind.takes_encoders
     call = "model.generate(**inputs)" if is_decoder else "model(**inputs)"
     lines = [
-        *(["import moe_dist  # makes experts known to transformers"] if has_experts else []),
+        *_needed_import(model),
         f"from transformers import AutoTokenizer, {kind.auto_class}",
         *(["from moe_dist.moe.routing import use_task"] if heads else []),
         "",
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         f'model = {kind.auto_class}.from_pretrained(".").eval()',
-        f'inputs = tokenizer({given}, return_tensors="pt")',
+        f'inputs = tokenizer({given}, {cut}return_tensors="pt")',
     ]
     if heads:
         return "\n".join([*lines, f"with use_task(0):  # {heads[0].name}", f"    answers = {call}"])
     return "\n".join([*lines, f"answers = {call}"])
 
 
-def describe_model(
-    model: Any, task: str, labels: Sequence[str] = (), max_length: int | None = None
-) -> str:
-    """Say in sentences what a model is.
+def _needed_import(model: Any) -> list[str]:
+    has_experts = bool(getattr(model.config, "moe", None))
+    return ["import moe_dist  # makes experts known to transformers"] if has_experts else []
 
-    Args:
-        model: of transformers, dense or with experts.
-        task: the kind of task.
-        labels: its classes, if any.
-        max_length: tokens after which a text is cut; None for no limit.
 
-    Returns:
-        One line.
-    """
+def _reads_two(kind: TaskKind) -> bool:
+    return kind.reads_pairs and len(kind.text_columns) > 1
+
+
+def _describe(model: Any, task: str, labels: Sequence[str], max_length: int | None) -> str:
+    """Say in sentences what a model is."""
+    from moe_dist.inference.sentence_directory import SentencePooling
+
     moe = getattr(model.config, "moe", None)
     experts = f", {moe['num_experts']} experts, router {moe['router']}" if moe else ", dense"
     parameters = sum(one.numel() for one in model.parameters())
-    said = (
-        f"A model for {task.replace('_', ' ')} ({type(model).__name__}{experts}, "
-        f"{parameters:,} parameters)."
-    )
+    said = f"A model for {task} ({type(model).__name__}{experts}, {parameters:,} parameters)."
+    pooling = SentencePooling.of(model.config)
+    if pooling is not None:
+        said += f" A text's vector is the {pooling.pooling} of its tokens' last states"
+        said += ", brought to length 1." if pooling.normalise else "."
     if labels:
-        said += f" Classes, in the order of the outputs: {', '.join(labels)}."
+        names = ", ".join(" ".join(name.split()) for name in labels)
+        said += f" Classes, in the order of the outputs: {names}."
     return said + (f" Texts are cut at {max_length} tokens." if max_length else "")
 
 
-def _rows(known: RunKnowledge, task: str | None) -> list[tuple[str, str]]:
-    """Figures of the model itself, in float32 by torch; none of them was measured on the graph."""
-    report, own = known.report, known.own
-    titles = report.get("metric_titles") or {}
+def _front(known: RunKnowledge, subject: CardSubject) -> list[str]:
+    """What the hub reads at the top of a card."""
+    if not subject.metadata:
+        return []
+    licences = start_licence(known)
+    entries: dict[str, Any] = dict(subject.metadata)
+    if licences:
+        entries["license"] = licences[0] if len(licences) == 1 else licences
+    return ["---", yaml.safe_dump(entries, sort_keys=False).rstrip(), "---", ""]
+
+
+def _quality(known: RunKnowledge, task: str | None) -> list[tuple[str, str]]:
+    """Figures of the model itself; none of them was measured on what was exported."""
+    report = known.report
+    titles = report.metric_titles or {}
     prefix = f"{task}/" if task else ""
-    metrics = {
-        name.removeprefix(prefix): value
-        for name, value in (own.get("metrics") or {}).items()
-        if name.startswith(prefix)
-    }
     said = ", ".join(
-        f"{titles.get(name, name)} {value:.4f}"
-        for name, value in metrics.items()
-        if isinstance(value, float)
+        f"{titles.get(name, name).removeprefix(prefix)} {value:.4f}"
+        for name, value in (known.own.metrics or {}).items()
+        if name.startswith(prefix) and isinstance(value, float)
     )
-    summaries = (report.get("data") or {}).get("summaries") or {}
-    data = "; ".join(
-        f"{name + ': ' if name else ''}{one['figures']}" for name, one in summaries.items()
+    source = report.data.name if report.data else None
+    summaries = report.data.summaries if report.data else {}
+    figures = "; ".join(
+        f"{name}: {one.figures}" if name else one.figures for name, one in summaries.items()
     )
-    source = (report.get("data") or {}).get("name")
-    flops = own.get("flops_per_token")
-    times = own.get("latency_low_ms") or {}
-    conditions = f"{report.get('seq_len')} tokens, CPU threads: {report.get('num_threads')}"
-    latency = ", ".join(f"{ms:.1f} ms for {size}" for size, ms in times.items())
-    name = report.get("name") or "the run's"
+    recipe = f"{report.name or 'that of the run'}, {RECIPE}"
     return [
         ("dev metrics, of the model in float32 before the export", said or _UNKNOWN),
-        ("data", f"{source}: {data}" if source else _UNKNOWN),
-        ("recipe", f"{name}, {_RECIPE}" if known.recipe is not None else _UNKNOWN),
+        ("data", ": ".join(part for part in (source, figures) if part) or _UNKNOWN),
+        ("recipe", recipe if known.recipe is not None else _UNKNOWN),
+    ]
+
+
+def _cost(known: RunKnowledge) -> list[tuple[str, str]]:
+    report, own = known.report, known.own
+    flops = own.flops_per_token
+    conditions = f"{report.seq_len} tokens, CPU threads: {report.num_threads}"
+    times = (own.latency_low_ms or {}).items()
+    latency = ", ".join(f"{ms:.1f} ms for {size}" for size, ms in times)
+    return [
         ("FLOPs for a token", f"{flops / 1e6:.1f} M" if flops else _UNKNOWN),
         (
             f"latency by torch in float32 ({conditions}; a tenth of passes kept to it)"
@@ -254,62 +277,15 @@ def _rows(known: RunKnowledge, task: str | None) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(stage: Path | None, report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a run's report says of the model of a stage; nothing of one that it does not measure."""
-    if stage is None:
-        return {}
-    done = _read(stage / FINISHED, json.loads) or {}
-    usual = _NAMES.get(str(done.get("stage")))
-    if usual is None:
-        return {"metrics": done.get("metrics")}
-    found: Mapping[str, Any] | None = report.get(done.get("label") or usual)
-    return found or {"metrics": done.get("metrics")}
-
-
 def _licence(known: RunKnowledge) -> str:
     """Of the start model and the data, where they say it."""
-    from moe_dist.data.packages import DATA_PACKAGES
-
-    start = _start_model(known)
-    name = Path(start).name if Path(start).is_absolute() else start
-    found = _start_licence(known)
-    said = f"{found}, as the start model {name}" if found else _UNKNOWN
+    found, name, data = start_licence(known), known.start_name, data_licence(known)
+    said = f"{', '.join(found)}, as the start model {name}" if found else _UNKNOWN
     if name and not found:
         said += f": that of the start model {name}"
-    data = DATA_PACKAGES.get(str(((known.recipe or {}).get("data") or {}).get("name")))
-    return f"{said}; the data: {data.package.licence}" if data else said
+    return f"{said}; the data: {data}" if data else said
 
 
-def _start_licence(known: RunKnowledge) -> str:
-    from moe_dist.data.packages import MODEL_PACKAGES, MODEL_PREFIX
-
-    start = _start_model(known)
-    if start.startswith(MODEL_PREFIX):
-        package = MODEL_PACKAGES.get(start.removeprefix(MODEL_PREFIX))
-        return package.licence if package else ""
-    card = Path(start) / "README.md"
-    found = _LICENCE.search(card.read_text(encoding="utf-8")) if start and card.is_file() else None
-    return found[1].strip() if found else ""
-
-
-def _start_model(known: RunKnowledge) -> str:
-    return str(((known.recipe or {}).get("model") or {}).get("teacher") or "")
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any] | None:
-    """Read entries by name; None where there is no such file."""
-    import yaml
-
-    if not path.is_file():
-        return None
-    try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-    if not isinstance(found, Mapping):
-        why = found if isinstance(found, str) else "it holds no entries by name"
-        raise MissingInputError(
-            f"{path}, which the model card is made of, cannot be read: {why}",
-            remedy="mend it, or move it away: the card then says that it is not known",
-        )
-    return found
+def _cell(text: str) -> str:
+    """Bring a text into one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_dist.errors import ConversionError, MissingInputError
+from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
-from ..chain.stage_recovery import stage_of
-from ..report.model_card import CARD, CardSubject, model_card, model_subject, read_run
-from .export_graph import check_free
+from ..report.model_card import CARD, CardSubject, model_card, model_subject
+from ..report.run_knowledge import read_run
+from .export_graph import beside_model, check_free, check_task
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -64,8 +64,7 @@ def default_output(directory: Path, task: str | None, way: Way = "extract") -> P
 
     Beside the model's directory, or beside its stage where a stage made it.
     """
-    stage = stage_of(directory)
-    beside = directory.parent if stage is None else stage.parent
+    beside = beside_model(directory)
     words = [way] if way in ("average", "whole") else [] if task else ["dense"]
     return beside / "-".join(["export", *([task] if task else []), *words])
 
@@ -95,14 +94,17 @@ def export_task(
         MoeDistError: if the output is there already or cannot be written, the task is not named,
             or no dense model does the same.
     """
-    from moe_dist.inference import load_model, load_tokenizer, save_model
-    from moe_dist.inference.saving import model_directory
+    from moe_dist.inference import load_model, load_tokenizer
+    from moe_dist.inference.saving import model_directory, write_model
 
     check_free(output)
     is_average = way == "average"
     own = _of_task(config, task) if is_average and config is not None else None
     known = read_run(directory)
     model = load_model(directory, task=None if way == "whole" else task)
+    tokenizer = load_tokenizer(directory)
+    if way != "average":
+        check_task(model, task)
     if way == "fold":
         _check_merged(model)
     written, difference = (model, 0.0) if way == "whole" else _make_dense(model, task, way)
@@ -110,7 +112,7 @@ def export_task(
     metrics: dict[str, dict[str, float]] = {}
     titles: dict[str, str] = {}
     with model_directory(output) as unfinished:
-        save_model(written, unfinished, tokenizer=load_tokenizer(directory))
+        write_model(written, unfinished, tokenizer)
         if config is not None and own is not None:
             before, after = _measure(config, directory), _measure(own, unfinished)
             prefix = f"{task}/" if task else ""
@@ -135,7 +137,7 @@ def export_task(
             metric_titles=titles,
         )
         num_bytes = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-        card = model_card(known, task, _subject(written, way, found), num_bytes)
+        card = model_card(known, task, _subject(written, tokenizer, way, found), num_bytes)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return found
 
@@ -149,9 +151,13 @@ def keeps_experts(directory: Path) -> bool:
 
     try:
         moe = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("moe")
-    except (OSError, ValueError, AttributeError):
+        return (
+            bool(moe)
+            and moe["num_experts"] > 1
+            and router_facts(moe["router"]).chooses_by != "task"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MoeDistError):
         return False
-    return bool(moe) and moe["num_experts"] > 1 and router_facts(moe["router"]).chooses_by != "task"
 
 
 def _make_dense(model: Any, task: str | None, way: Way) -> tuple[Any, float]:
@@ -181,17 +187,24 @@ def _describe_ffn(model: Any) -> str:
     return f"{find_slots(model)[0].num_neurons} neurons in each feed-forward layer"
 
 
-def _subject(model: Any, way: Way, found: Exported) -> CardSubject:
+def _subject(model: Any, tokenizer: Any, way: Way, found: Exported) -> CardSubject:
     """What the card says of what was written."""
-    if way == "whole":
-        return model_subject(model, "transformers", "those of the model: it is the same", {})
-    apart = f"at most {found.difference:.1e} from those of the model, on random tokens in float32"
+    from moe_dist.inference.graphs.directory import length_limit
+
+    is_average = way == "average"
+    answers = f"at most {found.difference:.1e} from those of the model, on random tokens in float32"
     of_it = ", ".join(
         f"{found.metric_titles.get(name, name)} {value:.4f}"
         for name, value in found.metrics.get("export", {}).items()
     )
-    measured = {"dev metrics, of this average of all experts": of_it} if of_it else {}
-    return model_subject(model, "average" if way == "average" else "dense", apart, measured)
+    return model_subject(
+        model,
+        {"whole": "transformers", "average": "average of its experts"}.get(way, "dense"),
+        "those of the model: it is the same" if way == "whole" else answers,
+        max_length=length_limit(model, tokenizer),
+        metrics={"dev metrics, of this average of all experts": of_it} if of_it else {},
+        costs_alike=not is_average,
+    )
 
 
 def _check_merged(model: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, MissingInputError, MoeDistError
 
 from ..chain.stage_recovery import stage_of
-from ..report.model_card import CARD, graph_subject, model_card, read_run
+from ..report.model_card import CARD, graph_subject, model_card
+from ..report.run_knowledge import read_run
 
 if TYPE_CHECKING:
     from moe_dist.inference.graphs.directory import GraphFacts
@@ -31,10 +32,19 @@ class ExportedGraph:
 
 
 def default_graph_output(directory: Path, task: str | None, form: str, precision: str) -> Path:
-    """Choose a place for the graph: beside the model's directory, or its stage."""
+    """Choose a place for the graph: beside the model's directory, or its stage.
+
+    A graph of what was exported itself has that one's name too.
+    """
+    name = directory.name if directory.name.startswith("export-") else "export"
+    words = [name, *([task] if task else []), form, precision]
+    return beside_model(directory) / "-".join(words)
+
+
+def beside_model(directory: Path) -> Path:
+    """Where an export of a model goes: beside its stage, or beside the directory itself."""
     stage = stage_of(directory)
-    beside = directory.parent if stage is None else stage.parent
-    return beside / "-".join(["export", *([task] if task else []), form, precision])
+    return directory.parent if stage is None else stage.parent
 
 
 def export_graph(
@@ -75,6 +85,7 @@ def export_graph(
     known = read_run(directory)
     model = load_model(directory, task=task)
     tokenizer = load_tokenizer(directory)
+    check_task(model, task)
     moe = getattr(model.config, "moe", None)
     if moe and moe["num_experts"] > 1 and not router_facts(moe["router"]).merges:
         by_task = router_facts(moe["router"]).chooses_by == "task"
@@ -86,6 +97,19 @@ def export_graph(
         card = model_card(known, task, graph_subject(model, facts, kind.reader), num_bytes)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return ExportedGraph(output, facts, num_bytes)
+
+
+def check_task(model: Any, task: str | None) -> None:
+    """See that a model whose routers tell tasks apart has names for them; else an error."""
+    from moe_dist.conversion.heads import read_heads
+
+    moe = getattr(model.config, "moe", None) or {}
+    if task is None and (moe.get("num_tasks") or 1) > 1 and not read_heads(model):
+        raise MissingInputError(
+            f"the model's routers know {moe['num_tasks']} tasks, of which none has a name",
+            remedy="name them in the model (moe_dist.conversion.heads.set_heads), save it again, "
+            "and say which one",
+        )
 
 
 def check_free(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -59,3 +60,28 @@ def test_what_the_user_has_set_is_put_back() -> None:
             raise KeyError
         assert logging.get_verbosity() == logging.INFO
         assert logging.is_progress_bar_enabled() == has_bars
+
+
+def test_deepspeed_is_quiet_until_the_last_of_nested_blocks_ends() -> None:
+    """It sets its level anew when transformers imports it."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("DeepSpeed"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        with quiet_transformers():
+            with quiet_transformers():
+                pass
+            logger.setLevel(logging.INFO)
+            logger.warning("a hint")
+            logger.error("a fault")
+        logger.warning("a hint to whoever uses it")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert said == ["a fault", "a hint to whoever uses it"]

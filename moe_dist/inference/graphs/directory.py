@@ -103,7 +103,12 @@ def _config(model: Any, labels: tuple[str, ...]) -> dict[str, Any]:
     config: dict[str, Any] = model.config.to_dict()
     config["model_type"] = model.config.model_type.removeprefix("moe_")
     config["architectures"] = [type(model).__name__.removeprefix("Moe")]
-    config.pop(HEADS, None)
+    moe: dict[str, Any] = config.pop("moe", None) or {}
+    # A converted model's own names of its activation are no activation's.
+    config |= moe.get("activation", {})
+    for name in (HEADS, "_name_or_path"):
+        config.pop(name, None)
+    config["dtype"] = "float32"
     if labels:
         config["id2label"] = {str(number): label for number, label in enumerate(labels)}
         config["label2id"] = {label: number for number, label in enumerate(labels)}
@@ -117,9 +122,7 @@ def _write_tokenizer(model: Any, tokenizer: Any, directory: Path) -> int | None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer.json"
     own = Tokenizer.from_file(str(path))
-    limits = (tokenizer.model_max_length, position_limit(model), _sentence_limit(model))
-    # Tokenizers without a limit write a number beyond any text.
-    max_length = min((int(n) for n in limits if n is not None and n < 10**6), default=None)
+    max_length = length_limit(model, tokenizer)
     own.no_truncation()
     if max_length is not None:
         own.enable_truncation(max_length, direction=tokenizer.truncation_side)
@@ -131,6 +134,13 @@ def _write_tokenizer(model: Any, tokenizer: Any, directory: Path) -> int | None:
     )
     own.save(str(path))
     return max_length
+
+
+def length_limit(model: Any, tokenizer: Any) -> int | None:
+    """Tokens after which a model's texts have to be cut; None for no limit."""
+    limits = (tokenizer.model_max_length, position_limit(model), _sentence_limit(model))
+    # Tokenizers without a limit write a number beyond any text.
+    return min((int(n) for n in limits if n is not None and n < 10**6), default=None)
 
 
 def _sentence_limit(model: Any) -> int | None:

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from moe_dist.inference.graphs.nearness import Nearness
 from moe_dist.inference.graphs.tracing import GraphSpec
 
+TEXTS = '["a fine film", "a dull one, and far too long"]'
+PAIRS = '[("who made it?", "Ada made it"), ("when?", "it was made in May, and late")]'
+"""What the lines of a reader answer, and what they do where a model reads pairs."""
+
 
 @dataclass(frozen=True)
 class WeightBytes:
@@ -58,7 +62,7 @@ class GraphFormat(Protocol):
         graph: the file's name.
         facts: name of the file beside it that says what it reads and gives.
         precisions: of its weights.
-        reader: lines of Python that answer two texts in its directory.
+        reader: lines of Python that answer `TEXTS` in its directory.
     """
 
     title: str

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_dist.inference.graphs.graph_file import GraphFile
+from moe_dist.inference.graphs.graph_file import TEXTS, GraphFile
 from moe_dist.inference.graphs.nearness import check_nearness, measure_nearness
 from moe_dist.inference.graphs.onnx_graph import TITLE, require_onnx, write_graph
 from moe_dist.inference.graphs.onnx_session import open_graph
 from moe_dist.inference.graphs.onnx_weights import count_bytes, quantize
 
-_READER = """import json
+_READER = f"""import json
 import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 facts = json.load(open("onnx.json"))
 tokenizer = Tokenizer.from_file("tokenizer.json")
 session = onnxruntime.InferenceSession(facts["graph"])
-rows = tokenizer.encode_batch(["a fine film", "a dull one, and far too long"])
-columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-feed = {
+rows = tokenizer.encode_batch({TEXTS})
+columns = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
+feed = {{
     name: np.array([getattr(row, columns[name]) for row in rows], np.int64)
     for name in facts["inputs"]
-}
+}}
 answers = dict(zip(facts["outputs"], session.run(list(facts["outputs"]), feed)))"""
 
 

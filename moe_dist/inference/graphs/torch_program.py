@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from moe_dist.inference.graphs.graph_file import GraphFile, WeightBytes
+from moe_dist.inference.graphs.graph_file import TEXTS, GraphFile, WeightBytes
 from moe_dist.inference.graphs.graph_model import GraphModel, graph_model
 from moe_dist.inference.graphs.nearness import check_nearness
 from moe_dist.inference.graphs.tracing import GraphSpec, clear_errors, quiet_exporters, trace
 
-_READER = """import json
+_READER = f"""import json
 import torch
 from tokenizers import Tokenizer
 
 facts = json.load(open("torch_export.json"))
 tokenizer = Tokenizer.from_file("tokenizer.json")
 model = torch.export.load(facts["graph"]).module()
-rows = tokenizer.encode_batch(["a fine film", "a dull one, and far too long"])
-columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-feed = {
+rows = tokenizer.encode_batch({TEXTS})
+columns = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
+feed = {{
     name: torch.tensor([getattr(row, columns[name]) for row in rows])
     for name in facts["inputs"]
-}
+}}
 with torch.no_grad():
     answers = model(**feed)"""
 # Of a node, what names files of this machine.
@@ -49,10 +51,15 @@ class TorchExport:
         """Write, load what was written, and compare."""
         traced = trace(model, self.title)
         _clean(traced.program)
+        spec, counts = traced.spec, _count_bytes(traced.program)
+        # A disk that is full while torch writes ends the process.
+        file = io.BytesIO()
         with clear_errors(model, self.title), quiet_exporters():
-            torch.export.save(traced.program, path)
-        nearness = check_nearness(model, open_program(model, path, traced.spec))
-        return GraphFile(traced.spec, _count_bytes(traced.program), nearness)
+            torch.export.save(traced.program, file)
+        del traced
+        path.write_bytes(file.getbuffer())
+        del file
+        return GraphFile(spec, counts, check_nearness(model, open_program(model, path, spec)))
 
 
 def open_program(model: Any, path: Path, spec: GraphSpec) -> GraphModel:
@@ -85,8 +92,6 @@ def _clean(program: ExportedProgram) -> None:
     """
     # As a pickle is what it would be kept.
     program.example_inputs = None
-    for size, bounds in program.range_constraints.items():
-        program.range_constraints[size] = ValueRanges(min(bounds.lower, 0), bounds.upper)
     for part in program.graph_module.modules():
         if not isinstance(part, torch.fx.GraphModule):
             continue
@@ -97,6 +102,12 @@ def _clean(program: ExportedProgram) -> None:
                 part.graph.erase_node(node)
         part.graph.eliminate_dead_code()
         part.recompile()
+    used = {size for node in program.graph.nodes for size in free_symbols(node.meta.get("val"))}
+    for size, bounds in list(program.range_constraints.items()):
+        if size in used:
+            program.range_constraints[size] = ValueRanges(min(bounds.lower, 0), bounds.upper)
+        else:
+            del program.range_constraints[size]
 
 
 def _count_bytes(program: ExportedProgram) -> WeightBytes:

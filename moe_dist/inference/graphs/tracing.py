@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from moe_dist.conversion.heads import uninstall_heads
+from moe_dist.conversion.heads import read_heads, uninstall_heads
 from moe_dist.errors import ConversionError
 from moe_dist.inference.graphs.traceable_ffn import TraceableFFN
 from moe_dist.inference.sentence_directory import SentencePooling
@@ -26,6 +26,7 @@ from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import CHOSEN_TASK, RoutingContext, use_context
 from moe_dist.moe.task_routers import TaskGate, TaskTable
+from moe_dist.router_spec import router_facts
 from moe_dist.tasks import model_kind
 
 TASK_IDS, SENTENCE_VECTOR = "task_ids", "sentence_embedding"
@@ -130,12 +131,16 @@ class _Traced(nn.Module):
 
 
 def _refuse(model: Any, form: str) -> None:
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    merging = [layer.name for layer in layers if layer.merges]
+    merging = [
+        module for module in model.modules() if isinstance(module, MoELayer) and module.merges
+    ]
     if merging:
+        by_task = router_facts(model.config.moe["router"]).chooses_by == "task"
+        way = "--fold" if by_task else "--average"
+        task = " --task NAME" if read_heads(model) else ""
         raise ConversionError(
-            f"{merging[0]} merges its experts, which has no {form} form",
-            remedy="make a dense model of a task first, with `moe-dist export DIR --fold`, and "
+            f"{merging[0].name} merges its experts, which has no {form} form",
+            remedy=f"make a dense model of it first, with `moe-dist export DIR {way}{task}`, and "
             "take that",
         )
     if model.config.is_encoder_decoder and model_kind(model).writes:
@@ -207,9 +212,13 @@ def clear_errors(model: Any, form: str) -> Iterator[None]:
         yield
     # Whatever an architecture does that cannot be traced: torch has no one error for it.
     except Exception as error:
+        reason = _reason(error)
+        lacks_padding = "no padding token is defined" in reason
         raise ConversionError(
-            f"torch cannot write {type(model).__name__} for {form}: {_reason(error)}",
-            remedy="use the eager or the lean form",
+            f"torch cannot write {type(model).__name__} for {form}: {reason}",
+            remedy="say its pad_token_id in config.json"
+            if lacks_padding
+            else "use the eager or the lean form",
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,28 @@ def test_a_file_holds_no_pickle_and_no_directory_of_this_machine(
             assert str(place).encode() not in content
 
 
+def test_a_program_is_loaded_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a classifier with two stacks, torch drops a size that it still had bounds for."""
+    TorchExport().write(MODELS["two stacks"](), "fp32", tmp_path / "model.pt2")
+    torch.export.load(tmp_path / "model.pt2").module()
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
 def test_what_has_no_program_says_so() -> None:
     writes = tiny_model("t5", "ForConditionalGeneration")
     with pytest.raises(ConversionError, match=r"and the torch\.export form has no cache"):
         trace(writes, TorchExport.title)
+    merged = student(
+        router="merged_sequence",
+        num_shared=0,
+        expert_size=32,
+        tie_shared=False,
+        method="full_copy",
+    )
+    with pytest.raises(ConversionError) as caught:
+        trace(merged, TorchExport.title)
+    assert "moe-dist export DIR --average" in caught.value.remedy
+    unpadded = tiny_model("gpt2", "ForSequenceClassification", pad_token_id=None)
+    with pytest.raises(ConversionError) as caught:
+        trace(unpadded, TorchExport.title)
+    assert "pad_token_id" in caught.value.remedy

@@ -20,8 +20,8 @@ def student(family: str = "bert", kind: str = "", **options: Any) -> Any:
         num_experts=3,
         expert_size=options.pop("expert_size", 12),
         num_shared_neurons=options.pop("num_shared", 6),
-        tie_shared=True,
-        method="importance",
+        tie_shared=options.pop("tie_shared", True),
+        method=options.pop("method", "importance"),
     )
     return dense_to_moe(model, plan, **options).eval()
 

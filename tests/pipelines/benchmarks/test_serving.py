@@ -91,6 +91,7 @@ def test_a_report_says_what_was_dropped(tmp_path: Path) -> None:
         offline_texts_per_s=200,
         offline_batches="planned batches",
         waiting_texts_per_s=190,
+        half_waiting_texts_per_s=170,
         steady=serving.Phase(170, 10, 25, 100, {}),
         reloading=serving.Phase(90, 20, 60, 104, {"status 500": 3}),
         reload_s=8,
@@ -98,6 +99,7 @@ def test_a_report_says_what_was_dropped(tmp_path: Path) -> None:
         padding_share=0.125,
         of_offline=0.85,
         of_waiting=0.89,
+        of_half_waiting=0.99,
         num_dropped=3,
         busy_cores=0.5,
     )

