@@ -28,21 +28,24 @@ class SharedReduction:
 
     Args:
         memory: of the group, `needed_bytes` large.
+        chunk_bytes: of one rank in one phase; a multiple of a cache line.
     """
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: SharedMemory, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._memory = memory
+        self._chunk_bytes = chunk_bytes
         self._num_ranks = dist.get_world_size(memory.group)
         self._rank = dist.get_rank(memory.group)
-        chunks, sums = memory.bytes.split([2 * self._num_ranks * CHUNK_BYTES, 2 * CHUNK_BYTES])
-        self._chunks = chunks.view(2, self._num_ranks, CHUNK_BYTES)
-        self._sums = sums.view(2, CHUNK_BYTES)
+        lines = memory.bytes.view(2, self._num_ranks + 1, chunk_bytes)
+        self._chunks, self._sums = lines[:, :-1], lines[:, -1]
 
     @classmethod
-    def over(cls, group: dist.ProcessGroup) -> SharedReduction | None:
+    def over(
+        cls, group: dist.ProcessGroup, chunk_bytes: int = CHUNK_BYTES
+    ) -> SharedReduction | None:
         """Share memory over a group; None, on all ranks, where it cannot be. Collective."""
-        memory = share_memory(group, needed_bytes(dist.get_world_size(group)))
-        return None if memory is None else cls(memory)
+        memory = share_memory(group, needed_bytes(dist.get_world_size(group), chunk_bytes))
+        return None if memory is None else cls(memory, chunk_bytes)
 
     def average(self, tensors: Sequence[Tensor], divisor: int) -> None:
         """Add up each tensor over ranks and divide it by `divisor`, in place.
@@ -65,7 +68,7 @@ class SharedReduction:
         self._reduce([tensor.view(-1)] if tensor.numel() else [], torch.maximum, 1)
 
     def _reduce(self, flat: Sequence[Tensor], combine: Combine, divisor: int) -> None:
-        chunks = _cut(flat)
+        chunks = _cut(flat, self._chunk_bytes)
         for phase in range(len(chunks) + 2 if chunks else 0):
             if phase < len(chunks):
                 pieces = chunks[phase]
@@ -83,25 +86,26 @@ class SharedReduction:
     def _combine(self, pieces: list[Tensor], side: int, combine: Combine, divisor: int) -> None:
         """Combine this rank's share of all ranks' chunks."""
         share = _share(sum(map(Tensor.numel, pieces)), self._rank, self._num_ranks, pieces[0])
-        parts = [_elements(chunk, pieces)[share] for chunk in self._chunks[side]]
+        first, *others = [_elements(chunk, pieces)[share] for chunk in self._chunks[side]]
         result = _elements(self._sums[side], pieces)[share]
         is_short = result.is_floating_point() and result.element_size() < 4
-        total = result.float() if is_short else result
-        combine(parts[0], parts[1], out=total)
-        for part in parts[2:]:
-            combine(total, part, out=total)
+        if is_short:
+            first = first.float()
+        total = first if is_short else result
+        for other in others:
+            first = combine(first, other, out=total)
         if divisor != 1:
             total.div_(divisor)
         if is_short:
             result.copy_(total)
 
 
-def needed_bytes(num_ranks: int) -> int:
-    """Return how much memory the ranks share, all together."""
-    return 2 * (num_ranks + 1) * CHUNK_BYTES
+def needed_bytes(num_ranks: int, chunk_bytes: int) -> int:
+    """Return how much memory the ranks share: two chunks for each, and two of sums."""
+    return 2 * (num_ranks + 1) * chunk_bytes
 
 
-def _cut(flat: Sequence[Tensor]) -> list[list[Tensor]]:
+def _cut(flat: Sequence[Tensor], chunk_bytes: int) -> list[list[Tensor]]:
     """Cut flat tensors of one dtype into chunks: the pieces, in order, that fill one each."""
     chunks: list[list[Tensor]] = []
     room = 0
@@ -110,7 +114,7 @@ def _cut(flat: Sequence[Tensor]) -> list[list[Tensor]]:
         while start < tensor.numel():
             if room == 0:
                 chunks.append([])
-                room = CHUNK_BYTES // tensor.element_size()
+                room = chunk_bytes // tensor.element_size()
             piece = tensor[start : start + room]
             chunks[-1].append(piece)
             start += piece.numel()
