@@ -12,7 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.expert_parallel import expert_data_group, expert_group
+from moe_dist.distributed.expert_parallel import (
+    expert_data_group,
+    expert_group,
+    share_mailboxes,
+)
 from moe_dist.distributed.moments import (
     read_flat_moments,
     read_plain_moments,
@@ -86,6 +90,9 @@ class DeepSpeedEngine(ScheduledEngine):
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
+        if ep_size > 1 and device.type == "cpu":
+            with collective("shared memory for tokens"):
+                share_mailboxes(model)
         self._everyone: Reduction | None = None
         self._same_experts: Reduction | None = None
         if zero_stage == 0:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from moe_dist.distributed.peers import own_machine
 
 MAX_RANKS = 16
 """Every two ranks have a socket of their own, and a process may hold 1024 files."""
+WORD_BYTES = 16
 _TOKEN_BYTES = 16
 _PATIENCE_S = 20.0
 _SPIN_S = 1e-4
@@ -46,7 +47,7 @@ class SharedMemory:
         group: the ranks.
         memory: descriptor of the block, which is closed here.
         num_bytes: its size.
-        links: a connected socket for each other rank.
+        links: a connected socket for each other rank, in their order.
     """
 
     def __init__(
@@ -60,36 +61,63 @@ class SharedMemory:
         with os.fdopen(memory) as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         self.bytes: Tensor = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._links = list(links)
+        own = dist.get_rank(group)
+        others = [rank for rank in range(dist.get_world_size(group)) if rank != own]
+        self._links = dict(zip(others, links, strict=True))
         self._timeout_s = _timeout(group).total_seconds()
-        for link in self._links:
+        for link in links:
             _limit_wait(link, self._timeout_s)
-        weakref.finalize(self, _close, self._links)
+        weakref.finalize(self, _close, links)
 
     def wait(self) -> None:
         """Wait until all ranks of the group have called this as often; collective.
 
-        What each wrote before is there for all others after it.
+        What each wrote before is there for all others after it. Errors are those of `hear`.
+        """
+        for rank in self._links:
+            self.tell(rank, _ARRIVED)
+        for rank in self._links:
+            self.hear(rank)
+
+    def tell(self, rank: int, word: bytes) -> None:
+        """Send a word to another rank of the group, which then sees what was written before.
+
+        Args:
+            rank: in the group.
+            word: of 1 to `WORD_BYTES` bytes.
+
+        Raises:
+            RuntimeError: as `hear`.
+        """
+        try:
+            self._links[rank].send(word)
+        except OSError:
+            self._fail()
+
+    def hear(self, rank: int) -> bytes:
+        """Wait for the next word of another rank.
 
         Raises:
             RuntimeError: if a rank is lost, as collectives of the group's backend raise it, or
                 if the group's timeout is over.
         """
         try:
-            for link in self._links:
-                link.send(_ARRIVED)
-            lost = any(not _received(link) for link in self._links)
+            word = _received(self._links[rank])
         except BlockingIOError as fault:
             raise RuntimeError(
-                f"timed out after {self._timeout_s:.0f} s of waiting for another rank's gradients"
+                f"timed out after {self._timeout_s:.0f} s of waiting for another rank"
             ) from fault
         except OSError:
-            lost = True
-        if lost:
-            # It fails as everything else does after a rank's death; a rank that lives, and has
-            # only left off, is waited for as long as in any collective.
-            dist.barrier(self.group)
-            raise RuntimeError("a rank of the group has closed its shared memory")
+            word = b""
+        if not word:
+            self._fail()
+        return word
+
+    def _fail(self) -> NoReturn:
+        # It fails as everything else does after a rank's death; a rank that lives, and has only
+        # left off, is waited for as long as in any collective.
+        dist.barrier(self.group)
+        raise RuntimeError("a rank of the group has closed its shared memory")
 
 
 def share_memory(group: dist.ProcessGroup, num_bytes: int) -> SharedMemory | None:
@@ -190,7 +218,8 @@ class _Host:
             ends: list[list[int]] = [[] for _ in range(num_ranks)]
             for rank in range(num_ranks):
                 for other in range(rank):
-                    for at, end in zip((rank, other), socket.socketpair(), strict=True):
+                    pair = socket.socketpair(type=socket.SOCK_SEQPACKET)
+                    for at, end in zip((rank, other), pair, strict=True):
                         stack.enter_context(end)
                         ends[at].append(end.fileno())
             for rank, guest in guests.items():
@@ -238,9 +267,9 @@ def _received(link: socket.socket) -> bytes:
     end = time.monotonic() + _SPIN_S
     while time.monotonic() < end:
         with suppress(BlockingIOError):
-            return link.recv(1, socket.MSG_DONTWAIT)
+            return link.recv(WORD_BYTES, socket.MSG_DONTWAIT)
         os.sched_yield()
-    return link.recv(1)
+    return link.recv(WORD_BYTES)
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def run_obstacles(rank: int, num_ranks: int, out: Path) -> None:
     assert isinstance(reduction, SharedReduction)
     check_average(rank, num_ranks, reduction)
     assert os.listdir("/dev/shm") == held
+    # The memory, and a link to the other rank.
+    assert num_descriptors() == descriptors + 2
     dist.barrier()
     del reduction
     gc.collect()
@@ -155,7 +158,16 @@ def check_average(rank: int, num_ranks: int, reduction: BackendReduction | Share
 
 
 def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """Count open Unix sockets and memory without a name: what is not the group's own."""
+    own = Path("/proc/net/unix").read_text().split()
+    targets = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            targets.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sum(
+        target.startswith("/memfd:moe-dist") or target[len("socket:[") : -1] in own
+        for target in targets
+    )
 
 
 @pytest.mark.distributed
