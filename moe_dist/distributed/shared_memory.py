@@ -97,6 +97,12 @@ class SharedMemory:
     def hear(self, rank: int) -> bytes:
         """Wait for the next word of another rank.
 
+        Args:
+            rank: in the group.
+
+        Returns:
+            The word.
+
         Raises:
             RuntimeError: if a rank is lost, as collectives of the group's backend raise it, or
                 if the group's timeout is over.
