@@ -55,7 +55,11 @@ class Mailboxes:
         return None if memory is None else cls(memory)
 
     def send(self, peer: int, pieces: Sequence[Tensor]) -> dist.Work | None:
-        """Send a message of several contiguous CPU tensors; `peer` is the rank in the group.
+        """Send a message.
+
+        Args:
+            peer: rank in the group.
+            pieces: contiguous CPU tensors that it consists of.
 
         Returns:
             What to wait for before the tensors change, if anything.
