@@ -22,6 +22,7 @@ from moe_dist.distributed.exchange import (
     Traffic,
     plan_route,
 )
+from moe_dist.distributed.mailboxes import Mailboxes
 from moe_dist.distributed.position import collective
 from moe_dist.moe import Experts, Routing
 from moe_dist.moe.dispatch import permute, sort_slots, unpermute
@@ -35,7 +36,7 @@ class AllToAllDispatcher:
     included: counts are exchanged first, nothing is padded; what `Routing.kept` leaves out is not
     sent. Tokens whose experts are here never travel; they are multiplied while the others
     do, one half on the way out and one on the way home. All ranks of the group must call it
-    together, equally often.
+    together, equally often. Where `mailboxes` are set, on all ranks, rows go through them.
 
     Args:
         group: the expert-parallel process group.
@@ -47,6 +48,7 @@ class AllToAllDispatcher:
         self.group = group
         self._places = None if places is None else torch.tensor(places)
         self.traffic = Traffic()
+        self.mailboxes: Mailboxes | None = None
 
     def __call__(self, hidden_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Apply the chosen experts, numbered globally, to this rank's tokens.
@@ -63,7 +65,7 @@ class AllToAllDispatcher:
         dtype = compute_dtype(hidden_TD)
         rows_SD = permute(hidden_TD.to(dtype), order)
         sent_GL, received_GL = self._exchange_counts(order.tokens_per_expert_E.view(num_ranks, -1))
-        route = plan_route(sent_GL, received_GL, rank, self.group, self.traffic)
+        route = plan_route(sent_GL, received_GL, rank, self.group, self.traffic, self.mailboxes)
         first_counts, second_counts = _halves(sent_GL[rank])
         received_counts = torch.tensor(received_GL)
         received_counts[rank] = 0

@@ -12,7 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.expert_parallel import expert_data_group, expert_group
+from moe_dist.distributed.expert_parallel import (
+    expert_data_group,
+    expert_group,
+    share_mailboxes,
+)
 from moe_dist.distributed.moments import (
     read_flat_moments,
     read_plain_moments,
@@ -21,14 +25,14 @@ from moe_dist.distributed.moments import (
 )
 from moe_dist.distributed.parameter_groups import is_expert_slice
 from moe_dist.distributed.position import collective, mark_calls
-from moe_dist.distributed.reduction import average_gradients
+from moe_dist.distributed.reduction import Reduction, average_gradients, reduction_over
 from moe_dist.distributed.schedule import LearningRateSchedule
 from moe_dist.distributed.scheduled_engine import ScheduledEngine
 from moe_dist.distributed.update import (
     Precision,
     checked_norm,
+    clipped,
     fill_missing_gradients,
-    scale_gradients,
     set_rates,
 )
 
@@ -86,8 +90,14 @@ class DeepSpeedEngine(ScheduledEngine):
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
+        if ep_size > 1 and device.type == "cpu":
+            with collective("shared memory for tokens"):
+                share_mailboxes(model)
+        self._everyone: Reduction | None = None
+        self._same_experts: Reduction | None = None
         if zero_stage == 0:
             self._engine.enable_backward_allreduce = False
+            self._connect_ranks()
         else:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
             mark_calls(self._engine.optimizer, "reduce_ipg_grads", "reduction of gradients")
@@ -98,9 +108,19 @@ class DeepSpeedEngine(ScheduledEngine):
         self._engine.backward(loss, scale_wrt_gas=False)
         if self.zero_stage == 0 and is_last_micro_batch:
             fill_missing_gradients(self._trained)
-            experts = expert_data_group(self.ep_size) if self.ep_size > 1 else None
             with collective("reduction of gradients"):
-                average_gradients(self._trained, experts)
+                average_gradients(self._trained, self._everyone, self._same_experts)
+
+    def _connect_ranks(self) -> None:
+        """Find out how gradients are added up over ranks; collective."""
+        with collective("shared memory for gradients"):
+            world = dist.group.WORLD
+            assert world is not None
+            self._everyone = reduction_over(world, self.device)
+            if self.ep_size > 1:
+                expert_group(self.ep_size)
+                group = expert_data_group(self.ep_size)
+                self._same_experts = reduction_over(group, self.device)
 
     def step(self) -> float:
         """Clip, update and clear the gradients; give all ranks' norm before clipping."""
@@ -108,8 +128,8 @@ class DeepSpeedEngine(ScheduledEngine):
         if self.zero_stage == 0:
             norm = checked_norm(self._whole_norm(), self.steps_done)
             gradients = [p.grad for p in self._trained if p.grad is not None]
-            scale_gradients(gradients, norm, self._max_grad_norm)
-            self._engine.step()
+            with clipped(self.optimizer, gradients, norm, self._max_grad_norm):
+                self._engine.step()
         else:
             # Stages 1 and 2 leave the weights alone where the norm is not finite.
             with collective("update of partitioned weights"):

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.distributed.mailboxes import Mailboxes
 from moe_dist.distributed.position import collective
 
 
 @dataclass
 class Traffic:
-    """What this process gave to the backend to send; counters, since a training has no end of it.
+    """What this process gave away to send; counters, since a training has no end of it.
 
     Args:
         num_exchanges: exchanges of rows so far, empty ones included.
@@ -46,6 +47,7 @@ class Route:
         num_received: R.
         group: the expert-parallel process group.
         traffic: where sent bytes are noted.
+        mailboxes: of the group, where its ranks share memory.
     """
 
     slots: list[tuple[int, slice]]
@@ -55,6 +57,7 @@ class Route:
     num_received: int
     group: dist.ProcessGroup
     traffic: Traffic
+    mailboxes: Mailboxes | None = None
 
 
 def plan_route(
@@ -63,6 +66,7 @@ def plan_route(
     rank: int,
     group: dist.ProcessGroup,
     traffic: Traffic,
+    mailboxes: Mailboxes | None = None,
 ) -> Route:
     """Lay out the rows of both sides.
 
@@ -72,6 +76,7 @@ def plan_route(
         rank: this rank's number in the group.
         group: the group.
         traffic: where sent bytes are noted.
+        mailboxes: of the group, where its ranks share memory.
 
     Returns:
         The route. Received rows lie by expert, then by rank, so experts read them as they come.
@@ -96,7 +101,7 @@ def plan_route(
     if len(sent_GL) == 2:
         # Both sides' rows of one peer are adjacent: one message does.
         slots, received = _joined(slots), _joined(received)
-    return Route(slots, received, kept, start, end, group, traffic)
+    return Route(slots, received, kept, start, end, group, traffic, mailboxes)
 
 
 def _joined(messages: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
@@ -116,6 +121,7 @@ class RowExchange:
     def __init__(self, route: Route) -> None:
         self.route = route
         self._works: list[dist.Work] = []
+        self._expected: list[tuple[int, int, list[Tensor]]] = []
         self._in_flight: tuple[Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, outward: bool) -> Tensor:
@@ -135,23 +141,49 @@ class RowExchange:
         )
         rows = rows.contiguous()
         target = rows.new_empty(size, *rows.shape[1:])
-        messages = [_message(dist.irecv, target[where], peer, route) for peer, where in receives]
-        messages += [_message(dist.isend, rows[where], peer, route) for peer, where in sends]
         route.traffic.num_exchanges += 1
         route.traffic.sent_bytes += sum(rows[where].nbytes for _, where in sends)
-        self._works = dist.batch_isend_irecv(messages) if messages else []
+        if route.mailboxes is None:
+            messages = [_message(dist.irecv, target[at], peer, route) for peer, at in receives]
+            messages += [_message(dist.isend, rows[at], peer, route) for peer, at in sends]
+            self._works = dist.batch_isend_irecv(messages) if messages else []
+        else:
+            self._hand_over(_by_peer(rows, sends), _by_peer(target, receives), route.mailboxes)
         self._in_flight = rows, target
         return target
+
+    def _hand_over(
+        self,
+        sends: dict[int, list[Tensor]],
+        receives: dict[int, list[Tensor]],
+        mailboxes: Mailboxes,
+    ) -> None:
+        with collective("all-to-all of tokens"):
+            works = [mailboxes.send(peer, pieces) for peer, pieces in sends.items()]
+        self._works = [work for work in works if work is not None]
+        self._expected = [
+            (peer, mailboxes.expect(peer), pieces) for peer, pieces in receives.items()
+        ]
 
     def wait(self) -> Tensor:
         """Wait for all messages, and return what `start` returned."""
         assert self._in_flight is not None, "nothing was started"
         with collective("all-to-all of tokens"):
+            for peer, number, pieces in self._expected:
+                assert self.route.mailboxes is not None
+                self.route.mailboxes.take(peer, number, pieces)
             for work in self._works:
                 work.wait()
         target = self._in_flight[1]
-        self._works, self._in_flight = [], None
+        self._works, self._expected, self._in_flight = [], [], None
         return target
+
+
+def _by_peer(rows: Tensor, messages: list[tuple[int, slice]]) -> dict[int, list[Tensor]]:
+    pieces: dict[int, list[Tensor]] = {}
+    for peer, where in messages:
+        pieces.setdefault(peer, []).append(rows[where])
+    return pieces
 
 
 def _message(operation: Any, rows: Tensor, peer: int, route: Route) -> dist.P2POp:

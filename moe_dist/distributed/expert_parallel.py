@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_dist.distributed.all_to_all import AllToAllDispatcher
 from moe_dist.distributed.expert_placement import Order, places
+from moe_dist.distributed.mailboxes import Mailboxes
 from moe_dist.distributed.merged_experts import decide_over_group, merge_over_group
 from moe_dist.distributed.parameter_groups import moe_layers
 from moe_dist.errors import ConfigError
@@ -135,6 +136,17 @@ def parallelize_experts(
         parent = model.get_submodule(parent_name)
         order = None if orders is None or layer.merges else orders.get(name)
         setattr(parent, attribute, SPREAD[type(layer)](layer, ep_size, order))
+
+
+def share_mailboxes(model: nn.Module) -> None:
+    """Let tokens go through shared memory where ranks are on one machine's CPU; collective."""
+    of_group: dict[dist.ProcessGroup, Mailboxes | None] = {}
+    for _, layer in moe_layers(model):
+        dispatcher = layer.dispatcher
+        if isinstance(layer, ExpertParallelMoE) and isinstance(dispatcher, AllToAllDispatcher):
+            if dispatcher.group not in of_group:
+                of_group[dispatcher.group] = Mailboxes.over(dispatcher.group)
+            dispatcher.mailboxes = of_group[dispatcher.group]
 
 
 def check_ep_size(model: nn.Module, ep_size: int, world_size: int) -> None:

@@ -134,7 +134,7 @@ def own_peer(listener: Listener | None = None) -> Peer:
         host=socket.gethostname(),
         address=listener.address if listener else "",
         port=listener.port if listener else 0,
-        machine=_machine(),
+        machine=own_machine(),
     )
 
 
@@ -200,7 +200,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return received
 
 
-def _machine() -> str:
+def own_machine() -> str:
     """Name the boot of the kernel and the container in it: there a process id means a process."""
     with suppress(OSError):
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:

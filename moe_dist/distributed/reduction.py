@@ -9,6 +9,7 @@ Shapes: V rows of a table, D columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,39 +17,98 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moe_dist.distributed.parameter_groups import is_expert_slice
+from moe_dist.distributed.shared_reduction import SharedReduction
 
 # Smaller matrices are not worth a message of their own.
 MIN_TABLE_ROWS = 4096
 
 
+class Reduction(Protocol):
+    """How tensors are added up over a group; every method is collective and works in place."""
+
+    def average(self, tensors: Sequence[Tensor], divisor: int) -> None:
+        """Add up each tensor over ranks and divide it by `divisor`."""
+        ...
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Take the maximum of each element over ranks."""
+        ...
+
+
+class BackendReduction:
+    """The backend's own all-reduce.
+
+    Args:
+        group: the ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def average(self, tensors: Sequence[Tensor], divisor: int) -> None:
+        """Send all tensors of a dtype in one message."""
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            same = [tensor for tensor in tensors if tensor.dtype is dtype]
+            flat = _flatten_dense_tensors(same)
+            dist.all_reduce(flat, group=self._group)
+            flat.div_(divisor)
+            torch._foreach_copy_(same, list(_unflatten_dense_tensors(flat, same)))
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Take the maximum of each element over ranks."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+
+
+def reduction_over(group: dist.ProcessGroup, device: torch.device) -> Reduction | None:
+    """Return the fastest way to add up tensors of a device over a group; collective.
+
+    None for a group of one rank. Through shared memory where all ranks are processes of one
+    machine that train on its CPU, else by the group's backend.
+    """
+    if dist.get_world_size(group) == 1:
+        return None
+    shared = SharedReduction.over(group) if device.type == "cpu" else None
+    return BackendReduction(group) if shared is None else shared
+
+
 def average_gradients(
-    parameters: Sequence[nn.Parameter], expert_data_group: dist.ProcessGroup | None
+    parameters: Sequence[nn.Parameter],
+    everyone: Reduction | None,
+    same_experts: Reduction | None,
 ) -> None:
     """Add up gradients over ranks and divide them by the number of ranks, in place; collective.
 
     Args:
         parameters: all with gradients, in the same order on every rank.
-        expert_data_group: the ranks that hold the same experts; None where no parameter is a slice
-            of experts. Their gradients have the other ranks' tokens already, so they too are
-            divided by the number of all ranks.
+        everyone: over all ranks; None where there is one.
+        same_experts: over the ranks that hold the same experts; None where that is one, or no
+            parameter is a slice of experts. Their gradients have the other ranks' tokens already,
+            so they too are divided by the number of all ranks.
     """
     num_ranks = dist.get_world_size()
-    whole: list[Tensor] = []
-    experts: list[Tensor] = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        assert gradient is not None
-        if is_expert_slice(parameter):
-            experts.append(gradient)
-        elif _may_be_sparse(gradient):
-            _average_rows(gradient, num_ranks)
-        else:
-            whole.append(gradient)
-    _average_all(whole, num_ranks, None)
-    if expert_data_group is not None and dist.get_world_size(expert_data_group) > 1:
-        _average_all(experts, num_ranks, expert_data_group)
+    experts = [_gradient(p) for p in parameters if is_expert_slice(p)]
+    if same_experts is not None:
+        same_experts.average(experts, num_ranks)
     elif experts:
         torch._foreach_div_(experts, num_ranks)
+    if everyone is None:
+        return
+    whole: list[Tensor] = []
+    packed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for gradient in (_gradient(p) for p in parameters if not is_expert_slice(p)):
+        rows = _touched_rows(gradient, everyone) if _may_be_sparse(gradient) else None
+        if rows is None:
+            whole.append(gradient)
+        else:
+            packed.append((gradient, rows, gradient.index_select(0, rows)))
+    everyone.average([*(few for _, _, few in packed), *whole], num_ranks)
+    for gradient, rows, few in packed:
+        gradient.index_copy_(0, rows, few)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _may_be_sparse(gradient: Tensor) -> bool:
@@ -61,26 +121,10 @@ def _may_be_sparse(gradient: Tensor) -> bool:
     )
 
 
-def _average_rows(grad_VD: Tensor, num_ranks: int) -> None:
-    """Send only rows that are not zero on some rank, unless that is most of them."""
-    live_V = (torch.linalg.vector_norm(grad_VD, ord=float("inf"), dim=1) != 0).to(torch.uint8)
-    dist.all_reduce(live_V, op=dist.ReduceOp.MAX)
+def _touched_rows(grad_VD: Tensor, everyone: Reduction) -> Tensor | None:
+    """Find the rows that are not zero on some rank; None where these are most."""
+    # Of bytes, since along rows of floats no reduction that sees NaN is a tenth as fast on CPUs.
+    live_V = grad_VD.view(torch.uint8).any(dim=1).to(torch.uint8)
+    everyone.maximum(live_V)
     rows = live_V.nonzero().squeeze(1)
-    if 2 * rows.numel() > grad_VD.shape[0]:
-        dist.all_reduce(grad_VD)
-        grad_VD.div_(num_ranks)
-        return
-    packed = grad_VD.index_select(0, rows)
-    dist.all_reduce(packed)
-    grad_VD.index_copy_(0, rows, packed.div_(num_ranks))
-
-
-def _average_all(
-    gradients: Sequence[Tensor], num_ranks: int, group: dist.ProcessGroup | None
-) -> None:
-    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
-        same = [gradient for gradient in gradients if gradient.dtype is dtype]
-        flat = _flatten_dense_tensors(same)
-        dist.all_reduce(flat, group=group)
-        flat.div_(num_ranks)
-        torch._foreach_copy_(same, list(_unflatten_dense_tensors(flat, same)))
+    return None if 2 * rows.numel() > grad_VD.shape[0] else rows

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_dist.distributed import spawn_gloo
 from moe_dist.distributed.all_to_all import AllToAllDispatcher
 from moe_dist.distributed.exchange import RowExchange, Traffic, plan_route
+from moe_dist.distributed.mailboxes import Mailboxes
 from moe_dist.moe import Experts, LocalDispatcher, Routing
 
 D_MODEL, NUM_EXPERTS = 8, 8
@@ -41,7 +42,9 @@ def run_dispatches(rank: int, num_ranks: int, top_ks: tuple[int, ...], out: Path
     (out / f"{rank}.json").write_text(json.dumps(seen))
 
 
-def run_dispatch(rank: int, num_ranks: int, top_k: int) -> dict[str, float]:
+def run_dispatch(
+    rank: int, num_ranks: int, top_k: int, mailboxes: Mailboxes | None = None
+) -> dict[str, float]:
     """Dispatch uneven batches, and compare with all experts in one process."""
     torch.manual_seed(0)
     whole = Experts(NUM_EXPERTS, D_MODEL, 6, activation="gelu")
@@ -55,6 +58,7 @@ def run_dispatch(rank: int, num_ranks: int, top_k: int) -> dict[str, float]:
     group = dist.group.WORLD
     assert group is not None
     dispatcher = AllToAllDispatcher(group)
+    dispatcher.mailboxes = mailboxes
     hidden_TD, routing = batches[rank]
     output_TD = dispatcher(hidden_TD, routing, mine)
     output_TD.square().sum().backward()

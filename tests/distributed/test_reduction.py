@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_dist.distributed import spawn_gloo
-from moe_dist.distributed.reduction import MIN_TABLE_ROWS, average_gradients
+from moe_dist.distributed.reduction import MIN_TABLE_ROWS, BackendReduction, average_gradients
 
 NUM_ROWS, WIDTH = MIN_TABLE_ROWS + 3, 4
 
@@ -26,8 +26,8 @@ def test_tables_and_experts_are_averaged(tmp_path: Path) -> None:
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen["differences"] == dict.fromkeys(("few", "most", "bias", "experts"), 0.0)
         assert seen["poisoned_rows"] == [5]
-        # A mark for each row, the packed rows, and what is no table.
-        assert seen["sent"][:2] == [NUM_ROWS, 3 * WIDTH]
+        # A mark for each row of both tables, then the packed rows and what is sent whole.
+        assert seen["sent"] == [NUM_ROWS, NUM_ROWS, (3 + NUM_ROWS + 1) * WIDTH]
 
 
 def gradients(rank: int) -> dict[str, torch.Tensor]:
@@ -52,14 +52,15 @@ def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
         parameters.append(parameter)
     sent: list[int] = []
-    original = dist.all_reduce
+    original, world = dist.all_reduce, dist.group.WORLD
+    assert world is not None
 
     def counted(tensor: torch.Tensor, **options: object) -> object:
         sent.append(tensor.numel())
         return original(tensor, **options)
 
     with patch.object(dist, "all_reduce", counted):
-        average_gradients(parameters, None)
+        average_gradients(parameters, BackendReduction(world), None)
     everyone = [gradients(other) for other in range(num_ranks)]
     expected = {name: sum(g[name] for g in everyone) / num_ranks for name in everyone[0]}
     expected["experts"] = everyone[rank]["experts"] / num_ranks
@@ -71,7 +72,7 @@ def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
     table.grad = torch.zeros_like(table)
     if rank == 1:
         table.grad[5, 0] = math.nan
-    average_gradients([table], None)
+    average_gradients([table], BackendReduction(world), None)
     poisoned = table.grad.isnan().any(dim=1).nonzero().flatten().tolist()
     seen = {"differences": differences, "poisoned_rows": poisoned, "sent": sent}
     (out / f"{rank}.json").write_text(json.dumps(seen))

@@ -39,9 +39,10 @@ Ranks = list[BaseProcess]
 def start(tmp_path: Path) -> Callable[..., Ranks]:
     context = multiprocessing.get_context("forkserver")
 
-    def start(fault: str, world_size: int = 2) -> Ranks:
+    def start(fault: str, world_size: int = 2, *, shared: bool = False) -> Ranks:
+        told = (str(tmp_path), fault, LIMIT_S, shared)
         ranks: Ranks = [
-            context.Process(target=run_rank, args=(rank, world_size, str(tmp_path), fault, LIMIT_S))
+            context.Process(target=run_rank, args=(rank, world_size, *told))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -79,8 +80,11 @@ def test_rank_that_sleeps_in_forward_is_named(start: Callable[..., Ranks], tmp_p
 
 
 @pytest.mark.distributed
-def test_stopped_rank_is_named_and_ended(start: Callable[..., Ranks], tmp_path: Path) -> None:
-    ranks = start("is stopped")
+@pytest.mark.parametrize("shared", [False, True])
+def test_stopped_rank_is_named_and_ended(
+    start: Callable[..., Ranks], tmp_path: Path, shared: bool
+) -> None:
+    ranks = start("is stopped", shared=shared)
     assert ended(ranks) == [EXIT_CODE, -signal.SIGKILL]
     note = json.loads((tmp_path / "fault-1.json").read_text())
     assert f"pid {ranks[BAD_RANK].pid}) does not answer; rank 0" in note["message"]
@@ -90,8 +94,9 @@ def test_stopped_rank_is_named_and_ended(start: Callable[..., Ranks], tmp_path: 
 
 
 @pytest.mark.distributed
-def test_dead_rank_is_named(start: Callable[..., Ranks], tmp_path: Path) -> None:
-    ranks = start("dies")
+@pytest.mark.parametrize("shared", [False, True])
+def test_dead_rank_is_named(start: Callable[..., Ranks], tmp_path: Path, shared: bool) -> None:
+    ranks = start("dies", shared=shared)
     codes = ended(ranks)
     assert codes[BAD_RANK] == -signal.SIGKILL and codes[0] != 0
     message = reason(tmp_path)
