@@ -21,15 +21,19 @@ from moe_dist.inference.graphs.onnx_graph import write_graph
 from moe_dist.inference.graphs.onnx_session import open_graph, open_session
 from moe_dist.inference.graphs.traceable_ffn import TraceableFFN
 from moe_dist.moe.layer import moe_layers
-from moe_dist.moe.routing import record_routing, use_task
+from moe_dist.moe.routing import use_task
 from tests.conversion.dense_models import (
-    VOCAB_SIZE,
     logits_of,
     random_scores,
     tiny_model,
     token_batch,
 )
-from tests.inference.graphs.traced_students import POOLED, of_one_token, student
+from tests.inference.graphs.traced_students import (
+    POOLED,
+    check_that_experts_follow_the_data,
+    hashed_student,
+    student,
+)
 
 INT8_TOLERANCE = 0.2
 """Of the largest output of a random model of 16 wide, where experts are chosen alike."""
@@ -37,10 +41,7 @@ INT8_TOLERANCE = 0.2
 
 @pytest.fixture(scope="module")
 def hashed() -> Any:
-    model = student(router="hash_random")
-    for layer in moe_layers(model):
-        layer.router.table.copy_(of_one_token(VOCAB_SIZE - 1))
-    return model
+    return hashed_student()
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,7 @@ def test_experts_follow_the_data(hashed: Any, graph: tuple[Path, Any]) -> None:
     """Traced with a text of one expert; answers those of the others, and of all of them mixed."""
     onnx = open_graph(hashed, *graph)
     assert measure_nearness(hashed, onnx).largest < 1e-5
-    used = set()
-    for tokens in ([VOCAB_SIZE - 1], [4], [5], [4, 5, VOCAB_SIZE - 1, 4, 7, 8], [5, 7, 9]):
-        batch = {"input_ids": torch.tensor([tokens])}
-        with record_routing() as record:
-            expected = logits_of(hashed, batch)
-        used.add(tuple(record.entries[0].routing.expert_ids.unique().tolist()))
-        torch.testing.assert_close(logits_of(onnx, batch), expected, rtol=1e-5, atol=1e-5)
-    assert used == {(0,), (1,), (2,), (0, 1, 2)}
+    check_that_experts_follow_the_data(hashed, onnx)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,14 @@ from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.errors import ConversionError
 from moe_dist.inference.graphs.torch_program import TorchExport, open_program
 from moe_dist.inference.graphs.tracing import SENTENCE_VECTOR, trace
-from moe_dist.moe.layer import moe_layers
-from moe_dist.moe.routing import record_routing, use_task
-from tests.conversion.dense_models import VOCAB_SIZE, logits_of, tiny_model, token_batch
-from tests.inference.graphs.traced_students import POOLED, of_one_token, student
+from moe_dist.moe.routing import use_task
+from tests.conversion.dense_models import logits_of, tiny_model, token_batch
+from tests.inference.graphs.traced_students import (
+    POOLED,
+    check_that_experts_follow_the_data,
+    hashed_student,
+    student,
+)
 
 MODELS = {
     "top-2": lambda: student(
@@ -32,10 +36,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def hashed() -> Any:
-    model = student(router="hash_random")
-    for layer in moe_layers(model):
-        layer.router.table.copy_(of_one_token(VOCAB_SIZE - 1))
-    return model
+    return hashed_student()
 
 
 def test_experts_follow_the_data(hashed: Any, tmp_path: Path) -> None:
@@ -44,14 +45,7 @@ def test_experts_follow_the_data(hashed: Any, tmp_path: Path) -> None:
     written = TorchExport().write(hashed, "fp32", path)
     assert written.nearness.largest < 1e-5
     program = open_program(hashed, path, written.spec)
-    used = set()
-    for tokens in ([VOCAB_SIZE - 1], [4], [5], [4, 5, VOCAB_SIZE - 1, 4, 7, 8], [5, 7, 9]):
-        batch = {"input_ids": torch.tensor([tokens])}
-        with record_routing() as record:
-            expected = logits_of(hashed, batch)
-        used.add(tuple(record.entries[0].routing.expert_ids.unique().tolist()))
-        torch.testing.assert_close(logits_of(program, batch), expected, rtol=1e-5, atol=1e-5)
-    assert used == {(0,), (1,), (2,), (0, 1, 2)}
+    check_that_experts_follow_the_data(hashed, program)
 
 
 @pytest.mark.parametrize("name", MODELS)
