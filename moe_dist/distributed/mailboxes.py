@@ -18,9 +18,10 @@ from moe_dist.distributed.shared_memory import SharedMemory, share_memory
 
 BOX_BYTES = 1 << 22
 """Of one rank's messages to all others in one exchange."""
-# Whether the message is in the box, and how many of the other's messages are taken, in order.
-_WORD = struct.Struct("<?Q")
-_MAX_TAG = 1 << 30
+# Whether the message is in the box, how many of the other's messages are taken, in order, and the
+# message's bytes.
+_WORD = struct.Struct("<?IQ")
+_MAX_TAG, _MANY = 1 << 30, 1 << 32
 
 
 class Mailboxes:
@@ -36,12 +37,12 @@ class Mailboxes:
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
         num_ranks, self._rank = dist.get_world_size(memory.group), dist.get_rank(memory.group)
-        # From which rank, to which one.
-        self._boxes = memory.bytes.view(2, num_ranks, num_ranks, -1)
+        # From which rank, to which of the others.
+        self._boxes = memory.bytes.view(2, num_ranks, num_ranks - 1, -1)
         self._num_sent = [0] * num_ranks
         self._num_expected = [0] * num_ranks
         self._num_taken_by = [0] * num_ranks
-        self._arrived: list[dict[int, bool]] = [{} for _ in range(num_ranks)]
+        self._arrived: list[dict[int, tuple[bool, int]]] = [{} for _ in range(num_ranks)]
         self._num_arrived = [0] * num_ranks
         self._taken: defaultdict[int, set[int]] = defaultdict(set)
         self._num_taken = [0] * num_ranks
@@ -50,8 +51,9 @@ class Mailboxes:
     def over(cls, group: dist.ProcessGroup, box_bytes: int = BOX_BYTES) -> Mailboxes | None:
         """Share memory over a group; None, on all ranks, where it cannot be. Collective."""
         num_ranks = dist.get_world_size(group)
-        of_one = box_bytes // max(1, num_ranks - 1) // 64 * 64
-        memory = share_memory(group, 2 * num_ranks**2 * of_one)
+        num_others = max(1, num_ranks - 1)
+        of_one = box_bytes // num_others // 64 * 64
+        memory = share_memory(group, 2 * num_ranks * num_others * of_one)
         return None if memory is None else cls(memory)
 
     def send(self, peer: int, pieces: Sequence[Tensor]) -> dist.Work | None:
@@ -66,9 +68,9 @@ class Mailboxes:
         """
         number = self._num_sent[peer]
         self._num_sent[peer] += 1
-        box = self._boxes[number % 2, self._rank, peer]
-        fits = sum(piece.nbytes for piece in pieces) <= box.numel()
-        in_box = fits and number - self._num_taken_by[peer] < 2
+        box = self._box(number, self._rank, peer)
+        num_bytes = sum(piece.nbytes for piece in pieces)
+        in_box = num_bytes <= box.numel() and number - self._num_taken_by[peer] < 2
         work = None
         if in_box:
             start = 0
@@ -78,10 +80,17 @@ class Mailboxes:
         else:
             whole = torch.cat([_bytes(piece) for piece in pieces])
             work = dist.isend(
-                whole, group=self._memory.group, group_dst=peer, tag=number % _MAX_TAG + 1
+                whole, group=self._memory.group, group_dst=peer, tag=self._tag(number)
             )
-        self._memory.tell(peer, _WORD.pack(in_box, self._num_taken[peer]))
+        self._memory.tell(peer, _WORD.pack(in_box, self._num_taken[peer] % _MANY, num_bytes))
         return work
+
+    def _tag(self, number: int) -> int:
+        """Of a message that goes through the backend, where other mailboxes of the group send."""
+        return (self._memory.mark + number) % _MAX_TAG + 1
+
+    def _box(self, number: int, source: int, target: int) -> Tensor:
+        return self._boxes[number % 2, source, target - (target > source)]
 
     def expect(self, peer: int) -> int:
         """Return the number of the next message from a rank that nobody was told of yet."""
@@ -89,18 +98,31 @@ class Mailboxes:
         return self._num_expected[peer] - 1
 
     def take(self, peer: int, number: int, pieces: Sequence[Tensor]) -> None:
-        """Wait for a rank's message of this number, and fill contiguous CPU tensors with it."""
+        """Wait for a rank's message of this number, and fill contiguous CPU tensors with it.
+
+        Args:
+            peer: rank in the group.
+            number: that `expect` gave.
+            pieces: to be filled.
+
+        Raises:
+            RuntimeError: if the message has another size, or the rank is lost.
+        """
         arrived = self._arrived[peer]
         while self._num_arrived[peer] <= number:
-            is_in_box, num_taken = _WORD.unpack(self._memory.hear(peer))
-            arrived[self._num_arrived[peer]] = is_in_box
+            in_box, num_taken, num_bytes = _WORD.unpack(self._memory.hear(peer))
+            arrived[self._num_arrived[peer]] = in_box, num_bytes
             self._num_arrived[peer] += 1
-            self._num_taken_by[peer] = num_taken
-        if arrived.pop(number):
-            whole = self._boxes[number % 2, peer, self._rank]
+            self._num_taken_by[peer] += (num_taken - self._num_taken_by[peer]) % _MANY
+        in_box, num_bytes = arrived.pop(number)
+        if num_bytes != sum(piece.nbytes for piece in pieces):
+            self._memory.abandon()
+            raise RuntimeError(f"rank {peer} of the group has sent another message than expected")
+        if in_box:
+            whole = self._box(number, peer, self._rank)
         else:
-            whole = torch.empty(sum(piece.nbytes for piece in pieces), dtype=torch.uint8)
-            dist.recv(whole, group=self._memory.group, group_src=peer, tag=number % _MAX_TAG + 1)
+            whole = torch.empty(num_bytes, dtype=torch.uint8)
+            dist.recv(whole, group=self._memory.group, group_src=peer, tag=self._tag(number))
         start = 0
         for piece in pieces:
             _bytes(piece).copy_(whole[start : start + piece.nbytes])

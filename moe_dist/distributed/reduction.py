@@ -8,6 +8,7 @@ Shapes: V rows of a table, D columns.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moe_dist.distributed.parameter_groups import is_expert_slice
+from moe_dist.distributed.shared_memory import MAX_RANKS
 from moe_dist.distributed.shared_reduction import SharedReduction
+
+logger = logging.getLogger(__name__)
 
 # Smaller matrices are not worth a message of their own.
 MIN_TABLE_ROWS = 4096
@@ -68,7 +72,16 @@ def reduction_over(group: dist.ProcessGroup, device: torch.device) -> Reduction 
     if dist.get_world_size(group) == 1:
         return None
     shared = SharedReduction.over(group) if device.type == "cpu" else None
-    return BackendReduction(group) if shared is None else shared
+    if shared is not None:
+        return shared
+    if device.type == "cpu" and dist.get_rank() == 0:
+        logger.info(
+            "gradients go through %s: ranks are of several machines or containers, more than %d, "
+            "or have no memory that they could share",
+            dist.get_backend(group),
+            MAX_RANKS,
+        )
+    return BackendReduction(group)
 
 
 def average_gradients(

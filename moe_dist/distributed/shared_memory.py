@@ -33,9 +33,12 @@ MAX_RANKS = 16
 """Every two ranks have a socket of their own, and a process may hold 1024 files."""
 WORD_BYTES = 16
 _TOKEN_BYTES = 16
-_PATIENCE_S = 20.0
+_PATIENCE_S, _GUEST_PATIENCE_S = 20.0, 0.5
 _SPIN_S = 1e-4
 _ARRIVED = b"\0"
+# How often ranks have waited, and for what.
+_WAIT = struct.Struct("<QQ")
+_MANY = 1 << 64
 
 T = TypeVar("T")
 
@@ -48,6 +51,7 @@ class SharedMemory:
         memory: descriptor of the block, which is closed here.
         num_bytes: its size.
         links: a connected socket for each other rank, in their order.
+        mark: a number of this memory alone, the same on all ranks.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class SharedMemory:
         memory: int,
         num_bytes: int,
         links: Sequence[socket.socket],
+        mark: int,
     ) -> None:
         self.group = group
+        self.mark = mark
         with os.fdopen(memory) as file:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         self.bytes: Tensor = torch.frombuffer(mapped, dtype=torch.uint8)
@@ -65,19 +71,32 @@ class SharedMemory:
         others = [rank for rank in range(dist.get_world_size(group)) if rank != own]
         self._links = dict(zip(others, links, strict=True))
         self._timeout_s = _timeout(group).total_seconds()
+        self._num_waits = 0
         for link in links:
             _limit_wait(link, self._timeout_s)
         weakref.finalize(self, _close, links)
 
-    def wait(self) -> None:
+    def wait(self, purpose: int = 0) -> None:
         """Wait until all ranks of the group have called this as often; collective.
 
-        What each wrote before is there for all others after it. Errors are those of `hear`.
+        What each wrote before is there for all others after it.
+
+        Args:
+            purpose: what is done, in a number that is the same on all ranks.
+
+        Raises:
+            RuntimeError: as `hear`, or if another rank does something else.
         """
+        self._num_waits += 1
+        word = _WAIT.pack(self._num_waits % _MANY, purpose % _MANY)
         for rank in self._links:
-            self.tell(rank, _ARRIVED)
+            self.tell(rank, word)
         for rank in self._links:
-            self.hear(rank)
+            if self.hear(rank) != word:
+                self.abandon()
+                raise RuntimeError(
+                    f"rank {rank} of the group shares memory for something else than this one"
+                )
 
     def tell(self, rank: int, word: bytes) -> None:
         """Send a word to another rank of the group, which then sees what was written before.
@@ -119,7 +138,15 @@ class SharedMemory:
             self._fail()
         return word
 
+    def abandon(self) -> None:
+        """Let all who wait for this rank know that it comes no more."""
+        for link in self._links.values():
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
     def _fail(self) -> NoReturn:
+        # Others may wait for this rank alone, and look at no other.
+        self.abandon()
         # It fails as everything else does after a rank's death; a rank that lives, and has only
         # left off, is waited for as long as in any collective.
         dist.barrier(self.group)
@@ -153,7 +180,8 @@ def share_memory(group: dist.ProcessGroup, num_bytes: int) -> SharedMemory | Non
         if not all(_tell_all(host is not None or guest is not None, group)):
             return None
         passed = host.admit(len(ranks)) if host else guest.receive(len(ranks)) if guest else None
-        shared = None if passed is None else _mapped(group, passed, num_bytes)
+        mark = int.from_bytes(token[:4])
+        shared = None if passed is None else _mapped(group, passed, num_bytes, mark)
         if all(_tell_all(shared is not None, group)):
             return shared
     return None
@@ -166,13 +194,14 @@ def _tell_all(own: T, group: dist.ProcessGroup) -> list[T]:
 
 
 def _mapped(
-    group: dist.ProcessGroup, descriptors: Sequence[int], num_bytes: int
+    group: dist.ProcessGroup, descriptors: Sequence[int], num_bytes: int, mark: int
 ) -> SharedMemory | None:
     memory, *links = descriptors
     sockets = [socket.socket(fileno=link) for link in links]
     try:
-        return SharedMemory(group, memory, num_bytes, sockets)
-    except (OSError, ValueError):
+        return SharedMemory(group, memory, num_bytes, sockets, mark)
+    # Whatever it is, the other ranks wait to hear of it.
+    except Exception:
         _close(sockets)
         return None
 
@@ -196,12 +225,13 @@ class _Host:
     @classmethod
     def open(cls, num_bytes: int, stack: ExitStack) -> _Host | None:
         """Make the memory and listen, until `stack` is left; None where that cannot be."""
-        if sys.platform != "linux":
+        # Some Pythons were built where the C library had no such memory.
+        if sys.platform != "linux" or not hasattr(os, "memfd_create"):
             return None
         with suppress(OSError):
             memory = os.memfd_create("moe-dist")
             stack.callback(os.close, memory)
-            # Memory that is not there is an error here, and would be a signal at its first use.
+            # Where the machine has too little this is an error, and not a signal at the first use.
             os.posix_fallocate(memory, 0, num_bytes)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             address = b"\0moe-dist-" + secrets.token_hex(_TOKEN_BYTES).encode()
@@ -213,14 +243,7 @@ class _Host:
     def admit(self, num_ranks: int) -> list[int] | None:
         """Give every other rank the memory and its links; returns the own ones."""
         with ExitStack() as stack, suppress(OSError):
-            guests: dict[int, socket.socket] = {}
-            while len(guests) < num_ranks - 1:
-                self.listener.settimeout(_PATIENCE_S)
-                guest = stack.enter_context(self.listener.accept()[0])
-                guest.settimeout(_PATIENCE_S)
-                said = guest.recv(_TOKEN_BYTES + 1, socket.MSG_WAITALL)
-                if secrets.compare_digest(said[:-1], self.token):
-                    guests[said[-1]] = guest
+            guests = self._meet(num_ranks - 1, stack)
             ends: list[list[int]] = [[] for _ in range(num_ranks)]
             for rank in range(num_ranks):
                 for other in range(rank):
@@ -232,6 +255,21 @@ class _Host:
                 socket.send_fds(guest, [_ARRIVED], [self.memory, *ends[rank]])
             return [os.dup(descriptor) for descriptor in (self.memory, *ends[0])]
         return None
+
+    def _meet(self, number: int, stack: ExitStack) -> dict[int, socket.socket]:
+        """Wait for so many ranks that know the token; an OSError if they do not come in time."""
+        guests: dict[int, socket.socket] = {}
+        end = time.monotonic() + _PATIENCE_S
+        while len(guests) < number:
+            self.listener.settimeout(max(1e-3, end - time.monotonic()))
+            guest = stack.enter_context(self.listener.accept()[0])
+            guest.settimeout(_GUEST_PATIENCE_S)
+            # Ranks have said it before they are waited for; strangers may say nothing.
+            with suppress(OSError):
+                said = guest.recv(_TOKEN_BYTES + 1, socket.MSG_WAITALL)
+                if secrets.compare_digest(said[:-1], self.token):
+                    guests[said[-1]] = guest
+        return guests
 
 
 @dataclass(frozen=True)
@@ -258,8 +296,10 @@ class _Guest:
     def receive(self, num_ranks: int) -> list[int] | None:
         """Take the memory and the links that the host gives."""
         with suppress(OSError):
-            flags = socket.MSG_CMSG_CLOEXEC
-            _, passed, _, _ = socket.recv_fds(self.connection, 1, num_ranks, flags)
+            _, passed, _, _ = socket.recv_fds(self.connection, 1, num_ranks)
+            for descriptor in passed:
+                # Python's own call does not pass the flag for that on.
+                os.set_inheritable(descriptor, False)
             if len(passed) == num_ranks:
                 return passed
             for descriptor in passed:

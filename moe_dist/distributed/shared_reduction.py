@@ -17,6 +17,7 @@ CHUNK_BYTES = 1 << 21
 _LINE_BYTES = 64
 
 Combine = Callable[..., Tensor]
+_KINDS: tuple[Combine, ...] = (torch.add, torch.maximum)
 
 
 class SharedReduction:
@@ -69,6 +70,8 @@ class SharedReduction:
 
     def _reduce(self, flat: Sequence[Tensor], combine: Combine, divisor: int) -> None:
         chunks = _cut(flat, self._chunk_bytes)
+        # Ranks that do not agree on this would add up something else.
+        purpose = 4 * sum(piece.nbytes for piece in flat) + _KINDS.index(combine)
         for phase in range(len(chunks) + 2 if chunks else 0):
             if phase < len(chunks):
                 pieces = chunks[phase]
@@ -81,7 +84,7 @@ class SharedReduction:
                 sums = _elements(self._sums[phase % 2], pieces)
                 torch._foreach_copy_(pieces, sums.split([piece.numel() for piece in pieces]))
             if phase <= len(chunks):
-                self._memory.wait()
+                self._memory.wait(purpose)
 
     def _combine(self, pieces: list[Tensor], side: int, combine: Combine, divisor: int) -> None:
         """Combine this rank's share of all ranks' chunks."""

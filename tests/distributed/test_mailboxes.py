@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def run_messages(rank: int, num_ranks: int, out: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
+def test_a_message_of_another_size_is_an_error() -> None:
+    spawn_gloo(run_other_size, 2)
+
+
+def run_other_size(rank: int, num_ranks: int) -> None:
+    boxes = mailboxes()
+    boxes.send(1 - rank, [torch.ones(2)])
+    with pytest.raises(RuntimeError, match="another message than expected"):
+        boxes.take(1 - rank, boxes.expect(1 - rank), [torch.zeros(4)])
+    dist.barrier()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_dispatch_through_mailboxes_is_exact(tmp_path: Path, num_ranks: int) -> None:
     spawn_gloo(run_dispatches, num_ranks, tmp_path)
@@ -98,7 +113,9 @@ def test_an_engine_on_one_machine_has_mailboxes() -> None:
 def run_engine(rank: int, num_ranks: int) -> None:
     case = Case(num_ranks, num_ranks, 0)
     engine = make_engine(case)
-    train_steps(engine, case, 0, 1)
+    # All tokens go through boxes: nothing is left to the backend.
+    with mock.patch.object(dist, "isend", side_effect=AssertionError("a message by gloo")):
+        train_steps(engine, case, 0, 1)
     found = []
     for _, layer in moe_layers(engine.module):
         if isinstance(layer, ExpertParallelMoE):

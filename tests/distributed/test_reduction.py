@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_dist.distributed import spawn_gloo
 from moe_dist.distributed.reduction import MIN_TABLE_ROWS, BackendReduction, average_gradients
+from moe_dist.distributed.shared_reduction import SharedReduction
 
 NUM_ROWS, WIDTH = MIN_TABLE_ROWS + 3, 4
 
@@ -43,7 +44,7 @@ def gradients(rank: int) -> dict[str, torch.Tensor]:
     }
 
 
-def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
+def make_parameters(rank: int) -> list[nn.Parameter]:
     parameters = []
     for name, gradient in gradients(rank).items():
         parameter = nn.Parameter(torch.zeros_like(gradient))
@@ -51,6 +52,11 @@ def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
         if name == "experts":
             parameter.allreduce = False  # type: ignore[attr-defined]
         parameters.append(parameter)
+    return parameters
+
+
+def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
+    parameters = make_parameters(rank)
     sent: list[int] = []
     original, world = dist.all_reduce, dist.group.WORLD
     assert world is not None
@@ -61,6 +67,11 @@ def run_reduction(rank: int, num_ranks: int, out: Path) -> None:
 
     with patch.object(dist, "all_reduce", counted):
         average_gradients(parameters, BackendReduction(world), None)
+    shared_parameters = make_parameters(rank)
+    average_gradients(shared_parameters, SharedReduction.over(world), None)
+    for own, other in zip(parameters, shared_parameters, strict=True):
+        assert own.grad is not None and other.grad is not None
+        assert torch.equal(own.grad, other.grad)
     everyone = [gradients(other) for other in range(num_ranks)]
     expected = {name: sum(g[name] for g in everyone) / num_ranks for name in everyone[0]}
     expected["experts"] = everyone[rank]["experts"] / num_ranks

@@ -106,6 +106,8 @@ OBSTACLES: dict[str, tuple[int, Any, str, Any]] = {
     "unknown machine": (0, shared_memory, "own_machine", lambda: ""),
     "no memory": (0, os, "posix_fallocate", refuse),
     "no memory without a name": (0, os, "memfd_create", refuse),
+    "no such call in this Python": (0, os, "memfd_create", None),
+    "a fault of another kind": (1, shared_memory, "_limit_wait", None),
     "no way to the host": (1, socket.socket, "connect", refuse),
     "nothing handed over": (0, socket, "send_fds", refuse),
     "nothing received": (1, socket, "recv_fds", refuse),
@@ -133,6 +135,8 @@ def run_obstacles(rank: int, num_ranks: int, out: Path) -> None:
         with mock.patch.object(
             owner, attribute, replacement if rank == where else getattr(owner, attribute)
         ):
+            if rank == where and replacement is None:
+                delattr(owner, attribute)
             reduction = reduction_over(world(), CPU)
         kinds[name] = type(reduction).__name__
         assert isinstance(reduction, BackendReduction)
@@ -228,45 +232,94 @@ def run_stranger(rank: int, num_ranks: int) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_ranks_that_do_something_else_are_an_error() -> None:
+    spawn_gloo(run_disagreements, 2)
+
+
+def run_disagreements(rank: int, num_ranks: int) -> None:
+    for size, is_maximum in ((4 if rank else 40, False), (4, bool(rank))):
+        reduction = SharedReduction.over(world(), CHUNK_BYTES)
+        assert reduction is not None
+        values = torch.ones(size)
+        with pytest.raises(RuntimeError, match=r"for something else|closed its shared memory"):
+            reduction.maximum(values) if is_maximum else reduction.average([values], num_ranks)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_a_stranger_that_says_nothing_costs_little() -> None:
+    spawn_gloo(run_silent_stranger, 2)
+
+
+def run_silent_stranger(rank: int, num_ranks: int) -> None:
+    connect = socket.socket.connect
+    strangers = []
+
+    def after_a_stranger(own: socket.socket, address: bytes) -> None:
+        strangers.append(socket.socket(socket.AF_UNIX))
+        connect(strangers[-1], address)
+        connect(own, address)
+
+    started = time.monotonic()
+    with mock.patch.object(socket.socket, "connect", after_a_stranger):
+        memory = share_memory(world(), 4096)
+    assert memory is not None
+    assert time.monotonic() - started < 10
+    # No program that is started later keeps a link of a dead rank open.
+    assert not any(link.get_inheritable() for link in memory._links.values())
+
+
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_a_rank_that_dies_between_is_an_error_on_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "dying"), [(3, 2), (5, 3)])
+def test_a_rank_that_dies_between_is_an_error_on_the_others(
+    tmp_path: Path, num_ranks: int, dying: int
+) -> None:
+    """Also on those that would be told, or be heard of, only after the dead one."""
     context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=run_until_death, args=(rank, tmp_path)) for rank in range(3)]
+    ranks = [
+        context.Process(target=run_until_death, args=(rank, num_ranks, dying, tmp_path))
+        for rank in range(num_ranks)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(120)
         assert not process.is_alive()
-    assert ranks[2].exitcode == -signal.SIGKILL
-    for rank in range(2):
+    assert ranks[dying].exitcode == -signal.SIGKILL
+    for rank in set(range(num_ranks)) - {dying}:
         name, waited_s = json.loads((tmp_path / f"{rank}.json").read_text())
         # The kind that gloo raises, long before the group's timeout.
         assert name in ("RuntimeError", "DistBackendError", "DistNetworkError")
         assert waited_s < 30
 
 
-def run_until_death(rank: int, out: Path) -> None:
+def run_until_death(rank: int, num_ranks: int, dying: int, out: Path) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "store"), 3)
+    store = dist.FileStore(str(out / "store"), num_ranks)
     timeout = timedelta(minutes=5)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     reduction = SharedReduction.over(world(), CHUNK_BYTES)
     assert reduction is not None
     tensors = make_tensors(rank, 0)
-    reduction.average(tensors, 3)
+    reduction.average(tensors, num_ranks)
     wait, waits = SharedMemory.wait, 0
 
-    def wait_or_die(memory: SharedMemory) -> None:
+    def wait_or_die(memory: SharedMemory, purpose: int) -> None:
         nonlocal waits
         waits += 1
-        if waits == 3:
+        if waits == 3 and rank == dying:
             os.kill(os.getpid(), signal.SIGKILL)
-        wait(memory)
+        if waits == 3 and rank == 0:
+            # All others are there before it, and wait for it.
+            time.sleep(2)
+        wait(memory, purpose)
 
     started = time.monotonic()
-    with mock.patch.object(SharedMemory, "wait", wait_or_die if rank == 2 else wait):
+    with mock.patch.object(SharedMemory, "wait", wait_or_die):
         try:
-            reduction.average(tensors, 3)
+            reduction.average(tensors, num_ranks)
         except Exception as fault:
             seen = [type(fault).__name__, time.monotonic() - started]
             (out / f"{rank}.json").write_text(json.dumps(seen))
