@@ -7,8 +7,8 @@ last message is not taken yet, goes through the group's backend.
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,42 @@ BOX_BYTES = 1 << 22
 # message's bytes.
 _WORD = struct.Struct("<?IQ")
 _MAX_TAG, _MANY = 1 << 30, 1 << 32
+
+
+@dataclass
+class _Peer:
+    """What is known of the messages to and from one other rank, which both number from 0.
+
+    Attributes:
+        num_sent: to it.
+        num_taken_by: of these, by it, in order.
+        num_expected: from it, whose numbers were given out.
+        num_arrived: from it, of which it has told.
+        arrived: those of them that are not taken: whether in a box, and their bytes.
+        num_taken: from it, in order.
+        taken: those that were taken before an earlier one.
+    """
+
+    num_sent: int = 0
+    num_taken_by: int = 0
+    num_expected: int = 0
+    num_arrived: int = 0
+    arrived: dict[int, tuple[bool, int]] = field(default_factory=dict)
+    num_taken: int = 0
+    taken: set[int] = field(default_factory=set)
+
+    def note(self, in_box: bool, num_taken: int, num_bytes: int) -> None:
+        """Note what the rank has told of its next message, and of how many it has taken."""
+        self.arrived[self.num_arrived] = in_box, num_bytes
+        self.num_arrived += 1
+        self.num_taken_by += (num_taken - self.num_taken_by) % _MANY
+
+    def note_taken(self, number: int) -> None:
+        """Note that a message from the rank was taken."""
+        self.taken.add(number)
+        while self.num_taken in self.taken:
+            self.taken.remove(self.num_taken)
+            self.num_taken += 1
 
 
 class Mailboxes:
@@ -39,13 +75,7 @@ class Mailboxes:
         num_ranks, self._rank = dist.get_world_size(memory.group), dist.get_rank(memory.group)
         # From which rank, to which of the others.
         self._boxes = memory.bytes.view(2, num_ranks, num_ranks - 1, -1)
-        self._num_sent = [0] * num_ranks
-        self._num_expected = [0] * num_ranks
-        self._num_taken_by = [0] * num_ranks
-        self._arrived: list[dict[int, tuple[bool, int]]] = [{} for _ in range(num_ranks)]
-        self._num_arrived = [0] * num_ranks
-        self._taken: defaultdict[int, set[int]] = defaultdict(set)
-        self._num_taken = [0] * num_ranks
+        self._peers = [_Peer() for _ in range(num_ranks)]
 
     @classmethod
     def over(cls, group: dist.ProcessGroup, box_bytes: int = BOX_BYTES) -> Mailboxes | None:
@@ -66,11 +96,12 @@ class Mailboxes:
         Returns:
             What to wait for before the tensors change, if anything.
         """
-        number = self._num_sent[peer]
-        self._num_sent[peer] += 1
+        own = self._peers[peer]
+        number = own.num_sent
+        own.num_sent += 1
         box = self._box(number, self._rank, peer)
         num_bytes = sum(piece.nbytes for piece in pieces)
-        in_box = num_bytes <= box.numel() and number - self._num_taken_by[peer] < 2
+        in_box = num_bytes <= box.numel() and number - own.num_taken_by < 2
         work = None
         if in_box:
             start = 0
@@ -82,7 +113,7 @@ class Mailboxes:
             work = dist.isend(
                 whole, group=self._memory.group, group_dst=peer, tag=self._tag(number)
             )
-        self._memory.tell(peer, _WORD.pack(in_box, self._num_taken[peer] % _MANY, num_bytes))
+        self._memory.tell(peer, _WORD.pack(in_box, own.num_taken % _MANY, num_bytes))
         return work
 
     def _tag(self, number: int) -> int:
@@ -94,8 +125,9 @@ class Mailboxes:
 
     def expect(self, peer: int) -> int:
         """Return the number of the next message from a rank that nobody was told of yet."""
-        self._num_expected[peer] += 1
-        return self._num_expected[peer] - 1
+        own = self._peers[peer]
+        own.num_expected += 1
+        return own.num_expected - 1
 
     def take(self, peer: int, number: int, pieces: Sequence[Tensor]) -> None:
         """Wait for a rank's message of this number, and fill contiguous CPU tensors with it.
@@ -108,13 +140,10 @@ class Mailboxes:
         Raises:
             RuntimeError: if the message has another size, or the rank is lost.
         """
-        arrived = self._arrived[peer]
-        while self._num_arrived[peer] <= number:
-            in_box, num_taken, num_bytes = _WORD.unpack(self._memory.hear(peer))
-            arrived[self._num_arrived[peer]] = in_box, num_bytes
-            self._num_arrived[peer] += 1
-            self._num_taken_by[peer] += (num_taken - self._num_taken_by[peer]) % _MANY
-        in_box, num_bytes = arrived.pop(number)
+        own = self._peers[peer]
+        while own.num_arrived <= number:
+            own.note(*_WORD.unpack(self._memory.hear(peer)))
+        in_box, num_bytes = own.arrived.pop(number)
         if num_bytes != sum(piece.nbytes for piece in pieces):
             self._memory.abandon()
             raise RuntimeError(f"rank {peer} of the group has sent another message than expected")
@@ -127,11 +156,7 @@ class Mailboxes:
         for piece in pieces:
             _bytes(piece).copy_(whole[start : start + piece.nbytes])
             start += piece.nbytes
-        taken = self._taken[peer]
-        taken.add(number)
-        while self._num_taken[peer] in taken:
-            taken.remove(self._num_taken[peer])
-            self._num_taken[peer] += 1
+        own.note_taken(number)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -32,7 +33,7 @@ class CardSubject:
         reader: lines of Python that use it, in its directory.
         weights: of which precision they are.
         answers: how far they lie from the model's own.
-        metadata: for the hub, by name; none is written where it is empty.
+        library: that loads it, by the hub's name; nothing is said to the hub where it is empty.
         metrics: lines of the table about this very model, where it was measured.
         costs_alike: whether it does as much for a token as the model that it was made of.
     """
@@ -42,7 +43,7 @@ class CardSubject:
     reader: str
     weights: str
     answers: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    library: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
     costs_alike: bool = True
 
@@ -83,6 +84,25 @@ def model_card(known: RunKnowledge, task: str | None, subject: CardSubject, num_
         *(f"| {_cell(what)} | {_cell(value)} |" for what, value in rows),
     ]
     return hide_secrets("\n".join(lines)) + "\n"
+
+
+def write_card(known: RunKnowledge, task: str | None, subject: CardSubject, directory: Path) -> int:
+    """Write the card of an export beside its other files.
+
+    Args:
+        known: of the run.
+        task: the one that it answers, of a model of several.
+        subject: what was exported.
+        directory: of all its files.
+
+    Returns:
+        Bytes of the others.
+    """
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    num_bytes = sum(path.stat().st_size for path in files)
+    card = model_card(known, task, subject, num_bytes)
+    (directory / CARD).write_text(card, encoding="utf-8")
+    return num_bytes
 
 
 def graph_subject(model: Any, facts: GraphFacts, reader: str) -> CardSubject:
@@ -159,7 +179,7 @@ def model_subject(
         reader=reader,
         weights=f"in {str(model.dtype).removeprefix('torch.')}",
         answers=answers,
-        metadata={"library_name": "sentence-transformers" if pooling else "transformers"},
+        library="sentence-transformers" if pooling else "transformers",
         metrics=metrics,
         costs_alike=costs_alike,
     )
@@ -228,10 +248,10 @@ def _describe(model: Any, task: str, labels: Sequence[str], max_length: int | No
 
 def _front(known: RunKnowledge, subject: CardSubject) -> list[str]:
     """What the hub reads at the top of a card."""
-    if not subject.metadata:
+    if not subject.library:
         return []
     licences = start_licence(known)
-    entries: dict[str, Any] = dict(subject.metadata)
+    entries: dict[str, Any] = {"library_name": subject.library}
     if licences:
         entries["license"] = licences[0] if len(licences) == 1 else licences
     return ["---", yaml.safe_dump(entries, sort_keys=False).rstrip(), "---", ""]

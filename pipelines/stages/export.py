@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moe_dist.errors import ConversionError, MissingInputError, MoeDistError
 from moe_dist.whole_files import write_json
 
-from ..report.model_card import CARD, CardSubject, model_card, model_subject
+from ..report.model_card import CardSubject, model_subject, write_card
 from ..report.run_knowledge import read_run
 from .export_graph import beside_model, check_free, check_task
 
@@ -136,9 +136,7 @@ def export_task(
             metrics=metrics,
             metric_titles=titles,
         )
-        num_bytes = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-        card = model_card(known, task, _subject(written, tokenizer, way, found), num_bytes)
-        (unfinished / CARD).write_text(card, encoding="utf-8")
+        write_card(known, task, _subject(written, tokenizer, way, found), unfinished)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.errors import ConfigError, MissingInputError, MoeDistError
 
 from ..chain.stage_recovery import stage_of
-from ..report.model_card import CARD, graph_subject, model_card
+from ..report.model_card import graph_subject, write_card
 from ..report.run_knowledge import read_run
 
 if TYPE_CHECKING:
@@ -93,9 +93,8 @@ def export_graph(
         model = extract_task(model, task) if by_task else model
     with model_directory(output) as unfinished:
         facts = write_directory(model, tokenizer, kind, precision, unfinished)
-        num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
-        card = model_card(known, task, graph_subject(model, facts, kind.reader), num_bytes)
-        (unfinished / CARD).write_text(card, encoding="utf-8")
+        subject = graph_subject(model, facts, kind.reader)
+        num_bytes = write_card(known, task, subject, unfinished)
     return ExportedGraph(output, facts, num_bytes)
 
 

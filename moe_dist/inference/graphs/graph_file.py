@@ -79,7 +79,7 @@ class GraphFormat(Protocol):
         """Write a model on the CPU, and compare what was written with it.
 
         Args:
-            model: dense or converted; it is left in float32.
+            model: dense or converted; its weights may be float32 afterwards.
             precision: one of `precisions`.
             path: of the graph.
 
