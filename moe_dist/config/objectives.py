@@ -42,6 +42,14 @@ class ObjectivesConfig(DistillConfig):
         "later epochs, and other students of the same teacher and rows, use them. Embeddings that "
         "are trained on pairs of texts have none. 0 asks the teacher in every step.",
     )
+    teacher_precision: Literal["same", "int8"] = Field(
+        default="same",
+        description="What a frozen teacher's products are computed in, step by step: the `same` as "
+        "those of the student (`train.precision`), or `int8`, which takes less time on a CPU and "
+        "lets the student follow answers that are rounded: for dense BERT, RoBERTa, XLM-R, "
+        "CamemBERT, ELECTRA and DistilBERT, whose attention no loss reads. Other teachers, and "
+        "machines that cannot, have the `same`, and that is said.",
+    )
     hidden_layers: LayerChoice = Field(
         default="all",
         description="Which layers the losses on hidden states, attention and feature mapping "

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.conversion.hidden_states import stack_depths
+from moe_dist.distributed.update import Precision
+from moe_dist.inference.backends.native_blocks import UnsuitedError
+from moe_dist.inference.backends.teacher import quick_teacher
 from moe_dist.inference.saving import load_model, load_tokenizer
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData
@@ -20,6 +25,7 @@ from moe_dist.jobs.precision import model_precision
 from moe_dist.jobs.teacher_answers import kept_answers
 from moe_dist.jobs.train_job import Report, keep_model, train_model
 from moe_dist.losses.total import LossWeight
+from moe_dist.training.collectives import own_rank
 from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
 from moe_dist.training.hardware import pick_device
@@ -30,12 +36,15 @@ from moe_dist.training.objectives import (
     objective_weights,
     pair_stacks,
     pair_states,
+    reads,
 )
 from moe_dist.training.step import StepTerms, distill_terms, freeze
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
     from moe_dist.data.tasks import Split
+
+logger = logging.getLogger("moe_dist.training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +128,7 @@ def distill(
     )
 
     device = pick_device(job.parallel.use_gpu)
+    precision = model_precision(job.train.precision, device, student)
     answers = kept_answers(
         teacher,
         data,
@@ -127,9 +137,11 @@ def distill(
         max_gib=section.keep_answers_gib,
         asked=section.keep_answers_gib != ObjectivesConfig.model_fields["keep_answers_gib"].default,
         train=job.train,
-        precision=model_precision(job.train.precision, device, student),
+        precision=precision,
         device=device,
     )
+    if answers is None and objectives:
+        teacher = _asked_in(section.teacher_precision, teacher, objectives, precision, device)
 
     def compute(model: nn.Module, batch: Mapping[str, Tensor]) -> StepTerms:
         return distill_terms(
@@ -158,6 +170,37 @@ def distill(
             report=report,
             keep=keep,
         )
+
+
+def _asked_in(
+    wanted: Literal["same", "int8"],
+    teacher: nn.Module,
+    objectives: Collection[str],
+    precision: Precision,
+    device: torch.device,
+) -> nn.Module:
+    """Bring a teacher into the form that steps ask it in; where that is not `wanted` it is said."""
+    obstacle = "it is on a GPU" if device.type != "cpu" else ""
+    if reads(objectives, "attention"):
+        obstacle = "losses read its attention"
+    if wanted == "int8":
+        try:
+            return _quick_form(teacher, "int8", obstacle)
+        except UnsuitedError as reason:
+            if own_rank() == 0:
+                logger.warning("the teacher is asked in %s, not in int8: %s", precision, reason)
+    if precision == "bf16":
+        try:
+            return _quick_form(teacher, "bf16", obstacle)
+        except UnsuitedError as reason:
+            logger.info("the teacher keeps its own layers: %s", reason)
+    return teacher
+
+
+def _quick_form(teacher: nn.Module, precision: str, obstacle: str) -> nn.Module:
+    if obstacle:
+        raise UnsuitedError(obstacle)
+    return quick_teacher(teacher, precision)
 
 
 def distill_weights(section: ObjectivesConfig, num_steps: int) -> StepWeights:

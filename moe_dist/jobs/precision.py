@@ -12,6 +12,7 @@ from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.half_attention import half_attention
 from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.distributed.update import Precision, precision_context
+from moe_dist.inference.backends.native import load_operators
 from moe_dist.training.hardware import pick_own_precision, pick_precision
 
 
@@ -29,7 +30,19 @@ def own_precision(precision: str, device: torch.device, model: nn.Module) -> Pre
 
 
 @contextmanager
+def quick_passes(precision: Precision, device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Let models compute what is slow on a CPU in bf16 by other means, inside the block.
+
+    Native operators are loaded, and compiled where a machine has none yet.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        load_operators()
+    with half_attention(), half_blocks(*models):
+        yield
+
+
+@contextmanager
 def computing_in(precision: Precision, device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Compute passes over whole models, with their gradients, in a precision."""
-    with half_attention(), half_blocks(*models), precision_context(precision, device):
+    with quick_passes(precision, device, *models), precision_context(precision, device):
         yield

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.conversion.half_attention import half_attention
-from moe_dist.conversion.half_blocks import half_blocks
 from moe_dist.data.tasks import Split
 from moe_dist.distributed.engine import TrainEngine, build_engine
 from moe_dist.distributed.gathering import gather_state_dict
@@ -22,7 +20,7 @@ from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs.expert_groups import settle_ep_size, settle_expert_orders
 from moe_dist.jobs.job import TrainJob
 from moe_dist.jobs.job_data import AnyJobData, measure, save_answers
-from moe_dist.jobs.precision import model_precision
+from moe_dist.jobs.precision import model_precision, quick_passes
 from moe_dist.jobs.results import (
     CHECKPOINT_DIR,
     MODEL_DIR,
@@ -157,7 +155,7 @@ def train_model(
         return metrics | load_metrics(loads)
 
     keep_free_memory()
-    with half_attention(), half_blocks(engine.module):
+    with quick_passes(precision, device, engine.module):
         result = train(
             engine,
             batches,

@@ -9,9 +9,11 @@ Shapes: B batch, C classes, S sequence, D model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -91,12 +93,37 @@ def hidden_mse(
                 f"hidden states {tuple(student_BSD.shape)} and {tuple(teacher_BSD.shape)} differ; "
                 "matching them directly needs models of equal width"
             )
+        total = total + _SquaredGap.apply(student_BSD, teacher_BSD, mask_BS)
+    return total
+
+
+class _SquaredGap(torch.autograd.Function):
+    """The loss of one layer, which reads and writes hidden states as few times as it can."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_BSD: Tensor, teacher_BSD: Tensor, mask_BS: Tensor | None
+    ) -> Tensor:
         gap_BSD = student_BSD.float() - teacher_BSD.float()
         if mask_BS is not None:
             # Selecting and not multiplying: padding may hold NaN, and NaN times zero is NaN.
-            gap_BSD = gap_BSD.masked_fill(~mask_BS.bool().unsqueeze(-1), 0.0)
-        total = total + gap_BSD.square().sum() / gap_BSD.shape[-1]
-    return total
+            gap_BSD.masked_fill_(~mask_BS.bool().unsqueeze(-1), 0.0)
+        ctx.save_for_backward(gap_BSD)
+        ctx.dtypes = student_BSD.dtype, teacher_BSD.dtype
+        flat = gap_BSD.flatten()
+        return torch.dot(flat, flat) / gap_BSD.shape[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gap_BSD,) = ctx.saved_tensors
+        grad_BSD = gap_BSD * (2 * grad / gap_BSD.shape[-1])
+        of_student, of_teacher = ctx.dtypes
+        return (
+            grad_BSD.to(of_student) if ctx.needs_input_grad[0] else None,
+            -grad_BSD.to(of_teacher) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
 
 def _softened(

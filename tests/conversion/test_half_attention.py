@@ -17,13 +17,15 @@ from moe_dist.conversion.half_attention import half_attention
 from moe_dist.moe.routing import checkpoint_context_fn
 from tests.conversion.dense_models import tiny_model, token_batch
 from tests.inference.moe_students import student
+from tests.inference.native_forms import is_native, threads
 
 attend: Any = typed_attend
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often torch's slow backward pass was gone round."""
+    """How often torch's slow backward pass was gone round; there are no products of blocks."""
+    monkeypatch.setattr(module_of_it, "has_block_attention", lambda: False)
     calls: list[int] = []
     own = module_of_it._flash_backward
 
@@ -36,9 +38,30 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def tensors(num_heads: int = 4, seq_len: int = 9, seed: int = 0) -> Tensor:
+needs_blocks = pytest.mark.skipif(not is_native("bf16"), reason="not on this processor")
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often attention was differentiated in products of blocks; torch's kernels are barred."""
+    calls: list[int] = []
+    own = module_of_it._BlockAttention.backward
+
+    def count(ctx: Any, grad: Tensor) -> Any:
+        calls.append(1)
+        return own(ctx, grad)
+
+    def barred(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(module_of_it._BlockAttention, "backward", staticmethod(count))
+    monkeypatch.setattr(module_of_it, "_flash", barred)
+    return calls
+
+
+def tensors(num_heads: int = 4, seq_len: int = 9, seed: int = 0, width: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    shape = (2, seq_len, num_heads, 16)  # as layers give it, heads beside each other
+    shape = (2, seq_len, num_heads, width)  # as layers give it, heads beside each other
     return torch.randn(shape, generator=generator, dtype=torch.float64).transpose(1, 2)
 
 
@@ -95,6 +118,106 @@ def test_gradients_are_as_near_as_torchs_own(name: str, taken: list[int]) -> Non
         assert float((own - right).norm()) <= 1.05 * float((torchs - right).norm())
 
 
+def assert_near(found: list[Tensor], true: list[Tensor]) -> None:
+    for own, right in zip(found, true, strict=True):
+        assert own.shape == right.shape
+        assert float((own - right).norm()) <= 0.012 * float(right.norm())
+        assert float((own - right).abs().max()) <= 0.02 * float(right.abs().max())
+
+
+@needs_blocks
+@pytest.mark.parametrize("name", masks())
+def test_blocks_under_every_mask(name: str, in_blocks: list[int]) -> None:
+    given = [tensors(seed=seed).bfloat16() for seed in range(3)]
+    true = results(
+        [one.double() for one in given], torch.float64, sdpa_attention_forward, **masks()[name]
+    )
+    assert_near(results(given, torch.bfloat16, attend, **masks()[name]), true)
+    assert len(in_blocks) == 1
+
+
+@needs_blocks
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("width", [2, 10, 16, 34, 64])
+@pytest.mark.parametrize("seq_len", [2, 3, 16, 31, 32, 33, 64, 65, 130, 256])
+def test_blocks_of_any_size(
+    seq_len: int, width: int, num_threads: int, causal: bool, in_blocks: list[int]
+) -> None:
+    given = [tensors(3, seq_len, seed, width).bfloat16() for seed in range(3)]
+    true = results(
+        [one.double() for one in given], torch.float64, sdpa_attention_forward, is_causal=causal
+    )
+    with threads(num_threads):
+        found = results(given, torch.bfloat16, attend, is_causal=causal)
+    assert_near(found, true)
+    assert len(in_blocks) == 1
+
+
+@needs_blocks
+def test_a_token_alone_and_one_that_sees_nothing(in_blocks: list[int]) -> None:
+    alone = [tensors(seq_len=1, seed=seed).bfloat16() for seed in range(3)]
+    out, of_query, of_key, of_value = results(alone, torch.bfloat16, attend)
+    assert torch.equal(out, alone[2].transpose(1, 2).double())
+    assert not of_query.any() and not of_key.any() and of_value.any()
+
+    given = [tensors(seed=seed).bfloat16() for seed in range(3)]
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    seen[1, :, 4] = False
+    found = results(given, torch.bfloat16, attend, mask=seen)
+    assert not found[0][1, 4].any() and not found[1][1, :, 4].any()
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+@needs_blocks
+def test_heads_that_share_keys_in_blocks(in_blocks: list[int]) -> None:
+    given = [tensors(6).bfloat16(), tensors(2, seed=1).bfloat16(), tensors(2, seed=2).bfloat16()]
+    doubles = [one.double() for one in given]
+    true = results(doubles, torch.float64, sdpa_attention_forward, is_causal=True)
+    assert_near(results(given, torch.bfloat16, attend, is_causal=True), true)
+    assert len(in_blocks) == 1
+
+
+@needs_blocks
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_text(what: float, in_blocks: list[int]) -> None:
+    given = [tensors(seed=seed).bfloat16() for seed in range(3)]
+    whole = results(given, torch.bfloat16, attend)
+    given[0][1, 2, 3, 4] = what
+    for own, before in zip(results(given, torch.bfloat16, attend), whole, strict=True):
+        assert torch.equal(own[0], before[0])
+        assert not own[1].isfinite().all()
+
+
+@needs_blocks
+def test_parts_of_one_product_of_all_three(in_blocks: list[int]) -> None:
+    """As where one layer gives queries, keys and values: rows lie further apart."""
+    generator = torch.Generator().manual_seed(0)
+    joined = torch.randn(2, 9, 3, 4, 16, generator=generator).bfloat16().requires_grad_()
+    parts = joined.permute(2, 0, 3, 1, 4)
+    out, _ = attend(torch.nn.Module(), *parts, None, is_causal=False)
+    out.square().sum().backward()
+    apart = [part.detach().clone().requires_grad_() for part in parts]
+    attend(torch.nn.Module(), *apart, None, is_causal=False)[0].square().sum().backward()
+    assert joined.grad is not None
+    for own, other in zip(joined.grad.permute(2, 0, 3, 1, 4), apart, strict=True):
+        assert torch.equal(own, other.grad)
+
+
+@needs_blocks
+def test_what_blocks_do_not_take_is_torchs() -> None:
+    """Longer texts, keys of another text, odd widths."""
+    for query, key in (
+        (tensors(seq_len=257), tensors(seq_len=257, seed=1)),
+        (tensors(seq_len=5), tensors(seed=1)),
+        (tensors(width=15), tensors(seed=1, width=15)),
+    ):
+        given = [query, key, key.flip(0)]
+        true = results(given, torch.float64, sdpa_attention_forward)
+        for own, right in zip(results(given, torch.bfloat16, attend), true, strict=True):
+            assert float((own - right).norm()) < 0.02 * float(right.norm())
+
+
 def test_heads_that_share_keys(taken: list[int]) -> None:
     given = [tensors(6), tensors(2, seed=1), tensors(2, seed=2)]
     true = results(given, torch.float64, sdpa_attention_forward, is_causal=True)
@@ -136,10 +259,31 @@ def test_what_is_left_to_torch(taken: list[int]) -> None:
     assert not taken
 
 
+@needs_blocks
+@pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "bart"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_models_under_autocast_in_blocks(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    own = module_of_it._BlockAttention.backward
+
+    def count(ctx: Any, grad: Tensor) -> Any:
+        calls.append(1)
+        return own(ctx, grad)
+
+    monkeypatch.setattr(module_of_it._BlockAttention, "backward", staticmethod(count))
+    assert_models_learn_alike(family, checkpointing, calls)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "bart"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models_under_autocast(family: str, checkpointing: bool, taken: list[int]) -> None:
     """With gradient checkpointing too, which runs layers again in the backward pass."""
+    assert_models_learn_alike(family, checkpointing, taken)
+
+
+def assert_models_learn_alike(family: str, checkpointing: bool, taken: list[int]) -> None:
     batch = token_batch()
     gradients = []
     for mode in (nullcontext(), half_attention()):

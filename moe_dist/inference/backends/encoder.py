@@ -119,6 +119,38 @@ def install_native_encoder(model: Any, family: FamilySpec, precision: str) -> No
         family: its own, one of `BLOCKS`.
         precision: one of `PRECISIONS`.
     """
+    for blocks, contents in _read_stacks(model, family):
+        encoder = _make_encoder(contents, model.config.num_attention_heads, PRECISIONS[precision])
+        del blocks[:]
+        blocks.append(NativeEncoder(encoder, [content.feed_forward.router for content in contents]))
+    for base, _ in find_stacks(model, family):
+        base.register_forward_pre_hook(refuse_what_is_not_kept, with_kwargs=True)
+
+
+def install_native_layers(model: Any, family: FamilySpec, precision: str) -> None:
+    """Give each block of a dense encoder a native forward of its own, or raise an UnsuitedError.
+
+    The blocks stay, without weights, so that what lies between them can still be asked for.
+
+    Args:
+        model: a frozen copy.
+        family: its own, one of `BLOCKS`.
+        precision: one of `PRECISIONS`.
+    """
+    stacks = _read_stacks(model, family)
+    contents = [content for _, contents in stacks for content in contents]
+    if any(content.feed_forward.router is not None for content in contents):
+        raise UnsuitedError("it has experts")
+    for blocks, contents in stacks:
+        for block, content in zip(blocks, contents, strict=True):
+            heads = model.config.num_attention_heads
+            native = NativeEncoder(_make_encoder([content], heads, PRECISIONS[precision]), [None])
+            block._modules.clear()
+            block.forward = native.forward
+
+
+def _read_stacks(model: Any, family: FamilySpec) -> list[tuple[nn.ModuleList, list[_Content]]]:
+    """Read all blocks of a model, or raise an UnsuitedError."""
     stacks = [
         (blocks, [_read(block, BLOCKS[family.model_type], family) for block in blocks])
         for blocks in lists_of_blocks(model, family)
@@ -130,12 +162,7 @@ def install_native_encoder(model: Any, family: FamilySpec, precision: str) -> No
     check_attention(model.config)
     if not stacks:
         raise UnsuitedError("the model's blocks are not its family's own")
-    for blocks, contents in stacks:
-        encoder = _make_encoder(contents, model.config.num_attention_heads, PRECISIONS[precision])
-        del blocks[:]
-        blocks.append(NativeEncoder(encoder, [content.feed_forward.router for content in contents]))
-    for base, _ in find_stacks(model, family):
-        base.register_forward_pre_hook(refuse_what_is_not_kept, with_kwargs=True)
+    return stacks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ recorded. The rest is the architecture's own code, so every family has this form
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -20,7 +19,12 @@ from moe_dist.inference.backends.decoder import LLAMA_KIND, install_native_decod
 from moe_dist.inference.backends.eager import DTYPES, cast_weights
 from moe_dist.inference.backends.encoder import BLOCKS, install_native_encoder
 from moe_dist.inference.backends.native import load_operators
-from moe_dist.inference.backends.native_blocks import PRECISIONS, NativeBlocks, UnsuitedError
+from moe_dist.inference.backends.native_blocks import (
+    PRECISIONS,
+    NativeBlocks,
+    UnsuitedError,
+    copy_sharing_weights,
+)
 from moe_dist.inference.backends.native_linear import NativeLinear
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
@@ -44,7 +48,7 @@ class Lean:
         _refuse(model, layers)
         if any(layer.router is not None for layer in layers):
             load_operators()
-        lean = _copy_sharing_weights(model)
+        lean = copy_sharing_weights(model)
         obstacle = _install_native_blocks(lean, precision)
         if obstacle and precision not in DTYPES:
             raise ConversionError(
@@ -63,18 +67,6 @@ class Lean:
                 remove_routing_hooks(module)
         refuse_as_a_whole(lean)
         return lean
-
-
-def _copy_sharing_weights(model: Any) -> Any:
-    """Copy a model, but not the weights, most of which are packed and then left out.
-
-    What stays of them is to be copied by `_own_weights`.
-    """
-    shared = {
-        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
-        for weight in model.parameters()
-    }
-    return copy.deepcopy(model, shared)
 
 
 def _own_weights(lean: nn.Module, model: nn.Module) -> None:

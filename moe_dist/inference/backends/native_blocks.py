@@ -6,6 +6,7 @@ F neurons.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -180,6 +181,15 @@ class FeedForward:
     def networks(self) -> list[Network]:
         """All of them, shared neurons last."""
         return [*self.experts, *self.shared]
+
+
+def copy_sharing_weights(model: Any) -> Any:
+    """Copy a model, but not the weights, most of which are packed and then left out."""
+    shared = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
 
 
 def lists_of_blocks(model: nn.Module, family: FamilySpec) -> list[nn.ModuleList]:

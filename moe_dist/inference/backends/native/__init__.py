@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_operators() -> bool:
-    """Make `torch.ops.moe_dist.routed_ffn` and the class `Encoder` known.
+    """Make operators known as `torch.ops.moe_dist`, and the classes of encoders and decoders.
 
     The first call on a machine compiles for half a minute, with `CXX` or `c++`. The library lies in
     the cache under what it was made of: source, flags, torch, C library and processor; a damaged
@@ -48,8 +48,7 @@ def load_operators() -> bool:
         torch.ops.load_library(directory / _LIBRARY)
     except (OSError, RuntimeError, subprocess.SubprocessError, MoeDistError) as error:
         log.warning(
-            "no native operators here (%s): the lean form uses torch's, which take longer where "
-            "tokens are few",
+            "no native operators here (%s): torch's are used, which take longer",
             _reason(error),
         )
         return False

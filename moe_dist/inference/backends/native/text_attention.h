@@ -4,6 +4,7 @@
 #pragma once
 
 #include "block_product.h"
+#include "packed_sides.h"
 
 #include <cstdint>
 #include <limits>
@@ -45,7 +46,8 @@ class TextAttention {
   // Writes L rows that lie `to_stride` apart.
   void operator()(const at::BFloat16* queries, const at::BFloat16* keys, const at::BFloat16* values, int64_t stride,
                   const float* mask, int64_t mask_stride, at::BFloat16* to, int64_t to_stride) {
-    pack(keys, values, stride);
+    pack_turned(keys, stride, L_, width_, keys_.data(), n_);
+    pack_rows(values, stride, L_, width_, values_.data(), columns_);
     for (int64_t first = 0; first < L_; first += kRows) {
       const int64_t count = std::min(kRows, L_ - first);
       const auto nothing = [](int64_t, int64_t, int64_t) {};
@@ -62,39 +64,6 @@ class TextAttention {
 
  private:
   static constexpr int64_t kRows = 64;
-
-  // As the right side of a product wants them: two that are multiplied with the same row together.
-  void pack(const at::BFloat16* keys, const at::BFloat16* values, int64_t stride) {
-#if defined(CPU_CAPABILITY_AVX512)
-    at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(keys), stride / 2,
-                                  reinterpret_cast<float*>(keys_.data()), n_, L_, width_ / 2);
-#endif
-    for (int64_t l = 0; l < L_; l += 2) {
-      const at::BFloat16 *one = values + l * stride, *other = l + 1 < L_ ? one + stride : one;
-      at::BFloat16* to = values_.data() + l * columns_;
-      int64_t w = 0;
-#if defined(CPU_CAPABILITY_AVX512)
-      for (; w + 32 <= width_; w += 32) {
-        const __m512i a = _mm512_loadu_si512(one + w), b = _mm512_loadu_si512(other + w);
-        _mm512_storeu_si512(to + 2 * w, _mm512_permutex2var_epi16(a, first_half(), b));
-        _mm512_storeu_si512(to + 2 * w + 32, _mm512_permutex2var_epi16(a, second_half(), b));
-      }
-#endif
-      for (; w < width_; ++w) {
-        to[2 * w] = one[w];
-        to[2 * w + 1] = other[w];
-      }
-    }
-  }
-
-#if defined(CPU_CAPABILITY_AVX512)
-  // Numbers of two vectors by turns: those of their first halves, and of their second.
-  static __m512i first_half() {
-    const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    return _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(32)), 16));
-  }
-  static __m512i second_half() { return _mm512_add_epi16(first_half(), _mm512_set1_epi16(16)); }
-#endif
 
   // What a query's scores make of each value, but for the factor that it gives.
   float weigh(const float* scores, at::BFloat16* weights) const {
