@@ -122,7 +122,7 @@ def test_int8_vectors_of_texts_and_what_the_run_knows(tmp_path: Path) -> None:
     report |= {"data": {"name": "pairs.jsonl", "summaries": {"": {"figures": "9 to train"}}}}
     (run / "report.json").write_text(json.dumps(report | {"seq_len": 128, "num_threads": 1}))
     output = export(str(source), "--precision", "int8")
-    place = run / "export-onnx-int8"
+    place = run / "export-distill-onnx-int8"
     assert f"graph: {place}" in output
     found = read_elsewhere(place)
     batch = encoded(source)
