@@ -19,7 +19,7 @@ from moe_dist.whole_files import write_json
 
 from ..report.model_card import CardSubject, model_subject, write_card
 from ..report.run_knowledge import read_run
-from .export_graph import beside_model, check_free, check_task
+from .export_graph import beside_model, check_free, check_task, stage_words
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -62,11 +62,11 @@ class Exported:
 def default_output(directory: Path, task: str | None, way: Way = "extract") -> Path:
     """Choose a place for the dense model of a task; None for a model of one task.
 
-    Beside the model's directory, or beside its stage where a stage made it.
+    Beside the model's directory, or beside its stage where a stage made it, which it then names.
     """
-    beside = beside_model(directory)
-    words = [way] if way in ("average", "whole") else [] if task else ["dense"]
-    return beside / "-".join(["export", *([task] if task else []), *words])
+    ways = [way] if way in ("average", "whole") else [] if task else ["dense"]
+    words = ["export", *stage_words(directory), *([task] if task else []), *ways]
+    return beside_model(directory) / "-".join(words)
 
 
 def export_task(

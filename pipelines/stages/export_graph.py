@@ -37,7 +37,7 @@ def default_graph_output(directory: Path, task: str | None, form: str, precision
     A graph of what was exported itself has that one's name too.
     """
     name = directory.name if directory.name.startswith("export-") else "export"
-    words = [name, *([task] if task else []), form, precision]
+    words = [name, *stage_words(directory), *([task] if task else []), form, precision]
     return beside_model(directory) / "-".join(words)
 
 
@@ -45,6 +45,12 @@ def beside_model(directory: Path) -> Path:
     """Where an export of a model goes: beside its stage, or beside the directory itself."""
     stage = stage_of(directory)
     return directory.parent if stage is None else stage.parent
+
+
+def stage_words(directory: Path) -> list[str]:
+    """Say in an export's name which stage made RUN/STAGE/model, as a run has several; else none."""
+    is_stages = directory.name == "model" and stage_of(directory) == directory.parent
+    return [directory.parent.name] if is_stages else []
 
 
 def export_graph(

@@ -1,15 +1,19 @@
 """A writer that dies at any moment leaves a checkpoint that loads.
 
 The writer runs in a child process that ends, as by SIGKILL, before its n-th operation on files;
-n grows until the writer gets through.
+n grows until the writer gets through. A process without threads forks these children: a fork of
+one that has threads, as that of the tests, may hang for ever.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -38,22 +42,34 @@ def engine() -> TrainEngine:
     return make_engine(LOCAL)
 
 
-def test_write_beside_two_older_ones(tmp_path: Path, engine: TrainEngine) -> None:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """One process that is started anew, and so has no threads."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield pool
+
+
+def test_write_beside_two_older_ones(
+    tmp_path: Path, engine: TrainEngine, pool: ProcessPoolExecutor
+) -> None:
     """A new step, after which the oldest checkpoint is pruned."""
     source = three_checkpoints(tmp_path / "all", engine)
     before = tmp_path / "before"
     for step in (1, 2):
         shutil.copytree(step_directory(source, step), step_directory(before, step))
-    stages = crash_everywhere(before, lambda directory: rewrite(source, directory, 3))
+    stages = pool.submit(crash_everywhere, before, partial(rewrite, source, step=3)).result()
     assert check_each(stages, engine, source) == {2, 3}
 
 
-def test_write_over_the_only_one(tmp_path: Path, engine: TrainEngine) -> None:
+def test_write_over_the_only_one(
+    tmp_path: Path, engine: TrainEngine, pool: ProcessPoolExecutor
+) -> None:
     """The same step again, with nothing else to fall back on."""
     source = three_checkpoints(tmp_path / "all", engine)
     before = tmp_path / "before"
     shutil.copytree(step_directory(source, 3), step_directory(before, 3))
-    stages = crash_everywhere(before, lambda directory: rewrite(source, directory, 3))
+    stages = pool.submit(crash_everywhere, before, partial(rewrite, source, step=3)).result()
     assert check_each(stages, engine, source) == {3}
     names = {path.name for stage in stages for path in stage.iterdir()}
     assert ".replaced-step-00000003" in names, "the moment between the renames was not met"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_dist.conversion import dense_to_moe, plan_partition
+from moe_dist.conversion.heads import TaskHead, set_heads
 from moe_dist.data.cache import build_once
 from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError
@@ -281,8 +282,21 @@ def test_a_processor_that_cannot_pack_still_answers(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_what_has_no_lean_form_is_refused() -> None:
-    model = tiny_model("bert")
+@pytest.mark.parametrize(
+    ("router", "has_heads", "remedy"),
+    [
+        ("merged_task", False, "`moe-dist export DIR --fold`"),
+        ("merged_task", True, "`moe-dist export DIR --fold --task NAME`"),
+        ("merged_sequence", False, "`moe-dist export DIR --average`"),
+        ("merged_token", True, "`moe-dist export DIR --average --task NAME`"),
+    ],
+)
+def test_merged_experts_are_refused_with_a_remedy_that_their_router_allows(
+    router: str, has_heads: bool, remedy: str
+) -> None:
+    model = tiny_model("bert", num_labels=5)
+    if has_heads:
+        set_heads(model, [TaskHead("a", ("no", "yes")), TaskHead("b", ("x", "y", "z"))])
     plan = plan_partition(
         random_scores(model),
         num_experts=2,
@@ -290,9 +304,15 @@ def test_what_has_no_lean_form_is_refused() -> None:
         num_shared_neurons=0,
         method="full_copy",
     )
-    merged = dense_to_moe(model, plan, router="merged_sequence")
-    with pytest.raises(ConversionError, match=r"merges its experts[^$]*--fold"):
-        Form("lean").prepare(merged)
+    merged = dense_to_moe(model, plan, router=router, num_tasks=2 if has_heads else 1)
+    for form, title in ((Form("lean"), "lean"), (Form("onnx"), "ONNX")):
+        with pytest.raises(ConversionError, match="merges its experts") as found:
+            form.prepare(merged)
+        assert f"which has no {title} form" in found.value.message
+        assert remedy in (found.value.remedy or "")
+
+
+def test_forms_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConversionError, match="'fast' is not one of eager, lean"):
         Form.parse("fast-fp32")
     with pytest.raises(ConversionError, match="'int4' is not one of fp32, bf16"):

@@ -28,6 +28,7 @@ from moe_dist.inference.backends.native_blocks import (
 from moe_dist.inference.backends.native_linear import NativeLinear
 from moe_dist.inference.backends.packed_linear import PackedLinear
 from moe_dist.inference.backends.routed_ffn import RoutedFFN, reads_hidden_states_only
+from moe_dist.inference.merged_experts import refuse_merged_experts
 from moe_dist.moe.dispatch import LocalDispatcher
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import remove_routing_hooks
@@ -45,7 +46,7 @@ class Lean:
         """Copy the model and replace its layers; a ConversionError where one has no such form."""
         dtype = DTYPES.get(precision, torch.float32)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-        _refuse(model, layers)
+        _refuse(model)
         if any(layer.router is not None for layer in layers):
             load_operators()
         lean = copy_sharing_weights(model)
@@ -93,13 +94,8 @@ def _install_native_blocks(model: Any, precision: str) -> str:
     return ""
 
 
-def _refuse(model: nn.Module, layers: list[MoELayer]) -> None:
-    merging = [layer.name for layer in layers if layer.merges]
-    if merging:
-        raise ConversionError(
-            f"{merging[0]} merges its experts, which has no lean form",
-            remedy="use the eager form; or fold the model of a task with `moe-dist export --fold`",
-        )
+def _refuse(model: nn.Module) -> None:
+    refuse_merged_experts(model, "lean")
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ConversionError(

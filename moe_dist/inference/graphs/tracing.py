@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from moe_dist.conversion.heads import read_heads, uninstall_heads
+from moe_dist.conversion.heads import uninstall_heads
 from moe_dist.errors import ConversionError
 from moe_dist.inference.graphs.traceable_ffn import TraceableFFN
+from moe_dist.inference.merged_experts import refuse_merged_experts
 from moe_dist.inference.sentence_directory import SentencePooling
 from moe_dist.inference.silence import quiet_transformers
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import CHOSEN_TASK, RoutingContext, use_context
 from moe_dist.moe.task_routers import TaskGate, TaskTable
-from moe_dist.router_spec import router_facts
 from moe_dist.tasks import model_kind
 
 TASK_IDS, SENTENCE_VECTOR = "task_ids", "sentence_embedding"
@@ -131,18 +131,7 @@ class _Traced(nn.Module):
 
 
 def _refuse(model: Any, form: str) -> None:
-    merging = [
-        module for module in model.modules() if isinstance(module, MoELayer) and module.merges
-    ]
-    if merging:
-        by_task = router_facts(model.config.moe["router"]).chooses_by == "task"
-        way = "--fold" if by_task else "--average"
-        task = " --task NAME" if read_heads(model) else ""
-        raise ConversionError(
-            f"{merging[0].name} merges its experts, which has no {form} form",
-            remedy=f"make a dense model of it first, with `moe-dist export DIR {way}{task}`, and "
-            "take that",
-        )
+    refuse_merged_experts(model, form)
     if model.config.is_encoder_decoder and model_kind(model).writes:
         raise ConversionError(
             f"{type(model).__name__} writes its answers token by token, and the {form} form has "

@@ -124,7 +124,7 @@ def test_the_chain_trains_measures_and_exports_each_task(
     for task, text_pair in (("mood", None), ("grades", "a great plot")):
         result = CliRunner().invoke(app, ["export", str(directory), "--task", task])
         assert result.exit_code == 0, result.output
-        dense = load_model(root / f"export-{task}")
+        dense = load_model(root / f"export-distill-{task}")
         assert type(dense).__name__ == "BertForSequenceClassification"
         assert dense.config.intermediate_size == 10
         batch = tokenizer("the film was fine", text_pair, return_tensors="pt")
@@ -259,13 +259,15 @@ def test_each_task_s_merge_is_a_dense_model_and_the_average_is_measured_on_it(
     command = ["export", str(directory), "--task"]
     folded = CliRunner().invoke(app, [*command, "grades", "--fold"])
     assert folded.exit_code == 0, folded.output
-    dense = load_model(Path(config.run_dir) / "export-grades")
+    dense = load_model(Path(config.run_dir) / "export-distill-grades")
     batch = {"input_ids": torch.randint(5, 20, (3, 6), generator=torch.Generator().manual_seed(2))}
     with torch.no_grad():
         expected = load_model(directory, task="grades")(**batch).logits
         torch.testing.assert_close(dense(**batch).logits, expected, rtol=1e-5, atol=1e-5)
     average = CliRunner().invoke(app, [*command, "mood", "--average"])
     assert average.exit_code == 0, average.output
-    record = json.loads((Path(config.run_dir) / "export-mood-average/export.json").read_text())
+    record = json.loads(
+        (Path(config.run_dir) / "export-distill-mood-average/export.json").read_text()
+    )
     assert set(record["metrics"]) == {"model", "export"}
     assert set(record["metrics"]["model"]) == set(record["metrics"]["export"]) == {"accuracy"}

@@ -20,7 +20,8 @@ from moe_dist.inference import load_model, load_tokenizer, save_model
 from moe_dist.measure.latency import random_batch
 from pipelines.cli import app
 from pipelines.stages import export
-from pipelines.stages.export import export_task
+from pipelines.stages.export import default_output, export_task
+from pipelines.stages.export_graph import default_graph_output
 from tests.conversion.dense_models import random_scores, tiny_model
 from tests.inference.start_models import write_tokenizer
 
@@ -272,3 +273,29 @@ def test_options_that_contradict_each_other_are_one_fault(
     found = CliRunner().invoke(app, ["export", str(tmp_path), *options])
     assert found.exit_code != 0
     assert words in " ".join(found.output.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "dense", "graph"),
+    [
+        ("run/distill/model", "run/export-distill-dense", "run/export-distill-onnx-fp32"),
+        (
+            "run/finetune-teacher/model",
+            "run/export-finetune-teacher-dense",
+            "run/export-finetune-teacher-onnx-fp32",
+        ),
+        ("run/evaluate/models/dense", "run/export-dense", "run/export-onnx-fp32"),
+        ("elsewhere/model", "elsewhere/export-dense", "elsewhere/export-onnx-fp32"),
+    ],
+)
+def test_models_of_a_run_have_exports_of_different_names(
+    model: str, dense: str, graph: str, tmp_path: Path
+) -> None:
+    for stage in ("distill", "finetune-teacher", "evaluate"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "stage.json").write_text("{}")
+    source = tmp_path / model
+    assert default_output(source, None) == tmp_path / dense
+    assert default_graph_output(source, None, "onnx", "fp32") == tmp_path / graph
+    of_task = dense.removesuffix("-dense") + "-a"
+    assert default_output(source, "a") == tmp_path / of_task

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +23,9 @@ from pipelines.report.model_card import CardSubject, model_card
 from pipelines.report.run_knowledge import read_run
 from tests.conversion.dense_models import random_scores
 from tests.inference.start_models import build_model, write_tokenizer
+from tests.pipelines.stages.card_lines import card_lines, run_without
 
 TEXT = "a fine film"
-READER = """
-import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1].split():
-            raise ImportError(name + " is not needed here")
-
-sys.meta_path.insert(0, Blocked())
-exec(open("README.md").read().partition("```python")[2].partition("```")[0])
-print(json.dumps((answers if hasattr(answers, "tolist") else answers[0]).tolist()))
-"""
 
 
 def write_student(place: Path, family: str, kind: str, *, num_experts: int, heads: bool) -> Path:
@@ -56,17 +43,10 @@ def write_student(place: Path, family: str, kind: str, *, num_experts: int, head
     return save_model(student, place / "model", load_tokenizer(place / "tokenizer"))
 
 
-def run_card(place: Path, blocked: str) -> torch.Tensor:
-    """Run the card's own lines in the directory, in another process."""
-    done = subprocess.run(
-        [sys.executable, "-c", READER, blocked],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+def run_card(place: Path, *packages: str) -> torch.Tensor:
+    """Run the card's own lines without some packages."""
+    found = '(answers if hasattr(answers, "tolist") else answers[0]).tolist()'
+    return torch.tensor(run_without(packages, card_lines(place), found, place))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +71,7 @@ def test_its_lines_answer_as_the_model_does(
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
     assert ("`import moe_dist`" in said) == (num_experts > 1)
-    answers = run_card(place, "" if num_experts > 1 else "moe_dist")
+    answers = run_card(place, *([] if num_experts > 1 else ["moe_dist"]))
     model, tokenizer = load_model(source), load_tokenizer(source)
     pair = ["it is a fine one"] if kind == "ForQuestionAnswering" else []
     inputs = tokenizer(TEXT, *pair, return_tensors="pt")

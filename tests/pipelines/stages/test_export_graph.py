@@ -26,7 +26,10 @@ from pipelines.cli import app
 from pipelines.report.run_knowledge import KnownReport, read_run
 from tests.conversion.dense_models import random_scores
 from tests.inference.start_models import WORDS, build_model, write_tokenizer
+from tests.pipelines.stages.card_lines import card_lines, run_without
 
+EXAMPLE = '["a fine film", "a dull one, and far too long"]'
+"""Texts in the lines of a card."""
 TEXTS = [WORDS[0], " ".join(WORDS[3:12]), " ".join(WORDS[-5:])]
 INT8_TOLERANCE = 0.2
 """Of the largest output of a random model of 16 wide, where experts are chosen alike."""
@@ -35,22 +38,6 @@ BLOCKED = {
     "onnx": ("torch", "transformers", "moe_dist", "onnx"),
     "torch-export": ("transformers", "moe_dist", "deepspeed", "ray"),
 }
-READER = """
-import importlib.abc, json, sys
-import numpy as np
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[2].split():
-            raise ImportError(name + " is not needed here")
-
-sys.meta_path.insert(0, Blocked())
-texts = json.loads(sys.argv[1])
-source = open("README.md").read().partition("```python")[2].partition("```")[0]
-source = source.replace('["a fine film", "a dull one, and far too long"]', "texts")
-exec(source)
-print(json.dumps({name: value.tolist() for name, value in answers.items()}))
-"""
 
 
 def write_student(place: Path, kind: str, **changes: Any) -> Path:
@@ -84,15 +71,10 @@ def export(*arguments: str, form: str = "onnx") -> str:
 
 def read_elsewhere(place: Path, form: str = "onnx") -> dict[str, torch.Tensor]:
     """Answer by the card's own lines, in a process without what it does not need."""
-    found = subprocess.run(
-        [sys.executable, "-I", "-c", READER, json.dumps(TEXTS), " ".join(BLOCKED[form])],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    return {name: torch.tensor(value) for name, value in json.loads(found.stdout).items()}
+    lines = card_lines(place).replace(EXAMPLE, repr(TEXTS))
+    found = "{name: value.tolist() for name, value in answers.items()}"
+    answers = run_without(BLOCKED[form], lines, found, place)
+    return {name: torch.tensor(value) for name, value in answers.items()}
 
 
 def encoded(source: Path) -> dict[str, torch.Tensor]:
@@ -140,7 +122,7 @@ def test_int8_vectors_of_texts_and_what_the_run_knows(tmp_path: Path) -> None:
     report |= {"data": {"name": "pairs.jsonl", "summaries": {"": {"figures": "9 to train"}}}}
     (run / "report.json").write_text(json.dumps(report | {"seq_len": 128, "num_threads": 1}))
     output = export(str(source), "--precision", "int8")
-    place = run / "export-onnx-int8"
+    place = run / "export-distill-onnx-int8"
     assert f"graph: {place}" in output
     found = read_elsewhere(place)
     batch = encoded(source)
