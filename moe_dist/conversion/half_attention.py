@@ -28,8 +28,8 @@ def half_attention() -> Iterator[None]:
     """Let all transformers models of this process attend so, where they learn in bfloat16 on a CPU.
 
     It is for models with `sdpa` attention, transformers' own choice; where somebody has put another
-    function in its place, that one stays. What it does not take (dropout, a mask that learns, a
-    cache, other dtypes and devices) is done as before.
+    function in its place, that one stays. What it does not take (a mask that learns, a cache,
+    other dtypes and devices, and dropout where there are no products of blocks) is done as before.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -70,18 +70,23 @@ def attend(
     special = (
         kwargs.get(name) for name in ("position_bias", "cache", "softcap", "output_attentions")
     )
-    suits = not dropout and all(not torch.is_tensor(one) and not one for one in special)
+    suits = all(not torch.is_tensor(one) and not one for one in special)
     if causal and query.shape[2] != key.shape[2]:
         suits = False
-    if not suits or not _learns_in_half(query, key, value) or not _is_fixed(attention_mask):
+    suits = suits and _learns_in_half(query, key, value) and _is_fixed(attention_mask)
+    in_blocks = suits and dropout < 1 and _suits_blocks(query, key, value)
+    if not suits or (dropout and not in_blocks):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             *(module, query, key, value, attention_mask, dropout, scaling, is_causal), **kwargs
         )
         return found
     half = [one.to(torch.bfloat16) for one in (query, key, value)]
-    if _suits_blocks(*half):
+    if in_blocks:
         scale = half[0].shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHQW = _BlockAttention.apply(*half, _in_float32(attention_mask), causal, scale)
+        # Torch's own generator says what is drawn, so that its state is all there is to keep.
+        seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
+        given = (*half, _in_float32(attention_mask))
+        out_BHQW = _BlockAttention.apply(*given, causal, scale, dropout, seed)
     else:
         out_BHQW = _HalfAttention.apply(*half, _added(attention_mask), causal, scaling)
     return out_BHQW.transpose(1, 2).contiguous(), None
@@ -157,12 +162,15 @@ class _BlockAttention(torch.autograd.Function):
         mask: Tensor | None,
         is_causal: bool,
         scale: float,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
         times = query_BHSW.shape[1] // key_BHSW.shape[1]
         shared = (_for_each_head(tensor, times) for tensor in (key_BHSW, value_BHSW))
-        out_BHSW, logsumexp = torch.ops.moe_dist.attend(query_BHSW, *shared, mask, scale, is_causal)
+        settings = scale, is_causal, dropout, seed
+        out_BHSW, logsumexp = torch.ops.moe_dist.attend(query_BHSW, *shared, mask, *settings)
         ctx.save_for_backward(query_BHSW, key_BHSW, value_BHSW, mask, out_BHSW, logsumexp)
-        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.settings = settings
         return cast(Tensor, out_BHSW)
 
     @staticmethod
@@ -174,10 +182,9 @@ class _BlockAttention(torch.autograd.Function):
         times = query_BHSW.shape[1] // key_BHSW.shape[1]
         shared = (_for_each_head(tensor, times) for tensor in (key_BHSW, value_BHSW))
         own, *of_shared = torch.ops.moe_dist.attend_backward(
-            *(grad_BHSW.to(torch.bfloat16), query_BHSW, *shared, *others),
-            *(ctx.scale, ctx.is_causal),
+            *(grad_BHSW.to(torch.bfloat16), query_BHSW, *shared, *others), *ctx.settings
         )
-        return (own, *(_over_heads(grad, times) for grad in of_shared), None, None, None)
+        return (own, *(_over_heads(grad, times) for grad in of_shared), *[None] * 5)
 
 
 class _HalfAttention(torch.autograd.Function):

@@ -204,6 +204,87 @@ def test_parts_of_one_product_of_all_three(in_blocks: list[int]) -> None:
         assert torch.equal(own, other.grad)
 
 
+def kept_weights(shape: tuple[int, ...], rate: float, seed: int) -> Tensor:
+    """Which weights dropout keeps, (B, H, S, S): with equal ones a value of each key shows them."""
+    *batch_and_heads, length = shape
+    width = length + length % 2
+    alike = torch.zeros(*batch_and_heads, length, width, dtype=torch.bfloat16)
+    values = torch.eye(length, width, dtype=torch.bfloat16).expand_as(alike).contiguous()
+    torch.manual_seed(seed)
+    query = alike.clone().requires_grad_()
+    out, _ = attend(torch.nn.Module(), query, alike, values, None, dropout=rate, is_causal=False)
+    return (out.detach().transpose(1, 2)[..., :length] > 0).double()
+
+
+@needs_blocks
+@pytest.mark.parametrize("seq_len", [9, 40, 130])
+def test_dropout_leaves_out_the_same_weights_backwards(seq_len: int, in_blocks: list[int]) -> None:
+    given = [tensors(seq_len=seq_len, seed=seed).bfloat16() for seed in range(3)]
+    kept = kept_weights((2, 4, seq_len), 0.3, seed=5)
+    torch.manual_seed(5)
+    found = results(given, torch.bfloat16, attend, dropout=0.3)
+
+    def plainly(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        return (weights * kept / 0.7 @ value).transpose(1, 2), None
+
+    assert_near(found, results([one.double() for one in given], torch.float64, plainly))
+    torch.manual_seed(5)
+    again = results(given, torch.bfloat16, attend, dropout=0.3)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    other = results(given, torch.bfloat16, attend, dropout=0.3)
+    assert not torch.equal(found[0], other[0])
+
+
+@needs_blocks
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_leaves_out_as_many_as_it_should_and_each_by_itself(rate: float) -> None:
+    kept = kept_weights((16, 12, 64), rate, seed=1)
+    spread = (rate * (1 - rate)) ** 0.5
+    for dims in ((), (0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)):
+        mean = kept.mean(dims) if dims else kept.mean()
+        limit = 5 * spread / (kept.numel() / mean.numel()) ** 0.5
+        assert float((mean - (1 - rate)).abs().max()) < limit
+    others = kept_weights((16, 12, 64), rate, seed=2)
+    gap = (kept - kept.mean()) / spread
+    for first, second in (
+        *(
+            (gap.narrow(dim, 1, gap.shape[dim] - 1), gap.narrow(dim, 0, gap.shape[dim] - 1))
+            for dim in range(4)
+        ),
+        (gap, (others - others.mean()) / spread),
+    ):
+        assert abs(float((first * second).mean())) < 5 / first.numel() ** 0.5
+
+
+@needs_blocks
+def test_dropout_under_gradient_checkpointing_is_drawn_once() -> None:
+    batch, gradients = token_batch(), []
+    for checkpointing in (False, True):
+        model = student(router="token_gate")
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={
+                    "use_reentrant": False,
+                    "context_fn": checkpoint_context_fn,
+                }
+            )
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        torch.manual_seed(3)
+        with half_attention():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch)[0].float().square().mean()
+            loss.backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    plain, found = gradients
+    assert float((found - plain).norm()) < 1e-3 * float(plain.norm())
+
+
 @needs_blocks
 def test_what_blocks_do_not_take_is_torchs() -> None:
     """Longer texts, keys of another text, odd widths."""

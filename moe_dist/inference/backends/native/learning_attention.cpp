@@ -64,10 +64,63 @@ class Mask {
   bool is_bool_ = false;
 };
 
+// Which weights are left out, drawn anew from the seed wherever they are asked for: nothing is kept of
+// them between the passes.
+class Dropout {
+ public:
+  Dropout(double rate, int64_t seed)
+      : rate_(rate),
+        lowest_(static_cast<uint32_t>(rate * 4294967296.)),
+        factor_(static_cast<float>(1. / (1. - rate))),
+        seed_(static_cast<uint64_t>(seed)) {}
+
+  // Go to the weights of a query of a head.
+  void go_to(int64_t head, int64_t i) {
+    if (rate_ == 0.) return;
+    row_ = mixed(mixed(static_cast<uint32_t>(seed_) + static_cast<uint32_t>(head) * 0x9E3779B1u) ^
+                 static_cast<uint32_t>(seed_ >> 32)) +
+           static_cast<uint32_t>(i) * 0x85EBCA77u;
+    row_ = mixed(row_);
+  }
+
+  // 0, or what makes up for those that are 0, for the keys from j on.
+  Vec factors(int64_t j) const {
+    if (rate_ == 0.) return Vec(1.f);
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(j)),
+                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __m512i drawn = _mm512_mullo_epi32(places, _mm512_set1_epi32(static_cast<int>(0xC2B2AE3Du)));
+    drawn = _mm512_xor_si512(drawn, _mm512_set1_epi32(static_cast<int>(row_)));
+    for (const uint32_t by : {0x85EBCA6Bu, 0xC2B2AE35u}) {
+      drawn = _mm512_xor_si512(drawn, _mm512_srli_epi32(drawn, 15));
+      drawn = _mm512_mullo_epi32(drawn, _mm512_set1_epi32(static_cast<int>(by)));
+    }
+    drawn = _mm512_xor_si512(drawn, _mm512_srli_epi32(drawn, 16));
+    const __mmask16 kept = _mm512_cmpge_epu32_mask(drawn, _mm512_set1_epi32(static_cast<int>(lowest_)));
+    return Vec(_mm512_maskz_mov_ps(kept, _mm512_set1_ps(factor_)));
+#else
+    return Vec(1.f);  // `takes` is false here
+#endif
+  }
+
+ private:
+  // The last steps of MurmurHash3 (A. Appleby, public domain), which let each bit depend on all.
+  static uint32_t mixed(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+    x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+    return x ^ (x >> 16);
+  }
+
+  double rate_;
+  uint32_t lowest_, row_ = 0;
+  float factor_;
+  uint64_t seed_;
+};
+
 // A thread's memory for one head after the other, of texts of one length.
 class Head {
  public:
-  Head(int64_t L, int64_t W, float scale, bool is_causal)
+  Head(int64_t L, int64_t W, float scale, bool is_causal, const Dropout& dropout)
       : L_(L),
         n_(rounded_length(L)),
         W_(W),
@@ -75,10 +128,14 @@ class Head {
         pairs_((W + 31) / 32 * 32),
         scale_(scale),
         is_causal_(is_causal),
+        dropout_(dropout),
         seen_(n_, 0.f),
         scores_(n_ * n_) {
     std::fill(seen_.begin() + L, seen_.end(), kNothing);
   }
+
+  // Takes the head of a number, which dropout is drawn for.
+  void take(int64_t number) { number_ = number; }
 
   // Writes rows of `to`, and each query's logarithm of the sum of exponentials, infinite where it sees
   // nothing.
@@ -99,7 +156,7 @@ class Head {
       for (int64_t j = 0; j < n_; j += 2 * Vec::size()) {
         const Vec one = exponential(seen(row, j) - Vec(most)), other = exponential(seen(row, j + Vec::size()) - Vec(most));
         sums = sums + (one + other);
-        store_pair(one, other, weights_.data() + i * n_ + j);
+        store_pair(one * dropout_.factors(j), other * dropout_.factors(j + Vec::size()), weights_.data() + i * n_ + j);
       }
       const float sum = reduce_sum(sums);
       const bool sees = most != kLowest;  // it may be no number
@@ -128,10 +185,11 @@ class Head {
       const Vec least(logsumexp[i]), mean(dot(grad + i * W_, out.of(b, h) + i * out.by_row)), scale(scale_);
       for (int64_t j = 0; j < n_; j += 2 * Vec::size()) {
         const Vec one = exponential(seen(row, j) - least), other = exponential(seen(row, j + Vec::size()) - least);
-        one.store(row + j);
-        other.store(row + j + Vec::size());
-        const Vec first = one * scale * (Vec::loadu(change + j) - mean);
-        const Vec second = other * scale * (Vec::loadu(change + j + Vec::size()) - mean);
+        const Vec keeps = dropout_.factors(j), others = dropout_.factors(j + Vec::size());
+        (one * keeps).store(row + j);
+        (other * others).store(row + j + Vec::size());
+        const Vec first = one * scale * (Vec::loadu(change + j) * keeps - mean);
+        const Vec second = other * scale * (Vec::loadu(change + j + Vec::size()) * others - mean);
         first.store(change + j);
         second.store(change + j + Vec::size());
         store_pair(first, second, weights_.data() + i * n_ + j);
@@ -185,8 +243,9 @@ class Head {
                      results.data() + first * ldc, [](int64_t, int64_t, int64_t) {});
   }
 
-  // What query i sees of each key.
+  // What query i sees of each key, and keeps of what it sees.
   void see(const Mask& mask, int64_t b, int64_t h, int64_t i) {
+    dropout_.go_to(number_, i);
     if (mask.changes(i)) mask.read(b, h, i, L_, seen_.data());
     if (!is_causal_) return;
     if (i == 0) std::fill(seen_.begin(), seen_.end(), kNothing);
@@ -228,9 +287,10 @@ class Head {
     }
   }
 
-  int64_t L_, n_, W_, columns_, pairs_;
+  int64_t L_, n_, W_, columns_, pairs_, number_ = 0;
   float scale_;
   bool is_causal_;
+  Dropout dropout_;
   std::vector<BFloat16> queries_, gradients_, turned_keys_, turned_values_, straight_values_, weights_;
   std::vector<float> seen_, scores_, changes_, turned_, results_, factors_ = std::vector<float>(n_);
 };
@@ -252,12 +312,15 @@ void check(const Tensor& one, const Tensor& like) {
 
 // Calls `work(head, b, h)` for all of them, in all threads.
 template <typename Work>
-void each_head(const Tensor& like, double scale, bool is_causal, Work&& work) {
+void each_head(const Tensor& like, double scale, bool is_causal, const Dropout& dropout, Work&& work) {
   const int64_t B = like.size(0), H = like.size(1);
   at::parallel_for(0, B * H, 1, [&](int64_t first, int64_t last) {
     const BlockProducts products(false);
-    Head head(like.size(2), like.size(3), static_cast<float>(scale), is_causal);
-    for (int64_t i = first; i < last; ++i) work(head, i / H, i % H);
+    Head head(like.size(2), like.size(3), static_cast<float>(scale), is_causal, dropout);
+    for (int64_t i = first; i < last; ++i) {
+      head.take(i);
+      work(head, i / H, i % H);
+    }
   });
 }
 
@@ -268,15 +331,17 @@ Tensor beside(const Tensor& like) {
 
 // (B, H, L, W) and (B, H, L) float32, see `Head::forward`.
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const std::optional<Tensor>& mask, double scale, bool is_causal) {
+                                  const std::optional<Tensor>& mask, double scale, bool is_causal, double dropout,
+                                  int64_t seed) {
   for (const Tensor& one : {query, key, value}) check(one, query);
   TORCH_CHECK(!mask || !is_causal, "a mask says what is seen, or that it is causal");
+  TORCH_CHECK(dropout >= 0 && dropout < 1, "dropout is ", dropout);
   TORCH_CHECK(takes(query.size(2), query.size(3)), "no attention of ", query.sizes(), " here");
   Tensor out = beside(query), logsumexp = at::empty({query.size(0), query.size(1), query.size(2)}, at::kFloat);
   const Rows queries(query), keys(key), values(value), to(out);
   const Mask seen(mask, query.size(0), query.size(1), query.size(2));
   float* sums = logsumexp.data_ptr<float>();
-  each_head(query, scale, is_causal, [&](Head& head, int64_t b, int64_t h) {
+  each_head(query, scale, is_causal, Dropout(dropout, seed), [&](Head& head, int64_t b, int64_t h) {
     head.forward(queries, keys, values, seen, b, h, to, sums + (b * query.size(1) + h) * query.size(2));
   });
   return {out, logsumexp};
@@ -285,7 +350,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const Tensor& query, const Tensor& key,
                                                    const Tensor& value, const std::optional<Tensor>& mask,
                                                    const Tensor& out, const Tensor& logsumexp, double scale,
-                                                   bool is_causal) {
+                                                   bool is_causal, double dropout, int64_t seed) {
   for (const Tensor& one : {gradient, query, key, value, out}) check(one, query);
   TORCH_CHECK(takes(query.size(2), query.size(3)), "no attention of ", query.sizes(), " here");
   Tensor of_query = beside(query), of_key = beside(query), of_value = beside(query);
@@ -293,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const
   const Rows to_queries(of_query), to_keys(of_key), to_values(of_value);
   const Mask seen(mask, query.size(0), query.size(1), query.size(2));
   const float* sums = logsumexp.const_data_ptr<float>();
-  each_head(query, scale, is_causal, [&](Head& head, int64_t b, int64_t h) {
+  each_head(query, scale, is_causal, Dropout(dropout, seed), [&](Head& head, int64_t b, int64_t h) {
     head.backward(grads, queries, keys, values, seen, outs, sums + (b * query.size(1) + h) * query.size(2), b, h,
                   to_queries, to_keys, to_values);
   });
@@ -306,10 +371,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& gradient, const
 TORCH_LIBRARY_FRAGMENT(moe_dist, library) {
   library.def("attends(int length, int width) -> bool", &moe_dist::takes);
   library.def(
-      "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal) -> (Tensor, Tensor)");
+      "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal, float dropout, int seed) "
+      "-> (Tensor, Tensor)");
   library.def(
       "attend_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, "
-      "Tensor logsumexp, float scale, bool is_causal) -> (Tensor, Tensor, Tensor)");
+      "Tensor logsumexp, float scale, bool is_causal, float dropout, int seed) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
