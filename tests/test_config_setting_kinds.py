@@ -11,6 +11,7 @@ import pytest
 
 from moe_dist.config import RunConfig, load_config
 from moe_dist.config.in_flight import in_flight_keys
+from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.config.setting_kinds import Kind, keys_of, kind_of, settings_of_kind
 from moe_dist.tracking import recipe_hash
 from pipelines.chain.training_settings import training_settings
@@ -73,7 +74,8 @@ def test_every_key_has_a_kind_that_exists() -> None:
 def test_a_mark_that_does_not_exist_is_no_silent_default() -> None:
     for dotted, section, name in keys_of(RunConfig):
         extra = section.model_fields[name].json_schema_extra or {}
-        assert isinstance(extra, dict) and set(extra) <= {"kind", "in_flight", "read_with"}, dotted
+        assert isinstance(extra, dict), dotted
+        assert set(extra) <= {"kind", "in_flight", "read_with", "unread_at"}, dotted
 
 
 def test_the_table_below_has_every_key_that_is_no_learning() -> None:
@@ -137,3 +139,14 @@ def test_what_a_loss_reads_counts_with_it(
 def test_what_changes_in_flight_is_learning() -> None:
     assert len(in_flight_keys()) == 18
     assert {KINDS[key] for key in in_flight_keys()} == {"learning"}
+
+
+def test_a_key_at_what_was_always_so_redoes_nothing() -> None:
+    """Stages that were made before there was the key stay as they are."""
+    assert "teacher_precision" not in settings_of_kind(ObjectivesConfig())
+    chosen = settings_of_kind(ObjectivesConfig(teacher_precision="int8"))
+    assert chosen["teacher_precision"] == "int8"
+    nobody_asks = ObjectivesConfig(
+        teacher_precision="int8", task_weight=1.0, hidden_weight=0.0, kl_weight=0.0
+    )
+    assert "teacher_precision" not in settings_of_kind(nobody_asks)

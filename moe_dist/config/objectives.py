@@ -43,12 +43,18 @@ class ObjectivesConfig(DistillConfig):
         "are trained on pairs of texts have none. 0 asks the teacher in every step.",
     )
     teacher_precision: Literal["same", "int8"] = Field(
+        json_schema_extra=read_with(
+            *("hidden_weight", "kl_weight", "soft_weight", "alignment_weight", "mapping_weight"),
+            *("attention_weight", "adversarial_weight"),
+            but_at="same",
+        ),
         default="same",
-        description="What a frozen teacher's products are computed in, step by step: the `same` as "
-        "those of the student (`train.precision`), or `int8`, which takes less time on a CPU and "
-        "lets the student follow answers that are rounded: for dense BERT, RoBERTa, XLM-R, "
+        description="What a frozen teacher's products are computed in, where steps ask it: the "
+        "`same` as those of the student (`train.precision`), or `int8`, which takes less time on a "
+        "CPU and lets the student follow answers that are rounded: for dense BERT, RoBERTa, XLM-R, "
         "CamemBERT, ELECTRA and DistilBERT, whose attention no loss reads. Other teachers, and "
-        "machines that cannot, have the `same`, and that is said.",
+        "workers of which one cannot, have the `same`, and that is said. Answers that are kept "
+        "(`distill.keep_answers_gib`) are always the `same`.",
     )
     hidden_layers: LayerChoice = Field(
         default="all",

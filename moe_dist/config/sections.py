@@ -81,9 +81,14 @@ OBSERVATION: dict[str, Any] = {"kind": "observation"}
 LOSS_WEIGHT: dict[str, Any] = {"in_flight": "weight in the loss"}
 
 
-def read_with(*weights: str) -> dict[str, Any]:
-    """Mark a field that nothing reads where all of these weights of its section are 0."""
-    return {"read_with": list(weights)}
+def read_with(*weights: str, but_at: object = None) -> dict[str, Any]:
+    """Mark a field that nothing reads where all of these weights of its section are 0.
+
+    Nor where its value is `but_at`, at which it changes nothing: a key that came later then
+    redoes nothing that was made before it.
+    """
+    unread = {} if but_at is None else {"unread_at": but_at}
+    return {"read_with": list(weights)} | unread
 
 
 class Section(BaseModel):

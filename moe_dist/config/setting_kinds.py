@@ -53,8 +53,12 @@ def in_flight_meaning(section: type[Section], name: str) -> str:
 
 def _is_read(section: Section, name: str) -> bool:
     """Whether a loss is used that reads a field; True where no loss decides it."""
-    weights = _mark(type(section), name).get("read_with")
-    return weights is None or any(getattr(section, weight) > 0 for weight in weights)
+    mark = _mark(type(section), name)
+    weights = mark.get("read_with")
+    if weights is None:
+        return True
+    changes = "unread_at" not in mark or getattr(section, name) != mark["unread_at"]
+    return changes and any(getattr(section, weight) > 0 for weight in weights)
 
 
 def _mark(section: type[Section], name: str) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 Torch's own takes seven times as long in bfloat16 as in float32 where texts are short, which was
 half of a distillation step. Where native operators are loaded, short texts have their own products
 of blocks. Else the forward pass is torch's in bfloat16, and the backward pass its in float32, from
-the same saved tensors: also nearer to the true gradients.
+the same saved tensors, which is slower and a little nearer to the true gradients.
 
 Shapes: B texts, H heads, Q queries, S keys, W width of a head.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,13 +90,18 @@ def attend(
         out_BHQW = _BlockAttention.apply(*given, causal, scale, dropout, seed)
     else:
         out_BHQW = _HalfAttention.apply(*half, _added(attention_mask), causal, scaling)
-    return out_BHQW.transpose(1, 2).contiguous(), None
+    # A copy: the backward pass reads what was given, and models may write over what they get.
+    return out_BHQW.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
 
 
 def has_block_attention() -> bool:
     """Whether somebody has loaded the native operators, and this processor has what they need."""
-    loaded = hasattr(torch.ops.moe_dist, "attend")
-    return loaded and bool(torch.ops.moe_dist.multiplies(_BFLOAT16))
+    return hasattr(torch.ops.moe_dist, "attend") and _multiplies_half()
+
+
+@functools.cache
+def _multiplies_half() -> bool:
+    return bool(torch.ops.moe_dist.multiplies(_BFLOAT16))
 
 
 _BFLOAT16 = 1
@@ -176,8 +182,8 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHSW: Tensor) -> tuple[Tensor | None, ...]:
-        if grad_BHSW.stride(-1) != 1:
-            grad_BHSW = grad_BHSW.contiguous()
+        if grad_BHSW.stride(-1) != 1 or grad_BHSW.stride(2) % 2:
+            grad_BHSW = grad_BHSW.clone(memory_format=torch.contiguous_format)
         query_BHSW, key_BHSW, value_BHSW, *others = ctx.saved_tensors
         times = query_BHSW.shape[1] // key_BHSW.shape[1]
         shared = (_for_each_head(tensor, times) for tensor in (key_BHSW, value_BHSW))
@@ -230,5 +236,5 @@ def _for_each_head(shared: Tensor, times: int) -> Tensor:
 
 
 def _over_heads(grad: Tensor, times: int) -> Tensor:
-    """Add up the gradients of what several heads share; in float32, whatever they are in."""
+    """Add up the gradients of what several heads share."""
     return grad if times == 1 else grad.unflatten(1, (-1, times)).sum(dim=2)

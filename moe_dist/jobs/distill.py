@@ -25,7 +25,7 @@ from moe_dist.jobs.precision import model_precision
 from moe_dist.jobs.teacher_answers import kept_answers
 from moe_dist.jobs.train_job import Report, keep_model, train_model
 from moe_dist.losses.total import LossWeight
-from moe_dist.training.collectives import own_rank
+from moe_dist.training.collectives import gather_values, own_rank
 from moe_dist.training.companion import build_companion
 from moe_dist.training.dropout import set_dropout
 from moe_dist.training.hardware import pick_device
@@ -179,28 +179,35 @@ def _asked_in(
     precision: Precision,
     device: torch.device,
 ) -> nn.Module:
-    """Bring a teacher into the form that steps ask it in; where that is not `wanted` it is said."""
+    """Bring a teacher into the form that all ranks ask it in; collective.
+
+    Where that is not `wanted`, rank 0 says why.
+    """
     obstacle = "it is on a GPU" if device.type != "cpu" else ""
     if reads(objectives, "attention"):
         obstacle = "losses read its attention"
-    if wanted == "int8":
-        try:
-            return _quick_form(teacher, "int8", obstacle)
-        except UnsuitedError as reason:
-            if own_rank() == 0:
-                logger.warning("the teacher is asked in %s, not in int8: %s", precision, reason)
-    if precision == "bf16":
-        try:
-            return _quick_form(teacher, "bf16", obstacle)
-        except UnsuitedError as reason:
-            logger.info("the teacher keeps its own layers: %s", reason)
+    for form in ("int8", "bf16"):
+        is_asked = form == wanted
+        if not is_asked and form != precision:
+            continue
+        quick, reason = (None, obstacle) if obstacle else _quick_form(teacher, form)
+        reasons = [reason for reason in gather_values(reason) if reason]
+        if quick is not None and not reasons:
+            return quick
+        if own_rank() == 0:
+            said = f"the teacher is not asked in {form}, in layers of its own: {reasons[0]}"
+            if is_asked:
+                said = f"the teacher is asked in {precision}, not in int8: {reasons[0]}"
+            logger.log(logging.WARNING if is_asked else logging.INFO, said)
     return teacher
 
 
-def _quick_form(teacher: nn.Module, precision: str, obstacle: str) -> nn.Module:
-    if obstacle:
-        raise UnsuitedError(obstacle)
-    return quick_teacher(teacher, precision)
+def _quick_form(teacher: nn.Module, precision: str) -> tuple[nn.Module | None, str]:
+    """Give the quick form, or why there is none."""
+    try:
+        return quick_teacher(teacher, precision), ""
+    except UnsuitedError as reason:
+        return None, str(reason)
 
 
 def distill_weights(section: ObjectivesConfig, num_steps: int) -> StepWeights:

@@ -204,6 +204,18 @@ def test_parts_of_one_product_of_all_three(in_blocks: list[int]) -> None:
         assert torch.equal(own, other.grad)
 
 
+@needs_blocks
+def test_what_follows_may_write_over_it_and_give_any_gradient(in_blocks: list[int]) -> None:
+    parts = [torch.randn(2, 3, 5, 4).bfloat16().requires_grad_() for _ in range(3)]
+    out, _ = attend(torch.nn.Module(), *parts, None, is_causal=False)
+    torch.nn.functional.relu_(out).sum().backward()
+    # Rows of 13 numbers, of which the last is not attention's.
+    out, _ = attend(torch.nn.Module(), *parts, None, is_causal=False)
+    one = torch.ones(2, 5, 1, dtype=torch.bfloat16)
+    torch.cat([out.flatten(2), one], dim=-1).square().sum().backward()
+    assert len(in_blocks) == 2
+
+
 def kept_weights(shape: tuple[int, ...], rate: float, seed: int) -> Tensor:
     """Which weights dropout keeps, (B, H, S, S): with equal ones a value of each key shows them."""
     *batch_and_heads, length = shape

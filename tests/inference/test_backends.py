@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,34 @@ def test_without_a_compiler_torch_does_the_same(
         for top_k in (1, 2):
             assert differ(routed(top_k=top_k), Form("lean")) < 1e-5
             assert differ(routed(top_k=top_k), Form("lean", "bf16")) < 0.05
+    finally:
+        native.load_operators.cache_clear()
+
+
+def test_a_compiler_that_failed_is_not_asked_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "broken-cxx"
+    compiler.write_text(
+        f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho 'error: no' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    native.load_operators.cache_clear()
+    try:
+        counts = []
+        for _ in range(2):
+            with caplog.at_level(logging.WARNING):
+                assert not native.load_operators()
+            native.load_operators.cache_clear()
+            counts.append((tmp_path / "asked").read_text().count("asked"))
+        assert counts[0] == counts[1] <= len(native.SOURCES)
+        assert "a compiler failed lately: error: no" in caplog.text
+        (noted,) = (tmp_path / "cache" / "operators").glob("*.failed")
+        os.utime(noted, (0, 0))
+        assert not native.load_operators()
+        assert (tmp_path / "asked").read_text().count("asked") > counts[0]
     finally:
         native.load_operators.cache_clear()
 

@@ -67,12 +67,17 @@ def test_under_autocast_states_stay_in_float32() -> None:
 
 @needs_native
 def test_what_has_no_such_form_says_why() -> None:
+    scaled, other_heads = tiny_model("bert"), tiny_model("distilbert")
+    scaled.bert.encoder.layer[1].attention.self.scaling = 0.01
+    other_heads.config.n_heads = 1
     hooked = tiny_model("bert")
     hooked.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
     for model, reason in (
         (tiny_model("gpt2"), "only bert"),
         (routed("bert"), "it has experts"),
         (hooked, "has hooks"),
+        (scaled, "scales its scores"),
+        (other_heads, "other heads"),
     ):
         with pytest.raises(UnsuitedError, match=reason):
             quick_teacher(freeze(model), "fp32")

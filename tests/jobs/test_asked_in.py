@@ -11,8 +11,10 @@ import torch
 
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.conversion.half_attention import has_block_attention
+from moe_dist.distributed.launch import spawn_gloo
+from moe_dist.inference.backends.native_blocks import UnsuitedError
 from moe_dist.inference.pretrained import load_pretrained
-from moe_dist.inference.saving import save_model
+from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs import distill
 from moe_dist.jobs.distill import DistillJob
 from moe_dist.jobs.results import save_scores
@@ -79,7 +81,7 @@ def test_losses_of_a_quick_teacher_are_the_same(
     assert forms == ["bf16"] and has_block_attention()
 
     def unsuited(*_: Any) -> Any:
-        raise distill.UnsuitedError("not today")
+        raise UnsuitedError("not today")
 
     monkeypatch.setattr(distill, "quick_teacher", unsuited)
     plain = losses(models, "plain-form", "bf16")
@@ -114,3 +116,36 @@ def test_a_teacher_that_nobody_asks_needs_no_form(
     with caplog.at_level(logging.WARNING, "moe_dist.training"):
         losses(models, "nobody", "fp32", teacher_precision="int8", **weights)
     assert not forms and "int8" not in caplog.text
+
+
+def ask_on_ranks(rank: int, world_size: int, directory: str) -> None:
+    """On rank 1 there is nothing native."""
+    made = load_model(Path(directory))
+    own = distill.quick_teacher
+
+    def quick(teacher: Any, precision: str) -> Any:
+        if rank == 1:
+            raise UnsuitedError("no compiler on this one")
+        return own(teacher, precision)
+
+    distill.quick_teacher = quick  # type: ignore[attr-defined]
+    lines: list[str] = []
+    distill.logger.addHandler(_Kept(lines))
+    asked = distill._asked_in("int8", made, ["hidden_mse"], "bf16", torch.device("cpu"))
+    assert asked is made
+    assert len(lines) == (rank == 0)
+    assert all("not in int8: no compiler on this one" in line for line in lines)
+
+
+class _Kept(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.distributed
+def test_ranks_ask_the_same_teacher(models: tuple[Path, dict[str, str]]) -> None:
+    spawn_gloo(ask_on_ranks, 2, models[1]["teacher"])

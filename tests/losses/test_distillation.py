@@ -136,3 +136,12 @@ def test_hidden_mse_names_unequal_models() -> None:
         hidden_mse(one, [torch.zeros(1, 2, 4)], None)
     with pytest.raises(ValueError, match="output_hidden_states"):
         hidden_mse([], [], None)
+
+
+def test_hidden_mse_of_many_numbers_is_summed_as_exactly_as_of_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(64, 512, 768, generator=generator)
+    right = float(student.double().square().sum() / 768)
+    assert float(hidden_mse([student], [torch.zeros_like(student)], None)) == pytest.approx(
+        right, rel=1e-5
+    )

@@ -152,7 +152,10 @@ def install_native_layers(model: Any, family: FamilySpec, precision: str) -> Non
 def _read_stacks(model: Any, family: FamilySpec) -> list[tuple[nn.ModuleList, list[_Content]]]:
     """Read all blocks of a model, or raise an UnsuitedError."""
     stacks = [
-        (blocks, [_read(block, BLOCKS[family.model_type], family) for block in blocks])
+        (
+            blocks,
+            [_read(block, BLOCKS[family.model_type], family, model.config) for block in blocks],
+        )
         for blocks in lists_of_blocks(model, family)
     ]
     if getattr(model.config, "is_decoder", False) or getattr(
@@ -174,14 +177,25 @@ class _Content:
     feed_forward: FeedForward
 
 
-def _read(block: nn.Module, names: BlockNames, family: FamilySpec) -> _Content:
+def _read(block: nn.Module, names: BlockNames, family: FamilySpec, config: Any) -> _Content:
     check_is_its_own(block)
+    _check_heads(block.get_submodule(names.query.rpartition(".")[0]), config)
     roles = ("query", "key", "value", "attention_out")
     linears = {role: read_linear(block, getattr(names, role)) for role in roles}
     norms = (_norm(block, names.attention_norm), _norm(block, names.out_norm))
     feed_forward = read_feed_forward(block, family, is_gated=False)
     check_widths([weight_OI for weight_OI, _ in linears.values()])
     return _Content(linears, norms, feed_forward)
+
+
+def _check_heads(attention: Any, config: Any) -> None:
+    """See that heads are as many as the configuration says, and scores scaled by their width."""
+    name = "num_attention_heads" if hasattr(attention, "num_attention_heads") else "n_heads"
+    if getattr(attention, name) != config.num_attention_heads:
+        raise UnsuitedError("a block has other heads than its configuration says")
+    usual = attention.attention_head_size**-0.5
+    if abs(getattr(attention, "scaling", usual) - usual) > 1e-6 * usual:
+        raise UnsuitedError("a block scales its scores in another way than by its heads' width")
 
 
 def _norm(block: nn.Module, path: str) -> nn.LayerNorm:

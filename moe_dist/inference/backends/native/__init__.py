@@ -11,7 +11,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ HERE = Path(__file__).parent
 SOURCES = tuple(sorted(HERE.glob("*.cpp")))
 _LIBRARY, _DIGEST = "operators.so", "operators.sha256"
 _COMPILE_TIMEOUT_S = 600.0
+_FAILED_FOR_S = 600.0
+"""So long nobody tries again what a compiler could not do: processes ask one after the other."""
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +37,23 @@ log = logging.getLogger(__name__)
 def load_operators() -> bool:
     """Make operators known as `torch.ops.moe_dist`, and the classes of encoders and decoders.
 
-    The first call on a machine compiles for half a minute, with `CXX` or `c++`. The library lies in
-    the cache under what it was made of: source, flags, torch, C library and processor; a damaged
-    one is built again. Where that fails it is False, and a warning.
+    The first call on a machine compiles for half a minute and more, with `CXX` or `c++`. The
+    library lies in the cache under what it was made of: source, flags, torch, C library and
+    processor; a damaged one is built again. Where that fails it is False, and a warning.
     """
     files = (*SOURCES, *sorted(HERE.glob("*.h")), Path(__file__))
     digests = _short("".join(file_digest(path) for path in files))
     libc = "-".join(platform.libc_ver())
     made_of = f"{digests}-torch{torch.__version__}-{libc}-{_processor()}"
+    compiler = os.environ.get("CXX") or "c++"
+    place = default_cache_dir() / "operators" / made_of
+    compiling = functools.partial(
+        _compile_unless_it_failed,
+        shlex.split(compiler),
+        failure=place.with_name(f"{made_of}-{_short(compiler)}.failed"),
+    )
     try:
-        directory = build_once(
-            default_cache_dir() / "operators" / made_of, _compile, is_good=_is_whole
-        )
+        directory = build_once(place, compiling, is_good=_is_whole)
         torch.ops.load_library(directory / _LIBRARY)
     except (OSError, RuntimeError, subprocess.SubprocessError, MoeDistError) as error:
         log.warning(
@@ -55,15 +64,29 @@ def load_operators() -> bool:
     return True
 
 
-def _compile(directory: Path) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+def _compile_unless_it_failed(compiler: list[str], directory: Path, *, failure: Path) -> None:
     if shutil.which(compiler[0]) is None:
         raise ConversionError(
             f"there is no C++ compiler {compiler[0]!r}", remedy="install g++, or name one by CXX"
         )
-    log.warning("compiling native operators, once for this machine; it takes half a minute")
+    with suppress(OSError):
+        if time.time() - failure.stat().st_mtime < _FAILED_FOR_S:
+            raise ConversionError(
+                f"a compiler failed lately: {failure.read_text(encoding='utf-8')}",
+                remedy="mend it, and try again in ten minutes",
+            )
+    log.warning("compiling native operators, once for this machine; it takes half a minute or more")
+    try:
+        _compile(compiler, directory)
+    except (OSError, subprocess.SubprocessError) as error:
+        with suppress(OSError):
+            failure.write_text(_reason(error), encoding="utf-8")
+        raise
+
+
+def _compile(compiler: list[str], directory: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     command = [
         *(*compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-w"),
         *(["-fopenmp"] if sys.platform == "linux" else []),

@@ -326,7 +326,8 @@ void each_head(const Tensor& like, double scale, bool is_causal, const Dropout& 
 
 // As many numbers as `like`, the heads of a token beside each other in memory.
 Tensor beside(const Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  const int64_t H = like.size(1), L = like.size(2), W = like.size(3);
+  return at::empty_strided(like.sizes(), {L * H * W, W, H * W, 1}, like.options());
 }
 
 // (B, H, L, W) and (B, H, L) float32, see `Head::forward`.
