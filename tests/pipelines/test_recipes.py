@@ -194,7 +194,7 @@ def test_squad_recipes_have_the_paper_s_hyperparameters(version: int) -> None:
 def test_the_demo_runs_expert_parallel_on_two_workers() -> None:
     config = load_config(RECIPES / "demo.yaml", ("compare=[dense]",))
     assert (config.parallel.num_workers, config.parallel.ep_size) == (2, 2)
-    assert (config.moe.num_experts, config.moe.expert_size) == (4, 384)
+    assert (config.moe.num_experts, config.moe.expert_size) == (8, 384)
     dense = config.resolve_comparison("dense")
     assert (dense.moe.num_experts, dense.moe.expert_size, dense.parallel.ep_size) == (1, 384, 1)
 
