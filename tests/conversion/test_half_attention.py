@@ -42,8 +42,8 @@ needs_blocks = pytest.mark.skipif(not is_native("bf16"), reason="not on this pro
 
 
 @pytest.fixture
-def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often attention was differentiated in products of blocks; torch's kernels are barred."""
+def block_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often attention was differentiated in products of blocks."""
     calls: list[int] = []
     own = module_of_it._BlockAttention.backward
 
@@ -51,12 +51,19 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return own(ctx, grad)
 
+    monkeypatch.setattr(module_of_it._BlockAttention, "backward", staticmethod(count))
+    return calls
+
+
+@pytest.fixture
+def in_blocks(block_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same where torch's kernels are barred."""
+
     def barred(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(module_of_it._BlockAttention, "backward", staticmethod(count))
     monkeypatch.setattr(module_of_it, "_flash", barred)
-    return calls
+    return block_calls
 
 
 def tensors(num_heads: int = 4, seq_len: int = 9, seed: int = 0, width: int = 16) -> Tensor:
@@ -269,6 +276,24 @@ def test_dropout_leaves_out_as_many_as_it_should_and_each_by_itself(rate: float)
         assert abs(float((first * second).mean())) < 5 / first.numel() ** 0.5
 
 
+def enable_checkpointing(model: Any) -> None:
+    """As training does where a recipe asks for it."""
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={
+            "use_reentrant": False,
+            "context_fn": checkpoint_context_fn,
+        }
+    )
+
+
+def gradient_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """All gradients of a loss under autocast, one after the other."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch)[0].float().square().mean()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 @needs_blocks
 def test_dropout_under_gradient_checkpointing_is_drawn_once() -> None:
     batch, gradients = token_batch(), []
@@ -276,23 +301,13 @@ def test_dropout_under_gradient_checkpointing_is_drawn_once() -> None:
         model = student(router="token_gate")
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": checkpoint_context_fn,
-                }
-            )
+            enable_checkpointing(model)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.2
         torch.manual_seed(3)
         with half_attention():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch)[0].float().square().mean()
-            loss.backward()
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
+            gradients.append(gradient_of(model, batch))
     plain, found = gradients
     assert float((found - plain).norm()) < 1e-3 * float(plain.norm())
 
@@ -356,17 +371,9 @@ def test_what_is_left_to_torch(taken: list[int]) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "bart"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models_under_autocast_in_blocks(
-    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, checkpointing: bool, block_calls: list[int]
 ) -> None:
-    calls: list[int] = []
-    own = module_of_it._BlockAttention.backward
-
-    def count(ctx: Any, grad: Tensor) -> Any:
-        calls.append(1)
-        return own(ctx, grad)
-
-    monkeypatch.setattr(module_of_it._BlockAttention, "backward", staticmethod(count))
-    assert_models_learn_alike(family, checkpointing, calls)
+    assert_models_learn_alike(family, checkpointing, block_calls)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "bart"])
@@ -382,12 +389,7 @@ def assert_models_learn_alike(family: str, checkpointing: bool, taken: list[int]
     for mode in (nullcontext(), half_attention()):
         model = tiny_model(family) if family != "bert" else student(router="token_gate")
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": checkpoint_context_fn,
-                }
-            )
+            enable_checkpointing(model)
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -396,13 +398,7 @@ def assert_models_learn_alike(family: str, checkpointing: bool, taken: list[int]
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         with mode:
-            with torch.autocast("cpu", torch.bfloat16):
-                output = model(**batch)
-                loss = output[0].float().square().mean()
-            loss.backward()
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
+            gradients.append(gradient_of(model, batch))
     assert taken
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     plain, found = gradients

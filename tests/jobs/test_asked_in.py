@@ -13,30 +13,22 @@ from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.conversion.half_attention import has_block_attention
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.inference.backends.native_blocks import UnsuitedError
-from moe_dist.inference.pretrained import load_pretrained
-from moe_dist.inference.saving import load_model, save_model
+from moe_dist.inference.saving import load_model
 from moe_dist.jobs import distill
 from moe_dist.jobs.distill import DistillJob
-from moe_dist.jobs.results import save_scores
 from moe_dist.metric_log import MetricLog, series
 from tests.inference.native_forms import is_native
-from tests.training.tiny_task import adapt, job_fields, train_section, write_bert
+from tests.training.tiny_task import job_fields, train_section, write_untrained_pair
 
 LOSSES = ObjectivesConfig(task_weight=0.0, hidden_weight=1.0, kl_weight=1.0)
 half = pytest.mark.skipif(not is_native("bf16"), reason="not on this processor")
-eighth = pytest.mark.skipif(not is_native("int8"), reason="not on this processor")
+byte = pytest.mark.skipif(not is_native("int8"), reason="not on this processor")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     root = tmp_path_factory.mktemp("asked")
-    write_bert(root / "plain", dropout=0.0)
-    model, tokenizer = load_pretrained(
-        str(root / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
-    )
-    teacher = str(save_model(model, root / "teacher", tokenizer=tokenizer))
-    save_scores([torch.rand(32), torch.rand(32)], root / "score-importance" / "scores.safetensors")
-    return root, {"teacher": teacher, "student": adapt(root, teacher)}
+    return root, write_untrained_pair(root)
 
 
 @pytest.fixture
@@ -90,7 +82,7 @@ def test_losses_of_a_quick_teacher_are_the_same(
         assert values == pytest.approx(plain[name], rel=0.03, abs=1e-4)
 
 
-@eighth
+@byte
 def test_a_teacher_in_int8(models: tuple[Path, dict[str, str]], forms: list[str]) -> None:
     plain = losses(models, "fp32", "fp32")
     assert not forms

@@ -13,7 +13,6 @@ import torch
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.distributed.launch import spawn_gloo
 from moe_dist.errors import NonFiniteLossError
-from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs import distill
 from moe_dist.jobs.distill import DistillJob
@@ -23,19 +22,10 @@ from moe_dist.jobs.results import load_scores
 from moe_dist.losses.total import LossTerm
 from moe_dist.metric_log import MetricLog
 from moe_dist.training.step import StepTerms
-from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_bert
+from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_teacher
 
 pytestmark = pytest.mark.distributed
 EP2 = on_cpu(ep_size=2, zero_stage=1)
-
-
-def write_teacher(root: Path) -> str:
-    """A teacher without dropout, so that one process and two can be compared."""
-    write_bert(root / "plain", dropout=0.0)
-    model, tokenizer = load_pretrained(
-        str(root / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
-    )
-    return str(save_model(model, root / "teacher", tokenizer=tokenizer))
 
 
 def score_distil_resume_predict(

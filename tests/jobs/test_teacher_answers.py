@@ -14,16 +14,14 @@ import torch
 
 from moe_dist.config.objectives import ObjectivesConfig
 from moe_dist.distributed.launch import spawn_gloo
-from moe_dist.inference.pretrained import load_pretrained
 from moe_dist.inference.saving import load_model, save_model
 from moe_dist.jobs import teacher_answers
 from moe_dist.jobs.distill import DistillJob
-from moe_dist.jobs.results import save_scores
 from moe_dist.metric_log import MetricLog, series
 from moe_dist.moe.routing import use_samples
 from moe_dist.training import step
 from moe_dist.training.teacher_answers import TeacherAnswers
-from tests.training.tiny_task import adapt, job_fields, on_cpu, train_section, write_bert
+from tests.training.tiny_task import job_fields, on_cpu, train_section, write_untrained_pair
 
 ONLY_KL = ObjectivesConfig(task_weight=0.0, hidden_weight=0.0, kl_weight=1.0, temperature=2.0)
 
@@ -31,13 +29,7 @@ ONLY_KL = ObjectivesConfig(task_weight=0.0, hidden_weight=0.0, kl_weight=1.0, te
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     root = tmp_path_factory.mktemp("answers")
-    write_bert(root / "plain", dropout=0.0)
-    model, tokenizer = load_pretrained(
-        str(root / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
-    )
-    teacher = str(save_model(model, root / "teacher", tokenizer=tokenizer))
-    save_scores([torch.rand(32), torch.rand(32)], root / "score-importance" / "scores.safetensors")
-    return root, {"teacher": teacher, "student": adapt(root, teacher)}
+    return root, write_untrained_pair(root)
 
 
 @pytest.fixture(autouse=True)

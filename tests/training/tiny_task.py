@@ -117,3 +117,24 @@ def adapt(root: Path, teacher: str, **options: Any) -> str:
     directory = root / "adapt" / "model"
     save_model(student, directory, tokenizer=load_tokenizer(teacher))
     return str(directory)
+
+
+def write_teacher(root: Path) -> str:
+    """A teacher without dropout, so that one process and two can be compared."""
+    from moe_dist.inference.pretrained import load_pretrained
+    from moe_dist.inference.saving import save_model
+
+    write_bert(root / "plain", dropout=0.0)
+    model, tokenizer = load_pretrained(
+        str(root / "plain"), num_labels=2, label_names=("neg", "pos"), seed=1
+    )
+    return str(save_model(model, root / "teacher", tokenizer=tokenizer))
+
+
+def write_untrained_pair(root: Path) -> dict[str, str]:
+    """A teacher and the student made of it by scores that were drawn; their directories."""
+    from moe_dist.jobs.results import save_scores
+
+    teacher = write_teacher(root)
+    save_scores([torch.rand(32), torch.rand(32)], root / "score-importance" / "scores.safetensors")
+    return {"teacher": teacher, "student": adapt(root, teacher)}

@@ -122,7 +122,7 @@ class Head {
  public:
   Head(int64_t L, int64_t W, float scale, bool is_causal, const Dropout& dropout)
       : L_(L),
-        n_(rounded_length(L)),
+        n_(filled_length(L)),
         W_(W),
         columns_((W + kPartN - 1) / kPartN * kPartN),
         pairs_((W + 31) / 32 * 32),
@@ -182,7 +182,7 @@ class Head {
     for (int64_t i = 0; i < L_; ++i) {
       see(mask, b, h, i);
       float *row = scores_.data() + i * n_, *change = changes_.data() + i * n_;
-      const Vec least(logsumexp[i]), mean(dot(grad + i * W_, out.of(b, h) + i * out.by_row)), scale(scale_);
+      const Vec least(logsumexp[i]), mean(dot(grad + i * W_, out.of(b, h) + i * out.by_row, W_)), scale(scale_);
       for (int64_t j = 0; j < n_; j += 2 * Vec::size()) {
         const Vec one = exponential(seen(row, j) - least), other = exponential(seen(row, j + Vec::size()) - least);
         const Vec keeps = dropout_.factors(j), others = dropout_.factors(j + Vec::size());
@@ -214,8 +214,6 @@ class Head {
  private:
   static constexpr float kLowest = std::numeric_limits<float>::lowest();
   static constexpr int64_t kRows = 64;
-
-  static int64_t rounded_length(int64_t L) { return L > 64 ? (L + 63) / 64 * 64 : (L + 31) / 32 * 32; }
 
   // Rows of one head, with those of zeros that fill up: products read them in whole blocks.
   const BFloat16* copied(const Rows& rows, int64_t b, int64_t h, std::vector<BFloat16>& to) const {
@@ -254,15 +252,6 @@ class Head {
 
   Vec seen(const float* scores, int64_t j) const {
     return at::vec::fmadd(Vec::loadu(scores + j), Vec(scale_), Vec::loadu(seen_.data() + j));
-  }
-
-  float dot(const BFloat16* a, const BFloat16* b) const {
-    Vec sums(0.f);
-    int64_t w = 0;
-    for (; w + Vec::size() <= W_; w += Vec::size()) sums = at::vec::fmadd(load_float(a + w), load_float(b + w), sums);
-    float sum = reduce_sum(sums);
-    for (; w < W_; ++w) sum += static_cast<float>(a[w]) * static_cast<float>(b[w]);
-    return sum;
   }
 
   // The numbers of (L, n) in `weights_`, with keys and queries in each other's place.

@@ -17,6 +17,9 @@ inline __m512i first_half() {
 inline __m512i second_half() { return _mm512_add_epi16(first_half(), _mm512_set1_epi16(16)); }
 #endif
 
+// Columns of a product with L rows turned, which are filled up to whole blocks.
+inline int64_t filled_length(int64_t L) { return L > 64 ? (L + 63) / 64 * 64 : (L + 31) / 32 * 32; }
+
 // For a product with the rows turned into columns: pairs of a row's numbers, `to_columns` of them a line.
 inline void pack_turned(const at::BFloat16* rows, int64_t stride, int64_t L, int64_t W, at::BFloat16* to,
                         int64_t to_columns) {

@@ -27,7 +27,7 @@ class TextAttention {
 
   TextAttention(int64_t L, int64_t width)
       : L_(L),
-        n_(L > 64 ? (L + 63) / 64 * 64 : (L + 31) / 32 * 32),
+        n_(filled_length(L)),
         width_(width),
         columns_((width + kPartN - 1) / kPartN * kPartN),
         scale_(1.f / std::sqrt(static_cast<float>(width))),

@@ -87,20 +87,20 @@ inline void store_pair(const Vec& first, const Vec& second, at::BFloat16* to) {
 #endif
 }
 
-template <typename T>
-float dot(const float* a, const T* b, int64_t D) {
+template <typename A, typename B>
+float dot(const A* a, const B* b, int64_t D) {
   constexpr int64_t kChains = 4;  // one chain of sums would wait for itself
   Vec sums[kChains] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
   int64_t d = 0;
   for (; d + kChains * Vec::size() <= D; d += kChains * Vec::size())
     for (int64_t i = 0; i < kChains; ++i) {
       const int64_t at = d + i * Vec::size();
-      sums[i] = at::vec::fmadd(Vec::loadu(a + at), load_float(b + at), sums[i]);
+      sums[i] = at::vec::fmadd(load_float(a + at), load_float(b + at), sums[i]);
     }
   for (; d + Vec::size() <= D; d += Vec::size())
-    sums[0] = at::vec::fmadd(Vec::loadu(a + d), load_float(b + d), sums[0]);
+    sums[0] = at::vec::fmadd(load_float(a + d), load_float(b + d), sums[0]);
   float out = d ? reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) : 0.f;
-  for (; d < D; ++d) out += a[d] * static_cast<float>(b[d]);
+  for (; d < D; ++d) out += static_cast<float>(a[d]) * static_cast<float>(b[d]);
   return out;
 }
 
