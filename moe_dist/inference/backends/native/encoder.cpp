@@ -1,6 +1,6 @@
 // The blocks of an encoder of the BERT kind in one call: attention, norm, dense or routed
-// feed-forward network, norm. Shapes: B texts, L tokens of each, T = B * L, D model, H heads,
-// E experts, K of them for a token, S = T * K slots.
+// feed-forward network, norm. Shapes: B texts, L tokens of each as they are given, T of all texts together
+// (B * L with their padding), D model, H heads, E experts, K of them for a token.
 
 #include "gate.h"
 #include "text_attention.h"
@@ -100,27 +100,36 @@ class Encoder : public torch::CustomClassHolder {
   }
 
   // All layers. A routed one has a gate, or the experts of each token are given: for each layer ids
-  // (T, K) and weights of that shape, or none. The mask is added or, of bool, says what is seen; it
-  // goes with (B, H, L, L). Gates that choose for a text read `shares`, see `Gate`.
+  // (B * L, K) and weights of that shape, or none. The mask is added or, of bool, says what is seen; it
+  // goes with (B, H, L, L). What it hides from all is left out and gives 0, where it does nothing else
+  // and leaves each text some. Gates that choose for a text read `shares` (B, L), see `Gate`.
   Tensor forward(const Tensor& hidden, const MaybeTensor& mask, const MaybeTensor& shares, const MaybeTensors& ids,
                  const MaybeTensors& weights) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (const Layer& layer : layers_) check(layer, hidden);
     const int64_t B = hidden.size(0), L = hidden.size(1);
-    const std::vector<Route> routes = checked_routes(layers_, ids, weights, B * L);
+    std::vector<Route> routes = checked_routes(layers_, ids, weights, B * L);
     MaybeTensor own_shares;
     if (shares) {
       TORCH_CHECK(shares->dim() == 2 && shares->size(0) == B && shares->size(1) == L, "shares are ", shares->sizes());
-      own_shares = shares->to(at::kFloat).contiguous();
+      own_shares = shares->to(at::kFloat).reshape({B * L}).contiguous();
     }
-    const MaybeTensor own_mask = prepared(mask);
-    Tensor rows = float_rows(hidden);
+    const std::optional<Texts> seen = mask ? Texts::seen(*mask, B, L) : std::nullopt;
+    const Texts texts = seen ? *seen : Texts::whole(B, L);
+    const MaybeTensor own_mask = seen ? std::nullopt : prepared(mask);
+    Tensor rows = float_rows(texts.kept.defined() ? hidden.reshape({B * L, -1}).index_select(0, texts.kept) : hidden);
+    if (texts.kept.defined()) {
+      if (own_shares) own_shares = own_shares->index_select(0, texts.kept);
+      for (Route& route : routes) route = route.of(texts.kept);
+    }
     for (size_t i = 0; i < layers_.size(); ++i) {
       const Layer& layer = layers_[i];
-      rows = attend(layer, rows, B, L, own_mask);
-      rows = feed_forward(layer, rows, routes[i].ids.defined() ? routes[i] : layer.gate.route(rows, own_shares));
+      rows = attend(layer, rows, texts, own_mask);
+      rows = feed_forward(layer, rows, routes[i].ids.defined() ? routes[i] : layer.gate.route(rows, &texts, own_shares));
     }
-    return rows.to(hidden.scalar_type()).view(hidden.sizes());
+    if (!texts.kept.defined()) return rows.to(hidden.scalar_type()).view(hidden.sizes());
+    const Tensor out = at::zeros({B * L, hidden.size(2)}, hidden.options());
+    return out.index_copy_(0, texts.kept, rows.to(hidden.scalar_type())).view(hidden.sizes());
   }
 
   // The first half of a layer: (B, L, D) to float32 of that shape.
@@ -128,8 +137,8 @@ class Encoder : public torch::CustomClassHolder {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Layer& layer = layers_.at(index);
     check(layer, hidden);
-    return attend(layer, float_rows(hidden), hidden.size(0), hidden.size(1), prepared(mask))
-        .view(hidden.sizes());
+    const Texts texts = Texts::whole(hidden.size(0), hidden.size(1));
+    return attend(layer, float_rows(hidden), texts, prepared(mask)).view(hidden.sizes());
   }
 
   // The second half, each token's experts given: ids (T, K), weights of the same shape, or ones.
@@ -158,19 +167,33 @@ class Encoder : public torch::CustomClassHolder {
     return at::zeros(own.sizes(), at::kFloat).masked_fill_(own.logical_not(), -std::numeric_limits<float>::infinity());
   }
 
-  // Like `feed_forward`, it may write over x.
-  Tensor attend(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {
-    const int64_t width = layer.qkv.N / 3 / num_heads_;
-    if (attention_type(precision_) == at::kFloat || !TextAttention::takes(L, width, has_bfloat16_))
-      return attend_by_torch(layer, x, B, L, mask);
+  // Whether texts of this length are attended to by our own products.
+  bool has_own_attention(int64_t L) const {
+    if (layers_.empty() || attention_type(precision_) == at::kFloat) return false;
+    return TextAttention::takes(L, layers_[0].qkv.N / 3 / num_heads_, has_bfloat16_);
+  }
+
+  // Like `feed_forward`, it may write over x. A mask goes with (B, H, longest, longest).
+  Tensor attend(const Layer& layer, const Tensor& x, const Texts& texts, const MaybeTensor& mask) const {
+    const int64_t B = texts.count(), L = texts.longest;
+    if (!has_own_attention(L)) return attend_by_torch(layer, x, texts, mask);
     Tensor own_mask;
     if (mask) {
       own_mask = mask->expand({B, num_heads_, L, L});
       if (own_mask.stride(3) != 1) own_mask = own_mask.contiguous();
     }
-    const int64_t texts = std::max<int64_t>(1, kPartRows / L), parts = (B + texts - 1) / texts;
-    return parts < at::get_num_threads() ? attend_by_heads(layer, x, B, L, own_mask)
-                                         : attend_by_texts(layer, x, B, L, own_mask, texts);
+    const std::vector<int64_t> parts = parts_of(texts);
+    return static_cast<int64_t>(parts.size()) <= at::get_num_threads() ? attend_by_heads(layer, x, texts, own_mask)
+                                                                       : attend_by_texts(layer, x, texts, own_mask, parts);
+  }
+
+  // Where parts of whole texts begin, and where the last one ends: about `kPartRows` rows each.
+  static std::vector<int64_t> parts_of(const Texts& texts) {
+    std::vector<int64_t> parts{0};
+    for (int64_t b = 1; b < texts.count(); ++b)
+      if (texts.starts[b + 1] - texts.starts[parts.back()] > kPartRows) parts.push_back(b);
+    parts.push_back(texts.count());
+    return parts;
   }
 
   // Attention of one head of text b, whose queries, keys and values begin at `qkv`.
@@ -183,29 +206,36 @@ class Encoder : public torch::CustomClassHolder {
 
   // Some texts after the other in one thread, so that what lies between the products stays near its
   // core. Written over x.
-  Tensor attend_by_texts(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const Tensor& mask, int64_t texts) const {
-    const int64_t D = layer.qkv.N / 3, own_D = x.size(1), most = std::min(B, texts) * L;
+  Tensor attend_by_texts(const Layer& layer, const Tensor& x, const Texts& texts, const Tensor& mask,
+                         const std::vector<int64_t>& parts) const {
+    const int64_t D = layer.qkv.N / 3, own_D = x.size(1), number = parts.size() - 1;
+    const auto first_row = [&](int64_t part) { return texts.starts[parts[part]]; };
+    int64_t most = 0;
+    for (int64_t part = 0; part < number; ++part) most = std::max(most, first_row(part + 1) - first_row(part));
     float* all = x.data_ptr<float>();
-    take_turns((B + texts - 1) / texts, [&](auto take) {
+    take_turns(number, [&](auto take) {
       const BlockProducts products(false);
-      TextAttention attention(L, D / num_heads_);
+      TextAttention attention(texts.longest, D / num_heads_);
       OwnCodes codes(most, std::max(D, own_D), precision_);
       std::vector<at::BFloat16> qkv((most + 15) * 3 * D), context(most * D);
       std::vector<float> results(most * own_D);
-      for (int64_t first = take() * texts, next; first < B; first = next) {
-        const int64_t own = std::min(texts, B - first), rows = own * L;
-        float* x_rows = all + first * L * own_D;
+      for (int64_t part = take(), next; part < number; part = next) {
+        const int64_t first = first_row(part), rows = first_row(part + 1) - first;
+        float* x_rows = all + first * own_D;
         for (int64_t r = 0; r < rows; ++r) codes.put(r, x_rows + r * own_D, own_D);
         layer.qkv.apply_rows(codes.from(0, own_D), rows, qkv.data(), 3 * D);
-        for (int64_t b = 0; b < own; ++b)
+        for (int64_t b = parts[part]; b < parts[part + 1]; ++b) {
+          const int64_t row = texts.starts[b] - first;
+          attention.set_length(texts.length(b));
           for (int64_t h = 0; h < num_heads_; ++h)
-            attend_head(attention, &qkv[b * L * 3 * D], mask, first + b, h, D, D / num_heads_, &context[b * L * D]);
+            attend_head(attention, &qkv[row * 3 * D], mask, b, h, D, D / num_heads_, &context[row * D]);
+        }
         for (int64_t r = 0; r < rows; ++r) codes.put(r, &context[r * D], D);
         layer.attention_out.apply_rows(codes.from(0, D), rows, results.data(), own_D);
-        next = take() * texts;  // Not before, or one thread takes what another could begin.
-        const int64_t next_rows = std::min(texts, std::max<int64_t>(0, B - next)) * L;
+        next = take();  // Not before, or one thread takes what another could begin.
+        const int64_t next_rows = next < number ? first_row(next + 1) - first_row(next) : 0;
         for (int64_t r = 0; r < rows; ++r) {
-          if (r < next_rows) prefetch_row(all + (next * L + r) * own_D, own_D);
+          if (r < next_rows) prefetch_row(all + (first_row(next) + r) * own_D, own_D);
           layer.attention_norm.apply(&results[r * own_D], x_rows + r * own_D, x_rows + r * own_D);
         }
       }
@@ -213,29 +243,49 @@ class Encoder : public torch::CustomClassHolder {
     return x;
   }
 
-  // All threads together, where there are fewer texts than these.
-  Tensor attend_by_heads(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const Tensor& mask) const {
+  // All threads together, where there are fewer parts than these.
+  Tensor attend_by_heads(const Layer& layer, const Tensor& x, const Texts& texts, const Tensor& mask) const {
     const int64_t D = layer.qkv.N / 3;
-    const Tensor qkv = products(layer, x), context = matrix(B * L, D, at::kBFloat16);
-    at::parallel_for(0, B * num_heads_, 1, [&](int64_t first, int64_t last) {
+    const Tensor qkv = products(layer, x), context = matrix(x.size(0), D, at::kBFloat16);
+    at::parallel_for(0, texts.count() * num_heads_, 1, [&](int64_t first, int64_t last) {
       const BlockProducts products(false);
-      TextAttention attention(L, D / num_heads_);
+      TextAttention attention(texts.longest, D / num_heads_);
       for (int64_t i = first; i < last; ++i) {
-        const int64_t b = i / num_heads_, h = i % num_heads_;
-        attend_head(attention, qkv.const_data_ptr<at::BFloat16>() + b * L * 3 * D, mask, b, h, D, D / num_heads_,
-                    context.data_ptr<at::BFloat16>() + b * L * D);
+        const int64_t b = i / num_heads_, h = i % num_heads_, row = texts.starts[b];
+        attention.set_length(texts.length(b));
+        attend_head(attention, qkv.const_data_ptr<at::BFloat16>() + row * 3 * D, mask, b, h, D, D / num_heads_,
+                    context.data_ptr<at::BFloat16>() + row * D);
       }
     });
     return attended(layer, context, x);
   }
 
-  Tensor attend_by_torch(const Layer& layer, const Tensor& x, int64_t B, int64_t L, const MaybeTensor& mask) const {
+  Tensor attend_by_torch(const Layer& layer, const Tensor& x, const Texts& texts, const MaybeTensor& mask) const {
     const int64_t D = layer.qkv.N / 3;
     const Tensor qkv = products(layer, x);
-    const Tensor parts = qkv.view({B, L, 3, num_heads_, D / num_heads_}).permute({2, 0, 3, 1, 4});
-    const MaybeTensor own_mask = mask && mask->scalar_type() != at::kBool ? MaybeTensor(mask->to(qkv.scalar_type())) : mask;
-    const Tensor seen = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], own_mask);
-    return attended(layer, seen.transpose(1, 2).reshape({B * L, D}), x);
+    const auto attention = [&](const Tensor& rows, int64_t count, int64_t length) {
+      const Tensor parts = rows.view({count, length, 3, num_heads_, D / num_heads_}).permute({2, 0, 3, 1, 4});
+      const MaybeTensor own = mask && mask->scalar_type() != at::kBool ? MaybeTensor(mask->to(rows.scalar_type())) : mask;
+      const Tensor seen = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], own);
+      return seen.transpose(1, 2).reshape({count * length, D});
+    };
+    if (texts.all_alike()) return attended(layer, attention(qkv, texts.count(), texts.longest), x);
+    const Tensor context = matrix(x.size(0), D, qkv.scalar_type());
+    char* to = static_cast<char*>(context.data_ptr());
+    const int64_t bytes = D * context.element_size();
+    const auto attend_some = [&](int64_t first, int64_t last) {
+      const at::NoGradGuard answers_only;
+      for (int64_t b = first; b < last; ++b) {
+        const Tensor rows = attention(qkv.narrow(0, texts.starts[b], texts.length(b)), 1, texts.length(b)).contiguous();
+        std::memcpy(to + texts.starts[b] * bytes, rows.const_data_ptr(), texts.length(b) * bytes);
+      }
+    };
+    // Within one text torch's threads share heads.
+    if (texts.count() < at::get_num_threads())
+      attend_some(0, texts.count());
+    else
+      at::parallel_for(0, texts.count(), 1, attend_some);
+    return attended(layer, context, x);
   }
 
   // Queries, keys and values of all rows: (T, 3 D), with 15 more rows, since a text begins at any row

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "routed_network.h"
+#include "texts.h"
 
 #include <algorithm>
 #include <limits>
@@ -17,6 +18,12 @@ struct Route {
   Tensor ids, weights;
 
   MaybeTensor given_weights() const { return weights.defined() ? MaybeTensor(weights) : std::nullopt; }
+
+  // That of some of the tokens.
+  Route of(const Tensor& rows) const {
+    if (!ids.defined()) return {};
+    return {ids.index_select(0, rows), weights.defined() ? weights.index_select(0, rows) : Tensor()};
+  }
 };
 
 // Chooses each token's experts by the scores of a linear layer, in float32, or those of a whole text by
@@ -61,21 +68,22 @@ struct Gate {
       for (int64_t k = 0; k < top_k; ++k) weights[k] /= chosen;
   }
 
-  // The experts of x (T, D). A gate that chooses for texts reads `shares` (B, L) float32: the part that
-  // a token has in the mean of its text.
-  Route route(const Tensor& x, const MaybeTensor& shares = std::nullopt) const {
+  // The experts of x (T, D). A gate that chooses for texts is told where they lie and `shares` (T,)
+  // float32: the part that a token has in the mean of its text.
+  Route route(const Tensor& x, const Texts* texts = nullptr, const MaybeTensor& shares = std::nullopt) const {
     if (!weight.defined()) return {};
-    TORCH_CHECK(!by_text || shares, "a gate chooses for a text, and nothing says where texts end");
-    const int64_t T = x.size(0), D = x.size(1), K = top_k, length = by_text ? shares->size(1) : 1;
+    TORCH_CHECK(!by_text || (texts && shares), "a gate chooses for a text, and nothing says where texts end");
+    const int64_t T = x.size(0), D = x.size(1), K = top_k;
     Tensor ids = at::empty({T, K}, at::kLong), weights = at::empty({T, K}, at::kFloat);
     const float* from = x.const_data_ptr<float>();
     const float* share = by_text ? shares->const_data_ptr<float>() : nullptr;
     int64_t* to_ids = ids.data_ptr<int64_t>();
     float* to_weights = weights.data_ptr<float>();
-    at::parallel_for(0, T / std::max<int64_t>(length, 1), by_text ? 1 : 16, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, by_text ? texts->count() : T, by_text ? 1 : 16, [&](int64_t first, int64_t last) {
       std::vector<float> scores(weight.size(0)), mean(by_text ? D : 0);
       for (int64_t row = first; row < last; ++row) {
-        const int64_t t = row * length;
+        const int64_t t = by_text ? texts->starts[row] : row, length = by_text ? texts->length(row) : 1;
+        if (length == 0) continue;
         const float* own = from + t * D;
         if (by_text) {
           mix(share + t, own, length, D, mean.data());

@@ -25,20 +25,28 @@ class TextAttention {
 #endif
   }
 
-  TextAttention(int64_t L, int64_t width)
-      : L_(L),
-        n_(filled_length(L)),
-        width_(width),
+  TextAttention(int64_t longest, int64_t width)
+      : width_(width),
         columns_((width + kPartN - 1) / kPartN * kPartN),
         scale_(1.f / std::sqrt(static_cast<float>(width))),
-        keys_((width + 31) / 32 * 32 * n_),
-        values_(columns_ * n_),
-        weights_(kRows * n_),
-        scores_(kRows * n_),
+        keys_((width + 31) / 32 * 32 * filled_length(longest)),
+        values_(columns_ * filled_length(longest)),
+        weights_(kRows * filled_length(longest)),
+        scores_(kRows * filled_length(longest)),
         sums_(kRows * columns_),
-        seen_(n_, 0.f),
-        factors_(kRows) {
-    std::fill(seen_.begin() + L, seen_.end(), -std::numeric_limits<float>::infinity());
+        seen_(filled_length(longest)),
+        factors_(kRows) {}
+
+  // Texts have so many tokens from here on, at most the longest. What fills them up is no number of
+  // another text, which may be none.
+  void set_length(int64_t L) {
+    if (L == L_) return;
+    L_ = L;
+    n_ = filled_length(L);
+    std::fill(keys_.begin(), keys_.end(), at::BFloat16(0.f));
+    std::fill(values_.begin(), values_.end(), at::BFloat16(0.f));
+    std::fill(seen_.begin(), seen_.begin() + L, 0.f);
+    std::fill(seen_.begin() + L, seen_.begin() + n_, -std::numeric_limits<float>::infinity());
   }
 
   // Queries, keys and values are L rows each, `stride` apart, with room for 15 more queries. `mask` is
@@ -94,7 +102,7 @@ class TextAttention {
     for (; w < width_; ++w) to[w] = sums[w] * factors_[r];
   }
 
-  int64_t L_, n_, width_, columns_;
+  int64_t L_ = 0, n_ = 0, width_, columns_;
   float scale_;
   std::vector<at::BFloat16> keys_, values_, weights_;
   std::vector<float> scores_, sums_, seen_, factors_;
