@@ -1,12 +1,13 @@
 """Texts of many requests in one call of the model, those of like length together.
 
-What a call costs is measured (`CallCost`), so that padding is weighed against one more call, and no
-lengths of buckets need to be chosen.
+What a call costs is measured (`CallCost`), so that padding, where the model computes on it, is weighed
+against one more call, and no lengths of buckets need to be chosen.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -36,13 +37,16 @@ class CallCost:
 
     Args:
         overhead_tokens: what a call costs whatever it reads, in the time of so many tokens.
+        padding_share: what a place without a token costs, as a part of a token's cost.
     """
 
     overhead_tokens: float
+    padding_share: float = 1.0
 
-    def of(self, num_texts: int, num_tokens: int) -> float:
-        """Cost of a call with texts padded to `num_tokens` each."""
-        return self.overhead_tokens + num_texts * num_tokens
+    def of(self, num_texts: int, longest: int, num_tokens: int) -> float:
+        """Cost of a call with texts of so many tokens together, padded to the longest."""
+        padding = num_texts * longest - num_tokens
+        return self.overhead_tokens + num_tokens + self.padding_share * padding
 
 
 def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) -> list[list[int]]:
@@ -62,10 +66,11 @@ def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) ->
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     least = [0.0]
     begins = [0]
+    read = [0, *itertools.accumulate(lengths[place] for place in order)]
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         options = [
-            (least[begin] + cost.of(end - begin, longest), begin)
+            (least[begin] + cost.of(end - begin, longest, read[end] - read[begin]), begin)
             for begin in range(max(0, end - max_batch_size), end)
         ]
         best, begin = min(options)

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -49,7 +49,7 @@ class _Loaded:
     kind: str
     limit: int | None
     form: str
-    overhead_tokens: float
+    cost: Mapping[str, float]
     reason: str
 
 
@@ -171,7 +171,7 @@ def start_model(settings: ServingSettings) -> AnsweringModel:
     except BaseException:
         own.close()
         raise
-    cost = CallCost(loaded.overhead_tokens)
+    cost = CallCost(**loaded.cost)
     return AnsweringModel(reader, own.answer, loaded.form, cost, loaded.reason, own.check)
 
 
@@ -202,7 +202,7 @@ def _answer_all(own: socket.socket, asked: Iterator[bytes]) -> None:
         kind=model.kind.name,
         limit=model.limit,
         form=choice.form,
-        overhead_tokens=choice.cost.overhead_tokens,
+        cost=asdict(choice.cost),
         reason=choice.reason,
     )
     # What is loaded stays; nothing of it is looked at again for garbage.

@@ -110,7 +110,7 @@ class TextService:
         # A long text must not keep the others waiting; the tokenizer is for one thread.
         self._counting = ThreadPoolExecutor(1, "lengths")
         self._last_count: Future[list[int]] | None = None
-        self._probe = [column[0] for column in probe_texts(self._reader, 1, 4)]
+        self._probe = [column[0] for column in probe_texts(self._reader, (4,))]
 
     async def handle(self, request: HttpRequest) -> HttpAnswer:
         """Answer any request; nothing is raised, and no answer tells of the program's inside."""

@@ -13,9 +13,11 @@ from moe_dist.inference.serving import TextModel, TextReader
 from moe_dist.serving.batching import CallCost
 from moe_dist.serving.settings import AUTO
 
-SHORT, LONG, MANY = (1, 16), (1, 128), (8, 128)
-"""Texts and tokens of the calls that are timed; fewer tokens where the model reads fewer."""
-SHAPES = (SHORT, LONG, MANY)
+Call = tuple[int, ...]
+"""Tokens of each text of a call that is timed; fewer where the model reads fewer."""
+SHORT, LONG, MANY = (16,), (128,), (128,) * 8
+MIXED = (128, *(16,) * 7)
+CALLS = (SHORT, LONG, MANY, MIXED)
 NUM_ROUNDS = 4
 NUM_COST_REPEATS = 2
 BUDGET_S = 20.0
@@ -70,41 +72,45 @@ def choose_form(model: TextModel, wanted: str) -> FormChoice:
     best = min(times, key=lambda name: math.prod(times[name].values()))
     said = [f"{name} {_spoken(own)}" for name, own in times.items()]
     why = "the fastest here" if wanted == AUTO else "as asked"
-    reason = f"{best}, {why}; ms for 1 short, 1 long, 8 long texts: " + "; ".join(said + refused)
-    cost = call_cost(_least_times(prepared[best], best, times[best]))
+    calls = "1 short, 1 long, 8 long, 1 long and 7 short texts"
+    reason = f"{best}, {why}; ms for {calls}: " + "; ".join(said + refused)
+    cost = call_cost(_least_times(prepared[best], best, times[best]), model.limit)
     return FormChoice(prepared[best], best, cost, reason)
 
 
 def _least_times(
-    model: TextModel, form: str, times: Mapping[tuple[int, int], float]
-) -> dict[tuple[int, int], float]:
+    model: TextModel, form: str, times: Mapping[Call, float]
+) -> dict[Call, float]:
     """Time one form again: long calls slowed by other work would end batches of several texts."""
     more = [times, *(time_forms({form: model})[form] for _ in range(NUM_COST_REPEATS))]
-    return {shape: min(own[shape] for own in more) for shape in SHAPES}
+    return {call: min(own[call] for own in more) for call in CALLS}
 
 
-def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[tuple[int, int], float]]:
-    """Seconds that each model takes for a call of each shape; the least of some rounds."""
+def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[Call, float]]:
+    """Seconds that each model takes for each of `CALLS`; the least of some rounds."""
     some = next(iter(models.values()))
-    columns = {shape: probe_texts(some, *shape) for shape in SHAPES}
-    found = {name: dict.fromkeys(SHAPES, math.inf) for name in models}
+    columns = {call: probe_texts(some, call) for call in CALLS}
+    found = {name: dict.fromkeys(CALLS, math.inf) for name in models}
     begin = time.monotonic()
     for done in range(NUM_ROUNDS):
         if done > 0 and time.monotonic() - begin > BUDGET_S:
             break
         for name, model in models.items():
-            for shape in SHAPES:
+            for call in CALLS:
                 start = time.perf_counter()
-                model.answers(columns[shape])
+                model.answers(columns[call])
                 took = time.perf_counter() - start
-                found[name][shape] = min(found[name][shape], took)
+                found[name][call] = min(found[name][call], took)
     return found
 
 
-def probe_texts(model: TextReader, num_texts: int, num_tokens: int) -> list[list[str]]:
-    """Make texts of about as many tokens, or of as many as the model reads if these are fewer."""
-    wanted = min(num_tokens, model.limit or num_tokens)
-    return texts_of_lengths(model, [wanted] * num_texts)
+def probe_texts(model: TextReader, lengths: Call) -> list[list[str]]:
+    """Make texts of about so many tokens each, or of as many as the model reads if these are fewer."""
+    return texts_of_lengths(model, _read_of(lengths, model.limit))
+
+
+def _read_of(lengths: Call, limit: int | None) -> list[int]:
+    return [min(length, limit or length) for length in lengths]
 
 
 def texts_of_lengths(model: TextReader, lengths: Sequence[int]) -> list[list[str]]:
@@ -123,15 +129,27 @@ def texts_of_lengths(model: TextReader, lengths: Sequence[int]) -> list[list[str
     return columns([text(max(1, 1 + round((wanted - some) / by_word))) for wanted in lengths])
 
 
-def call_cost(times: Mapping[tuple[int, int], float]) -> CallCost:
-    """Fit what a call costs beside its tokens, from the shortest and the longest one."""
-    small, large = (texts * tokens for texts, tokens in (SHORT, MANY))
-    per_token = (times[MANY] - times[SHORT]) / (large - small)
-    overhead = times[SHORT] - per_token * small
+def call_cost(times: Mapping[Call, float], limit: int | None = None) -> CallCost:
+    """Fit what a call costs beside its tokens, and what padding costs in it.
+
+    The shortest and the longest call tell of tokens, that of unlike texts of padding.
+
+    Args:
+        times: seconds of each of `CALLS`.
+        limit: tokens of a text that the model reads at most.
+    """
+    small, large, mixed = (_read_of(call, limit) for call in (SHORT, MANY, MIXED))
+    per_token = (times[MANY] - times[SHORT]) / (sum(large) - sum(small))
+    overhead = times[SHORT] - per_token * sum(small)
     if per_token <= 0 or overhead > per_token * _MOST_OVERHEAD:
         return CallCost(_MOST_OVERHEAD)
-    return CallCost(max(0.0, overhead / per_token))
+    overhead = max(0.0, overhead)
+    padding = len(mixed) * max(mixed) - sum(mixed)
+    if padding == 0:
+        return CallCost(overhead / per_token)
+    of_padding = times[MIXED] - overhead - per_token * sum(mixed)
+    return CallCost(overhead / per_token, min(1.0, max(0.0, of_padding / (per_token * padding))))
 
 
-def _spoken(times: Mapping[tuple[int, int], float]) -> str:
-    return "/".join(f"{times[shape] * 1e3:.1f}" for shape in SHAPES)
+def _spoken(times: Mapping[Call, float]) -> str:
+    return "/".join(f"{times[call] * 1e3:.1f}" for call in CALLS)

@@ -33,14 +33,18 @@ def all_partitions(places: list[int], most: int) -> Iterator[list[list[int]]]:
 
 
 def total(batches: Sequence[Sequence[int]], lengths: Sequence[int], cost: CallCost) -> float:
-    return sum(cost.of(len(own), max(lengths[place] for place in own)) for own in batches)
+    read = [[lengths[place] for place in own] for own in batches]
+    return sum(cost.of(len(own), max(own), sum(own)) for own in read)
 
 
 @pytest.mark.parametrize("overhead", [0.0, 5.0, 40.0, 1e6])
 @pytest.mark.parametrize("most", [1, 2, 3, 6])
+@pytest.mark.parametrize("padding_share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("lengths", [[7], [3, 90, 4, 5, 88, 30], [9, 9, 9, 9, 9], [1, 50, 2]])
-def test_no_other_batches_cost_less(lengths: list[int], most: int, overhead: float) -> None:
-    cost = CallCost(overhead)
+def test_no_other_batches_cost_less(
+    lengths: list[int], padding_share: float, most: int, overhead: float
+) -> None:
+    cost = CallCost(overhead, padding_share)
     found = plan_batches(lengths, most, cost)
     assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
     assert max(map(len, found)) <= most
@@ -56,6 +60,8 @@ def test_what_a_call_costs_decides_between_padding_and_one_more_call() -> None:
     # 2 × 88 padded positions cost less than a call of 200.
     assert plan_batches(lengths, 8, CallCost(200)) == [[0, 2, 3, 1]]
     assert plan_batches([], 8, CallCost(20)) == []
+    # A model that leaves padding out takes all at once.
+    assert plan_batches(lengths, 8, CallCost(20, padding_share=0)) == [[0, 2, 3, 1]]
 
 
 class Calls:

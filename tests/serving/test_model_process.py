@@ -61,7 +61,8 @@ def test_answers_faults_and_an_end(settings: ServingSettings) -> None:
     assert (there.form, there.reader.limit) == ("eager-fp32", 6)
     assert there.reader.kind is here.model.kind
     assert there.reader.lengths(COLUMNS) == here.model.lengths(COLUMNS)
-    assert there.cost.overhead_tokens > 0 and there.reason.startswith("eager-fp32, as asked")
+    assert there.cost.overhead_tokens > 0 and 0 <= there.cost.padding_share <= 1
+    assert there.reason.startswith("eager-fp32, as asked")
 
     async def answered() -> list[Any]:
         # One after the other on the same socket, and a long one that comes in pieces.

@@ -224,8 +224,8 @@ def test_the_fastest_form_is_taken_and_all_are_named(
 ) -> None:
     given = {
         # Fastest for a short text, and not by the product of all.
-        "eager-fp32": dict(zip(speed.SHAPES, (0.001, 0.010, 0.080), strict=True)),
-        "lean-fp32": dict(zip(speed.SHAPES, (0.002, 0.005, 0.010), strict=True)),
+        "eager-fp32": dict(zip(speed.CALLS, (0.001, 0.010, 0.080, 0.080), strict=True)),
+        "lean-fp32": dict(zip(speed.CALLS, (0.002, 0.005, 0.010, 0.008), strict=True)),
     }
     prepare = Form.prepare
 
@@ -240,17 +240,41 @@ def test_the_fastest_form_is_taken_and_all_are_named(
     )
     reason = make(directory, form="auto").report()["reason"]
     assert reason.startswith(
-        "lean-fp32, the fastest here; ms for 1 short, 1 long, 8 long texts: "
-        "eager-fp32 1.0/10.0/80.0; lean-fp32 2.0/5.0/10.0; "
+        "lean-fp32, the fastest here; ms for 1 short, 1 long, 8 long, 1 long and 7 short texts: "
+        "eager-fp32 1.0/10.0/80.0/80.0; lean-fp32 2.0/5.0/10.0/8.0; "
     )
     assert "lean-bf16 is not there (no lean-bf16 here)" in reason
     assert make(directory, form="eager-fp32").report()["reason"].startswith("eager-fp32, as asked")
 
 
-def test_each_form_is_timed_with_each_shape(directory: Path) -> None:
+@pytest.mark.parametrize("padding_share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("limit", [None, 64])
+def test_what_padding_costs_is_found_from_unlike_texts(
+    limit: int | None, padding_share: float
+) -> None:
+    right = speed.CallCost(40.0, padding_share)
+
+    def seconds(call: speed.Call) -> float:
+        read = [min(length, limit or length) for length in call]
+        return 1e-4 * right.of(len(read), max(read), sum(read))
+
+    found = speed.call_cost({call: seconds(call) for call in speed.CALLS}, limit)
+    assert found.overhead_tokens == pytest.approx(right.overhead_tokens)
+    assert found.padding_share == pytest.approx(right.padding_share, abs=1e-9)
+
+
+def test_where_no_text_is_padded_padding_costs_as_tokens_do() -> None:
+    times = dict(zip(speed.CALLS, (0.001, 0.001, 0.008, 0.008), strict=True))
+    assert speed.call_cost(times, limit=16).padding_share == 1
+    # Faster than its tokens alone, as a machine may be for a moment.
+    times = dict(zip(speed.CALLS, (0.001, 0.008, 0.064, 0.001), strict=True))
+    assert speed.call_cost(times).padding_share == 0
+
+
+def test_each_form_is_timed_with_each_call(directory: Path) -> None:
     model: Any = make(directory)._reader
     ((name, times),) = speed.time_forms({"only": model}).items()
-    assert name == "only" and set(times) == set(speed.SHAPES)
+    assert name == "only" and set(times) == set(speed.CALLS)
     assert all(0 < own < math.inf for own in times.values())
 
 
