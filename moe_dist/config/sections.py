@@ -69,9 +69,9 @@ def _count_or_auto(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("is neither a whole number nor auto; give for example 2, or auto.")
     if value < 1:
-        raise ValueError("is less than 1; give auto, or a number of at least 1.")
+        raise ValueError("is not at least 1; give auto, or a number that is.")
     if value > MAX_WORKERS:
-        raise ValueError(f"is more than {MAX_WORKERS:,}; give auto, or fewer.")
+        raise ValueError(f"is not at most {MAX_WORKERS:,}; give auto, or a number that is.")
     return value
 
 
