@@ -13,6 +13,7 @@ from moe_dist.workers.cluster_capacity import Capacity, describe_nodes, read_cap
 from moe_dist.workers.driver import run_on_workers
 from moe_dist.workers.placement import Placement, choose_placement
 from moe_dist.workers.ray_session import RaySession
+from moe_dist.workers.worker_cpus import worker_cpus
 
 from .exchange import Exchange, exchange_job
 from .findings import Finding, judge_clocks, judge_exchange, judge_versions
@@ -69,9 +70,7 @@ def check_slots(scope: Scope, capacity: Capacity) -> list[Finding]:
     parallel = scope.config.parallel
     use_gpu = None if parallel.use_gpu == "auto" else parallel.use_gpu
     try:
-        placement = choose_placement(
-            capacity, parallel.num_workers, parallel.cpus_per_worker, use_gpu
-        )
+        placement = choose_placement(capacity, parallel.num_workers, worker_cpus(parallel), use_gpu)
     except ClusterError as error:
         return [Finding("workers", "fault", error.message, error.remedy)]
     free = capacity.free_slots(placement.need)
@@ -153,7 +152,7 @@ def check_exchange(scope: Scope) -> list[Finding]:
             exchange_job,
             {"num_bytes": EXCHANGE_BYTES},
             num_workers=parallel.num_workers,
-            cpus_per_worker=parallel.cpus_per_worker,
+            cpus_per_worker=worker_cpus(parallel),
             use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
             max_failures=0,
             wait_s=parallel.wait_s,

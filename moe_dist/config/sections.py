@@ -63,11 +63,24 @@ def _one_or_range(value: Any) -> Any:
     return values[0] if values[0] == values[-1] else tuple(values)
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("is neither a whole number nor auto; give for example 2, or auto.")
+    if value < 1:
+        raise ValueError("is not at least 1; give auto, or a number that is.")
+    if value > MAX_WORKERS:
+        raise ValueError(f"is not at most {MAX_WORKERS:,}; give auto, or a number that is.")
+    return value
+
+
 # pydantic reads True as 1; in a recipe that is always a slip.
 Number = Annotated[float, BeforeValidator(_refuse_odd_numbers), Field(allow_inf_nan=False)]
 Integer = Annotated[int, Strict(), AfterValidator(_within_reach)]
 Switch = Annotated[bool, Strict()]
 WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)]
+CpuCount = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 
 
 # What may become the name of a directory.
@@ -367,11 +380,13 @@ class ParallelConfig(Section):
         description="DeepSpeed ZeRO: 0 keeps everything everywhere, 1 spreads the optimizer's "
         "state, 2 the gradients too.",
     )
-    cpus_per_worker: Integer = Field(
-        default=1,
-        ge=1,
-        le=MAX_WORKERS,
-        description="CPUs that Ray reserves for a worker; its threads follow.",
+    cpus_per_worker: CpuCount = Field(
+        default="auto",
+        description="CPUs of a worker, which Ray reserves for it; it has as many threads. `auto`: "
+        "all CPUs for one worker in this process, an equal share of them for each worker on a Ray "
+        "that the command starts on this machine, and 1 on a cluster (`RAY_ADDRESS`), on GPUs and "
+        "in the trials of a search. On this machine `auto` takes OMP_NUM_THREADS where that is "
+        "set, of several workers each at most its share; a number here counts whatever is set.",
     )
     use_gpu: Literal["auto", True, False] = Field(
         default="auto", description="`auto` gives each worker a GPU where there are enough."

@@ -26,13 +26,18 @@ def set_thread_count(num_threads: int | None = None) -> int:
     torch's own choice. A count that is not positive is a ValueError.
     """
     if num_threads is None:
-        given = os.environ.get("OMP_NUM_THREADS", "")
-        num_threads = int(given) if given.isdigit() and int(given) > 0 else None
+        num_threads = threads_of_environment()
     if num_threads is not None:
         if num_threads < 1:
             raise ValueError(f"num_threads={num_threads} is not positive")
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
+
+
+def threads_of_environment() -> int | None:
+    """Read `OMP_NUM_THREADS`; None where it is not set to a number above 0."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else None
 
 
 def training_device() -> torch.device:

@@ -100,12 +100,12 @@ def _impossible(capacity: Capacity, placement: Placement) -> ClusterError:
             f"autoscaler may add {capacity.max_added} nodes)"
         )
     num_slots = int(capacity.most_slots(need))
-    fewer = (
-        f"Set parallel.num_workers to {num_slots} or less, reserve fewer CPUs for each worker, or "
-        "add nodes."
-        if num_slots
-        else "Reserve fewer CPUs for each worker (parallel.cpus_per_worker), or add larger nodes."
-    )
+    ways = [f"set parallel.num_workers to {num_slots} or less"] if num_slots else []
+    if need.cpus > 1:
+        ways.append("reserve fewer CPUs for each worker (parallel.cpus_per_worker)")
+    ways.append("add nodes" if num_slots else "add larger nodes")
+    text = ", or ".join([", ".join(ways[:-1]), ways[-1]] if ways[1:] else ways)
+    fewer = f"{text[:1].upper()}{text[1:]}."
     if need.gpus and least > gpus:
         return ClusterError(
             f"{placement.wish} on GPUs needs {least} GPUs, and the Ray cluster has "

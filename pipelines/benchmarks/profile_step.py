@@ -24,6 +24,7 @@ from moe_dist.measure.parts import REST, self_times
 from moe_dist.training.hardware import pick_device
 from moe_dist.training.parts import PREFIX, STEP
 from moe_dist.training.step import freeze
+from moe_dist.workers.worker_cpus import worker_cpus
 
 from ..stages import adapt, finetune_teacher
 from ..stages.distill import distill_job
@@ -92,7 +93,7 @@ def run(
     Returns:
         What was found.
     """
-    threads = config.parallel.cpus_per_worker if num_threads is None else num_threads
+    threads = worker_cpus(config.parallel) if num_threads is None else num_threads
     here = alone(config, NUM_WARMUPS + num_steps)
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(threads):
         job = _at_hand(distill_job(here, inputs, scratch), inputs)

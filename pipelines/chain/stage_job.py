@@ -58,10 +58,13 @@ def run_job(
     """
     from moe_dist.jobs.job import run
     from moe_dist.workers.driver import run_on_workers
+    from moe_dist.workers.worker_cpus import worker_cpus
 
     check_cluster_once(config, workspace)
     mark("checks, data and imports of the driver")
     parallel, files = config.parallel, workspace.files
+    if alone:
+        parallel = parallel.model_copy(update={"num_workers": 1})
     log, records = work.directory / METRIC_LOG, work.directory / RAY_DIRECTORY
     shows = (
         show_progress(log, work.console, num_steps),
@@ -77,8 +80,8 @@ def run_job(
         result = run_on_workers(
             run,
             job,
-            num_workers=1 if alone else parallel.num_workers,
-            cpus_per_worker=parallel.cpus_per_worker,
+            num_workers=parallel.num_workers,
+            cpus_per_worker=worker_cpus(parallel),
             use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
             launcher=parallel.launcher,
             max_failures=parallel.max_failures,
@@ -173,8 +176,10 @@ def placed_here(config: RunConfig) -> RunConfig:
     )
     if os.environ.get("RAY_ADDRESS") or wants_gpu or parallel.launcher != "auto":
         return config
-    num_threads = min(parallel.max_workers * parallel.cpus_per_worker, available_cpus())
-    here = {"launcher": "local", "num_workers": 1, "cpus_per_worker": num_threads}
+    here: dict[str, Any] = {"launcher": "local", "num_workers": 1}
+    if parallel.cpus_per_worker != "auto":
+        num_threads = min(parallel.max_workers * parallel.cpus_per_worker, available_cpus())
+        here["cpus_per_worker"] = num_threads
     return config.model_copy(update={"parallel": parallel.model_copy(update=here)})
 
 

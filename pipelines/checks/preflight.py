@@ -240,6 +240,7 @@ def find_all(workspace: Workspace) -> list[Finding]:
     """Check recipe, cluster and network; one fault does not keep the others from being found."""
     from moe_dist.workers.driver import runs_here
     from moe_dist.workers.ray_session import ray_session
+    from moe_dist.workers.worker_cpus import worker_cpus
 
     checks = cluster_module("preflight")
     config = workspace.config
@@ -247,7 +248,9 @@ def find_all(workspace: Workspace) -> list[Finding]:
     findings += _find_in_tracking(config)
     parallel = config.parallel
     if runs_here(parallel.launcher, parallel.num_workers):
-        return [*findings, checks.Finding("workers", "ok", "one, in this process, without Ray")]
+        num_threads = worker_cpus(parallel)
+        found = f"one, in this process with {num_threads} thread{'s' * (num_threads > 1)}, no Ray"
+        return [*findings, checks.Finding("workers", "ok", found)]
     with ray_session() as session:
         scope = checks.Scope(config, session, memory_gib)
         try:

@@ -20,7 +20,7 @@ from ..console import quantity
 from ..report.pays import describe_reads, flops_ratio
 from ..stages.adapt import keeps_all_neurons, router_options
 from .data_summaries import say_summaries
-from .topology_facts import topology_facts
+from .topology_facts import cpus_fact, topology_facts
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig, TaskDataConfig
@@ -96,6 +96,7 @@ def derive_sizes(config: RunConfig, workspace: Workspace) -> Sizes:
         config.train.batch_size / (config.parallel.max_workers * config.train.accumulation)
     )
     sizes.facts.append(("samples per rank and micro-batch", str(per_rank)))
+    sizes.facts.append(("CPUs of a worker, and its threads", cpus_fact(config)))
     sizes.facts += topology_facts(config)
     sizes.facts.append(("FLOPs are for a token in a sequence of", f"{seq_len} tokens"))
     sizes.facts += merge_facts(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_dist.distributed.topology import Topology, fitting_ep_size, list_groups
+from moe_dist.workers.worker_cpus import worker_cpus
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
@@ -32,6 +33,13 @@ def topology_facts(config: RunConfig) -> list[tuple[str, str]]:
             text += f" (ranks {list_groups(topology.expert_data_parallel_groups)} hold the same)"
         facts.append((f"{world_size} worker{'s' if world_size > 1 else ''}", text))
     return [*facts, ("ZeRO", zero_fact(config))]
+
+
+def cpus_fact(config: RunConfig) -> str:
+    """Say how many CPUs each worker has when the recipe runs as this process would run it now."""
+    parallel = config.parallel
+    count = worker_cpus(parallel)
+    return f"{count} (auto)" if parallel.cpus_per_worker == "auto" else str(count)
 
 
 def zero_fact(config: RunConfig) -> str:

@@ -16,6 +16,7 @@ from moe_dist.errors import ConfigError, ConversionError
 from moe_dist.router_spec import ROUTER_FACTS
 from moe_dist.search.objectives import Goal
 from moe_dist.search.trials import BASELINE, Trial
+from moe_dist.workers.worker_cpus import trial_cpus
 
 from .measures import shown
 from .sweep import SweepResult
@@ -264,6 +265,6 @@ def measure_again(result: SweepResult, goals: Sequence[Goal]) -> dict[int, float
         Rounds(MEASURE_ROUNDS, least=MEASURE_ROUNDS, repeats=3),
         batch_sizes=(size,),
         seq_len=min(LATENCY_SEQ_LEN, result.config.model.max_length),
-        threads=result.config.parallel.cpus_per_worker,
+        threads=trial_cpus(result.config.parallel.cpus_per_worker),
     )
     return {number: by_size[size].median_ms for number, by_size in timed.items()}

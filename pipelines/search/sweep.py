@@ -25,6 +25,7 @@ from moe_dist.timeline import mark
 from moe_dist.tracking import build_tracker, recipe_hash
 from moe_dist.workers.cluster_capacity import read_capacity
 from moe_dist.workers.ray_session import RaySession, ray_session
+from moe_dist.workers.worker_cpus import trial_cpus
 
 from ..chain.chain import WORKER_IMPORTS, disk_errors, import_heavy, only_one
 from ..chain.files import ResultFiles
@@ -363,16 +364,21 @@ def _check_population(config: RunConfig, directory: Path, log: TrialLog) -> None
 
 
 def _is_nested(config: RunConfig, dimensions: tuple[Dimension, ...]) -> bool:
-    return _most(config, dimensions, "num_workers") > 1
+    return _most_workers(config, dimensions) > 1
 
 
-def _most(config: RunConfig, dimensions: tuple[Dimension, ...], key: str) -> int:
-    """Find the largest value that a trial may have of a `parallel` key that counts things."""
+def _most_workers(config: RunConfig, dimensions: tuple[Dimension, ...]) -> int:
+    values = _possible(config, dimensions, "num_workers")
+    return max(max(value) if isinstance(value, list | tuple) else value for value in values)
+
+
+def _possible(config: RunConfig, dimensions: tuple[Dimension, ...], key: str) -> list[Any]:
+    """List what trials may have of a `parallel` key; of a range its ends."""
     values = [getattr(config.parallel, key)]
     for dimension in dimensions:
         if dimension.path == f"parallel.{key}":
             values += [*dimension.values, *dimension.otherwise]
-    return max(max(value) if isinstance(value, list | tuple) else value for value in values)
+    return values
 
 
 def _find_room(
@@ -383,8 +389,8 @@ def _find_room(
     parallel = config.parallel
     return find_room(
         read_capacity(),
-        _most(config, dimensions, "num_workers"),
-        _most(config, dimensions, "cpus_per_worker"),
+        _most_workers(config, dimensions),
+        max(map(trial_cpus, _possible(config, dimensions, "cpus_per_worker"))),
         None if parallel.use_gpu == "auto" else parallel.use_gpu,
         config.search.max_concurrent,
     )

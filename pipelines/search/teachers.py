@@ -15,6 +15,7 @@ from moe_dist.config import RunConfig
 from moe_dist.config.search_checks import changes_teacher, point_settings
 from moe_dist.config.search_space import Dimension, value_of
 from moe_dist.whole_files import write_json
+from moe_dist.workers.worker_cpus import trial_cpus
 
 from ..chain.fingerprints import stage_fingerprint, value_digest
 from ..chain.stage import StageInputs, StageResult
@@ -163,6 +164,6 @@ class SharedWork:
             load_model(model),
             batch_sizes=(size,),
             seq_len=min(LATENCY_SEQ_LEN, config.model.max_length),
-            threads=config.parallel.cpus_per_worker,
+            threads=trial_cpus(config.parallel.cpus_per_worker),
         )
         return timed[size].median_ms

@@ -101,10 +101,11 @@ class TrialRunner:
         import torch
 
         from moe_dist.training.hardware import return_free_memory
+        from moe_dist.workers.worker_cpus import trial_cpus
 
         mark("first trial on a worker")
         config = RunConfig.model_validate(point_settings(self.config, task["overrides"]))
-        torch.set_num_threads(config.parallel.cpus_per_worker)
+        torch.set_num_threads(trial_cpus(config.parallel.cpus_per_worker))
         key = task["teacher"]
         warm = self._warm.get(key)
         if warm is None:
@@ -231,6 +232,7 @@ class _OneTrial:
         """Train with the normal driver; what the first rank measures comes by its metric log."""
         from moe_dist.jobs.job import run
         from moe_dist.workers.driver import run_on_workers
+        from moe_dist.workers.worker_cpus import trial_cpus
 
         from .trial_directories import STUDENT, student_for_workers
 
@@ -252,7 +254,7 @@ class _OneTrial:
                 run,
                 replace(job, student=str(below(directory, STUDENT))),
                 num_workers=parallel.num_workers,
-                cpus_per_worker=parallel.cpus_per_worker,
+                cpus_per_worker=trial_cpus(parallel.cpus_per_worker),
                 use_gpu=None if parallel.use_gpu == "auto" else parallel.use_gpu,
                 max_failures=parallel.max_failures,
                 step_timeout_s=self.config.train.step_timeout_s,

@@ -40,13 +40,22 @@ def test_more_cpus_than_there_are() -> None:
         "parallel.num_workers=8 x parallel.cpus_per_worker=2 = 16 CPUs, and the Ray cluster has 6 "
         "(10.0.0.0: 2 CPUs; 10.0.0.1: 4 CPUs)"
     )
-    assert "num_workers to 3 or less" in caught.value.remedy
+    assert caught.value.remedy == (
+        "Set parallel.num_workers to 3 or less, reserve fewer CPUs for each worker "
+        "(parallel.cpus_per_worker), or add nodes."
+    )
+    # Of one CPU each, as `auto` has it here, nobody can reserve fewer.
+    with pytest.raises(ClusterError, match=r"=8 x .*cpus_per_worker=1 = 8 CPUs") as caught:
+        choose_placement(cluster(2, 4), 8, 1, None)
+    assert caught.value.remedy == "Set parallel.num_workers to 6 or less, or add nodes."
 
 
 def test_a_worker_larger_than_any_node() -> None:
     with pytest.raises(ClusterError, match="needs 1 slots of 6 CPUs, each on one node") as caught:
         choose_placement(cluster(4, 4), 1, 6, None)
-    assert "larger nodes" in caught.value.remedy
+    assert caught.value.remedy == (
+        "Reserve fewer CPUs for each worker (parallel.cpus_per_worker), or add larger nodes."
+    )
 
 
 def test_workers_that_fit_in_sum_and_not_on_nodes() -> None:

@@ -68,7 +68,7 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = write_recipe(tiny_settings | {"compare": ["dense"]})
-    first = run(load_config(recipe))
+    first = run(load_config(recipe, ["parallel.cpus_per_worker=1"]))
     assert len(first.ran) == 7
     assert not first.skipped
 
@@ -95,6 +95,7 @@ def test_the_chain_reports_and_redoes_only_what_a_change_touches(
     # Each is three times its model; what has finished needs none.
     assert not list((tmp_path / "outputs").rglob("*checkpoints*"))
 
+    # On as many CPUs as there are, as by default.
     again = run(load_config(recipe, ["parallel.max_failures=1", "train.log_every=1"]))
     assert again.ran == []
     assert again.skipped == first.ran

@@ -16,9 +16,17 @@ from moe_dist.distributed.stall import Stall
 from moe_dist.jobs.distill import DistillJob
 from moe_dist.metric_log import MetricLog
 from moe_dist.workers.attempts import PhaseNotes, note_attempt, note_fault
+from moe_dist.workers.worker_cpus import worker_cpus
 from pipelines.chain import stage_job
 from pipelines.chain.stage import StageWork
-from pipelines.chain.stage_job import placed_here, run_training, show_failures, show_progress
+from pipelines.chain.stage_job import (
+    placed_here,
+    run_job,
+    run_training,
+    show_failures,
+    show_progress,
+)
+from pipelines.chain.workspace import Workspace
 from pipelines.console import Console
 
 Write = Callable[[dict[str, Any]], Path]
@@ -28,34 +36,72 @@ Write = Callable[[dict[str, Any]], Path]
 def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four CPUs, no GPU, no cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("moe_dist.workers.ray_session.available_cpus", lambda: 4)
+    for module in ("ray_session", "worker_cpus"):
+        monkeypatch.setattr(f"moe_dist.workers.{module}.available_cpus", lambda: 4)
 
 
 def placement(write_recipe: Write, settings: dict[str, Any], **parallel: Any) -> tuple[Any, ...]:
     config = load_config(write_recipe(settings | {"parallel": parallel}))
     placed = placed_here(config).parallel
-    return placed.launcher, placed.num_workers, placed.cpus_per_worker
+    return placed.launcher, placed.num_workers
 
 
-@pytest.mark.parametrize(("cpus_per_worker", "num_threads"), [(1, 2), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("cpus_per_worker", "num_threads"), [(1, 3), (2, 4), ("auto", 4)])
 def test_a_short_job_takes_the_threads_of_all_workers(
-    write_recipe: Write, tiny_settings: dict[str, Any], cpus_per_worker: int, num_threads: int
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    cpus_per_worker: int | str,
+    num_threads: int,
 ) -> None:
-    placed = placement(write_recipe, tiny_settings, num_workers=2, cpus_per_worker=cpus_per_worker)
-    assert placed == ("local", 1, num_threads)
+    parallel = {"num_workers": 3, "cpus_per_worker": cpus_per_worker}
+    config = load_config(write_recipe(tiny_settings | {"parallel": parallel}))
+    placed = placed_here(config).parallel
+    assert (placed.launcher, placed.num_workers) == ("local", 1)
+    assert worker_cpus(placed) == num_threads
+
+
+@pytest.mark.parametrize(
+    ("parallel", "alone", "workers", "cpus"),
+    [
+        ({}, False, 1, 4),
+        ({"num_workers": 2}, False, 2, 2),
+        ({"num_workers": 2, "launcher": "ray"}, True, 1, 4),
+        ({"num_workers": 2, "cpus_per_worker": 3}, False, 2, 3),
+    ],
+)
+def test_workers_are_given_a_number_of_cpus(
+    write_recipe: Write,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: dict[str, Any],
+    alone: bool,
+    workers: int,
+    cpus: int,
+) -> None:
+    run_on_workers = Mock()
+    run_on_workers.return_value.restarts, run_on_workers.return_value.world_sizes = (), (1,)
+    monkeypatch.setattr("moe_dist.workers.driver.run_on_workers", run_on_workers)
+    config = load_config(write_recipe(tiny_settings | {"parallel": parallel}))
+    work = StageWork(tmp_path, Console(quiet=True), Mock(), resumed=False)
+    workspace = Workspace(config, Console(quiet=True))
+    run_job(Mock(), config=config, work=work, workspace=workspace, alone=alone)
+    given = run_on_workers.call_args.kwargs
+    assert (given["num_workers"], given["cpus_per_worker"]) == (workers, cpus)
 
 
 def test_workers_stay_on_a_cluster_on_gpus_and_where_ray_is_asked_for(
     write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert placement(write_recipe, tiny_settings, num_workers=2, launcher="ray")[:2] == ("ray", 2)
-    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=True)[:2] == ("auto", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, launcher="ray") == ("ray", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=True) == ("auto", 2)
     with monkeypatch.context() as patched:
         patched.setenv("RAY_ADDRESS", "auto")
-        assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+        assert placement(write_recipe, tiny_settings, num_workers=2) == ("auto", 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert placement(write_recipe, tiny_settings, num_workers=2)[:2] == ("auto", 2)
+    assert placement(write_recipe, tiny_settings, num_workers=2) == ("auto", 2)
     assert placement(write_recipe, tiny_settings, num_workers=2, use_gpu=False)[0] == "local"
 
 

@@ -43,8 +43,10 @@ def state_of(findings: list[dict[str, str]]) -> dict[str, str]:
 def test_a_run_in_this_process_needs_no_cluster(
     write_recipe: Write, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    code, findings = run_preflight(write_recipe(tiny_settings))
+    recipe = write_recipe(tiny_settings)
+    code, findings = run_preflight(recipe, "--set", "parallel.cpus_per_worker=2")
     assert code == 0 and state_of(findings) == {"recipe": "ok", "workers": "ok"}
+    assert findings[1]["found"] == "one, in this process with 2 threads, no Ray"
     assert not (tmp_path / "outputs" / "tiny").exists()
 
 

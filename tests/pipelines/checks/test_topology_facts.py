@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from moe_dist.config import load_config
-from pipelines.checks.topology_facts import topology_facts
+from pipelines.checks.topology_facts import cpus_fact, topology_facts
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -46,3 +48,12 @@ def test_topology_of_every_number_of_workers(
     }
     many = facts(write_recipe, tiny_settings, 4, num_workers=[1, 8])
     assert list(many) == ["8 workers", "1 worker", "ZeRO"]
+
+
+def test_how_many_cpus_auto_is(
+    write_recipe: Write, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    recipe = write_recipe(tiny_settings)
+    assert cpus_fact(load_config(recipe)) == "3 (auto)"
+    assert cpus_fact(load_config(recipe, ["parallel.cpus_per_worker=2"])) == "2"

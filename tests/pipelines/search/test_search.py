@@ -7,19 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from moe_dist.config import load_config
+from moe_dist.config.search_space import parse_space
 from moe_dist.data.metrics import METRICS
 from moe_dist.errors import MoeDistError
 from moe_dist.search.trials import Report, Trial, TrialLog
+from moe_dist.workers.cluster_capacity import Capacity, Node
 from pipelines.search import sweep as sweeping
 from pipelines.search.results import verdict_lines
 from pipelines.search.sweep import search_recipe
 from pipelines.search.trial import TeacherFacts, TrialRunner, _OneTrial
 from tests.pipelines.recorder import Recorder
-from tests.pipelines.sweeps import finish, in_this_process, settings
+from tests.pipelines.sweeps import SPACE, finish, in_this_process, settings
 
 __all__ = ["in_this_process", "settings"]
 
@@ -353,3 +356,50 @@ def test_a_margin_is_compared_with_the_noise_of_seeds() -> None:
     assert noise is not None and noise.low < 0 < noise.high
     assert "cannot be told" in str(noise)
     assert judge("quality", 7, trials(0.9, 0.8)) is None
+
+
+@pytest.mark.parametrize(
+    ("parallel", "space", "at_a_time"),
+    [
+        ({}, {}, 4),
+        ({"cpus_per_worker": 2}, {}, 2),
+        ({}, {"parallel.cpus_per_worker": {"choice": ["auto", 4]}}, 1),
+        ({"num_workers": 2}, {}, 2),
+    ],
+)
+def test_a_trials_worker_has_one_cpu_unless_the_recipe_says_more(
+    write_recipe: Write,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: dict[str, Any],
+    space: dict[str, Any],
+    at_a_time: int,
+) -> None:
+    node = Node("id", "10.0.0.1", "", 4, 0, 8.0, 4, 0)
+    monkeypatch.setattr(sweeping, "read_capacity", lambda: Capacity((node,)))
+    settings["search"]["space"] = SPACE | space
+    config = load_config(write_recipe(settings | {"parallel": parallel}))
+    dimensions, _ = parse_space(config.search.space)
+    assert sweeping._find_room(config, dimensions, Mock()).num_concurrent == at_a_time
+
+
+@pytest.mark.parametrize(("cpus_per_worker", "num_threads"), [("auto", 1), (3, 3)])
+def test_a_trial_has_as_many_threads_as_cpus(
+    write_recipe: Write,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    cpus_per_worker: int | str,
+    num_threads: int,
+) -> None:
+    class Begun(Exception):
+        pass
+
+    threads = Mock(side_effect=Begun)
+    monkeypatch.setattr("torch.set_num_threads", threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    settings["parallel"] = {"cpus_per_worker": cpus_per_worker}
+    runner = TrialRunner(load_config(write_recipe(settings)), "", (1,), {})
+    task = {"number": 0, "overrides": {}, "teacher": "own", "in_place": True, "is_ruled": True}
+    with pytest.raises(Begun):
+        runner(task, Mock())
+    threads.assert_called_once_with(num_threads)
