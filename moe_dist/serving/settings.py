@@ -33,7 +33,7 @@ class ServingSettings(BaseModel):
     replicas: int = Field(1, ge=1, description="Copies of the model.")
     max_batch_size: int = Field(32, ge=1, le=256, description="Texts of a call at most.")
     max_wait_ms: float = Field(
-        2.0, ge=0, le=10_000, description="How long an idle model waits for more texts."
+        0.0, ge=0, le=10_000, description="How long an idle model waits for more texts."
     )
     max_texts: int = Field(256, ge=1, description="Texts of a request at most.")
     max_body_bytes: int = Field(2**20, ge=1, description="Of a request's body at most.")

@@ -72,7 +72,7 @@ class ServingBenchmark:
     port: int = 8000
     num_threads: int = 1
     max_batch_size: int = 32
-    max_wait_ms: float = 2.0
+    max_wait_ms: float = 0.0
     seed: int = 0
 
     @property

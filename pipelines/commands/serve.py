@@ -59,7 +59,7 @@ def serve(
     replicas: Replicas = 1,
     threads: Threads = None,
     max_batch_size: MaxBatchSize = 32,
-    max_wait_ms: MaxWait = 2.0,
+    max_wait_ms: MaxWait = 0.0,
     max_length: MaxLength = None,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request at most.")] = 256,
     max_body_kib: Annotated[int, typer.Option(min=1, help="Of a request's body at most.")] = 1024,
@@ -119,7 +119,7 @@ def benchmark_serving(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of HTTP.")] = 8000,
     threads: Threads = None,
     max_batch_size: MaxBatchSize = 32,
-    max_wait_ms: MaxWait = 2.0,
+    max_wait_ms: MaxWait = 0.0,
     output: Annotated[
         Path | None, typer.Option(help="Directory for serving.json and serving.md.")
     ] = None,
