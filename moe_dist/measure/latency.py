@@ -123,11 +123,12 @@ def measure_in_turn(
     seq_len: int,
     threads: int | None = None,
     seed: int = 0,
+    padded: bool = False,
     half_on_gpus: bool = True,
     time_pass: TimedPass | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[AnyName, dict[int, Latency]]:
-    """Time forward passes on random tokens without padding, where the models are.
+    """Time forward passes on random tokens, where the models are.
 
     Whatever else the machine does then slows all models alike.
 
@@ -138,6 +139,7 @@ def measure_in_turn(
         seq_len: tokens in a sequence (for a decoder of an encoder-decoder as well).
         threads: CPU threads of torch, restored afterwards; None leaves them.
         seed: of the tokens.
+        padded: whether sequences have all lengths, see `random_batch`.
         half_on_gpus: on a GPU compute as answers are given (`answering`), and not in the models'
             own precision.
         time_pass: makes a pass and says how many milliseconds it took; a forward pass if None.
@@ -156,7 +158,9 @@ def measure_in_turn(
                 for size in batch_sizes:
                     found[name][size] += _time_passes(
                         model,
-                        random_batch(model, size, seq_len, device=_device(model), seed=seed),
+                        random_batch(
+                            model, size, seq_len, device=_device(model), seed=seed, padded=padded
+                        ),
                         rounds,
                         time_pass or time_forward,
                         half_on_gpus=half_on_gpus,
@@ -257,8 +261,13 @@ def random_batch(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    padded: bool = False,
 ) -> dict[str, Tensor]:
-    """What a forward of any model takes of random tokens, none of them special or padding."""
+    """What a forward of any model takes of random tokens, none of them special.
+
+    All are `seq_len` long, or padded to it on the right: then lengths go evenly from an eighth of it,
+    in the first text, to all of it in the last.
+    """
     config: Any = model.config
     special = (config.pad_token_id, config.eos_token_id, getattr(config, "bos_token_id", None))
     usual = [i for i in range(int(config.vocab_size)) if i not in special]
@@ -269,7 +278,11 @@ def random_batch(
     if "decoder_input_ids" in accepted and isinstance(config.eos_token_id, int):
         # Classifiers of this kind read the last token that ends a sentence.
         ids[:, -1] = config.eos_token_id
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    if padded:
+        lengths = torch.linspace(seq_len, -(-seq_len // 8), batch_size).round().flip(0)
+        mask = (torch.arange(seq_len) < lengths[:, None]).to(ids.dtype)
+    batch = {"input_ids": ids, "attention_mask": mask}
     if "decoder_input_ids" in accepted:
         batch["decoder_input_ids"] = ids
     return {name: value.to(device) for name, value in batch.items()}

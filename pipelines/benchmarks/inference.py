@@ -56,6 +56,7 @@ class InferenceBenchmark:
         forms: to bring each model into; eager in float32 is always among them.
         num_rounds: in each every form of every model is timed.
         num_threads: CPU threads; torch's own choice if None.
+        padded: whether the sentences of a pass have all lengths, padded to the longest.
     """
 
     directories: Mapping[str, Path] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class InferenceBenchmark:
     forms: tuple[Form, ...] = QUICK_FORMS
     num_rounds: int = 15
     num_threads: int | None = None
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ class Timing(FormTiming):
 
     Attributes:
         shape: sentences, tokens.
+        padded: whether these are the tokens of the longest sentence.
     """
 
     shape: tuple[int, int]
+    padded: bool = False
 
     @property
     def work(self) -> str:
         """The shape, as it is written."""
-        return f"{self.shape[0]} × {self.shape[1]}"
+        return f"{self.shape[0]} × {'up to ' if self.padded else ''}{self.shape[1]}"
 
 
 @dataclass(frozen=True)
@@ -122,17 +126,24 @@ def run(settings: InferenceBenchmark) -> InferenceReport:
 def _time(prepared: Prepared, shape: tuple[int, int], settings: InferenceBenchmark) -> list[Timing]:
     batch_size, seq_len = shape
     rounds = Rounds(settings.num_rounds)
-    found = measure_in_turn(prepared, rounds, batch_sizes=(batch_size,), seq_len=seq_len)
+    found = measure_in_turn(
+        prepared, rounds, batch_sizes=(batch_size,), seq_len=seq_len, padded=settings.padded
+    )
     times = {key: by_size[batch_size] for key, by_size in found.items()}
-    answers = {key: _answer(model, shape) for key, model in prepared.items()}
-    return [Timing(**said, shape=shape) for said in compared(times, answers).values()]
+    answers = {key: _answer(model, shape, settings.padded) for key, model in prepared.items()}
+    said = compared(times, answers).values()
+    return [Timing(**one, shape=shape, padded=settings.padded) for one in said]
 
 
 @torch.inference_mode()
-def _answer(model: Any, shape: tuple[int, int]) -> Tensor:
-    """Logits, or what else a model's first output is, of random texts."""
+def _answer(model: Any, shape: tuple[int, int], padded: bool) -> Tensor:
+    """Logits, or what else a model's first output is, of random texts; 0 where it is of padding."""
+    batch = random_batch(model, *shape, padded=padded)
     with any_task(model):
-        answer: Tensor = model(**random_batch(model, *shape))[0]
+        answer: Tensor = model(**batch)[0]
+    if answer.shape[:2] == shape:
+        mask = batch["attention_mask"].bool()
+        answer = answer.masked_fill(~mask.view(*shape, *[1] * (answer.dim() - 2)), 0)
     return answer.float()
 
 
@@ -146,7 +157,7 @@ def to_rows(report: InferenceReport) -> list[list[str]]:
     """Lay the timings out, a row each, in the order of `COLUMNS`."""
     return [
         [
-            f"{one.shape[0]}×{one.shape[1]}",
+            one.work,
             one.model,
             one.form,
             one.time,

@@ -58,6 +58,13 @@ def benchmark_inference(
         list[str] | None,
         typer.Option(help="Sentences and tokens of a pass, such as 1x16; repeatable."),
     ] = None,
+    padded: Annotated[
+        bool,
+        typer.Option(
+            "--padded",
+            help="Sentences of all lengths, from an eighth of a shape's tokens, padded to them.",
+        ),
+    ] = False,
     form: Forms = None,
     rounds: Annotated[int, typer.Option(help="Rounds; in each all are timed twice.")] = 15,
     threads: Threads = None,
@@ -96,6 +103,7 @@ def benchmark_inference(
                 forms=tuple(Form.parse(text) for text in form) if form else QUICK_FORMS,
                 num_rounds=rounds,
                 num_threads=threads,
+                padded=padded,
             ),
             output,
         )

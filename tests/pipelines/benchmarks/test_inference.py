@@ -94,6 +94,17 @@ def test_only_the_forms_that_are_asked_for(models: Path) -> None:
     assert "bf16" not in output
 
 
+def test_sentences_of_all_lengths(models: Path, tmp_path: Path) -> None:
+    code, output = run(
+        *(str(models / "distill/model"), "--shape", "3x8", "--form", "lean-fp32", "--rounds", "1"),
+        *("--padded", "--output", str(tmp_path)),
+    )
+    assert code == 0, output
+    assert "3 × up to 8" in output
+    timings = json.loads((tmp_path / "inference.json").read_text())["timings"]
+    assert all(one["padded"] and one["error"] < 1e-5 for one in timings)
+
+
 def test_a_path_with_an_equals_sign_and_a_model_of_several_tasks(tmp_path: Path) -> None:
     model = tiny_model("bert", num_labels=5)
     set_heads(model, [TaskHead("a", ("no", "yes")), TaskHead("b", ("x", "y", "z"))])
