@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from moe_dist.conversion.activity import real_rows
 from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.conversion.gate_fit import fit_gate
 from moe_dist.conversion.importance import (
     Capture,
     accepted_inputs,
@@ -154,7 +155,6 @@ def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     """(E, D) weights of a gate that tells the clusters of its inputs apart."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
 
     if len(input_TD) < num_experts:
         raise MissingInputError(
@@ -164,19 +164,17 @@ def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     if not bool(torch.isfinite(input_TD).all()):
         raise _not_finite()
     scale = float(input_TD.square().mean().sqrt().clamp(min=1e-12))
-    rows = (input_TD / scale).numpy()
+    rows_TD = input_TD / scale
     with warnings.catch_warnings():
-        # Whatever the gate has learned so far decides: it need not reach the optimum, and where
-        # tokens are alike it may be given fewer clusters.
+        # Where tokens are alike there may be fewer clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = KMeans(num_experts, n_init=2, random_state=seed % 2**32).fit_predict(rows)
-        names = sorted(set(clusters.tolist()))
-        gate_ED = torch.zeros(num_experts, input_TD.shape[1])
-        if len(names) > 1:
-            learned = LogisticRegression(fit_intercept=False, max_iter=100).fit(rows, clusters)
-            weight = torch.from_numpy(learned.coef_).float() / scale
-            # Of two classes scikit-learn keeps the difference alone.
-            gate_ED[names] = torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+        clusters = KMeans(num_experts, n_init=2, random_state=seed % 2**32).fit_predict(
+            rows_TD.numpy()
+        )
+    names, kind_T = torch.from_numpy(clusters).unique(return_inverse=True)
+    gate_ED = torch.zeros(num_experts, input_TD.shape[1])
+    if len(names) > 1:
+        gate_ED[names.long()] = fit_gate(rows_TD, kind_T, len(names)) / scale
     return gate_ED
 
 
