@@ -31,6 +31,8 @@ from moe_dist.moe.routing import use_task
 
 MAX_TOKENS = 16_384
 """Tokens of each FFN that clusters and gates are fitted on."""
+SPARE_TOKENS = 1.5
+"""From so many times as many tokens they are drawn at least, where there are as many."""
 WHOLE_SHARE = 0.01
 """How much of a neuron's score for a cluster is its score for all tokens: it decides alone where a
 cluster's tokens have no gradient, as all but the first have in the last layer of a classifier."""
@@ -61,15 +63,17 @@ def token_clusters(
 ) -> TokenClusters:
     """Find kinds of tokens in each FFN's input, gates that tell them apart, and their neurons.
 
-    The inputs of about `max_tokens` tokens are put into E clusters by k-means; multinomial
-    logistic regression without a bias gives the gate. From there on the gate decides, also where
+    The inputs of about `max_tokens` tokens, drawn from `SPARE_TOKENS` times as many or more, are
+    put into E clusters by k-means; multinomial logistic regression without a bias gives the gate
+    (`fit_gate`). From there on the gate decides, also where
     it disagrees with the clusters: a neuron's score for an expert is the sum of
     ``|w1·∂L/∂w1 + w2·∂L/∂w2|`` over the single tokens that the gate sends there. In
     the scores tasks count alike.
 
     Args:
         model: the fine-tuned dense model; evaluated, and left as it was.
-        batches: for each task, batches as `score_importance` takes them; they are read twice.
+        batches: for each task, batches as `score_importance` takes them; all are scored, and those
+            that are drawn from are read once more.
         num_experts: E, at least 2.
         seed: of the tokens drawn and of k-means.
         max_tokens: to fit on, in each FFN.
@@ -130,6 +134,7 @@ def _inputs(
     model: nn.Module, batches: list[list[Mapping[str, Any]]], max_tokens: int, seed: int
 ) -> list[Tensor]:
     """(T, D) inputs of each FFN."""
+    batches = _enough(model, batches, max_tokens)
     num_batches = max(1, sum(map(len, batches)))
     samples = [_InputSample(slot, num_batches, max_tokens, seed) for slot in find_slots(model)]
     with frozen_in_eval_mode(model), torch.no_grad():
@@ -149,6 +154,21 @@ def _inputs(
             for handle in handles:
                 handle.remove()
     return [torch.cat(sample.rows) if sample.rows else torch.zeros(0, 1) for sample in samples]
+
+
+def _enough(
+    model: Any, batches: list[list[Mapping[str, Any]]], max_tokens: int
+) -> list[list[Mapping[str, Any]]]:
+    """Leave out batches, evenly over their lengths, whose tokens are not needed to draw from.
+
+    A decoder's tokens are others, and not counted here: an encoder-decoder reads all batches.
+    """
+    masks = [batch.get("attention_mask") for own in batches for batch in own]
+    if model.config.is_encoder_decoder or not all(isinstance(one, Tensor) for one in masks):
+        return batches
+    num_tokens = sum(int(one.sum()) for one in masks if one is not None)
+    every = max(1, int(num_tokens / (SPARE_TOKENS * max_tokens)))
+    return [own[::every] for own in batches]
 
 
 def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
