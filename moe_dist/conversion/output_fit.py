@@ -5,7 +5,8 @@ Shapes: T tokens, D model, F neurons of one expert, s tied shared neurons, E exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ RIDGE = 0.01
 """How firmly output weights are held where they were, as a part of the neurons' mean square."""
 TOKENS_PER_NEURON = 0.1
 """They are held as if so many more tokens for each neuron of an expert had found them right."""
+PRODUCT_DTYPE = torch.float32
+"""In it the products of one batch's tokens are summed; batches and all that follows in float64."""
 MAX_BYTES = 2 * 2**30
 """What the sums of the layers that are fitted in one pass may take, unless a layer needs more."""
 
@@ -78,14 +81,11 @@ def fit_outputs(
         slot = slots[layer.name]
         fits.append(_LayerFit(layer, slot.weights(), slot.activation))
     todo = [fit for fit in fits if not fit.is_exact]
-    with frozen_in_eval_mode(student), torch.no_grad():
-        handles = [handle for fit in fits for handle in fit.install()]
-        try:
-            while todo:
-                todo = _fit_some(student, todo, batches, ridge)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with frozen_in_eval_mode(student), torch.no_grad(), ExitStack() as stack:
+        for fit in fits:
+            stack.enter_context(fit.in_place())
+        while todo:
+            todo = _fit_some(student, todo, batches, ridge)
 
 
 def _fit_some(
@@ -124,7 +124,6 @@ class _LayerFit:
         self.layer = layer
         self._dense = weights
         self._activation = activation
-        self._routing: Routing | None = None
         experts = layer.experts
         self._num_shared = layer.num_shared_neurons
         num_own = experts.expert_size + (experts.b_out is not None)
@@ -155,21 +154,19 @@ class _LayerFit:
         self._target_END = torch.zeros(self._target_shape, **options)
         self._is_counting = True
 
-    def install(self) -> list[Any]:
-        """Hook the layer and its router; gives the handles."""
-        handles: list[Any] = [self.layer.register_forward_hook(self._see)]
-        if self.layer.router is not None:
-            handles.append(self.layer.router.register_forward_hook(self._route))
-        return handles
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layer give what the dense FFN gives, and be seen; its own is not computed."""
+        self.layer.forward = self._see  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.layer.forward
 
-    def _route(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        self._routing = routing
-
-    def _see(self, layer: MoELayer, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Count a batch in between `start` and `solve`; hand on what the dense FFN gives."""
-        hidden = args[0]
+    def _see(self, hidden: Tensor) -> Tensor:
+        """Count a batch in between `start` and `solve`; give what the dense FFN gives."""
         rows_TD = hidden.reshape(-1, hidden.shape[-1])
-        dense = self._dense
+        dense, layer = self._dense, self.layer
         active_TF = _activations(
             rows_TD, dense.w_in, dense.b_in, dense.w_gate, dense.b_gate, self._activation
         )
@@ -178,9 +175,10 @@ class _LayerFit:
             return target_TD.view(hidden.shape)
         chosen_T = torch.zeros(len(rows_TD), dtype=torch.int64, device=rows_TD.device)
         weight_T = torch.ones(len(rows_TD), device=rows_TD.device)
-        if self._routing is not None:
-            chosen_T = self._routing.expert_ids[:, 0]
-            weight_T = self._routing.expert_weights[:, 0].float()
+        if layer.router is not None:
+            routing: Routing = layer.router(rows_TD, current_context())
+            chosen_T = routing.expert_ids[:, 0]
+            weight_T = routing.expert_weights[:, 0].float()
         mask_T = padding_mask(layer.name, len(rows_TD), current_context())
         real_T = torch.ones_like(chosen_T, dtype=torch.bool) if mask_T is None else mask_T
         for expert in range(len(self._gram_ENN)):
@@ -197,12 +195,14 @@ class _LayerFit:
         if self.layer.experts.b_out is not None:
             own_TF = torch.cat([own_TF, own_TF.new_ones(len(own_TF), 1)], dim=1)
         seen.append(own_TF * weight_T.unsqueeze(1))
-        seen_TN = torch.cat(seen, dim=1).double()
-        count_T = 1 / (rows_TD + target_TD).double().square().mean(dim=1).clamp(min=1e-12)
-        counted_NT = (seen_TN * count_T.unsqueeze(1)).T
-        self._gram_ENN[expert] += counted_NT @ seen_TN
-        self._target_END[expert] += counted_NT @ target_TD.double()
-        self._mass += float(count_T.sum())
+        with torch.autocast(rows_TD.device.type, enabled=False):
+            target_TD = target_TD.to(PRODUCT_DTYPE)
+            seen_TN = torch.cat(seen, dim=1).to(PRODUCT_DTYPE)
+            count_T = 1 / (rows_TD + target_TD).square().mean(dim=1).clamp(min=1e-12)
+            counted_NT = (seen_TN * count_T.unsqueeze(1)).T
+            self._gram_ENN[expert] += counted_NT @ seen_TN
+            self._target_END[expert] += counted_NT @ target_TD
+        self._mass += float(count_T.sum(dtype=torch.float64))
         self._num_tokens += len(rows_TD)
 
     def _of_expert(self, experts: Experts, expert: int, rows_TD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from moe_dist.conversion.activity import real_rows
 from moe_dist.conversion.families import FFNSlot, find_slots
+from moe_dist.conversion.gate_fit import fit_gate
 from moe_dist.conversion.importance import (
     Capture,
     accepted_inputs,
@@ -30,6 +31,8 @@ from moe_dist.moe.routing import use_task
 
 MAX_TOKENS = 16_384
 """Tokens of each FFN that clusters and gates are fitted on."""
+SPARE_TOKENS = 1.5
+"""From so many times as many tokens they are drawn at least, where there are as many."""
 WHOLE_SHARE = 0.01
 """How much of a neuron's score for a cluster is its score for all tokens: it decides alone where a
 cluster's tokens have no gradient, as all but the first have in the last layer of a classifier."""
@@ -60,15 +63,17 @@ def token_clusters(
 ) -> TokenClusters:
     """Find kinds of tokens in each FFN's input, gates that tell them apart, and their neurons.
 
-    The inputs of about `max_tokens` tokens are put into E clusters by k-means; multinomial
-    logistic regression without a bias gives the gate. From there on the gate decides, also where
+    The inputs of about `max_tokens` tokens, drawn from `SPARE_TOKENS` times as many or more, are
+    put into E clusters by k-means; multinomial logistic regression without a bias gives the gate
+    (`fit_gate`). From there on the gate decides, also where
     it disagrees with the clusters: a neuron's score for an expert is the sum of
     ``|w1·∂L/∂w1 + w2·∂L/∂w2|`` over the single tokens that the gate sends there. In
     the scores tasks count alike.
 
     Args:
         model: the fine-tuned dense model; evaluated, and left as it was.
-        batches: for each task, batches as `score_importance` takes them; they are read twice.
+        batches: for each task, batches as `score_importance` takes them; all are scored, and those
+            that are drawn from are read once more.
         num_experts: E, at least 2.
         seed: of the tokens drawn and of k-means.
         max_tokens: to fit on, in each FFN.
@@ -129,6 +134,7 @@ def _inputs(
     model: nn.Module, batches: list[list[Mapping[str, Any]]], max_tokens: int, seed: int
 ) -> list[Tensor]:
     """(T, D) inputs of each FFN."""
+    batches = _enough(model, batches, max_tokens)
     num_batches = max(1, sum(map(len, batches)))
     samples = [_InputSample(slot, num_batches, max_tokens, seed) for slot in find_slots(model)]
     with frozen_in_eval_mode(model), torch.no_grad():
@@ -150,11 +156,25 @@ def _inputs(
     return [torch.cat(sample.rows) if sample.rows else torch.zeros(0, 1) for sample in samples]
 
 
+def _enough(
+    model: Any, batches: list[list[Mapping[str, Any]]], max_tokens: int
+) -> list[list[Mapping[str, Any]]]:
+    """Leave out batches, evenly over their lengths, whose tokens are not needed to draw from.
+
+    A decoder's tokens are others, and not counted here: an encoder-decoder reads all batches.
+    """
+    masks = [batch.get("attention_mask") for own in batches for batch in own]
+    if model.config.is_encoder_decoder or not all(isinstance(one, Tensor) for one in masks):
+        return batches
+    num_tokens = sum(int(one.sum()) for one in masks if one is not None)
+    every = max(1, int(num_tokens / (SPARE_TOKENS * max_tokens)))
+    return [own[::every] for own in batches]
+
+
 def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     """(E, D) weights of a gate that tells the clusters of its inputs apart."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
 
     if len(input_TD) < num_experts:
         raise MissingInputError(
@@ -164,19 +184,17 @@ def _fit_gate(input_TD: Tensor, num_experts: int, seed: int) -> Tensor:
     if not bool(torch.isfinite(input_TD).all()):
         raise _not_finite()
     scale = float(input_TD.square().mean().sqrt().clamp(min=1e-12))
-    rows = (input_TD / scale).numpy()
+    rows_TD = input_TD / scale
     with warnings.catch_warnings():
-        # Whatever the gate has learned so far decides: it need not reach the optimum, and where
-        # tokens are alike it may be given fewer clusters.
+        # Where tokens are alike there may be fewer clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = KMeans(num_experts, n_init=2, random_state=seed % 2**32).fit_predict(rows)
-        names = sorted(set(clusters.tolist()))
-        gate_ED = torch.zeros(num_experts, input_TD.shape[1])
-        if len(names) > 1:
-            learned = LogisticRegression(fit_intercept=False, max_iter=100).fit(rows, clusters)
-            weight = torch.from_numpy(learned.coef_).float() / scale
-            # Of two classes scikit-learn keeps the difference alone.
-            gate_ED[names] = torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+        clusters = KMeans(num_experts, n_init=2, random_state=seed % 2**32).fit_predict(
+            rows_TD.numpy()
+        )
+    names, kind_T = torch.from_numpy(clusters).unique(return_inverse=True)
+    gate_ED = torch.zeros(num_experts, input_TD.shape[1])
+    if len(names) > 1:
+        gate_ED[names.long()] = fit_gate(rows_TD, kind_T, len(names)) / scale
     return gate_ED
 
 

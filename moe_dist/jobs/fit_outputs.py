@@ -20,7 +20,7 @@ from moe_dist.jobs.results import MODEL_DIR
 from moe_dist.training.collectives import own_rank, wait_for_ranks
 from moe_dist.training.hardware import pick_device
 
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 BATCH_TOKENS = 4096
 """Activations of all layers are held for so many tokens at most."""
 

@@ -16,7 +16,7 @@ from moe_dist.data.loaders import Encoded, bounded_batch, eval_batches
 from moe_dist.data.mixture import even_share
 from moe_dist.distributed.position import advancing, enter_phase
 from moe_dist.inference.saving import load_model, load_tokenizer
-from moe_dist.jobs.fit_outputs import BATCH_TOKENS
+from moe_dist.jobs.fit_outputs import BATCH_SIZE, BATCH_TOKENS
 from moe_dist.jobs.job import Job
 from moe_dist.jobs.precision import computing_in, model_precision
 from moe_dist.jobs.results import SCORES, save_scores
@@ -43,7 +43,7 @@ class ImportanceJob(Job):
 
     model: str
     num_samples: int | None = None
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
     precision: str = "auto"
 
     def run(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moe_dist.conversion.families import half_fault
 from moe_dist.conversion.heads import answered_kind
 from moe_dist.data.loaders import Encoded, eval_batches
 from moe_dist.distributed.position import advancing
-from moe_dist.moe.routing import record_routing
+from moe_dist.moe.routing import RoutingRecord, record_routing
 from moe_dist.training.collectives import num_ranks, own_rank, sum_over_ranks
 from moe_dist.training.hardware import answering
 from moe_dist.training.step import expert_counts, routing_sums
@@ -68,9 +68,7 @@ def predict(
     kind, fault = answered_kind(model), half_fault(model)
     was_training = model.training
     model.eval()
-    sums_NC: Tensor | None = None
-    loads: dict[str, Tensor] = {}
-    gates: dict[str, Tensor] = {}
+    sums = AnswerSums(len(encoded))
     batches = eval_batches(
         encoded,
         batch_size=batch_size,
@@ -86,21 +84,43 @@ def predict(
                 if kind.writes:
                     with answering(device, fault), record_routing() as record:
                         kind.run(model, batch)
-                if sums_NC is None:
-                    sums_NC = torch.zeros(len(encoded), answers_BC.shape[-1], device=device)
-                answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)
-                sums_NC.index_add_(0, batch["index"], answers_BC)
-                add_by_layer(loads, expert_counts(record))
-                add_by_layer(gates, routing_sums(record))
+                sums.add(batch, answers_BC, record)
     finally:
         model.train(was_training)
-    assert sums_NC is not None, "every rank has at least one batch"
-    answers_NC = sum_over_ranks(sums_NC)
-    loads, gates = (
-        {name: sum_over_ranks(total).cpu() for name, total in sums.items()}
-        for sums in (loads, gates)
-    )
-    return Predictions(answers_NC.cpu(), loads, gates)
+    return sums.predictions()
+
+
+class AnswerSums:
+    """Gathers a model's answers batch by batch.
+
+    Args:
+        num_samples: N.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+        self._sums_NC: Tensor | None = None
+        self._loads: dict[str, Tensor] = {}
+        self._gates: dict[str, Tensor] = {}
+
+    def add(self, batch: Mapping[str, Tensor], answers_BC: Tensor, record: RoutingRecord) -> None:
+        """Take what a model says about a batch of `eval_batches`, and how it routed there."""
+        if self._sums_NC is None:
+            self._sums_NC = answers_BC.new_zeros(self._num_samples, answers_BC.shape[-1])
+        answers_BC = answers_BC.masked_fill(batch["is_repeat"].unsqueeze(1), 0.0)
+        self._sums_NC.index_add_(0, batch["index"], answers_BC)
+        add_by_layer(self._loads, expert_counts(record))
+        add_by_layer(self._gates, routing_sums(record))
+
+    def predictions(self) -> Predictions:
+        """Add up those of all ranks; collective."""
+        assert self._sums_NC is not None, "every rank has at least one batch"
+        answers_NC = sum_over_ranks(self._sums_NC)
+        loads, gates = (
+            {name: sum_over_ranks(total).cpu() for name, total in sums.items()}
+            for sums in (self._loads, self._gates)
+        )
+        return Predictions(answers_NC.cpu(), loads, gates)
 
 
 def add_by_layer(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_dist.data.loaders import Encoded
     from moe_dist.jobs.job_data import AnyJobData
     from moe_dist.measure.bootstrap import Interval
+    from moe_dist.measure.evaluation import Predictions
 
 HIDDEN, PREDICTION = "hidden_error", "prediction_error"
 MEASURES = (HIDDEN, PREDICTION)
@@ -73,7 +74,7 @@ def measure_imitation(
     teacher: str,
     batch_size: int,
     advance: Callable[[], None],
-) -> Imitation:
+) -> tuple[Imitation, dict[str, dict[str, Predictions]]]:
     """Compare all students with the teacher on the first dev rows of each task.
 
     Args:
@@ -84,7 +85,8 @@ def measure_imitation(
         advance: called after each batch.
 
     Returns:
-        The errors.
+        The errors; and by task what each model answered, where all dev rows were looked at as
+        `moe_dist.measure.evaluation.predict` does, so that nobody need ask again.
     """
     from moe_dist.measure.nearness import measure_errors
     from moe_dist.moe.routing import use_task
@@ -95,10 +97,13 @@ def measure_imitation(
     del alike[teacher]
     students = {name: loaded[name] for name in dict.fromkeys(alike.values())}
     tasks: dict[str, Errors] = {}
+    answers: dict[str, dict[str, Predictions]] = {}
+    # A GPU answers in less than float32, in which models are compared.
+    answers_alike = next(loaded[teacher].parameters()).device.type == "cpu"
     for number, (task, part) in enumerate(data.parts.items()):
         encoded = part.dev.subset(range(min(len(part.dev), MAX_SAMPLES)))
         with use_task(number if task else None):
-            hidden, predicted = measure_errors(
+            found = measure_errors(
                 loaded[teacher],
                 students,
                 encoded,
@@ -112,9 +117,12 @@ def measure_imitation(
                 for name, own in alike.items()
                 if own in errors  # Of hidden states those of the teacher's shape alone.
             }
-            for measure, errors in ((HIDDEN, hidden), (PREDICTION, predicted))
+            for measure, errors in ((HIDDEN, found.hidden), (PREDICTION, found.predicted))
         }
-    return Imitation(tasks)
+        if found.teacher is not None and answers_alike and len(encoded) == len(part.dev):
+            answers[task] = {teacher: found.teacher}
+            answers[task] |= {name: found.students[own] for name, own in alike.items()}
+    return Imitation(tasks), answers
 
 
 def _by_row(errors_N: NDArray[Any], encoded: Encoded) -> NDArray[Any]:

@@ -47,7 +47,9 @@ from .writers import restore_written, write_as_measured
 
 if TYPE_CHECKING:
     from moe_dist.config import RunConfig
+    from moe_dist.data.loaders import Encoded
     from moe_dist.jobs.job_data import AnyJobData, Measured, Predict
+    from moe_dist.measure.evaluation import Predictions
     from moe_dist.tracking import TrackedRun
 
     from ..chain.workspace import Workspace
@@ -245,22 +247,33 @@ def predict_all(
     batch_size = bounded_batch(
         PREDICT_BATCH_SIZE, workspace.config.model.max_length, PREDICT_BATCH_TOKENS
     )
-    num_steps = len(loaded) + count_batches(data, batch_size) + LATENCY_ROUNDS
+    num_steps = len(loaded) + count_batches(data, batch_size)
 
     def advance() -> None:
         stage.console.progress(next(steps), num_steps)
 
-    measured: dict[int, Measured] = {}
-    for name, model in loaded.items():
-        answer = partial(
-            predict,
+    imitation, answered = measure_imitation(
+        loaded, data, teacher=TEACHER, batch_size=batch_size, advance=advance
+    )
+
+    def ask(name: str, encoded: Encoded, *, options: Mapping[str, Any]) -> Predictions:
+        for task, part in data.parts.items():
+            if task in answered and encoded is part.dev:
+                return answered[task][name]
+        model = loaded[name]
+        return predict(
             model,
+            encoded,
             batch_size=batch_size,
             pad_token_id=data.pad_token_id,
             device=next(model.parameters()).device,
+            options=options,
         )
+
+    measured: dict[int, Measured] = {}
+    for name, model in loaded.items():
         if id(model) not in measured:
-            measured[id(model)] = run_over_dev(name, data, answer)
+            measured[id(model)] = run_over_dev(name, data, partial(ask, name))
         found = measured[id(model)]
         for task, part in data.parts.items():
             # Without a task's name it is the directory itself.
@@ -279,13 +292,6 @@ def predict_all(
             if entropies:
                 gates[name] = describe_gates(entropies, loads[name])
         advance()
-    imitation = measure_imitation(
-        loaded,
-        data,
-        teacher=TEACHER,
-        batch_size=batch_size,
-        advance=advance,
-    )
     return Answers(tasks, imitation, loads, torch.get_num_threads(), calibrations, remarks, gates)
 
 

@@ -160,6 +160,18 @@ def test_layers_are_fitted_alike_with_little_room(
         assert torch.equal(value, at_once.state_dict()[name]), name
 
 
+def test_products_of_a_batch_in_float32_leave_the_fit_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("bert")
+    fast, slow = student_of(model), student_of(model)
+    fit_outputs(fast, model, [batches_for(model)])
+    monkeypatch.setattr(output_fit, "PRODUCT_DTYPE", torch.float64)
+    fit_outputs(slow, model, [batches_for(model)])
+    for name, value in fast.state_dict().items():
+        torch.testing.assert_close(value, slow.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
 def test_only_output_weights_of_experts_with_tokens_change() -> None:
     model = tiny_model("bert").train()
     student = student_of(model, tie_shared=False)

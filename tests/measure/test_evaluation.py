@@ -10,6 +10,7 @@ import torch
 from moe_dist.data.loaders import collate
 from moe_dist.measure import evaluation
 from moe_dist.measure.evaluation import expert_load, gate_entropy, predict
+from moe_dist.measure.nearness import measure_errors
 from tests.training.tiny import PAD, model_inputs, tiny_bert, tiny_data, tiny_student
 
 CPU = torch.device("cpu")
@@ -54,6 +55,22 @@ def test_loads_are_those_of_real_tokens() -> None:
     for shares in expert_load(answers.tokens_per_expert).values():
         assert sum(shares) == pytest.approx(1.0) and len(shares) == 4
     assert expert_load({"idle": torch.zeros(2)}) == {"idle": [0.0, 0.0]}
+
+
+def test_a_comparison_gives_the_answers_that_each_model_gives_alone() -> None:
+    data, teacher = tiny_data(11), tiny_bert().eval()
+    student = tiny_student(teacher).eval()
+    options = {"batch_size": 4, "pad_token_id": PAD}
+    found = measure_errors(teacher, {"student": student}, data, **options, advance=lambda: None)
+    assert found.teacher is not None
+    for own, model in ((found.teacher, teacher), (found.students["student"], student)):
+        alone = predict(model, data, **options, device=CPU)
+        assert torch.equal(own.answers, alone.answers)
+        for kind in ("tokens_per_expert", "routing_sums"):
+            sums, expected = getattr(own, kind), getattr(alone, kind)
+            assert sums.keys() == expected.keys()
+            assert all(torch.equal(sums[name], expected[name]) for name in sums)
+    assert found.students["student"].tokens_per_expert
 
 
 def test_gates_tell_how_undecided_they_are() -> None:

@@ -18,7 +18,7 @@ from moe_dist.inference.backends.answers_only import refuse_as_a_whole
 from moe_dist.inference.backends.decoder import LLAMA_KIND, install_native_decoder
 from moe_dist.inference.backends.eager import DTYPES, cast_weights
 from moe_dist.inference.backends.encoder import BLOCKS, install_native_encoder
-from moe_dist.inference.backends.native import load_operators
+from moe_dist.inference.backends.native import load_decoder, load_operators
 from moe_dist.inference.backends.native_blocks import (
     PRECISIONS,
     NativeBlocks,
@@ -85,7 +85,8 @@ def _install_native_blocks(model: Any, precision: str) -> str:
     installers |= dict.fromkeys(LLAMA_KIND, install_native_decoder)
     if family is None or family.model_type not in installers:
         return f"only {', '.join(installers)} have it"
-    if not load_operators() or not torch.ops.moe_dist.multiplies(PRECISIONS[precision]):
+    load = load_decoder if family.model_type in LLAMA_KIND else load_operators
+    if not load() or not torch.ops.moe_dist.multiplies(PRECISIONS[precision]):
         return f"there is no native product in {precision} here"
     try:
         installers[family.model_type](model, family, precision)

@@ -24,7 +24,8 @@ from moe_dist.errors import ConversionError, MoeDistError
 from moe_dist.whole_files import flush_to_disk
 
 HERE = Path(__file__).parent
-SOURCES = tuple(sorted(HERE.glob("*.cpp")))
+DECODER_SOURCES = (HERE / "decoder.cpp",)
+SOURCES = tuple(sorted(set(HERE.glob("*.cpp")) - set(DECODER_SOURCES)))
 _LIBRARY, _DIGEST = "operators.so", "operators.sha256"
 _COMPILE_TIMEOUT_S = 600.0
 _FAILED_FOR_S = 600.0
@@ -35,21 +36,32 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_operators() -> bool:
-    """Make operators known as `torch.ops.moe_dist`, and the classes of encoders and decoders.
+    """Make operators known as `torch.ops.moe_dist`, and the class of encoders.
 
     The first call on a machine compiles for half a minute and more, with `CXX` or `c++`. The
     library lies in the cache under what it was made of: source, flags, torch, C library and
     processor; a damaged one is built again. Where that fails it is False, and a warning.
     """
-    files = (*SOURCES, *sorted(HERE.glob("*.h")), Path(__file__))
+    return _load("operators", SOURCES)
+
+
+@functools.cache
+def load_decoder() -> bool:
+    """Do the same for what decoders alone need, which is a third of all there is to compile."""
+    return load_operators() and _load("decoder", DECODER_SOURCES)
+
+
+def _load(name: str, sources: tuple[Path, ...]) -> bool:
+    files = (*sources, *sorted(HERE.glob("*.h")), Path(__file__))
     digests = _short("".join(file_digest(path) for path in files))
     libc = "-".join(platform.libc_ver())
     made_of = f"{digests}-torch{torch.__version__}-{libc}-{_processor()}"
     compiler = os.environ.get("CXX") or "c++"
-    place = default_cache_dir() / "operators" / made_of
+    place = default_cache_dir() / name / made_of
     compiling = functools.partial(
         _compile_unless_it_failed,
         shlex.split(compiler),
+        sources,
         failure=place.with_name(f"{made_of}-{_short(compiler)}.failed"),
     )
     try:
@@ -64,7 +76,9 @@ def load_operators() -> bool:
     return True
 
 
-def _compile_unless_it_failed(compiler: list[str], directory: Path, *, failure: Path) -> None:
+def _compile_unless_it_failed(
+    compiler: list[str], sources: tuple[Path, ...], directory: Path, *, failure: Path
+) -> None:
     if shutil.which(compiler[0]) is None:
         raise ConversionError(
             f"there is no C++ compiler {compiler[0]!r}", remedy="install g++, or name one by CXX"
@@ -77,14 +91,14 @@ def _compile_unless_it_failed(compiler: list[str], directory: Path, *, failure: 
             )
     log.warning("compiling native operators, once for this machine; it takes half a minute or more")
     try:
-        _compile(compiler, directory)
+        _compile(compiler, sources, directory)
     except (OSError, subprocess.SubprocessError) as error:
         with suppress(OSError):
             failure.write_text(_reason(error), encoding="utf-8")
         raise
 
 
-def _compile(compiler: list[str], directory: Path) -> None:
+def _compile(compiler: list[str], sources: tuple[Path, ...], directory: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     command = [
@@ -100,7 +114,7 @@ def _compile(compiler: list[str], directory: Path) -> None:
         return compiled
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        objects = list(pool.map(compile_one, sources))
     library = directory / _LIBRARY
     linked = [*objects, *(f"-L{path}" for path in library_paths())]
     _run([*command, "-shared", *linked, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
