@@ -265,8 +265,8 @@ def random_batch(
 ) -> dict[str, Tensor]:
     """What a forward of any model takes of random tokens, none of them special.
 
-    All are `seq_len` long, or padded to it on the right: then lengths go evenly from an eighth of it,
-    in the first text, to all of it in the last.
+    All are `seq_len` long, or padded to it on the right: then lengths go evenly from an eighth of
+    it, in the first text, to all of it in the last.
     """
     config: Any = model.config
     special = (config.pad_token_id, config.eos_token_id, getattr(config, "bos_token_id", None))

@@ -1,7 +1,7 @@
 """Texts of many requests in one call of the model, those of like length together.
 
-What a call costs is measured (`CallCost`), so that padding, where the model computes on it, is weighed
-against one more call, and no lengths of buckets need to be chosen.
+What a call costs is measured (`CallCost`), so that padding, where the model computes on it, is
+weighed against one more call, and no lengths of buckets need to be chosen.
 """
 
 from __future__ import annotations

@@ -78,9 +78,7 @@ def choose_form(model: TextModel, wanted: str) -> FormChoice:
     return FormChoice(prepared[best], best, cost, reason)
 
 
-def _least_times(
-    model: TextModel, form: str, times: Mapping[Call, float]
-) -> dict[Call, float]:
+def _least_times(model: TextModel, form: str, times: Mapping[Call, float]) -> dict[Call, float]:
     """Time one form again: long calls slowed by other work would end batches of several texts."""
     more = [times, *(time_forms({form: model})[form] for _ in range(NUM_COST_REPEATS))]
     return {call: min(own[call] for own in more) for call in CALLS}
@@ -105,7 +103,7 @@ def time_forms(models: Mapping[str, TextModel]) -> dict[str, dict[Call, float]]:
 
 
 def probe_texts(model: TextReader, lengths: Call) -> list[list[str]]:
-    """Make texts of about so many tokens each, or of as many as the model reads if these are fewer."""
+    """Make texts of about so many tokens each, or of what the model reads of them."""
     return texts_of_lengths(model, _read_of(lengths, model.limit))
 
 
@@ -137,6 +135,9 @@ def call_cost(times: Mapping[Call, float], limit: int | None = None) -> CallCost
     Args:
         times: seconds of each of `CALLS`.
         limit: tokens of a text that the model reads at most.
+
+    Returns:
+        The cost, of which nothing is less than 0, whatever was timed.
     """
     small, large, mixed = (_read_of(call, limit) for call in (SHORT, MANY, MIXED))
     per_token = (times[MANY] - times[SHORT]) / (sum(large) - sum(small))
