@@ -24,6 +24,9 @@ Answerer = Callable[[Columns], Awaitable[Sequence[Answer]]]
 _PLANNED_BATCHES = 4
 """As many full batches of the oldest texts are looked at together: planning stays quick."""
 
+_AS_CHEAP = 1.01
+"""So much more a plan may cost that reads the oldest first."""
+
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +66,13 @@ def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) ->
     Returns:
         Batches of places in `lengths`, the shortest texts first.
     """
+    return _cheapest(lengths, max_batch_size, cost)[0]
+
+
+def _cheapest(
+    lengths: Sequence[int], max_batch_size: int, cost: CallCost
+) -> tuple[list[list[int]], float]:
+    """The batches of `plan_batches`, and what they cost together."""
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     least = [0.0]
     begins = [0]
@@ -81,11 +91,14 @@ def plan_batches(lengths: Sequence[int], max_batch_size: int, cost: CallCost) ->
     while end:
         batches.append(order[begins[end] : end])
         end = begins[end]
-    return batches[::-1]
+    return batches[::-1], least[-1]
 
 
 def next_batch(lengths: Sequence[int], max_batch_size: int, cost: CallCost) -> list[int]:
-    """Choose what is read next of waiting texts: the batch with the oldest, which is the first.
+    """Choose what is read next of waiting texts; the oldest, which is the first, is always in it.
+
+    That is its batch in the cheapest plan, or as many of the oldest as a call takes, where this and
+    the plan for the others cost no more.
 
     Args:
         lengths: tokens of each text, the oldest first.
@@ -96,7 +109,14 @@ def next_batch(lengths: Sequence[int], max_batch_size: int, cost: CallCost) -> l
         Places in `lengths`.
     """
     looked_at = lengths[: _PLANNED_BATCHES * max_batch_size]
-    return next(own for own in plan_batches(looked_at, max_batch_size, cost) if 0 in own)
+    batches, total = _cheapest(looked_at, max_batch_size, cost)
+    oldest = looked_at[:max_batch_size]
+    if len(looked_at) > len(oldest):
+        of_oldest = cost.of(len(oldest), max(oldest), sum(oldest))
+        others = _cheapest(looked_at[max_batch_size:], max_batch_size, cost)[1]
+        if of_oldest + others <= total * _AS_CHEAP:
+            return list(range(len(oldest)))
+    return next(own for own in batches if 0 in own)
 
 
 @dataclass(eq=False)

@@ -108,7 +108,12 @@ def probe_texts(model: TextReader, lengths: Call) -> list[list[str]]:
 
 
 def _read_of(lengths: Call, limit: int | None) -> list[int]:
-    return [min(length, limit or length) for length in lengths]
+    """What a model reads of texts; unlike ones stay in proportion, so that some are padded."""
+    if limit is None or limit >= max(lengths):
+        return list(lengths)
+    if len(set(lengths)) > 1:
+        return [max(1, length * limit // max(lengths)) for length in lengths]
+    return [limit for _ in lengths]
 
 
 def texts_of_lengths(model: TextReader, lengths: Sequence[int]) -> list[list[str]]:

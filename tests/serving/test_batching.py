@@ -16,6 +16,7 @@ from moe_dist.serving.batching import (
     BatchQueue,
     CallCost,
     in_thread,
+    next_batch,
     plan_batches,
 )
 
@@ -62,6 +63,15 @@ def test_what_a_call_costs_decides_between_padding_and_one_more_call() -> None:
     assert plan_batches([], 8, CallCost(20)) == []
     # A model that leaves padding out takes all at once.
     assert plan_batches(lengths, 8, CallCost(20, padding_share=0)) == [[0, 2, 3, 1]]
+
+
+def test_the_oldest_go_first_where_that_costs_no_more() -> None:
+    lengths = [5, 90, 6, 80, 7, 70]
+    free, dear = CallCost(20, padding_share=0), CallCost(20, padding_share=1)
+    assert next_batch(lengths, 4, free) == [0, 1, 2, 3]
+    assert next_batch(lengths, 4, dear) == [0, 2, 4]
+    assert next_batch(lengths, 6, free) == [0, 2, 4, 5, 3, 1]
+    assert next_batch([9] * 6, 4, dear) == [0, 1, 2, 3]
 
 
 class Calls:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from moe_dist.errors import MoeDistError
 from moe_dist.serving import model_process
-from moe_dist.serving.batching import ModelGoneError
+from moe_dist.serving.batching import CallCost, ModelGoneError
 from moe_dist.serving.model_process import ModelProcess, start_model
 from moe_dist.serving.service import AnsweringModel, TextService, load_choice
 from moe_dist.serving.settings import ServingSettings
@@ -38,6 +39,18 @@ def process(settings: ServingSettings) -> Iterator[ModelProcess]:
         yield own
     finally:
         own.close()
+
+
+def test_what_calls_cost_is_said_there_and_heard_here(
+    settings: ServingSettings, process: ModelProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = process.loaded()
+    assert set(loaded.cost) == {field.name for field in fields(CallCost)}
+    told = replace(loaded, cost={"overhead_tokens": 12.5, "padding_share": 0.25})
+    monkeypatch.setattr(ModelProcess, "loaded", lambda self: told)
+    there = start_model(settings)
+    there.check.__self__.close()  # type: ignore[attr-defined]
+    assert there.cost == CallCost(12.5, 0.25)
 
 
 def is_there(pid: int) -> bool:

@@ -248,14 +248,14 @@ def test_the_fastest_form_is_taken_and_all_are_named(
 
 
 @pytest.mark.parametrize("padding_share", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("limit", [None, 64])
+@pytest.mark.parametrize("limit", [None, 64, 17, 8])
 def test_what_padding_costs_is_found_from_unlike_texts(
     limit: int | None, padding_share: float
 ) -> None:
     right = speed.CallCost(40.0, padding_share)
 
     def seconds(call: speed.Call) -> float:
-        read = [min(length, limit or length) for length in call]
+        read = speed._read_of(call, limit)
         return 1e-4 * right.of(len(read), max(read), sum(read))
 
     found = speed.call_cost({call: seconds(call) for call in speed.CALLS}, limit)
@@ -263,9 +263,21 @@ def test_what_padding_costs_is_found_from_unlike_texts(
     assert found.padding_share == pytest.approx(right.padding_share, abs=1e-9)
 
 
+def test_the_cost_is_that_of_texts_as_long_as_the_model_reads(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+    call_cost = speed.call_cost
+    monkeypatch.setattr(
+        speed, "call_cost", lambda times, limit: limits.append(limit) or call_cost(times, limit)
+    )
+    make(directory, max_length=5)
+    assert limits == [5]
+
+
 def test_where_no_text_is_padded_padding_costs_as_tokens_do() -> None:
     times = dict(zip(speed.CALLS, (0.001, 0.001, 0.008, 0.008), strict=True))
-    assert speed.call_cost(times, limit=16).padding_share == 1
+    assert speed.call_cost(times, limit=1).padding_share == 1
     # Faster than its tokens alone, as a machine may be for a moment.
     times = dict(zip(speed.CALLS, (0.001, 0.008, 0.064, 0.001), strict=True))
     assert speed.call_cost(times).padding_share == 0

@@ -101,8 +101,8 @@ class Encoder : public torch::CustomClassHolder {
 
   // All layers. A routed one has a gate, or the experts of each token are given: for each layer ids
   // (B * L, K) and weights of that shape, or none. The mask is added or, of bool, says what is seen; it
-  // goes with (B, H, L, L). What it hides from all is left out and gives 0, where it does nothing else
-  // and leaves each text some. Gates that choose for a text read `shares` (B, L), see `Gate`.
+  // goes with (B, H, L, L). What it hides from all is left out and gives 0, see `Texts::seen`. Gates that
+  // choose for a text read `shares` (B, L), see `Gate`.
   Tensor forward(const Tensor& hidden, const MaybeTensor& mask, const MaybeTensor& shares, const MaybeTensors& ids,
                  const MaybeTensors& weights) const {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -273,18 +273,22 @@ class Encoder : public torch::CustomClassHolder {
     const Tensor context = matrix(x.size(0), D, qkv.scalar_type());
     char* to = static_cast<char*>(context.data_ptr());
     const int64_t bytes = D * context.element_size();
-    const auto attend_some = [&](int64_t first, int64_t last) {
-      const at::NoGradGuard answers_only;
-      for (int64_t b = first; b < last; ++b) {
-        const Tensor rows = attention(qkv.narrow(0, texts.starts[b], texts.length(b)), 1, texts.length(b)).contiguous();
-        std::memcpy(to + texts.starts[b] * bytes, rows.const_data_ptr(), texts.length(b) * bytes);
-      }
+    const auto attend_run = [&](int64_t first, int64_t last) {
+      const int64_t start = texts.starts[first], rows = texts.starts[last] - start;
+      const Tensor found = attention(qkv.narrow(0, start, rows), last - first, texts.length(first)).contiguous();
+      std::memcpy(to + start * bytes, found.const_data_ptr(), rows * bytes);
     };
-    // Within one text torch's threads share heads.
-    if (texts.count() < at::get_num_threads())
-      attend_some(0, texts.count());
-    else
-      at::parallel_for(0, texts.count(), 1, attend_some);
+    // Torch's threads share what is in one call, so few calls are made one after the other.
+    const std::vector<int64_t> runs = texts.runs();
+    const int64_t number = runs.size() - 1;
+    if (number < std::max<int64_t>(at::get_num_threads(), texts.count() / 4)) {
+      for (int64_t run = 0; run < number; ++run) attend_run(runs[run], runs[run + 1]);
+    } else {
+      at::parallel_for(0, texts.count(), 1, [&](int64_t first, int64_t last) {
+        const at::NoGradGuard answers_only;
+        for (int64_t b = first; b < last; ++b) attend_run(b, b + 1);
+      });
+    }
     return attended(layer, context, x);
   }
 

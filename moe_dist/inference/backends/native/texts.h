@@ -22,6 +22,15 @@ struct Texts {
   int64_t rows() const { return starts.back(); }
   bool all_alike() const { return rows() == longest * count(); }
 
+  // Runs of texts of one length: where each begins, and where the last one ends.
+  std::vector<int64_t> runs() const {
+    std::vector<int64_t> out{0};
+    for (int64_t b = 1; b < count(); ++b)
+      if (length(b) != length(b - 1)) out.push_back(b);
+    out.push_back(count());
+    return out;
+  }
+
   static Texts whole(int64_t B, int64_t L) {
     Texts texts;
     for (int64_t b = 0; b <= B; ++b) texts.starts.push_back(b * L);
@@ -30,7 +39,8 @@ struct Texts {
   }
 
   // Texts without what nobody sees, where a mask (of bools, or of numbers that are added) says no more
-  // than which tokens all others see, and each text has some; else none.
+  // than which tokens all others see, the first of each text among them, since a head may read what lies
+  // there; else none.
   static std::optional<Texts> seen(const at::Tensor& mask, int64_t B, int64_t L) {
     const auto goes = [&](int64_t dim, int64_t size) { return mask.size(dim) == 1 || mask.size(dim) == size; };
     if (mask.dim() != 4 || mask.size(1) != 1 || mask.size(3) != L || !goes(0, B) || !goes(2, L)) return std::nullopt;
@@ -56,6 +66,7 @@ struct Texts {
     std::vector<int64_t> kept;
     for (int64_t b = 0; b < B; ++b) {
       const T* keys = values + b * text_stride;
+      if (!shows(keys[0])) return std::nullopt;
       for (int64_t q = 1; q < L && query_stride; ++q)
         if (std::memcmp(keys, keys + q * query_stride, L * sizeof(T))) return std::nullopt;
       for (int64_t l = 0; l < L; ++l) {
@@ -63,7 +74,6 @@ struct Texts {
         else if (!hides(keys[l])) return std::nullopt;
       }
       const int64_t end = kept.size();
-      if (end == texts.starts.back()) return std::nullopt;
       texts.longest = std::max(texts.longest, end - texts.starts.back());
       texts.starts.push_back(end);
     }
