@@ -267,10 +267,12 @@ def test_the_cost_is_that_of_texts_as_long_as_the_model_reads(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = []
-    call_cost = speed.call_cost
-    monkeypatch.setattr(
-        speed, "call_cost", lambda times, limit: limits.append(limit) or call_cost(times, limit)
-    )
+
+    def call_cost(times: Any, limit: int | None) -> speed.CallCost:
+        limits.append(limit)
+        return speed.CallCost(20)
+
+    monkeypatch.setattr(speed, "call_cost", call_cost)
     make(directory, max_length=5)
     assert limits == [5]
 
