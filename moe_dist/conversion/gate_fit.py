@@ -19,7 +19,7 @@ def fit_gate(rows_TD: Tensor, kind_T: Tensor, num_kinds: int) -> Tensor:
 
     What is minimised is scikit-learn's ``LogisticRegression(C=1, fit_intercept=False)``: mean
     cross entropy plus ``|w|² / 2T``. `MAX_STEPS` bring it as far down as a hundred of
-    scikit-learn's, in a sixth of the time: it reads the rows in few products of whole matrices.
+    scikit-learn's, in a third of the time: it reads the rows in few products of whole matrices.
     Whatever was learned by then decides; the optimum need not be reached.
 
     Args:
