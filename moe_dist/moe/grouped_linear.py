@@ -95,6 +95,17 @@ class GradientSum:
         else:
             sum_OI.addmm_(grad_RO.t(), rows_RI)
 
+    def open(self, weight_EOI: Tensor, experts: list[int]) -> tuple[Tensor, list[bool]]:
+        """Give the buffer, for experts to be written, and of which experts it holds something.
+
+        To what it holds is to be added; `end_product` tells that all is done.
+        """
+        if self._sum_EOI is None:
+            self._sum_EOI = torch.empty_like(weight_EOI)
+        begun = [expert in self._written for expert in range(weight_EOI.shape[0])]
+        self._written.update(experts)
+        return self._sum_EOI, begun
+
     def end_product(self, weight_EOI: Tensor) -> Tensor | None:
         """Give (E, O, I) after the last product, before it None."""
         if self._sum_EOI is None:
