@@ -10,10 +10,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <optional>
 #include <vector>
@@ -436,16 +432,6 @@ void backward(const Sizes& s, const std::vector<Group>& groups, const T* grad, c
   });
 }
 
-// Where nothing is written yet, large pages cost less time than many small ones.
-void in_large_pages(const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t first = rounded(start, kPage), last = (start + fresh.nbytes()) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 void check_stack(const Tensor& one, at::IntArrayRef shape, at::ScalarType type) {
   TORCH_CHECK(one.sizes() == shape && one.scalar_type() == type && one.is_contiguous(), "experts have ",
               one.scalar_type(), " ", one.sizes(), " in place of ", type, " ", shape);
@@ -540,9 +526,7 @@ Tensor experts_backward(const Tensor& grad, const Tensor& rows, at::TensorList k
   for (const Tensor& one : kept) check_stack(one, {s.S, s.F}, call.type);
   for (int64_t side = 0; side < 3; ++side) {
     if (bias_sums[side].numel()) check_stack(bias_sums[side], {call.E, s.outputs(side)}, call.type);
-    if (!sums[side].numel()) continue;
-    check_stack(sums[side], weights[side].sizes(), call.stored);
-    if (std::find(begun[side].begin(), begun[side].end(), true) == begun[side].end()) in_large_pages(sums[side]);
+    if (sums[side].numel()) check_stack(sums[side], weights[side].sizes(), call.stored);
   }
   Tensor grad_rows = needs_rows ? at::empty_like(rows) : at::empty({0}, rows.options());
   call.with_types([&](auto t, auto w) {
