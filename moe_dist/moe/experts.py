@@ -150,6 +150,9 @@ class Experts(nn.Module):
             )
             for name, parameter in self.named_parameters(recurse=False)
         }
+        for name, weight in weights.items():
+            if name.startswith("b_"):
+                weight.cast  # noqa: B018  # a part of the graph, whichever part asks first
         return partial(self._compute, weights, dtype)
 
     def with_weights(
@@ -180,7 +183,7 @@ class Experts(nn.Module):
                 n: one.value if n.startswith("w_") else one.cast for n, one in weights.items()
             }
             sums = {name: one.gradient for name, one in weights.items() if one.gradient is not None}
-            if can_use_native_experts(rows_TD, w_in.value, self.activation):
+            if can_use_native_experts(rows_TD, values, self.activation, groups.sizes):
                 return native_experts(rows_TD, values, self.activation, groups, sums)
             casts = {name: weight.cast for name, weight in weights.items()}
             return grouped_ffn(rows_TD, values, casts, self.activation, groups, sums)

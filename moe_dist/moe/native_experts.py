@@ -9,7 +9,7 @@ Shapes: T rows, D width, F neurons, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,29 +28,50 @@ _NATIVE_ACTIVATIONS = {
 _LAYERS = ("in", "gate", "out")
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1}
 """Numbers that native operators know precisions by."""
+_ONE_PART = 1024
+"""Rows of an expert that one product makes a gradient of weights of; `kGroup` there."""
 _WIDTH = 32
 """What blocks of products divide widths by."""
 
 
 def native_activation(activation: Any) -> int | None:
-    """An activation's number in C++; None where it is not known there."""
-    key = type(activation).__name__ if isinstance(activation, nn.Module) else activation
-    return _NATIVE_ACTIVATIONS.get(key)
+    """An activation's number in C++; None where it is not known there.
+
+    Modules are known by their name if they are torch's or transformers' own, without hooks.
+    """
+    key = activation
+    if isinstance(activation, nn.Module):
+        home = type(activation).__module__.partition(".")[0]
+        hooks = (activation._forward_hooks, activation._forward_pre_hooks)
+        if home not in ("torch", "transformers") or any(hooks):
+            return None
+        key = type(activation).__name__
+    return _NATIVE_ACTIVATIONS.get(key) if isinstance(key, Hashable) else None
 
 
 def can_use_native_experts(
-    rows_TD: Tensor, w_in_EFD: Tensor, activation: Callable[[Tensor], Tensor]
+    rows_TD: Tensor,
+    weights: Mapping[str, Tensor],
+    activation: Callable[[Tensor], Tensor],
+    sizes: Sequence[int] | None,
 ) -> bool:
     """Tell whether operators are loaded that compute these experts, and faster than torch does.
 
     They are for processors with AVX-512 and no tiles, for more experts than one, and for widths
-    that are multiples of 32.
+    that are multiples of 32; for weights in float32, or in the rows' bfloat16 where no expert has
+    so many rows that its gradient is added up of several parts.
     """
+    stacks = [weight for name, weight in weights.items() if name.startswith("w_")]
+    dtypes = {stack.dtype for stack in stacks}
     return (
         rows_TD.device.type == "cpu"
-        and len(w_in_EFD) > 1
-        and w_in_EFD.dtype in (torch.float32, rows_TD.dtype)
-        and all(width and width % _WIDTH == 0 for width in w_in_EFD.shape[1:])
+        and len(stacks[0]) > 1
+        and sizes is not None
+        and (
+            dtypes == {torch.float32}
+            or (dtypes == {rows_TD.dtype} and max(sizes, default=0) <= _ONE_PART)
+        )
+        and all(width and width % _WIDTH == 0 for width in weights["w_in"].shape[1:])
         and native_activation(activation) is not None
         and hasattr(torch.ops.moe_dist, "experts")
         and _gains(rows_TD.dtype)
@@ -137,7 +158,12 @@ class _NativeExperts(torch.autograd.Function):
         needs_rows, *_, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         wanted = [name for name, needed in zip(ctx.names, needs, strict=True) if needed]
         sums = {n: ctx.sums.get(n) or GradientSum() for n in wanted if n.startswith("w_")}
-        found = {n: torch.zeros_like(weights[n]) for n in wanted if n.startswith("b_")}
+        # In float32, since each of many groups of rows adds to them.
+        found = {
+            n: torch.zeros(weights[n].shape, dtype=torch.float32)
+            for n in wanted
+            if n.startswith("b_")
+        }
         experts = [expert for expert, _ in ctx.groups.rows()]
         opened = {name: one.open(weights[name], experts) for name, one in sums.items()}
         none_begun = [False] * len(weights["w_in"])
@@ -150,7 +176,7 @@ class _NativeExperts(torch.autograd.Function):
             _of_layers({name: buffer for name, (buffer, _) in opened.items()}, "w", rows_TD),
             *(_of_layers(found, "b", rows_TD), begun),
         )
-        grads: dict[str, Tensor | None] = {**found}
+        grads: dict[str, Tensor | None] = {n: one.to(weights[n].dtype) for n, one in found.items()}
         grads |= {name: one.end_product(weights[name]) for name, one in sums.items()}
         own = (grads.get(name) for name in ctx.names)
         return (grad_rows_TD if needs_rows else None, *[None] * 4, *own)

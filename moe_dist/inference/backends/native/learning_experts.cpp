@@ -262,7 +262,7 @@ void forward(const Sizes& s, const std::vector<Group>& groups, const T* rows, co
 template <typename T, typename W>
 struct Sums {
   std::array<W*, 3> weights{};
-  std::array<T*, 3> biases{};
+  std::array<float*, 3> biases{};  // sums of many groups
   std::array<std::vector<bool>, 3> begun;
 
   bool any() const {
@@ -279,15 +279,15 @@ class Factors {
  public:
   Factors(const Sizes& s, const std::vector<Group>& groups) : s_(s) {
     for (const Group& g : groups) {
-      chunks_ = std::max(chunks_, g.chunks());
+      turned_ = std::max(turned_, g.chunks() * g.chunk);
       rows_ = std::max(rows_, rounded(g.rows, 16));
     }
-    outputs_.emplace(2 * 3, chunks_ * kChunk * std::max(s.D, s.F));
+    outputs_.emplace(2 * 3, turned_ * std::max(s.D, s.F));
     inputs_.emplace(2 * 2, rows_ * std::max(s.D, s.F));
   }
 
-  T* outputs(int64_t half, int64_t side, int64_t c) const {
-    return (*outputs_)[3 * half + side] + c * kChunk * s_.outputs(side);
+  T* outputs(int64_t half, int64_t side, const Group& g, int64_t c) const {
+    return (*outputs_)[3 * half + side] + c * g.chunk * s_.outputs(side);
   }
   T* inputs(int64_t half, int64_t side, int64_t row) const {
     return (*inputs_)[2 * half + (side == kOut)] + row * s_.inputs(side);
@@ -295,7 +295,7 @@ class Factors {
 
  private:
   Sizes s_;
-  int64_t chunks_ = 0, rows_ = 0;
+  int64_t turned_ = 0, rows_ = 0;
   std::optional<Room<T>> outputs_, inputs_;
 };
 
@@ -365,9 +365,9 @@ void backward(const Sizes& s, const std::vector<Group>& groups, const T* grad, c
       });
       if (learns) {
         const int64_t row = c * g.chunk;
-        turn(slope, n, s.D, M, factors.outputs(half, kOut, c), kChunk);
-        turn(own.in, n, s.F, M, factors.outputs(half, kIn, c), kChunk);
-        if (s.gated) turn(own.gate, n, s.F, M, factors.outputs(half, kGate, c), kChunk);
+        turn(slope, n, s.D, M, factors.outputs(half, kOut, g, c), g.chunk);
+        turn(own.in, n, s.F, M, factors.outputs(half, kIn, g, c), g.chunk);
+        if (s.gated) turn(own.gate, n, s.F, M, factors.outputs(half, kGate, g, c), g.chunk);
         put(own.inner, n, s.F, M, factors.inputs(half, kOut, row));
         put(rows + first * s.D, n, s.D, M, factors.inputs(half, kIn, row));
       }
@@ -389,7 +389,7 @@ void backward(const Sizes& s, const std::vector<Group>& groups, const T* grad, c
         const bool adds = !g.starts || sums.begun[side][g.expert];
         each_block(inputs, [&](int64_t at, int64_t N) {
           for (int64_t c = 0; c < g.chunks(); ++c)
-            multiply<T>(L, N, rounded(g.real(c), 16), factors.outputs(half, side, c) + output * kChunk, kChunk,
+            multiply<T>(L, N, rounded(g.real(c), 16), factors.outputs(half, side, g, c) + output * g.chunk, g.chunk,
                         columns<T>(factors.inputs(half, side, c * g.chunk), at), inputs, own.sums, c > 0);
           each_pair(L, N, [&](int64_t i, int64_t j) {
             const float* found = own.sums + i * kColumns + j;
@@ -400,13 +400,12 @@ void backward(const Sizes& s, const std::vector<Group>& groups, const T* grad, c
       for (int64_t i = 0; sums.biases[side] && i < L; ++i) {
         float sum = 0;
         for (int64_t c = 0; c < g.chunks(); ++c) {
-          const T* own_row = factors.outputs(half, side, c) + (output + i) * kChunk;
+          const T* own_row = factors.outputs(half, side, g, c) + (output + i) * g.chunk;
           Vec total(0.f);
           for (int64_t k = 0; k < rounded(g.real(c), 16); k += Vec::size()) total = total + load_float(own_row + k);
           sum += reduce_sum(total);
         }
-        T& to = sums.biases[side][g.expert * outputs + output + i];
-        to = static_cast<float>(to) + sum;
+        sums.biases[side][g.expert * outputs + output + i] += sum;
       }
     };
     in_team([&](const Member& member) {
@@ -443,12 +442,14 @@ struct Call {
   int64_t E;
   at::ScalarType type, stored;
 
-  Call(const Tensor& rows, at::IntArrayRef sizes, at::TensorList weights) {
+  Call(const Tensor& rows, at::IntArrayRef sizes, at::TensorList weights, int64_t activation) {
+    TORCH_CHECK(activation >= 0 && activation <= 4, "there is no activation ", activation);
     TORCH_CHECK(weights.size() == 3 && weights[kIn].dim() == 3 && rows.dim() == 2, "experts have three weights");
     E = weights[kIn].size(0);
     s = {rows.size(0), weights[kIn].size(2), weights[kIn].size(1), weights[kGate].numel() > 0};
     type = rows.scalar_type();
     stored = weights[kIn].scalar_type();
+    for (const int64_t size : sizes) TORCH_CHECK(size >= 0, "an expert has ", size, " rows");
     TORCH_CHECK((int64_t)sizes.size() == E && at::sum_integers(sizes) == s.S, "sizes are ", sizes, " of ", s.S);
     TORCH_CHECK(s.D % 32 == 0 && s.F % 32 == 0 && s.D && s.F, "experts of ", weights[kIn].sizes());
     check_stack(rows, {s.S, s.D}, type);
@@ -498,8 +499,9 @@ bool learns_experts() {
 // and, where they are kept, what the activation reads.
 std::vector<Tensor> experts(const Tensor& rows, at::IntArrayRef sizes, at::TensorList weights, at::TensorList biases,
                             int64_t activation, bool keeps) {
-  const Call call(rows, sizes, weights);
+  const Call call(rows, sizes, weights, activation);
   const Sizes& s = call.s;
+  TORCH_CHECK(biases.size() == 3, "three layers have ", biases.size(), " biases");
   for (int64_t side = 0; side < 3; ++side)
     if (biases[side].numel()) check_stack(biases[side], {call.E, s.outputs(side)}, call.type);
   std::vector<Tensor> found = {at::empty_like(rows)};
@@ -519,13 +521,13 @@ std::vector<Tensor> experts(const Tensor& rows, at::IntArrayRef sizes, at::Tenso
 Tensor experts_backward(const Tensor& grad, const Tensor& rows, at::TensorList kept, at::IntArrayRef sizes,
                         at::TensorList weights, int64_t activation, bool needs_rows, at::TensorList sums,
                         at::TensorList bias_sums, std::array<std::vector<bool>, 3> begun) {
-  const Call call(rows, sizes, weights);
+  const Call call(rows, sizes, weights, activation);
   const Sizes& s = call.s;
   check_stack(grad, rows.sizes(), call.type);
   TORCH_CHECK(kept.size() == (s.gated ? 2 : 1), "what the activation read is missing");
   for (const Tensor& one : kept) check_stack(one, {s.S, s.F}, call.type);
   for (int64_t side = 0; side < 3; ++side) {
-    if (bias_sums[side].numel()) check_stack(bias_sums[side], {call.E, s.outputs(side)}, call.type);
+    if (bias_sums[side].numel()) check_stack(bias_sums[side], {call.E, s.outputs(side)}, at::kFloat);
     if (sums[side].numel()) check_stack(sums[side], weights[side].sizes(), call.stored);
   }
   Tensor grad_rows = needs_rows ? at::empty_like(rows) : at::empty({0}, rows.options());
@@ -535,7 +537,7 @@ Tensor experts_backward(const Tensor& grad, const Tensor& rows, at::TensorList k
     backward<T, W>(s, plan(sizes, kGroup), grad.const_data_ptr<T>(), rows.const_data_ptr<T>(),
                    kept[0].const_data_ptr<T>(), s.gated ? kept[1].const_data_ptr<T>() : nullptr,
                    {read_of<W>(weights)}, activation, needs_rows ? grad_rows.mutable_data_ptr<T>() : nullptr,
-                   {starts_of<W>(sums), starts_of<T>(bias_sums), begun});
+                   {starts_of<W>(sums), starts_of<float>(bias_sums), begun});
   });
   return grad_rows;
 }
