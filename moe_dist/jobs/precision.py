@@ -31,11 +31,12 @@ def own_precision(precision: str, device: torch.device, model: nn.Module) -> Pre
 
 @contextmanager
 def quick_passes(precision: Precision, device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Let models compute what is slow on a CPU in bf16 by other means, inside the block.
+    """Let models compute what is slow on a CPU by other means, inside the block.
 
-    Native operators are loaded, and compiled where a machine has none yet.
+    Native operators are loaded, and compiled where a machine has none yet: experts use them in
+    fp32, too.
     """
-    if precision == "bf16" and device.type == "cpu":
+    if device.type == "cpu":
         load_operators()
     with half_attention(), half_blocks(*models):
         yield

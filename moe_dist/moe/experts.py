@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from moe_dist.moe.grouped_linear import (
     group_rows,
     grouped_linear,
 )
+from moe_dist.moe.native_experts import can_use_native_experts, native_experts
 from moe_dist.moe.on_device import bring
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,13 +43,18 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Weight:
-    """Stacked weights, the same in the dtype of the computation, and where gradients add up."""
+    """Stacked weights, the dtype of the computation, and where gradients add up."""
 
     value: Tensor
-    cast: Tensor
+    dtype: torch.dtype
     gradient: GradientSum | None = None
+
+    @cached_property
+    def cast(self) -> Tensor:
+        """The same in the dtype of the computation; native operators cast stacks by themselves."""
+        return _cast(self.value, self.dtype)
 
 
 class Experts(nn.Module):
@@ -139,11 +145,14 @@ class Experts(nn.Module):
         weights = {
             name: _Weight(
                 parameter,
-                _cast(parameter, dtype),
+                dtype,
                 GradientSum(num_chunks) if num_chunks > 1 else None,
             )
             for name, parameter in self.named_parameters(recurse=False)
         }
+        for name, weight in weights.items():
+            if name.startswith("b_"):
+                weight.cast  # noqa: B018  # a part of the graph, whichever part asks first
         return partial(self._compute, weights, dtype)
 
     def with_weights(
@@ -151,7 +160,7 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Compute like `forward`, with other stacked weights of any number in place of its own."""
         dtype = compute_dtype(sorted_TD)
-        given = {name: _Weight(value, _cast(value, dtype)) for name, value in weights.items()}
+        given = {name: _Weight(value, dtype) for name, value in weights.items()}
         return self._compute(given, dtype, sorted_TD, tokens_per_expert_E)
 
     def _compute(
@@ -165,16 +174,18 @@ class Experts(nn.Module):
         w_in = weights.get("w_in")
         if w_in is None:
             return _bias_only(rows_TD, weights.get("b_out"), tokens_per_expert_E)
-        on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.cast)
+        on_device = len(w_in.value) > 1 and can_use_grouped_mm(rows_TD, w_in.value)
         groups = group_rows(tokens_per_expert_E, rows_TD, on_device=on_device)
         is_fixed = not on_device and not (self.dropout and self.training)
-        if is_fixed and can_use_grouped_ffn(rows_TD, w_in.cast, self.activation):
+        if is_fixed and can_use_grouped_ffn(rows_TD, w_in.value, self.activation):
             # Casting a bias is a part of the graph, see `_cast`.
             values = {
                 n: one.value if n.startswith("w_") else one.cast for n, one in weights.items()
             }
-            casts = {name: weight.cast for name, weight in weights.items()}
             sums = {name: one.gradient for name, one in weights.items() if one.gradient is not None}
+            if can_use_native_experts(rows_TD, values, self.activation, groups.sizes):
+                return native_experts(rows_TD, values, self.activation, groups, sums)
+            casts = {name: weight.cast for name, weight in weights.items()}
             return grouped_ffn(rows_TD, values, casts, self.activation, groups, sums)
 
         def linear(rows: Tensor, suffix: str) -> Tensor:

@@ -44,6 +44,11 @@ class Groups:
         return found
 
 
+def _empty_stack(weight_EOI: Tensor) -> Tensor:
+    """Memory for a gradient, expert after expert, however the weights lie."""
+    return torch.empty_like(weight_EOI, memory_format=torch.contiguous_format)
+
+
 class GradientSum:
     """The weight gradient of several grouped products with the same weights, in one buffer.
 
@@ -81,7 +86,7 @@ class GradientSum:
         cache, for the whole stack's would be written and read once more.
         """
         if self._sum_EOI is None:
-            self._sum_EOI = torch.empty_like(weight_EOI)
+            self._sum_EOI = _empty_stack(weight_EOI)
         sum_OI, is_first = self._sum_EOI[expert], expert not in self._written
         self._written.add(expert)
         if sum_OI.dtype is not rows_RI.dtype:
@@ -95,10 +100,22 @@ class GradientSum:
         else:
             sum_OI.addmm_(grad_RO.t(), rows_RI)
 
+    def open(self, weight_EOI: Tensor, experts: list[int]) -> tuple[Tensor, list[bool]]:
+        """Give the buffer, for experts to be written, and of which experts it holds something.
+
+        To what it holds is to be added; `end_product` tells that all is done.
+        """
+        if self._sum_EOI is None:
+            self._sum_EOI = _empty_stack(weight_EOI)
+        self._sum_EOI = self._sum_EOI.contiguous()
+        begun = [expert in self._written for expert in range(weight_EOI.shape[0])]
+        self._written.update(experts)
+        return self._sum_EOI, begun
+
     def end_product(self, weight_EOI: Tensor) -> Tensor | None:
         """Give (E, O, I) after the last product, before it None."""
         if self._sum_EOI is None:
-            self._sum_EOI = torch.empty_like(weight_EOI)
+            self._sum_EOI = _empty_stack(weight_EOI)
         return self._hand_out()
 
     def add_stack(self, grad_EOI: Tensor) -> Tensor | None:

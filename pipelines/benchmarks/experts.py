@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.inference.backends.native import load_operators
 from moe_dist.measure.free_memory import free_memory
 from moe_dist.measure.latency import wait_for, watch_other_work
 from moe_dist.measure.screening import relative_error
@@ -137,6 +138,9 @@ def run(settings: ExpertsBenchmark) -> ExpertsReport:
 
     _check(settings)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        # As jobs do before they train.
+        load_operators()
     timings: list[ExpertsTiming] = []
     left_out: list[str] = []
     with cpu_threads(settings.num_threads), watch_other_work() as look:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,8 @@ from moe_dist.moe.dispatch import permute, sort_slots, unpermute
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gates import TokenGate
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.native_experts import native_activation
 from moe_dist.moe.routing import Routing, current_context
-
-_NATIVE_ACTIVATIONS = {
-    F.gelu: 0, F.relu: 2, F.silu: 3, torch.tanh: 4,
-    "GELUActivation": 0, "NewGELUActivation": 1, "GELUTanh": 1, "ReLU": 2, "SiLUActivation": 3,
-    "SiLU": 3, "Tanh": 4,
-}  # fmt: skip
-"""Numbers that the C++ code knows activations by: functions, or classes by name."""
-
-
-def native_activation(activation: Any) -> int | None:
-    """An activation's number in C++; None where it is not known there."""
-    key = type(activation).__name__ if isinstance(activation, nn.Module) else activation
-    return _NATIVE_ACTIVATIONS.get(key)
 
 
 class RoutedFFN(AnswersOnly):

@@ -69,17 +69,30 @@ class Gelu {
   }
 
   Vec operator()(const Vec& x) const {
-    // A second operand that is no number is what a minimum gives.
-    const __m512 size = _mm512_min_ps(_mm512_set1_ps(NormalTail::kEnd), _mm512_abs_ps(x));
+    const __m512 size = size_of(x);
+    return _mm512_fnmadd_ps(size, tail_of(size), _mm512_max_ps(x, _mm512_setzero_ps()));
+  }
+
+  // The normal distribution up to x.
+  Vec distribution(const Vec& x) const {
+    const __m512 tail = tail_of(size_of(x));
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_sub_ps(_mm512_set1_ps(1.f), tail), negative, tail);
+  }
+
+ private:
+  // A second operand that is no number is what a minimum gives.
+  static __m512 size_of(const Vec& x) { return _mm512_min_ps(_mm512_set1_ps(NormalTail::kEnd), _mm512_abs_ps(x)); }
+
+  __m512 tail_of(__m512 size) const {
     const __m512 place = _mm512_mul_ps(size, _mm512_set1_ps(NormalTail::kPartsOfOne));
     const __m512 rest = _mm512_sub_ps(place, _mm512_roundscale_ps(place, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
     const __m512i part = _mm512_cvttps_epi32(place);
     __m512 tail = of(3, part);
     for (int power = 2; power >= 0; --power) tail = _mm512_fmadd_ps(tail, rest, of(power, part));
-    return _mm512_fnmadd_ps(size, tail, _mm512_max_ps(x, _mm512_setzero_ps()));
+    return tail;
   }
 
- private:
   __m512 of(int power, __m512i part) const {
     return _mm512_permutex2var_ps(tables_[power][0], part, tables_[power][1]);
   }
