@@ -190,8 +190,8 @@ def test_however_rows_and_weights_lie() -> None:
     rows = torch.randn(WIDTH, sum(SIZES)).t()
     expected = passes(experts, rows.contiguous())
     experts.zero_grad()
-    for name, one in list(experts.named_parameters()):
-        turned = one.detach().transpose(0, -1).contiguous().transpose(0, -1)
+    for name, weight in list(experts.named_parameters()):
+        turned = weight.detach().transpose(0, -1).contiguous().transpose(0, -1)
         setattr(experts, name, torch.nn.Parameter(turned))
     assert not experts.w_in.is_contiguous()
     with native_calls() as calls:

@@ -108,13 +108,15 @@ def _compile(compiler: list[str], sources: tuple[Path, ...], directory: Path) ->
         *(f"-I{path}" for path in include_paths()),
     ]
 
-    def compile_one(source: Path) -> str:
-        compiled = str(directory / source.with_suffix(".o").name)
-        _run([*command, "-c", str(source), "-o", compiled])
+    def compile_unit(unit: list[Path]) -> str:
+        *before, last = map(str, unit)
+        compiled = str(directory / unit[-1].with_suffix(".o").name)
+        included = [part for path in before for part in ("-include", path)]
+        _run([*command, *included, "-c", last, "-o", compiled])
         return compiled
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_unit, _units(sources, os.cpu_count() or 1)))
     library = directory / _LIBRARY
     linked = [*objects, *(f"-L{path}" for path in library_paths())]
     _run([*command, "-shared", *linked, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)])
@@ -123,6 +125,21 @@ def _compile(compiler: list[str], sources: tuple[Path, ...], directory: Path) ->
     (directory / _DIGEST).write_text(file_digest(library), encoding="utf-8")
     for path in (library, directory / _DIGEST):
         flush_to_disk(path)
+
+
+def _units(sources: tuple[Path, ...], number: int) -> list[list[Path]]:
+    """Put sources together, so that at most as many compilers run, with about as much each.
+
+    Most of what a compiler does is to read torch's headers.
+    """
+    units: list[list[Path]] = [[] for _ in range(min(number, len(sources)))]
+
+    def size(path: Path) -> int:
+        return path.stat().st_size
+
+    for path in sorted(sources, key=size, reverse=True):
+        min(units, key=lambda unit: sum(map(size, unit))).append(path)
+    return units
 
 
 def _run(command: list[str]) -> None:
