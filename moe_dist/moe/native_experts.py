@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_dist.moe.grouped_linear import GradientSum, Groups
 
@@ -84,6 +85,26 @@ def _gains(dtype: torch.dtype) -> bool:
         return False
     own = torch.ops.moe_dist
     return bool(own.learns_experts() and own.multiplies(_PRECISIONS[dtype]))
+
+
+@functools.cache
+def count_flops() -> None:
+    """Let torch's counter of FLOPs know the operators, once they are loaded."""
+
+    def products(rows: Sequence[int], sizes: object, weights: Sequence[Sequence[int]]) -> int:
+        del sizes
+        return sum(2 * rows[0] * shape[1] * shape[2] for shape in weights if len(shape) > 1)
+
+    def forward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return products(*shapes[:3])
+
+    def backward(grad: object, rows: Any, kept: object, *shapes: Any, **_: Any) -> int:
+        needs_rows, sums = shapes[3], shapes[4]
+        given = products(rows, *shapes[:2]) if needs_rows else 0
+        return given + products(rows, None, sums)
+
+    register_flop_formula(torch.ops.moe_dist.experts)(forward)
+    register_flop_formula(torch.ops.moe_dist.experts_backward)(backward)
 
 
 def native_experts(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.inference.backends.native import load_operators
 from moe_dist.moe import MoELayer, build_router
@@ -257,6 +258,24 @@ def test_what_native_operators_are_not_for() -> None:
         assert can_use(rows, weights, one.activation, SIZES) == is_for
     with pytest.raises(RuntimeError, match="an expert has -1 rows"):
         own(rows, torch.tensor([-1, SIZES[0] + 1, *SIZES[2:]]))
+
+
+@needs_native
+@pytest.mark.parametrize(("learns", "times"), [("all", 3), ("rows", 2), ("weights", 2)])
+def test_flops_are_counted(learns: str, times: int) -> None:
+    experts = make(["silu", True, False]).requires_grad_(learns != "rows")
+    rows = torch.randn(sum(SIZES), WIDTH, requires_grad=learns != "weights")
+
+    with native_calls() as calls, FlopCounterMode(display=False) as counter:
+        out = experts(rows, torch.tensor(SIZES))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert len(calls) == 1
+    assert forward == 3 * 2 * sum(SIZES) * WIDTH * NEURONS
+    assert counter.get_total_flops() == times * forward
+    with without_native(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        experts(rows, torch.tensor(SIZES))
+    assert counter.get_total_flops() == forward
 
 
 @needs_native

@@ -21,6 +21,7 @@ import torch
 from moe_dist.data.cache import build_once, default_cache_dir
 from moe_dist.digests import file_digest
 from moe_dist.errors import ConversionError, MoeDistError
+from moe_dist.moe.native_experts import count_flops
 from moe_dist.whole_files import flush_to_disk
 
 HERE = Path(__file__).parent
@@ -42,7 +43,10 @@ def load_operators() -> bool:
     library lies in the cache under what it was made of: source, flags, torch, C library and
     processor; a damaged one is built again. Where that fails it is False, and a warning.
     """
-    return _load("operators", SOURCES)
+    if not _load("operators", SOURCES):
+        return False
+    count_flops()
+    return True
 
 
 @functools.cache
