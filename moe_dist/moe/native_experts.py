@@ -91,17 +91,17 @@ def _gains(dtype: torch.dtype) -> bool:
 def count_flops() -> None:
     """Let torch's counter of FLOPs know the operators, once they are loaded."""
 
-    def products(rows: Sequence[int], sizes: object, weights: Sequence[Sequence[int]]) -> int:
-        del sizes
-        return sum(2 * rows[0] * shape[1] * shape[2] for shape in weights if len(shape) > 1)
+    def products(rows: Sequence[int], stacks: Sequence[Sequence[int]]) -> int:
+        return sum(2 * rows[0] * shape[1] * shape[2] for shape in stacks if len(shape) > 1)
 
-    def forward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-        return products(*shapes[:3])
+    def forward(rows: Any, sizes: object, weights: Any, *_: Any, **__: Any) -> int:
+        return products(rows, weights)
 
-    def backward(grad: object, rows: Any, kept: object, *shapes: Any, **_: Any) -> int:
-        needs_rows, sums = shapes[3], shapes[4]
-        given = products(rows, *shapes[:2]) if needs_rows else 0
-        return given + products(rows, None, sums)
+    def backward(
+        grad: object, rows: Any, kept: object, sizes: object, weights: Any, activation: int,
+        needs_rows: bool, sums: Any, *_: Any, **__: Any,
+    ) -> int:  # fmt: skip
+        return products(rows, sums) + (products(rows, weights) if needs_rows else 0)
 
     register_flop_formula(torch.ops.moe_dist.experts)(forward)
     register_flop_formula(torch.ops.moe_dist.experts_backward)(backward)
@@ -176,7 +176,7 @@ class _NativeExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         rows_TD, *saved = ctx.saved_tensors
         weights = dict(zip(ctx.names, saved, strict=False))
-        needs_rows, *_, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         wanted = [name for name, needed in zip(ctx.names, needs, strict=True) if needed]
         sums = {n: ctx.sums.get(n) or GradientSum() for n in wanted if n.startswith("w_")}
         # In float32, since each of many groups of rows adds to them.
